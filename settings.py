@@ -1,0 +1,245 @@
+"""Every setting of a run: where it lives, what it defaults to, how it is overridden, and what is refused.
+
+A setting has one home. The model, the augmentation and the schedule have the dataclasses below; the engine (batch,
+optimiser, clipping, precision, ZeRO) has `ds_config.json`; facts of the data have `dataset.json`; facts of a run are
+flags of `train.py`. A preset (`presets/<name>.toml`) overrides any of them, `--set path=value` overrides the preset:
+
+    --set optimizer.params.lr=3e-4 --set zero_optimization.stage=2      (ds_config.json)
+    --set model.feed_forward=geglu --set model.feed_forward_options.hidden=384
+    --set augmentation.crop_padding=2 --set schedule.warmup_fraction=0.1
+
+A path that does not exist or a value of another type is an error that names it. Nothing here imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HERE = Path(__file__).resolve().parent
+ENGINE_FILE = HERE / "ds_config.json"
+PRESETS = HERE / "presets"
+
+
+class SettingsError(ValueError):
+    """A setting is unknown, of the wrong type, or not usable; the message names it."""
+
+
+@dataclass
+class ModelSettings:
+    """The network. Which names each table knows: `python model.py`."""
+
+    architecture: str = "vit"
+    patch: int = 4  # side of a square patch, pixels
+    width: int = 512  # C
+    depth: int = 4  # number of blocks
+    heads: int = 6  # H
+    head_size: int = 64  # D
+    patch_embedding: str = "spt"
+    position: str = "learned"
+    attention: str = "lsa"
+    feed_forward: str = "mlp"
+    pooling: str = "class_token"
+    patch_embedding_options: dict[str, Any] = field(default_factory=dict)
+    attention_options: dict[str, Any] = field(default_factory=dict)
+    feed_forward_options: dict[str, Any] = field(default_factory=lambda: {"hidden": 256})
+    dropout: float = 0.1
+    drop_path: float = 0.0  # stochastic depth: probability of skipping the last block's branches, rising linearly from 0
+
+
+@dataclass
+class AugmentationSettings:
+    """What a training image goes through; evaluation only normalises."""
+
+    crop_padding: int = 4  # pixels of black added on each side before a random crop back to the image side
+    flip: float = 0.5  # probability of a horizontal flip
+
+
+@dataclass
+class ScheduleSettings:
+    """The learning rate as a factor of `optimizer.params.lr`, a function of the optimiser step alone."""
+
+    shape: str = "cosine"
+    warmup_fraction: float = 0.05  # share of the run's steps over which the rate rises linearly from 0
+    final_factor: float = 0.01  # factor at the last step
+
+
+@dataclass
+class LossSettings:
+    """Cross-entropy."""
+
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class Settings:
+    """The union: what a preset may contain and what is written to the run folder."""
+
+    epochs: int = 100
+    strategy: str = "zero"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Settings:
+        """The inverse of `as_dict`. Raises SettingsError for keys this version does not know."""
+        settings = cls(engine=copy.deepcopy(tree["engine"]))
+        _merge(settings, {key: value for key, value in tree.items() if key != "engine"})
+        return settings
+
+
+def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Settings:
+    """Defaults, then `ds_config.json`, then the preset, then `--set`, then the flags that were given.
+
+    Args:
+        preset: name of a file in `presets/`, or a path to such a file; None for the defaults alone.
+        overrides: texts `path=value`.
+        run_facts: fields of Settings given as flags (epochs, strategy); None means not given.
+
+    Raises:
+        SettingsError: unknown preset or path, or a value of the wrong type.
+    """
+    settings = Settings(engine=_read_engine_file())
+    if preset is not None:
+        _merge(settings, _read_preset(preset))
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {override}: write it as path=value, for example optimizer.params.lr=3e-4")
+        tree: Any = _parse(text)
+        for key in reversed(path.strip().split(".")):
+            tree = {key: tree}
+        _merge(settings, tree, source=f"--set {override}: ")
+    for name, value in run_facts.items():
+        if value is not None:
+            setattr(settings, name, value)
+    return settings
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the project."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def table_names(file: str, table: str) -> dict[str, str]:
+    """Names and first docstring lines of a table such as FEED_FORWARDS, read from the source without importing it.
+
+    Importing `feedforward.py` would import PyTorch, which is too slow for `--help`.
+    """
+    tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
+    docs = {node.name: (ast.get_docstring(node) or "").split("\n")[0] for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    for node in tree.body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        if any(getattr(target, "id", None) == table for target in targets):
+            return {key.value: docs.get(getattr(value, "id", ""), "") for key, value in zip(node.value.keys, node.value.values, strict=True)}
+    raise LookupError(f"{file} has no table {table}")
+
+
+def unknown(kind: str, name: str, known: list[str]) -> str:
+    """The sentence for a name that a table does not hold, with the nearest one suggested."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown {kind} '{name}'{hint} (known: {', '.join(sorted(known))})"
+
+
+def _read_engine_file() -> dict[str, Any]:
+    try:
+        return json.loads(ENGINE_FILE.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{ENGINE_FILE.name} cannot be read: {error}") from error
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
+    path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
+    if not path.is_file():
+        raise SettingsError(unknown("preset", preset, preset_names()))
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"preset {path} is not valid TOML: {error}") from error
+
+
+def _parse(text: str) -> Any:
+    """A value as a person types it: JSON where it parses (numbers, true, lists, "quoted"), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _merge(settings: Settings, tree: dict[str, Any], source: str = "") -> None:
+    """Put a tree of overrides into the settings; keys that are no field of Settings belong to the engine."""
+    known = {f.name for f in fields(Settings)}
+    for key, value in tree.items():
+        if key == "engine":
+            _merge_dict(settings.engine, value, source, "")
+        elif key in known:
+            current = getattr(settings, key)
+            if dataclasses.is_dataclass(current):
+                _merge_dataclass(current, value, source, key)
+            else:
+                setattr(settings, key, _fit(current, value, f"{source}{key}"))
+        elif key in settings.engine:
+            _merge_dict(settings.engine, {key: value}, source, "")
+        else:
+            raise SettingsError(source + unknown("setting", key, sorted(known | set(settings.engine))))
+
+
+def _merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:
+    names = [f.name for f in fields(target)]
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{source}{path} is a group of settings ({', '.join(names)}); give one of them, for example {path}.{names[0]}")
+    # Kinds before their options: another feed_forward starts from its own defaults, not from the last one's options.
+    for key, value in sorted(tree.items(), key=lambda item: item[0].endswith("_options")):
+        if key not in names:
+            raise SettingsError(source + unknown("setting", f"{path}.{key}", [f"{path}.{name}" for name in names]))
+        current = getattr(target, key)
+        if f"{key}_options" in names and value != current:
+            setattr(target, f"{key}_options", {})
+        if isinstance(current, dict):  # options of one entry of a table: checked by the table, which knows its own
+            if not isinstance(value, dict):
+                raise SettingsError(f"{source}{path}.{key} is a group; give one of its members, for example {path}.{key}.name=value")
+            setattr(target, key, {**current, **value})
+        else:
+            setattr(target, key, _fit(current, value, f"{source}{path}.{key}"))
+
+
+def _merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> None:
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else key
+        if key not in target:
+            raise SettingsError(source + unknown("setting", where, [f"{path}.{name}" if path else name for name in target]))
+        if isinstance(target[key], dict):
+            if not isinstance(value, dict):
+                raise SettingsError(f"{source}{where} is a group; its members are {', '.join(target[key])}")
+            _merge_dict(target[key], value, source, where)
+        else:
+            target[key] = _fit(target[key], value, f"{source}{where}")
+
+
+def _fit(current: Any, value: Any, where: str) -> Any:
+    """`value` as the type of `current`; an int fits where a float stands, nothing else changes type."""
+    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if current is not None and type(value) is not type(current):
+        raise SettingsError(f"{where} must be of type {type(current).__name__} (now {current!r}), not {value!r}")
+    return value

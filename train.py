@@ -1,0 +1,120 @@
+"""Train a network on a tree of class folders.
+
+    ./launch_local_train.sh                                            one box: set-up, data, every GPU (or the CPU)
+    python train.py --preset cpu --set model.feed_forward=geglu        one process, in a prepared environment
+
+The run folder `runs/<name>/` keeps everything; starting the same run again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from settings import SettingsError, preset_names, resolve, table_names
+
+HERE = Path(__file__).resolve().parent
+EXIT_STOPPED = 75  # told to stop, and saved: start again to go on
+
+
+def main() -> int:
+    args = parse_arguments()
+    import torch  # after the arguments, so that --help and mistyped settings answer at once
+
+    from dali_pipeline import Batches
+    from dataset import Dataset
+    from loop import Loop, StopRequest
+    from model import build_model
+    from parallel import engine_class
+    from schedule import Schedule
+
+    stop = StopRequest()
+    preset = args.preset or ("spt-lsa" if torch.cuda.is_available() else "cpu")
+    settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
+    dataset = Dataset.open(prepare(args))
+    if args.hold_out:
+        dataset = dataset.hold_out(args.hold_out)
+
+    def build() -> torch.nn.Module:
+        return build_model(settings.model, len(dataset.classes), dataset.image_side)
+
+    steps_per_epoch = len(dataset.splits["train"]) // settings.engine["train_batch_size"]
+    total_steps = min(settings.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+    engine = engine_class(settings.strategy)(build, settings, Schedule(settings.schedule, total_steps), args.seed)
+    which, of_how_many = engine.data_shard
+    source = dict(batch_size=engine.batch_sizes.micro, shard=which, num_shards=of_how_many, device=engine.device, source=args.source)
+    training = Batches(dataset, "train", seed=args.seed, augmentation=settings.augmentation, **source)
+    evaluation = {name: Batches(dataset, name, **source) for name in dataset.splits if name != "train"}
+
+    loop = Loop(engine, settings, training, evaluation, steps_per_epoch, total_steps, stop)
+    loop.open_run(args, preset, dataset)
+    finished = loop.run(stop_at=args.stop_at)
+    engine.close()
+    return 0 if finished else EXIT_STOPPED
+
+
+def prepare(args: argparse.Namespace) -> Path:
+    """The folder of the prepared dataset; the first process of each host prepares it, the others wait."""
+    import fcntl
+
+    from dataset import Dataset
+    from prepare_dataset import prepare as prepare_dataset
+
+    folder = Path(args.data_dir or HERE / "data" / args.dataset)
+    if not Dataset.is_prepared(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not Dataset.is_prepared(folder):
+                prepare_dataset(folder, dataset=args.dataset, archive=args.archive)
+    return folder
+
+
+def parse_arguments() -> argparse.Namespace:
+    feed_forwards = "\n".join(f"  {name:12} {doc}" for name, doc in table_names("feedforward.py", "FEED_FORWARDS").items())
+    parser = argparse.ArgumentParser(
+        description="Train a network on a tree of class folders. Starting the same run again goes on where it stopped.",
+        epilog=f"feed-forwards (--set model.feed_forward=NAME):\n{feed_forwards}\n\n"
+               "every part that has a name: python model.py\n\nexample:\n"
+               "  python train.py --preset cpu --epochs 2 --set model.feed_forward=geglu --set optimizer.params.lr=5e-4",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="cifar100", choices=["cifar100", "cifar10", "shapes"], help="what to prepare (default: cifar100)")
+    data.add_argument("--data-dir", type=Path, help="folder of the prepared dataset (default: data/<dataset>)")
+    data.add_argument("--archive", type=Path, help="prepare from this zip or tar.gz instead of the network")
+    data.add_argument("--hold-out", type=float, metavar="FRACTION", help="train without this part of each class, and report accuracy on it")
+    data.add_argument("--source", default="auto", choices=["auto", "resident", "files"], help="packed pixels or image files (default: auto)")
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--preset", help=f"settings to start from: {', '.join(preset_names())}, or a .toml file "
+                                       "(default: cpu without a GPU, else spt-lsa)")
+    what.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; repeat for more")
+    what.add_argument("--strategy", help="how processes share the work (default: zero)")
+    budget = parser.add_argument_group("budget and run")
+    budget.add_argument("--epochs", type=int, help="passes over the training split (default: the preset's)")
+    budget.add_argument("--max-steps", type=int, metavar="N", help="end after N optimiser steps; the learning rate ends its course there")
+    budget.add_argument("--stop-at", type=int, metavar="N", help=f"save and leave (exit code {EXIT_STOPPED}) after optimiser step N, to go on later")
+    budget.add_argument("--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)")
+    budget.add_argument("--name", help="the run folder is runs/<name> (default: made of preset, dataset and seed)")
+    budget.add_argument("--fresh", action="store_true", help="start over; an existing folder of that name is renamed, not deleted")
+    budget.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher may add it
+    return parser.parse_args()
+
+
+def run() -> int:
+    """`main` with the errors of the person's making as one line on the screen."""
+    from dataset import DatasetError
+    from run_record import RunError
+
+    try:
+        return main()
+    except (SettingsError, DatasetError, RunError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
