@@ -57,18 +57,12 @@ def main() -> int:
 
 def prepare(args: argparse.Namespace) -> Path:
     """The folder of the prepared dataset; the first process of each host prepares it, the others wait."""
-    import fcntl
-
     from dataset import Dataset
     from prepare_dataset import prepare as prepare_dataset
 
     folder = Path(args.data_dir or HERE / "data" / args.dataset)
     if not Dataset.is_prepared(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not Dataset.is_prepared(folder):
-                prepare_dataset(folder, dataset=args.dataset, archive=args.archive)
+        prepare_dataset(folder, dataset=args.dataset, archive=args.archive)
     return folder
 
 

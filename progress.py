@@ -1,0 +1,30 @@
+"""How far along a long step is: a bar on a terminal, a line at the start and one at the end elsewhere (log files, CI).
+
+    for image in progress(images, total=len(images), what="decoding"):
+        ...
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def progress(items: Iterable[Item], total: int, what: str, weigh: Callable[[Item], int] = lambda item: 1) -> Iterator[Item]:
+    """Yield `items` and show on stderr how much of `total` is done; `weigh` says how many units one item counts for."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, unit_scale=True, dynamic_ncols=True) as bar:
+            for item in items:
+                yield item
+                bar.update(weigh(item))
+        return
+    started = time.perf_counter()
+    print(f"{what}: {total} ...", file=sys.stderr, flush=True)
+    yield from items
+    print(f"{what}: {total} done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
