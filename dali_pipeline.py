@@ -1,11 +1,15 @@
 """Batches of images and labels, ready on the device: NVIDIA DALI reads, decodes, augments and normalises.
 
     batches = Batches(dataset, "train", batch_size=128, shard=0, num_shards=1, seed=0, augmentation=AugmentationSettings())
-    for images, labels in batches.epoch(0):     # float32 (B, 3, S, S), normalised; int64 (B,)
+    for images, labels in batches.epoch(0):     # float32 (B, 3, S, S), normalised; int64 (B,), or (B, K) when mixed
 
-Two sources feed one graph: `resident` takes the packed pixels (on the device, when that is a GPU), `files` reads and
-decodes the files of the tree. The graph is the same on a GPU and, with no GPU, on the CPU. It draws no random numbers:
-`augmentation.py` plans what happens to each image, and DALI carries the plan out. So the k-th batch of an epoch is a
+    python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment      # what the network will see
+
+Three sources stand behind one interface. `resident` takes the packed pixels (on the device, when that is a GPU) and
+`files` reads the files of the tree; both feed the DALI graph of `dali_graph.py`, which is the same on a GPU and on the
+CPU. `tensor` does the same on whole batches in PyTorch: on a CPU it takes a fraction of DALI's time.
+
+None of them draws random numbers: `augmentation.py` plans what happens to each image. So the k-th batch of an epoch is a
 function of (seed, epoch, k), whatever was read before it and however far the pipeline reads ahead.
 """
 
@@ -15,18 +19,20 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from augmentation import Augmentation, epoch_order, uniform
-from dataset import Dataset, DatasetError
+from augmentation import Augmentation, Plan, epoch_order
+from dataset import Dataset, DatasetError, Split
+from mixing import Mixing, fill_rectangles
+from readers import Files, Resident
 from settings import AugmentationSettings, unknown
 
-SOURCES = ("auto", "resident", "files")
+SOURCES = ("auto", "resident", "files", "tensor")
 PREFETCH = 2  # batches in DALI's queue beyond the one in use; as many again are being prepared for it
 PADDING_LABEL = -1  # of the rows that fill up the last batches of an evaluation
 
@@ -34,21 +40,23 @@ PADDING_LABEL = -1  # of the rows that fill up the last batches of an evaluation
 class Batches:
     """The batches of one split for one shard.
 
-    Training (`augmentation` given): an epoch visits each image at most once, in an order that depends on (seed, epoch)
-    alone; consecutive runs of `num_shards * batch_size` images are dealt out to the shards, the remainder is dropped.
-    Evaluation (`augmentation` None): images in the order of the list, every shard gets the same number of full batches,
-    and rows beyond the end carry the label -1.
+    Training (`augmentation` given): an epoch visits each image at most once (unless `repeats` asks for more), in an order
+    that depends on (seed, epoch) alone; consecutive runs of `num_shards * batch_size` images are dealt out to the shards,
+    the remainder is dropped. Evaluation (`augmentation` None): images in the order of the list, every shard gets the same
+    number of full batches, and rows beyond the end carry the label -1.
 
     Args:
         split: "train", "validation" or "test".
         batch_size: images a batch of this shard.
         shard, num_shards: which part of each global batch is ours.
         device: torch device; DALI runs on the same GPU, or on the CPU.
-        source: "resident", "files" or "auto" (resident where the dataset is packed).
-        num_threads: DALI's CPU threads.
+        source: one of SOURCES; "auto" takes packed pixels where there are any ("tensor" on a CPU), else the files.
+        image_side: pixels the network sees; 0 is the dataset's own side.
+        num_threads: CPU threads for reading and decoding.
 
     Raises:
-        DatasetError: fewer images than one global batch, an unknown source, or files that cannot be read.
+        DatasetError: fewer images than one global batch, a source that does not fit, or files that cannot be read.
+        SettingsError: an augmentation outside its range.
     """
 
     def __init__(
@@ -62,32 +70,35 @@ class Batches:
         augmentation: AugmentationSettings | None = None,
         device: torch.device | str = "cpu",
         source: str = "auto",
+        image_side: int = 0,
         num_threads: int = 2,
     ):
-        if source not in SOURCES:
-            raise DatasetError(unknown("source", source, list(SOURCES)))
         self.split, self.dataset, self.device = dataset.splits[split], dataset, torch.device(device)
         self.batch_size, self.shard, self.num_shards, self.seed = batch_size, shard, num_shards, seed
-        self.augmentation = Augmentation(augmentation) if augmentation is not None else None
-        self.source = source if source != "auto" else ("resident" if self.split.packed is not None else "files")
-        self.wait_seconds = 0.0  # spent waiting for batches since the last reset, by the consumer of `epoch`
+        self.side = side_of(dataset, image_side)
+        self.training = augmentation is not None
+        self.source = choose_source(source, self.split, self.side == dataset.image_side, self.device)
+        self.wait_seconds = 0.0  # spent by the consumer of `epoch` waiting for batches, until somebody resets it
+        settings = augmentation or AugmentationSettings(crop_padding=0, flip=0.0)
+        self.augmentation = Augmentation(settings, self.side, seed)
+        self.mixing = Mixing(settings, len(dataset.classes), self.side, seed)
         global_batch = batch_size * num_shards
-        if self.augmentation is not None and len(self.split) < global_batch:
+        if self.training and len(self.split) < global_batch:
             raise DatasetError(f"the {split} split has {len(self.split)} images, fewer than one global batch of {global_batch}; "
                                "make it smaller with --set train_batch_size=N")
         # Whole global batches in training; in evaluation the last one is filled up.
-        self._num_batches = len(self.split) // global_batch if self.augmentation else -(-len(self.split) // global_batch)
-        if dataset.image_side is None:
-            raise DatasetError(f"the images of {dataset.folder} differ in size")
+        self._num_batches = len(self.split) // global_batch if self.training else -(-len(self.split) // global_batch)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._labels = torch.from_numpy(self.split.labels).to(self.device)
-        self._reader = _Resident(self.split.pixels(), self.split.rows, self.device) if self.source == "resident" else _Files(
-            [dataset.root / path for path in self.split.paths], num_threads)
-        self._pipeline = _build_pipeline(self, num_threads)
-        self._num_fed = 0
+        if self.source == "files":
+            self._reader = Files([dataset.root / path for path in self.split.paths], num_threads)
+        else:
+            self._reader = Resident(self.split.pixels(), self.split.rows, self.device, channels_first=self.source == "tensor")
+        carrier = _OnTensors if self.source == "tensor" else _OnDali
+        self._carrier = carrier(self, num_threads)
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._prepared: deque[tuple[Token, Future]] = deque()  # being gathered or read by the preparer
-        self._scheduled: deque[tuple[Token, np.ndarray]] = deque()  # inside DALI, with the positions of their images
+        self._handed: deque[tuple[Token, Work]] = deque()  # in the hands of the carrier
 
     def __len__(self) -> int:
         """Batches an epoch, the same for every shard."""
@@ -105,67 +116,66 @@ class Batches:
     def _take(self, token: Token) -> tuple[Tensor, Tensor]:
         """The batch of `token`, while the ones after it are prepared."""
         self._discard_unless_next(token)
-        while len(self._scheduled) < PREFETCH:
-            self._schedule_next(token)
-        positions = self._scheduled.popleft()[1]
-        images = self._output(positions)
-        self._schedule_next(token)
-        labels = self._labels[torch.from_numpy(np.maximum(positions, 0)).to(self.device)]
-        if (positions < 0).any():
-            labels = torch.where(torch.from_numpy(positions < 0).to(self.device), PADDING_LABEL, labels)
-        return images, labels
+        while len(self._handed) < max(1, self._carrier.depth):
+            self._hand_over(token)
+        work = self._handed.popleft()[1]
+        try:
+            images = self._carrier.images(work)
+        except RuntimeError as error:
+            self._reader.blame(np.maximum(work.positions, 0))
+            raise DatasetError(f"a batch could not be made: {str(error).splitlines()[0]}") from error
+        if self._carrier.depth:
+            self._hand_over(token)
+        labels = self._labels[torch.from_numpy(np.maximum(work.positions, 0)).to(self.device, non_blocking=True)]
+        if work.positions[-1] < 0:
+            labels = torch.where(torch.from_numpy(work.positions < 0).to(self.device), PADDING_LABEL, labels)
+        return self._finish(images, labels, work)
+
+    def _finish(self, images: Tensor, labels: Tensor, work: Work) -> tuple[Tensor, Tensor]:
+        """What is done on the batch on its device."""
+        plan, settings = work.plan, self.augmentation.settings
+        if plan is not None and plan.erased is not None and (settings.erasing_value == "pixel" or self.source == "tensor"):
+            noise = None
+            if settings.erasing_value == "pixel":
+                begin = work.token.index * self.num_shards + self.shard
+                noise = torch.Generator(self.device).manual_seed(hash((self.seed, work.token.epoch, begin)) & (2**63 - 1))
+            images = fill_rectangles(images, plan.erased, noise)
+        return self.mixing(images, labels, work.mix) if work.mix is not None else (images, labels)
 
     def _discard_unless_next(self, token: Token) -> None:
         """Forget what was read ahead when the consumer jumps: after a resume, or back to the start of an evaluation."""
-        queued = [t for t, _ in self._scheduled] + [t for t, _ in self._prepared]
+        queued = [t for t, _ in self._handed] + [t for t, _ in self._prepared]
         if queued and queued[0].place != token.place:
-            while self._scheduled:
-                self._output(self._scheduled.popleft()[1])
+            while self._handed:
+                self._carrier.images(self._handed.popleft()[1])
             self._prepared.clear()
 
-    def _schedule_next(self, current: Token) -> None:
-        """Hand DALI one more batch, and let the preparer begin another."""
+    def _hand_over(self, current: Token) -> None:
+        """Hand the carrier one more batch, and let the preparer begin another."""
         while len(self._prepared) <= PREFETCH:
-            queued = [t for t, _ in self._scheduled] + [t for t, _ in self._prepared]
-            token = queued[-1].next(self) if queued else current
+            queued = [t for t, _ in self._handed] + [t for t, _ in self._prepared]
+            token = queued[-1].next(self.training) if queued else current
             self._prepared.append((token, self._preparer.submit(self._prepare, token)))
         token, future = self._prepared.popleft()
-        positions, inputs = future.result()
-        for name, value in inputs.items():
-            self._pipeline.feed_input(name, value)
-        self._scheduled.append((token, positions))
-        self._num_fed += 1
-        if self._num_fed >= PREFETCH:  # DALI's first run consumes a whole queue of inputs, every later one a single input
-            self._pipeline.schedule_run()
+        work = future.result()
+        self._carrier.begin(work)
+        self._handed.append((token, work))
 
-    def _prepare(self, token: Token) -> tuple[np.ndarray, dict[str, object]]:
-        """What DALI needs for one batch, and the positions of its images in the split (-1: padding)."""
+    def _prepare(self, token: Token) -> Work:
+        """Read the images of one batch and plan what happens to them; in the preparer's thread."""
         begin = (token.index * self.num_shards + self.shard) * self.batch_size
-        if self.augmentation is None:
+        if not self.training:
             positions = np.arange(begin, begin + self.batch_size)
             positions[positions >= len(self.split)] = -1
-            return positions, {"images": self._reader.read(np.maximum(positions, 0))}
+            return self._carrier.prepare(Work(token, positions, self._reader.read(np.maximum(positions, 0)), None, None))
         if self._order[0] != token.epoch:
             self._order = (token.epoch, epoch_order(self.seed, token.epoch, len(self.split)))
-        positions = self._order[1][begin : begin + self.batch_size]
-        plan = self.augmentation.plan(uniform(self.seed, token.epoch, begin, self.batch_size))
-        return positions, {"images": self._reader.read(positions), "corner": plan.corner, "flip": plan.flip}
-
-    def _output(self, positions: np.ndarray) -> Tensor:
-        """The next batch out of DALI, copied to a tensor of our own: (B, 3, S, S)."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        try:
-            (output,) = self._pipeline.share_outputs()
-        except RuntimeError as error:
-            self._reader.blame(np.maximum(positions, 0))
-            raise DatasetError(f"DALI could not make a batch: {str(error).splitlines()[0]}") from error
-        S = self.dataset.image_side
-        images = torch.empty(len(positions), 3, S, S, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
-        self._pipeline.release_outputs()
-        return images
+        repeats = self.augmentation.settings.repeats
+        positions = self._order[1][np.arange(begin, begin + self.batch_size) // repeats]
+        sizes = self._reader.sizes(positions) if self.dataset.image_side is None and self.augmentation.settings.resized_crop else None
+        plan = self.augmentation.plan(token.epoch, begin, self.batch_size, sizes)
+        mix = self.mixing.draw(token.epoch, begin, self.batch_size) if self.mixing.is_on else None
+        return self._carrier.prepare(Work(token, positions, self._reader.read(positions), plan, mix))
 
 
 @dataclass(frozen=True)
@@ -180,94 +190,186 @@ class Token:
     def place(self) -> tuple[int, int]:
         return self.epoch, self.index
 
-    def next(self, batches: Batches) -> Token:
+    def next(self, training: bool) -> Token:
         """What will most likely be asked for next: the following batch, then the start of the next epoch or pass."""
         if self.index + 1 < self.stop:
             return Token(self.epoch, self.index + 1, self.stop)
-        return Token(self.epoch + (batches.augmentation is not None), 0, self.stop)
+        return Token(self.epoch + training, 0, self.stop)
 
 
-class _Resident:
-    """Pixels in memory; on a GPU they are gathered there."""
+@dataclass(frozen=True)
+class Work:
+    """One batch on its way: positions in the split (-1: padding), what was read, and what is to happen to it."""
 
-    def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
-        self.rows = rows
-        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels)).to(device) if device.type == "cuda" else pixels
-
-    def read(self, positions: np.ndarray) -> object:
-        rows = self.rows[positions]
-        if isinstance(self.pixels, Tensor):
-            return self.pixels[torch.from_numpy(rows).to(self.pixels.device)]
-        return self.pixels[rows]
-
-    def blame(self, positions: np.ndarray) -> None:
-        """Packed pixels were checked when they were written: no file to name."""
+    token: Token
+    positions: np.ndarray
+    read: Any
+    plan: Plan | None
+    mix: tuple[np.ndarray, np.ndarray] | None
 
 
-class _Files:
-    """Encoded files, read by a few threads; DALI decodes them."""
+class _OnDali:
+    """Carries plans out by the DALI graph, which runs `depth` batches ahead."""
 
-    def __init__(self, paths: list[Path], num_threads: int):
-        self.paths = paths
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="files")
+    depth = PREFETCH
 
-    def read(self, positions: np.ndarray) -> list[np.ndarray]:
-        return list(self._pool.map(self._read_one, positions))
+    def __init__(self, batches: Batches, num_threads: int):
+        from dali_graph import Graph
 
-    def _read_one(self, position: int) -> np.ndarray:
-        path = self.paths[position]
-        try:
-            encoded = np.fromfile(path, dtype=np.uint8)
-        except OSError as error:
-            raise DatasetError(f"{path} cannot be read ({error.strerror}); restore it, or run prepare_dataset.py --force") from None
-        if not encoded.size:
-            raise DatasetError(f"{path} is empty; restore it, or run prepare_dataset.py --force")
-        return encoded
-
-    def blame(self, positions: np.ndarray) -> None:
-        """Find the file that DALI could not decode, which its message does not always name. Raises DatasetError."""
-        from PIL import Image
-
-        for position in positions:
-            try:
-                with Image.open(self.paths[position]) as image:
-                    image.load()
-            except (OSError, SyntaxError, ValueError) as error:
-                raise DatasetError(f"{self.paths[position]} is broken ({error}); restore it, or run prepare_dataset.py --force") from None
-
-
-def _build_pipeline(batches: Batches, num_threads: int):
-    """The graph, CPU and GPU alike, from DALI 1.34 to 2.4."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    on_gpu = batches.device.type == "cuda"
-    gpu = (lambda node: node.gpu()) if on_gpu else (lambda node: node)
-    S = batches.dataset.image_side
-
-    @pipeline_def(
-        batch_size=batches.batch_size,
-        num_threads=num_threads,
-        device_id=(batches.device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=PREFETCH,
-        seed=0,
-    )
-    def graph():
-        if batches.source == "resident":
-            images = fn.external_source(name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3)
-        else:
-            encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-        mirror = 0
-        if batches.augmentation is not None:
-            corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
-            images = fn.slice(images, corner, [S, S], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
-                              out_of_bounds_policy="pad", fill_values=0)
-            mirror = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-        return fn.crop_mirror_normalize(
-            gpu(images), mirror=mirror, dtype=types.FLOAT, output_layout="CHW",
-            mean=[255 * m for m in batches.dataset.mean], std=[255 * s for s in batches.dataset.std],
+        self.side, self.device = batches.side, batches.device
+        sample = batches.augmentation.plan(0, 0, 1)
+        training = batches.training
+        self.graph = Graph(
+            side=batches.side, source_side=batches.dataset.image_side, decode=batches.source == "files", training=training,
+            corner=training and sample.corner is not None, part=training and sample.part is not None,
+            num_levels=len(sample.levels) if training else 0,
+            erase=training and sample.erased is not None and batches.augmentation.settings.erasing_value == "zero",
+            mean=batches.dataset.mean, std=batches.dataset.std,
         )
+        device_id = (self.device.index or 0) if self.device.type == "cuda" else None
+        self.pipeline = self.graph.build(batches.batch_size, num_threads, device_id, prefetch=PREFETCH)
+        self._num_fed = 0
 
-    pipeline = graph()
-    pipeline.build()
-    return pipeline
+    def prepare(self, work: Work) -> Work:
+        return work
+
+    def begin(self, work: Work) -> None:
+        """Feed one batch and let DALI start on it."""
+        for name, value in self._inputs(work).items():
+            self.pipeline.feed_input(name, value)
+        self._num_fed += 1
+        if self._num_fed >= PREFETCH:  # DALI's first run consumes a whole queue of inputs, every later one a single input
+            self.pipeline.schedule_run()
+
+    def _inputs(self, work: Work) -> dict[str, Any]:
+        inputs, plan = {"images": work.read}, work.plan
+        if plan is not None:
+            inputs["flip"] = plan.flip
+            if self.graph.corner:
+                inputs["corner"] = plan.corner
+            if self.graph.part:
+                inputs["part"] = plan.part
+            for i, level in enumerate(plan.levels):
+                inputs |= {f"kind{i}": level.kind, f"value{i}": level.value, f"matrix{i}": level.matrix}
+            if self.graph.erase:
+                box = plan.erased.astype(np.float32)
+                inputs |= {"erase_at": np.ascontiguousarray(box[:, :2]), "erase_size": box[:, 2:] - box[:, :2]}
+        return inputs
+
+    def images(self, work: Work) -> Tensor:
+        """The next batch out of DALI, copied to a tensor of our own: DALI reuses its buffers."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        (output,) = self.pipeline.share_outputs()
+        images = torch.empty(len(work.positions), 3, self.side, self.side, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
+        self.pipeline.release_outputs()
+        return images
+
+
+class _OnTensors:
+    """Carries plans out on whole tensors, in the preparer's thread."""
+
+    depth = 0
+
+    def __init__(self, batches: Batches, num_threads: int):
+        self.mean = 255 * torch.tensor(batches.dataset.mean, device=batches.device).view(3, 1, 1)
+        self.scale = 1 / (255 * torch.tensor(batches.dataset.std, device=batches.device).view(3, 1, 1))
+
+    def prepare(self, work: Work) -> Work:
+        from tensor_ops import augment
+
+        images = augment(work.read, work.plan) if work.plan is not None else work.read
+        return replace(work, read=images.float().sub_(self.mean).mul_(self.scale))
+
+    def begin(self, work: Work) -> None:
+        """Nothing is left to do."""
+
+    def images(self, work: Work) -> Tensor:
+        return work.read
+
+
+def side_of(dataset: Dataset, image_side: int) -> int:
+    """Pixels the network sees. Raises DatasetError where nothing says how many."""
+    side = image_side or dataset.image_side
+    if not side:
+        raise DatasetError(f"the images of {dataset.folder} differ in size; say what the network is to see with --set image_side=128")
+    return side
+
+
+def choose_source(source: str, split: Split, own_side: bool, device: torch.device) -> str:
+    """The source that "auto" means here, or the one asked for. Raises DatasetError where it cannot serve."""
+    if source not in SOURCES:
+        raise DatasetError(unknown("source", source, list(SOURCES)))
+    if source == "auto":
+        packed = "tensor" if device.type == "cpu" and own_side else "resident"
+        return packed if split.packed is not None else "files"
+    if source == "tensor" and not own_side:
+        raise DatasetError("the tensor source does not resize: use --source resident or files, or leave image_side alone")
+    return source
+
+
+class Synthetic:
+    """One fixed batch of noise, again and again, in place of Batches: the speed of everything but the data."""
+
+    source = "synthetic"
+
+    def __init__(self, batches: Batches):
+        shape = (batches.batch_size, 3, batches.side, batches.side)
+        self.images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(batches.device)
+        self.labels = (torch.arange(batches.batch_size) % len(batches.dataset.classes)).to(batches.device)
+        self.num_batches, self.side, self.wait_seconds = len(batches), batches.side, 0.0
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def epoch(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(start, len(self) if stop is None else stop):
+            yield self.images, self.labels
+
+
+def main() -> None:
+    """Draw what the network will see."""
+    import argparse
+    from pathlib import Path
+
+    from report import draw_images
+    from settings import resolve
+
+    parser = argparse.ArgumentParser(description="Draw a grid of augmented training images, as the network will see them.", allow_abbrev=False,
+                                     epilog="example: python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment")
+    parser.add_argument("--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg")
+    parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "data" / "cifar100", help="prepared dataset (default: data/cifar100)")
+    parser.add_argument("--preset", help="settings to start from")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting, for example augmentation.flip=0")
+    parser.add_argument("--source", default="auto", choices=SOURCES, help="default: auto")
+    parser.add_argument("--images", type=int, default=16, help="different images, each a row (default: 16)")
+    parser.add_argument("--epochs", type=int, default=12, help="augmented versions of each, the columns after the original (default: 12)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    settings = resolve(args.preset, args.set)
+    dataset = Dataset.open(args.data_dir)
+    grid = preview(dataset, settings.augmentation, settings.image_side, args.images, args.epochs, args.seed, args.source)
+    draw_images(grid, args.preview, f"{args.data_dir.name}: original, then {args.epochs} augmentations")
+    print(f"wrote {args.preview}")
+
+
+def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: int, count: int, epochs: int, seed: int, source: str) -> np.ndarray:
+    """A grid of uint8 pixels (rows, columns, S, S, 3): `count` images, each as it is and as `epochs` epochs show it."""
+    train = dataset.splits["train"]
+    rows = np.linspace(0, len(train) - 1, count).astype(np.int64)
+    few = replace(dataset, splits={"train": train.take(rows)})
+    common = dict(batch_size=count, source=source, image_side=image_side)
+    columns = [next(iter(Batches(few, "train", **common).epoch()))[0]]
+    training = Batches(few, "train", seed=seed, augmentation=replace(augmentation, repeats=1), **common)
+    for epoch in range(epochs):
+        images = next(iter(training.epoch(epoch)))[0]
+        columns.append(images[torch.from_numpy(np.argsort(epoch_order(seed, epoch, count)))])
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
+    pixels = (torch.stack(columns, dim=1) * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 1, 3, 4, 2).numpy()
+
+
+if __name__ == "__main__":
+    main()

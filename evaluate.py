@@ -18,32 +18,39 @@ from typing import Any
 
 import numpy as np
 
+from run_record import RUNS, RunError, RunRecord, newest_run, write_atomically
+from settings import Settings, SettingsError
+
 HERE = Path(__file__).resolve().parent
 SHOWN_CONFUSIONS = 10
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.batch_size < 1:
+        raise SettingsError(f"--batch-size must be at least 1, not {args.batch_size}")
     import torch
 
     from dali_pipeline import Batches
     from dataset import Dataset
     from parallel.processes import join
-    from run_record import RunRecord, newest_run, write_atomically
 
-    record = RunRecord(Path(args.run) if args.run else newest_run())
+    record = RunRecord(args.run or newest_run(args.runs_dir))
     facts = record.facts()
     dataset = Dataset.open(args.data_dir or HERE / facts["dataset"]["folder"])
     check_same_classes(dataset.classes, facts["dataset"]["classes"])
     device = join()
     which, of_how_many = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     is_main = which == 0
-    if facts["hold_out"] and args.split == "validation":
+    if args.split == "validation":
+        if not facts["hold_out"]:
+            raise RunError(f"{record.folder} held out no part of the training split; evaluate it on --split test")
         dataset = dataset.hold_out(facts["hold_out"])
     dataset = normalise_as_trained(dataset, facts["dataset"])
     precision = args.precision or ("bf16" if facts["settings"]["engine"]["bf16"]["enabled"] else "fp32")
     model = load_model(record.folder / args.weights, facts, device, precision)
-    batches = Batches(dataset, args.split, args.batch_size, which, of_how_many, device=device, source=args.source)
+    batches = Batches(dataset, args.split, args.batch_size, which, of_how_many, device=device, source=args.source,
+                      image_side=facts["settings"]["image_side"])
     if is_main and dataset.fingerprint != facts["dataset"]["fingerprint"]:
         print("note: this is not the dataset that the run was trained on (its fingerprint differs)", file=sys.stderr)
     result = evaluate(model, batches, len(dataset.classes), device, show=is_main and sys.stderr.isatty())
@@ -68,11 +75,10 @@ def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str
     from safetensors.torch import load_file
 
     from model import build_model
-    from run_record import RunError
-    from settings import Settings
 
     settings = Settings.from_dict(facts["settings"])
-    model = build_model(settings.model, len(facts["dataset"]["classes"]), facts["dataset"]["image_side"])
+    side = settings.image_side or facts["dataset"]["image_side"]
+    model = build_model(settings.model, len(facts["dataset"]["classes"]), side)
     try:
         model.load_state_dict(load_file(weights))
     except FileNotFoundError:
@@ -163,13 +169,14 @@ def normalise_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Exact accuracy of a run on the test split.", allow_abbrev=False,
                                      epilog="example: python evaluate.py runs/mine --batch-size 1000 --json result.json")
-    parser.add_argument("run", nargs="?", help="a run folder (default: the newest under runs/)")
+    parser.add_argument("run", nargs="?", type=Path, help="a run folder (default: the newest under runs/)")
+    parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)")
     parser.add_argument("--data-dir", type=Path, help="the prepared dataset (default: the one the run was trained on)")
     parser.add_argument("--batch-size", type=int, default=500, help="images at a time; no influence on the result (default: 500)")
     parser.add_argument("--split", default="test", choices=["test", "validation"], help="what to evaluate (default: test)")
     parser.add_argument("--weights", default="weights.safetensors", help="file in the run folder (default: weights.safetensors; or best.safetensors)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: what the run was trained in")
-    parser.add_argument("--source", default="auto", choices=["auto", "resident", "files"], help="packed pixels or image files (default: auto)")
+    parser.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"], help="how images are read (default: auto)")
     parser.add_argument("--per-class", action="store_true", help="show every class, not only the ten worst and ten best")
     parser.add_argument("--json", type=Path, help="also write the report here")
     return parser.parse_args()
@@ -178,8 +185,6 @@ def parse_arguments() -> argparse.Namespace:
 def run() -> int:
     """`main` with the errors of the person's making as one line on the screen."""
     from dataset import DatasetError
-    from run_record import RunError
-    from settings import SettingsError
 
     try:
         main()

@@ -49,7 +49,7 @@ fi
 # turn, after loading torch once more (1.5 s), would look for /job/hostfile, and dies of a signal without telling the ranks.
 world=$(printf '"%s",' "${devices[@]:0:num_procs}")
 world=$(printf '{"localhost":[%s]}' "${world%,}" | base64 -w0)
-command=("${environment[@]}" "$PYTHON" -u -m deepspeed.launcher.launch --quiet --no_local_rank "--world_info=$world"
+command=("${environment[@]}" "$PYTHON" -u -m deepspeed.launcher.launch --log_level=critical --no_local_rank "--world_info=$world"
     --master_addr=127.0.0.1 "--master_port=${MASTER_PORT:-$(free_port)}" "$here/train.py" "${preset[@]}" "$@")
 
 if [ -n "${DRY_RUN:-}" ]; then

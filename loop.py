@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from dali_pipeline import Batches
 from dataset import Dataset
 from parallel import Counts, Engine
 from report import draw_curves
-from run_record import RUNS, Progress, RunError, RunRecord, differences, provenance, write_atomically
+from run_record import Progress, RunError, RunRecord, choose_folder, provenance, write_atomically
 from settings import Settings
 
 FLUSH_SECONDS = 0.5  # between looks at the losses, which wait on the device until then
@@ -43,7 +44,7 @@ class StopRequest:
         self.requested = True
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunError):
     """The loss became infinite or not a number; the message names the step."""
 
 
@@ -93,15 +94,20 @@ class Loop:
             except (RunError, OSError) as error:
                 problem = str(error)
         if problem := engine.from_main(problem):
-            raise RunError(problem)
+            raise RunError(problem) if engine.is_main else SystemExit(1)
         if engine.from_main(checkpoint is not None):
-            engine.load(checkpoint)
+            try:
+                engine.load(checkpoint)
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                raise RunError(f"{checkpoint} is damaged ({error}); delete it to go on from the checkpoint before it, "
+                               "or give --fresh to start over") from error
             if engine.is_main:
                 self.progress = RunRecord.read_progress(checkpoint)
                 self.record.keep_metrics(self.progress.num_metrics)
             self.progress = engine.from_main(self.progress)
         elif engine.is_main:
             self.record.create(facts)
+            self.record.keep_metrics(0)  # of a run that was killed before its first checkpoint
             if "validation" in dataset.splits:
                 write_atomically(self.record.folder / "validation_file_list.txt",
                                  "".join(f"{path}\t{label}\n" for path, label in
@@ -112,7 +118,7 @@ class Loop:
         sizes, model = self.engine.batch_sizes, self.settings.model
         what = model.architecture if model.architecture != "vit" else f"vit, {model.attention} attention, {model.feed_forward} feed-forward"
         self.say(f"run       {os.path.relpath(self.record.folder) if self.engine.is_main else ''}")
-        self.say(f"data      {facts['dataset']['folder']}: {len(dataset.classes)} classes, {dataset.image_side} x {dataset.image_side} pixels, "
+        self.say(f"data      {facts['dataset']['folder']}: {len(dataset.classes)} classes, {self.training.side} x {self.training.side} pixels, "
                  + ", ".join(f"{count:,} {name}" for name, count in facts["dataset"]["num_images"].items())
                  + f"; {self.training.source} source")
         self.say(f"model     {what}: {self.engine.num_parameters:,} parameters")
@@ -127,18 +133,21 @@ class Loop:
     def run(self, stop_at: int | None = None) -> bool:
         """Train to the end. Returns False when told to stop before it; everything is saved then. Collective."""
         while self.engine.step < self.total_steps:
-            if not self._train_epoch(stop_at):
+            stopping = self._train_epoch(stop_at)
+            if self.progress.step_in_epoch == self.steps_per_epoch or self.engine.step == self.total_steps:
+                self._finish_epoch()
+            else:
                 self._save_checkpoint()
+            if stopping and self.engine.step < self.total_steps:
                 self.say(f"stopped after step {self.engine.step:,} and saved; start the same run again to go on")
                 return False
-            self._finish_epoch()
         if self.engine.is_main and self.record.metrics():
             draw_curves(self.record.metrics(), self.record.folder / "curves.png", self.record.folder.name)
         return True
 
     def _train_epoch(self, stop_at: int | None) -> bool:
-        """The rest of this epoch. False when the run is to stop here."""
-        engine, progress = self.engine, self.progress
+        """The rest of this epoch, or the part of it until the run is to stop. Returns whether it is to stop."""
+        engine, progress, stopping = self.engine, self.progress, False
         accumulation = engine.batch_sizes.accumulation
         last = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
         batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, last * accumulation)
@@ -146,7 +155,7 @@ class Loop:
         with self._progress_bar(progress, last) as bar:
             began = flushed = time.perf_counter()
             self.training.wait_seconds = 0.0
-            while progress.step_in_epoch < last:
+            while progress.step_in_epoch < last and not stopping:
                 losses.append(engine.train_batch(batches))
                 progress.step_in_epoch += 1
                 progress.timed_images += engine.batch_sizes.total
@@ -157,11 +166,9 @@ class Loop:
                     flushed = time.perf_counter()
                     bar.set_postfix_str(f"loss {progress.loss_sum / progress.step_in_epoch:.3f}", refresh=False)
                 bar.update(engine.batch_sizes.total)
-                if stopping:
-                    break
             progress.training_seconds += time.perf_counter() - began
             progress.data_wait_seconds += self.training.wait_seconds
-        return not stopping or engine.step == self.total_steps
+        return stopping
 
     def _look_at(self, losses: list[Tensor]) -> None:
         """Add the losses that wait on the device to the epoch's sum, and refuse one that is not finite."""
@@ -259,37 +266,3 @@ class Loop:
         if self.engine.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.engine.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def choose_folder(args: Any, facts: dict[str, Any]) -> RunRecord:
-    """The folder of this run: the one that is to go on, or a new one.
-
-    A name that was given must be new, or hold a run of the same settings. Without a name, the first of `base`, `base-2`,
-    ... that is new or holds an unfinished run of the same settings.
-
-    Raises:
-        RunError: the named folder holds another run, or a finished one.
-    """
-    same = ("settings", "seed", "max_steps", "hold_out")
-    number = 1
-    while True:
-        base = args.name or f"{Path(facts['preset']).stem}-{facts['dataset']['name']}-seed{args.seed}"
-        record = RunRecord(RUNS / (base if number == 1 else f"{base}-{number}"))
-        if not record.exists or (args.fresh and number == 1):
-            if record.exists:
-                print(f"the run that was there is now {record.set_aside().name}")
-            return record
-        old = record.facts()
-        changed = [text for key in same for text in differences(old[key], facts[key], key)]
-        changed += differences(old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint")
-        checkpoint = record.newest_checkpoint()
-        finished = checkpoint is not None and int(checkpoint.name.removeprefix("step-")) >= facts["total_steps"]
-        if not changed and not finished:
-            return record
-        if args.name and changed:
-            raise RunError(f"runs/{args.name} holds a run of other settings ({'; '.join(changed)}); choose another --name, "
-                           "or --fresh to start over")
-        if args.name:
-            raise RunError(f"runs/{args.name} is finished; evaluate it with python evaluate.py runs/{args.name}, "
-                           "choose another --name, or --fresh to start over")
-        number += 1

@@ -13,10 +13,17 @@ B images, T tokens, C width, H heads, D head size, F hidden size, P patch, K cla
 from __future__ import annotations
 
 import argparse
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from architectures import ARCHITECTURES as PUBLISHED
+from architectures import find
+from architectures.layers import Architecture, DropPath
 from attention import ATTENTIONS
 from embedding import PATCH_EMBEDDINGS, POOLINGS, POSITIONS
 from feedforward import FEED_FORWARDS
@@ -42,34 +49,56 @@ class Embed(nn.Module):
         return self.dropout(self.position(x)).contiguous()  # stages send it over a wire, which wants it contiguous
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x))."""
+class Branch(nn.Module):
+    """One residual step, (B, T, C) -> (B, T, C): x + share * drop_path(scale * part(norm(x))).
 
-    def __init__(self, dims: Dimensions, attention: nn.Module, feed_forward: nn.Module, drop_path: float):
+    `layer_scale` is the initial value of `scale`, a learnt factor for each channel (arXiv 2103.17239); 0 leaves it out.
+    """
+
+    def __init__(self, dims: Dimensions, drop_path: float, layer_scale: float, part: nn.Module, share: float = 1.0):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(dims.width)
-        self.attention = attention
-        self.feed_forward_norm = nn.LayerNorm(dims.width)
-        self.feed_forward = feed_forward
+        self.norm = nn.LayerNorm(dims.width)
+        self.part = part
+        self.scale = nn.Parameter(torch.full((dims.width,), float(layer_scale))) if layer_scale else None
+        self.share = share
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.attention_norm(x)))
-        return x + self.drop_path(self.feed_forward(self.feed_forward_norm(x)))
+        y = self.part(self.norm(x))
+        if self.scale is not None:
+            y = y * self.scale
+        return torch.add(x, self.drop_path(y), alpha=self.share)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, a residual branch is left out for a random share of the images (arXiv 1603.09382)."""
+class Block(nn.Sequential):
+    """A block of the network, (B, T, C) -> (B, T, C): the branches that one of BLOCKS names, one after the other."""
 
-    def __init__(self, probability: float):
-        super().__init__()
-        self.probability = probability
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return x
-        keep = 1 - self.probability
-        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep) / keep
+# The functions of BLOCKS make the branches of one block: `branch` wraps a part, the other two make a new part at each call.
+Wrap = Callable[..., Branch]
+Make = Callable[[], nn.Module]
+
+
+def pre_norm(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
+    """Attention, then a feed-forward (arXiv 2010.11929)."""
+    return {"attention": branch(attention()), "feed_forward": branch(feed_forward())}
+
+
+def pair(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
+    """Attention, then two feed-forwards; at equal parameters each has half the hidden size."""
+    return {"attention": branch(attention()), "first": branch(feed_forward()), "second": branch(feed_forward())}
+
+
+def macaron(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
+    """A feed-forward before attention and one after, each counting half (arXiv 1906.02762); at equal parameters as `pair`."""
+    return {"before": branch(feed_forward(), share=0.5), "attention": branch(attention()), "after": branch(feed_forward(), share=0.5)}
+
+
+BLOCKS = {
+    "pre_norm": pre_norm,
+    "pair": pair,
+    "macaron": macaron,
+}
 
 
 class Head(nn.Module):
@@ -94,31 +123,39 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
     s = settings
     if image_side % s.patch:
         raise SettingsError(f"model.patch={s.patch} does not divide the image side {image_side}")
-    if s.pooling not in POOLINGS:
-        raise SettingsError(unknown("pooling", s.pooling, list(POOLINGS)))
+    for kind, name, table in (("pooling", s.pooling, POOLINGS), ("block", s.block, BLOCKS)):
+        if name not in table:
+            raise SettingsError(unknown(kind, name, list(table)))
     dims = Dimensions(num_classes, image_side, s.patch, s.width, s.depth, s.heads, s.head_size, POOLINGS[s.pooling].num_prefix, s.dropout)
     patches = make_part(PATCH_EMBEDDINGS, "patch_embedding", s.patch_embedding, dims, s.patch_embedding_options)
-    blocks = [
-        Block(
-            dims,
-            make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options),
-            make_part(FEED_FORWARDS, "feed_forward", s.feed_forward, dims, s.feed_forward_options),
-            drop_path=s.drop_path * i / max(1, s.depth - 1),
-        )
-        for i in range(s.depth)
-    ]
-    position = make_part(POSITIONS, "position", s.position, dims, {})
+    position = make_part(POSITIONS, "position", s.position, dims, s.position_options)
+
+    def attention() -> nn.Module:
+        part, rotation = make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options), position.rotation()
+        if rotation is not None:
+            if not hasattr(part, "rotate"):
+                raise SettingsError(f"model.attention={s.attention} has no place for model.position={s.position}, which acts inside it")
+            part.rotate = rotation
+        return part
+
+    def feed_forward() -> nn.Module:
+        return make_part(FEED_FORWARDS, "feed_forward", s.feed_forward, dims, s.feed_forward_options)
+
+    def block(i: int) -> Block:
+        branch = partial(Branch, dims, s.drop_path * i / max(1, s.depth - 1), s.layer_scale)
+        return Block(OrderedDict(BLOCKS[s.block](branch, attention, feed_forward)))
+
+    blocks = [block(i) for i in range(s.depth)]
     return [Embed(dims, patches, position), *blocks, Head(dims, make_part(POOLINGS, "pooling", s.pooling, dims, {}))]
 
 
-ARCHITECTURES = {
-    "vit": vit,
-}
+ARCHITECTURES: dict[str, Architecture] = {"vit": vit, **PUBLISHED}
 
 TABLES = {
     "architecture": ARCHITECTURES,
     "patch_embedding": PATCH_EMBEDDINGS,
     "position": POSITIONS,
+    "block": BLOCKS,
     "attention": ATTENTIONS,
     "feed_forward": FEED_FORWARDS,
     "pooling": POOLINGS,
@@ -126,10 +163,19 @@ TABLES = {
 
 
 def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """The network as a list of layers, (B, 3, S, S) -> (B, K). Raises SettingsError for what cannot be built."""
-    if settings.architecture not in ARCHITECTURES:
-        raise SettingsError(unknown("architecture", settings.architecture, list(ARCHITECTURES)))
-    return ARCHITECTURES[settings.architecture](settings, num_classes, image_side)
+    """The network as a list of layers, (B, 3, S, S) -> (B, K).
+
+    Raises:
+        SettingsError: an unknown name, a size that does not fit, or a setting that this architecture would not use.
+    """
+    build = find(settings.architecture, ARCHITECTURES)
+    honoured = getattr(build, "honours", None)  # None: all of them
+    for field in fields(ModelSettings):
+        chosen, default = getattr(settings, field.name), getattr(ModelSettings(), field.name)
+        if honoured is not None and field.name not in {"architecture", *honoured} and chosen != default:
+            raise SettingsError(f"model.architecture={settings.architecture} would not use model.{field.name}={chosen}: "
+                                f"its name fixes everything but {', '.join(sorted(honoured)) or 'nothing'}")
+    return build(settings, num_classes, image_side)
 
 
 def build_model(settings: ModelSettings, num_classes: int, image_side: int) -> nn.Sequential:
@@ -153,7 +199,7 @@ def main() -> None:
         for kind, table in TABLES.items():
             print(f"\nmodel.{kind}")
             for name, part in table.items():
-                options = ", ".join(f"{k}={v!r}" for k, v in part_options(part).items()) if kind != "architecture" else ""
+                options = ", ".join(f"{k}={v!r}" for k, v in part_options(part).items()) if kind not in ("architecture", "block") else ""
                 print(f"  {name:12} {(part.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else ""))
         return
     model = build_model(resolve(args.preset, args.set).model, args.classes, args.image_side)

@@ -45,9 +45,11 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     Each group carries its `base_lr`, which the schedule multiplies.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    grouped: set[int] = set()  # a parameter may belong to several modules
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in grouped:
+                grouped.add(id(parameter))
                 decays = parameter.ndim >= 2 and name not in getattr(module, "no_weight_decay", ())
                 factor = getattr(module, "learning_rate_factors", {}).get(name, 1.0)
                 groups[weight_decay if decays else 0.0, factor].append(parameter)

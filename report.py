@@ -62,3 +62,17 @@ def _pyplot() -> Any:
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=120)
     _pyplot().close(figure)
+
+
+def draw_images(grid: np.ndarray, path: Path, title: str) -> None:
+    """A grid of images, uint8 (rows, columns, S, S, 3)."""
+    plt = _pyplot()
+    rows, columns, S = grid.shape[:3]
+    gap = max(1, S // 16)
+    padded = np.pad(grid, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    picture = padded.transpose(0, 2, 1, 3, 4).reshape(rows * (S + gap), columns * (S + gap), 3)
+    figure, axes = plt.subplots(figsize=(0.7 * columns, 0.7 * rows + 0.4), layout="constrained")
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title)
+    _save(figure, path)

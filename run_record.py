@@ -27,7 +27,7 @@ KEEP_CHECKPOINTS = 2
 
 
 class RunError(ValueError):
-    """The run folder cannot be used as asked; the message says why and what to do."""
+    """The run cannot go on, or its folder cannot be used as asked; the message says why and what to do."""
 
 
 @dataclass
@@ -85,12 +85,14 @@ class RunRecord:
     def append_metrics(self, line: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def keep_metrics(self, count: int) -> None:
-        """Forget the lines after the first `count`: epochs that a resumed run will train again."""
-        lines = self.metrics()
-        if len(lines) > count:
-            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines[:count]))
+        """Forget what follows the first `count` lines: epochs that a resumed run will train again, or a torn line."""
+        lines = self.metrics()[:count]
+        if (self.folder / "metrics.jsonl").exists():
+            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def newest_checkpoint(self) -> Path | None:
         """The folder of the newest complete checkpoint."""
@@ -123,6 +125,39 @@ class RunRecord:
         return Progress(**json.loads((folder / "progress.json").read_text()))
 
 
+def choose_folder(args: Any, facts: dict[str, Any]) -> RunRecord:
+    """The folder of this run: the one that is to go on, or a new one.
+
+    A name that was given must be new, or hold a run of the same settings. Without a name, the first of `base`, `base-2`,
+    ... that is new or holds an unfinished run of the same settings.
+
+    Raises:
+        RunError: the named folder holds another run, or a finished one.
+    """
+    same = ("settings", "seed", "max_steps", "hold_out")
+    number = 1
+    while True:
+        base = args.name or f"{Path(facts['preset']).stem}-{facts['dataset']['name']}-seed{args.seed}"
+        record = RunRecord(args.runs_dir / (base if number == 1 else f"{base}-{number}"))
+        if not record.exists or (args.fresh and number == 1):
+            if record.exists:
+                print(f"the run that was there is now {record.set_aside().name}")
+            return record
+        old = record.facts()
+        changed = [text for key in same for text in differences(old[key], facts[key], key)]
+        changed += differences(old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint")
+        checkpoint = record.newest_checkpoint()
+        finished = checkpoint is not None and int(checkpoint.name.removeprefix("step-")) >= facts["total_steps"]
+        if not changed and not finished:
+            return record
+        where = os.path.relpath(record.folder)
+        if args.name and changed:
+            raise RunError(f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, or --fresh to start over")
+        if args.name:
+            raise RunError(f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, or --fresh to start over")
+        number += 1
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader, or a machine that loses power, sees the old content or the new, nothing between."""
     temporary = path.with_name(path.name + ".unfinished")
@@ -139,11 +174,11 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def newest_run() -> Path:
-    """The run folder whose metrics or start are the most recent. Raises RunError when there is none."""
-    found = [path.parent for path in RUNS.glob("*/run.json")]
+def newest_run(runs: Path) -> Path:
+    """The run folder in `runs` whose metrics or start are the most recent. Raises RunError when there is none."""
+    found = [path.parent for path in runs.glob("*/run.json")]
     if not found:
-        raise RunError("there is no run yet; start one with ./launch_local_train.sh")
+        raise RunError(f"there is no run in {runs} yet; start one with ./launch_local_train.sh")
     return max(found, key=lambda folder: max(file.stat().st_mtime for file in folder.glob("*.json*")))
 
 

@@ -49,22 +49,43 @@ class ModelSettings:
     head_size: int = 64  # D
     patch_embedding: str = "spt"
     position: str = "learned"
+    block: str = "pre_norm"
     attention: str = "lsa"
     feed_forward: str = "mlp"
     pooling: str = "class_token"
     patch_embedding_options: dict[str, Any] = field(default_factory=dict)
+    position_options: dict[str, Any] = field(default_factory=dict)
     attention_options: dict[str, Any] = field(default_factory=dict)
     feed_forward_options: dict[str, Any] = field(default_factory=lambda: {"hidden": 256})
     dropout: float = 0.1
+    layer_scale: float = 0.0  # initial factor of every residual branch, learnt for each channel; 0: no such factor
     drop_path: float = 0.0  # stochastic depth: probability of skipping the last block's branches, rising linearly from 0
 
 
 @dataclass
 class AugmentationSettings:
-    """What a training image goes through; evaluation only normalises."""
+    """What a training image goes through, in this order; evaluation only resizes (where it must) and normalises."""
 
+    resized_crop: bool = False  # crop a random part and resize it; else pad and crop
+    resized_crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # share of the image's area
+    resized_crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width by height
     crop_padding: int = 4  # pixels of black added on each side before a random crop back to the image side
     flip: float = 0.5  # probability of a horizontal flip
+    policy: str = "none"  # none, rand_augment, trivial_augment, auto_augment (the CIFAR policy)
+    rand_augment_ops: int = 2  # operations an image
+    rand_augment_magnitude: int = 9  # bin 0..30
+    brightness: float = 0.0  # colour jitter: factors between 1 - x and 1 + x
+    contrast: float = 0.0
+    saturation: float = 0.0
+    erasing: float = 0.0  # probability of random erasing
+    erasing_scale: list[float] = field(default_factory=lambda: [0.02, 0.33])  # share of the image's area
+    erasing_ratio: list[float] = field(default_factory=lambda: [0.3, 3.3])  # height by width
+    erasing_value: str = "zero"  # zero (the mean colour), or pixel (normal noise)
+    repeats: int = 1  # copies of each image a batch, each augmented anew; an epoch then sees 1/repeats of the images
+    mixup: float = 0.0  # alpha of the Beta distribution; 0 is off
+    cutmix: float = 0.0  # alpha of the Beta distribution; 0 is off
+    mix_probability: float = 1.0  # share of the images that are mixed at all
+    cutmix_share: float = 0.5  # where both are on: share of the mixed images that get CutMix
 
 
 @dataclass
@@ -89,6 +110,7 @@ class Settings:
 
     epochs: int = 100
     strategy: str = "zero"
+    image_side: int = 0  # pixels the network sees; 0 is the dataset's own side
     model: ModelSettings = field(default_factory=ModelSettings)
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -103,6 +125,8 @@ class Settings:
     def from_dict(cls, tree: dict[str, Any]) -> Settings:
         """The inverse of `as_dict`. Raises SettingsError for keys this version does not know."""
         settings = cls(engine=copy.deepcopy(tree["engine"]))
+        for name in [f.name for f in fields(ModelSettings) if f.name.endswith("_options")]:
+            setattr(settings.model, name, {})  # the tree says all
         _merge(settings, {key: value for key, value in tree.items() if key != "engine"})
         return settings
 
@@ -146,12 +170,23 @@ def table_names(file: str, table: str) -> dict[str, str]:
     Importing `feedforward.py` would import PyTorch, which is too slow for `--help`.
     """
     tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
-    docs = {node.name: (ast.get_docstring(node) or "").split("\n")[0] for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    docs = _first_lines(tree)
+    for node in tree.body:  # entries that the table's file imports from a file beside it
+        if isinstance(node, ast.ImportFrom) and node.module and (source := HERE / f"{node.module.replace('.', '/')}.py").is_file():
+            there = _first_lines(ast.parse(source.read_text(encoding="utf-8")))
+            docs.update({alias.asname or alias.name: there.get(alias.name, "") for alias in node.names})
     for node in tree.body:
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         if any(getattr(target, "id", None) == table for target in targets):
-            return {key.value: docs.get(getattr(value, "id", ""), "") for key, value in zip(node.value.keys, node.value.values, strict=True)}
+            entries = zip(node.value.keys, node.value.values, strict=True)
+            return {name.value: docs.get(getattr(part, "id", ""), "") for name, part in entries}
     raise LookupError(f"{file} has no table {table}")
+
+
+def _first_lines(tree: ast.Module) -> dict[str, str]:
+    """First docstring line of every class and function at the top of a source file."""
+    named = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    return {node.name: (ast.get_docstring(node) or "").split("\n")[0] for node in named}
 
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
@@ -208,11 +243,14 @@ def _merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:
     names = [f.name for f in fields(target)]
     if not isinstance(tree, dict):
         raise SettingsError(f"{source}{path} is a group of settings ({', '.join(names)}); give one of them, for example {path}.{names[0]}")
-    # Kinds before their options: another feed_forward starts from its own defaults, not from the last one's options.
-    for key, value in sorted(tree.items(), key=lambda item: item[0].endswith("_options")):
+    # What others depend on comes first: another architecture starts from the defaults, not from a preset made for the
+    # last one, and another feed_forward from its own options.
+    for key, value in sorted(tree.items(), key=lambda item: (item[0] != "architecture", item[0].endswith("_options"))):
         if key not in names:
             raise SettingsError(source + unknown("setting", f"{path}.{key}", [f"{path}.{name}" for name in names]))
         current = getattr(target, key)
+        if key == "architecture" and value != current:
+            vars(target).update(vars(type(target)()))
         if f"{key}_options" in names and value != current:
             setattr(target, f"{key}_options", {})
         if isinstance(current, dict):  # options of one entry of a table: checked by the table, which knows its own

@@ -17,8 +17,8 @@ def local_rank() -> int:
 
 
 def pick_device() -> torch.device:
-    """The GPU of this process's local rank, or the CPU when there is none."""
-    if not torch.cuda.is_available():
+    """The GPU of this process's local rank, or the CPU when there is none or DS_ACCELERATOR=cpu asks for it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())

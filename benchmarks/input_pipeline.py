@@ -1,0 +1,271 @@
+"""Images a second and CPU time an image of our input pipeline and of its peers, taking turns on the same machine.
+
+    python benchmarks/input_pipeline.py                                        all loaders, both jobs, data/cifar100: 20 minutes
+    python benchmarks/input_pipeline.py --loaders tensor,resident,memory --images 10240 --rounds 3        a quick look
+    python benchmarks/input_pipeline.py --ffcv-python ffcv/bin/python --json results/input.json --markdown results/input.md
+
+Two jobs: crop 4 + flip + normalise, and the same with RandAugment(2, 9). `loaders.py` holds the loaders; all give float32
+(B, 3, S, S) normalised images and int64 labels on the device, whole shuffled epochs with the remainder dropped. The first
+epoch of each is not counted. Then in each round every loader has a turn of one epoch, or of as many as fill --turn-seconds.
+The wall clock of a turn starts when its first 8 batches have come and stops when the device has them all; CPU time is that
+of the whole turn, with all threads and worker processes. A ratio compares two turns of one round; above 1 ours is faster.
+
+FFCV needs a compiler and libraries: apt install g++ pkg-config libopencv-dev libturbojpeg0-dev, and then pip install ffcv,
+here or in an environment of its own, which --ffcv-python names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.loaders import JOBS, OPTIONAL, OURS, Task, Unavailable, loaders
+from benchmarks.timing import SETTLE_SECONDS, Spread, alternate, available_cores, cpu_seconds, machine, ratios, spread
+from dataset import Dataset, DatasetError
+from settings import unknown
+
+TOLERANCE = 0.1  # between the mean (and standard deviation) of a loader's output and ours, for a job without RandAugment
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`least` times the images/s of `peer`; without a peer, that many images/s."""
+
+    text: str
+    job: str
+    device: str
+    peer: str | None
+    least: float
+
+
+GOALS = (
+    Goal("at least FFCV's speed", "crop", "cpu", "ffcv", 1),
+    Goal("20 times ImageFolder + DataLoader", "crop", "cpu", "imagefolder", 20),
+    Goal("8 times an in-memory Dataset + DataLoader", "rand_augment", "cpu", "memory", 8),
+    Goal("at most twice the time of a whole-batch torch loader", "crop", "cpu", "whole_batch", 0.5),
+    Goal("more than 1,000,000 images/s on the GPU", "crop", "cuda", None, 1e6),
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One loader's part of one round."""
+
+    images: int
+    images_per_second: float
+    cpu_us_per_image: float
+
+
+def measure(dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: int, turn_seconds: float) -> dict[str, Any]:
+    """One job: what every loader did in every round, and why the others did not."""
+    made, warm, skipped = {}, {}, {}
+    # Those with worker processes first, while this process has started few threads.
+    for name in sorted(makers, key=lambda name: name in OURS):
+        try:
+            loader = makers[name](dataset, task)
+            note(f"{task.job}: {name} warms up")
+            window, mean, std = loader.warm_up()
+        except Unavailable as reason:
+            skipped[name] = str(reason)
+            note(f"{task.job}: {name} is left out: {reason}")
+            continue
+        made[name] = loader
+        epochs = max(1, math.ceil(turn_seconds * window.rate / window.images))
+        warm[name] = {"images_per_epoch": window.images, "epochs_per_turn": epochs, "output_mean": mean, "output_std": std}
+    names = [name for name in makers if name in made]
+    turns = {name: partial(take_turn, made[name], warm[name]["epochs_per_turn"]) for name in names}
+    results = alternate(turns, rounds, lambda number, name, turn: note(
+        f"{task.job}: round {number + 1} of {rounds}, {name}: {turn.images_per_second:,.0f} images/s, {turn.cpu_us_per_image:.1f} us"))
+    measured = {name: {**warm[name], "version": made[name].version,
+                       "images_per_second": [turn.images_per_second for turn in results[name]],
+                       "cpu_us_per_image": [turn.cpu_us_per_image for turn in results[name]]} for name in names}
+    for loader in made.values():
+        loader.close()
+    return {"loaders": measured, "skipped": skipped, "ratios": compare(measured, "images_per_second"),
+            "cpu_ratios": compare(measured, "cpu_us_per_image")}
+
+
+def take_turn(loader: Any, epochs: int) -> Turn:
+    before = cpu_seconds()
+    window = loader.turn(epochs)
+    time.sleep(SETTLE_SECONDS)
+    return Turn(window.images, window.rate, 1e6 * (cpu_seconds() - before) / window.images)
+
+
+def compare(measured: dict[str, Any], figure: str) -> dict[str, dict[str, list[float]]]:
+    """Ours by each peer, round by round."""
+    return {ours: {peer: ratios(measured[ours][figure], measured[peer][figure]) for peer in measured if peer not in OURS}
+            for ours in measured if ours in OURS}
+
+
+def unlike(job: dict[str, Any]) -> list[str]:
+    """Loaders whose output differs in mean or standard deviation from the first one's: they do some other work."""
+    outputs = {name: (facts["output_mean"], facts["output_std"]) for name, facts in job["loaders"].items()}
+    first = next(iter(outputs.values()), None)
+    return [name for name, output in outputs.items() if any(abs(a - b) > TOLERANCE for a, b in zip(output, first, strict=True))]
+
+
+def judge(goal: Goal, report: dict[str, Any]) -> dict[str, Any] | None:
+    """Whether the fastest of ours reaches a goal; None for a goal of another device or job."""
+    if goal.device != torch.device(report["settings"]["device"]).type or goal.job not in report["jobs"]:
+        return None
+    job = report["jobs"][goal.job]
+    speeds = {name: spread(facts["images_per_second"]).median for name, facts in job["loaders"].items() if name in OURS}
+    answer = {"goal": goal.text, "job": goal.job, "least": goal.least, "met": None, "loader": None}
+    if not speeds or goal.peer and goal.peer not in job["loaders"]:
+        return answer
+    best = max(speeds, key=speeds.get)
+    values = spread(job["ratios"][best][goal.peer] if goal.peer else job["loaders"][best]["images_per_second"])
+    met = values.median > goal.least if goal.peer is None else values.median >= goal.least
+    return {**answer, "met": met, "loader": best, **values._asdict()}
+
+
+def goal_line(verdict: dict[str, Any]) -> str:
+    if verdict["met"] is None:
+        return f"not measured: {verdict['goal']} ({verdict['job']})"
+    number = "{:,.0f} images/s" if verdict["least"] >= 1e4 else "{:.2f} times the speed"
+    median, *ends = (number.format(verdict[key]) if key == "median" else f"{verdict[key]:,.{0 if verdict['least'] >= 1e4 else 2}f}"
+                     for key in ("median", "minimum", "maximum"))
+    return f"{'met' if verdict['met'] else 'NOT met'}: {verdict['goal']} ({verdict['job']}): {verdict['loader']}, {median} ({' .. '.join(ends)})"
+
+
+def tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]], list[str]]]:
+    """For each job: title, rows of cells (the first is the head) and notes; twice, for the speeds and for the ratios."""
+    result = []
+    for name, job in report["jobs"].items():
+        measured = job["loaders"]
+        rows = [["loader", "images/s: min", "median", "max", "CPU us/image: min", "median", "max"]]
+        for loader, facts in measured.items():
+            cells = [f"{value:,.0f}" for value in spread(facts["images_per_second"])] + [f"{v:.1f}" for v in spread(facts["cpu_us_per_image"])]
+            rows.append([label(loader), *cells])
+        notes = [f"{label(loader)}: left out: {reason}" for loader, reason in job["skipped"].items()]
+        notes += [f"{label(loader)}: its output differs in mean or standard deviation: not the same work" for loader in job["unlike"]]
+        result.append((JOBS[name], rows, notes))
+        peers = [loader for loader in measured if loader not in OURS]
+        for key, title in (("ratios", "images/s, ours by the peer's"), ("cpu_ratios", "CPU time an image, ours by the peer's")):
+            rows = [[f"{title}: median (min .. max)", *peers]]
+            rows += [[label(ours), *(ratio_cell(spread(job[key][ours][peer])) for peer in peers)] for ours in job[key]]
+            if peers and len(rows) > 1:
+                result.append((f"{JOBS[name]}: {title}, round by round", rows, []))
+    return result
+
+
+def ratio_cell(values: Spread) -> str:
+    return f"{values.median:.2f} ({values.minimum:.2f} .. {values.maximum:.2f})"
+
+
+def label(loader: str) -> str:
+    return f"ours, {loader}" if loader in OURS else loader
+
+
+def as_text(report: dict[str, Any]) -> str:
+    parts = [headline(report)]
+    for title, rows, notes in tables(report):
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+        parts.append("\n".join([title, *lines, *notes]))
+    return "\n\n".join([*parts, "\n".join(map(goal_line, report["goals"]))])
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    parts = ["# Input pipelines", headline(report)]
+    for title, rows, notes in tables(report):
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
+        parts += [f"## {title}", "\n".join(lines), *notes]
+    return "\n\n".join([*parts, "## Goals", "\n".join(f"- {goal_line(verdict)}" for verdict in report["goals"])]) + "\n"
+
+
+def headline(report: dict[str, Any]) -> str:
+    where, settings = report["machine"], report["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return (f"{settings['images_per_epoch']:,} images an epoch of {settings['side']} x {settings['side']} pixels, batches of "
+            f"{settings['batch_size']}, on {where['gpu'] or 'the CPU'}; {where['cpu']}, {where['cores']} cores, {settings['threads']} threads or "
+            f"workers; {settings['rounds']} rounds; {versions}.")
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    names = list(loaders())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar100"), help="prepared dataset (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, help="at most so many images an epoch")
+    parser.add_argument("--turn-seconds", type=float, default=1.0, help="a turn has as many epochs as last this long (%(default)s)")
+    parser.add_argument("--loaders", default=",".join(name for name in names if name not in OPTIONAL), help=f"some of {','.join(names)}")
+    parser.add_argument("--jobs", default=",".join(JOBS), help="%(default)s")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="threads or workers of each loader (the cores: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ffcv-python", help="Python that has FFCV; default: this one")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    options = parser.parse_args(arguments)
+    for kind, known in (("loaders", names), ("jobs", list(JOBS))):
+        chosen = [name for name in getattr(options, kind).split(",") if name]
+        for name in chosen:
+            if name not in known:
+                parser.error(f"--{kind}: {unknown(kind[:-1], name, known)}")
+        setattr(options, kind, [name for name in known if name in chosen])
+    for name in ("batch_size", "rounds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what was asked for. Raises DatasetError when the dataset does not allow it."""
+    dataset, device = Dataset.open(options.data_dir), torch.device(options.device)
+    if dataset.image_side is None:
+        raise DatasetError(f"the images of {dataset.folder} differ in size; the peers need one size")
+    num_images = min(len(dataset.splits["train"]), options.images or sys.maxsize)
+    if num_images < options.batch_size:
+        raise DatasetError(f"{num_images} images are fewer than one batch of {options.batch_size}; give a smaller --batch-size")
+    num_batches = num_images // options.batch_size
+    torch.set_num_threads(options.threads)
+    makers = {name: maker for name, maker in loaders(options.ffcv_python).items() if name in options.loaders}
+    jobs = {}
+    for job in options.jobs:
+        task = Task(job, options.batch_size, num_batches, options.threads, device)
+        jobs[job] = measure(dataset, task, makers, options.rounds, options.turn_seconds)
+        jobs[job]["unlike"] = unlike(jobs[job]) if job == "crop" else []
+    where = machine(device)
+    where["versions"].update({name: facts["version"] for job in jobs.values() for name, facts in job["loaders"].items() if facts["version"]})
+    settings = {"batch_size": options.batch_size, "images_per_epoch": num_batches * options.batch_size, "side": dataset.image_side,
+                "rounds": options.rounds, "threads": options.threads, "device": str(device), "turn_seconds": options.turn_seconds}
+    report = {"machine": where, "settings": settings, "jobs": jobs}
+    report["goals"] = [verdict for goal in GOALS if (verdict := judge(goal, report))]
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        report = run(options)
+    except DatasetError as error:
+        print(f"input_pipeline: {error}", file=sys.stderr)
+        return 1
+    print(as_text(report))
+    for path, text in ((options.json, json.dumps(report, indent=2) + "\n"), (options.markdown, as_markdown(report))):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Carry out a plan of `augmentation.py` on whole batches of PyTorch tensors: the `tensor` source.
+
+The same operations as the DALI graph in `dali_graph.py`, with the pixel arithmetic of torchvision's v2 transforms, but a
+whole batch at a time: on a CPU, DALI's cost is one call an image and operator. Images are uint8 (B, 3, S, S).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from augmentation import Plan
+from policies import AUTOCONTRAST, BRIGHTNESS, COLOR, CONTRAST, EQUALIZE, IDENTITY, POSTERIZE, SHARPNESS, SOLARIZE, WARP, Level
+
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G, B
+
+
+def augment(images: Tensor, plan: Plan) -> Tensor:
+    """Everything up to normalisation: uint8 (B, 3, S, S) -> uint8 (B, 3, S, S)."""
+    if plan.part is not None:
+        images = resized_crop(images, plan.part)
+    images = shift_and_flip(images, plan.corner, plan.flip)
+    for level in plan.levels:
+        images = apply_level(images, level)
+    return images
+
+
+def shift_and_flip(images: Tensor, corner: np.ndarray | None, flip: np.ndarray) -> Tensor:
+    """Crop at `corner` (y, x) with black outside the image, then mirror where `flip` is 1.
+
+    One gather of whole rows along each axis; a row or column from outside is taken from a black one that is appended.
+    """
+    B, C, S, _ = images.shape
+    along = np.arange(S)
+    y = np.broadcast_to(along, (B, S)) if corner is None else along + corner[:, :1]
+    x = np.where(flip[:, None] > 0, along[::-1], along)
+    x = x if corner is None else x + corner[:, 1:]
+    if corner is not None:
+        images = F.pad(images, (0, 1, 0, 1))
+        y, x = (np.where((at >= 0) & (at < S), at, S) for at in (y, x))
+    side = images.shape[-1]
+    flat = torch.from_numpy((y[:, :, None] * side + x[:, None, :]).reshape(B, 1, S * S)).to(images.device)
+    return images.reshape(B, C, side * side).gather(2, flat.expand(B, C, S * S)).view(B, C, S, S)
+
+
+def resized_crop(images: Tensor, part: np.ndarray) -> Tensor:
+    """The part (y0, x0, y1, x1, shares of the sides) of each image, enlarged to the whole by bilinear interpolation."""
+    y0, x0, y1, x1 = part.T
+    zero = np.zeros_like(y0)
+    theta = np.stack([np.stack([x1 - x0, zero, x0 + x1 - 1], 1), np.stack([zero, y1 - y0, y0 + y1 - 1], 1)], 1)
+    grid = F.affine_grid(torch.from_numpy(theta).to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round_().to(torch.uint8)
+
+
+def apply_level(images: Tensor, level: Level) -> Tensor:
+    """One operation an image; images of one kind are worked on together."""
+    images = images.clone()
+    for kind in np.unique(level.kind):
+        if kind != IDENTITY:
+            rows = np.flatnonzero(level.kind == kind)
+            at = torch.from_numpy(rows).to(images.device)
+            value = torch.from_numpy(level.value[rows]).to(images.device).view(-1, 1, 1, 1)
+            images[at] = warp(images[at], level.matrix[rows]) if kind == WARP else OPERATIONS[kind](images[at], value)
+    return images
+
+
+def warp(images: Tensor, matrix: np.ndarray) -> Tensor:
+    """Show at each pixel of the result the nearest pixel of the source that `matrix` points to; black outside."""
+    B, C, S, _ = images.shape
+    along = np.arange(S, dtype=np.float32) + np.float32(0.5)
+    x, y = along[None, None, :], along[None, :, None]
+    a = matrix[:, :, :, None, None]
+    # The small step keeps a point on the border of two pixels from falling to either side by rounding.
+    from_x = np.floor(a[:, 0, 0] * x + a[:, 0, 1] * y + a[:, 0, 2] + 1e-4).astype(np.int64)
+    from_y = np.floor(a[:, 1, 0] * x + a[:, 1, 1] * y + a[:, 1, 2] + 1e-4).astype(np.int64)
+    inside = (from_x >= 0) & (from_x < S) & (from_y >= 0) & (from_y < S)
+    flat = torch.from_numpy(np.where(inside, from_y * S + from_x, S * S).reshape(B, 1, S * S)).to(images.device)
+    source = F.pad(images.reshape(B, C, S * S), (0, 1))
+    return source.gather(2, flat.expand(B, C, S * S)).view(B, C, S, S)
+
+
+def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    """factor * images + (1 - factor) * other, cut to 0..255."""
+    return (factor * images + (1 - factor) * other).clamp_(0, 255).to(torch.uint8)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma, rounded down: float32 (B, 1, S, S)."""
+    r, g, b = images.float().unbind(1)
+    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2]).floor_().unsqueeze(1)
+
+
+def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image smoothed by (1 1 1; 1 5 1; 1 1 1) / 13; the outermost pixels stay."""
+    kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=torch.float32) / 13
+    smooth = images.float()
+    smooth[..., 1:-1, 1:-1] = F.conv2d(smooth, kernel.expand(3, 1, 3, 3), groups=3).round_()
+    return blend(images, smooth, factor)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the highest `bits` bits."""
+    return images & (256 - 2 ** (8 - bits)).to(torch.uint8)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert values from `threshold` up."""
+    return torch.where(images >= threshold, 255 - images, images)
+
+
+OPERATIONS = {
+    BRIGHTNESS: lambda images, factor: blend(images, 0.0, factor),
+    COLOR: lambda images, factor: blend(images, grey(images), factor),
+    CONTRAST: lambda images, factor: blend(images, grey(images).mean(dim=(1, 2, 3), keepdim=True), factor),
+    SHARPNESS: sharpness,
+    POSTERIZE: posterize,
+    SOLARIZE: solarize,
+    AUTOCONTRAST: lambda images, _: tv.autocontrast(images),
+    EQUALIZE: lambda images, _: tv.equalize(images),
+}

@@ -1,0 +1,200 @@
+"""Batches: exact order, exact counts, the same batch after any jump, on every source. Run: python -m pytest tests/test_dali_pipeline.py"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_pipeline import Batches, preview
+from dataset import Dataset, DatasetError
+from prepare_dataset import prepare
+from settings import AugmentationSettings, SettingsError
+
+SOURCES = ("resident", "files", "tensor")
+HEAVY = AugmentationSettings(policy="rand_augment", erasing=0.5, mixup=0.8, cutmix=1.0)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    """10 classes, 250 training and 70 test images of 32 pixels."""
+    return prepare(tmp_path_factory.mktemp("data") / "shapes", dataset="shapes", shapes=dict(side=32, train_per_class=25, test_per_class=7))
+
+
+def fake(dataset: Dataset, num_images: int) -> Dataset:
+    """A dataset whose test split has `num_images` images, all from the same few rows."""
+    test = dataset.splits["test"]
+    return replace(dataset, splits={**dataset.splits, "test": test.take(np.arange(num_images) % len(test))})
+
+
+def pixels(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
+    """Normalised images back to 0..255."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
+    return (images * std + mean) * 255
+
+
+def collect(batches: Batches, epoch: int = 0, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(images.clone(), labels.clone()) for images, labels in batches.epoch(epoch, start)]
+
+
+def same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_evaluation_pixels_equal_pillow(dataset, source):
+    """Normalisation is all that happens: the pixels are those that Pillow decodes, in the order of the list."""
+    images = torch.cat([images for images, _ in Batches(dataset, "test", 32, source=source).epoch()])
+    expected = [np.asarray(Image.open(dataset.root / path).convert("RGB")) for path in dataset.splits["test"].paths]
+    expected = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
+    assert torch.equal(pixels(images[:70], dataset).round().to(torch.uint8), expected)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
+    torch.testing.assert_close(images[:70], (expected / 255 - mean) / std, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+@pytest.mark.parametrize("num_images", [70, 69])
+def test_evaluation_counts_every_image_once(dataset, source, num_shards, num_images):
+    few = fake(dataset, num_images)
+    for batch_size in (7, 64, 500):
+        shards = [collect(Batches(few, "test", batch_size, shard, num_shards, source=source)) for shard in range(num_shards)]
+        assert len({len(shard) for shard in shards}) == 1, "every shard has the same number of batches"
+        labels = torch.cat([labels for shard in shards for _, labels in shard])
+        assert (labels >= 0).sum() == num_images
+        assert torch.equal(labels[labels >= 0].bincount(), torch.from_numpy(few.splits["test"].labels).bincount())
+
+
+@pytest.mark.parametrize("num_images", [10_000, 9_999])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [512, 333])
+def test_ten_thousand_test_images_are_counted_exactly(dataset, num_images, num_shards, batch_size):
+    few = fake(dataset, num_images)
+    shards = [Batches(few, "test", batch_size, shard, num_shards, source="tensor") for shard in range(num_shards)]
+    seen = [sum(int((labels >= 0).sum()) for _, labels in batches.epoch()) for batches in shards]
+    assert sum(seen) == num_images and len({len(batches) for batches in shards}) == 1
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_an_epoch_shows_each_image_at_most_once_in_one_order(dataset, num_shards):
+    """Interleaved, the shards give the order of a single shard; the images are told apart by their pixels."""
+    plain = AugmentationSettings(crop_padding=0, flip=0.0)
+    micro = 24 // num_shards
+    shards = [collect(Batches(dataset, "train", micro, s, num_shards, seed=5, augmentation=plain, source="tensor")) for s in range(num_shards)]
+    together = torch.cat([shard[i][0] for i in range(len(shards[0])) for shard in shards])
+    alone = torch.cat([images for images, _ in collect(Batches(dataset, "train", 24, seed=5, augmentation=plain, source="tensor"))])
+    assert torch.equal(together, alone)
+    assert len(together) == 240 and len(torch.unique(together.flatten(1), dim=0)) == 240
+
+
+def test_the_order_depends_on_seed_and_epoch(dataset):
+    batches = {seed: Batches(dataset, "train", 250, seed=seed, augmentation=AugmentationSettings(), source="tensor") for seed in (0, 1)}
+    labels = [next(iter(batches[seed].epoch(epoch)))[1] for seed in (0, 1) for epoch in (0, 1)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(labels) for b in labels[:i])
+    assert all(torch.equal(a.bincount(), labels[0].bincount()) for a in labels)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_batch_can_be_asked_for(dataset, source):
+    """A pipeline that starts at a batch, or jumps to it, gives the bits that one that read everything gives."""
+    def make(**more):
+        return Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source=source, **more)
+
+    batches = make()
+    epochs = [collect(batches, epoch) for epoch in range(2)]
+    for start in (1, 3, 4):
+        assert same(collect(make(num_threads=1), 0, start), epochs[0][start:]), "a fresh pipeline, another number of threads"
+    assert same(collect(batches, 1, 2), epochs[1][2:]), "a jump back"
+    assert same(collect(batches, 0, 4), epochs[0][4:]), "and again"
+    assert same(collect(batches, 1), epochs[1]), "the end of an epoch runs into the next one"
+
+
+def test_leaving_an_epoch_early_loses_nothing(dataset):
+    batches = Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident")
+    whole = collect(batches)
+    for _ in batches.epoch(0):
+        break
+    assert same(collect(batches), whole)
+
+
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_reading_ahead_changes_nothing(dataset, prefetch, monkeypatch):
+    expected = collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident"))
+    monkeypatch.setattr("dali_pipeline.PREFETCH", prefetch)
+    monkeypatch.setattr("dali_pipeline._OnDali.depth", prefetch)
+    assert same(collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident")), expected)
+
+
+def test_repeated_augmentation_shows_each_image_several_times(dataset):
+    batches = Batches(dataset, "train", 60, seed=0, augmentation=AugmentationSettings(repeats=3), source="tensor")
+    images, labels = next(iter(batches.epoch()))
+    assert torch.equal(labels[0::3], labels[1::3]) and torch.equal(labels[0::3], labels[2::3])
+    assert not torch.equal(images[0::3], images[1::3])
+
+
+def test_trees_of_any_size_train_and_evaluate(tmp_path):
+    """Images of different sizes: random resized crops in training; torchvision's resize and centre crop in evaluation."""
+    from torchvision.transforms.v2 import functional as tv
+
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 5)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = draw.integers(40, 160, 2)
+                coarse = draw.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+                suffix = "png" if i % 2 else "jpg"
+                Image.fromarray(coarse).resize((int(width), int(height)), Image.BILINEAR).save(tmp_path / split / name / f"{i}.{suffix}")
+    dataset = prepare(root=tmp_path)
+    with pytest.raises(DatasetError, match="differ in size; say what the network is to see with --set image_side=128"):
+        Batches(dataset, "test", 4)
+    training = Batches(dataset, "train", 8, augmentation=AugmentationSettings(resized_crop=True, policy="trivial_augment"), image_side=48)
+    assert [images.shape for images, _ in training.epoch()] == [(8, 3, 48, 48)] * 3
+    images = torch.cat([images for images, _ in Batches(dataset, "test", 4, image_side=48).epoch()])
+    for i, path in enumerate(dataset.splits["test"].paths):
+        image = tv.pil_to_tensor(Image.open(dataset.root / path).convert("RGB"))
+        expected = tv.center_crop(tv.resize(image, round(48 * 256 / 224), antialias=True), 48)
+        assert (pixels(images[i], dataset) - expected).abs().max() < 1.5, "one level of rounding"
+
+
+@pytest.mark.parametrize("source", ["resident", "files"])
+def test_small_images_are_enlarged(dataset, source):
+    images, _ = next(iter(Batches(dataset, "test", 8, image_side=64, source=source).epoch()))
+    assert images.shape == (8, 3, 64, 64)
+    with pytest.raises(DatasetError, match="does not resize"):
+        Batches(dataset, "test", 8, image_side=64, source="tensor")
+
+
+@pytest.mark.parametrize("damage", ["deleted", "empty", "truncated", "text"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_file_that_breaks_after_preparation_is_named(tmp_path, damage, training):
+    dataset = prepare(tmp_path, dataset="shapes", shapes=dict(side=32, train_per_class=4, test_per_class=4))
+    split = "train" if training else "test"
+    path = dataset.root / dataset.splits[split].paths[7]
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "deleted":
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"not an image at all"}[damage])
+    batches = Batches(dataset, split, 10, augmentation=AugmentationSettings() if training else None, source="files")
+    with pytest.raises(DatasetError, match=path.name):
+        collect(batches)
+
+
+def test_what_cannot_be_is_refused(dataset):
+    with pytest.raises(DatasetError, match="250 images, fewer than one global batch of 300"):
+        Batches(dataset, "train", 150, 0, 2, augmentation=AugmentationSettings())
+    with pytest.raises(DatasetError, match="unknown source 'residents'; did you mean 'resident'"):
+        Batches(dataset, "test", 10, source="residents")
+    with pytest.raises(SettingsError, match="augmentation.flip is a probability"):
+        Batches(dataset, "train", 10, augmentation=AugmentationSettings(flip=1.5))
+    with pytest.raises(SettingsError, match="unknown augmentation.policy 'randaugment'; did you mean 'rand_augment'"):
+        Batches(dataset, "train", 10, augmentation=AugmentationSettings(policy="randaugment"))
+
+
+def test_the_preview_shows_the_original_and_its_augmentations(dataset):
+    grid = preview(dataset, AugmentationSettings(crop_padding=0, flip=1.0), 0, count=5, epochs=2, seed=0, source="tensor")
+    assert grid.shape == (5, 3, 32, 32, 3)
+    assert np.array_equal(grid[:, 1], grid[:, 0][:, :, ::-1]) and np.array_equal(grid[:, 2], grid[:, 1])

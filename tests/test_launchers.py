@@ -1,0 +1,389 @@
+"""The shell scripts: the command they print, the environment they choose, their one-sentence errors, and what a signal does.
+
+    ./run_tests.sh tests/test_launchers.py
+
+The scripts are copied beside a stub of train.py, and `nvidia-smi`, `ssh` and `pdsh` are fakes, so that every machine tests the same.
+"""
+import base64
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.hostfile import HostfileError, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+AWKWARD = ["a b", "it's", 'say "x"', "a;echo b", "$HOME", "*", "", "--set=x={\"k\": 1}"]
+STUB = '''
+import json, os, pathlib, signal, sys, time
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+out = pathlib.Path(os.environ["STUB_OUT"])
+rank = os.environ["RANK"]
+(out / f"started{rank}").write_text(json.dumps([os.getpid(), sys.argv[1:], os.environ["WORLD_SIZE"], os.getcwd()]))
+deadline = time.time() + float(os.environ.get("STUB_SECONDS", 0))
+while time.time() < deadline and not stop:
+    time.sleep(0.05)
+time.sleep(0.5 if stop else 0)          # a checkpoint takes its time
+time.sleep(0.2)                         # a second signal would come about now
+(out / f"ended{rank}").write_text(str(len(stop)))
+sys.exit(75 if stop else int(os.environ.get("STUB_CODE", 0)))
+'''
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A copy of the scripts in a folder whose name has a space, with fakes in front of PATH and no GPU."""
+    folder = tmp_path / "my repo"
+    folder.mkdir()
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt"), ROOT / "hostfile"]:
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "cluster", folder / "cluster")
+    (folder / "train.py").write_text(STUB)
+    (tmp_path / "bin").mkdir()
+    fake(folder, "nvidia-smi", "exit 9")
+    return folder
+
+
+def fake(repo, name, script):
+    path = repo.parent / "bin" / name
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def fake_gpus(repo, count, cuda="13.0"):
+    lines = "".join(f"echo 'GPU {i}: H200 (UUID: GPU-{i})'\n" for i in range(count))
+    fake(repo, "nvidia-smi", f"if [ \"$1\" = -L ]; then\n{lines}else echo '| Driver Version: 580.1   CUDA Version: {cuda} |'; fi")
+
+
+def environment(repo, **variables):
+    ours = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "NUM_PROCS", "MASTER_", "HOSTFILE", "DRIVER_CUDA", "DRY_RUN")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    path = f"{repo.parent / 'bin'}:{os.environ['PATH']}"
+    return {**kept, "PATH": path, "PYTHON": sys.executable, "STUB_OUT": str(repo.parent), **variables}
+
+
+def run(repo, script, *arguments, cwd=None, **variables):
+    command = [str(repo / script), *arguments]
+    return subprocess.run(command, env=environment(repo, **variables), cwd=cwd or repo.parent, capture_output=True, text=True, timeout=120)
+
+
+def dry_run(repo, *arguments, script="launch_local_train.sh", **variables):
+    """-> the words of the printed command."""
+    result = run(repo, script, *arguments, DRY_RUN="1", **variables)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    # bash itself takes the line apart, because that is what a person would paste it into
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {result.stdout}"], capture_output=True, text=True, check=True).stdout
+    return words.split("\0")[:-1]
+
+
+def world(words):
+    (encoded,) = [word.split("=", 1)[1] for word in words if word.startswith("--world_info=")]
+    return json.loads(base64.urlsafe_b64decode(encoded))["localhost"]
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.sh"), ROOT / ".ci/run"], ids=lambda path: path.name)
+def test_script_is_valid_and_executable(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert os.access(path, os.X_OK)
+
+
+# --- one machine -------------------------------------------------------------------------------------------------------------
+
+def test_dry_run_prints_every_argument_unharmed(repo):
+    words = dry_run(repo, *AWKWARD)
+    assert words[words.index(str(repo / "train.py")) + 1:] == ["--preset", "cpu", *AWKWARD]
+
+
+def test_arguments_and_folder_reach_train_py_unharmed(repo, tmp_path):
+    result = run(repo, "launch_local_train.sh", *AWKWARD, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    _, argv, world_size, cwd = json.loads((tmp_path / "started0").read_text())
+    assert (argv, world_size, cwd) == (["--preset", "cpu", *AWKWARD], "1", str(tmp_path))
+
+
+@pytest.mark.parametrize("given", [["--preset", "tiny"], ["--preset=tiny"]])
+def test_a_preset_that_was_given_is_kept(repo, given):
+    assert dry_run(repo, *given)[-len(given) - 1:] == [str(repo / "train.py"), *given]
+
+
+def test_cpu_processes_share_the_cores(repo):
+    words = dry_run(repo, NUM_PROCS="2")
+    assert world(words) == ["0", "1"]
+    assert "DS_ACCELERATOR=cpu" in words
+    assert f"OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) // 2)}" in words
+    assert "OMP_NUM_THREADS=7" in dry_run(repo, NUM_PROCS="2", OMP_NUM_THREADS="7")
+
+
+@pytest.mark.parametrize("variables, devices", [
+    ({}, ["0", "1", "2", "3"]),
+    ({"NUM_PROCS": "2"}, ["0", "1"]),
+    ({"CUDA_VISIBLE_DEVICES": "3,1"}, ["3", "1"]),
+    ({"CUDA_VISIBLE_DEVICES": "3,1", "NUM_PROCS": "1"}, ["3"]),
+    ({"CUDA_VISIBLE_DEVICES": "GPU-2"}, ["GPU-2"]),
+])
+def test_a_process_for_each_gpu(repo, variables, devices):
+    fake_gpus(repo, 4)
+    words = dry_run(repo, "--epochs", "1", **variables)
+    assert world(words) == devices
+    assert words[-3:] == [str(repo / "train.py"), "--epochs", "1"]
+    assert not any(word.startswith("DS_ACCELERATOR") for word in words)
+
+
+@pytest.mark.parametrize("variables", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}])
+def test_gpus_that_are_hidden_are_not_used(repo, variables):
+    fake_gpus(repo, 4)
+    assert "DS_ACCELERATOR=cpu" in dry_run(repo, **variables)
+
+
+@pytest.mark.parametrize("variables, sentence", [
+    ({"NUM_PROCS": "3"}, "NUM_PROCS=3, but only 2"),
+    ({"NUM_PROCS": "0"}, "at least 1, not '0'"),
+    ({"NUM_PROCS": "two"}, "at least 1, not 'two'"),
+    ({"CUDA_VISIBLE_DEVICES": "0,5"}, "names the GPU 5"),
+])
+def test_impossible_requests_are_refused(repo, variables, sentence):
+    fake_gpus(repo, 2)
+    result = run(repo, "launch_local_train.sh", DRY_RUN="1", **variables)
+    assert result.returncode != 0
+    assert sentence in result.stderr and result.stdout == ""
+
+
+def test_a_failing_rank_fails_the_script(repo):
+    result = run(repo, "launch_local_train.sh", STUB_CODE="3")
+    assert result.returncode == 3
+    assert "Training failed (exit code 3)" in result.stderr
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def rank_pids(folder):
+    wait_until(lambda: all((folder / f"started{rank}").exists() for rank in (0, 1)))
+    time.sleep(0.2)      # the file exists before it is written
+    return [json.loads((folder / f"started{rank}").read_text())[0] for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("how", ["terminate", "ctrl-c"])
+def test_stopping_lets_every_rank_save_once_and_leaves_none(repo, tmp_path, how):
+    variables = environment(repo, NUM_PROCS="2", STUB_SECONDS="60")
+    script, terminal = str(repo / "launch_local_train.sh"), None
+    if how == "ctrl-c":              # typed in a terminal, where the whole foreground group gets the signal
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execve(script, [script], variables)
+    else:
+        pid = subprocess.Popen([script], env=variables, stderr=subprocess.DEVNULL).pid
+    ranks = rank_pids(tmp_path)
+    if terminal is None:
+        os.kill(pid, signal.SIGTERM)
+    else:
+        os.write(terminal, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert [(tmp_path / f"ended{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert not any(psutil.pid_exists(rank) for rank in ranks)
+    if terminal is not None:
+        os.close(terminal)
+
+
+@pytest.mark.parametrize("victim", ["script", "launcher"])
+def test_no_rank_survives_a_killed_parent(repo, tmp_path, victim):
+    script = subprocess.Popen([str(repo / "launch_local_train.sh")], env=environment(repo, NUM_PROCS="2", STUB_SECONDS="60"),
+                              stderr=subprocess.DEVNULL)
+    ranks = rank_pids(tmp_path)
+    os.kill(script.pid if victim == "script" else psutil.Process(ranks[0]).ppid(), signal.SIGKILL)
+    assert script.wait(60) != 0
+    wait_until(lambda: not any(psutil.pid_exists(rank) for rank in ranks), 20)
+
+
+# --- the environment ---------------------------------------------------------------------------------------------------------
+
+def pins(name):
+    return re.findall(r"^([\w-]+)==(\S+?)(;.*)?$", (ROOT / name).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name, differ", [
+    ("requirements-cuda12.txt", {"torch", "torchvision", "nvidia-dali"}),
+    ("requirements-cuda11.txt", {"torch", "torchvision", "nvidia-dali", "deepspeed", "numpy"}),
+])
+def test_sets_for_older_drivers_differ_only_where_they_must(name, differ):
+    def rest(file):
+        return {pin for pin in pins(file) if re.sub("-cuda.*", "", pin[0]) not in differ}
+    assert rest(name) == rest("requirements.txt")
+
+
+@pytest.mark.parametrize("cuda, driver, chosen", [
+    ("13.1", "590.1", "requirements.txt"), ("12.2", "535.1", "requirements-cuda12.txt"), ("11.4", "470.1", "requirements-cuda11.txt"),
+    ("N/A", "580.65", "requirements.txt"), ("N/A", "550.1", "requirements-cuda12.txt"), ("N/A", "470.1", "requirements-cuda11.txt"),
+])
+def test_the_driver_chooses_the_set(repo, cuda, driver, chosen):
+    fake(repo, "nvidia-smi", f"echo '| NVIDIA-SMI {driver}   Driver Version: {driver}   CUDA Version: {cuda} |'")
+    fake_python(repo)
+    result = run(repo, "setup_environment.sh", PYTHON="python3", DRY_RUN="1")
+    assert f"with {chosen} " in result.stderr
+    assert not (repo / ".venv").exists()
+
+
+def test_the_set_can_be_chosen_by_hand_and_an_old_driver_is_refused(repo):
+    fake_python(repo)
+    assert "with requirements-cuda12.txt " in run(repo, "setup_environment.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="12").stderr
+    result = run(repo, "setup_environment.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="10.2")
+    assert result.returncode == 1 and "too old" in result.stderr
+
+
+def fake_python(repo):
+    """A python3 without the requirements, whose .venv has them once `pip install` ran; it notes its installs in `pip.log`."""
+    fake(repo, "python3", f'''
+case "$1 $2" in
+    "-m venv") target="${{@: -1}}"; [ "$3" != --clear ] || rm -rf "$target"
+        mkdir -p "$target/bin"; cp "$0" "$target/bin/python"; exit ;;
+    "-m pip") echo "${{@: -1}}" >>{shlex.quote(str(repo.parent / "pip.log"))}; sleep "${{PIP_SECONDS:-0}}"
+        [ -z "$PIP_FAILS" ] && touch "${{0%/*}}/installed"; exit ;;
+    "- "*) [ -e "${{0%/*}}/installed" ] && echo "${{0%/*}}" && exit; echo missing everything; exit 1 ;;
+    *) exec {shlex.quote(sys.executable)} "$@" ;;
+esac''')
+
+
+def installs(repo):
+    log = repo.parent / "pip.log"
+    return log.read_text().split() if log.exists() else []
+
+
+def test_environment_is_made_once_and_again_when_its_requirements_change(repo):
+    fake_python(repo)
+    for _ in range(2):
+        assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+    assert installs(repo) == ["requirements.txt"]
+    with (repo / "requirements.txt").open("a") as file:
+        file.write("# changed\n")
+    assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+    assert installs(repo) == ["requirements.txt"] * 2
+
+
+def test_an_install_that_was_cut_short_begins_anew(repo):
+    fake_python(repo)
+    result = run(repo, "setup_environment.sh", PYTHON="python3", PIP_FAILS="1")
+    assert result.returncode == 1 and "Installing requirements.txt failed" in result.stderr
+    (repo / ".venv/half").touch()
+    assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+    assert not (repo / ".venv/half").exists() and len(installs(repo)) == 2
+
+
+def test_another_cuda_version_begins_anew_and_an_environment_made_by_hand_is_kept(repo):
+    fake_python(repo)
+    (repo / ".venv/bin").mkdir(parents=True)
+    shutil.copy(repo.parent / "bin/python3", repo / ".venv/bin/python")
+    (repo / ".venv/mine").touch()
+    assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+    assert (repo / ".venv/mine").exists()
+    assert run(repo, "setup_environment.sh", PYTHON="python3", DRIVER_CUDA="12").returncode == 0
+    assert not (repo / ".venv/mine").exists() and installs(repo) == ["requirements.txt", "requirements-cuda12.txt"]
+
+
+def test_two_starts_at_once_install_once(repo):
+    fake_python(repo)
+    variables = environment(repo, PYTHON="python3", PIP_SECONDS="1")
+    starts = [subprocess.Popen([str(repo / "setup_environment.sh")], env=variables, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [start.wait(60) for start in starts] == [0, 0]
+    assert installs(repo) == ["requirements.txt"]
+
+
+def test_missing_compiler_and_missing_venv_module_name_the_package(repo):
+    fake_python(repo)
+    (repo.parent / "bin/python3").write_text((repo.parent / "bin/python3").read_text().replace(
+        'case "$1 $2" in', 'case "$1 $2" in "-c import venv"*) exit 1 ;;'))
+    result = run(repo, "setup_environment.sh", PYTHON="python3")
+    assert result.returncode == 1 and "apt-get install python3-venv" in result.stderr
+    fake_python(repo)
+    tools = ["bash", "dirname", "readlink", "cat", "sha256sum", "flock", "grep", "env"]
+    for tool in tools:
+        (repo.parent / "bin" / tool).symlink_to(shutil.which(tool))
+    result = run(repo, "setup_environment.sh", PYTHON="python3", PATH=str(repo.parent / "bin"))
+    assert result.returncode == 1 and "apt-get install g++" in result.stderr
+
+
+# --- several machines --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, hosts", [
+    ("node1 slots=2\nnode2 slots=8 # rack 3\n", [("node1", 2), ("node2", 8)]),
+    ("# all\n\n  me@10.0.0.1\tslots=1\n", [("me@10.0.0.1", 1)]),
+    ("localhost slots=1", [("localhost", 1)]),
+])
+def test_hostfile_is_read(text, hosts):
+    assert parse(text) == hosts
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("", "names no host"), ("# node1 slots=2\n", "names no host"),
+    ("node1", "how many GPUs"), ("node1, slots=2", "comma"), ("node1 slots=2, max_slots=2", "comma"),
+    ("node1 slots=2.5", "whole number"), ("node1 slots=-1", "whole number"), ("node1 slots = 2", "whole number"),
+    ("node1 slots=2 max_slots=4", "whole number"), ("node1 slots=0", "at least 1"), ("node1:2222 slots=2", "colon"),
+    ("node[1-3] slots=2", "one line a host"), ("-oProxyCommand=x slots=1", "no host name"), ("a;b slots=1", "no host name"),
+    ("node1 slots=1\nme@node1 slots=2", "line 2: 'node1' is already on line 1"), ("localhost slots=1\nnode2 slots=1", "by that name"),
+])
+def test_hostfile_lines_that_deepspeed_would_misread_are_refused(text, sentence):
+    with pytest.raises(HostfileError, match=re.escape(sentence)):
+        parse(text)
+
+
+@pytest.fixture
+def cluster(repo, tmp_path):
+    """Two hosts, in a folder without a space, with an ssh that knows node1 under another name and cannot reach node3."""
+    target = repo.rename(tmp_path / "repo")
+    (target / "hostfile").write_text("me@node1 slots=2\nnode2 slots=2\n")
+    fake(target, "ssh", 'if [ "$1" = -G ]; then echo "user me"; echo "hostname ${2#*@}.lan"; exit; fi\n[[ "$*" != *node3* ]]')
+    fake(target, "pdsh", f'printf "%s\\n" "$@" > {tmp_path}/pdsh.log')
+    return target
+
+
+def test_unedited_hostfile_fails_clearly(repo):
+    result = run(repo, "launch_distributed_train.sh")
+    assert result.returncode == 1 and "names no host" in result.stderr and "node1 slots=8" in result.stderr
+
+
+def test_missing_hostfile_host_and_pdsh_are_named(cluster, tmp_path):
+    launch = "launch_distributed_train.sh"
+    result = run(cluster, launch, HOSTFILE="nowhere")
+    assert result.returncode == 1 and "nowhere does not exist" in result.stderr
+    (tmp_path / "three").write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")
+    result = run(cluster, launch, HOSTFILE="three")
+    assert result.returncode == 1 and "No answer over SSH from node3:" in result.stderr and "node2" not in result.stderr
+    tools = [*"bash dirname readlink cut".split(), "python3"]
+    (tmp_path / "bin/pdsh").unlink()
+    for tool in tools:
+        (tmp_path / "bin" / tool).symlink_to(sys.executable if tool == "python3" else shutil.which(tool))
+    result = run(cluster, launch, PATH=str(tmp_path / "bin"))
+    assert result.returncode == 1 and "apt-get install pdsh" in result.stderr
+
+
+def test_distributed_command(cluster, tmp_path):
+    words = dry_run(cluster, "--epochs", "1", script="launch_distributed_train.sh")
+    assert words[1:3] == ["-m", "deepspeed.launcher.runner"] and "--force_multi" in words
+    assert words[words.index("--master_addr") + 1] == "node1.lan"
+    assert words[-3:] == [str(cluster / "train.py"), "--epochs", "1"]
+    assert not (tmp_path / "pdsh.log").exists()
+
+
+def test_arguments_survive_the_other_machines_shell(cluster, tmp_path):
+    """pdsh joins its arguments, puts %% back to %, and the remote shell takes the line apart: train.py must see what was typed."""
+    awkward = [*AWKWARD, "100%n", "a\\ b `x` $y", "back\\slash"]
+    result = run(cluster, "launch_distributed_train.sh", *awkward)
+    assert result.returncode == 0, result.stderr
+    line = (tmp_path / "pdsh.log").read_text().replace("\n", " ").split(str(cluster / "train.py"))[1].replace("%%", "%")
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
+    assert words.split("\0")[:-1] == awkward
