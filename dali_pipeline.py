@@ -19,21 +19,22 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from augmentation import Augmentation, Plan, epoch_order
+from augmentation import Augmentation, epoch_order
+from carriers import OnDali, OnTensors, Token, Work
 from dataset import Dataset, DatasetError, Split
 from mixing import Mixing, fill_rectangles
 from readers import Files, Resident
 from settings import AugmentationSettings, unknown
 
 SOURCES = ("auto", "resident", "files", "tensor")
-PREFETCH = 2  # batches in DALI's queue beyond the one in use; as many again are being prepared for it
+AHEAD = 3  # batches that wait, finished or in the making, while the consumer works on one
 PADDING_LABEL = -1  # of the rows that fill up the last batches of an evaluation
 
 
@@ -94,11 +95,10 @@ class Batches:
             self._reader = Files([dataset.root / path for path in self.split.paths], num_threads)
         else:
             self._reader = Resident(self.split.pixels(), self.split.rows, self.device, channels_first=self.source == "tensor")
-        carrier = _OnTensors if self.source == "tensor" else _OnDali
-        self._carrier = carrier(self, num_threads)
-        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._prepared: deque[tuple[Token, Future]] = deque()  # being gathered or read by the preparer
-        self._handed: deque[tuple[Token, Work]] = deque()  # in the hands of the carrier
+        self._carrier = (OnTensors if self.source == "tensor" else OnDali)(self, num_threads)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._asked: deque[tuple[Token, Future]] = deque()  # of the worker, in this order
 
     def __len__(self) -> int:
         """Batches an epoch, the same for every shard."""
@@ -114,22 +114,32 @@ class Batches:
             yield batch
 
     def _take(self, token: Token) -> tuple[Tensor, Tensor]:
-        """The batch of `token`, while the ones after it are prepared."""
-        self._discard_unless_next(token)
-        while len(self._handed) < max(1, self._carrier.depth):
-            self._hand_over(token)
-        work = self._handed.popleft()[1]
-        try:
-            images = self._carrier.images(work)
-        except RuntimeError as error:
-            self._reader.blame(np.maximum(work.positions, 0))
-            raise DatasetError(f"a batch could not be made: {str(error).splitlines()[0]}") from error
-        if self._carrier.depth:
-            self._hand_over(token)
-        labels = self._labels[torch.from_numpy(np.maximum(work.positions, 0)).to(self.device, non_blocking=True)]
-        if work.positions[-1] < 0:
-            labels = torch.where(torch.from_numpy(work.positions < 0).to(self.device), PADDING_LABEL, labels)
-        return self._finish(images, labels, work)
+        """The batch of `token`; the ones that will most likely follow are being made meanwhile."""
+        if self._asked and self._asked[0][0].place != token.place:  # after a resume, or back to the start of an evaluation
+            for _, future in self._asked:
+                future.cancel()
+            self._asked.clear()
+        while len(self._asked) <= AHEAD:
+            following = self._asked[-1][0].next(self.training) if self._asked else token
+            self._asked.append((following, self._worker.submit(self._make, following)))
+        images, labels, made = self._asked.popleft()[1].result()
+        if made is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(made)
+            images.record_stream(current)
+            labels.record_stream(current)
+        return images, labels
+
+    def _make(self, token: Token) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+        """One finished batch, and on a GPU the event after which it may be used; in the worker's thread."""
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            images, work = self._carrier.images(token)
+            positions = work.positions
+            labels = self._labels[torch.from_numpy(np.maximum(positions, 0)).to(self.device, non_blocking=True)]
+            if positions[-1] < 0:
+                labels = torch.where(torch.from_numpy(positions < 0).to(self.device), PADDING_LABEL, labels)
+            images, labels = self._finish(images, labels, work)
+            return images, labels, self._stream.record_event() if self._stream is not None else None
 
     def _finish(self, images: Tensor, labels: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """What is done on the batch on its device."""
@@ -142,32 +152,13 @@ class Batches:
             images = fill_rectangles(images, plan.erased, noise)
         return self.mixing(images, labels, work.mix) if work.mix is not None else (images, labels)
 
-    def _discard_unless_next(self, token: Token) -> None:
-        """Forget what was read ahead when the consumer jumps: after a resume, or back to the start of an evaluation."""
-        queued = [t for t, _ in self._handed] + [t for t, _ in self._prepared]
-        if queued and queued[0].place != token.place:
-            while self._handed:
-                self._carrier.images(self._handed.popleft()[1])
-            self._prepared.clear()
-
-    def _hand_over(self, current: Token) -> None:
-        """Hand the carrier one more batch, and let the preparer begin another."""
-        while len(self._prepared) <= PREFETCH:
-            queued = [t for t, _ in self._handed] + [t for t, _ in self._prepared]
-            token = queued[-1].next(self.training) if queued else current
-            self._prepared.append((token, self._preparer.submit(self._prepare, token)))
-        token, future = self._prepared.popleft()
-        work = future.result()
-        self._carrier.begin(work)
-        self._handed.append((token, work))
-
-    def _prepare(self, token: Token) -> Work:
-        """Read the images of one batch and plan what happens to them; in the preparer's thread."""
+    def prepare(self, token: Token) -> Work:
+        """Read the images of one batch and plan what happens to them."""
         begin = (token.index * self.num_shards + self.shard) * self.batch_size
         if not self.training:
             positions = np.arange(begin, begin + self.batch_size)
             positions[positions >= len(self.split)] = -1
-            return self._carrier.prepare(Work(token, positions, self._reader.read(np.maximum(positions, 0)), None, None))
+            return Work(token, positions, self._reader.read(np.maximum(positions, 0)), None, None)
         if self._order[0] != token.epoch:
             self._order = (token.epoch, epoch_order(self.seed, token.epoch, len(self.split)))
         repeats = self.augmentation.settings.repeats
@@ -175,119 +166,12 @@ class Batches:
         sizes = self._reader.sizes(positions) if self.dataset.image_side is None and self.augmentation.settings.resized_crop else None
         plan = self.augmentation.plan(token.epoch, begin, self.batch_size, sizes)
         mix = self.mixing.draw(token.epoch, begin, self.batch_size) if self.mixing.is_on else None
-        return self._carrier.prepare(Work(token, positions, self._reader.read(positions), plan, mix))
+        return Work(token, positions, self._reader.read(positions), plan, mix)
 
-
-@dataclass(frozen=True)
-class Token:
-    """One batch: which epoch, which place in it, and where the consumer will stop."""
-
-    epoch: int
-    index: int
-    stop: int
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.epoch, self.index
-
-    def next(self, training: bool) -> Token:
-        """What will most likely be asked for next: the following batch, then the start of the next epoch or pass."""
-        if self.index + 1 < self.stop:
-            return Token(self.epoch, self.index + 1, self.stop)
-        return Token(self.epoch + training, 0, self.stop)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One batch on its way: positions in the split (-1: padding), what was read, and what is to happen to it."""
-
-    token: Token
-    positions: np.ndarray
-    read: Any
-    plan: Plan | None
-    mix: tuple[np.ndarray, np.ndarray] | None
-
-
-class _OnDali:
-    """Carries plans out by the DALI graph, which runs `depth` batches ahead."""
-
-    depth = PREFETCH
-
-    def __init__(self, batches: Batches, num_threads: int):
-        from dali_graph import Graph
-
-        self.side, self.device = batches.side, batches.device
-        sample = batches.augmentation.plan(0, 0, 1)
-        training = batches.training
-        self.graph = Graph(
-            side=batches.side, source_side=batches.dataset.image_side, decode=batches.source == "files", training=training,
-            corner=training and sample.corner is not None, part=training and sample.part is not None,
-            num_levels=len(sample.levels) if training else 0,
-            erase=training and sample.erased is not None and batches.augmentation.settings.erasing_value == "zero",
-            mean=batches.dataset.mean, std=batches.dataset.std,
-        )
-        device_id = (self.device.index or 0) if self.device.type == "cuda" else None
-        self.pipeline = self.graph.build(batches.batch_size, num_threads, device_id, prefetch=PREFETCH)
-        self._num_fed = 0
-
-    def prepare(self, work: Work) -> Work:
-        return work
-
-    def begin(self, work: Work) -> None:
-        """Feed one batch and let DALI start on it."""
-        for name, value in self._inputs(work).items():
-            self.pipeline.feed_input(name, value)
-        self._num_fed += 1
-        if self._num_fed >= PREFETCH:  # DALI's first run consumes a whole queue of inputs, every later one a single input
-            self.pipeline.schedule_run()
-
-    def _inputs(self, work: Work) -> dict[str, Any]:
-        inputs, plan = {"images": work.read}, work.plan
-        if plan is not None:
-            inputs["flip"] = plan.flip
-            if self.graph.corner:
-                inputs["corner"] = plan.corner
-            if self.graph.part:
-                inputs["part"] = plan.part
-            for i, level in enumerate(plan.levels):
-                inputs |= {f"kind{i}": level.kind, f"value{i}": level.value, f"matrix{i}": level.matrix}
-            if self.graph.erase:
-                box = plan.erased.astype(np.float32)
-                inputs |= {"erase_at": np.ascontiguousarray(box[:, :2]), "erase_size": box[:, 2:] - box[:, :2]}
-        return inputs
-
-    def images(self, work: Work) -> Tensor:
-        """The next batch out of DALI, copied to a tensor of our own: DALI reuses its buffers."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        (output,) = self.pipeline.share_outputs()
-        images = torch.empty(len(work.positions), 3, self.side, self.side, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
-        self.pipeline.release_outputs()
-        return images
-
-
-class _OnTensors:
-    """Carries plans out on whole tensors, in the preparer's thread."""
-
-    depth = 0
-
-    def __init__(self, batches: Batches, num_threads: int):
-        self.mean = 255 * torch.tensor(batches.dataset.mean, device=batches.device).view(3, 1, 1)
-        self.scale = 1 / (255 * torch.tensor(batches.dataset.std, device=batches.device).view(3, 1, 1))
-
-    def prepare(self, work: Work) -> Work:
-        from tensor_ops import augment
-
-        images = augment(work.read, work.plan) if work.plan is not None else work.read
-        return replace(work, read=images.float().sub_(self.mean).mul_(self.scale))
-
-    def begin(self, work: Work) -> None:
-        """Nothing is left to do."""
-
-    def images(self, work: Work) -> Tensor:
-        return work.read
+    def blame(self, work: Work, error: RuntimeError) -> None:
+        """Say which file a batch failed on. Raises DatasetError."""
+        self._reader.blame(np.maximum(work.positions, 0))
+        raise DatasetError(f"a batch could not be made: {str(error).splitlines()[0]}") from error
 
 
 def side_of(dataset: Dataset, image_side: int) -> int:
@@ -340,7 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a grid of augmented training images, as the network will see them.", allow_abbrev=False,
                                      epilog="example: python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment")
     parser.add_argument("--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg")
-    parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "data" / "cifar100", help="prepared dataset (default: data/cifar100)")
+    parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "data" / "cifar100",
+                        help="prepared dataset (default: data/cifar100)")
     parser.add_argument("--preset", help="settings to start from")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting, for example augmentation.flip=0")
     parser.add_argument("--source", default="auto", choices=SOURCES, help="default: auto")

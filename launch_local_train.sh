@@ -31,15 +31,13 @@ fi
 num_procs=${NUM_PROCS:-$((${#devices[@]} > 0 ? ${#devices[@]} : 1))}
 [[ $num_procs =~ ^[1-9][0-9]*$ ]] || { say "NUM_PROCS must be a whole number of at least 1, not '$num_procs'."; exit 2; }
 
-environment=() preset=()
+environment=()
 if [ ${#devices[@]} -eq 0 ]; then
     mapfile -t devices < <(seq 0 $((num_procs - 1)))
     # Threads of the processes must not fight for the cores: two processes with a thread per core each were 40 times slower.
     threads=$(($(env -u OMP_NUM_THREADS nproc) / num_procs))
     environment=(env DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
-    preset=(--preset cpu)
-    for argument in "$@"; do case $argument in --preset | --preset=*) preset=() ;; esac; done
-    say "No GPU found: training on the CPU${preset[0]:+ with the preset 'cpu' (--preset NAME chooses another)}."
+    say "No GPU found: training on the CPU."
 elif ((num_procs > ${#devices[@]})); then
     say "NUM_PROCS=$num_procs, but only ${#devices[@]} GPU(s) can be used: each process needs one of its own."
     exit 2
@@ -50,7 +48,7 @@ fi
 world=$(printf '"%s",' "${devices[@]:0:num_procs}")
 world=$(printf '{"localhost":[%s]}' "${world%,}" | base64 -w0)
 command=("${environment[@]}" "$PYTHON" -u -m deepspeed.launcher.launch --log_level=critical --no_local_rank "--world_info=$world"
-    --master_addr=127.0.0.1 "--master_port=${MASTER_PORT:-$(free_port)}" "$here/train.py" "${preset[@]}" "$@")
+    --master_addr=127.0.0.1 "--master_port=${MASTER_PORT:-$(free_port)}" "$here/train.py" "$@")
 
 if [ -n "${DRY_RUN:-}" ]; then
     line=$(printf '%q ' "${command[@]}")

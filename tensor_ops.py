@@ -31,19 +31,25 @@ def augment(images: Tensor, plan: Plan) -> Tensor:
 def shift_and_flip(images: Tensor, corner: np.ndarray | None, flip: np.ndarray) -> Tensor:
     """Crop at `corner` (y, x) with black outside the image, then mirror where `flip` is 1.
 
-    One gather of whole rows along each axis; a row or column from outside is taken from a black one that is appended.
+    One gather: a row or column from outside the image is taken from a black one that is appended. Only the few numbers
+    an image travel to the device, where the places to take from are worked out.
     """
     B, C, S, _ = images.shape
-    along = np.arange(S)
-    y = np.broadcast_to(along, (B, S)) if corner is None else along + corner[:, :1]
-    x = np.where(flip[:, None] > 0, along[::-1], along)
-    x = x if corner is None else x + corner[:, 1:]
+    along = torch.arange(S, device=images.device)
+    mirrored = to_device(flip, images)[:, None] > 0
+    y, x = along.expand(B, S), torch.where(mirrored, S - 1 - along, along)
     if corner is not None:
+        moved = to_device(corner, images).long()
+        y, x = y + moved[:, :1], x + moved[:, 1:]
+        y, x = (torch.where((at >= 0) & (at < S), at, S) for at in (y, x))
         images = F.pad(images, (0, 1, 0, 1))
-        y, x = (np.where((at >= 0) & (at < S), at, S) for at in (y, x))
     side = images.shape[-1]
-    flat = torch.from_numpy((y[:, :, None] * side + x[:, None, :]).reshape(B, 1, S * S)).to(images.device)
+    flat = (y[:, :, None] * side + x[:, None, :]).view(B, 1, S * S)
     return images.reshape(B, C, side * side).gather(2, flat.expand(B, C, S * S)).view(B, C, S, S)
+
+
+def to_device(array: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device, non_blocking=True)
 
 
 def resized_crop(images: Tensor, part: np.ndarray) -> Tensor:
@@ -51,7 +57,7 @@ def resized_crop(images: Tensor, part: np.ndarray) -> Tensor:
     y0, x0, y1, x1 = part.T
     zero = np.zeros_like(y0)
     theta = np.stack([np.stack([x1 - x0, zero, x0 + x1 - 1], 1), np.stack([zero, y1 - y0, y0 + y1 - 1], 1)], 1)
-    grid = F.affine_grid(torch.from_numpy(theta).to(images.device), list(images.shape), align_corners=False)
+    grid = F.affine_grid(to_device(theta, images), list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round_().to(torch.uint8)
 
 
@@ -61,25 +67,26 @@ def apply_level(images: Tensor, level: Level) -> Tensor:
     for kind in np.unique(level.kind):
         if kind != IDENTITY:
             rows = np.flatnonzero(level.kind == kind)
-            at = torch.from_numpy(rows).to(images.device)
-            value = torch.from_numpy(level.value[rows]).to(images.device).view(-1, 1, 1, 1)
-            images[at] = warp(images[at], level.matrix[rows]) if kind == WARP else OPERATIONS[kind](images[at], value)
+            at = to_device(rows, images)
+            if kind == WARP:
+                images[at] = warp(images[at], to_device(level.matrix[rows], images))
+            else:
+                images[at] = OPERATIONS[kind](images[at], to_device(level.value[rows], images).view(-1, 1, 1, 1))
     return images
 
 
-def warp(images: Tensor, matrix: np.ndarray) -> Tensor:
-    """Show at each pixel of the result the nearest pixel of the source that `matrix` points to; black outside."""
+def warp(images: Tensor, matrix: Tensor) -> Tensor:
+    """Show at each pixel of the result the nearest pixel of the source that `matrix` (B, 2, 3) points to; black outside."""
     B, C, S, _ = images.shape
-    along = np.arange(S, dtype=np.float32) + np.float32(0.5)
-    x, y = along[None, None, :], along[None, :, None]
-    a = matrix[:, :, :, None, None]
+    along = torch.arange(S, device=images.device) + 0.5
+    a, b, c = matrix[:, :, 0, None, None], matrix[:, :, 1, None, None], matrix[:, :, 2, None, None]
     # The small step keeps a point on the border of two pixels from falling to either side by rounding.
-    from_x = np.floor(a[:, 0, 0] * x + a[:, 0, 1] * y + a[:, 0, 2] + 1e-4).astype(np.int64)
-    from_y = np.floor(a[:, 1, 0] * x + a[:, 1, 1] * y + a[:, 1, 2] + 1e-4).astype(np.int64)
-    inside = (from_x >= 0) & (from_x < S) & (from_y >= 0) & (from_y < S)
-    flat = torch.from_numpy(np.where(inside, from_y * S + from_x, S * S).reshape(B, 1, S * S)).to(images.device)
-    source = F.pad(images.reshape(B, C, S * S), (0, 1))
-    return source.gather(2, flat.expand(B, C, S * S)).view(B, C, S, S)
+    source = (a * along + (b * along[:, None] + (c + 1e-4))).floor_().int()  # (B, 2, S, S): x and y
+    x, y = source.unbind(1)
+    inside = (source >= 0) & (source < S)
+    flat = torch.where(inside[:, 0] & inside[:, 1], y * S + x, S * S).view(B, 1, S * S).long()
+    pixels = F.pad(images.reshape(B, C, S * S), (0, 1))
+    return pixels.gather(2, flat.expand(B, C, S * S)).view(B, C, S, S)
 
 
 def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:

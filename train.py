@@ -35,6 +35,9 @@ def main() -> int:
 
     stop = StopRequest()
     preset = args.preset or ("spt-lsa" if torch.cuda.is_available() else "cpu")
+    if not args.preset and os.environ.get("RANK", "0") == "0":
+        print(f"preset    {preset}, because there is {'a' if torch.cuda.is_available() else 'no'} GPU (--preset NAME chooses another: "
+              f"{', '.join(preset_names())})")
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
     dataset = Dataset.open(prepare(args))
     if args.stage_to:
@@ -76,7 +79,7 @@ def prepare(args: argparse.Namespace) -> Path:
 
     folder = Path(args.data_dir or HERE / "data" / args.dataset)
     if not Dataset.is_prepared(folder):
-        prepare_dataset(folder, dataset=args.dataset, archive=args.archive)
+        prepare_dataset(folder, dataset=None if args.archive else args.dataset, archive=args.archive)
     return folder
 
 

@@ -62,8 +62,8 @@ def make_loader(dataset: Dataset, request: dict):
         labels += [to_device]
     number = request["num_batches"] * request["batch_size"]
     chosen = np.random.default_rng(0).permutation(len(dataset.splits["train"]))[:number]
-    return Loader(request["file"], batch_size=request["batch_size"], num_workers=request["threads"], order=OrderOption.RANDOM, os_cache=True,
-                  drop_last=True, indices=chosen, pipelines={"image": images, "label": labels})
+    return Loader(request["file"], batch_size=request["batch_size"], num_workers=request["threads"], order=OrderOption.RANDOM,
+                  os_cache=True, drop_last=True, indices=chosen, pipelines={"image": images, "label": labels})
 
 
 def serve(request: dict, answer) -> None:

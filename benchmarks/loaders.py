@@ -54,7 +54,7 @@ class Task:
 class InProcess:
     """A loader whose epochs this process iterates over."""
 
-    version = None
+    versions: dict[str, str] = {}  # of packages that this process need not have
 
     def __init__(self, dataset: Dataset, task: Task):
         self.task, self.side, self.num_epochs = task, dataset.image_side, 0
@@ -93,7 +93,7 @@ class Ours(InProcess):
         try:
             self.batches = Batches(dataset, "train", task.batch_size, augmentation=augmentation, device=task.device, source=source,
                                    num_threads=task.threads)
-        except (DatasetError, SettingsError) as error:
+        except (DatasetError, SettingsError, ImportError) as error:
             raise Unavailable(str(error)) from error
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,7 +184,7 @@ class Ffcv:
         except OSError as error:
             raise Unavailable(f"{python} does not start: {error.strerror}") from error
         try:
-            self.version = self._answer()["version"]
+            self.versions = {"ffcv": self._answer()["version"]}
         except RuntimeError as error:
             self.close()
             raise Unavailable(f"it does not start: {str(error).splitlines()[-1]}") from error

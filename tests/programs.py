@@ -61,7 +61,7 @@ class Program:
             for name in LAUNCHED:
                 os.environ.pop(name, None)
             multiprocessing.forkserver.ensure_running()
-        self.process = forks.Process(target=_inside, args=(target, arguments, environment, self._folder.name), daemon=True)
+        self.process = forks.Process(target=_inside, args=(target, arguments, environment, self._folder.name))
         self.process.start()
 
     def said(self, name: str = "out") -> str:
@@ -73,7 +73,9 @@ class Program:
         """Return as soon as it has printed `text`."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while text not in self.said():
-            assert self.process.is_alive() and time.monotonic() < deadline, f"never said {text!r}:\n{self.end().text}"
+            if not self.process.is_alive() or time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(f"never said {text!r}\n{self.end().text}")
             time.sleep(0.005)
 
     def send(self, number: signal.Signals) -> None:

@@ -123,8 +123,8 @@ def test_leaving_an_epoch_early_loses_nothing(dataset):
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_reading_ahead_changes_nothing(dataset, prefetch, monkeypatch):
     expected = collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident"))
-    monkeypatch.setattr("dali_pipeline.PREFETCH", prefetch)
-    monkeypatch.setattr("dali_pipeline._OnDali.depth", prefetch)
+    monkeypatch.setattr("carriers.PREFETCH", prefetch)
+    monkeypatch.setattr("dali_pipeline.AHEAD", prefetch + 1)
     assert same(collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident")), expected)
 
 
