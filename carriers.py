@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class OnDali:
         return self._output()
 
     def _feed(self, token: Token) -> None:
-        work = self.batches.prepare(token)
+        work = self.batches.prepare(token, read=True)
         for name, value in self._inputs(work).items():
             self.pipeline.feed_input(name, value)
         self._inside.append(work)
@@ -130,6 +130,9 @@ class OnTensors:
         """The images of the batch of `token`."""
         from tensor_ops import augment
 
-        work = self.batches.prepare(token)
-        images = augment(work.read, work.plan) if work.plan is not None else work.read
-        return images.float().sub_(self.mean).mul_(self.scale), replace(work, read=None)
+        work = self.batches.prepare(token, read=False)
+        corner = work.plan.corner if work.plan is not None else None
+        images = self.batches.reader.read_crops(np.maximum(work.positions, 0), corner)
+        if work.plan is not None:
+            images = augment(images, work.plan)
+        return images.float().sub_(self.mean).mul_(self.scale), work

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from augmentation import Augmentation, epoch_order
 from carriers import OnDali, OnTensors, Token, Work
 from dataset import Dataset, DatasetError, Split
 from mixing import Mixing, fill_rectangles
-from readers import Files, Resident
+from readers import Files, PaddedResident, Resident
 from settings import AugmentationSettings, unknown
 
 SOURCES = ("auto", "resident", "files", "tensor")
@@ -92,11 +93,15 @@ class Batches:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._labels = torch.from_numpy(self.split.labels).to(self.device)
         if self.source == "files":
-            self._reader = Files([dataset.root / path for path in self.split.paths], num_threads)
+            self.reader: Files | Resident = Files([dataset.root / path for path in self.split.paths], num_threads)
+        elif self.source == "tensor":
+            padding = settings.crop_padding if self.training and not settings.resized_crop else 0
+            self.reader = PaddedResident(self.split.pixels(), self.split.rows, self.device, padding)
         else:
-            self._reader = Resident(self.split.pixels(), self.split.rows, self.device, channels_first=self.source == "tensor")
+            self.reader = Resident(self.split.pixels(), self.split.rows, self.device)
         self._carrier = (OnTensors if self.source == "tensor" else OnDali)(self, num_threads)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        # Tensor operations make whole batches at once, so several batches can be in the making; DALI has threads of its own.
+        self._worker = single_threaded_pool(num_threads if self.source == "tensor" and self.device.type == "cpu" else 1)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._asked: deque[tuple[Token, Future]] = deque()  # of the worker, in this order
 
@@ -152,26 +157,48 @@ class Batches:
             images = fill_rectangles(images, plan.erased, noise)
         return self.mixing(images, labels, work.mix) if work.mix is not None else (images, labels)
 
-    def prepare(self, token: Token) -> Work:
-        """Read the images of one batch and plan what happens to them."""
+    def prepare(self, token: Token, read: bool) -> Work:
+        """Plan what happens to the images of one batch and, if asked to, read them."""
         begin = (token.index * self.num_shards + self.shard) * self.batch_size
         if not self.training:
             positions = np.arange(begin, begin + self.batch_size)
             positions[positions >= len(self.split)] = -1
-            return Work(token, positions, self._reader.read(np.maximum(positions, 0)), None, None)
+            return Work(token, positions, self.reader.read(np.maximum(positions, 0)) if read else None, None, None)
         if self._order[0] != token.epoch:
             self._order = (token.epoch, epoch_order(self.seed, token.epoch, len(self.split)))
         repeats = self.augmentation.settings.repeats
         positions = self._order[1][np.arange(begin, begin + self.batch_size) // repeats]
-        sizes = self._reader.sizes(positions) if self.dataset.image_side is None and self.augmentation.settings.resized_crop else None
+        sizes = self.reader.sizes(positions) if self.dataset.image_side is None and self.augmentation.settings.resized_crop else None
         plan = self.augmentation.plan(token.epoch, begin, self.batch_size, sizes)
         mix = self.mixing.draw(token.epoch, begin, self.batch_size) if self.mixing.is_on else None
-        return Work(token, positions, self._reader.read(positions), plan, mix)
+        return Work(token, positions, self.reader.read(positions) if read else None, plan, mix)
 
     def blame(self, work: Work, error: RuntimeError) -> None:
         """Say which file a batch failed on. Raises DatasetError."""
-        self._reader.blame(np.maximum(work.positions, 0))
+        self.reader.blame(np.maximum(work.positions, 0))
         raise DatasetError(f"a batch could not be made: {str(error).splitlines()[0]}") from error
+
+
+def single_threaded_pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch's operations do not split up further.
+
+    PyTorch splits an operation over all cores in whatever thread it is called; here that would take cores from the
+    training step and spend more time waiting at the seams than working. Its setting is global, but a thread that has once
+    asked for it keeps its own, so it is lowered only while the new threads ask.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
+    all_here = Barrier(num_threads)
+
+    def ask() -> None:
+        all_here.wait()  # so that each task gets a thread of its own
+        torch.get_num_threads()
+
+    torch.set_num_threads(1)
+    for task in [pool.submit(ask) for _ in range(num_threads)]:
+        task.result()
+    torch.set_num_threads(before)
+    return pool
 
 
 def side_of(dataset: Dataset, image_side: int) -> int:

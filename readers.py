@@ -13,18 +13,15 @@ from dataset import DatasetError
 
 
 class Resident:
-    """Packed pixels, uint8 (N, S, S, 3) or channels first; on a GPU they live there and are gathered there."""
+    """Packed pixels, uint8 (N, S, S, 3); on a GPU they live there and are gathered there."""
 
-    def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device, channels_first: bool):
+    def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
         self.rows = rows
-        if device.type == "cuda" or channels_first:
-            pixels = pixels.transpose(0, 3, 1, 2) if channels_first else pixels
-            self.pixels: Tensor | np.ndarray = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
-        else:
-            self.pixels = pixels  # memory-mapped: several processes of a host share one copy
+        # On a CPU they stay memory-mapped: several processes of a host share one copy.
+        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels)).to(device) if device.type == "cuda" else pixels
 
     def read(self, positions: np.ndarray) -> Tensor | np.ndarray:
-        """The images at `positions` of the split, in one array (B, ...)."""
+        """The images at `positions` of the split: (B, S, S, 3)."""
         rows = self.rows[positions]
         if isinstance(self.pixels, Tensor):
             return self.pixels[torch.from_numpy(rows).to(self.pixels.device, non_blocking=True)]
@@ -32,6 +29,30 @@ class Resident:
 
     def blame(self, positions: np.ndarray) -> None:
         """Packed pixels were checked when they were written: there is no file to name."""
+
+
+class PaddedResident(Resident):
+    """Packed pixels with channels first and `padding` black pixels on each side: a random crop is one gather."""
+
+    def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device, padding: int):
+        N, S, _, C = pixels.shape
+        self.rows, self.padding = rows, padding
+        padded = np.zeros((N, C, S + 2 * padding, S + 2 * padding), dtype=np.uint8)
+        padded[:, :, padding : padding + S, padding : padding + S] = pixels.transpose(0, 3, 1, 2)
+        if device.type == "cuda":
+            self.windows = torch.from_numpy(padded).to(device).unfold(2, S, 1).unfold(3, S, 1)  # (N, C, 2p+1, 2p+1, S, S), a view
+        else:
+            self.windows = np.lib.stride_tricks.sliding_window_view(padded, (S, S), axis=(2, 3))
+
+    def read_crops(self, positions: np.ndarray, corner: np.ndarray | None) -> Tensor:
+        """The images at `positions` of the split, cut at `corner` (y, x; 0 is the image's own): uint8 (B, 3, S, S)."""
+        if corner is None:
+            corner = np.zeros((1, 2), dtype=np.int64)
+        at = self.rows[positions], *(corner.astype(np.int64) + self.padding).T
+        if isinstance(self.windows, Tensor):
+            rows, y, x = (torch.from_numpy(np.ascontiguousarray(a)).to(self.windows.device, non_blocking=True) for a in at)
+            return self.windows[rows, :, y, x]
+        return torch.from_numpy(self.windows[at[0], :, at[1], at[2]])
 
 
 class Files:

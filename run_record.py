@@ -154,7 +154,8 @@ def choose_folder(args: Any, facts: dict[str, Any]) -> RunRecord:
         if args.name and changed:
             raise RunError(f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, or --fresh to start over")
         if args.name:
-            raise RunError(f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, or --fresh to start over")
+            raise RunError(f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
+                           "or --fresh to start over")
         number += 1
 
 

@@ -19,33 +19,19 @@ GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G, B
 
 
 def augment(images: Tensor, plan: Plan) -> Tensor:
-    """Everything up to normalisation: uint8 (B, 3, S, S) -> uint8 (B, 3, S, S)."""
+    """Everything between the padded crop, which the reader makes, and normalisation."""
     if plan.part is not None:
         images = resized_crop(images, plan.part)
-    images = shift_and_flip(images, plan.corner, plan.flip)
+    images = flip(images, plan.flip)
     for level in plan.levels:
         images = apply_level(images, level)
     return images
 
 
-def shift_and_flip(images: Tensor, corner: np.ndarray | None, flip: np.ndarray) -> Tensor:
-    """Crop at `corner` (y, x) with black outside the image, then mirror where `flip` is 1.
-
-    One gather: a row or column from outside the image is taken from a black one that is appended. Only the few numbers
-    an image travel to the device, where the places to take from are worked out.
-    """
-    B, C, S, _ = images.shape
-    along = torch.arange(S, device=images.device)
-    mirrored = to_device(flip, images)[:, None] > 0
-    y, x = along.expand(B, S), torch.where(mirrored, S - 1 - along, along)
-    if corner is not None:
-        moved = to_device(corner, images).long()
-        y, x = y + moved[:, :1], x + moved[:, 1:]
-        y, x = (torch.where((at >= 0) & (at < S), at, S) for at in (y, x))
-        images = F.pad(images, (0, 1, 0, 1))
-    side = images.shape[-1]
-    flat = (y[:, :, None] * side + x[:, None, :]).view(B, 1, S * S)
-    return images.reshape(B, C, side * side).gather(2, flat.expand(B, C, S * S)).view(B, C, S, S)
+def flip(images: Tensor, chosen: np.ndarray) -> Tensor:
+    """Mirror the images where `chosen` is 1."""
+    at = to_device(np.flatnonzero(chosen), images)
+    return images.index_copy(0, at, images[at].flip(-1))
 
 
 def to_device(array: np.ndarray, like: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_SECONDS = 240  # of one program; a hang, not a slow machine
+LIMIT_SECONDS = 180  # of one program; a hang, not a slow machine
 PRELOADED = ["torch", "deepspeed", "deepspeed.ops", "nvidia.dali.fn", "nvidia.dali.plugin.pytorch", "matplotlib.pyplot", "pytest"]
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -119,7 +119,8 @@ def run(script: str, *arguments: Any, code: int | None = 0, **environment: str) 
 
 def run_ranks(processes: int, function: Callable[..., None], *arguments: Any) -> None:
     """Run a function of a test module in a process group of forked processes, which must all succeed."""
-    meeting = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [Program(function, arguments, {**meeting, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(processes)]
     for done in [rank.end() for rank in ranks]:
         _check(done, 0)

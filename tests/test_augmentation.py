@@ -11,6 +11,7 @@ import policies
 import tensor_ops
 from augmentation import ERASING, Augmentation, epoch_order, uniform
 from mixing import Mixing, fill_rectangles
+from readers import PaddedResident
 from settings import AugmentationSettings, SettingsError
 
 SIDE = 32
@@ -135,7 +136,8 @@ def test_statistics_agree_with_torchvision(name):
     few = pictures(4)
     many = few.repeat(NUMBER // 4, 1, 1, 1)
     plan = Augmentation(settings, SIDE, seed=11).plan(0, 0, NUMBER)
-    ours = tensor_ops.augment(many, plan)
+    reader = PaddedResident(many.permute(0, 2, 3, 1).numpy(), np.arange(NUMBER), torch.device("cpu"), settings.crop_padding)
+    ours = tensor_ops.augment(reader.read_crops(np.arange(NUMBER), plan.corner), plan)
     if plan.erased is not None:
         ours = fill_rectangles(ours, plan.erased, None)
     torch.manual_seed(0)

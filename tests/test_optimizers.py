@@ -35,7 +35,9 @@ class TreeLayer(nn.Module):
         self.root, self.leaf, self.anchor = (nn.Parameter(torch.ones(3, 3)) for _ in range(3))
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.pooling=mean", "model.attention=softmax", "model.patch_embedding=linear"], ["model.feed_forward=geglu"]])
+@pytest.mark.parametrize("overrides", [
+    [], ["model.pooling=mean", "model.attention=softmax", "model.patch_embedding=linear"], ["model.feed_forward=geglu"],
+])
 def test_every_trainable_parameter_is_in_exactly_one_group(overrides):
     model = network(*overrides)
     model[-1].norm.requires_grad_(False)
@@ -90,7 +92,8 @@ def test_the_optimiser_is_the_one_that_is_named_with_its_settings(name):
     optimizer = build_optimizer({"type": name, "params": params}, network(), fused=False)
     assert type(optimizer).__name__ == name
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
-    assert all(group["lr"] == 0.1 and (name == "SGD" or (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)) for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.1 and (name == "SGD" or (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6))
 
 
 @pytest.mark.parametrize(("config", "message"), [

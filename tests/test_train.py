@@ -31,7 +31,8 @@ STOPPED = 75
 
 def results(record: RunRecord) -> list[dict]:
     """The lines of metrics.jsonl without what a clock measured."""
-    return [{key: value for key, value in line.items() if not key.endswith(("_seconds", "_per_second", "_gib"))} for line in record.metrics()]
+    measured = ("_seconds", "_per_second", "_gib")
+    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
 
 
 def assert_same_as(record: RunRecord, unbroken: RunRecord) -> None:
@@ -49,7 +50,7 @@ def checkpoints(record: RunRecord) -> list[str]:
 def test_the_run_folder_holds_everything_a_reader_needs(unbroken, shapes):
     names = {path.name for path in unbroken.folder.iterdir()}
     assert {"run.json", "metrics.jsonl", "curves.png", "state", "weights.safetensors"} <= names
-    assert not [path for path in unbroken.folder.rglob("*unfinished*")]
+    assert not list(unbroken.folder.rglob("*unfinished*"))
     assert (unbroken.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     facts, dataset = unbroken.facts(), Dataset.open(shapes)
     assert facts["settings"]["model"]["width"] == 32 and facts["settings"]["engine"]["optimizer"]["params"]["lr"] == 3e-3
@@ -198,7 +199,8 @@ def test_a_held_out_part_chooses_and_the_test_split_waits_for_the_end(training, 
     *early, last = record.metrics()
     assert len(early) == 3 and all(line["validation_seen"] == len(listed) for line in [*early, last])
     assert not any(key.startswith("test") for line in early for key in line) and last["test_seen"] == NUM_TEST
-    best = run("evaluate.py", record.folder, "--split", "validation", "--weights", "best.safetensors", "--json", record.folder / "best.json")
+    best = run("evaluate.py", record.folder, "--split", "validation", "--weights", "best.safetensors",
+               "--json", record.folder / "best.json")
     assert json.loads((record.folder / "best.json").read_text())["correct"] == max(line["validation_correct"] for line in [*early, last])
     assert "Validation accuracy" in best.out
 
@@ -278,7 +280,9 @@ def test_without_a_name_a_run_goes_on_where_one_of_the_same_settings_is_unfinish
 
 
 @pytest.mark.parametrize(("changed", "sentence"), [
-    ({"settings": {"a": 2}}, "settings.a was 1, is 2"), ({"max_steps": 3}, "max_steps was None, is 3"), ({"hold_out": 0.1}, "hold_out was None, is 0.1"),
+    ({"settings": {"a": 2}}, "settings.a was 1, is 2"),
+    ({"max_steps": 3}, "max_steps was None, is 3"),
+    ({"hold_out": 0.1}, "hold_out was None, is 0.1"),
     ({"dataset": {"name": "shapes", "fingerprint": "g"}}, "the dataset's fingerprint was 'f', is 'g'"),
 ])
 def test_a_name_that_holds_another_run_is_refused_by_what_differs(tmp_path, changed, sentence):
@@ -357,7 +361,7 @@ def test_a_process_that_dies_takes_the_job_down(training):
         ranks[1].kill()
         job.communicate(timeout=60)
         assert job.returncode not in (0, STOPPED)
-        assert not [rank for rank in psutil.wait_procs(ranks, timeout=30)[1]]
+        assert psutil.wait_procs(ranks, timeout=30)[1] == []  # none is left
     finally:
         for process in [*ranks, psutil.Process(job.pid)] if job.poll() is None else ranks:
             if process.is_running():

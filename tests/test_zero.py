@@ -6,6 +6,7 @@ A process group is started once for a list of cases, in forked processes; what t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,9 +34,9 @@ RECIPES = {  # an update of norm 0.05 is far below what these losses give: clipp
 
 
 def settings_for(stage: int, *overrides: str) -> Settings:
-    return resolve("spt-lsa", [f"train_batch_size={BATCH}", f"zero_optimization.stage={stage}", "model.width=24", "model.depth=2", "model.heads=2",
-                               "model.head_size=8", "model.feed_forward_options.hidden=20", "model.dropout=0.0",
-                               "optimizer.params.lr=0.003", *overrides])
+    return resolve("spt-lsa", [f"train_batch_size={BATCH}", f"zero_optimization.stage={stage}", "optimizer.params.lr=0.003",
+                               "model.width=24", "model.depth=2", "model.heads=2", "model.head_size=8",
+                               "model.feed_forward_options.hidden=20", "model.dropout=0.0", *overrides])
 
 
 def schedule_for(settings: Settings) -> Schedule:
@@ -203,7 +204,9 @@ def reference() -> dict[str, dict]:
     return {recipe: plain_loop(settings_for(0, *overrides)) for recipe, overrides in RECIPES.items()}
 
 
-MOVES = [(2, 0, 1, 3), (2, 3, 1, 0), (2, 1, 1, 2), (2, 2, 1, 1), (1, 0, 2, 1), (1, 3, 2, 2), (1, 2, 2, 3), (1, 1, 2, 0), (2, 3, 2, 3), (2, 1, 2, 1)]
+# From (processes, stage) to (processes, stage)
+MOVES = [(2, 0, 1, 3), (2, 3, 1, 0), (2, 1, 1, 2), (2, 2, 1, 1), (1, 0, 2, 1), (1, 3, 2, 2), (1, 2, 2, 3), (1, 1, 2, 0),
+         (2, 3, 2, 3), (2, 1, 2, 1)]
 BF16_MOVES = [(2, 1, 1, 3), (1, 3, 2, 2), (2, 2, 2, 2)]
 
 
@@ -308,8 +311,6 @@ def test_a_bf16_state_moves_without_being_rounded(folder, moved, trained, move):
     ("an optimiser", "unknown optimizer.type 'AdamWW'; did you mean 'AdamW'"),
 ])
 def test_what_would_not_train_as_asked_is_refused(refusals, case, message):
-    import re
-
     assert re.search(message, refusals[case]), refusals[case]
 
 
