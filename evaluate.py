@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ def main() -> None:
             raise RunError(f"{record.folder} held out no part of the training split; evaluate it on --split test")
         dataset = dataset.hold_out(facts["hold_out"])
     dataset = normalise_as_trained(dataset, facts["dataset"])
-    precision = args.precision or ("bf16" if facts["settings"]["engine"]["bf16"]["enabled"] else "fp32")
+    precision = args.precision or facts["precision"]
     model = load_model(record.folder / args.weights, facts, device, precision)
     batches = Batches(dataset, args.split, args.batch_size, which, of_how_many, device=device, source=args.source,
                       image_side=facts["settings"]["image_side"])
     if is_main and dataset.fingerprint != facts["dataset"]["fingerprint"]:
         print("note: this is not the dataset that the run was trained on (its fingerprint differs)", file=sys.stderr)
-    result = evaluate(model, batches, len(dataset.classes), device, show=is_main and sys.stderr.isatty())
+    result = evaluate(model, batches, len(dataset.classes), device, autocast=precision == "autocast",
+                      show=is_main and sys.stderr.isatty())
     if is_main:
         report = describe(result, dataset.classes, args.split, record.folder.name, precision)
         print_report(report, args.per_class)
@@ -65,6 +67,7 @@ def main() -> None:
         write_atomically(record.folder / f"evaluation_{args.split}.json", text)
         if args.json:
             write_atomically(args.json, text)
+    torch.distributed.barrier()  # a process that leaves early can abort the ones that are still leaving
     torch.distributed.destroy_process_group()
 
 
@@ -88,7 +91,7 @@ def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str
     return model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
 
 
-def evaluate(model: Any, batches: Any, num_classes: int, device: Any, show: bool) -> dict[str, Any]:
+def evaluate(model: Any, batches: Any, num_classes: int, device: Any, autocast: bool, show: bool) -> dict[str, Any]:
     """Sums over the split, over all processes: `confusion` int64 (K, K) with rows true, `top5` int, `loss_sum` float."""
     import torch
     import torch.distributed as dist
@@ -99,7 +102,8 @@ def evaluate(model: Any, batches: Any, num_classes: int, device: Any, show: bool
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     top5 = torch.zeros((), dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    with torch.inference_mode():
+    precision = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
+    with torch.inference_mode(), precision:
         for images, labels in tqdm(batches.epoch(), total=len(batches), unit="batch", leave=False, disable=not show):
             scores, real = model(images.to(dtype)).float(), labels >= 0
             best = scores.topk(min(5, num_classes)).indices
@@ -175,7 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=500, help="images at a time; no influence on the result (default: 500)")
     parser.add_argument("--split", default="test", choices=["test", "validation"], help="what to evaluate (default: test)")
     parser.add_argument("--weights", default="weights.safetensors", help="file in the run folder (default: weights.safetensors; or best.safetensors)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: what the run was trained in")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "autocast"], help="default: what the run was trained in")
     parser.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"], help="how images are read (default: auto)")
     parser.add_argument("--per-class", action="store_true", help="show every class, not only the ten worst and ten best")
     parser.add_argument("--json", type=Path, help="also write the report here")

@@ -24,7 +24,7 @@ from dataset import Dataset
 from parallel import Counts, Engine
 from report import draw_curves
 from run_record import Progress, RunError, RunRecord, choose_folder, provenance, write_atomically
-from settings import Settings
+from settings import Settings, SettingsError
 
 FLUSH_SECONDS = 0.5  # between looks at the losses, which wait on the device until then
 CURVES_SECONDS = 30.0  # between redrawings of curves.png
@@ -73,6 +73,8 @@ class Loop:
             "seed": args.seed,
             "max_steps": args.max_steps,
             "hold_out": args.hold_out,
+            "init_weights": args.init_weights.name if args.init_weights else None,
+            "synthetic": args.synthetic,
             "dataset": {
                 "name": args.dataset if args.data_dir is None else Path(args.data_dir).name,
                 "folder": os.path.relpath(dataset.folder.resolve(), Path(__file__).resolve().parent),
@@ -80,6 +82,7 @@ class Loop:
                 "mean": dataset.mean, "std": dataset.std, "num_images": {name: len(split) for name, split in dataset.splits.items()},
             },
             "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU",
+            "precision": engine.precision,
             "num_processes": engine.data_shard[1],
             "source": self.training.source,
             "batch": vars(engine.batch_sizes),
@@ -98,6 +101,8 @@ class Loop:
         if engine.from_main(checkpoint is not None):
             try:
                 engine.load(checkpoint)
+            except SettingsError:  # the state is whole, but of a kind that this engine cannot go on from
+                raise
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 raise RunError(f"{checkpoint} is damaged ({error}); delete it to go on from the checkpoint before it, "
                                "or give --fresh to start over") from error
@@ -201,6 +206,7 @@ class Loop:
         for name, (counts, seconds) in results.items():
             line |= {f"{name}_loss": counts.loss, f"{name}_accuracy": counts.accuracy, f"{name}_top5_accuracy": counts.top5_accuracy,
                      f"{name}_correct": counts.correct, f"{name}_seen": counts.seen, f"{name}_seconds": round(seconds, 3)}
+        line |= engine.epoch_facts()
         self._say_epoch(line, results)
         is_best = "validation" in results and results["validation"][0].accuracy > progress.best_accuracy
         if is_best:

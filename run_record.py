@@ -24,6 +24,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
 KEEP_CHECKPOINTS = 2
+# How the work is spread over processes may differ between a run and its resumption: the state is the same for all (an
+# engine that cannot go on from another's refuses it by name).
+SPREAD = ("settings.strategy", "settings.parallel", "settings.engine.zero_optimization")
 
 
 class RunError(ValueError):
@@ -129,12 +132,12 @@ def choose_folder(args: Any, facts: dict[str, Any]) -> RunRecord:
     """The folder of this run: the one that is to go on, or a new one.
 
     A name that was given must be new, or hold a run of the same settings. Without a name, the first of `base`, `base-2`,
-    ... that is new or holds an unfinished run of the same settings.
+    ... that is new or holds an unfinished run of the same settings. Only the strategy may change (see SPREAD).
 
     Raises:
         RunError: the named folder holds another run, or a finished one.
     """
-    same = ("settings", "seed", "max_steps", "hold_out")
+    same = ("settings", "seed", "max_steps", "hold_out", "init_weights", "synthetic")
     number = 1
     while True:
         base = args.name or f"{Path(facts['preset']).stem}-{facts['dataset']['name']}-seed{args.seed}"
@@ -144,7 +147,7 @@ def choose_folder(args: Any, facts: dict[str, Any]) -> RunRecord:
                 print(f"the run that was there is now {record.set_aside().name}")
             return record
         old = record.facts()
-        changed = [text for key in same for text in differences(old[key], facts[key], key)]
+        changed = [text for key in same for text in differences(old.get(key), facts.get(key), key) if not text.startswith(SPREAD)]
         changed += differences(old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint")
         checkpoint = record.newest_checkpoint()
         finished = checkpoint is not None and int(checkpoint.name.removeprefix("step-")) >= facts["total_steps"]

@@ -105,6 +105,19 @@ class LossSettings:
 
 
 @dataclass
+class ParallelSettings:
+    """What some strategies need besides `ds_config.json`; a strategy refuses what it would not use."""
+
+    stages: int = 2  # pipeline: parts that the layers are cut into; the processes are stages x replicas
+    partition: str = "parameters"  # pipeline: what the stages share evenly: parameters, layers (uniform) or measured time
+    topology: str = "ring"  # gossip: who averages with whom, a name of parallel/topologies.py
+    moment_steps: int = 1  # gossip: steps whose mean gradient enters Adam's moments as one (AccumAdam); 1 is plain Adam
+    local_steps: int = 32  # local: steps that each worker makes alone
+    outer_lr: float = 0.7  # local: of the outer step, SGD with Nesterov momentum
+    outer_momentum: float = 0.9
+
+
+@dataclass
 class Settings:
     """The union: what a preset may contain and what is written to the run folder."""
 
@@ -115,6 +128,7 @@ class Settings:
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     engine: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -179,7 +193,7 @@ def table_names(file: str, table: str) -> dict[str, str]:
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         if any(getattr(target, "id", None) == table for target in targets):
             entries = zip(node.value.keys, node.value.values, strict=True)
-            return {name.value: docs.get(getattr(part, "id", ""), "") for name, part in entries}
+            return {name.value: docs.get(getattr(part, "id", ""), getattr(part, "value", "")) for name, part in entries}
     raise LookupError(f"{file} has no table {table}")
 
 

@@ -30,10 +30,12 @@ def main() -> int:
     from loop import Loop, StopRequest
     from model import build_model
     from parallel import engine_class
+    from parallel.environment import limit_waits, rank_environment
     from schedule import Schedule
     from staging import stage
 
     stop = StopRequest()
+    rank_environment()
     preset = args.preset or ("spt-lsa" if torch.cuda.is_available() else "cpu")
     if not args.preset and os.environ.get("RANK", "0") == "0":
         print(f"preset    {preset}, because there is {'a' if torch.cuda.is_available() else 'no'} GPU (--preset NAME chooses another: "
@@ -67,6 +69,7 @@ def main() -> int:
 
     loop = Loop(engine, settings, training, evaluation, steps_per_epoch, total_steps, stop)
     loop.open_run(args, preset, dataset)
+    limit_waits()
     finished = loop.run(stop_at=args.stop_at)
     engine.close()
     return 0 if finished else EXIT_STOPPED
@@ -84,10 +87,13 @@ def prepare(args: argparse.Namespace) -> Path:
 
 
 def parse_arguments() -> argparse.Namespace:
-    feed_forwards = "\n".join(f"  {name:12} {doc}" for name, doc in table_names("feedforward.py", "FEED_FORWARDS").items())
+    def listed(file: str, table: str) -> str:
+        return "\n".join(f"  {name:12} {doc}" for name, doc in table_names(file, table).items())
+
     parser = argparse.ArgumentParser(
         description="Train a network on a tree of class folders. Starting the same run again goes on where it stopped.",
-        epilog=f"feed-forwards (--set model.feed_forward=NAME):\n{feed_forwards}\n\n"
+        epilog=f"strategies (--strategy NAME):\n{listed('parallel/__init__.py', 'STRATEGIES')}\n\n"
+               f"feed-forwards (--set model.feed_forward=NAME):\n{listed('feedforward.py', 'FEED_FORWARDS')}\n\n"
                "every part that has a name: python model.py\n\nexample:\n"
                "  python train.py --preset cpu --epochs 2 --set model.feed_forward=geglu --set optimizer.params.lr=5e-4",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel import processes
+from parallel.checks import refuse_unused
 from schedule import Schedule
 from settings import Settings, SettingsError
 
@@ -75,7 +76,16 @@ class Engine(ABC):
         is_main: whether this process prints and writes files.
         step: optimiser steps made so far.
         num_parameters: trainable parameters of the whole model.
+        honours: the settings of the group `parallel` that this strategy uses; others are refused.
+        honours_deepspeed: whether every key of `ds_config.json` reaches DeepSpeed, or only those of `checks.PLAIN_KEYS` count.
+        state_kind: states of one kind go on under every strategy of that kind.
+        precision: how `forward` computes, for those who evaluate the weights elsewhere: fp32, bf16 (weights and all) or autocast.
     """
+
+    honours: frozenset[str] = frozenset()
+    honours_deepspeed = False
+    state_kind = "one model"
+    precision = "fp32"
 
     data_shard: tuple[int, int]
     is_main: bool
@@ -84,6 +94,9 @@ class Engine(ABC):
     num_parameters: int
 
     def __init__(self, settings: Settings, schedule: Schedule, seed: int):
+        """Raises SettingsError for a setting that this strategy would not use."""
+        self.name = type(self).__module__.rpartition(".")[2]
+        refuse_unused(self.name, settings, self.honours, self.honours_deepspeed)
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
 
@@ -92,8 +105,8 @@ class Engine(ABC):
         """One optimiser step on the next `gradient_accumulation_steps` micro-batches; this process's detached mean loss."""
 
     @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K) in evaluation mode, without gradients."""
+    def forward(self, images: Tensor) -> Tensor | None:
+        """Class scores (B, K) in evaluation mode, without gradients; None in a process that another one counts for."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -111,6 +124,10 @@ class Engine(ABC):
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         """The inverse of `gather_state`; `state` on the main process only. Collective."""
 
+    def epoch_facts(self) -> dict[str, float]:
+        """What this strategy has to tell of an epoch, for its line in `metrics.jsonl`. Collective."""
+        return {}
+
     def weights(self) -> dict[str, Tensor] | None:
         """The plain fp32 state_dict on the main process, None elsewhere. Collective."""
         state = self.gather_state()
@@ -121,16 +138,31 @@ class Engine(ABC):
         state = self.gather_state()
         if state is not None:
             save_file(state, folder / "state.safetensors")
-            (folder / "engine.json").write_text(json.dumps({"step": self.step}))
+            facts = {"step": self.step, "kind": self.state_kind, "processes": dist.get_world_size()}
+            (folder / "engine.json").write_text(json.dumps(facts))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on any number of processes. Collective."""
-        state = None
+        """Read what `save` wrote, on any number of processes unless the strategy says otherwise. Collective.
+
+        Raises:
+            SettingsError: a state that this strategy cannot go on from.
+        """
+        facts, state = {}, None
+        if self.is_main:
+            facts = json.loads((folder / "engine.json").read_text())
+        facts = self.from_main(facts)
+        self.check_state(facts)
         if self.is_main:
             state = load_file(folder / "state.safetensors")
-            self.step = json.loads((folder / "engine.json").read_text())["step"]
-        self.step = self.from_main(self.step)
+        self.step = facts["step"]
         self.scatter_state(state)
+
+    def check_state(self, facts: dict[str, Any]) -> None:
+        """Refuse a state that was not made for this strategy; `facts` is what `engine.json` holds. Raises SettingsError."""
+        kind = facts.get("kind", self.state_kind)
+        if kind != self.state_kind:
+            raise SettingsError(f"the checkpoint holds the state of {kind}, strategy {self.name} has that of {self.state_kind}; "
+                                "start from its weights.safetensors instead, with --init-weights")
 
     @torch.no_grad()
     def count(self, batches: Iterator[Batch]) -> Counts:
@@ -138,8 +170,10 @@ class Engine(ABC):
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for images, labels in batches:
-            real = labels >= 0
-            scores = self.forward(images).float()
+            scores = self.forward(images)
+            if scores is None:
+                continue
+            real, scores = labels >= 0, scores.float()
             top5 = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
             counts += torch.stack([top5[:, 0].sum(), top5.any(dim=1).sum(), real.sum()])
             loss_sum += F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum").double()
@@ -184,8 +218,11 @@ class Engine(ABC):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         # Dropout is a function of (seed, process, step), so a resumed run draws what the unbroken one would have drawn.
-        which, _ = self.data_shard
-        torch.manual_seed((self.seed * 1_000_003 + which) * 1_000_000_007 + self.step)
+        torch.manual_seed((self.seed * 1_000_003 + self.random_stream()) * 1_000_000_007 + self.step)
+
+    def random_stream(self) -> int:
+        """Processes with different numbers draw different dropout masks."""
+        return self.data_shard[0]
 
 
 def build_seeded(build: Any, seed: int) -> nn.Module:

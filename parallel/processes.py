@@ -1,4 +1,4 @@
-"""Joining the process group: which process am I, on which device."""
+"""Joining the process group: which process am I, on which device; and named tensors on their way between processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def local_rank() -> int:
     """This process's number on its host, 0 when nothing launched it."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def num_local() -> int:
+    """Processes on this host: torchrun and DeepSpeed's launcher have their own names for it."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return dist.get_world_size()
 
 
 def pick_device() -> torch.device:
@@ -45,3 +54,52 @@ def join(timeout_seconds: float = 600) -> torch.device:
 def control_group() -> dist.ProcessGroup:
     """A Gloo group of all processes for the small messages of the loop, which must not wait for a GPU's queue."""
     return dist.new_group(backend="gloo")
+
+
+State = dict[str, Tensor]
+
+
+def share(state: State | None) -> State:
+    """The main process's tensors, on the CPU of every process. Collective."""
+    if dist.get_world_size() == 1:
+        return state
+    box = [[(key, value.shape, value.dtype) for key, value in state.items()] if state is not None else None]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    shared = {}
+    for key, shape, dtype in box[0]:
+        shared[key] = state[key] if state is not None else torch.empty(shape, dtype=dtype)
+        dist.broadcast(shared[key], src=0, group=control_group())
+    return shared
+
+
+def collect(state: State) -> list[State] | None:
+    """The CPU tensors of every process, by rank, on the main process; None elsewhere. Collective."""
+    if dist.get_rank():
+        _send(state, 0)
+        return None
+    return [state, *(_receive(rank) for rank in range(1, dist.get_world_size()))]
+
+
+def deal(states: list[State] | None) -> State:
+    """The inverse of `collect`: to each process its own. Collective."""
+    if dist.get_rank():
+        return _receive(0)
+    for rank, state in enumerate(states):
+        if rank:
+            _send(state, rank)
+    return states[0]
+
+
+def _send(state: State, rank: int) -> None:
+    dist.send_object_list([[(key, value.shape, value.dtype) for key, value in state.items()]], rank, group=control_group())
+    for value in state.values():
+        dist.send(value, rank, group=control_group())
+
+
+def _receive(rank: int) -> State:
+    box: list = [None]
+    dist.recv_object_list(box, rank, group=control_group())
+    state = {key: torch.empty(shape, dtype=dtype) for key, shape, dtype in box[0]}
+    for value in state.values():
+        dist.recv(value, rank, group=control_group())
+    return state

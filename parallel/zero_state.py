@@ -17,6 +17,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
+from parallel.buffers import persistent_buffers
+
 
 @dataclass(frozen=True)
 class OptimizerParts:
@@ -99,51 +101,43 @@ def _partition(parameter: nn.Parameter, mine: Tensor, value: Tensor) -> None:
     mine.copy_(padded[mine.numel() * dist.get_rank() :][: mine.numel()])
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to the state_dict, such as BatchNorm's running mean."""
-    kept = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
-
-
-def gather(engine: Any, parts: OptimizerParts, is_main: bool) -> dict[str, Tensor] | None:
-    """See `Engine.gather_state`."""
+def gather(engine: Any, parts: OptimizerParts, keep: bool) -> dict[str, Tensor] | None:
+    """See `Engine.gather_state`; None unless this process is to keep it."""
     state: dict[str, Tensor] = {}
 
-    def keep(key: str, value: Tensor) -> None:
-        if is_main:
-            state[key] = value.detach().to("cpu", copy=True).contiguous()
+    def add(key: str, value: Tensor) -> None:
+        if keep:
+            full = value.detach().to("cpu", copy=True).contiguous()
+            state[key] = full.float() if full.is_floating_point() and key.startswith("weights/") else full
 
     parts.link()
+    keys = parts.state_keys()
     for name, parameter in engine.module.named_parameters():
-        keep(f"weights/{name}", parts.master(parameter))
-        for key in parts.state_keys():
-            keep(f"optimizer/{key}/{name}", parts.state(parameter, key))
+        add(f"weights/{name}", parts.master(parameter))
+        for key in keys:
+            add(f"optimizer/{key}/{name}", parts.state(parameter, key))
     for name, buffer in persistent_buffers(engine.module).items():
-        keep(f"weights/{name}", buffer)
+        add(f"weights/{name}", buffer)
     for key, value in parts.scalars().items():
-        keep(f"scalars/{key}", value)
-    return state if is_main else None
+        add(f"scalars/{key}", value)
+    return state if keep else None
 
 
-def scatter(engine: Any, parts: OptimizerParts, state: dict[str, Tensor] | None, from_main: Callable[[Any], Any]) -> None:
-    """See `Engine.scatter_state`."""
-    device = torch.device(engine.device)
+def optimizer_entries(state: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
+    """Names of the optimiser's states, and its scalars, in what `gather` returned."""
+    scalars = {key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")}
+    return sorted({key.split("/")[1] for key in state if key.startswith("optimizer/")}), scalars
 
-    def receive(key: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-        value = state[key].to(device, dtype) if state is not None else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(value, src=0)
-        return value
 
-    names = list(state) if state is not None else []
-    scalars = {key.removeprefix("scalars/"): state[key] for key in names if key.startswith("scalars/")}
-    keys = sorted({key.split("/")[1] for key in names if key.startswith("optimizer/")})
-    keys, scalars = from_main((keys, scalars))
+def scatter(engine: Any, parts: OptimizerParts, keys: list[str], scalars: dict[str, Tensor],
+            receive: Callable[[str, torch.Size, torch.dtype], Tensor]) -> None:
+    """See `Engine.scatter_state`; `receive` gives the full tensor of a key, on the engine's device."""
     parts.create(keys, scalars)
     parts.link()
     for name, parameter in engine.module.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor in the parameter's place
-        parts.set_master(parameter, receive(f"weights/{name}", shape))
+        parts.set_master(parameter, receive(f"weights/{name}", shape, torch.float32))
         for key in keys:
-            parts.set_state(parameter, key, receive(f"optimizer/{key}/{name}", shape))
+            parts.set_state(parameter, key, receive(f"optimizer/{key}/{name}", shape, torch.float32))
     for name, buffer in persistent_buffers(engine.module).items():
         buffer.copy_(receive(f"weights/{name}", buffer.shape, buffer.dtype))

@@ -2,7 +2,8 @@
 
     ./run_tests.sh tests/test_launchers.py
 
-The scripts are copied beside a stub of train.py, and `nvidia-smi`, `ssh` and `pdsh` are fakes, so that every machine tests the same.
+The scripts are copied beside a stub of train.py, and `nvidia-smi` is a fake, so that every machine tests the same. Several machines:
+test_cluster.py.
 """
 import base64
 import json
@@ -19,8 +20,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from cluster.hostfile import HostfileError, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 AWKWARD = ["a b", "it's", 'say "x"', "a;echo b", "$HOME", "*", "", "--set=x={\"k\": 1}"]
@@ -310,75 +309,3 @@ def test_missing_compiler_and_missing_venv_module_name_the_package(repo):
         (repo.parent / "bin" / tool).symlink_to(shutil.which(tool))
     result = run(repo, "setup_environment.sh", PYTHON="python3", PATH=str(repo.parent / "bin"))
     assert result.returncode == 1 and "apt-get install g++" in result.stderr
-
-
-# --- several machines --------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("text, hosts", [
-    ("node1 slots=2\nnode2 slots=8 # rack 3\n", [("node1", 2), ("node2", 8)]),
-    ("# all\n\n  me@10.0.0.1\tslots=1\n", [("me@10.0.0.1", 1)]),
-    ("localhost slots=1", [("localhost", 1)]),
-])
-def test_hostfile_is_read(text, hosts):
-    assert parse(text) == hosts
-
-
-@pytest.mark.parametrize("text, sentence", [
-    ("", "names no host"), ("# node1 slots=2\n", "names no host"),
-    ("node1", "how many GPUs"), ("node1, slots=2", "comma"), ("node1 slots=2, max_slots=2", "comma"),
-    ("node1 slots=2.5", "whole number"), ("node1 slots=-1", "whole number"), ("node1 slots = 2", "whole number"),
-    ("node1 slots=2 max_slots=4", "whole number"), ("node1 slots=0", "at least 1"), ("node1:2222 slots=2", "colon"),
-    ("node[1-3] slots=2", "one line a host"), ("-oProxyCommand=x slots=1", "no host name"), ("a;b slots=1", "no host name"),
-    ("node1 slots=1\nme@node1 slots=2", "line 2: 'node1' is already on line 1"), ("localhost slots=1\nnode2 slots=1", "by that name"),
-])
-def test_hostfile_lines_that_deepspeed_would_misread_are_refused(text, sentence):
-    with pytest.raises(HostfileError, match=re.escape(sentence)):
-        parse(text)
-
-
-@pytest.fixture
-def cluster(repo, tmp_path):
-    """Two hosts, in a folder without a space, with an ssh that knows node1 under another name and cannot reach node3."""
-    target = repo.rename(tmp_path / "repo")
-    (target / "hostfile").write_text("me@node1 slots=2\nnode2 slots=2\n")
-    fake(target, "ssh", 'if [ "$1" = -G ]; then echo "user me"; echo "hostname ${2#*@}.lan"; exit; fi\n[[ "$*" != *node3* ]]')
-    fake(target, "pdsh", f'printf "%s\\n" "$@" > {tmp_path}/pdsh.log')
-    return target
-
-
-def test_unedited_hostfile_fails_clearly(repo):
-    result = run(repo, "launch_distributed_train.sh")
-    assert result.returncode == 1 and "names no host" in result.stderr and "node1 slots=8" in result.stderr
-
-
-def test_missing_hostfile_host_and_pdsh_are_named(cluster, tmp_path):
-    launch = "launch_distributed_train.sh"
-    result = run(cluster, launch, HOSTFILE="nowhere")
-    assert result.returncode == 1 and "nowhere does not exist" in result.stderr
-    (tmp_path / "three").write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")
-    result = run(cluster, launch, HOSTFILE="three")
-    assert result.returncode == 1 and "No answer over SSH from node3:" in result.stderr and "node2" not in result.stderr
-    tools = [*"bash dirname readlink cut".split(), "python3"]
-    (tmp_path / "bin/pdsh").unlink()
-    for tool in tools:
-        (tmp_path / "bin" / tool).symlink_to(sys.executable if tool == "python3" else shutil.which(tool))
-    result = run(cluster, launch, PATH=str(tmp_path / "bin"))
-    assert result.returncode == 1 and "apt-get install pdsh" in result.stderr
-
-
-def test_distributed_command(cluster, tmp_path):
-    words = dry_run(cluster, "--epochs", "1", script="launch_distributed_train.sh")
-    assert words[1:3] == ["-m", "deepspeed.launcher.runner"] and "--force_multi" in words
-    assert words[words.index("--master_addr") + 1] == "node1.lan"
-    assert words[-3:] == [str(cluster / "train.py"), "--epochs", "1"]
-    assert not (tmp_path / "pdsh.log").exists()
-
-
-def test_arguments_survive_the_other_machines_shell(cluster, tmp_path):
-    """pdsh joins its arguments, puts %% back to %, and the remote shell takes the line apart: train.py must see what was typed."""
-    awkward = [*AWKWARD, "100%n", "a\\ b `x` $y", "back\\slash"]
-    result = run(cluster, "launch_distributed_train.sh", *awkward)
-    assert result.returncode == 0, result.stderr
-    line = (tmp_path / "pdsh.log").read_text().replace("\n", " ").split(str(cluster / "train.py"))[1].replace("%%", "%")
-    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
-    assert words.split("\0")[:-1] == awkward

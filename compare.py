@@ -1,0 +1,220 @@
+"""Is my idea better? Runs the arms of an experiment file with several seeds each, and writes a report.
+
+    python compare.py experiments/pairs.toml --dry-run         # the plan: arms, sizes, what is done already
+    python compare.py experiments/pairs.toml                   # run what is missing, then report
+    python compare.py experiments/pairs.toml --size full       # at another of its sizes
+
+An experiment file: `question.py`. Each run is a run folder `runs/<question>-<size>/<arm>-seed<k>` with its output beside it
+(`.log`); the report goes to `results/<question>-<size>/`. Started again, it reuses finished runs and goes on with unfinished ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calibration import calibrate
+from comparison import power_note
+from question import Arm, Cost, Question, costs, read
+from run_record import RUNS, RunError, RunRecord
+from runner import StopSignal, Task, launch, refuse_others, run_all, slots
+from settings import SettingsError
+from train import EXIT_STOPPED, at_least_one
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What must be known of the dataset to plan runs."""
+
+    folder: Path
+    num_train: int  # what is left after holding out
+    num_classes: int
+    image_side: int
+    fingerprint: str | None  # None where it is not prepared yet
+
+
+def main() -> int:
+    args = parse_arguments()
+    question = read(args.experiment, args.size, args.seeds, args.set, args.final)
+    runs = args.runs_dir.resolve() / question.name
+    data = data_of_runs(runs, args) if args.report_only else look_at_data(question, args)
+    of_arms = costs(question, data.num_classes, data.image_side)
+    print_plan(question, of_arms)
+    stop = StopSignal()
+
+    def run(tasks: list[Task]) -> dict[str, str]:
+        if args.dry_run or args.report_only:
+            return {}
+        refuse_others(tasks, args.redo_changed)
+        return run_all(tasks, slots(args.parallel), stop, launch)
+
+    tasks, failures = plan(question, data, runs, run)
+    if args.dry_run:
+        print_runs(tasks)
+        return 0
+    failures |= run(list(tasks.values()))
+    if stop.number:
+        print("stopped; start the same comparison again to go on")
+        return EXIT_STOPPED
+    return report(question, of_arms, tasks, failures, args)
+
+
+def look_at_data(question: Question, args: argparse.Namespace) -> Data:
+    """The dataset of the question, prepared if need be (not for a plan alone)."""
+    from dataset import Dataset
+    from prepare_dataset import prepare
+
+    folder = (args.data_dir or HERE / "data" / question.dataset).resolve()
+    if not Dataset.is_prepared(folder):
+        if args.dry_run:
+            print(f"note: {os.path.relpath(folder)} is not prepared yet; the plan is for a dataset of CIFAR's size")
+            return Data(folder, round(50_000 * (1 - question.hold_out)), 100 if question.dataset == "cifar100" else 10, 32, None)
+        prepare(folder, dataset=question.dataset)
+    dataset = Dataset.open(folder)
+    if question.hold_out:
+        dataset = dataset.hold_out(question.hold_out)
+    return Data(folder, len(dataset.splits["train"]), len(dataset.classes), dataset.image_side or 0, dataset.fingerprint)
+
+
+def data_of_runs(runs: Path, args: argparse.Namespace) -> Data:
+    """The same from the runs themselves: a report needs no dataset. Raises RunError when there is no run."""
+    for path in sorted(runs.glob("*/run.json")):
+        facts = RunRecord(path.parent).facts()["dataset"]
+        folder = (args.data_dir or HERE / facts["folder"]).resolve()
+        return Data(folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"])
+    raise RunError(f"there is no run in {os.path.relpath(runs)} to report on; leave out --report-only")
+
+
+def plan(question: Question, data: Data, runs: Path,
+         run: Callable[[list[Task]], dict[str, str]]) -> tuple[dict[tuple[str, int], Task], dict[str, str]]:
+    """The runs, by arm and seed, in the random order they are made in; and what failed on the way to know their lengths.
+
+    `run` makes the calibration runs that a budget in seconds needs.
+    """
+    steps: dict[str, int | None]
+    failures: dict[str, str] = {}
+    if question.budget == "seconds":
+        steps, failures = calibrate(question, lambda arm, name, count: make_task(question, arm, 0, data, runs / name, count), run)
+    else:
+        steps = dict.fromkeys([arm.name for arm in question.arms], int(question.amount) if question.budget == "steps" else None)
+    order = question.tasks()
+    random.Random(question.name).shuffle(order)
+    return {(arm.name, seed): make_task(question, arm, seed, data, runs / f"{arm.name}-seed{seed}", steps[arm.name])
+            for arm, seed in order if arm.name in steps}, failures
+
+
+def make_task(question: Question, arm: Arm, seed: int, data: Data, folder: Path, steps: int | None) -> Task:
+    """One run of train.py. `steps` None: the budget is in epochs."""
+    batch = arm.settings.engine["train_batch_size"]
+    if data.num_train < batch:
+        raise SettingsError(f"arm '{arm.name}': train_batch_size={batch} is more than the {data.num_train} training images")
+    epochs = -(-steps // (data.num_train // batch)) if steps else int(question.amount)
+    settings = replace(arm.settings, epochs=epochs)
+    hold_out = question.hold_out or None
+    expected = {"settings": settings.as_dict(), "seed": seed, "max_steps": steps, "hold_out": hold_out, "fingerprint": data.fingerprint}
+    words = ["--preset", question.preset, "--data-dir", data.folder, "--runs-dir", folder.parent, "--name", folder.name, "--seed", seed,
+             "--epochs", epochs]
+    words += ["--max-steps", steps] if steps else []
+    words += ["--hold-out", hold_out] if hold_out else []
+    words += [word for text in arm.overrides for word in ("--set", text)]
+    return Task(folder.name, folder, [str(word) for word in words], expected)
+
+
+def report(question: Question, of_arms: list[Cost], tasks: dict[tuple[str, int], Task], failures: dict[str, str],
+           args: argparse.Namespace) -> int:
+    """Write the report and say the answers. Returns the exit code: 1 when runs are missing from it."""
+    from comparison_report import arm_results, write
+
+    results = arm_results(question, of_arms, tasks, args.final)
+    finished = {(arm.name, run.seed) for arm in results for run in arm.runs}
+    missing = dict(failures)
+    for arm, seed in question.tasks():
+        if (arm.name, seed) not in finished:
+            missing.setdefault(f"{arm.name}-seed{seed}", "is not finished")
+    for name, reason in missing.items():
+        print(f"missing: {name}: {reason}", file=sys.stderr)
+    if not finished:
+        raise RunError("no run is finished, so there is nothing to report")
+    path = write(question, results, missing, args.results_dir / question.name, args.final, command(args))
+    text = path.read_text()
+    print("\n" + text[text.index("## Answer"):text.index("\n|")].replace("**", "").replace("\\*", "*") + f"\nreport    {os.path.relpath(path)}")
+    return 1 if missing else 0
+
+
+def command(args: argparse.Namespace) -> str:
+    """What to type for this report, without the folders of one machine."""
+    experiment = args.experiment.resolve()
+    words = ["python", "compare.py", str(experiment.relative_to(HERE) if experiment.is_relative_to(HERE) else experiment.name)]
+    words += [word for flag in ("size", "seeds") if getattr(args, flag) is not None for word in (f"--{flag}", str(getattr(args, flag)))]
+    words += [word for text in args.set for word in ("--set", text)]
+    return shlex.join(words + (["--final"] if args.final else []))
+
+
+def print_plan(question: Question, of_arms: list[Cost]) -> None:
+    first = question.arms[0].settings
+    print(f"question  {question.sentence}")
+    print(f"runs      {len(question.arms)} arms x {question.seeds} seeds, {question.amount:g} {question.budget} each, "
+          f"preset {Path(question.preset).stem}, batch {first.engine['train_batch_size']}; compared on "
+          + (f"{100 * question.hold_out:g}% of train, held out" if question.hold_out else "the test split"))
+    width = max(len(arm.name) for arm in question.arms)
+    for arm, cost in zip(question.arms, of_arms, strict=True):
+        print(f"  {arm.name:{width}}  {cost.parameters:>12,} parameters  {cost.flops / 1e6:>9,.1f} MFLOPs  {arm.idea}")
+    if note := power_note(question.seeds, len(question.arms)):
+        print(f"note: {note}")
+
+
+def print_runs(tasks: dict[tuple[str, int], Task]) -> None:
+    """For a dry run: the order, what is there already, and one command."""
+    for i, task in enumerate(tasks.values(), 1):
+        print(f"{i:4} {task.name}: {task.state()}")
+    if tasks:
+        print("the first as a command: NUM_PROCS=1 ./launch_local_train.sh " + shlex.join(next(iter(tasks.values())).arguments))
+    else:
+        print("each arm's speed is measured first, then its steps are known")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Compare architectures: run every arm of an experiment file with several seeds, and report what that shows.",
+        epilog="example:\n  python compare.py experiments/eight-ideas.toml --size small --dry-run\n\n"
+               "exit code: 0 all runs are in the report, 1 some are missing (each is named), "
+               f"{EXIT_STOPPED} stopped and saved: start again to go on",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("experiment", type=Path, help="a file of experiments/")
+    parser.add_argument("--size", help="one of the file's sizes, small or full in experiments/ (default: small)")
+    parser.add_argument("--seeds", type=at_least_one, metavar="N", help="in place of the file's number; runs that exist are reused")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting of all arms; repeat for more")
+    parser.add_argument("--final", action="store_true", help="report the test split too: once, when all choices are made")
+    parser.add_argument("--parallel", type=at_least_one, metavar="N",
+                        help="runs at once (default: one a GPU; one on the CPU, with all its cores)")
+    parser.add_argument("--redo-changed", action="store_true", help="set aside existing runs of other settings, and make them anew")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: data/<dataset>)")
+    parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where run folders live (default: runs)")
+    parser.add_argument("--results-dir", type=Path, default=RESULTS, metavar="DIR", help="where reports go (default: results)")
+    return parser.parse_args()
+
+
+def run() -> int:
+    """`main` with the errors of the person's making as one line on the screen."""
+    from dataset import DatasetError
+
+    try:
+        return main()
+    except (SettingsError, DatasetError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,28 @@
+"""PyTorch's DistributedDataParallel (arXiv 2006.15704): every process holds the whole model, gradients are averaged."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parallel.buffers import SharedBuffers
+from parallel.plain import PlainEngine
+
+
+class Engine(PlainEngine):
+    """Data parallel by all-reduce, overlapped with the backward pass."""
+
+    def spread(self, model: nn.Module) -> nn.Module:
+        self.shared_buffers = SharedBuffers(model)
+        if self.data_shard[1] == 1:
+            return model  # nothing to exchange: no copies of gradients in buckets either
+        device = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or self.data_shard[1] == 1 else self.spread_model.no_sync()
+
+    def finish_step(self) -> None:
+        self.shared_buffers.average()

@@ -1,0 +1,36 @@
+"""PyTorch's DataParallel: one process, a thread for each GPU of one machine; what people used before DistributedDataParallel.
+
+The model is copied to every GPU in every step and the gradients are summed on the first one, which also keeps
+BatchNorm's statistics, of its own share of the images only. It is here as the baseline that the others are measured
+against, so it refuses to run where it would do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from parallel.plain import PlainEngine
+from settings import SettingsError
+
+
+class Engine(PlainEngine):
+    """All GPUs of this machine in one process."""
+
+    def __init__(self, *arguments, **keywords):
+        num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+        if num_gpus < 2:
+            raise SettingsError(f"strategy dp shares a batch among the GPUs of one machine, and there {'is 1' if num_gpus else 'are 0'} "
+                                "here; zero or ddp in one process do the same without the detour")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise SettingsError("strategy dp drives all GPUs from one process; start it without a launcher: python train.py --strategy dp")
+        self.num_gpus = num_gpus
+        super().__init__(*arguments, **keywords)
+
+    def spread(self, model: nn.Module) -> nn.Module:
+        return nn.DataParallel(model, device_ids=list(range(self.num_gpus)))
+
+    def describe(self) -> str:
+        return f"{self.num_gpus} GPUs in one process, {super().describe()}"

@@ -1,0 +1,88 @@
+"""What a launcher or Slurm says about this process, put into the variables that PyTorch and DeepSpeed read; and how long to wait.
+
+    srun --ntasks-per-node=8 python train.py        one task a rank: Slurm says SLURM_PROCID where torchrun says RANK
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+from datetime import timedelta
+
+FIRST_PORT, NUM_PORTS = 20000, 12000  # under 32768, so that no outgoing connection has taken it
+
+
+def rank_environment(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Where `srun` started this process and no launcher has: set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+    Returns whether it did. Only inside a step of srun: the batch script itself has a SLURM_PROCID too, and what it starts
+    directly is alone, however many tasks the job has.
+    """
+    if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return False
+    local_rank, local_size = environment["SLURM_LOCALID"], tasks_on_this_node(environment)
+    if local_size > 1 and re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")):
+        local_rank = "0"  # --gpus-per-task=1: each task sees one GPU, and counts it as its first
+    environment.update(RANK=environment["SLURM_PROCID"], WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
+                       LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=str(local_size))
+    environment.setdefault("MASTER_ADDR", master_address(environment))
+    # The same on every node, and another one for every step of every job.
+    number = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment.get("SLURM_STEP_ID", 0))
+    environment.setdefault("MASTER_PORT", str(FIRST_PORT + number % NUM_PORTS))
+    return True
+
+
+def tasks_on_this_node(environment: MutableMapping[str, str]) -> int:
+    """How many tasks of this step run here; Slurm writes `2(x3),1` for three nodes with two each and one with one."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")):
+        counts += [int(count)] * int(times or 1)
+    return counts[int(environment.get("SLURM_NODEID", 0))]
+
+
+def master_address(environment: MutableMapping[str, str]) -> str:
+    """Where the ranks meet: this very node when the step has one, else the first node of the step."""
+    if int(environment.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+        return "127.0.0.1"
+    name = expand_nodes(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])[0]
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:  # names that only Slurm knows: in a batch job, srun itself runs on the first node
+        return environment.get("SLURM_LAUNCH_NODE_IPADDR", name)
+    return name
+
+
+def expand_nodes(text: str) -> list[str]:
+    """Slurm's short form of node names: `gpu[01-03,7],login` -> gpu01, gpu02, gpu03, gpu7, login."""
+    names = []
+    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        expanded = [""]
+        for plain, ranges in re.findall(r"([^\[]+)|\[([^\]]*)\]", item):
+            choices = [plain]
+            if ranges:
+                choices = []
+                for part in ranges.split(","):
+                    first, _, last = part.partition("-")
+                    choices += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+            expanded = [name + choice for name in expanded for choice in choices]
+        names += expanded
+    return names
+
+
+def limit_waits(seconds: float | None = None) -> None:
+    """How long a process waits for the others in any exchange before it gives up: `seconds`, or HANG_SECONDS, or PyTorch's own limit.
+
+    A rank that hangs without dying is noticed by nothing else, and the groups that DeepSpeed makes wait for 10 to 30 minutes.
+    Call it when all groups are there. Without a process group it does nothing.
+    """
+    import torch.distributed as dist
+
+    seconds = seconds or float(os.environ.get("HANG_SECONDS") or 0)
+    if not seconds or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    c10d = dist.distributed_c10d
+    for group in list(c10d._world.pg_names):  # private, and the only way to reach the groups that DeepSpeed made
+        if isinstance(group, dist.ProcessGroup):
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)

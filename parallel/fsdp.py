@@ -1,0 +1,41 @@
+"""PyTorch's fully_shard (FSDP2, arXiv 2304.11277): every tensor is cut over the processes and made whole layer by layer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from parallel.buffers import SharedBuffers
+from parallel.checks import refuse_scalars
+from parallel.plain import PlainEngine
+
+
+class Engine(PlainEngine):
+    """Data parallel with sharded parameters, gradients and optimiser; one layer is whole at a time."""
+
+    def spread(self, model: nn.Module) -> nn.Module:
+        refuse_scalars(model, "fully_shard")
+        self.shared_buffers = SharedBuffers(model)
+        mesh = init_device_mesh(self.device.type, (self.data_shard[1],))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        self.spread_model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def finish_step(self) -> None:
+        self.shared_buffers.average()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def cut(self, value: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor):
+            return super().cut(value, like)
+        return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)

@@ -1,0 +1,71 @@
+"""Decentralised training: every worker steps on its own gradient, then averages its weights with a few neighbours.
+
+Adapt, then combine: on the complete graph with SGD the mean of x_i - lr g_i is x - lr mean(g), which is SGD on the
+global batch; sparser graphs move less data a step and let the workers differ a little. Adam's moments stay each
+worker's own (DAdam, arXiv 1901.09109), or take in several steps at once (AccumAdam, arXiv 2410.11998). Clipping is by
+the worker's own gradient. It is an implementation of its own because the package decent-dp cannot resume, and because
+DeepSpeed's stages above 0 shard the optimiser over the very workers that are to differ.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from optimizers import parameter_groups
+from parallel import processes
+from parallel.accum_adam import AccumAdam
+from parallel.buffers import mean_over
+from parallel.topologies import Round, rounds_of
+from parallel.workers import WorkersEngine
+from settings import SettingsError
+
+
+class Engine(WorkersEngine):
+    """A worker that averages with its group of the current round after every step."""
+
+    honours = frozenset({"topology", "moment_steps"})
+    state_kind = "one worker a process, for gossip"
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.topology = self.settings.parallel.topology
+        self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), processes.num_local()))
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        window = self.settings.parallel.moment_steps
+        if window == 1:
+            return super().make_optimizer()
+        config = self.settings.engine["optimizer"]
+        if config["type"] not in ("Adam", "AdamW"):
+            raise SettingsError(f"parallel.moment_steps={window} is about Adam's moments, which optimizer.type={config['type']} does not have")
+        params = config["params"]
+        try:
+            groups = parameter_groups(self.model, params["lr"], params["weight_decay"])
+            return AccumAdam(groups, **params, window=window, decoupled=config["type"] == "AdamW")
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"parallel.moment_steps={window} does not go with optimizer.params as they stand: {error}") from error
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        group = self.groups[(self.step - 1) % len(self.groups)]
+        if dist.get_world_size(group) > 1:
+            for parameter, mean in zip(self.trainable, mean_over(self.trainable, group), strict=True):
+                parameter.copy_(mean)
+
+    def describe(self) -> str:
+        workers = dist.get_world_size()
+        return f"{workers} worker{'s' if workers > 1 else ''} on the graph {self.topology}, {super().describe()}"
+
+
+def join_groups(rounds: list[Round]) -> list[dist.ProcessGroup]:
+    """This process's group in each round. Collective: every process makes every group, in the same order."""
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    mine = []
+    for groups in rounds:
+        for group in map(tuple, groups):
+            if group not in made:
+                made[group] = dist.new_group(list(group))
+            if dist.get_rank() in group:
+                mine.append(made[group])
+    return mine

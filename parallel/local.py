@@ -1,0 +1,60 @@
+"""Rare synchronisation for slow links: every worker makes H steps alone, then all make one outer step together (DiLoCo).
+
+arXiv 2311.08105. The workers of this form are the processes of one group; `outer.py` knows nothing of how the mean
+reaches it, so that peers that come and go can carry it as well.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import processes
+from parallel.buffers import mean_over
+from parallel.outer import OuterStep
+from parallel.workers import WorkersEngine
+from settings import SettingsError
+
+
+class Engine(WorkersEngine):
+    """A worker that meets the others after every `parallel.local_steps` steps."""
+
+    honours = frozenset({"local_steps", "outer_lr", "outer_momentum"})
+    state_kind = "one worker a process, for local"
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        chosen = self.settings.parallel
+        if chosen.local_steps < 1:
+            raise SettingsError(f"parallel.local_steps must be at least 1, not {chosen.local_steps}")
+        if chosen.outer_lr <= 0 or not 0 <= chosen.outer_momentum < 1:
+            raise SettingsError("parallel.outer_lr must be above 0 and parallel.outer_momentum in 0..1, "
+                                f"not {chosen.outer_lr} and {chosen.outer_momentum}")
+        trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self.outer = OuterStep(trained, chosen.outer_lr, chosen.outer_momentum)
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        if self.step % self.settings.parallel.local_steps == 0:
+            for parameter, value in zip(self.trainable, self.outer.step(mean_over(self.trainable)), strict=True):
+                parameter.copy_(value)
+
+    def describe(self) -> str:
+        chosen = self.settings.parallel
+        return (f"{dist.get_world_size()} x {chosen.local_steps} steps alone, outer rate {chosen.outer_lr} "
+                f"and momentum {chosen.outer_momentum}, {super().describe()}")
+
+    # The outer step's state is the same in all workers, and kept once.
+
+    def gather_state(self) -> dict[str, Tensor] | None:
+        state = super().gather_state()
+        return None if state is None else {**state, **self.outer.state()}
+
+    def scatter_state(self, state: dict[str, Tensor] | None) -> None:
+        outer = workers = None
+        if state is not None:
+            outer = {key: value for key, value in state.items() if key.startswith("outer/")}
+            workers = {key: value for key, value in state.items() if key not in outer}
+        super().scatter_state(workers)
+        self.outer.set_state(processes.share(outer))

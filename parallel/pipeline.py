@@ -1,0 +1,135 @@
+"""DeepSpeed's pipeline (arXiv 1806.03377): the list of layers is cut into stages, one process each, and the stages repeated.
+
+The processes are stages x replicas. All stages of a replica read the same batches: the first needs the images, the last
+the labels. A global batch passes in `gradient_accumulation_steps` micro-batches, one behind the other; with fewer of them
+than about four a stage, most processes wait most of the time.
+
+ZeRO stage 0 and 1 only. The state has the keys of the other strategies, so it goes on under them and with other cuts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from torch import Tensor, nn
+
+from parallel import processes, zero
+from parallel.engine import Batch
+from parallel.partition import cut_layers, even_out
+from parallel.zero_state import gather, optimizer_entries, scatter
+from settings import SettingsError
+
+
+class Stages(PipelineModule):
+    """A PipelineModule that takes its cuts as given."""
+
+    def __init__(self, layers: nn.Sequential, cuts: list[int], **keywords: Any):
+        self.cuts = cuts
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints every layer
+            super().__init__(layers, num_stages=len(cuts) - 1, **keywords)
+        self._layer_specs = []  # it would keep the other stages' layers in memory
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.cuts
+        self._set_bounds(start=self.cuts[self.stage_id], stop=self.cuts[self.stage_id + 1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()  # the wire between stages wants it
+
+
+class Engine(zero.Engine):
+    """Stages x replicas; the main process is the first stage of the first replica."""
+
+    honours = frozenset({"stages", "partition"})
+
+    def check_engine(self, config: dict[str, Any]) -> None:
+        super().check_engine(config)
+        self.num_stages = self.settings.parallel.stages
+        if self.stage > 1:
+            raise SettingsError(f"strategy pipeline works with zero_optimization.stage 0 or 1, not {self.stage}")
+        if config["zero_optimization"]["offload_optimizer"]["device"] != "none":
+            raise SettingsError("strategy pipeline would not use zero_optimization.offload_optimizer; zero does")
+        if self.stage == 0 and config["gradient_clipping"]:
+            # DeepSpeed 0.19.8 then takes the norm of the first stage's gradients for that of all.
+            raise SettingsError("strategy pipeline clips wrongly at zero_optimization.stage=0; take stage 1, or gradient_clipping=0.0")
+        if self.num_stages < 1 or dist.get_world_size() % self.num_stages:
+            raise SettingsError(f"parallel.stages={self.num_stages} does not divide the number of processes, {dist.get_world_size()}")
+
+    def place(self) -> tuple[int, int]:
+        replicas = dist.get_world_size() // self.num_stages
+        self.stage_id, replica = divmod(dist.get_rank(), replicas)  # DeepSpeed's PipeDataParallelTopology
+        return replica, replicas
+
+    def random_stream(self) -> int:
+        return dist.get_rank()  # stages must not repeat one another's dropout masks
+
+    def start(self, model: nn.Sequential, config: dict[str, Any]) -> None:
+        cuts = cut_layers(model, self.settings, self.batch_sizes.micro, self.device, self.from_main)
+        self.cuts, self.shape = cuts, None
+        self.groups_needed = max(len(self._groups(model, stage)) for stage in range(self.num_stages))
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there; Stages asks for it
+        super().start(Stages(model, cuts, loss_fn=self.loss), config)
+        assert (self.engine.grid.data_parallel_id, self.engine.stage_id) == (self.data_shard[0], self.stage_id)
+
+    def _groups(self, model: nn.Sequential, stage: int) -> list[dict[str, Any]]:
+        return super().make_optimizer(model[self.cuts[stage] : self.cuts[stage + 1]]).param_groups
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = super().make_optimizer(model)
+        even_out(optimizer, self.groups_needed)
+        return optimizer
+
+    def replicas(self) -> dist.ProcessGroup | None:
+        return self.engine.grid.get_data_parallel_group()
+
+    def train_batch(self, batches: Iterator[Batch]) -> Tensor:
+        self.prepare_step(self.optimizer)
+        # Every stage takes them all, so that the readers of a replica stay in step.
+        micro_batches = [next(batches) for _ in range(self.batch_sizes.accumulation)]
+        self._expect(micro_batches[0][0])
+        loss = self.engine.train_batch(iter([(self._cast(images), labels) for images, labels in micro_batches]))
+        self.shared_buffers.average()
+        self.step += 1
+        return loss.detach()
+
+    def forward(self, images: Tensor) -> Tensor | None:
+        self._expect(images)
+        nobody = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        self.engine.total_loss = None  # it would add these scores to the last step's loss
+        _, scores = self.engine.eval_batch(iter([(self._cast(images), nobody)]), return_logits=True, compute_loss=False, reduce_output=None,
+                                           bcast_loss=False, num_micro_batches=1)
+        return scores  # of the last stage; None in the others
+
+    def _expect(self, images: Tensor) -> None:
+        """DeepSpeed keeps the buffers of the first batch; another shape needs new ones."""
+        if self.shape not in (None, images.shape):
+            self.engine.reset_activation_shape()
+        self.shape = images.shape
+
+    def describe(self) -> str:
+        layers = " + ".join(str(stop - start) for start, stop in zip(self.cuts, self.cuts[1:], strict=False))
+        return f"{self.num_stages} stages of {layers} layers x {self.data_shard[1]} replicas, ZeRO {super().describe()}"
+
+    # --- the state: each stage has its own layers' -----------------------------------------------------------------
+
+    def gather_state(self) -> dict[str, Tensor] | None:
+        mine = gather(self.engine, self.optimizer_parts(), keep=self.data_shard[0] == 0)
+        states = processes.collect(mine or {})
+        if states is None:
+            return None
+        return {key: value for state in states for key, value in state.items()}
+
+    def scatter_state(self, state: dict[str, Tensor] | None) -> None:
+        state = processes.share(state)
+
+        def receive(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            return state[key].to(self.device, dtype)
+
+        scatter(self.engine, self.optimizer_parts(), *optimizer_entries(state), receive)

@@ -1,0 +1,76 @@
+"""What strategies share whose processes each have a model of their own: gossip and local.
+
+Such a run has many models; the one that is evaluated and handed over is their mean. It takes the place of the worker's
+own for as long as that takes, and the worker's own comes back bit for bit. How far apart the workers are is a fact
+of every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import processes
+from parallel.buffers import mean_over, persistent_buffers
+from parallel.engine import Batch, Counts
+from parallel.plain import PlainEngine
+from settings import SettingsError
+
+
+class WorkersEngine(PlainEngine):
+    """A worker with its own model and optimiser; `finish_step` says what it exchanges, and when."""
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The mean model in place of this worker's, parameters and floating-point buffers alike. Collective."""
+        tensors = [p.detach() for p in self.parameters.values()]
+        tensors += [buffer for buffer in persistent_buffers(self.model).values() if buffer.is_floating_point()]
+        own = [tensor.clone() for tensor in tensors]
+        for tensor, mean in zip(tensors, mean_over(tensors), strict=True):
+            tensor.copy_(mean)
+        try:
+            yield
+        finally:
+            for tensor, mine in zip(tensors, own, strict=True):
+                tensor.copy_(mine)
+
+    def count(self, batches: Iterator[Batch]) -> Counts:
+        with self.averaged():
+            return super().count(batches)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        with self.averaged():
+            state = self.state_tensors(keep=self.is_main)
+        return None if state is None else {key.removeprefix("weights/"): t for key, t in state.items() if key.startswith("weights/")}
+
+    def epoch_facts(self) -> dict[str, float]:
+        """`worker_distance`: the workers' mean L2 distance to the mean of them all, over all parameters."""
+        own = [p.detach() for p in self.trainable]
+        apart = [(tensor - mean).double().norm() for tensor, mean in zip(own, mean_over(own), strict=True)]
+        return {"worker_distance": self.mean(torch.stack(apart).norm().cpu())}
+
+    # --- every worker's state, under its number ------------------------------------------------------------------
+
+    def gather_state(self) -> dict[str, Tensor] | None:
+        states = processes.collect(self.state_tensors(keep=True))
+        return None if states is None else {f"{rank}/{key}": t for rank, state in enumerate(states) for key, t in state.items()}
+
+    def scatter_state(self, state: dict[str, Tensor] | None) -> None:
+        states = None
+        if state is not None:
+            states = [{} for _ in range(dist.get_world_size())]
+            for key, tensor in state.items():
+                rank, _, rest = key.partition("/")
+                states[int(rank)][rest] = tensor
+        self.set_state_tensors(processes.deal(states))
+
+    def check_state(self, facts: dict[str, Any]) -> None:
+        super().check_state(facts)
+        if facts["processes"] != dist.get_world_size():
+            raise SettingsError(f"strategy {self.name} keeps a state for each process: this one was saved by {facts['processes']} processes "
+                                f"and cannot go on with {dist.get_world_size()}; start it with {facts['processes']}")
