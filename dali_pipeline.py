@@ -118,6 +118,10 @@ class Batches:
             self.wait_seconds += time.perf_counter() - began
             yield batch
 
+    def close(self) -> None:
+        """Stop reading ahead. A thread that is still at work when the process ends can abort it."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
     def _take(self, token: Token) -> tuple[Tensor, Tensor]:
         """The batch of `token`; the ones that will most likely follow are being made meanwhile."""
         if self._asked and self._asked[0][0].place != token.place:  # after a resume, or back to the start of an evaluation
@@ -231,6 +235,7 @@ class Synthetic:
         self.images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(batches.device)
         self.labels = (torch.arange(batches.batch_size) % len(batches.dataset.classes)).to(batches.device)
         self.num_batches, self.side, self.wait_seconds = len(batches), batches.side, 0.0
+        self.close = batches.close
 
     def __len__(self) -> int:
         return self.num_batches

@@ -56,6 +56,7 @@ def main() -> None:
         print("note: this is not the dataset that the run was trained on (its fingerprint differs)", file=sys.stderr)
     result = evaluate(model, batches, len(dataset.classes), device, autocast=precision == "autocast",
                       show=is_main and sys.stderr.isatty())
+    batches.close()
     if is_main:
         report = describe(result, dataset.classes, args.split, record.folder.name, precision)
         print_report(report, args.per_class)

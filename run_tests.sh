@@ -17,5 +17,6 @@ selection=(-m "not slow and not gpu")
 for argument in "$@"; do
     case $argument in -m | -m?*) selection=() ;; esac
 done
+"$PYTHON" update_readme.py    # the tables of parts follow the code
 "$PYTHON" -m ruff check .
 exec "$PYTHON" -m pytest -q tests "${selection[@]}" "$@"

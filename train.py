@@ -71,6 +71,8 @@ def main() -> int:
     loop.open_run(args, preset, dataset)
     limit_waits()
     finished = loop.run(stop_at=args.stop_at)
+    for batches in (training, *evaluation.values()):
+        batches.close()
     engine.close()
     return 0 if finished else EXIT_STOPPED
 
