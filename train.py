@@ -17,6 +17,7 @@ from run_record import RUNS, RunError
 from settings import SettingsError, preset_names, resolve, table_names
 
 HERE = Path(__file__).resolve().parent
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "communicator was aborted")
 EXIT_STOPPED = 75  # told to stop, and saved: start again to go on
 
 
@@ -148,6 +149,12 @@ def run() -> int:
             print(f"error: {error}", file=sys.stderr)
         elif not isinstance(error, SettingsError):  # every process refuses a setting; a file or a loss may fail in one alone
             print(f"error in process {rank}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_PEER):
+            raise
+        # The one that ended first says why; the traces of all the others would bury its sentence.
+        print(f"process {os.environ.get('RANK', '0')} stops, because another process has ended", file=sys.stderr)
         return 1
 
 
