@@ -22,11 +22,13 @@ from tqdm import tqdm
 from dali_pipeline import Batches
 from dataset import Dataset
 from parallel import Counts, Engine
+from parallel.environment import limit_waits
 from report import draw_curves
 from run_record import Progress, RunError, RunRecord, choose_folder, provenance, write_atomically
 from settings import Settings, SettingsError
 
 FLUSH_SECONDS = 0.5  # between looks at the losses, which wait on the device until then
+SAVE_SECONDS = 1800.0  # that a checkpoint may take before the processes that wait for it give up
 CURVES_SECONDS = 30.0  # between redrawings of curves.png
 
 
@@ -143,7 +145,8 @@ class Loop:
                 self._finish_epoch()
             else:
                 self._save_checkpoint()
-            if stopping and self.engine.step < self.total_steps:
+            # Asked again: the wish may have come during the evaluation.
+            if (stopping or self.engine.any(self.stop.requested)) and self.engine.step < self.total_steps:
                 self.say(f"stopped after step {self.engine.step:,} and saved; start the same run again to go on")
                 return False
         if self.engine.is_main and self.record.metrics():
@@ -227,15 +230,18 @@ class Loop:
     # --- files ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        """Collective; the main process writes."""
-        if not self.engine.is_main:
+        """Collective; the main process writes, the others wait for its disk longer than they wait for one another's steps."""
+        limit_waits(SAVE_SECONDS)
+        loss_sum = self.engine.mean(torch.tensor(self.progress.loss_sum, dtype=torch.float64))
+        if self.engine.is_main:
+            self.progress.loss_sum = loss_sum
+            with self.record.new_checkpoint(self.engine.step) as folder:
+                self.engine.save(folder)
+                RunRecord.write_progress(folder, self.progress)
+        else:
             self.engine.save(Path())
-            self.engine.mean(torch.tensor(self.progress.loss_sum, dtype=torch.float64))
-            return
-        with self.record.new_checkpoint(self.engine.step) as folder:
-            self.engine.save(folder)
-            self.progress.loss_sum = self.engine.mean(torch.tensor(self.progress.loss_sum, dtype=torch.float64))
-            RunRecord.write_progress(folder, self.progress)
+        self.engine.any(False)  # nobody goes on, to shorter limits, before the checkpoint is whole
+        limit_waits()
 
     def _save_weights(self, *names: str) -> None:
         """Write the plain weights under each of the names. Collective."""

@@ -71,18 +71,19 @@ def expand_nodes(text: str) -> list[str]:
     return names
 
 
-def limit_waits(seconds: float | None = None) -> None:
-    """How long a process waits for the others in any exchange before it gives up: `seconds`, or HANG_SECONDS, or PyTorch's own limit.
+def limit_waits(at_least: float = 0.0) -> None:
+    """Let a process wait HANG_SECONDS for the others in any exchange before it gives up, or `at_least` seconds if that is more.
 
     A rank that hangs without dying is noticed by nothing else, and the groups that DeepSpeed makes wait for 10 to 30 minutes.
-    Call it when all groups are there. Without a process group it does nothing.
+    Without HANG_SECONDS (cluster/ sets it), or without other processes, PyTorch's own limits stay. Call it when all groups
+    are there.
     """
     import torch.distributed as dist
 
-    seconds = seconds or float(os.environ.get("HANG_SECONDS") or 0)
-    if not seconds or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    limit = float(os.environ.get("HANG_SECONDS") or 0)
+    if not limit or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     c10d = dist.distributed_c10d
     for group in list(c10d._world.pg_names):  # private, and the only way to reach the groups that DeepSpeed made
         if isinstance(group, dist.ProcessGroup):
-            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+            c10d._set_pg_timeout(timedelta(seconds=max(limit, at_least)), group)

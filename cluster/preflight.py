@@ -1,0 +1,202 @@
+"""Asks every host of the hostfile at once whether training can start, and says in words what to mend first.
+
+    python cluster/preflight.py                          the hostfile beside the project, its dataset data/cifar100
+    python cluster/preflight.py --hostfile lab --data-dir data/imagenet --measure        bandwidth and latency too
+    python cluster/preflight.py --sync                   copy code and dataset to the hosts that lack them, make the environment there
+
+A table with one row a host; exit code 0 when training can start, 3 when something must be mended, 2 for a wrong hostfile.
+./launch_distributed_train.sh does the same before each start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from cluster import checks, hostfile, remote, sync  # noqa: E402
+from cluster.checks import Answer, Problem  # noqa: E402
+from cluster.remote import Host, Unreachable, say  # noqa: E402
+
+EXIT_HOSTFILE, EXIT_PREFLIGHT = 2, 3
+
+
+@dataclass
+class Meeting:
+    """Where the ranks meet, and the network interface of each host that leads there."""
+
+    address: str
+    port: int
+    interfaces: dict[str, str]
+
+
+@dataclass
+class Report:
+    """What the hosts answered. `meeting` is None when they cannot start."""
+
+    hosts: list[Host]
+    answers: list[Answer]
+    problems: list[Problem]
+    table: str
+    on_cpu: bool
+    meeting: Meeting | None
+
+    @property
+    def can_start(self) -> bool:
+        return not any(not problem.warning for problem in self.problems)
+
+    def absent(self) -> list[Host]:
+        """The hosts that do not answer."""
+        return [host for host, answer in zip(self.hosts, self.answers, strict=True) if isinstance(answer, Unreachable)]
+
+    def show(self) -> None:
+        say(self.table)
+        serious = [problem for problem in self.problems if not problem.warning]
+        for problem in self.problems:
+            if problem.warning:
+                say(f"warning: {problem}")
+        if serious:
+            say(f"\nFirst: {serious[0]}")
+            for problem in serious[1:]:
+                say(f"Then:  {problem}")
+
+
+def request(python: str, data: Path, runs: Path, arguments: list[str]) -> dict[str, Any]:
+    """What to look at on every host: the same paths everywhere."""
+    words = [word.split("=", 1)[-1] for word in arguments]
+    given = sorted({str(Path(word).absolute()) for word in words if word and len(word) < 4096 and Path(word).is_file()})
+    return {"project": str(PROJECT), "python": python, "data": str(data.absolute()), "runs": str(runs.absolute()), "cwd": os.getcwd(), "given": given}
+
+
+def inspect(hosts: list[Host], what: dict[str, Any]) -> Report:
+    """All hosts at once, in seconds."""
+    here, *answers = remote.at_once(lambda name: remote.ask(name, "probe.py", what), ["localhost", *(host.name for host in hosts)])
+    if isinstance(here, Unreachable):
+        raise RuntimeError(f"this machine {here.reason}")
+    present = [answer for answer in answers if not isinstance(answer, Unreachable)]
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not any(answer["gpus"] for answer in present)
+    problems = checks.check(hosts, answers, here, on_cpu)
+    ports, meeting = {}, None
+    if len(present) == len(hosts):
+        meeting, unmet = meet(hosts, answers)
+        problems = unmet + problems
+        ports = {host.name: "ok" for host in hosts} | {problem.host: "closed!" for problem in unmet}
+    return Report(hosts, answers, problems, checks.table(hosts, answers, here, ports, on_cpu), on_cpu, meeting)
+
+
+@contextmanager
+def listening(name: str, seconds: float = 15) -> Iterator[tuple[int, str]]:
+    """A program on a host that takes a free port and answers who knows the token: (port, token)."""
+    token = secrets.token_hex(16)
+    words = {"role": "listen", "token": token, "seconds": seconds, "port": int(os.environ.get("MASTER_PORT", 0))}
+    process = remote.start(name, ["python3", "-", json.dumps(words)])
+    try:
+        process.stdin.write((remote.HERE / "link.py").read_text())
+        process.stdin.close()
+        for line in process.stdout:
+            found = remote.answer_in(line, "link.py")
+            if "port" in found:
+                yield found["port"], token
+                return
+            if "error" in found:
+                raise Unreachable(f"has no free port ({found['error']})", "choose another MASTER_PORT")
+        raise remote.explain(name, process.wait(), process.stderr.read())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | None, list[Problem]]:
+    """An address and a free port of the first host that all others reach, tried by connecting to it."""
+    first, others = hosts[0], hosts[1:]
+    own = {address: name for name, address in answers[0]["addresses"]}
+    known = os.environ.get("MASTER_ADDR") or remote.address_of(first.name)
+    candidates = [known] if os.environ.get("MASTER_ADDR") else [*([known] if known in own else []), *(a for a in own if a != known)]
+    try:
+        with listening(first.name) as (port, token):
+            if not others:
+                return Meeting("127.0.0.1", port, {}), []
+            if not candidates:
+                return None, [Problem(first.name, "has no network address (IPv4) but its own loopback", "connect it to the others' network")]
+            asked = {"role": "connect", "token": token, "port": port, "addresses": candidates}
+            results = remote.at_once(lambda host: remote.ask(host.name, "link.py", asked), others)
+    except Unreachable as error:
+        return None, [Problem(first.name, error.reason, error.mend)]
+    lost = [Problem(host.name, result.reason, result.mend) for host, result in zip(others, results, strict=True) if isinstance(result, Unreachable)]
+    if lost:
+        return None, lost
+    for address in candidates:
+        reached = {host.name: result["reached"][address] for host, result in zip(others, results, strict=True)}
+        if all("error" not in result for result in reached.values()):
+            interfaces = {name: result["interface"] for name, result in reached.items() if result["interface"]}
+            interfaces |= {first.name: own[address]} if address in own else {}
+            return Meeting(address, port, interfaces), []
+    mend = "open the ports between the hosts (all from 1024 up: training uses many), or name the address: MASTER_ADDR="
+    shut_out = [(host, result["reached"]) for host, result in zip(others, results, strict=True)
+                if all("error" in tried for tried in result["reached"].values())]
+    if shut_out:
+        return None, [Problem(host.name, f"cannot reach {first.name}: {_tried(reached, port)}", mend) for host, reached in shut_out]
+    return None, [Problem(first.name, f"has no address that all others reach (of {', '.join(candidates)})", mend)]
+
+
+def _tried(reached: dict[str, dict], port: int) -> str:
+    return ", ".join(f"{address} port {port}: {result['error']}" for address, result in reached.items())
+
+
+def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
+    """Latency and bandwidth from each host to the next, one pair after the other so that none shares its link."""
+    lines = []
+    ring = list(zip(hosts, [*hosts[1:], hosts[0]], strict=True)) if len(hosts) > 2 else [(hosts[0], hosts[-1])]
+    for source, target in ring if len(hosts) > 1 else []:
+        addresses = [address for _, address in answers[hosts.index(target)]["addresses"]]
+        try:
+            with listening(target.name) as (port, token):
+                asked = {"role": "connect", "token": token, "port": port, "addresses": addresses[:1], "measure": True}
+                best = next(iter(remote.ask(source.name, "link.py", asked)["reached"].values()))
+            lines.append(f"{source.name} -> {target.name}: {best['error']}" if "error" in best else
+                         f"{source.name} -> {target.name}: {best['gigabits']:g} Gbit/s (one TCP stream), {best['latency_ms']:g} ms there and back")
+        except Unreachable as error:
+            lines.append(f"{source.name} -> {target.name}: {error.reason}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--hostfile", default=str(PROJECT / "hostfile"))
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that trains, at the same path on every host (default: this one)")
+    parser.add_argument("--data-dir", type=Path, default=PROJECT / "data" / "cifar100", help="the prepared dataset (default: data/cifar100)")
+    parser.add_argument("--runs-dir", type=Path, default=PROJECT / "runs", help="where run folders live (default: runs)")
+    parser.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
+    parser.add_argument("--sync", action="store_true", help="copy code and dataset to the hosts that lack them, and make the environment there")
+    args = parser.parse_args()
+    try:
+        hosts = [Host(*line) for line in hostfile.read(args.hostfile)]
+    except hostfile.HostfileError as error:
+        say(str(error))
+        return EXIT_HOSTFILE
+    began = time.time()
+    what = request(args.python, args.data_dir, args.runs_dir, [])
+    report = inspect(hosts, what)
+    if args.sync:
+        report = sync.mend(report, what, inspect)
+    report.show()
+    if args.measure and report.meeting:
+        say("\n".join(measure(hosts, report.answers)))
+    say(f"{len(hosts)} hosts, {sum(host.slots for host in hosts)} ranks: "
+        f"{'ready' if report.can_start else 'not ready'} ({time.time() - began:.1f} s)")
+    return 0 if report.can_start else EXIT_PREFLIGHT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What one host answers to the preflight: its code, environment, GPUs, data, room, addresses and clock.
+
+    python3 cluster/probe.py '{"project": "/path/of/the/project", "python": "/path/of/python", "data": "/path/of/the/data"}'
+
+Prints one line, `probe:` and JSON. The preflight sends this very file over SSH to a bare `python3 -`, for the project need not
+be there yet: nothing but the standard library of Python 3.6 is used, and everything that is missing is an answer, not an error.
+"""
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+CODE = (".py", ".sh", ".toml", ".json", ".txt")
+NOT_CODE = {"data", "runs", "results", "tests", "docs", "benchmarks", "__pycache__"}  # at the top, beside hidden folders
+GIVEN_FILE_LIMIT = 2**30  # bytes; of larger ones only the size is compared
+# Asked of the project's interpreter. Reads what is written beside the packages: importing torch would take seconds.
+ENVIRONMENT = """
+import json, os, platform, sys
+from importlib import metadata
+found = {"python": platform.python_version(), "prefix": sys.prefix}
+for name in ("torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110", "numpy"):
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        continue
+    found["dali" if "dali" in name else name] = version
+    if name == "torch":
+        path = metadata.distribution(name).locate_file("torch/version.py")
+        space = {}
+        exec(open(path).read(), space)
+        found["cuda"] = space.get("cuda") or "none"
+print(json.dumps(found))
+"""
+GPU_QUERY = "index,name,memory.total,memory.free,driver_version"
+
+
+def start(words):
+    """A program whose output is read later, or None where it is not installed."""
+    try:
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    except OSError:
+        return None
+
+
+def output(process, seconds):
+    """What it printed, or an empty text when it failed or takes too long."""
+    if process is None:
+        return ""
+    try:
+        text = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return ""
+    return text if process.returncode == 0 else ""
+
+
+def digest_of(path, limit=None):
+    """SHA-256 of a file, shortened; of one above `limit` bytes its size."""
+    if limit is not None and os.path.getsize(path) > limit:
+        return f"{os.path.getsize(path)} bytes"
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def code_of(project):
+    """{path: digest} of the files that training runs on."""
+    found = {}
+    for folder, folders, names in os.walk(project):
+        top = folder == project
+        folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__" and not (top and name in NOT_CODE)]
+        for name in names:
+            if name.endswith(CODE):
+                path = os.path.join(folder, name)
+                try:
+                    found[os.path.relpath(path, project)] = digest_of(path)
+                except OSError:
+                    continue
+    return found
+
+
+def commit_of(project):
+    """The commit that is checked out, read from .git itself, for git need not be installed; empty when there is none."""
+    def read(*names):
+        with open(os.path.join(project, ".git", *names)) as file:
+            return file.read().strip()
+
+    try:
+        head = read("HEAD")
+        if not head.startswith("ref: "):
+            return head
+        reference = head[5:]
+        try:
+            return read(*reference.split("/"))
+        except OSError:
+            lines = [line.split() for line in read("packed-refs").splitlines()]
+            return next((line[0] for line in lines if line[1:] == [reference]), "")
+    except OSError:
+        return ""
+
+
+def data_of(folder):
+    """Fingerprint of a prepared dataset and the sizes of its files, for a copy may have been cut short; None when there is none."""
+    try:
+        with open(os.path.join(folder, "dataset.json")) as file:
+            fingerprint = json.load(file)["fingerprint"]
+    except (OSError, ValueError, KeyError):
+        return None
+    sizes = {}
+    for name in ("labels.txt", "training_file_list.txt", "test_file_list.txt", "packed/train.npy", "packed/test.npy"):
+        path = os.path.join(folder, name)
+        sizes[name] = os.path.getsize(path) if os.path.exists(path) else None
+    return {"fingerprint": fingerprint, "sizes": sizes}
+
+
+def gpus_of(text):
+    """The answer of nvidia-smi -> [{index, name, total, free (MiB), driver}]."""
+    gpus = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == 5:
+            total, free = (int(cell) if cell.isdigit() else None for cell in cells[2:4])
+            gpus.append({"index": cells[0], "name": cells[1], "total": total, "free": free, "driver": cells[4]})
+    return gpus
+
+
+def addresses():
+    """[(network interface, IPv4 address)] of the interfaces that have one, the loopback left out."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(any_socket.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+            except OSError:
+                continue
+            address = socket.inet_ntoa(answer[20:24])
+            if not address.startswith("127."):
+                found.append((name, address))
+    return found
+
+
+def room(folder):
+    """GB free where a folder is, or will be."""
+    while folder and not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        return round(shutil.disk_usage(folder or "/").free / 1e9, 1)
+    except OSError:
+        return None
+
+
+def answer(request):
+    """Everything there is to know of this host; `request` names the paths to look at."""
+    gpus = start(["nvidia-smi", "--query-gpu=" + GPU_QUERY, "--format=csv,noheader,nounits"])
+    python = start([request["python"], "-c", ENVIRONMENT])
+    project = request["project"]
+    facts = {
+        "hostname": socket.gethostname(), "user": getpass.getuser(),
+        "project": os.path.isdir(project), "cwd": os.path.isdir(request.get("cwd", "/")),
+        "commit": commit_of(project), "code": code_of(project),
+        "data": data_of(request["data"]) if request.get("data") else None,
+        "given": {path: digest_of(path, GIVEN_FILE_LIMIT) for path in request.get("given", []) if os.path.isfile(path)},
+        "disk": room(request.get("runs", project)), "shm": room("/dev/shm") if os.path.isdir("/dev/shm") else None,
+        "cores": len(os.sched_getaffinity(0)), "addresses": addresses(), "rsync": shutil.which("rsync") is not None,
+    }
+    facts["gpus"] = gpus_of(output(gpus, 15))
+    try:
+        facts["environment"] = json.loads(output(python, 15) or "null")
+    except ValueError:
+        facts["environment"] = None
+    facts["time"] = time.time()  # last: the answer is on its way now
+    return facts
+
+
+if __name__ == "__main__":
+    print("probe:" + json.dumps(answer(json.loads(sys.argv[1]))), flush=True)
