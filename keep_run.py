@@ -1,0 +1,54 @@
+"""Keep what a run was and gave as one small JSON under results/runs/, to be committed.
+
+    python keep_run.py runs/mine [--note "on two busy cores"]
+
+Everything of run.json and metrics.jsonl; paths of this machine are cut to their last part, class names are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from run_record import RunError, RunRecord
+
+RESULTS = Path(__file__).resolve().parent / "results" / "runs"
+
+
+def kept(record: RunRecord, note: str | None = None) -> dict[str, Any]:
+    """The content of the file to keep. Raises RunError for a folder that holds no run or no finished epoch."""
+    facts, metrics = record.facts(), record.metrics()
+    if not metrics:
+        raise RunError(f"{record.folder} has no finished epoch yet")
+    facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in facts["command"]]
+    facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}
+    evaluation = record.folder / "evaluation_test.json"
+    if evaluation.is_file():
+        report = json.loads(evaluation.read_text())
+        facts["evaluated"] = {key: report[key] for key in ("correct", "correct_top5", "seen", "accuracy", "top5_accuracy", "loss")}
+    return {"run": record.folder.name, **({"note": note} if note else {}), **facts, "metrics": metrics}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Keep a run as one small JSON under results/runs/.", allow_abbrev=False,
+                                     epilog='example: python keep_run.py runs/mine --note "on two busy cores"')
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--note", help="what a reader of the figures must know")
+    args = parser.parse_args()
+    try:
+        content = kept(RunRecord(args.run), args.note)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{args.run.resolve().name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote results/runs/{path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
