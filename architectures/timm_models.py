@@ -1,6 +1,6 @@
 """Any model of timm (github.com/huggingface/pytorch-image-models) by its name there: `model.architecture=timm:NAME`.
 
-timm is optional (`pip install timm`) and imported only when such a name is used. Nothing is downloaded: weights come from
+timm is imported only when such a name is used. Nothing is downloaded: weights come from
 a file (see `init_weights.py`). The model is one layer, so a pipeline engine cannot cut it into stages.
 """
 
