@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
-from parallel.engine import Counts, Engine
+import torch
+
+from parallel.counts import Counts
+from parallel.engine import Engine
 from settings import SettingsError, unknown
 
 STRATEGIES = {
@@ -16,12 +20,24 @@ STRATEGIES = {
     "gossip": "every worker steps alone, then averages its weights with a few neighbours: no all-reduce",
     "local": "every worker steps alone for many steps, then all make one outer step together (DiLoCo), for slow links",
 }
+WITH_DEEPSPEED = ("zero", "pipeline")
+WITH_PEERS = ("local",)  # may also run as jobs of their own that meet over a network
 
 __all__ = ["STRATEGIES", "Counts", "Engine", "engine_class"]
 
 
-def engine_class(name: str) -> type[Engine]:
-    """The Engine of a strategy. Raises SettingsError for an unknown name. Imported when asked for: DeepSpeed takes seconds."""
+def engine_class(name: str, peers: bool = False) -> type[Engine]:
+    """The Engine of a strategy, or its form for peers, which takes a `meeting` too. Imported when asked for: DeepSpeed takes seconds.
+
+    Raises:
+        SettingsError: an unknown name, or peers for a strategy whose workers are the processes of one job.
+    """
     if name not in STRATEGIES:
         raise SettingsError(unknown("strategy", name, list(STRATEGIES)))
-    return import_module(f"parallel.{name}").Engine
+    if (peers or name in WITH_DEEPSPEED) and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it searches for a GPU, and warns that there is none
+    if not peers:
+        return import_module(f"parallel.{name}").Engine
+    if name not in WITH_PEERS:
+        raise SettingsError(f"--host-peers and --join are for --strategy {' and '.join(WITH_PEERS)}, not {name}")
+    return import_module(f"parallel.peers.{name}").Engine

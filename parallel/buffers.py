@@ -25,6 +25,22 @@ def mean_over(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None,
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+class BufferKeeper:
+    """Brings a model's buffers back to what they were before a step: BatchNorm notes its statistics in the forward pass."""
+
+    def __init__(self, model: nn.Module):
+        self.buffers = list(persistent_buffers(model).values())
+        self.kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, before in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(before)
+
+
 class SharedBuffers:
     """Keeps a model's floating-point buffers equal in all processes that train it.
 

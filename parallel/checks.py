@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from optimizers import OWN_AVERAGE
 from settings import ParallelSettings, Settings, SettingsError
 
 # The keys of ds_config.json that every strategy honours. `optimizer` is checked by the optimiser, which knows its own.
@@ -43,3 +45,23 @@ def refuse_scalars(model: nn.Module, who: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
             raise SettingsError(f"parameter {name} has no dimension, which {who} cannot broadcast; give it the shape (1,)")
+
+
+def misfit(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """What to say of a state whose weights are not those of a network with these shapes, by name; None when they are."""
+    weights = re.compile(r"(\d+/)?weights/")  # with a number before it where each worker has its own
+    stored = {weights.sub("", key, 1): tuple(value.shape) for key, value in state.items() if weights.match(key)}
+    wrong = [f"{name} is {stored.get(name, 'not there')}, here {shapes.get(name, 'it is unknown')}"
+             for name in sorted(stored.keys() | shapes.keys()) if stored.get(name) != shapes.get(name)]
+    if not wrong:
+        return None
+    return (f"the checkpoint holds another network: {wrong[0]}{f', and {len(wrong) - 1} more tensors' if wrong[1:] else ''}; the code has "
+            "changed since. Go back to the commit in run.json, or start over with --fresh")
+def refuse_network(model: nn.Module, settings: Settings) -> None:
+    """Raises SettingsError for settings that this network gives no meaning to."""
+    name = settings.engine["optimizer"]["type"]
+    if name in OWN_AVERAGE and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise SettingsError(f"optimizer.type={name} evaluates other weights than it trains, and BatchNorm's statistics would be those of "
+                            "the latter; take another optimiser (ema.decay averages both) or a network without BatchNorm")
+    if settings.channels_last and not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise SettingsError("channels_last=true is about convolutions, and this network has none")

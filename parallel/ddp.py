@@ -14,6 +14,8 @@ from parallel.plain import PlainEngine
 class Engine(PlainEngine):
     """Data parallel by all-reduce, overlapped with the backward pass."""
 
+    no_graphs = None
+
     def spread(self, model: nn.Module) -> nn.Module:
         self.shared_buffers = SharedBuffers(model)
         if self.data_shard[1] == 1:

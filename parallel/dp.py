@@ -19,6 +19,9 @@ from settings import SettingsError
 class Engine(PlainEngine):
     """All GPUs of this machine in one process."""
 
+    tries_whole = False  # a micro-batch is shared by several GPUs
+    no_compile = "DataParallel copies the network to every GPU in every step"
+
     def __init__(self, *arguments, **keywords):
         num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
         if num_gpus < 2:

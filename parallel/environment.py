@@ -87,3 +87,16 @@ def limit_waits(at_least: float = 0.0) -> None:
     for group in list(c10d._world.pg_names):  # private, and the only way to reach the groups that DeepSpeed made
         if isinstance(group, dist.ProcessGroup):
             c10d._set_pg_timeout(timedelta(seconds=max(limit, at_least)), group)
+
+
+def make_deterministic() -> None:
+    """Let PyTorch take, on a GPU, the kernels that give the same bits every time. Before anything has used the GPU.
+
+    Raises later, as a RuntimeError of PyTorch's, where a part of the network has no such kernel.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

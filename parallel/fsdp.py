@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from muon import Cut, Muon
 from parallel.buffers import SharedBuffers
 from parallel.checks import refuse_scalars
 from parallel.plain import PlainEngine
 
 
+class Rows(Cut):
+    """A parameter whose rows are shared out."""
+
+    def __init__(self, parameter: DTensor):
+        self.mesh, self.placements = parameter.device_mesh, parameter.placements
+
+    def whole(self, part: DTensor) -> list[Tensor]:
+        return [part.full_tensor()]
+
+    def part(self, whole: Sequence[Tensor]) -> DTensor:
+        return DTensor.from_local(whole[0], self.mesh, [Replicate()], run_check=False).redistribute(placements=self.placements)
+
+
 class Engine(PlainEngine):
     """Data parallel with sharded parameters, gradients and optimiser; one layer is whole at a time."""
+
+    no_graphs = "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow; ddp can"
 
     def spread(self, model: nn.Module) -> nn.Module:
         refuse_scalars(model, "fully_shard")
@@ -24,6 +42,12 @@ class Engine(PlainEngine):
         for layer in model:
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = super().make_optimizer()
+        if isinstance(optimizer, Muon):
+            optimizer.cuts = {p: Rows(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+        return optimizer
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         self.spread_model.set_requires_gradient_sync(last)

@@ -1,7 +1,6 @@
 """Rare synchronisation for slow links: every worker makes H steps alone, then all make one outer step together (DiLoCo).
 
-arXiv 2311.08105. The workers of this form are the processes of one group; `outer.py` knows nothing of how the mean
-reaches it, so that peers that come and go can carry it as well.
+arXiv 2311.08105. The workers of this form are the processes of one job; in `peers/` they are jobs that come and go.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from parallel import processes
 from parallel.buffers import mean_over
-from parallel.outer import OuterStep
+from parallel.outer import OuterStep, check_outer
 from parallel.workers import WorkersEngine
-from settings import SettingsError
 
 
 class Engine(WorkersEngine):
@@ -26,11 +24,7 @@ class Engine(WorkersEngine):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         chosen = self.settings.parallel
-        if chosen.local_steps < 1:
-            raise SettingsError(f"parallel.local_steps must be at least 1, not {chosen.local_steps}")
-        if chosen.outer_lr <= 0 or not 0 <= chosen.outer_momentum < 1:
-            raise SettingsError("parallel.outer_lr must be above 0 and parallel.outer_momentum in 0..1, "
-                                f"not {chosen.outer_lr} and {chosen.outer_momentum}")
+        check_outer(chosen)
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.outer = OuterStep(trained, chosen.outer_lr, chosen.outer_momentum)
 

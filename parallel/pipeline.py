@@ -20,11 +20,12 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
+from parallel import engine as contract
 from parallel import processes, zero
-from parallel.engine import Batch
+from parallel.counts import Batch
 from parallel.partition import cut_layers, even_out
-from parallel.zero_state import gather, optimizer_entries, scatter
-from settings import SettingsError
+from parallel.zero_state import gather, gather_weights, keys_of
+from settings import Settings, SettingsError
 
 
 class Stages(PipelineModule):
@@ -48,6 +49,12 @@ class Engine(zero.Engine):
     """Stages x replicas; the main process is the first stage of the first replica."""
 
     honours = frozenset({"stages", "partition"})
+    tries_whole = False
+    no_channels_last = "what goes from stage to stage over the wire is contiguous"
+
+    @classmethod
+    def num_shards(cls, settings: Settings, world_size: int) -> int:
+        return max(1, world_size // max(1, settings.parallel.stages))  # check_engine refuses what does not divide
 
     def check_engine(self, config: dict[str, Any]) -> None:
         super().check_engine(config)
@@ -86,24 +93,34 @@ class Engine(zero.Engine):
         even_out(optimizer, self.groups_needed)
         return optimizer
 
+    def layers(self) -> list[nn.Module]:
+        return [layer for layer in self.engine.module.forward_funcs if isinstance(layer, nn.Module)]
+
     def replicas(self) -> dist.ProcessGroup | None:
         return self.engine.grid.get_data_parallel_group()
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
+        self.compiled.use(training=True)
         self.prepare_step(self.optimizer)
         # Every stage takes them all, so that the readers of a replica stay in step.
         micro_batches = [next(batches) for _ in range(self.batch_sizes.accumulation)]
         self._expect(micro_batches[0][0])
-        loss = self.engine.train_batch(iter([(self._cast(images), labels) for images, labels in micro_batches]))
+        loss = self.engine.train_batch(iter([(self.feed(images), labels) for images, labels in micro_batches]))
+        self.note_norm()  # not at stage 0, where a bad gradient shows in the next step's loss
         self.shared_buffers.average()
         self.step += 1
+        if not self.skipped:
+            self.end_step()
         return loss.detach()
+
+    def skip_bad_steps(self) -> None:
+        contract.Engine.skip_bad_steps(self)
 
     def forward(self, images: Tensor) -> Tensor | None:
         self._expect(images)
         nobody = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         self.engine.total_loss = None  # it would add these scores to the last step's loss
-        _, scores = self.engine.eval_batch(iter([(self._cast(images), nobody)]), return_logits=True, compute_loss=False, reduce_output=None,
+        _, scores = self.engine.eval_batch(iter([(self.feed(images), nobody)]), return_logits=True, compute_loss=False, reduce_output=None,
                                            bcast_loss=False, num_micro_batches=1)
         return scores  # of the last stage; None in the others
 
@@ -120,11 +137,15 @@ class Engine(zero.Engine):
     # --- the state: each stage has its own layers' -----------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
-        mine = gather(self.engine, self.optimizer_parts(), keep=self.data_shard[0] == 0)
+        return self._joined(gather(self.network(), self.parts, self.averages(), keep=self.data_shard[0] == 0))
+
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        return zero.plain_names(self._joined(gather_weights(self.network(), self.parts, keep=self.data_shard[0] == 0)))
+
+    def _joined(self, mine: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """What the stages of the first replica hold, on the main process; None elsewhere. Collective."""
         states = processes.collect(mine or {})
-        if states is None:
-            return None
-        return {key: value for state in states for key, value in state.items()}
+        return None if states is None else {key: value for state in states for key, value in state.items()}
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         state = processes.share(state)
@@ -132,4 +153,4 @@ class Engine(zero.Engine):
         def receive(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             return state[key].to(self.device, dtype)
 
-        scatter(self.engine, self.optimizer_parts(), *optimizer_entries(state), receive)
+        self.put(*keys_of(state), receive)

@@ -7,6 +7,7 @@ optimiser stay in fp32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import count_parameters
-from optimizers import build_optimizer
+from optimizers import build_optimizer, restore_counters
 from parallel import engine as contract
 from parallel import processes
-from parallel.buffers import persistent_buffers
-from parallel.engine import Batch, BatchSizes, build_seeded
+from parallel.buffers import BufferKeeper, persistent_buffers
+from parallel.counts import Batch, BatchSizes
+from parallel.engine import build_seeded
 from schedule import Schedule
 from settings import Settings
 
@@ -42,12 +43,14 @@ class PlainEngine(contract.Engine):
         self.clipping = settings.engine["gradient_clipping"]
         self.batch_sizes = BatchSizes.derive(settings.engine, dist.get_world_size())
         self.model = build_seeded(build, seed).to(self.device)
-        self.num_parameters = count_parameters(self.model)
+        self.count_up(self.model)
         self.spread_model = self.spread(self.model)
         # By the names of the plain model; where `spread` shards the parameters, these are the shards.
         self.parameters = dict(self.model.named_parameters())
         self.trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         self.optimizer = self.make_optimizer()
+        self.keeper: BufferKeeper | None = None  # only where bad steps are skipped
+        self.ready()
 
     # --- what a strategy may say --------------------------------------------------------------------------------
 
@@ -77,62 +80,99 @@ class PlainEngine(contract.Engine):
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
         self.spread_model.train()
+        self.compiled.use(training=True)
         self.prepare_step(self.optimizer)
+        if self.keeper:
+            self.keeper.keep()
         accumulation = self.batch_sizes.accumulation
         losses = []
         for i in range(accumulation):
             images, labels = next(batches)
             with self.accumulating(last=i == accumulation - 1):
                 with self._precision():
-                    scores = self.spread_model(images)
+                    scores = self.spread_model(self.feed(images))
                 loss = self.loss(scores, labels)
                 (loss / accumulation).backward()
             losses.append(loss.detach())
-        if self.clipping:
-            nn.utils.clip_grad_norm_(self.trainable, self.clipping)
-        self.optimizer.step()
+        loss = torch.stack(losses).mean()
+        self.grad_norm = self.whole(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
+        # Looking at them makes the device wait: only where the person asked for it.
+        self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
+        if self.skipped:
+            self.keeper.restore()
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.finish_step()
-        return torch.stack(losses).mean()
+        if not self.skipped:
+            self.end_step()
+        return loss
+
+    def skip_bad_steps(self) -> None:
+        self.keeper = BufferKeeper(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
         self.model.eval()
         with self._precision():
-            return self.model(images)
+            return self.model(self.feed(images))
+
+    def network(self) -> nn.Module:
+        return self.model
+
+    def masters(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.optimizer, self.trainable
+
+    def refresh(self) -> None:
+        """The network's parameters are what the optimiser updates."""
 
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def describe(self) -> str:
-        return "bf16" if self.bf16 else "fp32"
+        return ("bf16" if self.bf16 else "fp32") + self.features()
 
     # --- the state ------------------------------------------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
         return self.state_tensors(keep=self.is_main)
 
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        named = {**self.parameters, **persistent_buffers(self.model)}
+        return self._full(named, keep=self.is_main)
+
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         self.set_state_tensors(processes.share(state))
 
     def state_tensors(self, keep: bool) -> dict[str, Tensor] | None:
         """The state of this process's model as full fp32 CPU tensors, None unless it is to keep them. Collective."""
-        state: dict[str, Tensor] = {}
+        named: dict[str, Tensor] = {}
+        scalars: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            named[f"weights/{name}"] = parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value.ndim:
+                    named[f"optimizer/{key}/{name}"] = value
+                else:  # one number for a whole tensor, such as Adam's step: the same for all
+                    scalars[f"scalars/{key}"] = value.detach().cpu().clone()
+        named |= {f"weights/{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
+        named |= {f"ema/{name}": average for name, average in self._averages().items()}
+        state = self._full(named, keep)
+        return {**state, **scalars} if keep else None
 
-        def add(key: str, tensor: Tensor) -> None:
+    def _averages(self) -> dict[str, Tensor]:
+        """The moving averages by the names of what they average."""
+        trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        floating = [name for name, buffer in persistent_buffers(self.model).items() if buffer.is_floating_point()]
+        return dict(zip([*trained, *floating], self.average.averages, strict=True)) if self.average is not None else {}
+
+    def _full(self, named: dict[str, Tensor], keep: bool) -> dict[str, Tensor] | None:
+        """What may be shards as full CPU tensors, one after the other; None unless they are to be kept. Collective."""
+        state: dict[str, Tensor] = {}
+        for key, tensor in named.items():
             full = self.whole(tensor.detach())
             if keep:
                 state[key] = full.to("cpu", copy=True).contiguous()
-
-        for name, parameter in self.parameters.items():
-            add(f"weights/{name}", parameter)
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value.ndim:
-                    add(f"optimizer/{key}/{name}", value)
-                else:  # one number for a whole tensor, such as Adam's step: the same for all
-                    state[f"scalars/{key}"] = value.detach().cpu().clone()
-        for name, buffer in persistent_buffers(self.model).items():
-            add(f"weights/{name}", buffer)
         return state if keep else None
 
     @torch.no_grad()
@@ -150,3 +190,10 @@ class PlainEngine(contract.Engine):
                 self.optimizer.state[parameter] = {**filled, **{key: value.to(place, copy=True) for key, value in scalars.items()}}
         for name, buffer in persistent_buffers(self.model).items():
             buffer.copy_(state[f"weights/{name}"])
+        restore_counters(self.optimizer, self.step, self.schedule)
+        averages = self._averages()
+        if averages and not any(key.startswith("ema/") for key in state):
+            self.average.restart()
+        else:
+            for name, average in averages.items():
+                average.copy_(self.cut(state[f"ema/{name}"], average))

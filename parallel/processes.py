@@ -6,10 +6,13 @@ import os
 import socket
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def local_rank() -> int:
@@ -36,7 +39,8 @@ def pick_device() -> torch.device:
 def join(timeout_seconds: float = 600) -> torch.device:
     """Join the process group that a launcher described in the environment; alone, make a group of one.
 
-    Returns the device of this process. The backend is NCCL on GPUs and Gloo on CPUs.
+    Returns the device of this process. The backend is NCCL on GPUs and Gloo on CPUs. Where all processes are on this machine
+    (they meet at a loopback address), nobody outside it can connect to any of them.
     """
     device = pick_device()
     if "RANK" not in os.environ:
@@ -46,14 +50,49 @@ def join(timeout_seconds: float = 600) -> torch.device:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ.update(alone)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        limit, store = timedelta(seconds=timeout_seconds), None
+        if os.environ["MASTER_ADDR"] in LOOPBACK:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo")
+            store = loopback_store(limit)
+        numbers = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, **numbers)
     return device
+
+
+def leave() -> None:
+    """Wait for the others and leave the process group: one that leaves early can abort the ones that are still leaving."""
+    dist.barrier(control_group())  # of Gloo: NCCL's would guess this process's GPU, and warn that it does
+    dist.destroy_process_group()
+
+
+def loopback_store(limit: timedelta) -> dist.Store | None:
+    """Where the processes of this machine meet, on the loopback interface alone: PyTorch's own listens on all of them.
+
+    None where torchrun has made one already, or where this PyTorch (2.0) cannot be told.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(dist.TCPStore.__init__.__doc__):
+        return None
+    port, world_size, is_first = int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
+    if not is_first:
+        return dist.TCPStore("127.0.0.1", port, world_size, False, limit)
+    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
+    return dist.TCPStore("127.0.0.1", port, world_size, True, limit, master_listen_fd=listener.detach())
 
 
 @cache
 def control_group() -> dist.ProcessGroup:
     """A Gloo group of all processes for the small messages of the loop, which must not wait for a GPU's queue."""
     return dist.new_group(backend="gloo")
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, by rank, on every process; joins them first. Collective."""
+    join()
+    values: list[Any] = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=control_group())
+    return values
 
 
 State = dict[str, Tensor]

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from parallel import processes
 from parallel.buffers import mean_over, persistent_buffers
-from parallel.engine import Batch, Counts
 from parallel.plain import PlainEngine
 from settings import SettingsError
 
 
 class WorkersEngine(PlainEngine):
     """A worker with its own model and optimiser; `finish_step` says what it exchanges, and when."""
+
+    no_own_average = "the workers exchange the weights that are trained, and not the average that would be evaluated"
+    no_graphs = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -39,14 +41,14 @@ class WorkersEngine(PlainEngine):
             for tensor, mine in zip(tensors, own, strict=True):
                 tensor.copy_(mine)
 
-    def count(self, batches: Iterator[Batch]) -> Counts:
-        with self.averaged():
-            return super().count(batches)
+    @contextmanager
+    def evaluated(self, raw: bool = False) -> Iterator[None]:
+        """The mean of the workers' averages is the average of their mean."""
+        with super().evaluated(raw), self.averaged():
+            yield
 
-    def weights(self) -> dict[str, Tensor] | None:
-        with self.averaged():
-            state = self.state_tensors(keep=self.is_main)
-        return None if state is None else {key.removeprefix("weights/"): t for key, t in state.items() if key.startswith("weights/")}
+    def state_values(self) -> int:
+        return super().state_values() * dist.get_world_size()
 
     def epoch_facts(self) -> dict[str, float]:
         """`worker_distance`: the workers' mean L2 distance to the mean of them all, over all parameters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import count_parameters
-from optimizers import build_optimizer
+from muon import Muon
+from optimizers import WHOLE_NORMS, build_optimizer, restore_counters
 from parallel import engine as contract
 from parallel import processes
-from parallel.buffers import SharedBuffers
+from parallel.buffers import BufferKeeper, SharedBuffers
 from parallel.checks import refuse_scalars
-from parallel.engine import Batch, BatchSizes, build_seeded
-from parallel.zero_state import OptimizerParts, gather, optimizer_entries, scatter
+from parallel.counts import Batch, BatchSizes
+from parallel.engine import build_seeded
+from parallel.zero_cuts import cuts_of
+from parallel.zero_state import OptimizerParts, Receive, gather, gather_weights, keys_of, scatter
 from schedule import Schedule
 from settings import Settings, SettingsError
 
@@ -29,6 +32,8 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# It knows a handful of optimisers; ours are tested with it in tests/test_parallel_optimizers.py.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 
 class Engine(contract.Engine):
@@ -57,8 +62,12 @@ class Engine(contract.Engine):
         self.batch_sizes = BatchSizes.derive(config, self.data_shard[1])
         model = build_seeded(build, seed).to(self.device)
         refuse_scalars(model, "DeepSpeed")
-        self.num_parameters = count_parameters(model)
+        self.count_up(model)
         self.start(model, config)
+        self.parts = OptimizerParts.of(self.stage, self.optimizer)
+        if isinstance(self.parts.inner, Muon) and self.stage:
+            self.parts.inner.cuts = cuts_of(self.stage, self.optimizer)
+        self.ready()
 
     def check_engine(self, config: dict[str, Any]) -> None:
         """Raises SettingsError for keys of `ds_config.json` that do not go together."""
@@ -67,6 +76,19 @@ class Engine(contract.Engine):
         if self.bf16 and self.stage == 0:
             # DeepSpeed's stage 0 bf16 wrapper makes an empty optimiser step first, which spoils Adam's bias correction.
             raise SettingsError("bf16 needs zero_optimization.stage 1, 2 or 3 (stage 1 costs nothing on one process)")
+        optimizer, offload = config["optimizer"]["type"], config["zero_optimization"]["offload_optimizer"]["device"]
+        if optimizer in WHOLE_NORMS and self.stage:
+            raise SettingsError(f"optimizer.type={optimizer} looks at the norm of each parameter, and zero_optimization.stage={self.stage} hands it "
+                                "pieces of many; take stage 0, or strategy ddp")
+        if offload not in ("none", "cpu"):
+            raise SettingsError(f"zero_optimization.offload_optimizer.device is none or cpu, not {offload}")
+        if offload != "none" and self.stage == 0:
+            raise SettingsError("zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3")
+        if offload != "none" and optimizer == "Muon":
+            raise SettingsError("optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer cannot keep them off")
+        if self.stage == 3:
+            # PyTorch 2.11 and DeepSpeed 0.19.8: the gradients of compiled layers are missing, without a word.
+            self.no_compile = "zero_optimization.stage=3 loses the gradients of compiled layers; stages 0 to 2 and fsdp do not"
 
     def place(self) -> tuple[int, int]:
         """This process's `data_shard`."""
@@ -78,6 +100,7 @@ class Engine(contract.Engine):
         deepspeed.utils.groups.mpu = None  # a global that a pipeline leaves behind, in a process that makes one engine after another
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
         self.shared_buffers = SharedBuffers(self.engine.module, self.replicas())
+        self.keeper: BufferKeeper | None = None  # only where bad steps are skipped
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         config = self.settings.engine
@@ -105,30 +128,69 @@ class Engine(contract.Engine):
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
         self.engine.train()
+        self.compiled.use(training=True)
         self.prepare_step(self.optimizer)
+        if self.keeper:
+            self.keeper.keep()
         losses = []
-        for _ in range(self.batch_sizes.accumulation):
+        for i in range(self.batch_sizes.accumulation):
             images, labels = next(batches)
-            loss = self.loss(self.engine(self._cast(images)), labels)
+            loss = self.loss(self.engine(self.feed(images)), labels)
             self.engine.backward(loss)
+            if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
+                self.grad_norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), math.inf).detach()
             self.engine.step()
             losses.append(loss.detach())
+        self.note_norm()
+        if self.skipped:
+            self.keeper.restore()
         self.shared_buffers.average()
         self.step += 1
+        if not self.skipped:
+            self.end_step()
         return torch.stack(losses).mean()
+
+    def note_norm(self) -> None:
+        """Take over what DeepSpeed knows of the step's gradient; stages 1 to 3 leave out the update, everywhere, when its norm is not finite.
+
+        They do so asked or not, and say nothing. Unasked, the infinite norm ends the run.
+        """
+        if self.stage:
+            self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+            self.skipped = self.keeper is not None and self.optimizer.overflow
+
+    def skip_bad_steps(self) -> None:
+        if self.stage == 0:
+            raise SettingsError("--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates without looking")
+        self.keeper = BufferKeeper(self.engine.module)
 
     def forward(self, images: Tensor) -> Tensor:
         self.engine.eval()
-        return self.engine(self._cast(images))
+        return self.engine(self.feed(images))
 
-    def _cast(self, images: Tensor) -> Tensor:
-        return images.bfloat16() if self.bf16 else images
+    def feed(self, images: Tensor) -> Tensor:
+        return super().feed(images.bfloat16() if self.bf16 else images)
+
+    def network(self) -> nn.Module:
+        return self.engine.module
+
+    def masters(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.parts.inner, self.parts.updated
+
+    def refresh(self) -> None:
+        self.parts.refresh()
 
     def describe(self) -> str:
-        return f"stage {self.stage}, {'bf16' if self.bf16 else 'fp32'}"
+        return f"stage {self.stage}, {'bf16' if self.bf16 else 'fp32'}{self.features()}"
 
     def gather_state(self) -> dict[str, Tensor] | None:
-        return gather(self.engine, self.optimizer_parts(), keep=self.is_main)
+        return gather(self.network(), self.parts, self.averages(), keep=self.is_main)
+
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        return plain_names(gather_weights(self.network(), self.parts, keep=self.is_main))
+
+    def averages(self) -> list[Tensor]:
+        return self.average.averages if self.average is not None else []
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         device = torch.device(self.engine.device)
@@ -138,9 +200,16 @@ class Engine(contract.Engine):
             dist.broadcast(value, src=0)
             return value
 
-        keys, scalars = self.from_main(None if state is None else optimizer_entries(state))
-        scatter(self.engine, self.optimizer_parts(), keys, scalars, receive)
+        self.put(*self.from_main(None if state is None else keys_of(state)), receive)
 
-    def optimizer_parts(self) -> OptimizerParts:
-        """Where this stage keeps the optimiser and the tensors it updates."""
-        return OptimizerParts.of(self.stage, self.optimizer)
+    def put(self, keys: set[str], scalars: dict[str, Tensor], receive: Receive) -> None:
+        """Fill this process's part of the state in; `receive` gives the full tensor of a key. Collective."""
+        averaged = scatter(self.network(), self.parts, self.averages(), keys, scalars, receive)
+        if self.average is not None and not averaged:
+            self.average.restart()
+        restore_counters(self.parts.inner, self.step, self.schedule)
+
+
+def plain_names(state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Without the `weights/` of a checkpoint's keys."""
+    return None if state is None else {key.removeprefix("weights/"): tensor for key, tensor in state.items()}

@@ -1,68 +1,95 @@
 """The whole state of a ZeRO engine as plain full tensors, and back: independent of stage and number of processes.
 
 DeepSpeed's own checkpoints fit one stage and one number of processes, and are pickles. Here each parameter, its fp32
-master copy and its optimiser states are gathered one by one (`deepspeed.utils.safe_get_*`, which are exact copies), so a
-run goes on under any stage on any number of processes.
+master copy, its optimiser states and its average are gathered one by one (`deepspeed.utils.safe_get_*`, which are exact
+copies), so a run goes on under any stage on any number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 from parallel.buffers import persistent_buffers
 
+AVERAGE = "ema"  # name of the averages' own among the optimiser's states, and of their keys in a checkpoint
+Receive = Callable[[str, torch.Size, torch.dtype], Tensor]
+
 
 @dataclass(frozen=True)
 class OptimizerParts:
-    """The optimiser proper, inside DeepSpeed's wrapper, and the tensors it updates in this process."""
+    """The optimiser proper, inside DeepSpeed's wrapper; the tensors it updates in this process, and whose pieces each one holds."""
 
     stage: int
     wrapper: Any
     inner: torch.optim.Optimizer
     updated: list[Tensor]
+    members: list[list[nn.Parameter]]
 
     @classmethod
     def of(cls, stage: int, optimizer: Any) -> OptimizerParts:
         if stage == 0:
-            return cls(stage, None, optimizer, [p for group in optimizer.param_groups for p in group["params"]])
-        flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-        return cls(stage, optimizer, optimizer.optimizer, list(flat))
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            return cls(stage, None, optimizer, parameters, [[p] for p in parameters])
+        if stage == 3:
+            return cls(stage, optimizer, optimizer.optimizer, list(optimizer.fp32_partitioned_groups_flat), optimizer.fp16_groups)
+        return cls(stage, optimizer, optimizer.optimizer, list(optimizer.single_partition_of_fp32_groups), optimizer.bit16_groups)
 
-    def state_keys(self) -> list[str]:
+    def keys_by_parameter(self) -> dict[nn.Parameter, list[str]]:
         """Names of the states that have a value for every element, such as Adam's `exp_avg`; none before the first step."""
-        return sorted(key for key, value in self._sample().items() if torch.is_tensor(value) and value.ndim)
+        found = {}
+        for tensor, members in zip(self.updated, self.members, strict=True):
+            keys = sorted(key for key, value in self.inner.state.get(tensor, {}).items() if torch.is_tensor(value) and value.ndim)
+            found |= dict.fromkeys(members, keys)
+        return found
 
     def scalars(self) -> dict[str, Tensor]:
         """States that are one number for a whole tensor, such as Adam's `step`: the same for all."""
-        return {key: torch.as_tensor(value) for key, value in self._sample().items() if not torch.is_tensor(value) or not value.ndim}
+        states = [item for tensor in self.updated for item in self.inner.state.get(tensor, {}).items()]
+        return {key: torch.as_tensor(value) for key, value in states if not torch.is_tensor(value) or not value.ndim}
 
-    def _sample(self) -> dict[str, Any]:
-        return self.inner.state.get(self.updated[0], {})
-
-    def create(self, keys: list[str], scalars: dict[str, Tensor]) -> None:
+    def create(self, keys: dict[nn.Parameter, list[str]], scalars: dict[str, Tensor]) -> None:
         """Make the states that the optimiser would make at its first step, to be filled in."""
-        if not keys and not scalars:
-            return
-        for tensor in self.updated:
-            # fused optimisers keep their scalars on the device, the others on the CPU
-            place = tensor.device if any(group.get("fused") for group in self.inner.param_groups) else "cpu"
-            filled = {key: value.to(place, copy=True) for key, value in scalars.items()}
-            self.inner.state[tensor] = {**{key: torch.zeros_like(tensor.data) for key in keys}, **filled}
+        # fused optimisers keep their scalars on the device, the others on the CPU
+        fused = any(group.get("fused") for group in self.inner.param_groups)
+        for tensor, members in zip(self.updated, self.members, strict=True):
+            if keys.get(members[0]):
+                filled = {key: value.to(tensor.device if fused else "cpu", copy=True) for key, value in scalars.items()}
+                self.inner.state[tensor] = {**{key: torch.zeros_like(tensor.data) for key in keys[members[0]]}, **filled}
 
-    def link(self) -> None:
+    @contextmanager
+    def lent(self, averages: Sequence[Tensor]) -> Iterator[None]:
+        """With the averages of `updated` (none, or one each) among the optimiser's states, where DeepSpeed can gather them."""
+        for tensor, average in zip(self.updated, averages, strict=False):
+            self.inner.state[tensor][AVERAGE] = average
+        self._link()
+        try:
+            yield
+        finally:
+            for tensor, _ in zip(self.updated, averages, strict=False):
+                del self.inner.state[tensor][AVERAGE]
+
+    def _link(self) -> None:
         """Let `safe_get_*` and `safe_set_*` see the optimiser's states.
 
         Stages 1 and 2 link them after the first step of the first parameter group, when the other groups have none yet.
         """
-        if self.stage in (1, 2) and self._sample():
+        if self.stage in (1, 2) and any(self.inner.state.get(tensor) for tensor in self.updated):
             self.wrapper._hp_optimizer_states_linked = False
             self.wrapper._lazy_init_hp_params_optimizer_state()
 
@@ -73,71 +100,113 @@ class OptimizerParts:
         if self.stage == 0:
             self.inner.state[parameter][key].copy_(value)
         elif self.stage == 3:
-            _partition(parameter, self.wrapper.get_local_fp32_param(parameter, key), value)
+            safe_set_local_optimizer_state(parameter, _partition(parameter, value), key)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def master(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 value of a parameter, whole."""
-        return parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+        """The fp32 value of a parameter, whole. Collective."""
+        if not parameter.requires_grad and self.stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        return safe_get_full_fp32_param(parameter) if self.stage and parameter.requires_grad else parameter.detach()
 
     @torch.no_grad()
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Give a parameter and its fp32 master a value, which every process has. Collective."""
         if self.stage == 3:
-            _partition(parameter, self.wrapper.get_local_fp32_param(parameter), value)
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, _partition(parameter, value))
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if dist.get_rank() == 0:
                     parameter.copy_(value)
             return
-        if self.stage:
+        if self.stage and parameter.requires_grad:
             safe_set_full_fp32_param(parameter, value)
         parameter.copy_(value)
 
+    def refresh(self) -> None:
+        """Let the network's parameters follow their masters, as after an optimiser step. Collective."""
+        if self.stage in (1, 2):
+            self.wrapper.update_lp_params()
+        elif self.stage == 3:  # what its step() does after the optimiser's
+            self.wrapper._partition_all_parameters()
+            for i in range(len(self.updated)):
+                self.wrapper._reassign_or_swap_out_partitioned_parameters(i)
+            self.wrapper._post_step(set())
 
-def _partition(parameter: nn.Parameter, mine: Tensor, value: Tensor) -> None:
-    """Copy this process's share of `value` into `mine`; the last share is filled up with zeros."""
-    padded = value.new_zeros(mine.numel() * dist.get_world_size())
+
+def _partition(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Stage 3: this process's share of a full tensor; the last share is filled up with zeros."""
+    size = parameter.ds_tensor.numel()
+    padded = value.new_zeros(size * dist.get_world_size())
     padded[: value.numel()] = value.flatten()
-    mine.copy_(padded[mine.numel() * dist.get_rank() :][: mine.numel()])
+    return padded[size * dist.get_rank() :][:size]
 
 
-def gather(engine: Any, parts: OptimizerParts, keep: bool) -> dict[str, Tensor] | None:
-    """See `Engine.gather_state`; None unless this process is to keep it."""
-    state: dict[str, Tensor] = {}
-
-    def add(key: str, value: Tensor) -> None:
-        if keep:
-            full = value.detach().to("cpu", copy=True).contiguous()
-            state[key] = full.float() if full.is_floating_point() and key.startswith("weights/") else full
-
-    parts.link()
-    keys = parts.state_keys()
-    for name, parameter in engine.module.named_parameters():
-        add(f"weights/{name}", parts.master(parameter))
-        for key in keys:
-            add(f"optimizer/{key}/{name}", parts.state(parameter, key))
-    for name, buffer in persistent_buffers(engine.module).items():
-        add(f"weights/{name}", buffer)
-    for key, value in parts.scalars().items():
-        add(f"scalars/{key}", value)
+def gather_weights(network: nn.Module, parts: OptimizerParts, keep: bool) -> dict[str, Tensor] | None:
+    """Parameters in fp32 and buffers, by `weights/<name>`; None unless this process is to keep them. Collective."""
+    state = {}
+    for name, parameter in network.named_parameters():
+        _add(state, keep, f"weights/{name}", parts.master(parameter).float())
+    for name, buffer in persistent_buffers(network).items():
+        _add(state, keep, f"weights/{name}", buffer.float() if buffer.is_floating_point() else buffer)
     return state if keep else None
 
 
-def optimizer_entries(state: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
-    """Names of the optimiser's states, and its scalars, in what `gather` returned."""
-    scalars = {key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")}
-    return sorted({key.split("/")[1] for key in state if key.startswith("optimizer/")}), scalars
+def gather(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor], keep: bool) -> dict[str, Tensor] | None:
+    """See `Engine.gather_state`; `averages` are those of the tensors that are updated, then of the floating-point buffers."""
+    state = gather_weights(network, parts, keep) or {}
+    with parts.lent(averages):
+        keys = parts.keys_by_parameter()
+        for name, parameter in network.named_parameters():
+            for key in keys.get(parameter, ()):
+                _add(state, keep, _path(key, name), parts.state(parameter, key))
+    for name, average in _buffer_averages(network, parts, averages).items():
+        _add(state, keep, _path(AVERAGE, name), average)
+    for key, value in parts.scalars().items():
+        _add(state, keep, f"scalars/{key}", value)
+    return state if keep else None
 
 
-def scatter(engine: Any, parts: OptimizerParts, keys: list[str], scalars: dict[str, Tensor],
-            receive: Callable[[str, torch.Size, torch.dtype], Tensor]) -> None:
-    """See `Engine.scatter_state`; `receive` gives the full tensor of a key, on the engine's device."""
-    parts.create(keys, scalars)
-    parts.link()
-    for name, parameter in engine.module.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor in the parameter's place
-        parts.set_master(parameter, receive(f"weights/{name}", shape, torch.float32))
-        for key in keys:
-            parts.set_state(parameter, key, receive(f"optimizer/{key}/{name}", shape, torch.float32))
-    for name, buffer in persistent_buffers(engine.module).items():
+def _add(state: dict[str, Tensor], keep: bool, key: str, value: Tensor) -> None:
+    if keep:
+        state[key] = value.detach().to("cpu", copy=True).contiguous()
+
+
+def _path(key: str, name: str) -> str:
+    return f"{AVERAGE}/{name}" if key == AVERAGE else f"optimizer/{key}/{name}"
+
+
+def _buffer_averages(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor]) -> dict[str, Tensor]:
+    floating = [name for name, buffer in persistent_buffers(network).items() if buffer.is_floating_point()]
+    return dict(zip(floating, averages[len(parts.updated) :], strict=bool(averages)))
+
+
+def keys_of(state: dict[str, Tensor]) -> tuple[set[str], dict[str, Tensor]]:
+    """The keys of what `gather` returned, and its scalars."""
+    return set(state), {key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")}
+
+
+def scatter(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor], keys: set[str], scalars: dict[str, Tensor],
+            receive: Receive) -> bool:
+    """See `Engine.scatter_state`; `receive` gives the full tensor of a key, on the engine's device. Collective.
+
+    Returns whether there were averages to fill in.
+    """
+    kinds = sorted({key.split("/")[1] for key in keys if key.startswith("optimizer/")})
+    parameters = dict(network.named_parameters())
+    found = {parameter: [kind for kind in kinds if _path(kind, name) in keys] for name, parameter in parameters.items()}
+    parts.create(found, scalars)
+    averaged = any(key.startswith(f"{AVERAGE}/") for key in keys)
+    with parts.lent(averages):
+        for name, parameter in parameters.items():
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor in the parameter's place
+            parts.set_master(parameter, receive(f"weights/{name}", shape, torch.float32))
+            for key in found[parameter] + ([AVERAGE] if averaged and averages and parameter.requires_grad else []):
+                parts.set_state(parameter, key, receive(_path(key, name), shape, torch.float32))
+    for name, buffer in persistent_buffers(network).items():
         buffer.copy_(receive(f"weights/{name}", buffer.shape, buffer.dtype))
+    for name, average in _buffer_averages(network, parts, averages).items() if averaged else ():
+        average.copy_(receive(_path(AVERAGE, name), average.shape, torch.float32))
+    return averaged

@@ -10,10 +10,24 @@ import os
 from pathlib import Path
 
 import pytest
-import test_engines
 import torch
 from programs import Program, _check, free_port
-from test_engines import BATCH, SAVED_AT, STEPS, counts_of, data, largest_difference, make_engine, network, perform, settings_for, train
+from reference import (
+    BATCH,
+    SAVED_AT,
+    STEPS,
+    batches,
+    counts_of,
+    data,
+    largest_difference,
+    make_engine,
+    network,
+    perform,
+    plain_loop,
+    settings_for,
+    train,
+    with_batch_norm,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,8 +111,8 @@ def refusal(strategy: str, folder: Path) -> str:
 
 def batch_norm_case() -> dict:
     """Each worker's own statistics stay its own; the mean model has their mean."""
-    engine = make_engine("local", settings_for(*DILOCO), test_engines.with_batch_norm)
-    stream = test_engines.batches(engine)
+    engine = make_engine("local", settings_for(*DILOCO), with_batch_norm)
+    stream = batches(engine)
     engine.train_batch(stream)
     return {"all": engine.gather_state(), "weights": engine.weights()}
 
@@ -143,7 +157,7 @@ def on_one(folder, on_two) -> dict:
 
 
 def plain_sgd() -> dict:
-    return test_engines.plain_loop(settings_of("gossip SGD"))
+    return plain_loop(settings_of("gossip SGD"))
 
 
 # --- the properties -----------------------------------------------------------------------------------------------
