@@ -2,31 +2,34 @@
 
     run.json             command, settings, dataset, commit, versions, device: written once, read by resume and evaluate
     metrics.jsonl        one line an epoch
-    curves.png           loss and accuracy over the epochs
-    state/step-00000780/ a complete checkpoint; the newest one is where a resumed run goes on
-    weights.safetensors  the weights after the last epoch, plain fp32; best.safetensors where a held-out part chose one
+    steps.jsonl          training losses by step; utilisation.jsonl what GPU, CPU and memory did (trackers.py, utilisation.py)
+    curves.png           loss and accuracy over the epochs; report.html everything on one page, pictures/ from report.py
+    tensorboard/         the same numbers for TensorBoard
+    state/step-00000780/ a complete checkpoint; the newest one is where a resumed run goes on (checkpoint.py)
+    lock                 held by the process that trains here, with its number and host
+    weights.safetensors  the weights after the last epoch, plain fp32, averaged where ema.decay is set (raw_weights.safetensors
+                         then holds those that were trained); best.safetensors where a held-out part chose one
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
-import shutil
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs"
-KEEP_CHECKPOINTS = 2
-# How the work is spread over processes may differ between a run and its resumption: the state is the same for all (an
-# engine that cannot go on from another's refuses it by name).
-SPREAD = ("settings.strategy", "settings.parallel", "settings.engine.zero_optimization")
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems that know no locks: nobody is kept out there
 
 
 class RunError(ValueError):
@@ -39,12 +42,19 @@ class Progress:
 
     epoch: int = 0  # being trained, or next when step_in_epoch is 0
     step_in_epoch: int = 0
-    loss_sum: float = 0.0  # over the steps of this epoch, mean of the processes
+    loss_sum: float = 0.0  # over the steps of this epoch, of this process
+    loss_sums: list[float] = field(default_factory=list)  # in a checkpoint: of every process, by rank
+    skipped_steps: int = 0  # of this epoch, because they were not finite
     training_seconds: float = 0.0  # of this epoch
     data_wait_seconds: float = 0.0  # part of training_seconds
+    checkpoint_seconds: float = 0.0  # that training waited for checkpoints in this epoch
+    warmup_seconds: float = 0.0  # of this epoch, on top: the first steps after a start, which compile or warm up
     timed_images: int = 0  # trained in training_seconds
-    num_metrics: int = 0  # lines of metrics.jsonl
+    num_losses: int = 0  # that make loss_sum: step_in_epoch, but for steps that were skipped, or that only others made
     best_accuracy: float = -1.0  # on the held-out part
+    best_step: int = 0  # at which it was reached; 0: nothing chose yet
+    epochs_without_better: int = 0
+    finished: bool = False  # no step is left to make
 
 
 class RunRecord:
@@ -52,6 +62,8 @@ class RunRecord:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        self.metrics_text = ""  # what the process that trains here has written, whatever happens to the file
+        self._lock: IO[str] | None = None
 
     @property
     def exists(self) -> bool:
@@ -61,7 +73,7 @@ class RunRecord:
         """The content of run.json. Raises RunError when there is none or it cannot be read."""
         try:
             return json.loads((self.folder / "run.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.folder} is not a run folder (no run.json); runs live in {RUNS.name}/<name>") from None
         except ValueError as error:
             raise RunError(f"{self.folder}/run.json is damaged: {error}") from None
@@ -72,108 +84,110 @@ class RunRecord:
         write_atomically(self.folder / "run.json", json.dumps(facts, indent=2))
 
     def set_aside(self) -> Path:
-        """Rename the folder to make room for a fresh run; nothing is deleted. Returns the new name."""
+        """Rename the folder to make room for a fresh run; nothing is deleted. Returns the new name.
+
+        Raises:
+            RunError: a process trains there.
+        """
+        self.lock()
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
             number += 1
         self.folder.rename(aside)
+        self.unlock()
         return aside
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a torn last line (power cut) is left out."""
+        """The lines of metrics.jsonl; a last line that was cut short is left out."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().split("\n") if path.is_file() else []
         return [json.loads(line) for line in lines[:-1] if line]
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a line; a reader sees the file before or after, never a part of the line."""
+        self.write_metrics(self.metrics_text + json.dumps(line) + "\n")
 
-    def keep_metrics(self, count: int) -> None:
-        """Forget what follows the first `count` lines: epochs that a resumed run will train again, or a torn line."""
-        lines = self.metrics()[:count]
-        if (self.folder / "metrics.jsonl").exists():
-            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    def write_metrics(self, text: str) -> None:
+        """Replace metrics.jsonl, as when a resumed run goes back to what its checkpoint knew."""
+        write_atomically(self.folder / "metrics.jsonl", text)
+        self.metrics_text = text
 
     def newest_checkpoint(self) -> Path | None:
-        """The folder of the newest complete checkpoint."""
-        complete = sorted((self.folder / "state").glob("step-*"))
-        return complete[-1] if complete else None
-
-    @contextmanager
-    def new_checkpoint(self, step: int):
-        """A folder to write a checkpoint into; it appears under its name when it is whole, then old ones are removed."""
-        state = self.folder / "state"
-        unfinished = state / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for file in unfinished.iterdir():
-            _flush_to_disk(file)
-        final = state / f"step-{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        _flush_to_disk(state)
-        for old in sorted(state.glob("step-*"))[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
+        """The folder of the newest finished checkpoint; whether it is undamaged, `Checkpoints.newest` knows."""
+        found = sorted((self.folder / "state").glob("step-*"))
+        return found[-1] if found else None
 
     @staticmethod
-    def write_progress(folder: Path, progress: Progress) -> None:
-        (folder / "progress.json").write_text(json.dumps(asdict(progress)))
+    def read_progress(checkpoint: Path) -> Progress:
+        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
 
-    @staticmethod
-    def read_progress(folder: Path) -> Progress:
-        return Progress(**json.loads((folder / "progress.json").read_text()))
+    def is_finished(self) -> bool:
+        """Whether no step was left to make when the newest checkpoint was saved."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return False
+        if int(newest.name.removeprefix("step-")) >= self.facts()["total_steps"]:
+            return True
+        try:
+            return self.read_progress(newest).finished  # before the last step, by its own decision
+        except (OSError, ValueError, TypeError):
+            return False  # damaged: the next start will see to it
 
+    # --- one process at a time -------------------------------------------------------------------------------------
 
-def choose_folder(args: Any, facts: dict[str, Any]) -> RunRecord:
-    """The folder of this run: the one that is to go on, or a new one.
+    def lock(self) -> None:
+        """Keep other processes out of this folder, which is made, until this process ends, in whatever way.
 
-    A name that was given must be new, or hold a run of the same settings. Without a name, the first of `base`, `base-2`,
-    ... that is new or holds an unfinished run of the same settings. Only the strategy may change (see SPREAD).
+        Raises:
+            RunError: another process trains there, or the folder cannot be written.
+        """
+        path = self.folder / "lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = path.open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise RunError(f"{os.path.relpath(self.folder)} is in use: {self._lock.read().strip() or 'another process'} trains there; "
+                           "wait for its end, stop it, or choose another --name") from None
+        except OSError as error:
+            if self._lock is None or error.errno not in NO_LOCKS:
+                raise RunError(f"{os.path.relpath(self.folder)} cannot be written ({error.strerror}); choose another --runs-dir") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
 
-    Raises:
-        RunError: the named folder holds another run, or a finished one.
-    """
-    same = ("settings", "seed", "max_steps", "hold_out", "init_weights", "synthetic")
-    number = 1
-    while True:
-        base = args.name or f"{Path(facts['preset']).stem}-{facts['dataset']['name']}-seed{args.seed}"
-        record = RunRecord(args.runs_dir / (base if number == 1 else f"{base}-{number}"))
-        if not record.exists or (args.fresh and number == 1):
-            if record.exists:
-                print(f"the run that was there is now {record.set_aside().name}")
-            return record
-        old = record.facts()
-        changed = [text for key in same for text in differences(old.get(key), facts.get(key), key) if not text.startswith(SPREAD)]
-        changed += differences(old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint")
-        checkpoint = record.newest_checkpoint()
-        finished = checkpoint is not None and int(checkpoint.name.removeprefix("step-")) >= facts["total_steps"]
-        if not changed and not finished:
-            return record
-        where = os.path.relpath(record.folder)
-        if args.name and changed:
-            raise RunError(f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, or --fresh to start over")
-        if args.name:
-            raise RunError(f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
-                           "or --fresh to start over")
-        number += 1
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a machine that loses power, sees the old content or the new, nothing between."""
+    """Replace a file so that a reader, or a machine that loses power, sees the old content or the new, nothing between.
+
+    Raises:
+        RunError: it cannot be written; the old content is as it was.
+    """
     temporary = path.with_name(path.name + ".unfinished")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    _flush_to_disk(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"{os.path.relpath(path)} could not be written ({error.strerror}); what stood there before is untouched. "
+                       "Mend the disk and start again") from error
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path, forget: bool = False) -> None:
+    """Return when the disk has the file or folder; `forget` lets the next reader ask the disk rather than the memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
@@ -191,7 +205,7 @@ def provenance() -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True).stdout.strip()
 
-    packages = ("torch", "torchvision", "deepspeed", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+    packages = ("torch", "torchvision", "deepspeed", "torchft", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
     versions = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -1,0 +1,147 @@
+"""What checkpoints cost: seconds that training waits for one, seconds that a thread writes it, and the share of training time.
+
+    python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100
+    python benchmarks/checkpoint_cost.py --preset spt-lsa --steps 200 --out results/checkpoint_cost/gpu
+
+Turns of --steps optimiser steps alternate: without a checkpoint, and with one in their middle, which is taken, written, proved
+and renamed as in a run. The cost of one is the difference between neighbours, with whatever the writing thread takes from
+training; the share is that cost by the time between two checkpoints of a run with default flags: ten minutes, or an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.timing import alternate, machine, spread, synchronise
+from checkpoint import Checkpoints, Interval
+from dali_pipeline import Batches, side_of
+from dataset import Dataset
+from model import build_model
+from parallel import engine_class
+from run_record import Progress, RunRecord, provenance
+from saving import Saver
+from schedule import Schedule
+from settings import resolve
+
+GOAL = 0.02  # share of training time
+DEFAULT_SECONDS = 600.0  # --checkpoint-every
+
+
+def main() -> int:
+    args = parse_arguments()
+    settings = resolve(args.preset, args.set, strategy=args.strategy)
+    dataset = Dataset.open(args.data_dir)
+    side = side_of(dataset, settings.image_side)
+    engine = engine_class(settings.strategy)(lambda: build_model(settings.model, len(dataset.classes), side), settings,
+                                             Schedule(settings.schedule, 10**9), 0)
+    which, of_how_many = engine.data_shard
+    training = Batches(dataset, "train", engine.batch_sizes.micro, which, of_how_many, augmentation=settings.augmentation, device=engine.device,
+                       image_side=settings.image_side)
+    steps_per_epoch = len(training) // engine.batch_sizes.accumulation
+    with tempfile.TemporaryDirectory(dir=args.runs_dir) as folder:
+        measured = measure(engine, training, steps_per_epoch, args, Path(folder))
+    training.close()
+    engine.close()
+    report(measured, steps_per_epoch, engine, args)
+    return 0
+
+
+def measure(engine: Any, training: Batches, steps_per_epoch: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of every turn, of every checkpoint's two parts, and the size of one."""
+    record = RunRecord(folder)
+    record.create({"total_steps": 0})
+    saver = Saver(engine, Interval(), {}, record, Checkpoints(folder / "state", 2))
+    stream = endless(training)
+    waited: list[float] = []
+
+    def turn(saves: bool) -> float:
+        synchronise(engine.device)
+        began = time.perf_counter()
+        for i in range(args.steps):
+            engine.train_batch(stream)
+            if saves and i == args.steps // 2:
+                snapshot = saver.snapshot(Progress(), {"weights.safetensors": engine.weights})
+                saver.write(snapshot, Progress())
+                waited.append(snapshot.seconds)
+        synchronise(engine.device)
+        return time.perf_counter() - began
+
+    def write_alone() -> float:
+        snapshot = saver.snapshot(Progress(), {"weights.safetensors": engine.weights})
+        began = time.perf_counter()
+        saver.write(snapshot, Progress())
+        saver.settle()
+        return time.perf_counter() - began
+
+    turn(True)
+    turn(False)
+    waited.clear()
+    turns = alternate({"plain": lambda: turn(False), "saving": lambda: turn(True)}, args.rounds)
+    written = [write_alone() for _ in range(args.rounds)]
+    size = sum(file.stat().st_size for file in record.newest_checkpoint().iterdir())
+    return {"plain": turns["plain"], "saving": turns["saving"], "waited": waited, "written": written, "bytes": size}
+
+
+def endless(training: Batches):
+    epoch = 0
+    while True:
+        yield from training.epoch(epoch)
+        epoch += 1
+
+
+def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: argparse.Namespace) -> None:
+    step_seconds = spread([turn / args.steps for turn in measured["plain"]])
+    costs = spread([saving - plain for saving, plain in zip(measured["saving"], measured["plain"], strict=True)])
+    waited, written = spread(measured["waited"]), spread(measured["written"])
+    between = min(DEFAULT_SECONDS, steps_per_epoch * step_seconds.median)
+    share = costs.median / between
+    lines = [
+        f"# Checkpoints of `{args.preset}`, {engine.num_parameters:,} parameters", "",
+        f"{engine.name}, {engine.describe()}, {measured['bytes'] / 1e6:.1f} MB a checkpoint; {len(measured['plain'])} rounds of {args.steps} steps; "
+        f"median (minimum .. maximum). Made with `benchmarks/checkpoint_cost.py`, commit {provenance()['commit'][:7]}.", "",
+        "| | seconds |", "|---|---:|",
+        f"| one training step | {words(step_seconds)} |",
+        f"| training waits for a checkpoint | {words(waited)} |",
+        f"| writing, proving and renaming it, in the background | {words(written)} |",
+        f"| what a checkpoint adds to training | {words(costs)} |",
+        f"| between two checkpoints with default flags | {between:.1f} |", "",
+        f"Share of training time: **{100 * share:.2f} %** ({'under' if share < GOAL else 'over'} the goal of {100 * GOAL:.0f} %).",
+    ]
+    text = "\n".join(lines)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".md").write_text(text + "\n")
+        facts = {"preset": args.preset, "share": share, **measured, "machine": machine(engine.device), "commit": provenance()["commit"]}
+        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def words(of: Any) -> str:
+    return f"{of.median:.4f} ({of.minimum:.4f} .. {of.maximum:.4f})"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What checkpoints cost.", allow_abbrev=False,
+                                     epilog="example: python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100")
+    parser.add_argument("--preset", default="spt-lsa" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    parser.add_argument("--strategy")
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar100"))
+    parser.add_argument("--runs-dir", type=Path, help="a folder on the disk to measure (default: the system's for temporary files)")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps a turn (default: 20)")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each kind (default: 10)")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="keep PATH.json and PATH.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

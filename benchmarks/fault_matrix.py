@@ -1,0 +1,211 @@
+"""Faults at random moments of a run, round after round: does the run end with the very bits of one that nothing disturbed?
+
+    python benchmarks/fault_matrix.py                                             every fault twice: a few minutes
+    python benchmarks/fault_matrix.py --rounds 200 --out results/fault_matrix/cpu     the table that is kept
+    python benchmarks/fault_matrix.py --rounds 5 --faults killed-saving,cut
+
+A round starts train.py on a small drawn dataset, lets one fault of `faults.py` strike, starts the same command again until the
+run is finished, and compares the weights byte by byte and metrics.jsonl number by number (but for the clock's) with the
+undisturbed run's. "Survived" is both equal after one further start; everything else is "lost", with the reason. A fault that
+finds the run finished has not struck, and the round begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.faults import FAULTS, Round, TooLate, small_disk
+from checkpoint import UNFINISHED
+from prepare_dataset import prepare
+from run_record import RunRecord, provenance
+
+# Dropout and augmentation are on, so that a resumed run has random numbers to get wrong; a part is held out, so that there is
+# a best checkpoint. 240 images make 3 steps an epoch.
+TINY = """
+epochs = 10
+[model]
+patch = 8
+width = 32
+depth = 2
+heads = 2
+head_size = 16
+feed_forward_options = { hidden = 48 }
+dropout = 0.1
+[engine]
+train_batch_size = 64
+[engine.optimizer.params]
+lr = 3e-3
+"""
+SHAPES = {"side": 32, "train_per_class": 30, "test_per_class": 5}
+FLAGS = ("--name", "run", "--hold-out", "0.2", "--checkpoint-every", "2steps")
+CLOCKS = ("_seconds", "_per_second", "_gib")
+MOST_STARTS = 20  # of one round, until its fault strikes before the run is over
+
+
+# --- rounds -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a round ended: at which step it struck, and why it is lost, if it is."""
+
+    fault: str
+    seed: int
+    step: int  # of the newest checkpoint after the fault, 0: none
+    half_written: bool  # whether a checkpoint was in the making
+    lost: str | None
+
+
+def run_round(fault: str, seed: int, work: Path, words: list[str], undisturbed: RunRecord, seconds: float, operations: int) -> Outcome:
+    """One round in a folder of its own, which stays when the round is lost."""
+    draw = random.Random(seed)
+    for _ in range(MOST_STARTS):
+        folder = Path(tempfile.mkdtemp(prefix=f"{fault}-{seed}-", dir=work))
+        now = Round(folder / "runs", [*words, "--runs-dir", str(folder / "runs")], seconds, operations, draw)
+        try:
+            FAULTS[fault](now)
+        except TooLate:
+            shutil.rmtree(folder)
+            continue
+        except AssertionError as error:
+            return Outcome(fault, seed, 0, False, str(error))
+        newest = now.record.newest_checkpoint()
+        half_written = bool(list(now.record.folder.glob(f"state/{UNFINISHED}*")))
+        done = now.begin().end()
+        lost = difference(now.record, undisturbed) if done.code == 0 else done.text
+        if lost is None:
+            shutil.rmtree(folder)
+        return Outcome(fault, seed, int(newest.name.removeprefix("step-")) if newest else 0, half_written, lost)
+    return Outcome(fault, seed, 0, False, f"struck too late {MOST_STARTS} times")
+
+
+def difference(record: RunRecord, undisturbed: RunRecord) -> str | None:
+    """What is not the same to the bit in two finished runs."""
+    for name in ("weights.safetensors", "best.safetensors"):
+        if (record.folder / name).read_bytes() != (undisturbed.folder / name).read_bytes():
+            return f"{name} differs"
+    ours, theirs = [[{key: value for key, value in line.items() if not key.endswith(CLOCKS)} for line in other.metrics()]
+                    for other in (record, undisturbed)]
+    return None if ours == theirs else f"metrics.jsonl differs: {ours} instead of {theirs}"
+
+
+def main() -> int:
+    args = parse_arguments()
+    faults = args.faults.split(",") if args.faults else list(FAULTS)
+    if unknown := set(faults) - set(FAULTS):
+        raise SystemExit(f"unknown fault {unknown.pop()} (known: {', '.join(FAULTS)})")
+    work = Path(tempfile.mkdtemp(prefix="faults-"))
+    words = make_scene(work)
+    undisturbed, seconds, operations = run_undisturbed(work, words)
+    if "disk-full" in faults and not may_mount(work):
+        print("disk-full is left out: this process may not mount a disk")
+        faults.remove("disk-full")
+    began = time.monotonic()
+    plan = [(faults[i % len(faults)], args.seed + i) for i in range(args.rounds or 2 * len(faults))]
+    with ThreadPoolExecutor(args.at_once) as pool:
+        pending = [pool.submit(run_round, fault, seed, work, words, undisturbed, seconds, operations) for fault, seed in plan]
+        outcomes = []
+        for i, future in enumerate(pending):
+            outcomes.append(future.result())
+            fault, seed, lost = outcomes[-1].fault, outcomes[-1].seed, outcomes[-1].lost
+            print(f"[{i + 1}/{len(plan)}] {fault}, seed {seed}: {f'LOST: {lost}' if lost else 'survived'}", flush=True)
+    table = as_table(outcomes)
+    print(table)
+    if args.out:
+        keep(args.out, table, outcomes, time.monotonic() - began)
+    lost = any(outcome.lost for outcome in outcomes)
+    if lost:
+        print(f"what the lost rounds left is in {work}")
+    else:
+        shutil.rmtree(work)
+    return int(lost)
+
+
+def make_scene(work: Path) -> list[str]:
+    """Draw the dataset and write the preset. Returns the arguments of train.py."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        prepare(work / "shapes", dataset="shapes", workers=1, shapes=SHAPES)
+    (work / "tiny.toml").write_text(TINY)
+    return ["--preset", str(work / "tiny.toml"), "--data-dir", str(work / "shapes"), *FLAGS]
+
+
+def run_undisturbed(work: Path, words: list[str]) -> tuple[RunRecord, float, int]:
+    """The run to compare with, the seconds that it trained and saved, and its file operations."""
+    now = Round(work / "undisturbed", [*words, "--runs-dir", str(work / "undisturbed")], 0.0, 0, random.Random(0))
+    program = now.begin()
+    program.wait_for("engine  ")
+    began = time.monotonic()
+    done = program.end()
+    seconds = time.monotonic() - began
+    assert done.code == 0, done.text
+    return now.record, seconds, int(done.out.rsplit("operations ", 1)[1])
+
+
+def may_mount(work: Path) -> bool:
+    try:
+        with small_disk(work / "try"):
+            return True
+    except RuntimeError:
+        return False
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def as_table(outcomes: list[Outcome]) -> str:
+    lines = ["| fault | what strikes | tried | survived | lost | met a half-written checkpoint |", "|---|---|---:|---:|---:|---:|"]
+    for fault in dict.fromkeys(outcome.fault for outcome in outcomes):
+        of_fault = [outcome for outcome in outcomes if outcome.fault == fault]
+        lost = sum(outcome.lost is not None for outcome in of_fault)
+        half = sum(outcome.half_written for outcome in of_fault)
+        lines.append(f"| `{fault}` | {FAULTS[fault].__doc__} | {len(of_fault)} | {len(of_fault) - lost} | {lost} | {half} |")
+    lost = sum(outcome.lost is not None for outcome in outcomes)
+    half = sum(outcome.half_written for outcome in outcomes)
+    return "\n".join([*lines, f"| all | | {len(outcomes)} | {len(outcomes) - lost} | {lost} | {half} |"])
+
+
+def keep(out: Path, table: str, outcomes: list[Outcome], seconds: float) -> None:
+    """Write `out`.json and `out`.md."""
+    facts = {key: value for key, value in provenance().items() if key != "command"}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {**facts, "command": "python benchmarks/fault_matrix.py", "rounds": len(outcomes), "seconds": round(seconds),
+               "outcomes": [vars(outcome) for outcome in outcomes]}
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    out.with_suffix(".md").write_text(f"""# {len(outcomes)} rounds of faults
+
+A run of 30 steps is brought down by a fault at a random moment, and the same command is started again. *Survived*: the final
+weights and every number of `metrics.jsonl` are those of the run that nothing disturbed, bit for bit. One CPU process, ZeRO stage
+1, a checkpoint every 2 steps, commit {facts['commit'][:7]}, made with `benchmarks/fault_matrix.py --rounds {len(outcomes)}`.
+
+{table}
+""")
+    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.md')}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Faults at random moments of a run: does it end with the same bits?", allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="faults:\n" + "\n".join(f"  {name:14} {fault.__doc__}" for name, fault in FAULTS.items()))
+    parser.add_argument("--rounds", type=int, help="how many in all, the faults taking turns (default: two of each)")
+    parser.add_argument("--faults", help="only these, separated by commas")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="rounds at once (default: one a core)")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="keep PATH.json and PATH.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
