@@ -126,6 +126,8 @@ install_venv() {
 setup_environment() {
     local requirements reason newest_python scripts found active=${PYTHON:-python3}
     case $active in */*) active=$(realpath -s -- "$active") ;; esac    # the folder changes below
+    # That of the project itself, wanted by this name before it is there: any other can make it.
+    if [[ $active == "$environment_root/.venv/"* && ! -x $active ]]; then PYTHON=""; fi
     choose_requirements || return
     if found=$(has_requirements "$active" "$environment_root/$requirements"); then
         PYTHON=$(command -v "$active")

@@ -5,7 +5,8 @@
 
 It starts `python -m deepspeed.launcher.launch --node_rank=I`, the half of DeepSpeed's launcher that works on each machine, and
 adds what that lacks. It says every few seconds that it is alive. When it hears nothing for `silence` seconds (a cut cable) or
-its input ends (the other side died), it lets the ranks save, and ends them. Whatever the ranks started is ended too.
+its input ends (the other side died), it lets the ranks save, and ends them; a rank that somebody halted (SIGSTOP) for as long
+counts as dead. Whatever the ranks started is ended too.
 """
 import ctypes
 import glob
@@ -19,8 +20,6 @@ import sys
 import threading
 import time
 
-BEAT_SECONDS = 3
-STOPPED_SECONDS = 20  # a rank that somebody halted (SIGSTOP) for longer counts as dead
 TAIL_LINES = 15
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 libc = ctypes.CDLL(None, use_errno=True)
@@ -70,7 +69,7 @@ class Ranks:
         self.logs, self.slots = order["logs"], len(order["world"][order["index"]][1])
         self.first_rank = sum(len(devices) for _, devices in order["world"][: order["index"]])
         os.makedirs(self.logs, exist_ok=True)
-        self.pids, self.gone, self.halted, self.destination = {}, [], {}, ""
+        self.pids, self.gone, self.halted, self.destination, self.stopping = {}, [], {}, "", False
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes ours, to be found and ended
         with open(os.path.join(self.logs, "launcher.log"), "w") as log:
             self.launcher = subprocess.Popen(
@@ -89,14 +88,19 @@ class Ranks:
             variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.slots)))
         return variables
 
+    def find(self):
+        """Notice new ranks among the launcher's children. One that comes after the order to save gets it now."""
+        for pid in children(self.launcher.pid) if len(self.pids) < self.slots else ():
+            rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", read(f"/proc/{pid}/environ"))
+            if rank and self.mark.encode() in read(f"/proc/{pid}/environ") and int(rank[1]) not in self.pids:
+                self.pids[int(rank[1])] = pid
+                if self.stopping:
+                    send(pid, signal.SIGTERM)
+
     def watch(self):
         """Notice new ranks, ranks that ended (in their order) and ranks that somebody halted. Returns the ranks that ended since."""
-        if len(self.pids) < self.slots:
-            for pid in children(self.launcher.pid):
-                rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", read(f"/proc/{pid}/environ"))
-                if rank and self.mark.encode() in read(f"/proc/{pid}/environ"):
-                    self.pids.setdefault(int(rank[1]), pid)
-        elif self.destination:
+        self.find()
+        if self.destination and len(self.pids) == self.slots:
             self.move_logs()
         ended = []
         for rank, pid in self.pids.items():
@@ -112,6 +116,8 @@ class Ranks:
 
     def stop(self):
         """Ask the ranks to save, all at once; the launcher would ask one after the other, and kill each after 30 s."""
+        self.find()
+        self.stopping = True
         for rank, pid in self.pids.items():
             if rank not in self.gone:
                 send(pid, signal.SIGTERM)
@@ -169,7 +175,7 @@ def first_error(text):
     """The first traceback or error line; what follows in a log is mostly its echo. Empty when there is none."""
     lines = text.splitlines()
     for i, line in enumerate(lines):
-        if re.match(r"(error\b|\S*Error: |terminate called|Fatal Python error)", line):
+        if re.match(r"(error\b|\S+\.py: error: |\S*Error: |terminate called|Fatal Python error)", line):
             return lines[i:i + 3]
         if line.startswith("Traceback (most recent call last)"):
             end = next((j for j in range(i + 1, len(lines)) if lines[j] and not lines[j][0].isspace()), len(lines) - 1)
@@ -208,14 +214,14 @@ def watch(ranks, supervisor, order):
         now = time.monotonic()
         for rank in ranks.watch():
             supervisor.tell(event="gone", rank=rank)
-        if now - beat > BEAT_SECONDS:
+        if now - beat > order["beat"]:
             beat = now
             supervisor.tell(event="beat")
         if order["index"] == 0:
             position = follow(ranks.log_of(0), position, supervisor)
-        halted = [rank for rank, since in ranks.halted.items() if now - since > STOPPED_SECONDS]
+        halted = [rank for rank, since in ranks.halted.items() if now - since > limit]
         if halted:
-            return f"rank {halted[0]} was halted (SIGSTOP) for {STOPPED_SECONDS} s"
+            return f"rank {halted[0]} was halted (SIGSTOP) for {limit:g} s"
         while not supervisor.orders.empty():
             words = supervisor.orders.get().split(" ", 1)
             if words[0] == "kill":
@@ -225,7 +231,7 @@ def watch(ranks, supervisor, order):
             if words[0] == "logs":
                 ranks.destination = words[1]
         if deadline is None and (supervisor.gone or now - supervisor.heard > limit):
-            reason = "lost the one who started it" if supervisor.gone else f"heard nothing for {limit} s"
+            reason = "lost the one who started it" if supervisor.gone else f"heard nothing for {limit:g} s"
             deadline = now + order["grace"]
             ranks.stop()
         if deadline is not None and now > deadline:

@@ -1,7 +1,7 @@
 """One start of training on all hosts, from the first order to the last process: who died, of what, and where the logs are.
 
 An agent (agent.py) runs on every host, at the end of an SSH connection. Both sides say every few seconds that they are alive;
-a side that hears nothing for SILENCE_SECONDS takes the other for dead. The first failure ends the ranks of every host.
+a side that hears nothing for `silence` seconds takes the other for dead. The first failure ends the ranks of every host.
 """
 
 from __future__ import annotations
@@ -14,25 +14,46 @@ import re
 import subprocess
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cluster import remote
+from cluster import blame, remote
+from cluster.blame import EXIT_STOPPED
 from cluster.preflight import Meeting
 from cluster.remote import Host, say
 
-SILENCE_SECONDS, BEAT_SECONDS = 20, 3
-GRACE_SECONDS = 20  # for ranks that lost us, to save
 LAST_WORDS_SECONDS = 3  # between the first failure and the end of the others, who may know more of it
 KILL_SECONDS = 15  # until an agent has ended its ranks
 SAVE_SECONDS = 120  # after a signal
 LEAVE_SECONDS = 60  # between the first host that is done and the last
-EXIT_FAILED, EXIT_LOST_HOST, EXIT_STOPPED = 1, 69, 75
-# What a rank says when another one is the cause.
-ECHO = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|tcpstore|Dist(Network|Backend|Store)|no route|unreachable",
-                  re.IGNORECASE)
 BATCH = re.compile(r"batch +(\d+) = \d+ x (\d+) accumulated x (\d+) processes")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds of patience, from the variables SILENCE_SECONDS, GRACE_SECONDS and REJOIN_SECONDS."""
+
+    silence: float = 20  # of the other side, or of a halted rank, before it counts as dead
+    grace: float = 20  # for ranks that lost us, to save
+    rejoin: float = 30  # for a host that went away, at a restart
+
+    @classmethod
+    def of(cls, environment: Any) -> Limits:
+        """Raises ValueError: one of the variables is no number of seconds."""
+        found = {}
+        for limit in fields(cls):
+            name = f"{limit.name.upper()}_SECONDS"
+            if text := environment.get(name):
+                if not re.fullmatch(r"\d+(\.\d+)?", text) or not float(text):
+                    raise ValueError(f"{name} must be a number of seconds above 0, not '{text}'")
+                found[limit.name] = float(text)
+        return cls(**found)
+
+    @property
+    def beat(self) -> float:
+        """Seconds between two signs of life."""
+        return self.silence / 7
 
 
 @dataclass
@@ -47,6 +68,7 @@ class Plan:
     environment: dict[str, str]
     on_cpu: bool
     runs: Path
+    limits: Limits = Limits()
 
     @property
     def world(self) -> list[tuple[str, list[int]]]:
@@ -70,7 +92,7 @@ class Plan:
             for name, value in (("GLOO_SOCKET_IFNAME", interface), ("TP_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
                 variables.setdefault(name, value)
         return {"job": job, "index": index, "world": self.world, "command": command, "cwd": os.getcwd(), "environment": variables,
-                "logs": logs, "on_cpu": self.on_cpu, "silence": SILENCE_SECONDS, "grace": GRACE_SECONDS}
+                "logs": logs, "on_cpu": self.on_cpu, "silence": self.limits.silence, "grace": self.limits.grace, "beat": self.limits.beat}
 
 
 @dataclass
@@ -107,6 +129,7 @@ class Outcome:
     refused: bool = False
     folder: str = ""
     batch: tuple[int, int, int] | None = None
+    logs: str = ""
 
 
 class Job:
@@ -136,7 +159,7 @@ class Job:
 
     def run(self) -> Outcome:
         """Until every agent has ended, or is given up."""
-        beat = 0.0
+        beat, limits = 0.0, self.plan.limits
         while any(agent.at_work for agent in self.agents):
             try:
                 self._handle(*self.events.get(timeout=0.1))
@@ -144,12 +167,12 @@ class Job:
             except queue.Empty:
                 pass
             now = time.monotonic()
-            if now - beat > BEAT_SECONDS:
+            if now - beat > limits.beat:
                 beat = now
                 self._tell_all("beat")
             for agent in self.agents:
-                if agent.at_work and now - agent.heard > SILENCE_SECONDS:
-                    self._lose(agent, f"said nothing for {SILENCE_SECONDS} s")
+                if agent.at_work and now - agent.heard > limits.silence:
+                    self._lose(agent, f"said nothing for {limits.silence:g} s")
             self._drive(now)
         return self._outcome()
 
@@ -209,13 +232,14 @@ class Job:
 
     def _outcome(self) -> Outcome:
         self._sweep()
-        outcome = Outcome(0, self.plan.hosts, [agent.host for agent in self.agents if agent.lost], folder=self.folder, batch=self.batch)
+        logs = f"{self.folder}/logs/{self.name}" if self.folder else str(self.plan.runs.absolute() / ".logs" / self.name)
+        outcome = Outcome(0, self.plan.hosts, [agent.host for agent in self.agents if agent.lost], folder=self.folder, batch=self.batch, logs=logs)
         codes = [agent.end["code"] for agent in self.agents if agent.end]
         if not outcome.lost and all(code in (0, EXIT_STOPPED) for code in codes):
             outcome.code = max(codes)
             return outcome
-        outcome.code, outcome.cause, outcome.lines = self._cause()
-        outcome.refused = bool(outcome.lines) and outcome.lines[0].startswith("error")
+        outcome.code, outcome.cause, outcome.lines = blame.cause(self.agents, self.gone)
+        outcome.refused = bool(outcome.lines) and bool(blame.REFUSED.match(outcome.lines[0]))
         return outcome
 
     def _sweep(self) -> None:
@@ -231,45 +255,7 @@ class Job:
                 except subprocess.TimeoutExpired:
                     process.kill()
                 if process.returncode:
-                    say(f"{agent.host.name} cannot be reached: its ranks end by themselves within {SILENCE_SECONDS + GRACE_SECONDS} s.")
+                    limits = self.plan.limits
+                    say(f"{agent.host.name} cannot be reached: its ranks end by themselves within {limits.silence + limits.grace:g} s.")
 
         remote.at_once(one, enumerate(self.agents))
-
-    def _cause(self) -> tuple[int, str, list[str]]:
-        """(exit code, who failed first, lines to show): an error of its own before a lost host before an error about others."""
-        told = {(i, int(rank)): facts for i, agent in enumerate(self.agents) if agent.end for rank, facts in agent.end["ranks"].items()}
-        order = [*(key for key in self.gone if key in told), *(key for key in told if key not in self.gone)]
-        failed = [key for key in order if self.agents[key[0]].end["code"] not in (0, EXIT_STOPPED)]
-        for i, rank in failed:
-            error = told[i, rank]["error"]
-            if error and not ECHO.search("\n".join(error)):
-                return self._code(i), self._who(i, rank), error
-        for agent in self.agents:
-            if agent.lost:
-                return EXIT_LOST_HOST, f"{agent.host.name} was lost: it {agent.lost}", self._last_words(agent)
-        for agent in self.agents:
-            if agent.end["reason"] not in ("", "told to"):
-                return EXIT_FAILED, f"{agent.host.name}: {agent.end['reason']}", []
-        for i, rank in failed:
-            if not told[i, rank]["error"] and (i, rank) in self.gone:
-                return self._code(i), f"{self._who(i, rank)}, without a word (killed? out of memory? see dmesg there); its last lines", \
-                    told[i, rank]["tail"] or self.agents[i].end["launcher"]
-        for i, rank in failed:
-            return self._code(i), self._who(i, rank), told[i, rank]["error"] or self.agents[i].end["launcher"]
-        agent = next(agent for agent in self.agents if agent.end["code"] not in (0, EXIT_STOPPED))
-        return EXIT_FAILED, f"{agent.host.name} failed", agent.end["launcher"]
-
-    def _who(self, index: int, rank: int) -> str:
-        return f"rank {rank} on {self.agents[index].host.name} failed first"
-
-    def _code(self, index: int) -> int:
-        """A rank's exit code as a shell would show it: the launcher turns signal 9 into 247."""
-        code = self.agents[index].end["code"]
-        code = code - 256 if code > 192 else code
-        return 128 - code if code < 0 else code or EXIT_FAILED
-
-    def _last_words(self, agent: Agent) -> list[str]:
-        try:
-            return (agent.process.stderr.read() or "").strip().splitlines()[-5:]
-        except (OSError, ValueError):
-            return []

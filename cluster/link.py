@@ -1,15 +1,14 @@
-"""One end of a connection between two hosts: who can reach whom, by which address and network interface, how fast.
+"""One end of a connection between two hosts: who can reach whom, by which address, how fast.
 
     python3 cluster/link.py '{"role": "listen", "token": "x", "seconds": 20}'
     python3 cluster/link.py '{"role": "connect", "token": "x", "port": 23456, "addresses": ["10.0.0.1"], "measure": true}'
 
 Prints lines of `link:` and JSON. Sent over SSH to a bare `python3 -`, as probe.py is; needs nothing else.
 """
-import fcntl
 import json
 import random
+import select
 import socket
-import struct
 import sys
 import threading
 import time
@@ -33,10 +32,12 @@ def listen(request):
         say(error="no port is free")
         return
     server.listen(128)
-    server.settimeout(0.5)
+    server.settimeout(0.2)
     say(port=port)
     deadline = time.time() + request["seconds"]
-    while time.time() < deadline:
+    asked_for = select.poll()
+    asked_for.register(sys.stdout, 0)
+    while time.time() < deadline and not asked_for.poll(0):  # the one who asked has gone, so the port is to be free at once
         try:
             connection = server.accept()[0]
         except TimeoutError:
@@ -82,8 +83,7 @@ def reach(address, port, token, measure):
             connection.sendall(token.encode())
             if connection.recv(256).decode(errors="replace") != token:
                 return {"error": "another program answers there"}
-            here = connection.getsockname()[0]
-            facts = {"here": here, "interface": interface_of(here)}
+            facts = {"here": connection.getsockname()[0]}
             if not measure:
                 return facts
             times = []
@@ -104,19 +104,6 @@ def reach(address, port, token, measure):
             return {"error": "no answer"}
         except (OSError, ValueError) as error:
             return {"error": str(error)}
-
-
-def interface_of(address):
-    """The network interface that has this address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(any_socket.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
 
 
 def connect(request):

@@ -29,7 +29,7 @@ from cluster import checks, hostfile, remote, sync  # noqa: E402
 from cluster.checks import Answer, Problem  # noqa: E402
 from cluster.remote import Host, Unreachable, say  # noqa: E402
 
-EXIT_HOSTFILE, EXIT_PREFLIGHT = 2, 3
+EXIT_USAGE, EXIT_PREFLIGHT = 2, 3
 
 
 @dataclass
@@ -72,6 +72,15 @@ class Report:
                 say(f"Then:  {problem}")
 
 
+def hosts_of(path: str) -> list[Host]:
+    """The machines of a hostfile; ends the program with one sentence where it is wrong."""
+    try:
+        return [Host(*line) for line in hostfile.read(path)]
+    except hostfile.HostfileError as error:
+        say(str(error))
+        raise SystemExit(EXIT_USAGE) from None
+
+
 def request(python: str, data: Path, runs: Path, arguments: list[str]) -> dict[str, Any]:
     """What to look at on every host: the same paths everywhere."""
     words = [word.split("=", 1)[-1] for word in arguments]
@@ -83,7 +92,8 @@ def inspect(hosts: list[Host], what: dict[str, Any]) -> Report:
     """All hosts at once, in seconds."""
     here, *answers = remote.at_once(lambda name: remote.ask(name, "probe.py", what), ["localhost", *(host.name for host in hosts)])
     if isinstance(here, Unreachable):
-        raise RuntimeError(f"this machine {here.reason}")
+        say(f"this machine {here.reason}: {here.mend}")
+        raise SystemExit(EXIT_PREFLIGHT)
     present = [answer for answer in answers if not isinstance(answer, Unreachable)]
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not any(answer["gpus"] for answer in present)
     problems = checks.check(hosts, answers, here, on_cpu)
@@ -120,7 +130,7 @@ def listening(name: str, seconds: float = 15) -> Iterator[tuple[int, str]]:
 def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | None, list[Problem]]:
     """An address and a free port of the first host that all others reach, tried by connecting to it."""
     first, others = hosts[0], hosts[1:]
-    own = {address: name for name, address in answers[0]["addresses"]}
+    own = [address for _, address in answers[0]["addresses"]]
     known = os.environ.get("MASTER_ADDR") or remote.address_of(first.name)
     candidates = [known] if os.environ.get("MASTER_ADDR") else [*([known] if known in own else []), *(a for a in own if a != known)]
     try:
@@ -137,17 +147,21 @@ def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | No
     if lost:
         return None, lost
     for address in candidates:
-        reached = {host.name: result["reached"][address] for host, result in zip(others, results, strict=True)}
-        if all("error" not in result for result in reached.values()):
-            interfaces = {name: result["interface"] for name, result in reached.items() if result["interface"]}
-            interfaces |= {first.name: own[address]} if address in own else {}
-            return Meeting(address, port, interfaces), []
+        reached = [result["reached"][address] for result in results]
+        if all("error" not in result for result in reached):
+            used = zip(hosts, answers, [address, *(result["here"] for result in reached)], strict=True)
+            return Meeting(address, port, {host.name: name for host, answer, own in used if (name := interface_of(answer, own))}), []
     mend = "open the ports between the hosts (all from 1024 up: training uses many), or name the address: MASTER_ADDR="
     shut_out = [(host, result["reached"]) for host, result in zip(others, results, strict=True)
                 if all("error" in tried for tried in result["reached"].values())]
     if shut_out:
         return None, [Problem(host.name, f"cannot reach {first.name}: {_tried(reached, port)}", mend) for host, reached in shut_out]
     return None, [Problem(first.name, f"has no address that all others reach (of {', '.join(candidates)})", mend)]
+
+
+def interface_of(answer: dict[str, Any], address: str) -> str | None:
+    """The network interface that has this address on a host."""
+    return next((name for name, own in answer["addresses"] if own == address), None)
 
 
 def _tried(reached: dict[str, dict], port: int) -> str:
@@ -180,11 +194,7 @@ def main() -> int:
     parser.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
     parser.add_argument("--sync", action="store_true", help="copy code and dataset to the hosts that lack them, and make the environment there")
     args = parser.parse_args()
-    try:
-        hosts = [Host(*line) for line in hostfile.read(args.hostfile)]
-    except hostfile.HostfileError as error:
-        say(str(error))
-        return EXIT_HOSTFILE
+    hosts = hosts_of(args.hostfile)
     began = time.time()
     what = request(args.python, args.data_dir, args.runs_dir, [])
     report = inspect(hosts, what)

@@ -24,6 +24,8 @@ GIVEN_FILE_LIMIT = 2**30  # bytes; of larger ones only the size is compared
 ENVIRONMENT = """
 import json, os, platform, sys
 from importlib import metadata
+if os.path.exists(os.path.join(sys.prefix, "installing")):  # setup_environment.sh was cut short
+    sys.exit("unfinished")
 found = {"python": platform.python_version(), "prefix": sys.prefix}
 for name in ("torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110", "numpy"):
     try:
@@ -91,18 +93,22 @@ def code_of(project):
 def commit_of(project):
     """The commit that is checked out, read from .git itself, for git need not be installed; empty when there is none."""
     def read(*names):
-        with open(os.path.join(project, ".git", *names)) as file:
+        with open(os.path.join(*names)) as file:
             return file.read().strip()
 
+    git = os.path.join(project, ".git")
     try:
-        head = read("HEAD")
+        if os.path.isfile(git):  # a worktree: HEAD is its own, branches are those of the repository
+            git = os.path.join(project, read(git)[len("gitdir: "):])
+        common = os.path.join(git, read(git, "commondir")) if os.path.exists(os.path.join(git, "commondir")) else git
+        head = read(git, "HEAD")
         if not head.startswith("ref: "):
             return head
-        reference = head[5:]
+        reference = head[len("ref: "):]
         try:
-            return read(*reference.split("/"))
+            return read(common, reference)
         except OSError:
-            lines = [line.split() for line in read("packed-refs").splitlines()]
+            lines = [line.split() for line in read(common, "packed-refs").splitlines()]
             return next((line[0] for line in lines if line[1:] == [reference]), "")
     except OSError:
         return ""

@@ -30,10 +30,10 @@ SSH_ERRORS = [
     ("permission denied", "refuses the key", "give it yours: ssh-copy-id {host}"),
     ("host key verification failed", "is not known, or has another key than before",
      "look at it once: ssh {host}; after a new installation: ssh-keygen -R {machine}"),
-    ("could not resolve", "has a name that nobody knows", "write its address, or add the name to ~/.ssh/config"),
+    ("resolve hostname", "has a name that nobody knows", "write its address, or add the name to ~/.ssh/config"),
     ("connection refused", "is up, but no SSH server answers there", "start sshd on it, or give its port in ~/.ssh/config"),
-    ("timed out", "does not answer", "is it on, and in this network? ping {machine}"),
-    ("no route", "does not answer", "is it on, and in this network? ping {machine}"),
+    ("timed out", "does not answer", "look whether it is on, and in this network: ping {machine}"),
+    ("no route", "does not answer", "look whether it is on, and in this network: ping {machine}"),
     ("connection closed", "closes the connection", "look into its log: journalctl -u ssh"),
     ("python3", "has no python3", "install it there: apt-get install python3"),
 ]

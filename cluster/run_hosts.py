@@ -2,8 +2,8 @@
 
     ./launch_distributed_train.sh --preset spt-lsa --name big --restarts 3
 
-Exit codes: 0 trained to the end; 75 stopped and saved (the same command goes on); 2 a wrong hostfile; 3 the preflight found
-something to mend; 69 a host was lost; else that of the rank that failed first (128 + the number of a signal).
+Exit codes: 0 trained to the end; 75 stopped and saved (the same command goes on); 2 a wrong hostfile or variable; 3 the
+preflight found something to mend; 69 a host was lost; else that of the rank that failed first (128 + the number of a signal).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from cluster import hostfile, preflight, remote, sync  # noqa: E402
-from cluster.job import EXIT_STOPPED, Job, Outcome, Plan  # noqa: E402
-from cluster.preflight import EXIT_HOSTFILE, EXIT_PREFLIGHT, Meeting, Report  # noqa: E402
-from cluster.remote import Host, Unreachable, say  # noqa: E402
+from cluster import preflight, remote, sync  # noqa: E402
+from cluster.blame import EXIT_STOPPED  # noqa: E402
+from cluster.job import Job, Limits, Outcome, Plan  # noqa: E402
+from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Meeting, Report, hosts_of  # noqa: E402
+from cluster.remote import Host, say  # noqa: E402
 
-REJOIN_SECONDS = float(os.environ.get("REJOIN_SECONDS", 30))  # how long a restart waits for a host that went away
 SENT = ("NCCL_", "GLOO_", "TP_SOCKET", "TORCH", "PYTORCH_", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_LAUNCH", "CUDA_DEVICE", "HF_", "UCX_", "FI_",
         "OFI_", "MLFLOW", "WANDB_", "TOKENIZERS_", "DALI_", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONFAULT",
         "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HANG_SECONDS")
@@ -62,11 +62,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> int:
     args, arguments = parse()
+    hosts = hosts_of(args.hostfile)
     try:
-        hosts = [Host(*line) for line in hostfile.read(args.hostfile)]
-    except hostfile.HostfileError as error:
+        limits = Limits.of(os.environ)
+    except ValueError as error:
         say(str(error))
-        return EXIT_HOSTFILE
+        return EXIT_USAGE
     train = paths_of(arguments)
     environment = {**sent(os.environ), **deepspeed_env(), "HANG_SECONDS": os.environ.get("HANG_SECONDS", f"{args.hang_seconds:g}")}
     if os.environ.get("DRY_RUN"):
@@ -75,9 +76,6 @@ def main() -> int:
     what = preflight.request(sys.executable, train.data_dir, train.runs_dir, arguments)
     try:
         report = look(hosts, what, args)
-    except Unreachable as error:
-        say(f"this machine {error.reason}: {error.mend}")
-        return EXIT_PREFLIGHT
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if not report.can_start or args.check:
@@ -86,11 +84,11 @@ def main() -> int:
     for left in range(args.restarts, -1, -1):
         if stop.requested:
             return 128 + stop.number
-        outcome = Job(plan(report, arguments, environment, train.runs_dir), stop).run()
+        outcome = Job(plan(report, arguments, environment, train.runs_dir, limits), stop).run()
         tell(outcome)
         if outcome.code in (0, EXIT_STOPPED) or stop.requested or outcome.refused or not left:
             break
-        regrouped = regroup(outcome, what, hosts, stop)
+        regrouped = regroup(outcome, what, hosts, stop, limits.rejoin)
         if regrouped is None:
             break
         report = regrouped
@@ -139,8 +137,8 @@ def deepspeed_env() -> dict[str, str]:
     return found
 
 
-def plan(report: Report, arguments: list[str], environment: dict[str, str], runs: Path) -> Plan:
-    return Plan(report.hosts, report.meeting, sys.executable, str(PROJECT / "train.py"), arguments, environment, report.on_cpu, runs)
+def plan(report: Report, arguments: list[str], environment: dict[str, str], runs: Path, limits: Limits) -> Plan:
+    return Plan(report.hosts, report.meeting, sys.executable, str(PROJECT / "train.py"), arguments, environment, report.on_cpu, runs, limits)
 
 
 def show_commands(hosts: list[Host], arguments: list[str], environment: dict[str, str], runs: Path) -> None:
@@ -158,14 +156,14 @@ def tell(outcome: Outcome) -> None:
         for line in outcome.lines:
             say(f"    {line}")
     if outcome.code not in (0, EXIT_STOPPED) and not outcome.refused:
-        say(f"Every rank's output: {os.path.relpath(outcome.folder) + '/logs' if outcome.folder else 'runs/.logs'}, on each host.")
+        say(f"Every rank's output: {os.path.relpath(outcome.logs)}, on each host.")
 
 
 # --- starting again ---------------------------------------------------------------------------------------------------
 
-def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop: Stop) -> Report | None:
+def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop: Stop, seconds: float) -> Report | None:
     """The hosts to go on with: all of the hostfile when they are well again in time, else those that are. None: it cannot go on."""
-    deadline = time.monotonic() + REJOIN_SECONDS
+    deadline = time.monotonic() + seconds
     report = preflight.inspect(all_hosts, what)
     while not report.can_start and not stop.requested and time.monotonic() < deadline:
         time.sleep(2)

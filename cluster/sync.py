@@ -5,6 +5,7 @@ Nothing is deleted on a host, and its run folders are not touched.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -22,19 +23,20 @@ KEPT = ["/.venv", "/data", "/runs", "/results", "/.torch_extensions", "__pycache
 def mend(report: Any, what: dict[str, Any], inspect: Callable) -> Any:
     """Do what can be done from here for the hosts of a report, and look again."""
     if shutil.which("rsync") is None:
-        raise Unreachable("has no rsync", "install it here: apt-get install rsync")
+        say("this machine has no rsync: apt-get install rsync")
+        return report
     own = remote.ask("localhost", "probe.py", what)
     pairs = [(host, answer) for host, answer in zip(report.hosts, report.answers, strict=True)
              if not isinstance(answer, Unreachable) and not remote.is_here(host.name)]
-    failures = [failure for failure in remote.at_once(lambda pair: _mend_one(*pair, own, what), pairs) if failure]
-    for failure in failures:
-        say(f"{failure} {failure.mend}" if isinstance(failure, Unreachable) else str(failure))
+    for (host, _), failure in zip(pairs, remote.at_once(lambda pair: _mend_one(*pair, own, what), pairs), strict=True):
+        if failure:
+            say(f"{host.name} {failure.reason}: {failure.mend}")
     return inspect(report.hosts, what)
 
 
 def _mend_one(host: Host, answer: Answer, own: dict[str, Any], what: dict[str, Any]) -> None:
     if not answer["rsync"]:
-        raise Unreachable(f"{host.name} has no rsync:", "apt-get install rsync there")
+        raise Unreachable("has no rsync", "apt-get install rsync there")
     project = what["project"]
     if any(answer["code"].get(path) != digest for path, digest in own["code"].items()) or answer["commit"] != own["commit"]:
         say(f"{host.name}: copying the project to {project}")
@@ -44,20 +46,29 @@ def _mend_one(host: Host, answer: Answer, own: dict[str, Any], what: dict[str, A
         # dataset.json last: it says that the rest is there
         copy(host, what["data"], ["--exclude=/dataset.json"])
         copy(host, what["data"], [])
-    if not answer["environment"]:
-        say(f"{host.name}: making the Python environment (minutes)")
-        run(host, remote.command(host.name, [f"{project}/setup_environment.sh"]), "the environment could not be made")
+    if (own["environment"] or {}).keys() - (answer["environment"] or {}).keys():
+        make_environment(host, project, what["python"])
+
+
+def make_environment(host: Host, project: str, python: str) -> None:
+    """The project's .venv on a host, by the script that makes it here. Raises Unreachable: why not."""
+    if not python.startswith(f"{project}/.venv/"):
+        raise Unreachable(f"has no interpreter {python}", f"--sync makes {project}/.venv only; start with that one here too (./setup_environment.sh)")
+    say(f"{host.name}: making the Python environment (minutes)")
+    driver = [f"DRIVER_CUDA={os.environ['DRIVER_CUDA']}"] if os.environ.get("DRIVER_CUDA") else []
+    words = ["env", f"PYTHON={python}", *driver, f"{project}/setup_environment.sh"]
+    run(host, remote.command(host.name, words), "could not make the environment")
 
 
 def copy(host: Host, folder: str, options: list[str]) -> None:
     """The content of a folder to the same path on a host."""
-    run(host, remote.command(host.name, ["mkdir", "-p", str(Path(folder))]), "the folder cannot be made")
+    run(host, remote.command(host.name, ["mkdir", "-p", str(Path(folder))]), "could not make the folder")
     ssh = " ".join(remote.SSH)
-    run(host, ["rsync", "-a", "--partial", *options, "-e", ssh, f"{folder}/", f"{host.name}:{folder}/"], "copying failed")
+    run(host, ["rsync", "-a", "--partial", *options, "-e", ssh, f"{folder}/", f"{host.name}:{folder}/"], "could not be given a copy")
 
 
 def run(host: Host, words: list[str], failure: str) -> None:
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise Unreachable(f"{host.name}: {failure}:", " / ".join(last) or f"exit code {done.returncode}")
+        raise Unreachable(failure, " / ".join(last) or f"exit code {done.returncode}")

@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-AWKWARD = ["a b", "it's", 'say "x"', "a;echo b", "$HOME", "*", "", "--set=x={\"k\": 1}"]
+AWKWARD = ["a b", "it's", 'say "x"', "a;touch owned", "$HOME", "$(touch owned)", "`touch owned`", "a|b>owned&c", "*", "?[a-z]{1,2}", "~", "!!", "",
+           "--set=x={\"k\": 1}"]
 STUB = '''
 import json, os, pathlib, signal, sys, time
 stop = []
@@ -92,7 +93,7 @@ def world(words):
     return json.loads(base64.urlsafe_b64decode(encoded))["localhost"]
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.sh"), ROOT / ".ci/run"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*sorted(set(ROOT.glob("*.sh")) - {ROOT / "completion.sh"}), ROOT / ".ci/run"], ids=lambda path: path.name)
 def test_script_is_valid_and_executable(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert os.access(path, os.X_OK)
@@ -103,6 +104,7 @@ def test_script_is_valid_and_executable(path):
 def test_dry_run_prints_every_argument_unharmed(repo):
     words = dry_run(repo, *AWKWARD)
     assert words[words.index(str(repo / "train.py")) + 1:] == AWKWARD
+    assert not list(repo.parent.rglob("owned"))
 
 
 def test_arguments_and_folder_reach_train_py_unharmed(repo, tmp_path):
@@ -110,6 +112,7 @@ def test_arguments_and_folder_reach_train_py_unharmed(repo, tmp_path):
     assert result.returncode == 0, result.stderr
     _, argv, world_size, cwd = json.loads((tmp_path / "started0").read_text())
     assert (argv, world_size, cwd) == (AWKWARD, "1", str(tmp_path))
+    assert not list(tmp_path.rglob("owned"))
 
 
 def test_cpu_processes_share_the_cores(repo):
@@ -213,7 +216,7 @@ def pins(name):
 
 @pytest.mark.parametrize("name, differ", [
     ("requirements-cuda12.txt", {"torch", "torchvision", "nvidia-dali"}),
-    ("requirements-cuda11.txt", {"torch", "torchvision", "nvidia-dali", "deepspeed", "numpy"}),
+    ("requirements-cuda11.txt", {"torch", "torchvision", "nvidia-dali", "deepspeed", "numpy", "torchft", "onnx", "onnxscript", "onnxruntime"}),
 ])
 def test_sets_for_older_drivers_differ_only_where_they_must(name, differ):
     def rest(file):

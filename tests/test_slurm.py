@@ -1,13 +1,15 @@
 """Slurm: its variables become a launcher's, and on a real one, pre-empted training saves, is queued again and finishes.
 
-    ./run_tests.sh tests/test_slurm.py
+    ./run_tests.sh tests/test_slurm.py          ./run_tests.sh tests/test_slurm.py -m slow      with a real one
 
-The real one is started for the test, with two nodes on this machine: as root, with Debian's slurm-wlm and munge.
+The real one is started for the tests, with two nodes on this machine: as root, with Debian's slurm-wlm and munge.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,8 +22,7 @@ import pytest
 from parallel.environment import expand_nodes, rank_environment
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
+LIMIT_SECONDS = 120  # of one step of a job; a hang, not a slow machine
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
         "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0",
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
@@ -112,10 +113,12 @@ def missing():
     return f"needs {', '.join(absent)}: apt-get install --no-install-recommends slurm-wlm munge" if absent else ""
 
 
-@pytest.fixture
-def slurm(tmp_path):
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
     """Runs a Slurm command and returns what it prints."""
-    folder = tmp_path / "slurm"
+    if reason := missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", "spool-n1", "spool-n2"):
         (folder / name).mkdir(parents=True)
     (folder / "slurm.conf").write_text(CONF.format(dir=folder))
@@ -137,19 +140,41 @@ def slurm(tmp_path):
     munged = None
     if subprocess.run(["munge", "-n"], capture_output=True).returncode:
         munged = subprocess.Popen(["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--foreground", f"--pid-file=/run/munge/{os.getpid()}.pid"])
-        wait_until(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, 10)
+        wait_until(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, 30)
     quiet = dict(env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     programs = [subprocess.Popen([name, "-D", *words], **quiet)
                 for name, *words in (["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"])]
     try:
-        wait_until(lambda: "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout, 30)
+        wait_until(lambda: "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout, 60)
         yield command
         command("scancel", "-u", "root")
-        wait_until(lambda: not command("squeue", "-h"), 40)
+        wait_until(lambda: not command("squeue", "-h"), 60)
     finally:
         for program in [*reversed(programs), *([munged] if munged else [])]:
             program.terminate()
             program.wait(20)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The project in a folder of its own, for what Slurm writes where one stands."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.name not in ("data", "runs", "results") and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def preempt(slurm, jobs, folder, out):
+    """A job that matters more takes both nodes; afterwards those that made room are queued again, and start."""
+    slurm("sbatch", "--partition=high", "--nodes=2", "--wrap", "sleep 1", cwd=folder)
+    for job in jobs:
+        wait_until(lambda job=job: "Restarts=1" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
+        wait_until(lambda job=job: "JobState=PENDING" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
+        slurm("scontrol", "update", f"jobid={job}", "starttime=now")    # Slurm would wait two minutes
+    for job in jobs:
+        wait_until(lambda job=job: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
 
 
 def wait_until(condition, seconds, what="waited in vain"):
@@ -159,22 +184,39 @@ def wait_until(condition, seconds, what="waited in vain"):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.skipif(bool(missing()), reason=missing() or "-")
-def test_preempted_training_saves_goes_back_into_the_queue_and_finishes(slurm, tmp_path, shapes, tiny):
-    project, out = tmp_path / "project", lambda: next(iter(path.read_text() for path in project.glob("slurm-*.out")), "")
-    project.mkdir()
-    for path in ROOT.iterdir():
-        if path.name not in ("data", "runs", "results") and not path.name.startswith("."):
-            (project / path.name).symlink_to(path)
-    runs = tmp_path / "runs"
+def test_preempted_training_saves_goes_back_into_the_queue_and_finishes(slurm, project, tmp_path, shapes, tiny):
+    def out():
+        return next((path.read_text() for path in project.glob("slurm-*.out")), "")
+
     job = slurm("sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "cluster/slurm/several_nodes.sbatch",
-                "--preset", tiny, "--data-dir", shapes, "--runs-dir", runs, "--name", "job", "--epochs", "60", cwd=project)
-    wait_until(lambda: list(runs.glob("job/state/step-*")), 60, out)
-    slurm("sbatch", "--partition=high", "--nodes=2", "--wrap", "sleep 1", cwd=tmp_path)
-    wait_until(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job), 40, out)
-    assert "and saved; start the same run again" in out()
-    wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", job), 20)
-    slurm("scontrol", "update", f"jobid={job}", "starttime=now")    # Slurm would wait two minutes
-    wait_until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), 90, out)
-    assert "resuming  after step" in out() and (runs / "job/state/step-00000240").is_dir()
+                "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path / "runs", "--name", "job", "--epochs", "60", cwd=project)
+    wait_until(lambda: list(tmp_path.glob("runs/job/state/step-*")), LIMIT_SECONDS, out)
+    preempt(slurm, [job], tmp_path, out)
+    assert "and saved; start the same run again" in out() and "resuming  after step" in out()
+    assert (tmp_path / "runs/job/state/step-00000240").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_preempted_array_makes_every_run_of_a_comparison_once_and_reports(slurm, project, tmp_path, shapes, tiny):
+    def out():
+        return "\n".join(path.read_text() for path in sorted(project.glob("slurm-*.out")))
+
+    (tmp_path / "gate.toml").write_text(f"""
+question = "Is a gate better?"
+preset = "{tiny}"
+steps = 60
+seeds = 2
+arms = [{{name = "plain", idea = "As ever."}}, {{name = "gated", idea = "A gate.", model.feed_forward = "geglu"}}]
+""")
+    array = slurm("sbatch", "--parsable", "--partition=low", "--array=1-2", "cluster/slurm/compare.sbatch", tmp_path / "gate.toml",
+                  "--data-dir", shapes, "--runs-dir", tmp_path / "runs", "--results-dir", tmp_path / "results", cwd=project)
+    wait_until(lambda: len(list(tmp_path.glob("runs/gate/*/state/step-*"))) > 1, LIMIT_SECONDS, out)
+    preempt(slurm, [f"{array}_{i}" for i in (1, 2)], tmp_path, out)
+    report = json.loads((tmp_path / "results/gate/report.json").read_text())
+    assert report["missing"] == {} and "stopped; start the same comparison again to go on" in out()
+    started = [re.findall(r"\] (\S+) started", path.read_text()) for path in sorted(project.glob("slurm-*.out"))]
+    assert len(started) == 2 and not set(started[0]) & set(started[1])    # no run is made by two elements
+    assert {*started[0], *started[1]} == {f"{arm}-seed{seed}" for arm in ("plain", "gated") for seed in (0, 1)}
