@@ -1,159 +1,164 @@
-"""Pictures of runs, from the files of a run folder."""
+"""Pictures and a page of a run; or one picture of several.
+
+    python report.py                                     # the newest run: runs/<name>/report.html and runs/<name>/pictures/
+    python report.py runs/mine --quick                   # without the pictures that need the dataset
+    python report.py runs/a runs/b --out compare.png     # several runs in one picture, .png or .svg
+
+In: a run folder and, but for --quick, the dataset it was trained on. Out: a page that needs no network, each picture as PNG and SVG.
+train.py writes the quick page by itself when a run ends.
+"""
 
 from __future__ import annotations
 
-import textwrap
+import argparse
+import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-SKY, PURPLE, AMBER, BLACK = "#56B4E9", "#CC79A7", "#E69F00", "#000000"
+from command_line import Parser, at_least_one
+from reports.data import RunData
+from run_record import RUNS, RunError, newest_run
+from settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from dataset import Dataset
+    from reports.pictures import Inspection
+
+HERE = Path(__file__).resolve().parent
+NUM_MISTAKES = 24
+NUM_ATTENTION = 5  # images whose attention is drawn
 
 
-def draw_curves(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss and accuracy over the epochs."""
-    plt = _pyplot()
-    epochs = [line["epoch"] for line in metrics]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(epochs, [line["train_loss"] for line in metrics], color=BLUE, marker=".", label="training (augmented)")
-    for split, color in (("validation", GREEN), ("test", ORANGE)):
-        lines = [line for line in metrics if f"{split}_loss" in line]
-        if lines:
-            at = [line["epoch"] for line in lines]
-            left.plot(at, [line[f"{split}_loss"] for line in lines], color=color, marker=".", label=split)
-            right.plot(at, [100 * line[f"{split}_accuracy"] for line in lines], color=color, marker=".", label=f"{split}, top 1")
-            right.plot(at, [100 * line[f"{split}_top5_accuracy"] for line in lines], color=color, ls="--", label=f"{split}, top 5")
-    left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
-    right.set(xlabel="epoch", ylabel="accuracy (%)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if axes.lines:
-            axes.legend(frameon=False)
-    figure.suptitle(title)
-    _save(figure, path)
+def main() -> None:
+    args = parse_arguments()
+    folders = args.runs or [newest_run(args.runs_dir)]
+    runs = [RunData.read(folder) for folder in folders]
+    for run in runs:
+        if not run.metrics:
+            raise RunError(f"{run.folder} has no finished epoch yet")
+    if len(runs) > 1:
+        compare(runs, args.out or args.runs_dir / "compare.png")
+    elif args.out is not None:
+        raise SettingsError("--out is for several runs; the page and the pictures of one go into its folder")
+    else:
+        draw(runs[0], None if args.quick else inspect(runs[0], args))
 
 
-def draw_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: str) -> None:
-    """Confusion matrix, rows true and columns predicted, each row in per cent of its class."""
-    plt = _pyplot()
-    K = len(classes)
-    side = min(16, 3 + 0.16 * K) if K > 20 else 3 + 0.35 * K
-    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
-    shown = axes.imshow(100 * matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=100)
-    font = 8 if K <= 20 else max(3.5, 500 / K)
-    axes.set_xticks(range(K), classes, rotation=90, fontsize=font)
-    axes.set_yticks(range(K), classes, fontsize=font)
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    figure.colorbar(shown, label="% of the true class", shrink=0.7)
-    _save(figure, path)
+def draw(run: RunData, seen: Inspection | None) -> None:
+    """Write the page and the pictures of one run."""
+    from reports.page import write_page
+    from reports.pictures import pictures_of
+    from reports.style import save
+
+    pictures = pictures_of(run, seen)
+    for picture in pictures:
+        for ending in ("png", "svg"):
+            save(picture.figure, run.folder / "pictures" / f"{picture.name}.{ending}")
+    print(f"pictures  {os.path.relpath(run.folder)}/pictures/: {', '.join(picture.name for picture in pictures)}")
+    print(f"page      {os.path.relpath(write_page(run, seen, pictures))}")
 
 
-def _pyplot() -> Any:
-    import matplotlib
+def compare(runs: list[RunData], path: Path) -> None:
+    """Draw several runs in one picture, and print where each of them ended."""
+    from reports.curves import several
+    from reports.style import save
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
-
-
-def draw_images(grid: np.ndarray, path: Path, title: str) -> None:
-    """A grid of images, uint8 (rows, columns, S, S, 3)."""
-    plt = _pyplot()
-    rows, columns, S = grid.shape[:3]
-    gap = max(1, S // 16)
-    padded = np.pad(grid, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
-    picture = padded.transpose(0, 2, 1, 3, 4).reshape(rows * (S + gap), columns * (S + gap), 3)
-    figure, axes = plt.subplots(figsize=(0.7 * columns, 0.7 * rows + 0.4), layout="constrained")
-    axes.imshow(picture, interpolation="nearest")
-    axes.set_axis_off()
-    axes.set_title(title)
-    _save(figure, path)
+    if path.suffix not in (".png", ".svg"):
+        raise SettingsError(f"--out ends in .png or .svg, not '{path.suffix}'")
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(run.folder) for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        print(run.headline().replace(run.name, f"{name:{max(map(len, names))}}", 1))
+    print(f"picture   {os.path.relpath(save(several(runs, names), path))}")
 
 
-def draw_arm_accuracy(accuracies: dict[str, list[float]], path: Path, title: str, label: str) -> None:
-    """Every seed's accuracy as a dot, mean and standard deviation beside it, one row an arm; the first arm's mean as a line."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(accuracies)), layout="constrained")
-    for row, values in enumerate(accuracies.values()):
-        color = BLACK if row == 0 else BLUE
-        offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
-        axes.plot(values, row + 0.15 + offsets, ls="", marker="o", ms=5, color=color, alpha=0.5, mew=0)
-        axes.errorbar(np.mean(values), row - 0.2, xerr=np.std(values, ddof=1) if len(values) > 1 else None, color=color, marker="D", ms=5, capsize=3)
-    if accuracies:
-        axes.axvline(np.mean(next(iter(accuracies.values()))), color=BLACK, lw=0.8, ls=":", zorder=0)
-    axes.set_yticks(range(len(accuracies)), list(accuracies))
-    axes.set(xlabel=f"{label}: dots are seeds, diamonds their mean ± sd", ylim=(len(accuracies) - 0.5, -0.5))
-    axes.grid(alpha=0.3, axis="x")
-    _title(figure, title)
-    _save(figure, path)
+def inspect(run: RunData, args: argparse.Namespace) -> Inspection | None:
+    """Run the network over a split of the data. None, with a note, where the dataset or the weights are not there."""
+    from dali_pipeline import Batches
+    from dataset import DatasetError
+    from reports.pictures import Inspection
+    from reports.predictions import mistakes, predict
+
+    split = args.split or ("validation" if run.facts["hold_out"] else "test")
+    try:
+        dataset, model, device = load(run, split, args)
+    except (DatasetError, RunError) as error:
+        if args.data_dir or args.split:
+            raise
+        print(f"note: only the pictures that need no data, because {error}", file=sys.stderr)
+        return None
+    source = dict(device=device, source=args.source, image_side=run.facts["settings"]["image_side"])
+    batches = Batches(dataset, split, args.batch_size, **source)
+    found = predict(model, batches, run.facts["precision"] == "autocast")
+    batches.close()
+    return Inspection(split, found.confusion(len(dataset.classes)), float(found.loss.mean()),
+                      mistakes(found, dataset, split, NUM_MISTAKES, **source), attention_of(run, model, dataset, split, source))
 
 
-def draw_accuracy_against(arms: dict[str, dict[str, Any]], path: Path, title: str, label: str) -> None:
-    """Mean accuracy (± sd) against each cost. `arms`: name -> {"accuracy": every seed's, and each cost by its name}."""
-    plt = _pyplot()
-    costs = [cost for cost in next(iter(arms.values()), {"accuracy": [], "cost": 0}) if cost != "accuracy"]
-    units = {"parameters": "parameters (millions)"}
-    figure, panels = plt.subplots(1, len(costs), figsize=(4 * len(costs) + 2, 4.2), layout="constrained", sharey=True, squeeze=False)
-    for axes, cost in zip(panels[0], costs, strict=True):
-        for (name, arm), (color, marker) in zip(arms.items(), _styles(), strict=False):
-            sd = np.std(arm["accuracy"], ddof=1) if len(arm["accuracy"]) > 1 else None
-            axes.errorbar(arm[cost], np.mean(arm["accuracy"]), yerr=sd, color=color, marker=marker, ms=8, ls="", lw=1, label=name, mec="white")
-        low, high = (limit((arm[cost] for arm in arms.values()), default=1.0) for limit in (min, max))
-        spare = max(0.12 * (high - low), (0.3 * high - (high - low)) / 2)  # costs that are nearly equal should look so
-        axes.set(xlabel=units.get(cost, cost), xlim=(low - spare, high + spare))
-        axes.grid(alpha=0.3)
-    panels[0, 0].set(ylabel=label)
-    if arms:
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    _title(figure, title)
-    _save(figure, path)
+def load(run: RunData, split: str, args: argparse.Namespace) -> tuple[Dataset, Any, Any]:
+    """The dataset as training normalised it, the network, its device. Raises DatasetError or RunError."""
+    from dataset import Dataset
+    from evaluate import check_same_classes, normalise_as_trained
+    from parallel.processes import pick_device
+    from trained import load_model
+
+    facts = run.facts
+    dataset = Dataset.open(args.data_dir or HERE / facts["dataset"]["folder"])
+    check_same_classes(dataset.classes, facts["dataset"]["classes"])
+    if split == "validation":
+        if not facts["hold_out"]:
+            raise RunError(f"{run.folder} held out no part of the training split; look at --split test")
+        dataset = dataset.hold_out(facts["hold_out"])
+    device = pick_device()
+    model = load_model(run.folder / args.weights, facts, device, facts["precision"])
+    return normalise_as_trained(dataset, facts["dataset"]), model, device
 
 
-def draw_arm_curves(curves: dict[str, tuple[list[float], list[list[float]]]], path: Path, title: str, label: str) -> None:
-    """Accuracy over the epochs: a panel for each arm, mean and ± sd of its seeds, with the first arm in black beside it.
+def attention_of(run: RunData, model: Any, dataset: Dataset, split: str, source: dict[str, Any]) -> tuple[Any, Any, list[str]] | str:
+    """Some images from all over the split, their attention maps and classes; or why there are none."""
+    from reports.predictions import attention_maps, look_at, pixels_of
 
-    `curves`: arm -> epochs, and the accuracies there, one list a seed.
-    """
-    plt = _pyplot()
-    others = list(curves.items())[1:] or list(curves.items())
-    columns = min(4, max(1, len(others)))
-    rows = max(1, -(-len(others) // columns))
-    figure, panels = plt.subplots(rows, columns, figsize=(max(5.5, 3.2 * columns), 2.7 * rows + 1), layout="constrained", sharex=True, sharey=True,
-                                  squeeze=False)
-    for axes in panels.flat[len(others):]:
-        axes.set_axis_off()
-    for axes, (name, curve) in zip(panels.flat, others, strict=False):
-        first = next(iter(curves))
-        for arm, (epochs, values), color in ((first, curves[first], BLACK), (name, curve, BLUE)):
-            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=1) if len(values) > 1 else 0.0
-            axes.plot(epochs, mean, color=color, label=arm, marker="." if len(epochs) < 20 else "")
-            axes.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
-        axes.set_title(name, fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelbottom=True)
-    if others:
-        panels[0, 0].legend([panels[0, 0].lines[0]], [first], frameon=False, fontsize=9)
-    figure.supxlabel("epoch", fontsize=10)
-    figure.supylabel(label, fontsize=10)
-    _title(figure, title)
-    _save(figure, path)
+    settings, labels = Settings.from_dict(run.facts["settings"]).model, dataset.splits[split].labels
+    if settings.architecture != "vit":
+        return f"Attention is drawn for the architecture vit only; this run is a {settings.architecture}."
+    chosen = np.unique(np.linspace(0, len(labels) - 1, NUM_ATTENTION).astype(int))
+    images = look_at(dataset, split, chosen, **source)
+    maps = attention_maps(model, settings, images, run.facts["precision"] == "autocast")
+    return pixels_of(images, dataset.mean, dataset.std), maps, [dataset.classes[labels[at]] for at in chosen]
 
 
-def _styles() -> list[tuple[str, str]]:
-    """A colour and a marker for each arm; the first is black."""
-    return [(BLACK, "D")] + [(color, marker) for marker in "os^vP" for color in (BLUE, ORANGE, GREEN, SKY, PURPLE, AMBER)]
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("python report.py [run ...]", "Pictures and a page of a run, or one picture of several.",
+                    example="python report.py runs/a runs/b --out compare.png")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest under runs/)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the picture of several runs, .png or .svg (default: runs/compare.png)")
+    parser.add_argument("--quick", action="store_true", help="leave out what needs the dataset: classes, mistakes, attention")
+    parser.add_argument("--split", choices=["test", "validation"], help="what to look at (default: the held-out part where there is one, else test)")
+    parser.add_argument("--weights", default="weights.safetensors", metavar="FILE",
+                        help="file in the run folder (default: weights.safetensors; or best.safetensors)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)")
+    parser.add_argument("--batch-size", type=at_least_one, default=500, metavar="N",
+                        help="images at a time; no influence on the result (default: 500)")
+    parser.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"], help="how images are read (default: auto)")
+    parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)")
+    return parser.parse_args()
 
 
-def _title(figure: Any, title: str) -> None:
-    """A title that may be a long sentence, wrapped to the picture's width."""
-    figure.suptitle("\n".join(textwrap.wrap(title, int(11 * figure.get_figwidth()))), fontsize=11)
+def run() -> int:
+    """`main` with the errors of the person's making as one line on the screen."""
+    from dataset import DatasetError
+
+    try:
+        main()
+    except (SettingsError, DatasetError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
