@@ -1,0 +1,75 @@
+"""Where the milliseconds of a training step go: marks that are set as a step passes from one part to the next.
+
+On a GPU a mark is an event in the stream, so the parts are the device's time: idle while it waits for the host, it stays in
+the part that came last. On a CPU it is the clock. The marks need no change to what is measured: they sit in the iterator of
+batches, around the loss, on the gradients of the parameters and on the optimiser's step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+PARTS = ("data", "forward", "loss", "backward", "clip and exchange", "optimiser", "rest")
+
+
+class Marks:
+    """Seconds by part, from a sequence of marks."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def __call__(self, part: str) -> None:
+        """From now on it is `part`."""
+        self.marks.append((part, self._now()))
+
+    def again(self, part: str) -> None:
+        """As a call; but where it is `part` already, that begins only now."""
+        if self.marks and self.marks[-1][0] == part:
+            self.marks.pop()
+        self(part)
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part; what follows the last mark is not counted."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        total = dict.fromkeys(PARTS, 0.0)
+        for (part, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            total[part] += begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin
+        return total
+
+    # --- where they sit -------------------------------------------------------------------------------------------
+
+    def around_batches(self, batches: Iterator) -> Iterator:
+        while True:
+            self("data")
+            batch = next(batches)
+            self("forward")
+            yield batch
+
+    def around_loss(self, loss: Any) -> Any:
+        def marked(*arguments: Any) -> Any:
+            self("loss")
+            value = loss(*arguments)
+            self("backward")
+            return value
+
+        return marked
+
+    def on(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+        """Handles that remove the hooks again."""
+        ready = [p.register_post_accumulate_grad_hook(lambda _: self.again("clip and exchange")) for p in model.parameters() if p.requires_grad]
+        return [*ready, optimizer.register_step_pre_hook(lambda *_: self("optimiser")),
+                optimizer.register_step_post_hook(lambda *_: self("rest"))]

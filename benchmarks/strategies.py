@@ -1,0 +1,257 @@
+"""Every way of sharing the work over processes, at the same global batch: where an epoch's seconds go, and what more hosts would do.
+
+    python benchmarks/strategies.py --out results/strategies                       all of them, on all GPUs or on two CPU processes
+    python benchmarks/strategies.py --strategies "ddp,zero 1" --steps 8 --rounds 1                              a quick look
+    python benchmarks/strategies.py --processes 1,2,4 --preset spt-lsa --set bf16.enabled=true --link-gbps 2,25
+
+In: a prepared dataset. Out: two tables on the screen and, in --out, strategies.json, strategies.md, epoch.png and hosts.png.
+
+Every measurement has processes of its own, the engines and batches of train.py, a time limit, and --warm-up steps before the
+--steps that count; all take turns, --rounds times. On a CPU each process keeps to the same number of cores, whichever row it
+belongs to, as each would have a GPU of its own. A row that cannot run says why, and the others go on.
+
+What an epoch consists of: `data` is the wait for batches, `communication` the time in which something was exchanged and nothing
+computed, waiting for slower processes included, `training` the rest; together they are `running`. Communication is that
+share of further steps under PyTorch's profiler (`exchange.py`), in the first round; what of it lay behind the computation
+costs nothing and is in the JSON (`under_way_share`). The bytes are counted in PyTorch's dispatcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import strategy_report
+from benchmarks.groups import Failed, Fresh, Start, device_environment, run_group
+from benchmarks.links import Link
+from benchmarks.timing import alternate, available_cores, machine, ratios
+from dataset import Dataset, DatasetError
+from parallel import engine_class
+from parallel.topologies import rounds_of
+from run_record import provenance
+from runner import visible_gpus, without_paths
+from settings import ParallelSettings, Settings, SettingsError, resolve, unknown
+
+WORKER = "benchmarks/strategy_worker.py"
+ONE_PROCESS = "one process"  # plain PyTorch: what all others are compared with
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy with the settings that make it that row of the table."""
+
+    strategy: str
+    overrides: tuple[str, ...] = ()
+    alone: bool = False  # also worth a row on one process
+    one_program: bool = False  # one process drives all the GPUs
+
+
+CASES = {
+    "ddp": Case("ddp"),
+    **{f"zero {stage}": Case("zero", (f"zero_optimization.stage={stage}",), alone=stage == 1) for stage in range(4)},
+    "fsdp": Case("fsdp"),
+    # With fewer than about four micro-batches a stage, stages mostly wait.
+    "pipeline": Case("pipeline", ("parallel.stages=2", "gradient_accumulation_steps=8")),
+    "gossip": Case("gossip"),
+    "local": Case("local"),
+    "dp": Case("dp", one_program=True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    case: Case
+    processes: int  # or GPUs of the one program
+    settings: Settings
+
+    @property
+    def topology(self) -> str | None:
+        return self.settings.parallel.topology if self.case.strategy == "gossip" else None
+
+    @property
+    def stages(self) -> int:
+        return self.settings.parallel.stages if self.case.strategy == "pipeline" else 1
+
+    @property
+    def period(self) -> int:
+        """Steps after which the same exchanges come again."""
+        if self.case.strategy == "local":
+            return self.settings.parallel.local_steps
+        return len(rounds_of(self.topology, self.processes, self.processes)) if self.topology else 1
+
+
+def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
+    """The rows, the reference first. Raises SettingsError for a preset or a setting that does not exist."""
+    def row(name: str, case: Case, processes: int) -> Row:
+        chosen = [override for override in options.set if concerns(override, case.strategy)]
+        return Row(name, case, processes, resolve(options.preset, [*chosen, *case.overrides], strategy=case.strategy))
+
+    rows = [row(ONE_PROCESS, CASES["ddp"], 1)]
+    for processes in options.processes:
+        for name in options.strategies:
+            case = CASES[name]
+            if (processes > 1 or case.alone) and not (case.one_program and num_gpus < 2):
+                rows.append(row(name, case, processes))
+    return rows
+
+
+def concerns(override: str, strategy: str) -> bool:
+    """Whether a `--set` is for this strategy: `parallel.stages` is for the pipeline's row only, which would be refused by the others."""
+    group, _, name = override.partition("=")[0].strip().partition(".")
+    if group == "parallel" and name in {field.name for field in fields(ParallelSettings)}:
+        return name in engine_class(strategy).honours
+    return group != "zero_optimization" or engine_class(strategy).honours_deepspeed
+
+
+class Turn:
+    """One row's part of the rounds: each call is a measurement, until one has failed."""
+
+    def __init__(self, row: Row, options: argparse.Namespace, start: Start):
+        self.row, self.options, self.start = row, options, start
+        self.failed: str | None = None
+        self.measured: list[list[dict[str, Any]]] = []  # for each round the answers of the processes
+
+    def __call__(self) -> str:
+        """Measure once; a few words on it for the screen."""
+        if self.failed:
+            return "left out"
+        options, row = self.options, self.row
+        programs = 1 if row.case.one_program else row.processes
+        environment = device_environment(options.threads)
+        if row.case.one_program:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[: row.processes])
+        try:
+            request = {"settings": row.settings.as_dict(), "data_dir": str(options.data_dir.resolve()), "source": options.source,
+                       "threads": options.threads, "pin": bool(environment.get("DS_ACCELERATOR")) and options.pin,
+                       "warm_up": options.warm_up, "steps": options.steps, "look": not self.measured, "period": row.period}
+            answers = run_group(WORKER, request, programs, options.limit_seconds, environment, self.start)
+        except (Failed, SettingsError) as reason:  # the latter: a graph that does not go with so many processes
+            self.failed = str(reason)
+            return f"failed: {self.failed}"
+        self.measured.append(answers)
+        return f"{options.steps * answers[0]['batch']['total'] / max(a['running_seconds'] for a in answers):,.0f} images/s"
+
+
+def summarise(turn: Turn, steps: int) -> dict[str, Any]:
+    """What all rounds of a row say. Seconds are those of the slowest process; `communication` is the mean share of all processes."""
+    row = turn.row
+    facts: dict[str, Any] = {"name": row.name, "strategy": row.case.strategy, "processes": row.processes, "overrides": list(row.case.overrides),
+                             "failed": turn.failed, "stages": row.stages, "topology": row.topology}
+    if turn.failed:
+        return facts
+    first = turn.measured[0]
+    main = first[0]  # the main process: the first stage of a pipeline
+    running = [max(answer["running_seconds"] for answer in answers) for answers in turn.measured]
+    shares = {key: sum(answer["timing"][key] for answer in first) / len(first) for key in main["timing"]}
+    return {
+        **facts, **shares, "describe": main["describe"], "running_seconds": running,
+        "data_seconds": [sum(answer["data_seconds"] for answer in answers) / len(answers) for answers in turn.measured],
+        "images_per_second": [steps * main["batch"]["total"] / seconds for seconds in running],
+        "start_seconds": [max(answer["start_seconds"] for answer in answers) for answers in turn.measured],
+        "memory_bytes": max(answer["memory_bytes"] for answer in first), "num_parameters": main["num_parameters"],
+        "batch": main["batch"], "steps": steps, "steps_per_epoch": main["steps_per_epoch"], "device": main["device"], "source": main["source"],
+        "counts": main["counts"], "exchanges": main["exchanges"],
+        "loss": sum(answer["losses"][-1] for answer in first) / len(first),
+    }
+
+
+def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
+    """Measure every row. Raises SettingsError or DatasetError for what no row could work with."""
+    import torch
+
+    if not Dataset.is_prepared(options.data_dir):
+        raise DatasetError(f"{options.data_dir} holds no prepared dataset; make one with prepare_dataset.py, or name another with --data-dir")
+    gpus = visible_gpus()
+    rows = plan(options, len(gpus))
+    most = max(options.processes)
+    options.threads = options.threads or max(1, available_cores() // most)
+    options.pin = options.threads * most <= available_cores()
+    turns = {f"{row.name} x {row.processes}": Turn(row, options, start) for row in rows}
+    alternate(turns, options.rounds, lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"))
+    table = [summarise(turn, options.steps) for turn in turns.values()]
+    reference = table[0].get("running_seconds")
+    for line in table:
+        if reference and not line["failed"]:
+            line["speed_up"] = ratios(reference, line["running_seconds"])
+    kept = ("set", "processes", "steps", "warm_up", "rounds", "threads", "pin")
+    settings = {"preset": Path(options.preset).stem, **{key: getattr(options, key) for key in kept}}
+    origin = provenance()
+    origin["command"] = [without_paths(word) for word in origin["command"]]
+    report = {**origin, "machine": machine(torch.device("cuda" if gpus else "cpu")), "settings": settings, "rows": table}
+    report["projection"] = strategy_report.projection(table, options.hosts, options.links)
+    return report
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    gpus = len(visible_gpus())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar100"), help="prepared dataset (%(default)s)")
+    parser.add_argument("--source", default="auto", help="as for train.py (%(default)s)")
+    parser.add_argument("--preset", default="spt-lsa" if gpus else "cpu", help="settings to start from (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting of all rows that it concerns")
+    parser.add_argument("--strategies", default=",".join(CASES), help="some of: %(default)s (dp needs two GPUs)")
+    parser.add_argument("--processes", default=f"1,{gpus if gpus > 1 else 2}" if gpus != 1 else "1", help="numbers of processes (%(default)s)")
+    parser.add_argument("--steps", type=int, default=64, help="optimiser steps a measurement (%(default)s)")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before them (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each row (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of each process on a CPU (default: the cores by the most processes)")
+    parser.add_argument("--limit-seconds", type=float, default=600, help="of one measurement (%(default)s)")
+    parser.add_argument("--hosts", default="2,4,8,16", help="of the projection (%(default)s)")
+    parser.add_argument("--link-gbps", default="1,10", help="Gbit/s between hosts, of the projection (%(default)s)")
+    parser.add_argument("--link-latency-us", type=float, default=50.0, help="microseconds of a message between hosts (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report and its pictures here")
+    options = parser.parse_args(arguments)
+    options.strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
+    for name in options.strategies:
+        if name not in CASES:
+            parser.error(f"--strategies: {unknown('strategy', name, list(CASES))}")
+    for flag, form in (("processes", int), ("hosts", int), ("link_gbps", float)):
+        try:
+            values = sorted({form(text) for text in getattr(options, flag).split(",")})
+        except ValueError:
+            values = [0]
+        if values[0] <= 0:
+            parser.error(f"--{flag.replace('_', '-')}: give numbers above 0, such as 1,2, not {getattr(options, flag)}")
+        setattr(options, flag, values)
+    for flag in ("steps", "warm_up", "rounds"):
+        if getattr(options, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+    if gpus and max(options.processes) > gpus:
+        parser.error(f"--processes: there are {gpus} GPUs, and each process needs one of its own")
+    options.links = [Link(gigabits, 1e-6 * options.link_latency_us) for gigabits in options.link_gbps]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, start: Start = Fresh) -> int:
+    options = parse_arguments(arguments)
+    try:
+        report = run(options, start)
+    except (SettingsError, DatasetError) as error:
+        note(f"strategies: {error}")
+        return 1
+    print(strategy_report.as_text(report))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "strategies.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "strategies.md").write_text(strategy_report.as_markdown(report))
+        strategy_report.draw(report, options.out)
+    return 1 if all(row["failed"] for row in report["rows"]) else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the processes at work are ended
+    sys.exit(main())
