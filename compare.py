@@ -1,11 +1,14 @@
+# PYTHON_ARGCOMPLETE_OK
 """Is my idea better? Runs the arms of an experiment file with several seeds each, and writes a report.
 
     python compare.py experiments/pairs.toml --dry-run         # the plan: arms, sizes, what is done already
     python compare.py experiments/pairs.toml                   # run what is missing, then report
     python compare.py experiments/pairs.toml --size full       # at another of its sizes
+    python compare.py experiments/pairs.toml --shard 2/4       # a quarter of the runs, for the second of four machines on one disk
 
 An experiment file: `question.py`. Each run is a run folder `runs/<question>-<size>/<arm>-seed<k>` with its output beside it
 (`.log`); the report goes to `results/<question>-<size>/`. Started again, it reuses finished runs and goes on with unfinished ones.
+Of several shards, the one that finds all runs finished writes the report.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -20,12 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration import calibrate
+from command_line import Parser, at_least_one
 from comparison import power_note
 from question import Arm, Cost, Question, costs, read
 from run_record import RUNS, RunError, RunRecord
 from runner import StopSignal, Task, launch, refuse_others, run_all, slots
 from settings import SettingsError
-from train import EXIT_STOPPED, at_least_one
+from train import EXIT_STOPPED
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -45,6 +50,8 @@ class Data:
 def main() -> int:
     args = parse_arguments()
     question = read(args.experiment, args.size, args.seeds, args.set, args.final)
+    if args.shard and question.budget == "seconds":
+        raise SettingsError("a budget in seconds cannot be shared out: the arms' speeds must be measured in a row on one machine; leave out --shard")
     runs = args.runs_dir.resolve() / question.name
     data = data_of_runs(runs, args) if args.report_only else look_at_data(question, args)
     of_arms = costs(question, data.num_classes, data.image_side)
@@ -58,13 +65,19 @@ def main() -> int:
         return run_all(tasks, slots(args.parallel), stop, launch)
 
     tasks, failures = plan(question, data, runs, run)
+    mine = share(question, tasks, args.shard)
     if args.dry_run:
-        print_runs(tasks)
+        print_runs(mine)
         return 0
-    failures |= run(list(tasks.values()))
+    failures |= run(list(mine.values()))
     if stop.number:
         print("stopped; start the same comparison again to go on")
         return EXIT_STOPPED
+    if left := [task for key, task in tasks.items() if key not in mine and task.state() != "finished"]:
+        for name, reason in failures.items():
+            print(f"missing: {name}: {reason}", file=sys.stderr)
+        print(f"this shard is done; {len(left)} run(s) of others are not: the last shard reports, or --report-only")
+        return 1 if failures else 0
     return report(question, of_arms, tasks, failures, args)
 
 
@@ -110,6 +123,20 @@ def plan(question: Question, data: Data, runs: Path,
     random.Random(question.name).shuffle(order)
     return {(arm.name, seed): make_task(question, arm, seed, data, runs / f"{arm.name}-seed{seed}", steps[arm.name])
             for arm, seed in order if arm.name in steps}, failures
+
+
+def share(question: Question, tasks: dict[tuple[str, int], Task], shard: tuple[int, int] | None) -> dict[tuple[str, int], Task]:
+    """The I-th of N shares of the runs: dealt out seed by seed, nearly equally many to each, and every run to exactly one.
+
+    The deal begins one arm later with each seed, lest one machine make all runs of an arm: speeds are compared as well.
+    """
+    number, count = shard or (1, 1)
+    arms = [arm.name for arm in question.arms]
+
+    def place(arm: str, seed: int) -> int:
+        return seed * len(arms) + (arms.index(arm) + seed) % len(arms)
+
+    return {key: task for key, task in tasks.items() if place(*key) % count == number - 1}
 
 
 def make_task(question: Question, arm: Arm, seed: int, data: Data, folder: Path, steps: int | None) -> Task:
@@ -183,26 +210,39 @@ def print_runs(tasks: dict[tuple[str, int], Task]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Compare architectures: run every arm of an experiment file with several seeds, and report what that shows.",
-        epilog="example:\n  python compare.py experiments/eight-ideas.toml --size small --dry-run\n\n"
-               "exit code: 0 all runs are in the report, 1 some are missing (each is named), "
-               f"{EXIT_STOPPED} stopped and saved: start again to go on",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("python compare.py experiment", "Compare architectures: run every arm of an experiment file with several seeds, and report "
+                    "what that shows.", example="python compare.py experiments/eight-ideas.toml --size small --dry-run",
+                    notes="exit code: 0 all runs are in the report, 1 some are missing (each is named), "
+                          f"{EXIT_STOPPED} stopped and saved: start again to go on")
     parser.add_argument("experiment", type=Path, help="a file of experiments/")
-    parser.add_argument("--size", help="one of the file's sizes, small or full in experiments/ (default: small)")
-    parser.add_argument("--seeds", type=at_least_one, metavar="N", help="in place of the file's number; runs that exist are reused")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting of all arms; repeat for more")
-    parser.add_argument("--final", action="store_true", help="report the test split too: once, when all choices are made")
-    parser.add_argument("--parallel", type=at_least_one, metavar="N",
-                        help="runs at once (default: one a GPU; one on the CPU, with all its cores)")
-    parser.add_argument("--redo-changed", action="store_true", help="set aside existing runs of other settings, and make them anew")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: data/<dataset>)")
-    parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where run folders live (default: runs)")
-    parser.add_argument("--results-dir", type=Path, default=RESULTS, metavar="DIR", help="where reports go (default: results)")
-    return parser.parse_args()
+    asked = parser.add_argument_group("the question")
+    asked.add_argument("--size", help="one of the file's sizes: small or full in experiments/ (default: small)")
+    asked.add_argument("--seeds", type=at_least_one, metavar="N", help="in place of the file's; runs that exist are reused (default: its number)")
+    asked.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting of all arms; repeat for more")
+    asked.add_argument("--final", action="store_true", help="report the test split too: once, when all choices are made")
+    what = parser.add_argument_group("what is run")
+    what.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    what.add_argument("--report-only", action="store_true", help="run nothing, report on the runs that are there")
+    what.add_argument("--redo-changed", action="store_true", help="set aside existing runs of other settings, and make them anew")
+    what.add_argument("--parallel", type=at_least_one, metavar="N", help="runs at once (default: one a GPU; one on the CPU, with all its cores)")
+    what.add_argument("--shard", type=one_of_many, metavar="I/N",
+                      help="make the I-th of N shares of the runs, for machines that share a disk (default: all)")
+    where = parser.add_argument_group("folders")
+    where.add_argument("--data-dir", type=Path, metavar="DIR", help="of the prepared dataset (default: data/<dataset>)")
+    where.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where run folders live (default: runs)")
+    where.add_argument("--results-dir", type=Path, default=RESULTS, metavar="DIR", help="where reports go (default: results)")
+    args = parser.parse_args()
+    if args.shard and args.report_only:
+        parser.error("a report is of all runs: give --report-only without --shard")
+    return args
+
+
+def one_of_many(text: str) -> tuple[int, int]:
+    """`2/4` -> (2, 4)."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 2/4, not '{text}'")
+    return int(found[1]), int(found[2])
 
 
 def run() -> int:

@@ -18,7 +18,8 @@ import numpy as np
 
 from comparison import Difference, compare, power_note
 from question import Cost, Question
-from report import draw_accuracy_against, draw_arm_accuracy, draw_arm_curves
+from reports.compared import accuracy_against, arm_accuracy, arm_curves
+from reports.style import save
 from run_record import RunRecord, differences, provenance, write_atomically
 from runner import Task, without_paths
 
@@ -133,10 +134,10 @@ def write(question: Question, results: list[ArmResult], missing: dict[str, str],
     split = splits[-1]  # what the pictures show
     label = f"accuracy on the {SPLITS[split]} (%)"
     with_runs = [arm for arm in results if arm.runs]
-    draw_arm_accuracy({arm.name: list(arm.accuracies(split).values()) for arm in with_runs}, folder / "accuracy.png", question.sentence, label)
-    draw_accuracy_against(_costs_of(with_runs, split), folder / "costs.png", question.sentence, label)
-    draw_arm_curves({arm.name: _curves(arm, exploring) for arm in with_runs}, folder / "curves.png", question.sentence,
-                    f"accuracy on the {SPLITS[exploring]} (%)")
+    save(arm_accuracy({arm.name: list(arm.accuracies(split).values()) for arm in with_runs}, question.sentence, label), folder / "accuracy.png")
+    save(accuracy_against(_costs_of(with_runs, split), question.sentence, label), folder / "costs.png")
+    save(arm_curves({arm.name: _curves(arm, exploring) for arm in with_runs}, question.sentence, f"accuracy on the {SPLITS[exploring]} (%)"),
+         folder / "curves.png")
     facts = _facts(question, results, missing, final, command)
     rows = {split: [_row(arm, split, compared[split].get(arm.name)) for arm in results] for split in splits}
     report = {**facts, "results": rows}

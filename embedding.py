@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embedding_stems import ResidualStem
 from parts import Dimensions
 from settings import SettingsError
 
@@ -79,6 +80,7 @@ PATCH_EMBEDDINGS = {
     "linear": LinearPatches,
     "spt": ShiftedPatches,
     "conv_stem": ConvolutionStem,
+    "residual_stem": ResidualStem,
 }
 
 

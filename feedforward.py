@@ -102,6 +102,7 @@ class SoftMoE(nn.Module):
 
     matrices = 8  # with 4 experts
     no_weight_decay = {"bias_expand", "bias_contract"}
+    hidden_matrices = {"expand", "contract"}  # one an expert
 
     def __init__(self, dims: Dimensions, hidden: int = 0, experts: int = 4, slots: int = 0):
         super().__init__()

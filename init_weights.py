@@ -23,6 +23,7 @@ Weights = dict[str, Tensor]
 
 NESTS = ("state_dict", "model_state_dict", "model")  # where training programs put the state_dict among other things
 WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
+SAFE_TORCH = (2, 6)  # the first whose `weights_only` keeps its promise
 SHOWN = 20  # names in one line of the report
 
 
@@ -93,6 +94,9 @@ def read_safetensors(path: Path) -> Any:
 
 
 def read_torch_file(path: Path) -> Any:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise SettingsError(f"--init-weights {path}: PyTorch {torch.__version__} can be made to run code by a file of torch.save (CVE-2025-32434); "
+                            "give the weights as safetensors, or update PyTorch")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)  # the restricted unpickler: tensors and plain containers
     except pickle.UnpicklingError as error:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The networks, each as a list of layers: `build_layers(settings, num_classes, image_side)`.
 
 `nn.Sequential(*layers)` is the plain model; a pipeline engine cuts the same list into stages. Every layer maps one
@@ -6,13 +7,18 @@ such a list and add it to ARCHITECTURES.
 
     python model.py                                    # what every table holds
     python model.py --set model.feed_forward=geglu     # layers and parameters of one network
+    python model.py --groups --set optimizer.type=Muon # which of them decay, learn slower, are trained by whom
 
 B images, T tokens, C width, H heads, D head size, F hidden size, P patch, K classes, S image side.
 """
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before PyTorch is imported: --help and mistyped settings answer at once
+    from describe import describe_model, run
+
+    raise SystemExit(run(describe_model))
+
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import fields
@@ -27,8 +33,8 @@ from architectures.layers import Architecture, DropPath
 from attention import ATTENTIONS
 from embedding import PATCH_EMBEDDINGS, POOLINGS, POSITIONS
 from feedforward import FEED_FORWARDS
-from parts import Dimensions, make_part, part_options
-from settings import ModelSettings, SettingsError, resolve, unknown
+from parts import Dimensions, make_part
+from settings import ModelSettings, SettingsError, unknown
 
 
 class Embed(nn.Module):
@@ -175,7 +181,10 @@ def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> 
         if honoured is not None and field.name not in {"architecture", *honoured} and chosen != default:
             raise SettingsError(f"model.architecture={settings.architecture} would not use model.{field.name}={chosen}: "
                                 f"its name fixes everything but {', '.join(sorted(honoured)) or 'nothing'}")
-    return build(settings, num_classes, image_side)
+    layers = build(settings, num_classes, image_side)
+    if len(layers) > 1:  # a network in one layer marks its own
+        layers[0].is_edge = layers[-1].is_edge = True
+    return layers
 
 
 def build_model(settings: ModelSettings, num_classes: int, image_side: int) -> nn.Sequential:
@@ -186,30 +195,3 @@ def build_model(settings: ModelSettings, num_classes: int, image_side: int) -> n
 def count_parameters(model: nn.Module) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="List the tables of parts, or describe one network.")
-    parser.add_argument("--preset", help="start from this preset")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting, for example model.width=192")
-    parser.add_argument("--classes", type=int, default=100, help="number of classes (default: 100)")
-    parser.add_argument("--image-side", type=int, default=32, help="pixels (default: 32)")
-    args = parser.parse_args()
-    if args.preset is None and not args.set:
-        for kind, table in TABLES.items():
-            print(f"\nmodel.{kind}")
-            for name, part in table.items():
-                options = ", ".join(f"{k}={v!r}" for k, v in part_options(part).items()) if kind not in ("architecture", "block") else ""
-                print(f"  {name:12} {(part.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else ""))
-        return
-    model = build_model(resolve(args.preset, args.set).model, args.classes, args.image_side)
-    for i, layer in enumerate(model):
-        print(f"{i:3} {type(layer).__name__:10} {count_parameters(layer):>12,} parameters")
-    print(f"    {'total':10} {count_parameters(model):>12,} parameters")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except SettingsError as error:
-        raise SystemExit(f"error: {error}") from None

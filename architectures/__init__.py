@@ -11,6 +11,7 @@ from architectures.cct import cct_7_3x1
 from architectures.dhvt import dhvt_s_2, dhvt_s_4, dhvt_t_2, dhvt_t_4
 from architectures.iformer import iformer_base, iformer_large, iformer_small
 from architectures.layers import Architecture
+from architectures.lenet import lenet
 from architectures.resnet import resnet18_cifar, resnet50
 from architectures.sl_vit import sl_vit
 from architectures.timm_models import timm_architecture
@@ -28,6 +29,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "iformer-large": iformer_large,
     "resnet50": resnet50,
     "resnet18-cifar": resnet18_cifar,
+    "lenet": lenet,
 }
 
 TIMM_PREFIX = "timm:"

@@ -33,6 +33,9 @@ class TimmNetwork(nn.Module):
                 owner, _, name = full_name.rpartition(".")
                 owner = module.get_submodule(owner)
                 owner.no_weight_decay = {*getattr(owner, "no_weight_decay", ()), name}
+        reads_images = next(module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+        for edge in (reads_images, *self.head_modules()):
+            edge.is_edge = True
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)

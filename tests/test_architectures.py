@@ -35,11 +35,12 @@ COUNTS = [
     ("iformer-large", 1000, 224, 86_637_096, "86.637", "sail-sg/iFormer, docstrings of the models"),
     ("iformer-small", 10, 128, 19_126_154, "19.13", "the same network with smaller position maps and 10 classes"),
     ("resnet50", 1000, 224, 25_557_032, "25.6", "torchvision's documentation: 25557032"),
+    ("lenet", 10, 32, 62_006, "0.062", "the network of PyTorch's and DeepSpeed's CIFAR-10 tutorials"),
     ("resnet18-cifar", 100, 32, 11_220_132, "11.22", "torchvision's 11689512 less 7680 of the stem and 461700 of the head"),
 ]
 
 # Small enough to be run on one core; the others differ in size only and are checked on the meta device.
-SMALL = ["cct-7-3x1", "dhvt-t-4", "dhvt-t-2", "sl-vit", "iformer-small", "resnet50", "resnet18-cifar"]
+SMALL = ["cct-7-3x1", "dhvt-t-4", "dhvt-t-2", "sl-vit", "iformer-small", "resnet50", "resnet18-cifar", "lenet"]
 
 
 def build(name: str, num_classes: int = 100, image_side: int = 32, **settings) -> nn.Sequential:
@@ -138,7 +139,7 @@ def test_positions_and_class_tokens_do_not_decay(name):
     kept = {id(p) for group in parameter_groups(model, 1e-3, 0.05) if group["weight_decay"] == 0 for p in group["params"]}
     marks = ("position", "class_token")
     marked = [n for n, p in model.named_parameters() if any(m in n for m in marks)]
-    assert marked or name.startswith("resnet")
+    assert marked or name.startswith(("resnet", "lenet"))
     assert all(id(model.get_parameter(n)) in kept for n in marked)
     for module in model.modules():
         for own in getattr(module, "no_weight_decay", ()):
