@@ -19,6 +19,7 @@ POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")
 # One stream of random numbers for each purpose, so that switching one augmentation on leaves the others' draws alone.
 ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE = range(8)
 ATTEMPTS = 10  # at a random rectangle that fits, as in torchvision
+CENTRE_CROP = 256 / 224  # evaluation of images of any size: the shorter side is resized to this times the side asked for
 
 
 def stream(seed: int, epoch: int, purpose: int, counter: int = 0) -> np.random.Philox:

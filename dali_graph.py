@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
 
+from augmentation import CENTRE_CROP
 from policies import AUTOCONTRAST, BRIGHTNESS, COLOR, CONTRAST, EQUALIZE, POSTERIZE, SHARPNESS, SOLARIZE, WARP
-
-CENTRE_CROP = 256 / 224  # evaluation of images of any size: the shorter side is resized to this times the side asked for
 
 
 @dataclass(frozen=True)

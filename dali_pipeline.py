@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Batches of images and labels, ready on the device: NVIDIA DALI reads, decodes, augments and normalises.
 
     batches = Batches(dataset, "train", batch_size=128, shard=0, num_shards=1, seed=0, augmentation=AugmentationSettings())
@@ -14,6 +15,11 @@ function of (seed, epoch, k), whatever was read before it and however far the pi
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before PyTorch and DALI are imported: --help and mistyped settings answer at once
+    from preview import run
+
+    raise SystemExit(run())
 
 import time
 from collections import deque
@@ -32,6 +38,7 @@ from carriers import OnDali, OnTensors, Token, Work
 from dataset import Dataset, DatasetError, Split
 from mixing import Mixing, fill_rectangles
 from readers import Files, PaddedResident, Resident
+from reports.images import pixels_of
 from settings import AugmentationSettings, unknown
 
 SOURCES = ("auto", "resident", "files", "tensor")
@@ -168,10 +175,11 @@ class Batches:
             positions = np.arange(begin, begin + self.batch_size)
             positions[positions >= len(self.split)] = -1
             return Work(token, positions, self.reader.read(np.maximum(positions, 0)) if read else None, None, None)
-        if self._order[0] != token.epoch:
-            self._order = (token.epoch, epoch_order(self.seed, token.epoch, len(self.split)))
+        order = self._order  # another thread may be at the next epoch already, and replace it
+        if order[0] != token.epoch:
+            order = self._order = (token.epoch, epoch_order(self.seed, token.epoch, len(self.split)))
         repeats = self.augmentation.settings.repeats
-        positions = self._order[1][np.arange(begin, begin + self.batch_size) // repeats]
+        positions = order[1][np.arange(begin, begin + self.batch_size) // repeats]
         sizes = self.reader.sizes(positions) if self.dataset.image_side is None and self.augmentation.settings.resized_crop else None
         plan = self.augmentation.plan(token.epoch, begin, self.batch_size, sizes)
         mix = self.mixing.draw(token.epoch, begin, self.batch_size) if self.mixing.is_on else None
@@ -245,33 +253,6 @@ class Synthetic:
             yield self.images, self.labels
 
 
-def main() -> None:
-    """Draw what the network will see."""
-    import argparse
-    from pathlib import Path
-
-    from report import draw_images
-    from settings import resolve
-
-    parser = argparse.ArgumentParser(description="Draw a grid of augmented training images, as the network will see them.", allow_abbrev=False,
-                                     epilog="example: python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment")
-    parser.add_argument("--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg")
-    parser.add_argument("--data-dir", type=Path, default=Path(__file__).parent / "data" / "cifar100",
-                        help="prepared dataset (default: data/cifar100)")
-    parser.add_argument("--preset", help="settings to start from")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting, for example augmentation.flip=0")
-    parser.add_argument("--source", default="auto", choices=SOURCES, help="default: auto")
-    parser.add_argument("--images", type=int, default=16, help="different images, each a row (default: 16)")
-    parser.add_argument("--epochs", type=int, default=12, help="augmented versions of each, the columns after the original (default: 12)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    settings = resolve(args.preset, args.set)
-    dataset = Dataset.open(args.data_dir)
-    grid = preview(dataset, settings.augmentation, settings.image_side, args.images, args.epochs, args.seed, args.source)
-    draw_images(grid, args.preview, f"{args.data_dir.name}: original, then {args.epochs} augmentations")
-    print(f"wrote {args.preview}")
-
-
 def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: int, count: int, epochs: int, seed: int, source: str) -> np.ndarray:
     """A grid of uint8 pixels (rows, columns, S, S, 3): `count` images, each as it is and as `epochs` epochs show it."""
     train = dataset.splits["train"]
@@ -283,10 +264,4 @@ def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: in
     for epoch in range(epochs):
         images = next(iter(training.epoch(epoch)))[0]
         columns.append(images[torch.from_numpy(np.argsort(epoch_order(seed, epoch, count)))])
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
-    pixels = (torch.stack(columns, dim=1) * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 1, 3, 4, 2).numpy()
-
-
-if __name__ == "__main__":
-    main()
+    return pixels_of(torch.stack(columns, dim=1), dataset.mean, dataset.std)

@@ -48,10 +48,17 @@ class Split:
         return len(self.paths)
 
     def pixels(self) -> np.ndarray:
-        """The packed images of the file this split lives in, memory-mapped: uint8 (N, S, S, 3). Index it with `rows`."""
+        """The packed images of the file this split lives in, memory-mapped: uint8 (N, S, S, 3). Index it with `rows`.
+
+        Raises:
+            DatasetError: there is no such file, or it is damaged.
+        """
         if self.packed is None:
             raise DatasetError("these images were not packed (their sizes differ, or they exceed the packing budget); read the files instead")
-        return np.load(self.packed, mmap_mode="r")
+        try:
+            return np.load(self.packed, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{self.packed} is damaged ({error}); run prepare_dataset.py --force") from None
 
     def take(self, keep: np.ndarray) -> Split:
         """The images whose positions are in `keep` (int64), in that order."""

@@ -119,12 +119,15 @@ def first_side(root: Path, paths: list[str]) -> int | None:
     return None
 
 
-def decode_image(path: Path) -> tuple[np.ndarray, str, str]:
-    """Pixels (height, width, 3) uint8, kind and format of an image file; raises when any part of it cannot be decoded."""
+def decode_image(path: Path, formats: tuple[str, ...] | None = FORMATS) -> tuple[np.ndarray, str, str]:
+    """Pixels (height, width, 3) uint8, kind and format of an image file; raises when any part of it cannot be decoded.
+
+    `formats` None: any that Pillow knows.
+    """
     data = path.read_bytes()
     if not data:
         raise ValueError("empty file")
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=formats) as image:
         is_16_bit = any(";16" in str(tile[3]) for tile in image.tile)  # known only before loading: Pillow then has 8-bit RGB
         image.load()
         kind, name = "16-bit" if is_16_bit else KINDS.get(image.mode, image.mode), image.format

@@ -1,10 +1,13 @@
+# PYTHON_ARGCOMPLETE_OK
 """How good a run is: exact loss, top-1 and top-5 accuracy on the test split, per class, and what it confuses.
 
-    python evaluate.py                              # the newest run
+    python evaluate.py                                       # the newest run
     python evaluate.py runs/mine --json result.json
+    python evaluate.py runs/mine --predict cat.png           # what it sees in images of your own
+    python evaluate.py runs/mine --export onnx               # its network as one file, checked
 
-Reads only the run folder and the dataset; needs no DeepSpeed, no GPU, and no particular number of processes. Under
-torchrun the processes share the images, and the sums are the same.
+Reads only the run folder and, to count, the dataset; needs no DeepSpeed, no GPU, and no particular number of processes.
+Under torchrun the processes share the images, and the sums are the same.
 """
 
 from __future__ import annotations
@@ -15,31 +18,45 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from run_record import RUNS, RunError, RunRecord, newest_run, write_atomically
-from settings import Settings, SettingsError
+from command_line import Parser, at_least_one
+from run_record import RUNS, RunError, newest_run, write_atomically
+from settings import SettingsError
+from trained import WEIGHTS, Trained
+
+if TYPE_CHECKING:
+    from dataset import Dataset
 
 HERE = Path(__file__).resolve().parent
 SHOWN_CONFUSIONS = 10
+# The options that each task uses besides `run` and `--runs-dir`; any other is refused rather than ignored.
+USED = {
+    "evaluation": {"data_dir", "split", "weights", "precision", "batch_size", "source", "per_class", "json"},
+    "--predict": {"predict", "weights", "precision", "batch_size", "output"},
+    "--export": {"export", "weights", "data_dir", "output"},
+}
 
 
-def main() -> None:
+def main() -> int:
     args = parse_arguments()
-    if args.batch_size < 1:
-        raise SettingsError(f"--batch-size must be at least 1, not {args.batch_size}")
-    import torch
+    trained = Trained.open(args.run or newest_run(args.runs_dir))
+    if args.predict:
+        return predict_images(trained, args)
+    if args.export:
+        return export_network(trained, args)
+    return evaluate_run(trained, args)
 
+
+def evaluate_run(trained: Trained, args: argparse.Namespace) -> int:
+    """Count, and write and print the report."""
     from dali_pipeline import Batches
-    from dataset import Dataset
-    from parallel.processes import join
+    from parallel.processes import join, leave
 
-    record = RunRecord(args.run or newest_run(args.runs_dir))
-    facts = record.facts()
-    dataset = Dataset.open(args.data_dir or HERE / facts["dataset"]["folder"])
-    check_same_classes(dataset.classes, facts["dataset"]["classes"])
+    record, facts = trained.record, trained.facts
+    dataset = open_dataset(trained, args.data_dir)
     device = join()
     which, of_how_many = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     is_main = which == 0
@@ -47,9 +64,8 @@ def main() -> None:
         if not facts["hold_out"]:
             raise RunError(f"{record.folder} held out no part of the training split; evaluate it on --split test")
         dataset = dataset.hold_out(facts["hold_out"])
-    dataset = normalise_as_trained(dataset, facts["dataset"])
     precision = args.precision or facts["precision"]
-    model = load_model(record.folder / args.weights, facts, device, precision)
+    model = trained.network(args.weights, device, precision)
     batches = Batches(dataset, args.split, args.batch_size, which, of_how_many, device=device, source=args.source,
                       image_side=facts["settings"]["image_side"])
     if is_main and dataset.fingerprint != facts["dataset"]["fingerprint"]:
@@ -58,38 +74,64 @@ def main() -> None:
                       show=is_main and sys.stderr.isatty())
     batches.close()
     if is_main:
-        report = describe(result, dataset.classes, args.split, record.folder.name, precision)
+        facts = {"run": record.folder.name, "split": args.split, "weights": args.weights, "precision": precision, "epochs": len(record.metrics())}
+        report = facts | describe(result, dataset.classes)
         print_report(report, args.per_class)
-        from report import draw_confusion
-
-        draw_confusion(result["confusion"], dataset.classes, record.folder / f"confusion_{args.split}.png",
-                       f"{record.folder.name}: {100 * report['accuracy']:.2f}% on {args.split}")
-        text = json.dumps(report, indent=2)
-        write_atomically(record.folder / f"evaluation_{args.split}.json", text)
-        if args.json:
-            write_atomically(args.json, text)
-    torch.distributed.barrier()  # a process that leaves early can abort the ones that are still leaving
-    torch.distributed.destroy_process_group()
+        keep(trained, report, result["confusion"], args.json)
+    leave()
+    return 0
 
 
-def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str) -> Any:
-    """The network of a run with its weights, in evaluation mode. Safetensors hold numbers only: no code runs."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def keep(trained: Trained, report: dict[str, Any], confusion: np.ndarray, also: Path | None) -> None:
+    """Write what an evaluation found into the run folder: report, picture, model card."""
+    from model_card import write_card
+    from reports.classes import confusion as draw_confusion
+    from reports.style import save
 
-    from model import build_model
+    folder, split = trained.record.folder, report["split"]
+    save(draw_confusion(confusion, trained.classes, f"{folder.name}: {100 * report['accuracy']:.2f}% on {split}"), folder / f"confusion_{split}.png")
+    text = json.dumps(report, indent=2)
+    write_atomically(folder / f"evaluation_{split}.json", text)
+    if also:
+        write_atomically(also, text)
+    write_card(trained.record)
 
-    settings = Settings.from_dict(facts["settings"])
-    side = settings.image_side or facts["dataset"]["image_side"]
-    model = build_model(settings.model, len(facts["dataset"]["classes"]), side)
+
+def predict_images(trained: Trained, args: argparse.Namespace) -> int:
+    """Show what the network sees in the images of --predict. Returns the exit code: 1 when one of them could not be read."""
+    from parallel.processes import pick_device
+    from predict import predict
+
+    precision = args.precision or trained.facts["precision"]
+    network = trained.network(args.weights, pick_device(), precision)
+    return min(1, predict(trained, network, args.predict, args.batch_size, precision == "autocast", args.output))
+
+
+def export_network(trained: Trained, args: argparse.Namespace) -> int:
+    """Write the network in the format of --export."""
+    from dataset import DatasetError
+    from export import export
+    from model_card import write_card
+
     try:
-        model.load_state_dict(load_file(weights))
-    except FileNotFoundError:
-        raise RunError(f"{weights} does not exist; the run has not finished an epoch yet") from None
-    except (SafetensorError, RuntimeError) as error:
-        raise RunError(f"{weights} is damaged or of another network: {str(error).splitlines()[0]}") from None
-    return model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
+        dataset = open_dataset(trained, args.data_dir)
+    except DatasetError:
+        if args.data_dir:
+            raise
+        dataset = None  # the network can be had without it; the check is then on noise
+    export(trained, args.weights, args.output or trained.record.folder / f"model.{args.export}", dataset)
+    print(f"how to use it: {os.path.relpath(write_card(trained.record))}")
+    return 0
+
+
+def open_dataset(trained: Trained, folder: Path | None) -> Dataset:
+    """The dataset of the run, or the one in `folder`, to be normalised as in training. Raises DatasetError where it does not fit."""
+    from dataset import Dataset
+
+    facts = trained.facts["dataset"]
+    dataset = Dataset.open(folder or HERE / facts["folder"])
+    check_same_classes(dataset.classes, trained.classes)
+    return normalise_as_trained(dataset, facts)
 
 
 def evaluate(model: Any, batches: Any, num_classes: int, device: Any, autocast: bool, show: bool) -> dict[str, Any]:
@@ -116,15 +158,14 @@ def evaluate(model: Any, batches: Any, num_classes: int, device: Any, autocast: 
     return {"confusion": confusion.view(num_classes, num_classes).cpu().numpy(), "top5": top5.item(), "loss_sum": loss_sum.item()}
 
 
-def describe(result: dict[str, Any], classes: list[str], split: str, run: str, precision: str) -> dict[str, Any]:
-    """The report for programs, ready for JSON."""
+def describe(result: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    """The counts of a report for programs, ready for JSON."""
     confusion = result["confusion"]
     seen, correct = int(confusion.sum()), int(np.trace(confusion))
     wrong = confusion - np.diag(np.diag(confusion))
     worst = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
     pairs = [divmod(int(i), len(classes)) for i in worst if wrong.flat[i]]
     return {
-        "run": run, "split": split, "precision": precision,
         "correct": correct, "correct_top5": result["top5"], "seen": seen,
         "accuracy": correct / seen, "top5_accuracy": result["top5"] / seen, "loss": result["loss_sum"] / seen,
         "per_class": {name: {"correct": int(confusion[i, i]), "seen": int(confusion[i].sum())} for i, name in enumerate(classes)},
@@ -172,19 +213,44 @@ def normalise_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Exact accuracy of a run on the test split.", allow_abbrev=False,
-                                     epilog="example: python evaluate.py runs/mine --batch-size 1000 --json result.json")
+    parser = Parser("python evaluate.py [run]", "Exact accuracy of a run; or what its network sees in images; or its network as one file.",
+                    example="python evaluate.py runs/mine --batch-size 1000 --json result.json\n"
+                            "python evaluate.py runs/mine --predict photos/ --output photos.csv\n"
+                            "python evaluate.py runs/mine --export onnx")
     parser.add_argument("run", nargs="?", type=Path, help="a run folder (default: the newest under runs/)")
     parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)")
-    parser.add_argument("--data-dir", type=Path, help="the prepared dataset (default: the one the run was trained on)")
-    parser.add_argument("--batch-size", type=int, default=500, help="images at a time; no influence on the result (default: 500)")
-    parser.add_argument("--split", default="test", choices=["test", "validation"], help="what to evaluate (default: test)")
-    parser.add_argument("--weights", default="weights.safetensors", help="file in the run folder (default: weights.safetensors; or best.safetensors)")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "autocast"], help="default: what the run was trained in")
-    parser.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"], help="how images are read (default: auto)")
-    parser.add_argument("--per-class", action="store_true", help="show every class, not only the ten worst and ten best")
-    parser.add_argument("--json", type=Path, help="also write the report here")
-    return parser.parse_args()
+    parser.add_argument("--weights", default=WEIGHTS, metavar="FILE",
+                        help=f"file in the run folder: {WEIGHTS} (the default: after the last epoch, averaged where the run averages), "
+                             "raw_weights.safetensors (not averaged), best.safetensors (the best epoch on a held-out part)")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "autocast"], help="of the arithmetic (default: what the run was trained in)")
+    parser.add_argument("--batch-size", type=at_least_one, default=500, metavar="N", help="images at a time, which changes no result (default: 500)")
+    count = parser.add_argument_group("accuracy (what happens when neither of the two below is asked for)")
+    count.add_argument("--split", default="test", choices=["test", "validation"],
+                       help="what to evaluate: test, or the validation part that the run held out (default: test)")
+    count.add_argument("--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)")
+    count.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"],
+                       help="how images are read: packed through DALI, files through DALI, packed through PyTorch (default: auto)")
+    count.add_argument("--per-class", action="store_true", help="show every class (default: the ten worst and the ten best)")
+    count.add_argument("--json", type=Path, metavar="FILE", help="write the report here too (default: evaluation_<split>.json in the run folder)")
+    use = parser.add_argument_group("use of the network")
+    use.add_argument("--predict", nargs="+", type=Path, metavar="IMAGE", help="the five likeliest classes of images of any size and format, "
+                     "of folders of them as CSV; needs no dataset (default: count)")
+    use.add_argument("--export", choices=["onnx"], help="write the network as ONNX, and compare it with PyTorch on test images (default: count)")
+    use.add_argument("--output", type=Path, metavar="FILE", help="where --predict writes CSV (default: the screen) or --export the network "
+                                                                 "(default: model.onnx in the run folder)")
+    args = parser.parse_args()
+    refuse_unused(parser, args)
+    return args
+
+
+def refuse_unused(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise SettingsError for an option that the task at hand would not use."""
+    if args.predict and args.export:
+        raise SettingsError("give --predict or --export, not both")
+    task = "--predict" if args.predict else "--export" if args.export else "evaluation"
+    for name, value in vars(args).items():
+        if name not in {"run", "runs_dir", *USED[task]} and value != parser.get_default(name):
+            raise SettingsError(f"--{name.replace('_', '-')} has no meaning for {'an ' if task == 'evaluation' else ''}{task}; leave it out")
 
 
 def run() -> int:
@@ -192,11 +258,10 @@ def run() -> int:
     from dataset import DatasetError
 
     try:
-        main()
+        return main()
     except (SettingsError, DatasetError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ Everything of run.json and metrics.jsonl; paths of this machine are cut to their
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser
 from run_record import RunError, RunRecord
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runs"
@@ -33,10 +33,10 @@ def kept(record: RunRecord, note: str | None = None) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Keep a run as one small JSON under results/runs/.", allow_abbrev=False,
-                                     epilog='example: python keep_run.py runs/mine --note "on two busy cores"')
+    parser = Parser("python keep_run.py run", "Keep a run as one small JSON under results/runs/.",
+                    example='python keep_run.py runs/mine --note "on two busy cores"')
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--note", help="what a reader of the figures must know")
+    parser.add_argument("--note", metavar="TEXT", help="what a reader of the figures must know (default: nothing)")
     args = parser.parse_args()
     try:
         content = kept(RunRecord(args.run), args.note)

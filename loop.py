@@ -5,31 +5,32 @@ It knows neither how many processes there are (the engine does) nor how images a
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import signal
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
+from bad_steps import CURE, MOST_IN_A_ROW, NonFiniteLoss, StepWatch, describe, judge
+from checkpoint import Checkpoints
 from dali_pipeline import Batches
 from dataset import Dataset
+from model_card import write_card
 from parallel import Counts, Engine
-from parallel.environment import limit_waits
-from report import draw_curves
-from run_record import Progress, RunError, RunRecord, choose_folder, provenance, write_atomically
-from settings import Settings, SettingsError
+from reports.data import changed_settings
+from resume import begin, conditions, facts_of, keep_validation_list
+from run_record import Progress, RunError, RunRecord
+from saving import Saver
+from screen import QUIET, VERBOSE, Screen
+from settings import Settings
+from trackers import Tracking, first_images, start_tracking
 
 FLUSH_SECONDS = 0.5  # between looks at the losses, which wait on the device until then
-SAVE_SECONDS = 1800.0  # that a checkpoint may take before the processes that wait for it give up
-CURVES_SECONDS = 30.0  # between redrawings of curves.png
 
 
 class StopRequest:
@@ -46,232 +47,262 @@ class StopRequest:
         self.requested = True
 
 
-class NonFiniteLoss(RunError):
-    """The loss became infinite or not a number; the message names the step."""
-
-
 class Loop:
     """One run from its first or next step to its end."""
 
     def __init__(self, engine: Engine, settings: Settings, training: Batches, evaluation: dict[str, Batches],
-                 steps_per_epoch: int, total_steps: int, stop: StopRequest):
+                 steps_per_epoch: int, total_steps: int, stop: StopRequest, screen: Screen):
         self.engine, self.settings = engine, settings
         self.training, self.evaluation = training, evaluation
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
-        self.stop = stop
-        self.record: RunRecord
+        self.stop, self.screen = stop, screen
+        engine.stopping = lambda: stop.requested
+        self.watch = StepWatch()
+        self.record: RunRecord | None = None  # on the main process
+        self.saver: Saver
+        self.tracking = Tracking([])
         self.progress = Progress()
-        self._curves_drawn = 0.0
+        self.patience: int | None = None  # epochs without a better validation accuracy after which the run ends
+        self._first_steps_left = engine.first_steps
 
     # --- the run folder -------------------------------------------------------------------------------------------
 
     def open_run(self, args: Any, preset: str, dataset: Dataset) -> None:
         """Find or make the run folder, and go on from its newest checkpoint if it has one. Collective."""
         engine = self.engine
-        facts = {
-            **provenance(),
-            "settings": self.settings.as_dict(),
-            "preset": preset,
-            "seed": args.seed,
-            "max_steps": args.max_steps,
-            "hold_out": args.hold_out,
-            "init_weights": args.init_weights.name if args.init_weights else None,
-            "synthetic": args.synthetic,
-            "dataset": {
-                "name": args.dataset if args.data_dir is None else Path(args.data_dir).name,
-                "folder": os.path.relpath(dataset.folder.resolve(), Path(__file__).resolve().parent),
-                "fingerprint": dataset.fingerprint, "classes": dataset.classes, "image_side": dataset.image_side,
-                "mean": dataset.mean, "std": dataset.std, "num_images": {name: len(split) for name, split in dataset.splits.items()},
-            },
-            "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU",
-            "precision": engine.precision,
-            "num_processes": engine.data_shard[1],
-            "source": self.training.source,
-            "batch": vars(engine.batch_sizes),
-            "steps_per_epoch": self.steps_per_epoch,
-            "total_steps": self.total_steps,
-        }
-        problem = checkpoint = None
+        facts = facts_of(args, preset, dataset, engine, self.training.source, self.steps_per_epoch, self.total_steps)
+        now = conditions(engine, self.training.source, facts["commit"])
+        start = problem = checkpoints = None
         if engine.is_main:
             try:
-                self.record = choose_folder(args, facts)
-                checkpoint = self.record.newest_checkpoint()
+                start = begin(args, facts, now, engine.state_values())
+                keep_validation_list(start.record.folder, dataset)
             except (RunError, OSError) as error:
                 problem = str(error)
-        if problem := engine.from_main(problem):
-            raise RunError(problem) if engine.is_main else SystemExit(1)
-        if engine.from_main(checkpoint is not None):
-            try:
-                engine.load(checkpoint)
-            except SettingsError:  # the state is whole, but of a kind that this engine cannot go on from
-                raise
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
-                raise RunError(f"{checkpoint} is damaged ({error}); delete it to go on from the checkpoint before it, "
-                               "or give --fresh to start over") from error
-            if engine.is_main:
-                self.progress = RunRecord.read_progress(checkpoint)
-                self.record.keep_metrics(self.progress.num_metrics)
-            self.progress = engine.from_main(self.progress)
-        elif engine.is_main:
-            self.record.create(facts)
-            self.record.keep_metrics(0)  # of a run that was killed before its first checkpoint
-            if "validation" in dataset.splits:
-                write_atomically(self.record.folder / "validation_file_list.txt",
-                                 "".join(f"{path}\t{label}\n" for path, label in
-                                         zip(dataset.splits["validation"].paths, dataset.splits["validation"].labels, strict=True)))
+        self._end_together(problem)
+        if engine.from_main(start is not None and start.checkpoint is not None):
+            engine.load(start.checkpoint if start else Path())
+        if start:
+            start.keep_changes()
+            self.record, checkpoints = start.record, Checkpoints(start.record.folder / "state", args.keep_checkpoints)
+        self.progress = engine.from_main(start and start.progress)
+        self.progress.loss_sum = engine.own_share(self.progress.loss_sums)
+        self.patience = args.patience
+        self.saver = Saver(engine, args.checkpoint_every, now, self.record, checkpoints)
         self._say_hello(facts, dataset)
+        for text in start.said if start else ():
+            self.screen.fact("note", text)
+        self._start_tracking(facts, dataset, args)
+        engine.begin(facts)
+        self._follow()
+        if engine.step == self.total_steps and not self.progress.num_losses:
+            raise RunError("the others have just made their last step, and nothing is left to train; their runs have the weights")
+
+    def _follow(self) -> None:
+        """Go on from where others have carried the engine: `local` with peers."""
+        step, progress = self.engine.step, self.progress
+        if step != progress.epoch * self.steps_per_epoch + progress.step_in_epoch:
+            progress.epoch = min(step, self.total_steps - 1) // self.steps_per_epoch  # the last step belongs to the last epoch
+            progress.step_in_epoch = step - progress.epoch * self.steps_per_epoch
+
+    def _end_together(self, problem: str | None) -> None:
+        """Where the main process has a problem, end all of them; it says what the problem is. Collective."""
+        if problem := self.engine.from_main(problem):
+            raise RunError(problem) if self.engine.is_main else SystemExit(1)
+
+    def _start_tracking(self, facts: dict[str, Any], dataset: Dataset, args: Any) -> None:
+        """Collective, because what cannot be started ends all processes."""
+        problem = None
+        if self.record:
+            try:
+                self.tracking = start_tracking(self.record.folder, facts, self.engine.step, args.tensorboard, args.wandb, self.screen)
+            except (RunError, OSError) as error:
+                problem = str(error)
+        self._end_together(problem)
+        if not self.engine.step:
+            self.tracking.first_batch(lambda: first_images(next(self.training.epoch(0, 0, 1))[0], dataset.mean, dataset.std))
 
     def _say_hello(self, facts: dict[str, Any], dataset: Dataset) -> None:
-        sizes, model = self.engine.batch_sizes, self.settings.model
+        sizes, model, fact = self.engine.batch_sizes, self.settings.model, self.screen.fact
         what = model.architecture if model.architecture != "vit" else f"vit, {model.attention} attention, {model.feed_forward} feed-forward"
-        self.say(f"run       {os.path.relpath(self.record.folder) if self.engine.is_main else ''}")
-        self.say(f"data      {facts['dataset']['folder']}: {len(dataset.classes)} classes, {self.training.side} x {self.training.side} pixels, "
-                 + ", ".join(f"{count:,} {name}" for name, count in facts["dataset"]["num_images"].items())
-                 + f"; {self.training.source} source")
-        self.say(f"model     {what}: {self.engine.num_parameters:,} parameters")
-        self.say(f"batch     {sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x {sizes.shards} processes; "
-                 f"{self.steps_per_epoch} steps an epoch, {self.total_steps:,} in all")
-        self.say(f"engine    {self.settings.strategy} on {facts['device']}, {self.engine.describe()}")
+        fact("run", self._where())
+        fact("data", f"{facts['dataset']['folder']}: {len(dataset.classes)} classes, {self.training.side} x {self.training.side} pixels, "
+             + ", ".join(f"{count:,} {name}" for name, count in facts["dataset"]["num_images"].items()) + f"; {self.training.source} source")
+        fact("model", f"{what}: {self.engine.num_parameters:,} parameters")
+        fact("batch", f"{sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x {sizes.shards} processes; "
+             f"{self.steps_per_epoch} steps an epoch, {self.total_steps:,} in all")
+        fact("engine", f"{self.settings.strategy} on {facts['device']}, {self.engine.describe()}")
+        for path, value, default in changed_settings(facts["settings"]):
+            fact("setting", f"{path} = {value} (default: {default})", VERBOSE)
         if self.engine.step:
-            self.say(f"resuming  after step {self.engine.step:,} of {self.total_steps:,}")
+            fact("resuming", f"after step {self.engine.step:,} of {self.total_steps:,}")
+
+    def _where(self) -> str:
+        """The run folder as a person would type it."""
+        return os.path.relpath(self.record.folder) if self.engine.is_main else ""
 
     # --- the epochs -----------------------------------------------------------------------------------------------
 
     def run(self, stop_at: int | None = None) -> bool:
         """Train to the end. Returns False when told to stop before it; everything is saved then. Collective."""
-        while self.engine.step < self.total_steps:
-            stopping = self._train_epoch(stop_at)
+        if self.engine.any(self.stop.requested):  # while it waited to begin
+            return False
+        self.screen.clock.start(self.engine.step, self.total_steps)
+        with self.tracking:
+            finished = self._run(stop_at)
+        if finished and self.record and self.record.metrics():
+            self.screen.result(self.record.metrics()[-1], self._where())
+            write_card(self.record)
+        return finished
+
+    def _run(self, stop_at: int | None) -> bool:
+        while not (self.engine.step == self.total_steps or self.progress.finished):
+            stopping = self._train(stop_at)
+            self._follow()
             if self.progress.step_in_epoch == self.steps_per_epoch or self.engine.step == self.total_steps:
                 self._finish_epoch()
             else:
                 self._save_checkpoint()
             # Asked again: the wish may have come during the evaluation.
-            if (stopping or self.engine.any(self.stop.requested)) and self.engine.step < self.total_steps:
-                self.say(f"stopped after step {self.engine.step:,} and saved; start the same run again to go on")
+            if (stopping or self.engine.any(self.stop.requested)) and not (self.engine.step == self.total_steps or self.progress.finished):
+                self.saver.settle()
+                self.screen.say(f"stopped after step {self.engine.step:,} and saved; start the same run again to go on", QUIET)
                 return False
-        if self.engine.is_main and self.record.metrics():
-            draw_curves(self.record.metrics(), self.record.folder / "curves.png", self.record.folder.name)
+        self.saver.settle()
         return True
 
-    def _train_epoch(self, stop_at: int | None) -> bool:
-        """The rest of this epoch, or the part of it until the run is to stop. Returns whether it is to stop."""
-        engine, progress, stopping = self.engine, self.progress, False
+    def _train(self, stop_at: int | None) -> bool:
+        """Steps until the epoch ends, the run is to stop or a checkpoint is due. Returns whether it is to stop."""
+        engine, progress, stopping, pause = self.engine, self.progress, False, False
         accumulation = engine.batch_sizes.accumulation
         last = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
         batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, last * accumulation)
-        losses: list[Tensor] = []  # on the device, not yet looked at
-        with self._progress_bar(progress, last) as bar:
+        with self.screen.bar(progress.epoch + 1, progress.step_in_epoch, last, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
             self.training.wait_seconds = 0.0
-            while progress.step_in_epoch < last and not stopping:
-                losses.append(engine.train_batch(batches))
+            self._first_steps_left = min(self._first_steps_left, last - progress.step_in_epoch - 1)  # one step at least is timed
+            while progress.step_in_epoch < last and not pause:
+                before = engine.step
+                loss = engine.train_batch(batches)
+                self._note(loss, before + 1)
                 progress.step_in_epoch += 1
                 progress.timed_images += engine.batch_sizes.total
-                now = time.perf_counter()
-                stopping = engine.any(self.stop.requested) or engine.step == stop_at
-                if now - flushed > FLUSH_SECONDS or stopping or progress.step_in_epoch == last:
-                    self._look_at(losses)
+                if self._first_steps_left > 0:  # it compiled or warmed up: nothing to time the training by
+                    loss.item()  # waits for the device
+                    progress.warmup_seconds += time.perf_counter() - began
+                    progress.timed_images -= engine.batch_sizes.total
+                    self._first_steps_left -= 1
+                    began, self.training.wait_seconds = time.perf_counter(), 0.0
+                if time.perf_counter() - flushed > FLUSH_SECONDS:
+                    self._look_at_losses()
                     flushed = time.perf_counter()
-                    bar.set_postfix_str(f"loss {progress.loss_sum / progress.step_in_epoch:.3f}", refresh=False)
-                bar.update(engine.batch_sizes.total)
+                    bar.loss(progress.loss_sum / max(1, progress.num_losses))
+                bar.advance()
+                stop_here = self.stop.requested or (stop_at is not None and before < stop_at <= engine.step)
+                stopping, *others = engine.any_of(stop_here, self.saver.due(), self.saver.failed() or self.watch.bad is not None)
+                pause = stopping or any(others) or engine.step != before + 1  # carried on by others
+            self._look_at_losses()
             progress.training_seconds += time.perf_counter() - began
             progress.data_wait_seconds += self.training.wait_seconds
+        if engine.any(self.watch.bad is not None):
+            self._refuse_bad_step()
         return stopping
 
-    def _look_at(self, losses: list[Tensor]) -> None:
-        """Add the losses that wait on the device to the epoch's sum, and refuse one that is not finite."""
-        first = self.engine.step - len(losses) + 1
-        for i, loss in enumerate(torch.stack(losses).tolist()):
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(f"the loss is {loss} at optimiser step {first + i}; the last checkpoint is untouched. "
-                                    "A lower optimizer.params.lr or a longer schedule.warmup_fraction usually cures it")
+    def _note(self, loss: Tensor, step: int) -> None:
+        """Take note of the step that the engine has just made, or skipped."""
+        engine, watch, index = self.engine, self.watch, self.progress.step_in_epoch
+        if not engine.skipped:
+            watch.in_a_row = 0
+            watch.add(step, index, loss, engine.grad_norm)
+            return
+        self.progress.skipped_steps += 1
+        watch.in_a_row += 1
+        bad, images = describe(engine, judge(step, index, loss.item(), float(engine.grad_norm)), self.training, self.progress, self._folder())
+        self.screen.fact("skipped", f"step {bad.step:,}: {bad.what}; {images}")
+        if watch.in_a_row == MOST_IN_A_ROW:
+            self._end_together(f"{MOST_IN_A_ROW} steps in a row had a loss or a gradient that is not finite; the last checkpoint is untouched. "
+                               f"{CURE}")
+
+    def _look_at_losses(self) -> None:
+        """Wait for the device, and add the losses that were noted to the epoch's."""
+        losses = self.watch.look()
+        for loss in losses:  # one by one: the sum does not depend on how many come at once
             self.progress.loss_sum += loss
-        losses.clear()
+        self.progress.num_losses += len(losses)
+        self.tracking.losses(self.engine.step, losses)
+
+    def _refuse_bad_step(self) -> None:
+        """Raises NonFiniteLoss. Collective."""
+        bad, images = describe(self.engine, self.watch.bad, self.training, self.progress, self._folder())
+        self.saver.settle()
+        if not self.engine.is_main:
+            raise SystemExit(1)
+        raise NonFiniteLoss(f"{bad.what} at optimiser step {bad.step}; the last checkpoint is untouched. {CURE}; --skip-bad-steps goes on "
+                            f"without such steps. Of that step, {images}")
 
     def _finish_epoch(self) -> None:
         """Evaluate, write the epoch's line, save."""
         engine, progress = self.engine, self.progress
-        done = engine.step == self.total_steps
         split = "validation" if "validation" in self.evaluation else "test"
-        results = {split: self._evaluate(split)}
-        if done and split != "test":
-            results["test"] = self._evaluate("test")
+        results = self._evaluate(split)
+        best, waited, ends_early = progress.best_accuracy, 0, False
+        if split == "validation":  # the test split chooses nothing
+            best = max(best, results[split][0].accuracy)
+            waited = 0 if best > progress.best_accuracy else progress.epochs_without_better + 1
+            ends_early = self.patience is not None and waited >= self.patience and engine.step < self.total_steps
+            if ends_early or engine.step == self.total_steps:
+                results |= self._evaluate("test")
+        is_best = split == "validation" and waited == 0
+        if is_best:
+            progress.best_accuracy, progress.best_step = best, engine.step
         line: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "step": engine.step,
             "learning_rate": self.settings.engine["optimizer"]["params"]["lr"] * engine.schedule(engine.step - 1),
-            "train_loss": engine.mean(torch.tensor(progress.loss_sum / progress.step_in_epoch, dtype=torch.float64)),
+            "train_loss": engine.mean(torch.tensor(progress.loss_sum / max(1, progress.num_losses), dtype=torch.float64)),
+            "skipped_steps": progress.skipped_steps,
             "images_per_second": round(progress.timed_images / progress.training_seconds, 1),
             "training_seconds": round(progress.training_seconds, 3),
+            "warmup_seconds": round(progress.warmup_seconds, 3),
             "data_wait_seconds": round(progress.data_wait_seconds, 3),
             "memory_gib": round(self._memory_gib(), 3),
+            "tracking_seconds": round(self.tracking.take_seconds(), 3),
         }
         for name, (counts, seconds) in results.items():
-            line |= {f"{name}_loss": counts.loss, f"{name}_accuracy": counts.accuracy, f"{name}_top5_accuracy": counts.top5_accuracy,
-                     f"{name}_correct": counts.correct, f"{name}_seen": counts.seen, f"{name}_seconds": round(seconds, 3)}
-        line |= engine.epoch_facts()
-        self._say_epoch(line, results)
-        is_best = "validation" in results and results["validation"][0].accuracy > progress.best_accuracy
-        if is_best:
-            progress.best_accuracy = results["validation"][0].accuracy
-        self._save_weights("weights.safetensors", *(["best.safetensors"] if is_best else []))
-        if engine.is_main:
+            line |= {f"{name}_{key}": value for key, value in counts.facts().items()} | {f"{name}_seconds": round(seconds, 3)}
+        line |= engine.epoch_facts() | ({"ended_early": True} if ends_early else {})
+        names = ["weights.safetensors", *(["best.safetensors"] if is_best else [])]
+        raw = {"raw_weights.safetensors": partial(engine.weights, raw=True)} if engine.average is not None else {}
+        snapshot = self.saver.snapshot(progress, {**dict.fromkeys(names, engine.weights), **raw})
+        line["checkpoint_seconds"] = round(progress.checkpoint_seconds + snapshot.seconds, 3)
+        self.screen.epoch(line, [name for name in results if not name.endswith("_raw")], -(-self.total_steps // self.steps_per_epoch))
+        if self.record:
             self.record.append_metrics(line)
-            if time.perf_counter() - self._curves_drawn > CURVES_SECONDS:
-                draw_curves(self.record.metrics(), self.record.folder / "curves.png", self.record.folder.name)
-                self._curves_drawn = time.perf_counter()
-        self.progress = Progress(epoch=progress.epoch + 1, num_metrics=progress.num_metrics + 1, best_accuracy=progress.best_accuracy)
-        self._save_checkpoint()
+            self.tracking.epoch(line)
+        self.progress = Progress(epoch=progress.epoch + 1, best_accuracy=progress.best_accuracy, best_step=progress.best_step,
+                                 epochs_without_better=waited, finished=ends_early or engine.step == self.total_steps)
+        self.saver.write(snapshot, self.progress)
+        if ends_early:
+            self.screen.say(f"ended early: no better validation accuracy than {100 * best:.2f}% for {waited} epochs (--patience {self.patience})")
 
-    def _evaluate(self, split: str) -> tuple[Counts, float]:
-        began = time.perf_counter()
-        return self.engine.count(self.evaluation[split].epoch()), time.perf_counter() - began
+    def _evaluate(self, split: str) -> dict[str, tuple[Counts, float]]:
+        """What counts, by the name of the split: the averaged weights where there is an average, and then the trained ones as `<split>_raw`."""
+        results = {}
+        for name, raw in [(split, False), *([(f"{split}_raw", True)] if self.engine.average is not None else [])]:
+            began = time.perf_counter()
+            results[name] = self.engine.count(self.evaluation[split].epoch(), raw=raw), time.perf_counter() - began
+        return results
 
     # --- files ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        """Collective; the main process writes, the others wait for its disk longer than they wait for one another's steps."""
-        limit_waits(SAVE_SECONDS)
-        loss_sum = self.engine.mean(torch.tensor(self.progress.loss_sum, dtype=torch.float64))
-        if self.engine.is_main:
-            self.progress.loss_sum = loss_sum
-            with self.record.new_checkpoint(self.engine.step) as folder:
-                self.engine.save(folder)
-                RunRecord.write_progress(folder, self.progress)
-        else:
-            self.engine.save(Path())
-        self.engine.any(False)  # nobody goes on, to shorter limits, before the checkpoint is whole
-        limit_waits()
+        """In the middle of an epoch. Collective."""
+        snapshot = self.saver.snapshot(self.progress)
+        self.progress.checkpoint_seconds += snapshot.seconds
+        self.saver.write(snapshot, self.progress)
 
-    def _save_weights(self, *names: str) -> None:
-        """Write the plain weights under each of the names. Collective."""
-        from safetensors.torch import save
-
-        weights = self.engine.weights()
-        if weights is not None:
-            for name in names:
-                write_atomically(self.record.folder / name, save(weights))
-
-    # --- the screen -----------------------------------------------------------------------------------------------
-
-    def say(self, text: str) -> None:
-        """A line on the screen, from the main process only."""
-        if self.engine.is_main:
-            print(text, flush=True)
-
-    def _progress_bar(self, progress: Progress, last: int) -> tqdm:
-        quiet = not (self.engine.is_main and sys.stderr.isatty())
-        total = self.engine.batch_sizes.total
-        return tqdm(total=last * total, initial=progress.step_in_epoch * total, desc=f"epoch {progress.epoch + 1}", unit=" images",
-                    unit_scale=True, leave=False, disable=quiet, dynamic_ncols=True)
-
-    def _say_epoch(self, line: dict[str, Any], results: dict[str, tuple[Counts, float]]) -> None:
-        accuracy = "  ".join(f"{name} accuracy {100 * counts.accuracy:.2f}% ({counts.correct}/{counts.seen})"
-                             for name, (counts, _) in results.items())
-        epochs = -(-self.total_steps // self.steps_per_epoch)
-        self.say(f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  train loss {line['train_loss']:.3f}  {accuracy}  "
-                 f"{line['images_per_second']:,.0f} images/s  {line['training_seconds']:.1f} s  "
-                 f"data wait {100 * line['data_wait_seconds'] / line['training_seconds']:.1f}%")
+    def _folder(self) -> Path | None:
+        return self.record.folder if self.record else None
 
     def _memory_gib(self) -> float:
         """The most memory this process has held: on the GPU where it has one, else in RAM."""

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Archive, download or image tree -> the files that training reads (see dataset.py for what they are).
 
     python prepare_dataset.py                                                   # CIFAR-100 into data/cifar100
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import Parser
 from dataset import FORMAT, LIST_FILES, Dataset
 from dataset_archives import unpack
 from dataset_checks import (
@@ -247,17 +249,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Archive, download or image tree -> label files, channel statistics and packed arrays for training.",
-        epilog="example: python prepare_dataset.py --data-dir data/pets --archive pets.zip\n"
-               "A tree is {train,test}/<class>/*.png; class folders may be nested; val or validation stands in for a missing test.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    where = parser.add_argument_group("where the images come from (at most one; default --dataset cifar100)")
+    parser = Parser("python prepare_dataset.py", "Archive, download or image tree -> label files, channel statistics and packed arrays for training.",
+                    example="python prepare_dataset.py --data-dir data/pets --archive pets.zip",
+                    notes="A tree is {train,test}/<class>/*.png; class folders may be nested; val or validation stands in for a missing test.")
+    where = parser.add_argument_group("where the images come from (at most one)")
     source = where.add_mutually_exclusive_group()
-    source.add_argument("--dataset", choices=tuple(SOURCES), help="download CIFAR-100 or CIFAR-10, or draw ten simple shapes (no network)")
+    source.add_argument("--dataset", choices=tuple(SOURCES),
+                        help="download CIFAR-100 or CIFAR-10, or draw ten simple shapes without a network (default: cifar100)")
     source.add_argument("--archive", type=Path, metavar="FILE",
-                        help="zip or tar of a tree, or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz")
-    source.add_argument("--root", type=Path, metavar="DIR", help="a tree that lies on the disk; it stays where it is")
+                        help="zip or tar of a tree, or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz (default: download)")
+    source.add_argument("--root", type=Path, metavar="DIR", help="a tree that lies on the disk; it stays where it is (default: download)")
     out = parser.add_argument_group("what is written")
     out.add_argument("--data-dir", type=Path, metavar="DIR",
                      help="folder to write to (default: data/<dataset>, data/<archive's name>, or --root)")

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The linter and the tests, from a bare checkout. Arguments go to pytest.
-#   ./run_tests.sh            what runs anywhere in some minutes
+#   ./run_tests.sh            what runs anywhere in some minutes, two files at once (-n 0: one after the other)
 #   ./run_tests.sh -m slow    the long ones       ./run_tests.sh -m gpu    those that need a GPU
-#   ./run_tests.sh -m cluster    several hosts, made of network namespaces of this machine (root, openssh-server, iproute2)
+# Where several hosts can be made of this machine (root, openssh-server, iproute2), their tests run too; else they say what is
+# missing. `-m cluster` are those alone, `-m "not slow and not gpu and not cluster"` all the others.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 . "$here/setup_environment.sh"
@@ -14,10 +15,12 @@ export OMP_NUM_THREADS=1      # two processes with a thread per core each were 4
 export HF_HUB_OFFLINE=1       # nothing is fetched while testing
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then export DS_ACCELERATOR=cpu; fi
 
-selection=(-m "not slow and not gpu and not cluster")
+selection=(-m "not slow and not gpu")
+workers=(-n 2 --dist loadfile)    # the tests of a file share what they train, so a file stays with one worker
 for argument in "$@"; do
     case $argument in -m | -m?*) selection=() ;; esac
+    case $argument in -m | -m?* | tests/*) workers=() ;; esac
 done
 "$PYTHON" update_readme.py    # the tables of parts follow the code
 "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest -q tests "${selection[@]}" "$@"
+exec "$PYTHON" -m pytest -q -rs "${selection[@]}" "${workers[@]}" "$@"

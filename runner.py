@@ -44,9 +44,7 @@ class Task:
         changed = [text for key, value in self.expected.items() for text in differences(_comparable(key, facts), value, key)]
         if changed:
             return "; ".join(changed)
-        newest = record.newest_checkpoint()
-        done = newest is not None and int(newest.name.removeprefix("step-")) >= facts["total_steps"]
-        return "finished" if done else "unfinished"
+        return "finished" if record.is_finished() else "unfinished"
 
     @property
     def log(self) -> Path:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Every setting of a run: where it lives, what it defaults to, how it is overridden, and what is refused.
 
 A setting has one home. The model, the augmentation and the schedule have the dataclasses below; the engine (batch,
@@ -8,7 +9,8 @@ flags of `train.py`. A preset (`presets/<name>.toml`) overrides any of them, `--
     --set model.feed_forward=geglu --set model.feed_forward_options.hidden=384
     --set augmentation.crop_padding=2 --set schedule.warmup_fraction=0.1
 
-A path that does not exist or a value of another type is an error that names it. Nothing here imports PyTorch.
+A path that does not exist or a value of another type is an error that names it. Another `optimizer.type` starts from its
+own parameters (`optimizer_params.py`). Nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import difflib
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from merging import SettingsError, fit, merge_dataclass, merge_dict, unknown
+from optimizer_params import OPTIMIZER_PARAMS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,10 +35,6 @@ else:
 HERE = Path(__file__).resolve().parent
 ENGINE_FILE = HERE / "ds_config.json"
 PRESETS = HERE / "presets"
-
-
-class SettingsError(ValueError):
-    """A setting is unknown, of the wrong type, or not usable; the message names it."""
 
 
 @dataclass
@@ -92,9 +92,14 @@ class AugmentationSettings:
 class ScheduleSettings:
     """The learning rate as a factor of `optimizer.params.lr`, a function of the optimiser step alone."""
 
-    shape: str = "cosine"
-    warmup_fraction: float = 0.05  # share of the run's steps over which the rate rises linearly from 0
-    final_factor: float = 0.01  # factor at the last step
+    shape: str = "cosine"  # cosine, linear, constant, trapezoid, step
+    warmup_fraction: float = 0.05  # share of the run's steps over which the rate rises linearly
+    warmup_start_factor: float = 0.0  # factor that it rises from, to 1
+    final_factor: float = 0.01  # cosine, linear, trapezoid: factor at the last step
+    hold_fraction: float = 0.0  # cosine, linear, trapezoid: share of the run's last steps that stay at final_factor
+    cooldown_fraction: float = 0.2  # trapezoid: share of the run's steps over which the rate falls linearly
+    milestones: list[float] = field(default_factory=lambda: [30 / 90, 60 / 90, 80 / 90])  # step: shares of the run, ImageNet's
+    milestone_factor: float = 0.1  # step: what the rate is multiplied by at each
 
 
 @dataclass
@@ -102,6 +107,14 @@ class LossSettings:
     """Cross-entropy."""
 
     label_smoothing: float = 0.0
+
+
+@dataclass
+class EmaSettings:
+    """The exponential moving average of the weights; where it is on, it is what is evaluated and handed over."""
+
+    decay: float = 0.0  # share of the average that stays at a step; 0 is off
+    warmup: bool = True  # a run's first averages are shorter: the decay is at most (1 + steps) / (10 + steps)
 
 
 @dataclass
@@ -115,6 +128,7 @@ class ParallelSettings:
     local_steps: int = 32  # local: steps that each worker makes alone
     outer_lr: float = 0.7  # local: of the outer step, SGD with Nesterov momentum
     outer_momentum: float = 0.9
+    patience_seconds: float = 120.0  # local with peers: longest wait for one that is alive but late, or stalls within an exchange
 
 
 @dataclass
@@ -124,10 +138,13 @@ class Settings:
     epochs: int = 100
     strategy: str = "zero"
     image_side: int = 0  # pixels the network sees; 0 is the dataset's own side
+    compile: str = "auto"  # torch.compile: auto (on for GPUs), on, off, reduce-overhead, max-autotune (the last two with CUDA graphs)
+    channels_last: bool = False  # images in memory with their channels side by side, which convolutions on GPUs prefer
     model: ModelSettings = field(default_factory=ModelSettings)
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -159,7 +176,8 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
     settings = Settings(engine=_read_engine_file())
     if preset is not None:
         _merge(settings, _read_preset(preset))
-    for override in overrides:
+    # The optimiser's type first, wherever it stands: what others say of its parameters must not be lost when it comes later.
+    for override in sorted(overrides, key=lambda text: not text.strip().removeprefix("engine.").startswith("optimizer.type")):
         path, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: write it as path=value, for example optimizer.params.lr=3e-4")
@@ -203,18 +221,28 @@ def _first_lines(tree: ast.Module) -> dict[str, str]:
     return {node.name: (ast.get_docstring(node) or "").split("\n")[0] for node in named}
 
 
-def unknown(kind: str, name: str, known: list[str]) -> str:
-    """The sentence for a name that a table does not hold, with the nearest one suggested."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown {kind} '{name}'{hint} (known: {', '.join(sorted(known))})"
-
-
 def _read_engine_file() -> dict[str, Any]:
     try:
-        return json.loads(ENGINE_FILE.read_text())
-    except (OSError, ValueError) as error:
+        engine = json.loads(ENGINE_FILE.read_text())
+        given = engine["optimizer"]
+        if given["type"] in OPTIMIZER_PARAMS:
+            engine["optimizer"] = {"type": given["type"], "params": copy.deepcopy(OPTIMIZER_PARAMS[given["type"]])}
+            merge_dict(engine["optimizer"]["params"], given["params"], f"{ENGINE_FILE.name}: ", "optimizer.params")
+        return engine
+    except SettingsError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"{ENGINE_FILE.name} cannot be read: {error}") from error
+
+
+def _switch_optimizer(engine: dict[str, Any], wanted: Any, source: str) -> None:
+    """Another optimiser starts from its own parameters: those of `ds_config.json` where it is named there, else its defaults."""
+    if not isinstance(wanted, str) or wanted == engine["optimizer"]["type"]:
+        return
+    if wanted not in OPTIMIZER_PARAMS:
+        raise SettingsError(source + unknown("optimizer.type", wanted, list(OPTIMIZER_PARAMS)))
+    default = _read_engine_file()["optimizer"]
+    engine["optimizer"] = default if default["type"] == wanted else {"type": wanted, "params": copy.deepcopy(OPTIMIZER_PARAMS[wanted])}
 
 
 def _read_preset(preset: str) -> dict[str, Any]:
@@ -240,58 +268,22 @@ def _merge(settings: Settings, tree: dict[str, Any], source: str = "") -> None:
     known = {f.name for f in fields(Settings)}
     for key, value in tree.items():
         if key == "engine":
-            _merge_dict(settings.engine, value, source, "")
+            optimizer = value.get("optimizer") if isinstance(value, dict) else None
+            _switch_optimizer(settings.engine, optimizer.get("type") if isinstance(optimizer, dict) else None, source)
+            merge_dict(settings.engine, value, source, "")
         elif key in known:
             current = getattr(settings, key)
             if dataclasses.is_dataclass(current):
-                _merge_dataclass(current, value, source, key)
+                merge_dataclass(current, value, source, key)
             else:
-                setattr(settings, key, _fit(current, value, f"{source}{key}"))
+                setattr(settings, key, fit(current, value, f"{source}{key}"))
         elif key in settings.engine:
-            _merge_dict(settings.engine, {key: value}, source, "")
+            _merge(settings, {"engine": {key: value}}, source)
         else:
             raise SettingsError(source + unknown("setting", key, sorted(known | set(settings.engine))))
 
 
-def _merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:
-    names = [f.name for f in fields(target)]
-    if not isinstance(tree, dict):
-        raise SettingsError(f"{source}{path} is a group of settings ({', '.join(names)}); give one of them, for example {path}.{names[0]}")
-    # What others depend on comes first: another architecture starts from the defaults, not from a preset made for the
-    # last one, and another feed_forward from its own options.
-    for key, value in sorted(tree.items(), key=lambda item: (item[0] != "architecture", item[0].endswith("_options"))):
-        if key not in names:
-            raise SettingsError(source + unknown("setting", f"{path}.{key}", [f"{path}.{name}" for name in names]))
-        current = getattr(target, key)
-        if key == "architecture" and value != current:
-            vars(target).update(vars(type(target)()))
-        if f"{key}_options" in names and value != current:
-            setattr(target, f"{key}_options", {})
-        if isinstance(current, dict):  # options of one entry of a table: checked by the table, which knows its own
-            if not isinstance(value, dict):
-                raise SettingsError(f"{source}{path}.{key} is a group; give one of its members, for example {path}.{key}.name=value")
-            setattr(target, key, {**current, **value})
-        else:
-            setattr(target, key, _fit(current, value, f"{source}{path}.{key}"))
+if __name__ == "__main__":
+    from describe import describe_settings, run
 
-
-def _merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> None:
-    for key, value in tree.items():
-        where = f"{path}.{key}" if path else key
-        if key not in target:
-            raise SettingsError(source + unknown("setting", where, [f"{path}.{name}" if path else name for name in target]))
-        if isinstance(target[key], dict):
-            if not isinstance(value, dict):
-                raise SettingsError(f"{source}{where} is a group; its members are {', '.join(target[key])}")
-            _merge_dict(target[key], value, source, where)
-        else:
-            target[key] = _fit(target[key], value, f"{source}{where}")
-
-
-def _fit(current: Any, value: Any, where: str) -> Any:
-    """`value` as the type of `current`; an int fits where a float stands, nothing else changes type."""
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if current is not None and type(value) is not type(current):
-        raise SettingsError(f"{where} must be of type {type(current).__name__} (now {current!r}), not {value!r}")
-    return value
+    raise SystemExit(run(describe_settings))

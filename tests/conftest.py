@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import sys
+import zipfile
 from pathlib import Path
 
 import programs
@@ -28,6 +32,8 @@ train_batch_size = 64
 lr = 3e-3
 """
 TRAIN_PER_CLASS, TEST_PER_CLASS = 30, 7
+EPOCHS, STEPS_PER_EPOCH = 12, 4  # what TINY and the number of images come to
+STOPPED = 75  # exit code of a run that was told to stop, and saved
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +69,87 @@ def unbroken(training, runs) -> RunRecord:
     """A finished run of all epochs, in one process, which nothing disturbed. Not to be changed: copy it."""
     programs.run("train.py", *training, "--name", "unbroken")
     return RunRecord(runs / "unbroken")
+
+
+# --- what a run left behind ----------------------------------------------------------------------------------------
+# Bit-identical means: the bytes of weights.safetensors, and every number of metrics.jsonl that is not a time.
+
+
+def results(record: RunRecord) -> list[dict]:
+    """The lines of metrics.jsonl without what a clock measured."""
+    measured = ("_seconds", "_per_second", "_gib")
+    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
+
+
+def assert_same_as(record: RunRecord, unbroken: RunRecord) -> None:
+    assert results(record) == results(unbroken)
+    assert (record.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
+
+
+def checkpoints(record: RunRecord) -> list[str]:
+    return sorted(path.name for path in (record.folder / "state").iterdir())
+
+
+def copy_of(record: RunRecord, folder: Path) -> RunRecord:
+    return RunRecord(shutil.copytree(record.folder, folder))
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A tree of two classes, 3 training and 2 test images of 16 x 16 pixels each."""
+    from trees import save, tree_files
+
+    for name, pixels in tree_files().items():
+        save(tmp_path / "tree" / name, pixels)
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def zipped(tree, tmp_path) -> Path:
+    """The same as an archive."""
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as file:
+        for path in sorted(tree.rglob("*.png")):
+            file.write(path, f"pets/{path.relative_to(tree)}")
+    return tmp_path / "pets.zip"
+
+
+@pytest.fixture
+def signals():
+    """Undo what StopSignal does to this process."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
+    """Write an experiment file and call compare.py on it; returns exit code, output and errors."""
+    from comparisons import ARMS, COMMON
+
+    import compare
+
+    (tmp_path / "tiny.toml").write_text(tiny.read_text())
+    monkeypatch.chdir(tmp_path)
+
+    def ask(text: str = COMMON + ARMS, *words: str):
+        (tmp_path / "gates.toml").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "gates.toml"), "--data-dir", str(shapes),
+                                          "--runs-dir", str(tmp_path / "runs"), "--results-dir", str(tmp_path / "results"), *words])
+        code = compare.run()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return ask
+
+
+@pytest.fixture
+def invented(monkeypatch):
+    """Runs of compare.py that are written instead of made."""
+    from comparisons import Invented
+
+    import compare
+
+    made = Invented()
+    monkeypatch.setattr(compare, "launch", made)
+    return made

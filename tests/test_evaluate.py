@@ -53,6 +53,7 @@ def test_the_json_adds_up(report, unbroken):
     assert [pair["count"] for pair in confusions] == sorted((pair["count"] for pair in confusions), reverse=True)
     assert all(pair["true"] != pair["predicted"] and {pair["true"], pair["predicted"]} <= set(classes) for pair in confusions)
     assert (found["run"], found["split"], found["precision"]) == ("trained", "test", "fp32")
+    assert (found["weights"], found["epochs"]) == ("weights.safetensors", len(unbroken.metrics()))
     assert json.loads((folder / "evaluation_test.json").read_text()) == found
     assert (folder / "confusion_test.png").read_bytes().startswith(b"\x89PNG")
 
@@ -172,8 +173,29 @@ def test_a_split_that_the_run_does_not_have(trained):
     assert "held out no part of the training split" in refusal(trained, "--split", "validation")
 
 
-def test_a_batch_of_nothing(trained):
-    assert "--batch-size must be at least 1, not 0" in refusal(trained, "--batch-size", 0)
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--batch-size", 0], "argument --batch-size: must be at least 1, not 0"),
+    (["--bach-size", 5], "unknown option --bach-size; did you mean --batch-size?"),
+])
+def test_arguments_that_cannot_be(trained, arguments, sentence):
+    done = run("evaluate.py", trained.folder, *arguments, code=2)
+    assert sentence in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--output", "x"], "--output has no meaning for an evaluation"),
+    (["--predict", "x.png", "--per-class"], "--per-class has no meaning for --predict"),
+    (["--export", "onnx", "--split", "validation"], "--split has no meaning for --export"),
+    (["--export", "onnx", "--predict", "x.png"], "give --predict or --export, not both"),
+])
+def test_an_option_that_would_change_nothing(trained, arguments, sentence):
+    assert sentence in refusal(trained, *arguments)
+
+
+def test_weights_that_are_not_there_are_answered_with_those_that_are(trained):
+    shutil.copy(trained.folder / "weights.safetensors", trained.folder / "best.safetensors")
+    sentence = refusal(trained, "--weights", "bets.safetensors")
+    assert "did you mean 'best.safetensors'" in sentence and "(known: best.safetensors, weights.safetensors)" in sentence
 
 
 def test_no_run_at_all(tmp_path):

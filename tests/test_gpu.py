@@ -59,6 +59,20 @@ def test_training_batches_on_the_gpu_equal_the_cpu(dataset, source, name):
         assert (difference > 1.01).float().mean() < 0.02, name
 
 
+def statistics(batches: Batches) -> torch.Tensor:
+    """Mean and standard deviation of each channel over three epochs: (2, 3)."""
+    images = torch.cat([images.cpu() for epoch in range(3) for images, _ in batches.epoch(epoch)])
+    return torch.stack([images.mean(dim=(0, 2, 3)), images.std(dim=(0, 2, 3))])
+
+
+@pytest.mark.parametrize("source", ["resident", "files"])
+@pytest.mark.parametrize("name", ["crop and flip", "resized crop", "rand augment", "erasing"])
+def test_statistics_of_dali_on_the_gpu_are_those_of_dali_on_the_cpu(dataset, source, name):
+    """What a network is shown over some epochs, whatever a single pixel is."""
+    gpu, cpu = (statistics(Batches(dataset, "train", 100, seed=4, augmentation=POLICIES[name], device=d, source=source)) for d in ("cuda", "cpu"))
+    torch.testing.assert_close(gpu, cpu, atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("source", ["resident", "files", "tensor"])
 def test_any_batch_can_be_asked_for(dataset, source):
     def make():
@@ -74,6 +88,9 @@ def program(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
+PLAINLY = ["--set", "model.dropout=0.0", "--set", "compile=off"]
+
+
 @pytest.fixture(scope="module")
 def trained(shapes, tiny, tmp_path_factory) -> dict[str, Path]:
     """One run for each ZeRO stage and precision, by name."""
@@ -81,7 +98,7 @@ def trained(shapes, tiny, tmp_path_factory) -> dict[str, Path]:
     cases = {f"stage{stage}-{p}": (stage, p == "bf16") for stage, p in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))}
     for name, (stage, bf16) in cases.items():
         done = program("train.py", "--preset", tiny, "--data-dir", shapes, "--runs-dir", runs, "--name", name, "--epochs", 12,
-                       "--set", f"zero_optimization.stage={stage}", "--set", f"bf16.enabled={str(bf16).lower()}", "--set", "model.dropout=0.0")
+                       "--set", f"zero_optimization.stage={stage}", "--set", f"bf16.enabled={str(bf16).lower()}", *PLAINLY)
         assert done.returncode == 0, done.stdout + done.stderr
     return {name: runs / name for name in cases}
 
@@ -114,8 +131,35 @@ def test_a_gpu_run_is_evaluated_alike_on_gpu_and_cpu(trained, tmp_path):
 
 def test_a_stopped_gpu_run_goes_on_where_it_stopped(shapes, tiny, tmp_path, trained):
     common = ["train.py", "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path, "--name", "again", "--epochs", 12,
-              "--set", "zero_optimization.stage=1", "--set", "bf16.enabled=false", "--set", "model.dropout=0.0"]
+              "--set", "zero_optimization.stage=1", "--set", "bf16.enabled=false", *PLAINLY]
     assert program(*common, "--stop-at", 21).returncode == 75
     done = program(*common)
     assert done.returncode == 0 and "resuming  after step 21" in done.stdout, done.stdout + done.stderr
     assert abs(last_line(tmp_path / "again")["train_loss"] - last_line(trained["stage1-fp32"])["train_loss"]) < 1e-3
+
+
+CONVOLUTIONS = ["--set", "model.patch_embedding=conv_stem", "--set", "model.patch_embedding_options.layers=3"]
+FASTER = {  # name: what trains as the same without it does
+    "compile": (["--set", "compile=on"], []),
+    "compile, bf16": (["--set", "compile=on", "--set", "bf16.enabled=true"], ["--set", "bf16.enabled=true"]),
+    "compile, fsdp": (["--strategy", "fsdp", "--set", "compile=on"], []),
+    "CUDA graphs": (["--strategy", "ddp", "--set", "compile=reduce-overhead"], []),
+    "CUDA graphs, accumulated": (["--strategy", "ddp", "--set", "compile=reduce-overhead", "--set", "gradient_accumulation_steps=2"], []),
+    "channels last": (["--set", "channels_last=true", *CONVOLUTIONS], CONVOLUTIONS),
+    "Muon with an average": (["--set", "optimizer.type=Muon", "--set", "ema.decay=0.9"], ["--set", "optimizer.type=Muon"]),
+    "offloaded": (["--set", "zero_optimization.offload_optimizer.device=cpu"], []),
+}
+
+
+@pytest.mark.parametrize("name", FASTER)
+def test_what_makes_it_faster_or_smaller_trains_the_same(shapes, tiny, tmp_path, name):
+    losses = []
+    for i, more in enumerate(FASTER[name]):
+        off = [] if any("compile" in word for word in more) else ["--set", "compile=off"]
+        done = program("train.py", "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path, "--name", f"{i}", "--epochs", 4,
+                       "--set", "model.dropout=0.0", *off, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [json.loads(line) for line in (tmp_path / f"{i}" / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["train_loss"] for line in lines])
+        assert lines[0]["warmup_seconds"] > 0 and lines[1]["warmup_seconds"] == 0
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.05 if "bf16" in name else 5e-3)

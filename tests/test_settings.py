@@ -117,6 +117,45 @@ def test_another_feed_forward_starts_from_its_own_defaults():
     assert resolve(None, ["model.feed_forward_options.hidden=64", "model.feed_forward=geglu"]).model.feed_forward_options == {}
 
 
+def test_another_optimiser_starts_from_its_own_parameters(preset):
+    from optimizer_params import OPTIMIZER_PARAMS
+
+    for name, params in OPTIMIZER_PARAMS.items():
+        assert resolve(None, [f"optimizer.type={name}"]).engine["optimizer"] == {"type": name, "params": params}
+    given = ["optimizer.params.momentum=0.5", "optimizer.params.lr=1", "optimizer.type=SGD"]  # the type counts first wherever it stands
+    assert resolve(None, given).engine["optimizer"]["params"] == {**OPTIMIZER_PARAMS["SGD"], "momentum": 0.5, "lr": 1.0}
+    mine = preset('[engine.optimizer]\ntype = "Lion"\n[engine.optimizer.params]\nlr = 0.25\n')
+    assert resolve(mine, []).engine["optimizer"] == {"type": "Lion", "params": {**OPTIMIZER_PARAMS["Lion"], "lr": 0.25}}
+    assert resolve(mine, ["optimizer.type=Lion"]).engine["optimizer"]["params"]["lr"] == 0.25  # the one that was chosen already
+    assert resolve(mine, ["engine.optimizer.type=AdamW"]).engine["optimizer"] == resolve(None, []).engine["optimizer"]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), [
+    (["optimizer.type=SGDD"], "unknown optimizer.type 'SGDD'; did you mean 'SGD'"),
+    (["optimizer.type=SGD", "optimizer.params.beta=0.9"], r"unknown setting 'optimizer.params.beta'.*known: .*optimizer.params.nesterov"),
+    (["optimizer.params.momentum=0.9"], "unknown setting 'optimizer.params.momentum'"),
+    (["optimizer.type=SGD", "optimizer.params.nesterov=1"], "optimizer.params.nesterov must be of type bool"),
+    (["optimizer.type=3"], "optimizer.type must be of type str"),
+])
+def test_a_parameter_that_the_optimiser_does_not_have_is_refused(overrides, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        resolve(None, overrides)
+
+
+def test_ds_config_json_is_the_home_of_the_default_optimiser(tmp_path, monkeypatch):
+    import settings
+
+    engine = json.loads(settings.ENGINE_FILE.read_text())
+    monkeypatch.setattr(settings, "ENGINE_FILE", tmp_path / "ds_config.json")
+    engine["optimizer"] = {"type": "SGD", "params": {"lr": 0.3}}
+    settings.ENGINE_FILE.write_text(json.dumps(engine))
+    assert resolve(None, []).engine["optimizer"] == {"type": "SGD", "params": {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}}
+    engine["optimizer"]["params"]["betas"] = [0.9, 0.99]
+    settings.ENGINE_FILE.write_text(json.dumps(engine))
+    with pytest.raises(SettingsError, match="ds_config.json: unknown setting 'optimizer.params.betas'"):
+        resolve(None, [])
+
+
 def test_a_preset_may_name_options_before_the_kind_they_belong_to(preset):
     model = resolve(preset('[model]\nfeed_forward_options = { hidden = 12 }\nfeed_forward = "geglu"\n'), []).model
     assert (model.feed_forward, model.feed_forward_options) == ("geglu", {"hidden": 12})

@@ -1,47 +1,23 @@
-"""train.py from end to end, on a drawn dataset: the run folder, stopping and going on, what is refused, several processes.
-
-Bit-identical means: the bytes of weights.safetensors, and every number of metrics.jsonl that is not a time.
-"""
+"""train.py from end to end, on a drawn dataset: the run folder, a held-out part, what is refused, several processes."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import signal
 import subprocess
 import zipfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import programs
 import psutil
 import pytest
 import torch
-from conftest import TEST_PER_CLASS, TRAIN_PER_CLASS
-from programs import launch, run, start
+from conftest import EPOCHS, STEPS_PER_EPOCH, STOPPED, TEST_PER_CLASS, TRAIN_PER_CLASS, checkpoints, copy_of, results
+from programs import launch, run
 from safetensors.torch import load_file
 
 from dataset import Dataset
-from run_record import Progress, RunError, RunRecord, choose_folder
+from run_record import RunRecord
 
-EPOCHS, STEPS_PER_EPOCH = 12, 4  # what conftest.TINY and the number of images come to
 NUM_TEST = 10 * TEST_PER_CLASS
-STOPPED = 75
-
-
-def results(record: RunRecord) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock measured."""
-    measured = ("_seconds", "_per_second", "_gib")
-    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
-
-
-def assert_same_as(record: RunRecord, unbroken: RunRecord) -> None:
-    assert results(record) == results(unbroken)
-    assert (record.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
-
-
-def checkpoints(record: RunRecord) -> list[str]:
-    return sorted(path.name for path in (record.folder / "state").iterdir())
 
 
 # --- the run folder -----------------------------------------------------------------------------------------------
@@ -90,91 +66,6 @@ def test_only_the_last_two_checkpoints_are_kept(unbroken):
     assert checkpoints(unbroken) == ["step-00000044", "step-00000048"]
 
 
-# --- stopping and going on ----------------------------------------------------------------------------------------
-
-
-def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(training, runs, unbroken):
-    record = RunRecord(runs / "stopped")
-    said = ""
-    for step in (1, 6, 2 * STEPS_PER_EPOCH):  # the first step, in the middle of an epoch, the last of an epoch
-        said = run("train.py", *training, "--name", "stopped", "--stop-at", step, code=STOPPED).out
-        assert f"stopped after step {step} and saved" in said and record.newest_checkpoint().name == f"step-{step:08d}"
-        assert not (record.folder / "weights.safetensors").exists() or step > STEPS_PER_EPOCH
-    assert "resuming  after step 6 of 48" in said
-    said = run("train.py", *training, "--name", "stopped").out
-    assert "resuming  after step 8 of 48" in said
-    assert_same_as(record, unbroken)
-
-
-def test_sigterm_saves_and_the_run_goes_on(training, runs, unbroken):
-    program = start("train.py", *training, "--name", "told-to-stop")
-    program.wait_for("epoch  2/12")
-    program.send(signal.SIGTERM)
-    done = program.end()
-    assert done.code == STOPPED, done.text
-    record = RunRecord(runs / "told-to-stop")
-    step = int(record.newest_checkpoint().name.removeprefix("step-"))
-    assert 2 * STEPS_PER_EPOCH <= step < EPOCHS * STEPS_PER_EPOCH and f"stopped after step {step} and saved" in done.out
-    assert f"resuming  after step {step}" in run("train.py", *training, "--name", "told-to-stop").out
-    assert_same_as(record, unbroken)
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken):
-    program = start("train.py", *training, "--name", "killed")
-    program.wait_for("epoch  3/12")
-    program.send(signal.SIGKILL)
-    done = program.end()
-    assert done.code == -signal.SIGKILL, done.text
-    record = RunRecord(runs / "killed")
-    # What a power cut may leave besides: a checkpoint that was being written, a line that was not whole.
-    (record.folder / "state" / "unfinished").mkdir(exist_ok=True)
-    (record.folder / "state" / "unfinished" / "state.safetensors").write_bytes(b"half")
-    with (record.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 9, "st')
-    step = int(record.newest_checkpoint().name.removeprefix("step-"))
-    assert f"resuming  after step {step}" in run("train.py", *training, "--name", "killed").out
-    assert_same_as(record, unbroken)
-    assert len(checkpoints(record)) == 2
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(training, runs, unbroken):
-    record = RunRecord(runs / "killed-early")
-    record.create(unbroken.facts())
-    record.append_metrics(unbroken.metrics()[0])  # written just before the checkpoint that is not there
-    said = run("train.py", *training, "--name", "killed-early", "--stop-at", STEPS_PER_EPOCH + 1, code=STOPPED).out
-    assert "resuming" not in said
-    assert results(record) == results(unbroken)[:1]
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_still_serves(training, runs, unbroken):
-    record = copy_of(unbroken, runs / "damaged")
-    damaged = record.folder / "state" / "step-00000048"
-    state = damaged / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
-    (damaged / "engine.json").write_text(json.dumps({"step": 46}))
-    damaged.rename(damaged.with_name("step-00000046"))
-    done = run("train.py", *training, "--name", "damaged", code=1)
-    assert "step-00000046 is damaged" in done.err and "delete it" in done.err and "Traceback" not in done.err
-    shutil.rmtree(damaged.with_name("step-00000046"))
-    run("train.py", *training, "--name", "damaged")
-    assert_same_as(record, unbroken)
-
-
-def copy_of(record: RunRecord, folder: Path) -> RunRecord:
-    return RunRecord(shutil.copytree(record.folder, folder))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(training, runs):
-    exploding = [*training, "--name", "exploding", "--set", "optimizer.params.lr=1e30", "--set", "schedule.warmup_fraction=0.0"]
-    run("train.py", *exploding, "--stop-at", 1, code=STOPPED)
-    record = RunRecord(runs / "exploding")
-    before = (record.newest_checkpoint() / "state.safetensors").read_bytes()
-    done = run("train.py", *exploding, code=1)
-    assert "error: the loss is nan at optimiser step 2; the last checkpoint is untouched" in done.err and "Traceback" not in done.err
-    assert checkpoints(record) == ["step-00000001"] and (record.newest_checkpoint() / "state.safetensors").read_bytes() == before
-    assert not (record.folder / "weights.safetensors").exists()
-
-
 def test_max_steps_end_a_run_in_the_middle_of_an_epoch_and_fresh_sets_the_old_one_aside(training, runs):
     for more in ([], ["--fresh"]):
         run("train.py", *training, "--name", "short", "--max-steps", 6, *more)
@@ -220,21 +111,6 @@ def test_a_run_of_other_settings_and_a_finished_one_are_refused(training, unbrok
     assert {path: path.read_bytes() for path in unbroken.folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--set", "model.widht=3"], "error: --set model.widht=3: unknown setting 'model.widht'; did you mean 'model.width'"),
-    (["--set", "train_batch_size=301"], "error: the train split has 300 images, fewer than one global batch of 301"),
-    (["--set", "gradient_accumulation_steps=3"], "error: train_batch_size=64 cannot be cut into 1 data-parallel processes"),
-    (["--strategy", "nought"], "error: unknown strategy 'nought'"),
-    (["--hold-out", 0.001], "error: holding out 0.001 of the 30 training images"),
-    (["--data-dir", "new", "--archive", "/nowhere.zip"], "error: --archive /nowhere.zip does not exist"),
-])
-def test_a_mistake_gets_one_sentence_and_makes_no_run(training, runs, tmp_path, arguments, sentence):
-    arguments = [tmp_path / "new" if argument == "new" else argument for argument in arguments]
-    done = run("train.py", *training, "--name", "mistaken", *arguments, code=1)
-    assert sentence in done.err and "Traceback" not in done.err
-    assert not (runs / "mistaken").exists()
-
-
 def test_a_dataset_that_is_not_there_yet_is_prepared_from_an_archive(tiny, shapes, tmp_path):
     with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
         for image in shapes.glob("images/*/[a-c]*/*_000[1-3].png"):
@@ -242,77 +118,6 @@ def test_a_dataset_that_is_not_there_yet_is_prepared_from_an_archive(tiny, shape
     run("train.py", "--preset", tiny, "--runs-dir", tmp_path, "--data-dir", tmp_path / "mine", "--archive", tmp_path / "mine.zip",
         "--name", "new", "--max-steps", 1, "--set", "train_batch_size=4")
     assert RunRecord(tmp_path / "new").facts()["dataset"]["num_images"] == {"train": 12, "test": 12}  # four classes of three
-
-
-@pytest.mark.parametrize("flag", ["--max-steps", "--epochs", "--stop-at"])
-def test_a_budget_of_nothing_is_refused(training, flag):
-    done = run("train.py", *training, "--name", "nothing", flag, 0, code=2)
-    assert f"argument {flag}: must be at least 1, not 0" in done.err
-
-
-# --- run folders, without training --------------------------------------------------------------------------------
-
-
-FACTS = {"settings": {"a": 1}, "seed": 0, "max_steps": None, "hold_out": None, "preset": "x/tiny.toml", "total_steps": 8,
-         "dataset": {"name": "shapes", "fingerprint": "f"}}
-
-
-def choice(runs_dir: Path, facts: dict = FACTS, name: str | None = None, fresh: bool = False) -> RunRecord:
-    return choose_folder(SimpleNamespace(runs_dir=runs_dir, name=name, fresh=fresh, seed=facts["seed"]), facts)
-
-
-def checkpoint(record: RunRecord, step: int) -> None:
-    with record.new_checkpoint(step) as folder:
-        RunRecord.write_progress(folder, Progress(epoch=step))
-
-
-def test_without_a_name_a_run_goes_on_where_one_of_the_same_settings_is_unfinished(tmp_path):
-    first = choice(tmp_path)
-    assert first.folder.name == "tiny-shapes-seed0"
-    first.create(FACTS)
-    checkpoint(first, 4)
-    assert choice(tmp_path).folder == first.folder
-    checkpoint(first, 8)  # finished
-    assert choice(tmp_path).folder.name == "tiny-shapes-seed0-2"
-    other = choice(tmp_path, {**FACTS, "settings": {"a": 2}})
-    other.create({**FACTS, "settings": {"a": 2}})
-    assert other.folder.name == "tiny-shapes-seed0-2" and choice(tmp_path).folder.name == "tiny-shapes-seed0-3"
-
-
-@pytest.mark.parametrize(("changed", "sentence"), [
-    ({"settings": {"a": 2}}, "settings.a was 1, is 2"),
-    ({"max_steps": 3}, "max_steps was None, is 3"),
-    ({"hold_out": 0.1}, "hold_out was None, is 0.1"),
-    ({"dataset": {"name": "shapes", "fingerprint": "g"}}, "the dataset's fingerprint was 'f', is 'g'"),
-])
-def test_a_name_that_holds_another_run_is_refused_by_what_differs(tmp_path, changed, sentence):
-    choice(tmp_path, name="mine").create(FACTS)
-    with pytest.raises(RunError, match=sentence):
-        choice(tmp_path, {**FACTS, **changed}, name="mine")
-    assert choice(tmp_path, {**FACTS, **changed}, name="mine", fresh=True).folder == tmp_path / "mine"
-    assert RunRecord(tmp_path / "mine.old-1").facts() == FACTS and not (tmp_path / "mine").exists()
-
-
-def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path):
-    record = RunRecord(tmp_path / "mine")
-    for step in (2, 4, 6):
-        checkpoint(record, step)
-    with pytest.raises(OSError, match="disk"), record.new_checkpoint(8) as folder:
-        (folder / "state.safetensors").write_bytes(b"half")
-        raise OSError("the disk is full")
-    assert record.newest_checkpoint().name == "step-00000006" and RunRecord.read_progress(record.newest_checkpoint()).epoch == 6
-    checkpoint(record, 8)
-    assert checkpoints(record) == ["step-00000006", "step-00000008"]
-
-
-def test_a_run_folder_without_a_readable_run_json_is_named(tmp_path):
-    record = RunRecord(tmp_path / "mine")
-    with pytest.raises(RunError, match="mine is not a run folder"):
-        record.facts()
-    record.create(FACTS)
-    (record.folder / "run.json").write_text("{")
-    with pytest.raises(RunError, match="run.json is damaged"):
-        record.facts()
 
 
 # --- several processes --------------------------------------------------------------------------------------------
