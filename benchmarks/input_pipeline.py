@@ -71,8 +71,7 @@ class Turn:
 def measure(dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: int, turn_seconds: float) -> dict[str, Any]:
     """One job: what every loader did in every round, and why the others did not."""
     made, warm, skipped = {}, {}, {}
-    # Those with worker processes first, while this process has started few threads.
-    for name in sorted(makers, key=lambda name: name in OURS):
+    for name in makers:
         try:
             loader = makers[name](dataset, task)
             note(f"{task.job}: {name} warms up")

@@ -101,13 +101,16 @@ class Ours(InProcess):
 
 
 class PerSample(InProcess):
-    """A torch Dataset, sample by sample, in worker processes that live as long as the loader."""
+    """A torch Dataset, sample by sample, in worker processes that live as long as the loader.
+
+    They are spawned: a fork of a process in which DALI and torch have threads can end its child with a segmentation fault.
+    """
 
     def __init__(self, dataset: Dataset, task: Task, samples: TorchDataset):
         super().__init__(dataset, task)
         sampler = RandomSampler(samples, num_samples=task.num_batches * task.batch_size)
         self.loader = DataLoader(samples, task.batch_size, sampler=sampler, num_workers=task.threads, drop_last=True,
-                                 persistent_workers=True, pin_memory=task.device.type == "cuda")
+                                 persistent_workers=True, pin_memory=task.device.type == "cuda", multiprocessing_context="spawn")
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
