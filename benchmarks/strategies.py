@@ -76,18 +76,21 @@ class Row:
 
     @property
     def topology(self) -> str | None:
-        return self.settings.parallel.topology if self.case.strategy == "gossip" else None
+        return self._setting("topology", None)
 
     @property
     def stages(self) -> int:
-        return self.settings.parallel.stages if self.case.strategy == "pipeline" else 1
+        return self._setting("stages", 1)
 
     @property
     def period(self) -> int:
         """Steps after which the same exchanges come again."""
-        if self.case.strategy == "local":
-            return self.settings.parallel.local_steps
-        return len(rounds_of(self.topology, self.processes, self.processes)) if self.topology else 1
+        rounds = len(rounds_of(self.topology, self.processes, self.processes)) if self.topology else 1
+        return self._setting("local_steps", rounds)
+
+    def _setting(self, name: str, otherwise: Any) -> Any:
+        """A setting of `[parallel]` where the strategy has one of this name."""
+        return getattr(self.settings.parallel, name) if name in engine_class(self.case.strategy).honours else otherwise
 
 
 def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
