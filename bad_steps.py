@@ -49,8 +49,8 @@ class StepWatch:
         """Take note of an optimiser step, the `index`-th of its epoch."""
         self._noted.append((step, index, loss, grad_norm))
 
-    def look(self) -> list[float]:
-        """Wait for the device, and return the losses noted since the last time."""
+    def look(self) -> list[tuple[int, float]]:
+        """Wait for the device, and return the steps noted since the last time, each with its loss."""
         if not self._noted:
             return []
         steps, places, on_device, norms = zip(*self._noted, strict=True)
@@ -59,7 +59,7 @@ class StepWatch:
         norms = [0.0] * len(losses) if norms[0] is None else torch.stack(norms).tolist()
         for step, index, loss, norm in zip(steps, places, losses, norms, strict=True):
             self.bad = self.bad or judge(step, index, loss, norm)
-        return losses
+        return list(zip(steps, losses, strict=True))
 
 
 def judge(step: int, index: int, loss: float, norm: float) -> Bad | None:

@@ -226,10 +226,10 @@ class Loop:
     def _look_at_losses(self) -> None:
         """Wait for the device, and add the losses that were noted to the epoch's."""
         losses = self.watch.look()
-        for loss in losses:  # one by one: the sum does not depend on how many come at once
+        for _, loss in losses:  # one by one: the sum does not depend on how many come at once
             self.progress.loss_sum += loss
         self.progress.num_losses += len(losses)
-        self.tracking.losses(self.engine.step, losses)
+        self.tracking.losses(losses)
 
     def _refuse_bad_step(self) -> None:
         """Raises NonFiniteLoss. Collective."""

@@ -185,6 +185,7 @@ class Tracking:
         self.watchers, self.sampler, self.say = watchers, sampler, say
         self.total_steps, self.every = total_steps, max(1, total_steps // STEP_POINTS)
         self._losses: list[float] = []
+        self._told: int | None = None  # the step at which a mean was last told
         self._seconds = seconds
         self._sampled = 0.0  # of the sampler's seconds, those that were told
 
@@ -204,15 +205,20 @@ class Tracking:
             shown = pixels()
             self._tell(lambda watcher: watcher.batch(shown))
 
-    def losses(self, step: int, losses: list[float]) -> None:
-        """The training losses of the steps up to `step`; they are told on as means, STEP_POINTS or so in a run."""
+    def losses(self, losses: list[tuple[int, float]]) -> None:
+        """Steps, in their order, with the training loss of each; they are told on as means, STEP_POINTS or so in a run.
+
+        A step may be missing because it was skipped: the mean is then told at the next one.
+        """
         if not self.watchers:
             return
-        for at, loss in enumerate(losses, step - len(losses) + 1):
+        for step, loss in losses:
             self._losses.append(loss)
-            if at % self.every == 0 or at == self.total_steps:
-                self._tell_loss(at, float(np.mean(self._losses)), len(self._losses))
+            told = step - 1 if self._told is None else self._told
+            if step // self.every > told // self.every or step == self.total_steps:
+                self._tell_loss(step, float(np.mean(self._losses)), len(self._losses))
                 self._losses.clear()
+                self._told = step
 
     def _tell_loss(self, step: int, mean: float, steps: int) -> None:
         self._tell(lambda watcher: watcher.loss(step, mean, steps))

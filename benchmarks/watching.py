@@ -69,7 +69,7 @@ def measure(folder: Path, epochs: int) -> dict[str, float]:
     pieces["TensorBoard: first batch"] = cost(lambda: board.batch(np.zeros((8, 8, 32, 32, 3), dtype=np.uint8)))
     pieces["TensorBoard: an epoch"] = cost(lambda: board.epoch(lines[-1]))
     tracking = Tracking([board, StepLosses(folder, 0)])
-    pieces["a loss by step"] = cost(lambda: tracking.losses(1, [1.0]))
+    pieces["a loss by step"] = cost(lambda: tracking.losses([(1, 1.0)]))
     pictures = Pictures(folder)
     began = time.thread_time()
     pictures.epoch(lines[-1])

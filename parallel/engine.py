@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import count_parameters
-from optimizers import check_optimizer
+from optimizers import COUNT_STEPS, check_optimizer
 from parallel import processes
 from parallel.average import Averaging
 from parallel.buffers import persistent_buffers
@@ -111,6 +111,13 @@ class Engine(Averaging, ABC):
         """
         raise SettingsError(f"--skip-bad-steps: strategy {self.name} updates parts of the network before it knows all of the gradient; "
                             "leave the flag out, or take zero, ddp or fsdp")
+
+    def refuse_own_count(self) -> None:
+        """Raises SettingsError for an optimiser whose count of its steps a skipped one would put out."""
+        name = self.settings.engine["optimizer"]["type"]
+        if name in COUNT_STEPS:
+            raise SettingsError(f"--skip-bad-steps: optimizer.type={name} counts its steps itself, and a skipped one would put that out; "
+                                "leave the flag out, or take another optimiser")
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor | None:

@@ -110,6 +110,7 @@ class PlainEngine(contract.Engine):
         return loss
 
     def skip_bad_steps(self) -> None:
+        self.refuse_own_count()
         self.keeper = BufferKeeper(self.model)
 
     def forward(self, images: Tensor) -> Tensor:

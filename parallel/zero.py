@@ -99,6 +99,9 @@ class Engine(contract.Engine):
         optimizer = self.make_optimizer(model)
         deepspeed.utils.groups.mpu = None  # a global that a pipeline leaves behind, in a process that makes one engine after another
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
+        if self.bf16 and self.stage < 3:
+            # In bf16 it looks for infinities gradient by gradient, some kernels each, and then in the norm of all, which shows the same.
+            self.optimizer.check_overflow = lambda partition_gradients: None
         self.shared_buffers = SharedBuffers(self.engine.module, self.replicas())
         self.keeper: BufferKeeper | None = None  # only where bad steps are skipped
 
@@ -160,6 +163,7 @@ class Engine(contract.Engine):
             self.skipped = self.keeper is not None and self.optimizer.overflow
 
     def skip_bad_steps(self) -> None:
+        self.refuse_own_count()
         if self.stage == 0:
             raise SettingsError("--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates without looking")
         self.keeper = BufferKeeper(self.engine.module)

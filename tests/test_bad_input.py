@@ -78,6 +78,8 @@ NEW = {  # these may not leave a run folder
                                                "parts; choose 2, 4, 8 or another divisor of 64"),
     "asking a GPU that is not there": Case(["--micro-batch", "auto"], "--micro-batch auto asks a GPU what it has room for, and there is none here"),
     "skipping where it cannot be": Case(["--skip-bad-steps", SET, "zero_optimization.stage=0"], "--skip-bad-steps needs zero_optimization.stage 1"),
+    "skipping what counts its steps": Case(["--skip-bad-steps", SET, "optimizer.type=Lamb", SET, "zero_optimization.stage=0"],
+                                           "--skip-bad-steps: optimizer.type=Lamb counts its steps itself"),
     "an empty held-out part": Case(["--hold-out", "0.001"], "holding out 0.001 of the 30 training images"),
     "steps": Case(["--max-steps", "0"], "argument --max-steps: must be at least 1, not 0", 2),
     "epochs": Case(["--epochs", "few"], "argument --epochs: must be at least 1, not few", 2),

@@ -28,6 +28,7 @@ ENGINES = {
     "fsdp": ("fsdp", []),
     "gossip": ("gossip", []),
     "zero 1": ("zero", []),
+    "zero 1 in bf16": ("zero", ["bf16.enabled=true"]),
     "zero 3": ("zero", ["zero_optimization.stage=3"]),
 }
 SEEN = {**ENGINES, "zero 0": ("zero", ["zero_optimization.stage=0"]), "pipeline": ("pipeline", ["parallel.stages=2"]),
@@ -116,7 +117,7 @@ def test_every_loss_is_given_once_and_one_may_be_to_blame():
     watch = StepWatch()
     watch.add(1, 0, torch.tensor(2.0), None)
     watch.add(2, 1, torch.tensor(1.5), None)
-    assert watch.look() == [2.0, 1.5] and watch.look() == [] and watch.bad is None
+    assert watch.look() == [(1, 2.0), (2, 1.5)] and watch.look() == [] and watch.bad is None
     assert judge(7, 6, math.nan, math.nan).what == "the loss is nan" and judge(7, 6, 1.0, 1.0) is None
 
 

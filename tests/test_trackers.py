@@ -206,12 +206,12 @@ class Listener(Watcher):
 def test_losses_are_told_as_means_and_none_is_forgotten():
     listener = Listener()
     tracking = Tracking([listener], total_steps=5000)  # five steps a point
-    losses = [float(i) for i in range(1, 24)]
+    losses = [(i, float(i)) for i in range(1, 24)]
     for start, stop in ((0, 3), (3, 6), (6, 7), (7, 23)):  # as they come from the device
-        tracking.losses(stop, losses[start:stop])
+        tracking.losses(losses[start:stop])
     assert listener.heard == [(5, 3.0, 5), (10, 8.0, 5), (15, 13.0, 5), (20, 18.0, 5)]
-    tracking.losses(5000, [0.0, 1.0])
-    assert listener.heard[-1] == (5000, 13.4, 5)
+    tracking.losses([(4998, 0.0), (5000, 1.0)])  # between these, steps were skipped
+    assert listener.heard[4:] == [(4998, 16.5, 4), (5000, 1.0, 1)]
 
 
 def test_what_watching_costs_is_told_once():
@@ -238,7 +238,7 @@ def test_a_watcher_that_cannot_write_is_given_up_and_the_run_goes_on():
     said, listener = [], Listener()
     with Tracking([Full(), listener], say=said.append) as tracking:
         tracking.epoch({"step": 1})
-        tracking.losses(2, [1.0])
+        tracking.losses([(2, 1.0)])
     assert said == ["note: Full is given up, because No space left on device; the run goes on"]
     assert listener.heard == [(2, 1.0, 1), "closed"] and tracking.watchers == [listener]
 
@@ -247,7 +247,7 @@ def test_without_watchers_nothing_is_made():
     Tracking([Listener()]).first_batch(lambda: pytest.fail("nobody wants it"))
     tracking = Tracking([])
     tracking.first_batch(lambda: pytest.fail("nobody wants it"))
-    tracking.losses(1, [1.0])
+    tracking.losses([(1, 1.0)])
     tracking.epoch({"step": 1})
     assert tracking.take_seconds() < 0.1
 
