@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from settings import preset_names, resolve, table_names
+from settings import SettingsError, preset_names, resolve, table_names
 
 ELSEWHERE = {"learning_rate": "lr", "batch_size": "train_batch_size", "amp": "bf16"}  # what others call a setting
 TABLES = {  # setting -> the table that holds its names
@@ -29,6 +29,18 @@ TABLES = {  # setting -> the table that holds its names
     "model.attention": ("attention.py", "ATTENTIONS"),
     "model.feed_forward": ("feedforward.py", "FEED_FORWARDS"),
 }
+
+
+def in_one_sentence(main: Callable[[], int | None]) -> int:
+    """Call a script's `main`; the errors of the person's making become one line on the screen. Returns the exit code."""
+    from dataset import DatasetError
+    from run_record import RunError
+
+    try:
+        return main() or 0
+    except (SettingsError, DatasetError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration import calibrate
-from command_line import Parser, at_least_one
+from command_line import Parser, at_least_one, in_one_sentence
 from comparison import power_note
 from question import Arm, Cost, Question, costs, read
 from run_record import RUNS, RunError, RunRecord
@@ -245,16 +245,5 @@ def one_of_many(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def run() -> int:
-    """`main` with the errors of the person's making as one line on the screen."""
-    from dataset import DatasetError
-
-    try:
-        return main()
-    except (SettingsError, DatasetError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(in_one_sentence(main))

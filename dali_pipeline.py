@@ -17,9 +17,10 @@ function of (seed, epoch, k), whatever was read before it and however far the pi
 from __future__ import annotations
 
 if __name__ == "__main__":  # before PyTorch and DALI are imported: --help and mistyped settings answer at once
-    from preview import run
+    from command_line import in_one_sentence
+    from preview import main
 
-    raise SystemExit(run())
+    raise SystemExit(in_one_sentence(main))
 
 import time
 from collections import deque

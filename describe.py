@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from command_line import TABLES, Parser, at_least_one, names_of, setting_paths
-from settings import HERE, SettingsError, preset_names, resolve
+from settings import HERE, preset_names, resolve
 
 # What stands neither in a comment of settings.py nor in a table.
 MEANINGS = {
@@ -121,13 +119,3 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """The options --preset and --set."""
     parser.add_argument("--preset", metavar="NAME", help=f"start from it: {', '.join(preset_names())}, or a .toml file (default: none)")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting: model.width=192; repeat for more")
-
-
-def run(what: Callable[[], None]) -> int:
-    """`what` with the errors of the person's making as one line on the screen."""
-    try:
-        what()
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0

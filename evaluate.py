@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from command_line import Parser, at_least_one
+from command_line import Parser, at_least_one, in_one_sentence
 from run_record import RUNS, RunError, newest_run, write_atomically
 from settings import SettingsError
 from trained import WEIGHTS, Trained
@@ -253,16 +253,5 @@ def refuse_unused(parser: Parser, args: argparse.Namespace) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} has no meaning for {'an ' if task == 'evaluation' else ''}{task}; leave it out")
 
 
-def run() -> int:
-    """`main` with the errors of the person's making as one line on the screen."""
-    from dataset import DatasetError
-
-    try:
-        return main()
-    except (SettingsError, DatasetError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(in_one_sentence(main))

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser
+from command_line import Parser, in_one_sentence
 from run_record import RunError, RunRecord
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runs"
@@ -32,23 +32,18 @@ def kept(record: RunRecord, note: str | None = None) -> dict[str, Any]:
     return {"run": record.folder.name, **({"note": note} if note else {}), **facts, "metrics": metrics}
 
 
-def main() -> int:
+def main() -> None:
     parser = Parser("python keep_run.py run", "Keep a run as one small JSON under results/runs/.",
                     example='python keep_run.py runs/mine --note "on two busy cores"')
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--note", metavar="TEXT", help="what a reader of the figures must know (default: nothing)")
     args = parser.parse_args()
-    try:
-        content = kept(RunRecord(args.run), args.note)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    content = kept(RunRecord(args.run), args.note)
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{args.run.resolve().name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote results/runs/{path.name}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_sentence(main))

@@ -15,9 +15,10 @@ B images, T tokens, C width, H heads, D head size, F hidden size, P patch, K cla
 from __future__ import annotations
 
 if __name__ == "__main__":  # before PyTorch is imported: --help and mistyped settings answer at once
-    from describe import describe_model, run
+    from command_line import in_one_sentence
+    from describe import describe_model
 
-    raise SystemExit(run(describe_model))
+    raise SystemExit(in_one_sentence(describe_model))
 
 from collections import OrderedDict
 from collections.abc import Callable

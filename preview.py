@@ -6,12 +6,11 @@ Each row is a training image as it is, then as some epochs will show it.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from command_line import Parser, at_least_one
-from dataset import Dataset, DatasetError
-from settings import SettingsError, preset_names, resolve
+from dataset import Dataset
+from settings import preset_names, resolve
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,13 +41,3 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=at_least_one, default=12, metavar="N", help="versions of each, the columns after the original (default: 12)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and augmentation (default: 0)")
     return parser.parse_args()
-
-
-def run() -> int:
-    """`main` with the errors of the person's making as one line on the screen."""
-    try:
-        main()
-    except (SettingsError, DatasetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0

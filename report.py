@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from command_line import Parser, at_least_one
+from command_line import Parser, at_least_one, in_one_sentence
 from reports.data import RunData
 from run_record import RUNS, RunError, newest_run
 from settings import Settings, SettingsError
@@ -148,17 +148,5 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run() -> int:
-    """`main` with the errors of the person's making as one line on the screen."""
-    from dataset import DatasetError
-
-    try:
-        main()
-    except (SettingsError, DatasetError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(in_one_sentence(main))

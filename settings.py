@@ -284,6 +284,7 @@ def _merge(settings: Settings, tree: dict[str, Any], source: str = "") -> None:
 
 
 if __name__ == "__main__":
-    from describe import describe_settings, run
+    from command_line import in_one_sentence
+    from describe import describe_settings
 
-    raise SystemExit(run(describe_settings))
+    raise SystemExit(in_one_sentence(describe_settings))
