@@ -27,6 +27,7 @@ from dali_pipeline import Batches, side_of
 from dataset import Dataset
 from model import build_model
 from parallel import engine_class
+from resume import facts_of
 from run_record import Progress, RunRecord, provenance
 from saving import Saver
 from schedule import Schedule
@@ -47,19 +48,22 @@ def main() -> int:
     training = Batches(dataset, "train", engine.batch_sizes.micro, which, of_how_many, augmentation=settings.augmentation, device=engine.device,
                        image_side=settings.image_side)
     steps_per_epoch = len(training) // engine.batch_sizes.accumulation
+    flags = {"seed": 0, "synthetic": False, "deterministic": False, "data_dir": args.data_dir}
+    run = argparse.Namespace(**flags, **dict.fromkeys(("max_steps", "hold_out", "patience", "init_weights")))
+    facts = facts_of(run, args.preset, dataset, engine, training.source, steps_per_epoch, total_steps=10**9)
     with tempfile.TemporaryDirectory(dir=args.runs_dir) as folder:
-        measured = measure(engine, training, steps_per_epoch, args, Path(folder))
+        record = RunRecord(Path(folder))
+        record.create(facts)
+        measured = measure(engine, training, record, args)
     training.close()
     engine.close()
     report(measured, steps_per_epoch, engine, args)
     return 0
 
 
-def measure(engine: Any, training: Batches, steps_per_epoch: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(engine: Any, training: Batches, record: RunRecord, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every turn, of every checkpoint's two parts, and the size of one."""
-    record = RunRecord(folder)
-    record.create({"total_steps": 0})
-    saver = Saver(engine, Interval(), {}, record, Checkpoints(folder / "state", 2))
+    saver = Saver(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
     stream = endless(training)
     waited: list[float] = []
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -23,6 +25,25 @@ def mean_over(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None,
     flat /= dist.get_world_size(group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def normalise_in_fp32(model: nn.Module) -> None:
+    """Let every BatchNorm compute in fp32 in a network whose weights are bf16.
+
+    Its running statistics stay in fp32, where a tenth of a batch's mean is not lost, and PyTorch takes no mixture of the two.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.forward = MethodType(_forward_in_fp32, module)
+
+
+def _forward_in_fp32(module: _BatchNorm, x: Tensor) -> Tensor:
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    module._parameters.update({name: parameter.float() for name, parameter in own.items()})
+    try:
+        return type(module).forward(module, x.float()).to(x.dtype)  # of the class: it may be one that does more than BatchNorm
+    finally:
+        module._parameters.update(own)
 
 
 class BufferKeeper:

@@ -15,7 +15,7 @@ from muon import Muon
 from optimizers import WHOLE_NORMS, build_optimizer, restore_counters
 from parallel import engine as contract
 from parallel import processes
-from parallel.buffers import BufferKeeper, SharedBuffers
+from parallel.buffers import BufferKeeper, SharedBuffers, normalise_in_fp32
 from parallel.checks import refuse_scalars
 from parallel.counts import Batch, BatchSizes
 from parallel.engine import build_seeded
@@ -63,6 +63,8 @@ class Engine(contract.Engine):
         model = build_seeded(build, seed).to(self.device)
         refuse_scalars(model, "DeepSpeed")
         self.count_up(model)
+        if self.bf16:
+            normalise_in_fp32(model)
         self.start(model, config)
         self.parts = OptimizerParts.of(self.stage, self.optimizer)
         if isinstance(self.parts.inner, Muon) and self.stage:

@@ -133,9 +133,10 @@ def train(engine, until: int = STEPS, soft: bool = False) -> list[float]:
     return [engine.mean(engine.train_batch(stream)) for _ in range(engine.step, until)]
 
 
-def train_and_save(strategy: str, overrides: list[str], folder: Path, soft: bool = False, look: bool = False) -> dict:
+def train_and_save(strategy: str, overrides: list[str], folder: Path, soft: bool = False, look: bool = False,
+                   build: Callable[[], nn.Module] | None = None) -> dict:
     """All steps, with the state saved on the way into `folder`; `look`: counted on the way too, which must leave no trace."""
-    engine = make_engine(strategy, settings_for(*overrides))
+    engine = make_engine(strategy, settings_for(*overrides), build)
     losses = train(engine, SAVED_AT, soft)
     folder.mkdir(parents=True, exist_ok=True)
     engine.save(folder)

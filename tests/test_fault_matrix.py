@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import NamedTuple
 
 import pytest
+from programs import run
 
 from benchmarks.fault_matrix import as_table, difference, make_scene, may_mount, run_round, run_undisturbed
 from benchmarks.faults import FAULTS
@@ -62,3 +64,12 @@ def test_the_table_counts_what_was_lost():
 
     table = as_table([Outcome("cut", 0, 4, False, None), Outcome("cut", 1, 4, False, "weights differ"), Outcome("killed-saving", 2, 2, True, None)])
     assert "| 2 | 1 | 1 | 0 |" in table and "| 1 | 1 | 0 | 1 |" in table and table.endswith("| all | | 3 | 2 | 1 | 1 |")
+
+
+def test_what_checkpoints_cost_is_measured_and_kept(training, tmp_path):
+    """That it runs and says what it measured; the figures are of a busy moment."""
+    preset, data_dir = training[1], training[3]
+    run("benchmarks/checkpoint_cost.py", "--preset", preset, "--data-dir", data_dir, "--steps", 2, "--rounds", 2, "--out", tmp_path / "cost")
+    facts, text = json.loads((tmp_path / "cost.json").read_text()), (tmp_path / "cost.md").read_text()
+    assert len(facts["plain"]) == len(facts["saving"]) == len(facts["waited"]) == 2 and facts["bytes"] > 10_000
+    assert f"**{100 * facts['share']:.2f} %**" in text and f"{facts['bytes'] / 1e6:.1f} MB a checkpoint" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from reference import RECIPES, SAVED_AT, assert_counts, largest_difference, perform, plain_loop, refusal, settings_for
+from reference import RECIPES, SAVED_AT, STEPS, assert_counts, largest_difference, perform, plain_loop, refusal, settings_for, with_batch_norm
 from safetensors.torch import load_file
 from torch import nn
 
@@ -38,7 +38,8 @@ def training_cases() -> dict[str, list]:
     exact = {f"{recipe} {number}": ["zero", stage(number, *overrides), {}] for number in STAGES for recipe, overrides in RECIPES.items()}
     bf16 = {f"bf16 {number}": ["zero", stage(number, "bf16.enabled=true"), {}] for number in (1, 2, 3)}
     offloaded = {f"offloaded {number}": ["zero", stage(number, *RECIPES["clipped"], *OFFLOADED), {}] for number in (1, 2, 3)}
-    return dict(sorted((exact | bf16 | offloaded).items(), key=lambda case: case[1][1][0]))  # stage 3 last, see `moved`
+    normalised = {f"batch norm, bf16 {number}": ["zero", stage(number, "bf16.enabled=true"), {"build": with_batch_norm}] for number in (1, 3)}
+    return dict(sorted((exact | bf16 | offloaded | normalised).items(), key=lambda case: case[1][1][0]))  # stage 3 last, see `moved`
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,17 @@ def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(trained, processes, number
     assert all(value.dtype == torch.float32 for value in result["weights"].values())
     classify = result["weights"]["3.classify.weight"]
     assert not torch.equal(classify, classify.bfloat16().float())  # the master copy, not the rounded one
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_batch_norm_in_bf16_notes_the_statistics_in_fp32(trained, number):
+    result, expected = trained[1][f"batch norm, bf16 {number}"], plain_loop(settings_for(), build=with_batch_norm)
+    assert result["losses"] == pytest.approx(expected["losses"], abs=0.02)
+    for name in ("0.norm.running_mean", "0.norm.running_var"):
+        found, due = result["weights"][name], expected["weights"][name]
+        assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+        assert torch.allclose(found, due, atol=5e-3)
+    assert result["weights"]["0.norm.num_batches_tracked"] == STEPS
 
 
 @pytest.mark.parametrize("move", BF16_MOVES, ids=str)
