@@ -85,6 +85,9 @@ def run_round(fault: str, seed: int, work: Path, words: list[str], undisturbed: 
         newest = now.record.newest_checkpoint()
         half_written = bool(list(now.record.folder.glob(f"state/{UNFINISHED}*")))
         done = now.begin().end()
+        if " is finished; " in done.err:  # it was killed between its last word on the disk and its end
+            shutil.rmtree(folder)
+            continue
         lost = difference(now.record, undisturbed) if done.code == 0 else done.text
         if lost is None:
             shutil.rmtree(folder)
