@@ -16,7 +16,8 @@ export HF_HUB_OFFLINE=1       # nothing is fetched while testing
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then export DS_ACCELERATOR=cpu; fi
 
 selection=(-m "not slow and not gpu")
-workers=(-n 2 --dist loadfile)    # the tests of a file share what they train, so a file stays with one worker
+# The tests of a file share what they train, so a file stays with one worker; the order is that of tests/conftest.py.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     case $argument in -m | -m?*) selection=() ;; esac
     case $argument in -m | -m?* | tests/*) workers=() ;; esac

@@ -34,6 +34,14 @@ lr = 3e-3
 TRAIN_PER_CLASS, TEST_PER_CLASS = 30, 7
 EPOCHS, STEPS_PER_EPOCH = 12, 4  # what TINY and the number of images come to
 STOPPED = 75  # exit code of a run that was told to stop, and saved
+LONGEST = ("test_cluster_hosts.py", "test_peers.py", "test_recipes.py", "test_documentation.py", "test_zero.py", "test_gossip.py",
+           "test_parallel_optimizers.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first: none of them is left to one worker alone at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
