@@ -7,7 +7,8 @@
 In: a prepared dataset. Out: tables on the screen, and in --json and --markdown.
 
 All contenders (`contenders.py`, `step_peers.py`) train the same network on the same batches, each in a process of its own, and
-take turns: --warm-up steps once, then --rounds times --steps steps. A ratio is taken round by round against the bare loop
+take turns: --warm-up steps once, then --rounds times --steps steps. The peers have AdamW, so it takes the place of
+a preset's other optimiser, unless --set optimizer.type names one or there are no peers. A ratio is taken round by round against the bare loop
 with the same arithmetic. FLOPs are those of the matrix products of a forward pass as PyTorch counts them, three times (the
 backward pass has two for each); elementwise work and what a GPU recomputes are not in it. The peak is the data sheet's
 (`peaks.py`) and, beside it, what a large product of matrices reached in this very run.
@@ -272,6 +273,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.compile = {"off": [False], "on": [True], "both": [False, True]}[options.compile]
     if options.batch:
         options.set.append(f"train_batch_size={options.batch}")
+    if options.peers and not any(override.startswith("optimizer.type") for override in options.set):
+        options.set.insert(0, "optimizer.type=AdamW")
     return options
 
 

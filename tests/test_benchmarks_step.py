@@ -115,6 +115,13 @@ def test_two_processes_say_how_much_is_communication(shapes, tiny, context, caps
     assert "of it communication" in printed and "timm: left out: compared on one process only" in printed
 
 
+@pytest.mark.parametrize(("arguments", "optimizer"), [
+    ([], "optimizer.type=AdamW"), (["--peers", "none"], None), (["--set", "optimizer.type=Muon"], "optimizer.type=Muon"),
+])
+def test_a_preset_with_another_optimiser_is_measured_with_the_peers_one(arguments, optimizer):
+    assert training_step.parse_arguments(["--preset", "cpu", *arguments]).set == ([optimizer] if optimizer else [])
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--strategies", "pipelin"], "unknown strategies 'pipelin'"),
     (["--precision", "fp16"], "unknown precision 'fp16'"),
