@@ -36,6 +36,10 @@ while time.time() < deadline and not stop:
     time.sleep(0.05)
 time.sleep(0.5 if stop else 0)          # a checkpoint takes its time
 time.sleep(0.2)                         # a second signal would come about now
+(out / f"saved{rank}").touch()
+ranks, latest = int(os.environ["WORLD_SIZE"]), time.time() + 10
+while stop and time.time() < latest and not all((out / f"saved{i}").exists() for i in range(ranks)):
+    time.sleep(0.01)                    # as train.py does: the launcher tells the others to stop when the first one leaves
 (out / f"ended{rank}").write_text(str(len(stop)))
 sys.exit(75 if stop else int(os.environ.get("STUB_CODE", 0)))
 '''
