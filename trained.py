@@ -91,7 +91,7 @@ class Trained:
         """Pixels uint8 (B, S, S, 3), as an array or a tensor, to what the network sees: float32 (B, 3, S, S)."""
         import torch
 
-        pixels = torch.as_tensor(pixels)
+        pixels = pixels if isinstance(pixels, torch.Tensor) else torch.tensor(pixels)
         mean, std = (torch.tensor(self.facts["dataset"][name], device=pixels.device).view(3, 1, 1) for name in ("mean", "std"))
         return (pixels.permute(0, 3, 1, 2).float() - 255 * mean) / (255 * std)
 
