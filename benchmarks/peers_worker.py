@@ -34,6 +34,7 @@ class Network:
         for parameter, part in zip(model.parameters(), self.flat.split([parameter.numel() for parameter in model.parameters()]), strict=True):
             parameter.data = part.view_as(parameter)
         self.model, self.generator = model, torch.Generator().manual_seed(seed)
+        self.rate = min(0.01, 3e3 / num_parameters)  # a wide network diverges at the rate of a narrow one
 
     def train(self, seconds: float) -> float:
         """SGD steps for so long; the mean loss."""
@@ -45,7 +46,7 @@ class Network:
             loss.backward()
             with torch.no_grad():
                 for parameter in self.model.parameters():
-                    parameter -= 0.01 * parameter.grad
+                    parameter -= self.rate * parameter.grad
             losses.append(loss.item())
         return sum(losses) / len(losses)
 
