@@ -16,8 +16,8 @@ from datetime import timedelta
 import programs
 import pytest
 import torch
-from programs import free_pair
 
+from benchmarks.peers_worker import free_pair
 from parallel import engine_class
 from parallel.checks import leaves
 from parallel.outer import OuterStep

@@ -13,11 +13,12 @@ from pathlib import Path
 import programs
 import pytest
 import torch
-from programs import Program, _check, free_pair, start
+from programs import Program, _check, start
 from test_engines import BATCH, SAVED_AT, STEPS, data, largest_difference, make_engine, network, settings_for, train
 from test_peer_meetings import facts_for
 from torch.nn import functional as F
 
+from benchmarks.peers_worker import free_pair
 from parallel import engine_class
 from parallel.peers import place as places
 from parallel.peers.meeting import Meeting
