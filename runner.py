@@ -208,5 +208,5 @@ def last_error(log: str) -> str | None:
 
 
 def without_paths(text: str) -> str:
-    """A text with every absolute path cut to its last part: reports are for other machines too."""
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "", text)
+    """A text with every path that is absolute, or goes up first, cut to its last part: reports are for other machines too."""
+    return re.sub(r"(?<![\w.:/])(?:/(?:[^\s/'\"]+/)+|(?:\.\./)+(?:[^\s/'\"]+/)*)", "", text)

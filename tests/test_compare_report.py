@@ -79,6 +79,7 @@ def test_a_report_has_no_path_of_this_machine(ask, invented, tmp_path, shapes):
         text = path.read_text()
         assert not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text) and str(tmp_path) not in text and str(shapes) not in text
     assert without_paths("no /a/b/c.toml, see https://x.org/a/b and 3/4 of runs/a") == "no c.toml, see https://x.org/a/b and 3/4 of runs/a"
+    assert without_paths("listed in ../../tmp/run/bad.txt, ../top.txt and runs/a/../b") == "listed in bad.txt, top.txt and runs/a/../b"
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
