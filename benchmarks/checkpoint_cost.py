@@ -17,22 +17,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.options import add_data, add_settings, keep
 from benchmarks.timing import alternate, machine, spread, synchronise
 from checkpoint import Checkpoints, Interval
-from dali_pipeline import Batches, side_of
-from dataset import Dataset
-from model import build_model
-from parallel import engine_class
-from resume import facts_of
+from command_line import Parser, at_least_one, in_one_sentence
 from run_record import Progress, RunRecord, provenance
-from saving import Saver
+from runner import visible_gpus
 from schedule import Schedule
 from settings import resolve
+
+if TYPE_CHECKING:
+    from dali_pipeline import Batches
 
 GOAL = 0.02  # share of training time
 DEFAULT_SECONDS = 600.0  # --checkpoint-every
@@ -40,6 +38,12 @@ DEFAULT_SECONDS = 600.0  # --checkpoint-every
 
 def main() -> int:
     args = parse_arguments()
+    from dali_pipeline import Batches, side_of  # after the arguments, so that --help answers at once
+    from dataset import Dataset
+    from model import build_model
+    from parallel import engine_class
+    from resume import facts_of
+
     settings = resolve(args.preset, args.set, strategy=args.strategy)
     dataset = Dataset.open(args.data_dir)
     side = side_of(dataset, settings.image_side)
@@ -64,6 +68,8 @@ def main() -> int:
 
 def measure(engine: Any, training: Batches, record: RunRecord, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every turn, of every checkpoint's two parts, and the size of one."""
+    from saving import Saver
+
     saver = Saver(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
     stream = endless(training)
     waited: list[float] = []
@@ -124,10 +130,8 @@ def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: ar
     text = "\n".join(lines)
     print(text)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text(text + "\n")
         facts = {"preset": args.preset, "share": share, **measured, "machine": machine(engine.device), "commit": provenance()["commit"]}
-        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        keep((args.out.with_suffix(".md"), text + "\n"), (args.out.with_suffix(".json"), json.dumps(facts, indent=1) + "\n"))
 
 
 def words(of: Any) -> str:
@@ -135,18 +139,19 @@ def words(of: Any) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What checkpoints cost.", allow_abbrev=False,
-                                     epilog="example: python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100")
-    parser.add_argument("--preset", default="spt-lsa" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    parser.add_argument("--strategy")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar100"))
-    parser.add_argument("--runs-dir", type=Path, help="a folder on the disk to measure (default: the system's for temporary files)")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps a turn (default: 20)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each kind (default: 10)")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="keep PATH.json and PATH.md")
+    parser = Parser("python benchmarks/checkpoint_cost.py", "What checkpoints cost: seconds of waiting and of writing, share of the time.",
+                    example="python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100")
+    add_data(parser, source=False)
+    settings = add_settings(parser, "spt-lsa" if visible_gpus() else "cpu")
+    settings.add_argument("--strategy", metavar="NAME", help="how processes share the work (default: the preset's, else zero)")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--steps", type=at_least_one, default=20, metavar="N", help="optimiser steps of a turn (default: %(default)s)")
+    how.add_argument("--rounds", type=at_least_one, default=10, metavar="N", help="turns of each kind (default: %(default)s)")
+    how.add_argument("--runs-dir", type=Path, metavar="DIR", help="a folder on the disk to measure (default: the system's for temporary files)")
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: nowhere)")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_sentence(main))

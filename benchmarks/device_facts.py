@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch
-
+from benchmarks.options import keep
 from benchmarks.peaks import data_sheet, measured_flops
 from benchmarks.timing import machine
+from command_line import Parser
+
+if TYPE_CHECKING:
+    import torch
 
 
 def gpu_facts() -> dict[str, Any]:
+    import torch
+
     device = torch.device("cuda", 0)
     properties = torch.cuda.get_device_properties(device)
     bf16 = torch.cuda.is_bf16_supported()
@@ -50,6 +56,8 @@ def driver() -> str:
 
 def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
     """Bytes a second, the best of five copies."""
+    import torch
+
     source, target = torch.empty(num_bytes, dtype=torch.uint8).pin_memory(), torch.empty(num_bytes, dtype=torch.uint8, device=device)
     best = float("inf")
     for _ in range(5):
@@ -62,7 +70,11 @@ def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
 
 
 def main() -> None:
-    import os
+    parser = Parser("python benchmarks/device_facts.py FILE", "What this machine computes with, and how fast: one small JSON.",
+                    example="python benchmarks/device_facts.py device.json")
+    parser.add_argument("file", type=Path, metavar="FILE", help="what to write")
+    args = parser.parse_args()
+    import torch  # after the arguments, so that --help answers at once
 
     gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     where = machine(torch.device("cpu"))
@@ -71,7 +83,7 @@ def main() -> None:
         facts = {**facts, **gpu_facts()}
     else:
         facts["matrix products, fp32"] = f"{measured_flops(torch.device('cpu'), bf16=False) / 1e12:.3g} TFLOP/s"
-    Path(sys.argv[1]).write_text(json.dumps(facts, indent=1) + "\n")
+    keep((args.file, json.dumps(facts, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

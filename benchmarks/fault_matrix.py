@@ -28,7 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.faults import FAULTS, Round, TooLate, small_disk
+from benchmarks.options import keep, some_of
 from checkpoint import UNFINISHED
+from command_line import Parser, at_least_one
 from prepare_dataset import prepare
 from run_record import RunRecord, provenance
 
@@ -107,9 +109,7 @@ def difference(record: RunRecord, undisturbed: RunRecord) -> str | None:
 
 def main() -> int:
     args = parse_arguments()
-    faults = args.faults.split(",") if args.faults else list(FAULTS)
-    if unknown := set(faults) - set(FAULTS):
-        raise SystemExit(f"unknown fault {unknown.pop()} (known: {', '.join(FAULTS)})")
+    faults = args.faults
     work = Path(tempfile.mkdtemp(prefix="faults-"))
     words = make_scene(work)
     undisturbed, seconds, operations = run_undisturbed(work, words)
@@ -128,7 +128,7 @@ def main() -> int:
     table = as_table(outcomes)
     print(table)
     if args.out:
-        keep(args.out, table, outcomes, time.monotonic() - began)
+        keep_table(args.out, table, outcomes, time.monotonic() - began)
     lost = any(outcome.lost for outcome in outcomes)
     if lost:
         print(f"what the lost rounds left is in {work}")
@@ -180,33 +180,35 @@ def as_table(outcomes: list[Outcome]) -> str:
     return "\n".join([*lines, f"| all | | {len(outcomes)} | {len(outcomes) - lost} | {lost} | {half} |"])
 
 
-def keep(out: Path, table: str, outcomes: list[Outcome], seconds: float) -> None:
+def keep_table(out: Path, table: str, outcomes: list[Outcome], seconds: float) -> None:
     """Write `out`.json and `out`.md."""
     facts = {key: value for key, value in provenance().items() if key != "command"}
-    out.parent.mkdir(parents=True, exist_ok=True)
     content = {**facts, "command": "python benchmarks/fault_matrix.py", "rounds": len(outcomes), "seconds": round(seconds),
                "outcomes": [vars(outcome) for outcome in outcomes]}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    out.with_suffix(".md").write_text(f"""# {len(outcomes)} rounds of faults
+    text = f"""# {len(outcomes)} rounds of faults
 
 A run of 30 steps is brought down by a fault at a random moment, and the same command is started again. *Survived*: the final
 weights and every number of `metrics.jsonl` are those of the run that nothing disturbed, bit for bit. One CPU process, ZeRO stage
 1, a checkpoint every 2 steps, commit {facts['commit'][:7]}, made with `benchmarks/fault_matrix.py --rounds {len(outcomes)}`.
 
 {table}
-""")
+"""
+    keep((out.with_suffix(".json"), json.dumps(content, indent=1) + "\n"), (out.with_suffix(".md"), text))
     print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.md')}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Faults at random moments of a run: does it end with the same bits?", allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="faults:\n" + "\n".join(f"  {name:14} {fault.__doc__}" for name, fault in FAULTS.items()))
-    parser.add_argument("--rounds", type=int, help="how many in all, the faults taking turns (default: two of each)")
-    parser.add_argument("--faults", help="only these, separated by commas")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="rounds at once (default: one a core)")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="keep PATH.json and PATH.md")
+    parser = Parser("python benchmarks/fault_matrix.py", "Faults at random moments of a run: does it end with the same bits?",
+                    example="python benchmarks/fault_matrix.py --rounds 5 --faults killed-saving,cut",
+                    notes="faults:\n" + "\n".join(f"  {name:14} {fault.__doc__}" for name, fault in FAULTS.items()))
+    what = parser.add_argument_group("what strikes")
+    what.add_argument("--faults", type=some_of("fault", FAULTS), default=",".join(FAULTS), metavar="A,B", help="of those below (default: all)")
+    what.add_argument("--rounds", type=at_least_one, metavar="N", help="how many in all, the faults taking turns (default: two of each)")
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
+    how = parser.add_argument_group("how it is done")
+    how.add_argument("--at-once", type=at_least_one, default=os.cpu_count(), metavar="N", help="rounds at once (default: one a core)")
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: nowhere)")
     return parser.parse_args()
 
 

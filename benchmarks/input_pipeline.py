@@ -28,13 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.loaders import JOBS, OPTIONAL, OURS, Task, Unavailable, loaders
+from benchmarks.input_tasks import JOBS, OPTIONAL, OURS, PEERS, Task, Unavailable
+from benchmarks.options import add_data, add_reports, keep, some_of
 from benchmarks.timing import SETTLE_SECONDS, Spread, alternate, available_cores, cpu_seconds, machine, ratios, spread
+from command_line import Parser, at_least_one, in_one_sentence
 from dataset import Dataset, DatasetError
-from settings import unknown
+from runner import visible_gpus
 
 TOLERANCE = 0.1  # between the mean (and standard deviation) of a loader's output and ours, for a job without RandAugment
 
@@ -118,7 +118,7 @@ def unlike(job: dict[str, Any]) -> list[str]:
 
 def judge(goal: Goal, report: dict[str, Any]) -> dict[str, Any] | None:
     """Whether the fastest of ours reaches a goal; None for a goal of another device or job."""
-    if goal.device != torch.device(report["settings"]["device"]).type or goal.job not in report["jobs"]:
+    if goal.device != report["settings"]["device"].partition(":")[0] or goal.job not in report["jobs"]:
         return None
     job = report["jobs"][goal.job]
     speeds = {name: spread(facts["images_per_second"]).median for name, facts in job["loaders"].items() if name in OURS}
@@ -201,35 +201,35 @@ def note(text: str) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    names = list(loaders())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar100"), help="prepared dataset (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, help="at most so many images an epoch")
-    parser.add_argument("--turn-seconds", type=float, default=1.0, help="a turn has as many epochs as last this long (%(default)s)")
-    parser.add_argument("--loaders", default=",".join(name for name in names if name not in OPTIONAL), help=f"some of {','.join(names)}")
-    parser.add_argument("--jobs", default=",".join(JOBS), help="%(default)s")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="threads or workers of each loader (the cores: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ffcv-python", help="Python that has FFCV; default: this one")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
-    options = parser.parse_args(arguments)
-    for kind, known in (("loaders", names), ("jobs", list(JOBS))):
-        chosen = [name for name in getattr(options, kind).split(",") if name]
-        for name in chosen:
-            if name not in known:
-                parser.error(f"--{kind}: {unknown(kind[:-1], name, known)}")
-        setattr(options, kind, [name for name in known if name in chosen])
-    for name in ("batch_size", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return options
+    names = [*OURS, *PEERS, *OPTIONAL]
+    parser = Parser("python benchmarks/input_pipeline.py", "Images a second and CPU time an image: our input pipeline and its peers.",
+                    example="python benchmarks/input_pipeline.py\n"
+                            "python benchmarks/input_pipeline.py --loaders tensor,resident,memory --images 10240 --rounds 3",
+                    notes="jobs:\n" + "\n".join(f"  {name:14} {job}" for name, job in JOBS.items()))
+    data = add_data(parser, source=False)
+    data.add_argument("--images", type=at_least_one, metavar="N", help="images of an epoch at most (default: all)")
+    data.add_argument("--batch-size", type=at_least_one, default=512, metavar="N", help="images of a batch (default: %(default)s)")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--loaders", type=some_of("loader", names), default=",".join([*OURS, *PEERS]), metavar="A,B",
+                      help=f"of {', '.join(names)} (default: all but the last)")
+    what.add_argument("--jobs", type=some_of("job", JOBS), default=",".join(JOBS), metavar="A,B", help="of those below (default: both)")
+    what.add_argument("--ffcv-python", metavar="FILE", help="a Python that has FFCV (default: this one)")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--device", default="cuda" if visible_gpus() else "cpu", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU)")
+    how.add_argument("--threads", type=at_least_one, default=available_cores(), metavar="N",
+                     help="threads or workers of each loader (default: the cores, here %(default)s)")
+    how.add_argument("--rounds", type=at_least_one, default=5, metavar="N", help="turns of each loader (default: %(default)s)")
+    how.add_argument("--turn-seconds", type=float, default=1.0, metavar="S", help="a turn has epochs for so many seconds (default: %(default)s)")
+    add_reports(parser)
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what was asked for. Raises DatasetError when the dataset does not allow it."""
+    import torch
+
+    from benchmarks.loaders import loaders
+
     dataset, device = Dataset.open(options.data_dir), torch.device(options.device)
     if dataset.image_side is None:
         raise DatasetError(f"the images of {dataset.folder} differ in size; the peers need one size")
@@ -256,17 +256,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        report = run(options)
-    except DatasetError as error:
-        print(f"input_pipeline: {error}", file=sys.stderr)
-        return 1
+    return in_one_sentence(lambda: measure_and_report(options))
+
+
+def measure_and_report(options: argparse.Namespace) -> None:
+    report = run(options)
     print(as_text(report))
-    for path, text in ((options.json, json.dumps(report, indent=2) + "\n"), (options.markdown, as_markdown(report))):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-    return 0
+    keep((options.json, json.dumps(report, indent=2) + "\n"), (options.markdown, as_markdown(report)))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from benchmarks.exchange import Exchange
-from parallel.topologies import rounds_of
+if TYPE_CHECKING:
+    from benchmarks.exchange import Exchange
 
 # Rounds of the ring, and what each process sends in all of them as a share of the payload, for k processes.
 RING: dict[str, Callable[[int], tuple[int, float]]] = {
@@ -72,6 +73,8 @@ class Layout:
     def rounds(self) -> list[list[list[int]]]:
         """The groups that share gradients or weights, for each step of a period."""
         if self.topology:
+            from parallel.topologies import rounds_of
+
             return rounds_of(self.topology, self.processes, self.per_host)
         replicas = self.processes // self.stages
         return [[list(range(stage * replicas, (stage + 1) * replicas)) for stage in range(self.stages)]]

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +26,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data import Dataset as TorchDataset
 
+from benchmarks.input_tasks import OURS, PADDING, Task, Unavailable
 from benchmarks.timing import Look, Window, consume
-from dali_pipeline import SOURCES, Batches
+from dali_pipeline import Batches
 from dataset import Dataset, DatasetError
 from settings import AugmentationSettings, SettingsError
 
-PADDING = 4
-JOBS = {"crop": f"crop {PADDING} + flip + normalise", "rand_augment": f"crop {PADDING} + flip + RandAugment(2, 9) + normalise"}
 FFCV_PEER = Path(__file__).with_name("ffcv_peer.py")
-
-
-class Unavailable(Exception):
-    """A loader cannot run here, or cannot do this job; the message says why."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every loader is asked to do."""
-
-    job: str
-    batch_size: int
-    num_batches: int  # an epoch
-    threads: int  # or worker processes
-    device: torch.device
 
 
 class InProcess:
@@ -256,7 +240,7 @@ def memory(dataset: Dataset, task: Task) -> PerSample:
 
 
 def loaders(ffcv_python: str | None = None) -> dict[str, Callable[[Dataset, Task], InProcess | Ffcv]]:
-    """Every loader by name, ours first; `OURS` names those."""
+    """Every loader by name, in the order of `input_tasks`: ours, the peers, the optional ones."""
     python = ffcv_python or sys.executable
 
     def ours(source: str) -> Callable[[Dataset, Task], Ours]:
@@ -271,10 +255,5 @@ def loaders(ffcv_python: str | None = None) -> dict[str, Callable[[Dataset, Task
         "memory": memory,
         "whole_batch": WholeBatch,
         "ffcv": ffcv(channels_last=False),
-        # Cheaper, but not the same work: the images come with their channels last in memory. Runs only where asked for.
         "ffcv_channels_last": ffcv(channels_last=True),
     }
-
-
-OURS = tuple(source for source in SOURCES if source != "auto")
-OPTIONAL = ("ffcv_channels_last",)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.timing import synchronise
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Peak(NamedTuple):
@@ -65,6 +66,8 @@ def _inside_another_number(part: str, words: str) -> bool:
 
 def peak_flops(device: torch.device, bf16: bool) -> tuple[float | None, str]:
     """Operations a second that the arithmetic of a run could reach on paper, and where that is written."""
+    import torch
+
     if device.type != "cuda":
         return None, "no data sheet for a CPU"
     entry = data_sheet(torch.cuda.get_device_name(device))
@@ -78,6 +81,8 @@ def peak_flops(device: torch.device, bf16: bool) -> tuple[float | None, str]:
 
 def measured_flops(device: torch.device, bf16: bool, seconds: float = 1.0) -> float:
     """Operations a second of the best of several products of large square matrices, in about so many seconds."""
+    import torch
+
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
     best, deadline = float("inf"), time.perf_counter() + seconds

@@ -37,6 +37,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
+from benchmarks.options import add_reports, keep, several  # noqa: E402
+from command_line import Parser, at_least_one  # noqa: E402
 
 KINDS = {  # name: matchmaking and request seconds
     "torchft": (0.0, 0.0),
@@ -210,29 +212,35 @@ def middle(values: list[float | None]) -> str:
     return text if len(found) == len(values) else f"{text}; not at all in {len(values) - len(found)} of {len(values)}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--systems", type=lambda text: text.split(";"), default=list(KINDS), help=f"of {'; '.join(KINDS)} (default: all)")
-    parser.add_argument("--hivemind-python", type=Path, help="a Python that has hivemind")
-    parser.add_argument("--parameters", type=int, default=4_417_608, help="of the network (default: those of the preset spt-lsa)")
-    parser.add_argument("--step-seconds", type=float, default=1.0, help="of training between two exchanges (default: 1)")
-    parser.add_argument("--pairs", type=lambda text: [int(size) for size in text.split(",")], default=[2, 3], help="numbers of peers (default: 2,3)")
-    parser.add_argument("--rounds", type=int, default=10, help="exchanges a peer that count (default: 10)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of every system (default: 3)")
-    parser.add_argument("--no-churn", action="store_true", help="the steady scenes only")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("python benchmarks/peer_averaging.py", "Averaging over peers that die and come late: ours (torchft) against hivemind's.",
+                    example="python benchmarks/peer_averaging.py --systems torchft --rounds 5 --pairs 2")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--systems", type=lambda text: text.split(";"), default=list(KINDS), metavar="A;B",
+                      help=f"of {'; '.join(KINDS)} (default: all)")
+    what.add_argument("--hivemind-python", type=Path, metavar="FILE", help="a Python that has hivemind (default: none, for --systems torchft)")
+    what.add_argument("--pairs", type=several(int), default="2,3", metavar="N,M", help="numbers of peers (default: %(default)s)")
+    what.add_argument("--no-churn", action="store_true", help="the steady scenes only")
+    work = parser.add_argument_group("what the peers do")
+    work.add_argument("--parameters", type=at_least_one, default=4_417_608, metavar="N", help="of the network (default: those of the preset spt-lsa)")
+    work.add_argument("--step-seconds", type=float, default=1.0, metavar="S", help="seconds of training between two exchanges (default: 1)")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--rounds", type=at_least_one, default=10, metavar="N", help="exchanges a peer that count (default: %(default)s)")
+    how.add_argument("--repeats", type=at_least_one, default=3, metavar="N", help="turns of every system (default: %(default)s)")
+    add_reports(parser)
     options = parser.parse_args()
     if not set(options.systems) <= set(KINDS):
         parser.error(f"--systems {';'.join(options.systems)}: known are {'; '.join(KINDS)}")
     if options.systems != ["torchft"] and not options.hivemind_python:
-        parser.error("--hivemind-python PATH names the Python that has hivemind; without one, --systems torchft")
+        parser.error("--hivemind-python FILE names the Python that has hivemind; without one, --systems torchft")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
     report = run(options)
     print("\n" + as_markdown(report))
-    for path, text in ((options.json, json.dumps(report, indent=2) + "\n"), (options.markdown, as_markdown(report))):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+    keep((options.json, json.dumps(report, indent=2) + "\n"), (options.markdown, as_markdown(report)))
     return 0
 
 

@@ -11,7 +11,6 @@ three forward passes. The utilisation of each recipe is a guess to be replaced b
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command_line import Parser, in_one_sentence  # noqa: E402
 from question import cost  # noqa: E402
 from settings import SettingsError, preset_names, resolve, unknown  # noqa: E402
 
@@ -138,9 +138,10 @@ def update(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each recipe costs, before it is run.")
+    parser = Parser("python benchmarks/plan.py [PRESET ...]", "What each recipe costs, before it is run.",
+                    example="python benchmarks/plan.py speedrun --peak 312")
     parser.add_argument("recipes", nargs="*", metavar="PRESET", help=f"of {', '.join(preset_names())} (default: all)")
-    parser.add_argument("--peak", type=float, default=PEAK, metavar="TFLOPS", help=f"of the GPU in bf16, in TFLOP/s (default: an H200's {PEAK:g})")
+    parser.add_argument("--peak", type=float, default=PEAK, metavar="TFLOPS", help=f"TFLOP/s of the GPU in bf16 (default: an H200's {PEAK:g})")
     parser.add_argument("--update", action="store_true", help=f"write the table into {DOCUMENT.relative_to(ROOT)}")
     args = parser.parse_args()
     if args.update:
@@ -150,7 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SettingsError as error:
-        raise SystemExit(f"error: {error}") from None
+    sys.exit(in_one_sentence(main))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 PARTS = ("data", "forward", "loss", "backward", "clip and exchange", "optimiser", "rest")
 
@@ -37,6 +38,8 @@ class Marks:
     def _now(self) -> Any:
         if not self.on_gpu:
             return time.perf_counter()
+        import torch
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -44,6 +47,8 @@ class Marks:
     def seconds(self) -> dict[str, float]:
         """Of each part; what follows the last mark is not counted."""
         if self.on_gpu:
+            import torch
+
             torch.cuda.synchronize()
         total = dict.fromkeys(PARTS, 0.0)
         for (part, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):

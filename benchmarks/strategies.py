@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import strategy_report
 from benchmarks.groups import Failed, Fresh, Start, device_environment, run_group
 from benchmarks.links import Link
+from benchmarks.options import add_data, add_settings, keep, several, some_of
 from benchmarks.timing import alternate, available_cores, machine, ratios
+from command_line import Parser, at_least_one, in_one_sentence
 from dataset import Dataset, DatasetError
-from parallel import engine_class
-from parallel.topologies import rounds_of
 from run_record import provenance
 from runner import visible_gpus, without_paths
-from settings import ParallelSettings, Settings, SettingsError, resolve, unknown
+from settings import ParallelSettings, Settings, SettingsError, resolve
 
 WORKER = "benchmarks/strategy_worker.py"
 ONE_PROCESS = "one process"  # plain PyTorch: what all others are compared with
@@ -85,11 +85,15 @@ class Row:
     @property
     def period(self) -> int:
         """Steps after which the same exchanges come again."""
+        from parallel.topologies import rounds_of
+
         rounds = len(rounds_of(self.topology, self.processes, self.processes)) if self.topology else 1
         return self._setting("local_steps", rounds)
 
     def _setting(self, name: str, otherwise: Any) -> Any:
         """A setting of `[parallel]` where the strategy has one of this name."""
+        from parallel import engine_class
+
         return getattr(self.settings.parallel, name) if name in engine_class(self.case.strategy).honours else otherwise
 
 
@@ -110,6 +114,8 @@ def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
 
 def concerns(override: str, strategy: str) -> bool:
     """Whether a `--set` is for this strategy: `parallel.stages` is for the pipeline's row only, which would be refused by the others."""
+    from parallel import engine_class
+
     group, _, name = override.partition("=")[0].strip().partition(".")
     if group == "parallel" and name in {field.name for field in fields(ParallelSettings)}:
         return name in engine_class(strategy).honours
@@ -201,38 +207,29 @@ def note(text: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpus = len(visible_gpus())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar100"), help="prepared dataset (%(default)s)")
-    parser.add_argument("--source", default="auto", help="as for train.py (%(default)s)")
-    parser.add_argument("--preset", default="spt-lsa" if gpus else "cpu", help="settings to start from (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting of all rows that it concerns")
-    parser.add_argument("--strategies", default=",".join(CASES), help="some of: %(default)s (dp needs two GPUs)")
-    parser.add_argument("--processes", default=f"1,{gpus if gpus > 1 else 2}" if gpus != 1 else "1", help="numbers of processes (%(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="optimiser steps a measurement (%(default)s)")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before them (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each row (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of each process on a CPU (default: the cores by the most processes)")
-    parser.add_argument("--limit-seconds", type=float, default=600, help="of one measurement (%(default)s)")
-    parser.add_argument("--hosts", default="2,4,8,16", help="of the projection (%(default)s)")
-    parser.add_argument("--link-gbps", default="1,10", help="Gbit/s between hosts, of the projection (%(default)s)")
-    parser.add_argument("--link-latency-us", type=float, default=50.0, help="microseconds of a message between hosts (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report and its pictures here")
+    parser = Parser("python benchmarks/strategies.py", "Where an epoch's seconds go under every strategy, and what more hosts would do.",
+                    example='python benchmarks/strategies.py --out results/strategies\n'
+                            'python benchmarks/strategies.py --strategies "ddp,zero 1" --steps 8 --rounds 1')
+    add_data(parser)
+    add_settings(parser, "spt-lsa" if gpus else "cpu")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--strategies", type=some_of("strategy", CASES), default=",".join(CASES), metavar="A,B",
+                      help=f"of {', '.join(CASES)} (default: all; dp needs two GPUs)")
+    what.add_argument("--processes", type=several(int), default=f"1,{gpus if gpus > 1 else 2}" if gpus != 1 else "1", metavar="N,M",
+                      help="numbers of processes (default: one and all GPUs; without a GPU 1,2)")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--steps", type=at_least_one, default=64, metavar="N", help="optimiser steps of a measurement (default: %(default)s)")
+    how.add_argument("--warm-up", type=at_least_one, default=5, metavar="N", help="steps before them (default: %(default)s)")
+    how.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="measurements of each row (default: %(default)s)")
+    how.add_argument("--threads", type=at_least_one, metavar="N", help="of each process on a CPU (default: the cores by the most processes)")
+    how.add_argument("--limit-seconds", type=float, default=600, metavar="S", help="seconds that a measurement may take (default: %(default)s)")
+    more = parser.add_argument_group("projection to more hosts")
+    more.add_argument("--hosts", type=several(int), default="2,4,8,16", metavar="N,M", help="numbers of hosts (default: %(default)s)")
+    more.add_argument("--link-gbps", type=several(float), default="1,10", metavar="X,Y", help="Gbit/s between hosts (default: %(default)s)")
+    more.add_argument("--link-latency-us", type=float, default=50.0, metavar="US", help="microseconds of a message between hosts (default: 50)")
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument("--out", type=Path, metavar="DIR", help="write the report and its pictures here (default: nowhere)")
     options = parser.parse_args(arguments)
-    options.strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
-    for name in options.strategies:
-        if name not in CASES:
-            parser.error(f"--strategies: {unknown('strategy', name, list(CASES))}")
-    for flag, form in (("processes", int), ("hosts", int), ("link_gbps", float)):
-        try:
-            values = sorted({form(text) for text in getattr(options, flag).split(",")})
-        except ValueError:
-            values = [0]
-        if values[0] <= 0:
-            parser.error(f"--{flag.replace('_', '-')}: give numbers above 0, such as 1,2, not {getattr(options, flag)}")
-        setattr(options, flag, values)
-    for flag in ("steps", "warm_up", "rounds"):
-        if getattr(options, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
     if gpus and max(options.processes) > gpus:
         parser.error(f"--processes: there are {gpus} GPUs, and each process needs one of its own")
     options.links = [Link(gigabits, 1e-6 * options.link_latency_us) for gigabits in options.link_gbps]
@@ -241,18 +238,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, start: Start = Fresh) -> int:
     options = parse_arguments(arguments)
-    try:
-        report = run(options, start)
-    except (SettingsError, DatasetError) as error:
-        note(f"strategies: {error}")
-        return 1
+    return in_one_sentence(lambda: measure_and_report(options, start))
+
+
+def measure_and_report(options: argparse.Namespace, start: Start) -> int:
+    """Returns the exit code: 1 when every row failed."""
+    report = run(options, start)
     print(strategy_report.as_text(report))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "strategies.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.out / "strategies.md").write_text(strategy_report.as_markdown(report))
+        keep((options.out / "strategies.json", json.dumps(report, indent=1) + "\n"),
+             (options.out / "strategies.md", strategy_report.as_markdown(report)))
         strategy_report.draw(report, options.out)
-    return 1 if all(row["failed"] for row in report["rows"]) else 0
+    return int(all(row["failed"] for row in report["rows"]))
 
 
 if __name__ == "__main__":

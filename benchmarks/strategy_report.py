@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import tables
-from benchmarks.exchange import Exchange
 from benchmarks.links import Layout, Link, project, sent_by_process
 from benchmarks.timing import Spread, spread
 from settings import SettingsError
+
+if TYPE_CHECKING:
+    from benchmarks.exchange import Exchange
 
 Report = dict[str, Any]
 COLUMNS = ["strategy", "processes", "data s", "training s", "communication s", "running s", "images/s", "speed-up", "MiB a process",
@@ -33,6 +35,8 @@ def running_spread(row: Report) -> Spread:
 
 
 def exchanges_of(row: Report) -> list[Exchange]:
+    from benchmarks.exchange import Exchange
+
     return [Exchange(**facts) for facts in row["exchanges"]]
 
 

@@ -3,6 +3,8 @@
 Loaders or programs that are compared take turns (A B C, A B C, ...), so that a slow moment of the machine meets all of
 them, and a ratio is taken round by round between neighbours. Beside the wall clock stands the CPU time of the process with
 all its threads and of its living descendants, which other programs on the machine disturb far less.
+
+PyTorch is imported where it is used, so that the `--help` of a benchmark answers at once.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dataset_decode import available_cores
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 # Batches at the start of a turn that the wall clock leaves out. Some loaders have a few ready from the turn before, others
@@ -60,6 +63,8 @@ def alternate(turns: dict[str, Callable[[], T]], rounds: int, report: Callable[[
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was asked to."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
 
 
@@ -95,11 +100,15 @@ class Look:
     """Whether batches are what was asked for, and the mean and the standard deviation of their numbers."""
 
     def __init__(self, batch_size: int, side: int, device: torch.device):
+        import torch
+
         self.shape, self.device, self.batches = (batch_size, 3, side, side), device, 0
         self.total = self.squares = torch.zeros((), device=device)
 
     def at(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Raises ValueError for another shape, kind of number or device."""
+        import torch
+
         for tensor, shape, dtype in ((images, self.shape, torch.float32), (labels, self.shape[:1], torch.int64)):
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != self.device.type:
                 raise ValueError(f"a loader yielded {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
@@ -149,6 +158,8 @@ def version_of(package: str) -> str | None:
 
 def machine(device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, object]:
     """Where and with what something was measured."""
+    import torch
+
     versions = {package: version_of(package) for package in packages}
     return {
         "cpu": _cpu_model(),

@@ -25,22 +25,21 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import step_report
-from benchmarks.contenders import serve
 from benchmarks.groups import Failed, device_environment, free_port
+from benchmarks.options import add_data, add_reports, add_settings, keep, some_of
 from benchmarks.peaks import measured_flops, peak_flops
-from benchmarks.step_peers import PEERS
 from benchmarks.strategies import CASES, concerns
 from benchmarks.timing import alternate, available_cores, machine
+from command_line import Parser, at_least_one, in_one_sentence
 from dataset import Dataset, DatasetError
 from run_record import provenance
 from runner import visible_gpus, without_paths
-from settings import Settings, SettingsError, resolve, unknown
+from settings import Settings, SettingsError, resolve, table_names
 
 STRATEGIES = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp")
 
@@ -61,6 +60,8 @@ class Contender:
 
     def start(self, context: Any) -> None:
         """Begin its processes, which make their networks meanwhile."""
+        from benchmarks.contenders import serve
+
         options = self.options
         try:
             request = {"name": self.name, "settings": self.settings().as_dict(), "data_dir": str(options.data_dir.resolve()),
@@ -87,10 +88,9 @@ class Contender:
     def settings(self) -> Settings:
         """Raises SettingsError for a preset or a setting that does not exist."""
         case, options = CASES.get(self.name, CASES["ddp"]), self.options
-        known = {field.name for field in fields(Settings)}
-        compiling = [f"compile={'on' if self.compiled else 'off'}"] if "compile" in known or (self.compiled and self.name not in PEERS) else []
         chosen = [override for override in options.set if concerns(override, case.strategy)]
-        return resolve(options.preset, [*chosen, *case.overrides, f"bf16.enabled={str(self.bf16).lower()}", *compiling], strategy=case.strategy)
+        ours = [f"bf16.enabled={str(self.bf16).lower()}", f"compile={'on' if self.compiled else 'off'}"]
+        return resolve(options.preset, [*chosen, *case.overrides, *ours], strategy=case.strategy)
 
     def ask(self, what: str, count: int) -> list[dict[str, Any]]:
         """The answers of all its processes; an empty list where it is left out."""
@@ -234,39 +234,36 @@ def note(text: str) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    gpus, peers = len(visible_gpus()), [name for name in PEERS if "," not in name]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--data-dir", type=Path, default=Path("data/cifar100"), help="prepared dataset (%(default)s)")
-    parser.add_argument("--source", default="auto", help="as for train.py (%(default)s)")
-    parser.add_argument("--synthetic", action="store_true", help="one batch of noise on the device instead of the data")
-    parser.add_argument("--preset", default="spt-lsa" if gpus else "cpu", help="settings to start from (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting")
-    parser.add_argument("--batch", type=int, help="images of a global batch (default: the preset's)")
-    parser.add_argument("--strategies", default="ddp,zero 1", help=f"some of {','.join(STRATEGIES)} (%(default)s)")
-    parser.add_argument("--peers", default=",".join(peers),
-                        help="some of %(default)s, or none; bare brings its bf16 form along")
-    parser.add_argument("--precision", default="bf16" if gpus else "fp32", help="fp32, bf16 or both: fp32,bf16 (%(default)s)")
-    parser.add_argument("--compile", default="off", choices=["off", "on", "both"], help="torch.compile (%(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="of each contender (%(default)s)")
-    parser.add_argument("--steps", type=int, default=50 if gpus else 10, help="a turn (%(default)s)")
-    parser.add_argument("--warm-up", type=int, default=20 if gpus else 3, help="steps of each contender that do not count (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7 if gpus else 5, help="turns of each (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of each process on a CPU (default: the cores by the processes)")
-    parser.add_argument("--limit-seconds", type=float, default=300, help="of a turn, or of a warm-up (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    gpus = len(visible_gpus())
+    peers = [name for name in table_names("benchmarks/step_peers.py", "PEERS") if "," not in name]
+    parser = Parser("python benchmarks/training_step.py",
+                    "What a training step costs: images a second, share of the peak, milliseconds by part; against a bare loop, timm, Lightning.",
+                    example='python benchmarks/training_step.py --preset spt-lsa --precision fp32,bf16 --compile both --json step.json\n'
+                            'python benchmarks/training_step.py --strategies "zero 1" --peers bare --steps 20 --synthetic')
+    data = add_data(parser)
+    data.add_argument("--synthetic", action="store_true", help="one batch of noise on the device instead of the data")
+    settings = add_settings(parser, "spt-lsa" if gpus else "cpu")
+    settings.add_argument("--batch", type=at_least_one, metavar="N", help="images of a global batch (default: the preset's)")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--strategies", type=some_of("strategy", STRATEGIES, none=True), default="ddp,zero 1", metavar="A,B",
+                      help=f"of {', '.join(STRATEGIES)}, or none (default: %(default)s)")
+    what.add_argument("--peers", type=some_of("peer", peers, none=True), default=",".join(peers), metavar="A,B",
+                      help=f"of {', '.join(peers)}, or none; bare brings its bf16 form along (default: all)")
+    what.add_argument("--precision", type=some_of("precision", ("fp32", "bf16")), default="bf16" if gpus else "fp32", metavar="A,B",
+                      help="fp32, bf16 or both: fp32,bf16 (default: bf16 on a GPU, else fp32)")
+    what.add_argument("--compile", default="off", choices=["off", "on", "both"], help="torch.compile (default: off)")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--processes", type=at_least_one, default=1, metavar="N", help="of each contender (default: 1)")
+    how.add_argument("--steps", type=at_least_one, default=50 if gpus else 10, metavar="N", help="of a turn (default: 50 on a GPU, else 10)")
+    how.add_argument("--warm-up", type=at_least_one, default=20 if gpus else 3, metavar="N",
+                     help="steps of each contender that do not count (default: 20 on a GPU, else 3)")
+    how.add_argument("--rounds", type=at_least_one, default=7 if gpus else 5, metavar="N", help="turns of each (default: 7 on a GPU, else 5)")
+    how.add_argument("--threads", type=at_least_one, metavar="N", help="of each process on a CPU (default: the cores by the processes)")
+    how.add_argument("--limit-seconds", type=float, default=300, metavar="S", help="seconds that a turn or a warm-up may take (default: 300)")
+    add_reports(parser)
     options = parser.parse_args(arguments)
-    for flag, known in (("strategies", STRATEGIES), ("peers", [*peers, "none"]), ("precision", ("fp32", "bf16"))):
-        chosen = [name.strip() for name in getattr(options, flag).split(",") if name.strip()]
-        for name in chosen:
-            if name not in known:
-                parser.error(f"--{flag}: {unknown(flag, name, list(known))}")
-        setattr(options, flag, [name for name in known if name in chosen and name != "none"])
-    for flag in ("steps", "warm_up", "rounds", "processes"):
-        if getattr(options, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
     if not options.strategies + options.peers:
-        parser.error("there is nothing to measure: --strategies and --peers are empty")
+        parser.error("there is nothing to measure: --strategies and --peers are both none")
     if "bare" in options.peers:
         options.peers.insert(options.peers.index("bare") + 1, "bare, bf16 weights")
     options.precision = [name == "bf16" for name in options.precision]
@@ -280,17 +277,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, context: Any = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        report = run(options, context or multiprocessing.get_context("spawn"))
-    except (SettingsError, DatasetError) as error:
-        note(f"training_step: {error}")
-        return 1
+    return in_one_sentence(lambda: measure_and_report(options, context or multiprocessing.get_context("spawn")))
+
+
+def measure_and_report(options: argparse.Namespace, context: Any) -> int:
+    """Returns the exit code: 1 when no contender could run."""
+    report = run(options, context)
     print(step_report.as_text(report))
-    for path, text in ((options.json, json.dumps(report, indent=1) + "\n"), (options.markdown, step_report.as_markdown(report))):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-    return 1 if all(row["left_out"] for row in report["rows"]) else 0
+    keep((options.json, json.dumps(report, indent=1) + "\n"), (options.markdown, step_report.as_markdown(report)))
+    return int(all(row["left_out"] for row in report["rows"]))
 
 
 if __name__ == "__main__":

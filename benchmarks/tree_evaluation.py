@@ -16,20 +16,23 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from feedforward import FEED_FORWARDS, MLP  # noqa: E402
-from parts import Dimensions, make_part  # noqa: E402
+from benchmarks.options import keep
+from benchmarks.timing import synchronise
+from command_line import Parser, at_least_one
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 TOKENS = 65  # an image of 32 x 32 in patches of 4, and the class token
 
 
 def main() -> None:
     args = parse_arguments()
+    import torch  # after the arguments, so that --help answers at once
+
     devices = args.devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     rows = []
     for device in devices:
@@ -51,12 +54,14 @@ def main() -> None:
                       + f"  {medians['path'] / medians['mask']:11.2f}  {medians['mask'] / medians['mlp']:10.2f}", flush=True)
                 rows.append({"device": name, "dtype": dtype, "images": images, "tokens": TOKENS, "width": args.width, "kind": args.kind,
                              "depth": depth, **facts, "phase": phase, "seconds": times, "median_seconds": medians})
-    if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+    keep((args.json, json.dumps({"torch": torch.__version__, "rounds": args.rounds, "rows": rows}, indent=1) + "\n"))
 
 
 def make_candidates(kind: str, depth: int, width: int) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """The two evaluations of one tree, an MLP with as many neurons, and how many there are and are used."""
+    from feedforward import FEED_FORWARDS, MLP
+    from parts import Dimensions, make_part
+
     dims = Dimensions(num_classes=100, image_side=32, patch=4, width=width, depth=1, heads=1, head_size=64, num_prefix=1, dropout=0.0)
     mask, path = (make_part(FEED_FORWARDS, "feed_forward", kind, dims, {"depth": depth, "evaluation": how}) for how in ("mask", "path"))
     path.load_state_dict(mask.state_dict())
@@ -65,6 +70,8 @@ def make_candidates(kind: str, depth: int, width: int) -> tuple[dict[str, nn.Mod
 
 
 def forward(module: nn.Module, x: Tensor) -> None:
+    import torch
+
     with torch.no_grad():
         module(x)
 
@@ -79,18 +86,13 @@ def take_turns(candidates: dict[str, nn.Module], step: Any, x: Tensor, rounds: i
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds + 1):
         for name, module in candidates.items():
-            synchronise(x)
+            synchronise(x.device)
             start = time.perf_counter()
             step(module, x)
-            synchronise(x)
+            synchronise(x.device)
             if round_:
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def synchronise(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 def show(seconds: list[float]) -> str:
@@ -98,15 +100,19 @@ def show(seconds: list[float]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the two evaluations of feed-forward trees against each other and an MLP.")
-    parser.add_argument("--kind", default="fff", choices=["fff", "fff_fan_out"], help="tree (default: fff)")
-    parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 7, 9, 11], help="steps from root to leaf (default: 3 5 7 9 11)")
-    parser.add_argument("--width", type=int, default=512, help="C (default: 512)")
-    parser.add_argument("--images", type=int, help="a batch (default: 32 on a CPU, 512 on a GPU)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
-    parser.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], help="default: the CPU, and the GPU when there is one")
-    parser.add_argument("--bf16", action="store_true", help="weights and tokens in bfloat16 instead of float32")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time here")
+    parser = Parser("python benchmarks/tree_evaluation.py", "Time the two evaluations of feed-forward trees against each other and an MLP.",
+                    example="python benchmarks/tree_evaluation.py --kind fff_fan_out --depths 2 3 4")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--kind", default="fff", choices=["fff", "fff_fan_out"], help="tree (default: fff)")
+    what.add_argument("--depths", type=at_least_one, nargs="+", default=[3, 5, 7, 9, 11], metavar="N",
+                      help="steps from root to leaf (default: 3 5 7 9 11)")
+    what.add_argument("--width", type=at_least_one, default=512, metavar="N", help="numbers of a token (default: 512)")
+    what.add_argument("--images", type=at_least_one, metavar="N", help=f"of {TOKENS} tokens, in a batch (default: 32 on a CPU, 512 on a GPU)")
+    what.add_argument("--bf16", action="store_true", help="weights and tokens in bfloat16 instead of float32")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], help="where it runs (default: the CPU, and the GPU when there is one)")
+    how.add_argument("--rounds", type=at_least_one, default=5, metavar="N", help="timed turns of each (default: 5)")
+    how.add_argument("--json", type=Path, metavar="FILE", help="write every time here (default: nowhere)")
     return parser.parse_args()
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch  # noqa: F401  a run has it in memory already, so its import is not what TensorBoard costs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.options import keep  # noqa: E402
+from command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
 from reports.data import RunData  # noqa: E402
 from reports.page import write_page  # noqa: E402
 from reports.style import duration  # noqa: E402
@@ -38,12 +39,9 @@ EVERY = 0.01  # seconds between the samples that are timed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What it costs to watch a run.", allow_abbrev=False)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="a run folder: the share of its time that watching took")
-    parser.add_argument("--epochs", type=int, default=100, help="of the run that is reckoned (default: 100)")
-    parser.add_argument("--epoch-seconds", type=float, default=10.0, help="that an epoch of it takes (default: 10)")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    args = parser.parse_args()
+    args = parse_arguments()
+    import torch  # noqa: F401  a run has it in memory already, so its import is not what TensorBoard costs
+
     with tempfile.TemporaryDirectory() as folder:
         pieces = measure(Path(folder), args.epochs)
     times = how_often(args.epochs, args.epochs * args.epoch_seconds, pieces["curves.png"])
@@ -56,8 +54,17 @@ def main() -> None:
     if args.run:
         found["share_of_run"] = share_of(RunRecord(args.run).metrics())
         print(f"{args.run.name}: {100 * found['share_of_run']:.2f}% of its training and evaluation, by its own tracking_seconds")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    keep((args.json, json.dumps(found, indent=1) + "\n"))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("python benchmarks/watching.py", "What it costs to watch a run: CPU time of each piece, and its share.",
+                    example="python benchmarks/watching.py --epochs 100 --epoch-seconds 3.5")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a run folder: the share of its time that watching took (default: none)")
+    parser.add_argument("--epochs", type=at_least_one, default=100, metavar="N", help="of the run that is reckoned (default: 100)")
+    parser.add_argument("--epoch-seconds", type=float, default=10.0, metavar="S", help="seconds that an epoch of it takes (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here (default: nowhere)")
+    return parser.parse_args()
 
 
 def measure(folder: Path, epochs: int) -> dict[str, float]:
@@ -133,4 +140,4 @@ def share_of(metrics: list[dict]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_sentence(main))

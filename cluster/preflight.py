@@ -28,6 +28,7 @@ sys.path.insert(0, str(PROJECT))
 from cluster import checks, hostfile, remote, sync  # noqa: E402
 from cluster.checks import Answer, Problem  # noqa: E402
 from cluster.remote import Host, Unreachable, say  # noqa: E402
+from command_line import Parser  # noqa: E402
 
 EXIT_USAGE, EXIT_PREFLIGHT = 2, 3
 
@@ -185,15 +186,24 @@ def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("python cluster/preflight.py", "Asks all hosts of the hostfile whether training can start, and says what to mend.",
+                    example="python cluster/preflight.py --hostfile hostfile --measure")
+    where = parser.add_argument_group("where it looks")
+    where.add_argument("--hostfile", default=str(PROJECT / "hostfile"), metavar="FILE", help="the hosts and their slots (default: hostfile)")
+    where.add_argument("--python", default=sys.executable, metavar="FILE",
+                       help="the interpreter that trains, at the same path on every host (default: this one)")
+    where.add_argument("--data-dir", type=Path, default=PROJECT / "data" / "cifar100", metavar="DIR",
+                       help="the prepared dataset (default: data/cifar100)")
+    where.add_argument("--runs-dir", type=Path, default=PROJECT / "runs", metavar="DIR", help="where run folders live (default: runs)")
+    more = parser.add_argument_group("what it does besides")
+    more.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
+    more.add_argument("--sync", action="store_true", help="copy code and dataset to the hosts that lack them, and make the environment there")
+    return parser.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--hostfile", default=str(PROJECT / "hostfile"))
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that trains, at the same path on every host (default: this one)")
-    parser.add_argument("--data-dir", type=Path, default=PROJECT / "data" / "cifar100", help="the prepared dataset (default: data/cifar100)")
-    parser.add_argument("--runs-dir", type=Path, default=PROJECT / "runs", help="where run folders live (default: runs)")
-    parser.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
-    parser.add_argument("--sync", action="store_true", help="copy code and dataset to the hosts that lack them, and make the environment there")
-    args = parser.parse_args()
+    args = parse_arguments()
     hosts = hosts_of(args.hostfile)
     began = time.time()
     what = request(args.python, args.data_dir, args.runs_dir, [])

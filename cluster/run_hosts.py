@@ -25,6 +25,7 @@ from cluster.blame import EXIT_STOPPED  # noqa: E402
 from cluster.job import Job, Limits, Outcome, Plan  # noqa: E402
 from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Meeting, Report, hosts_of  # noqa: E402
 from cluster.remote import Host, say  # noqa: E402
+from command_line import Parser  # noqa: E402
 
 SENT = ("NCCL_", "GLOO_", "TP_SOCKET", "TORCH", "PYTORCH_", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_LAUNCH", "CUDA_DEVICE", "HF_", "UCX_", "FI_",
         "OFI_", "MLFLOW", "WANDB_", "TOKENIZERS_", "DALI_", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONFAULT",
@@ -47,16 +48,19 @@ class Stop:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="./launch_distributed_train.sh", allow_abbrev=False,
-                                     description="Train on every machine of the hostfile, over SSH. All other arguments go to train.py.")
+    parser = Parser("./launch_distributed_train.sh", "Train on every machine of the hostfile, over SSH. All other arguments go to train.py.",
+                    example="./launch_distributed_train.sh --preset spt-lsa --restarts 3",
+                    notes="exit code: docs/cluster.md; what train.py takes: python train.py --help")
     parser.add_argument("--hostfile", default=str(PROJECT / "hostfile"), help=argparse.SUPPRESS)
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="after a failure start again from the last checkpoint, N times at most; "
-                        "without a host that stays away (default: 0)")
-    parser.add_argument("--check", action="store_true", help="look at all hosts and start nothing")
-    parser.add_argument("--sync", action="store_true", help="first copy code and dataset to the hosts that lack them, and make the environment there")
-    parser.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts, before the start")
-    parser.add_argument("--hang-seconds", type=float, default=50, metavar="S", help="give up when a rank waits this long for the others; "
-                        "raise it where writing a checkpoint takes longer (default: 50)")
+    before = parser.add_argument_group("before the start")
+    before.add_argument("--check", action="store_true", help="look at all hosts and start nothing")
+    before.add_argument("--sync", action="store_true", help="first copy code and dataset to the hosts that lack them, and make the environment there")
+    before.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
+    failures = parser.add_argument_group("failures")
+    failures.add_argument("--restarts", type=int, default=0, metavar="N",
+                          help="after a failure start again from the last checkpoint, N times at most; without a host that stays away (default: 0)")
+    failures.add_argument("--hang-seconds", type=float, default=50, metavar="S", help="give up when a rank waits this many seconds for the others; "
+                          "raise it where writing a checkpoint takes longer (default: 50)")
     return parser.parse_known_args()
 
 

@@ -9,7 +9,6 @@ killed or cut, and the clock runs until the last process of training has ended o
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ sys.path.insert(0, str(PROJECT))
 
 from cluster import local_hosts  # noqa: E402
 from cluster.local_hosts import Hosts, read, wait_until  # noqa: E402
+from command_line import Parser  # noqa: E402
 
 START_SECONDS, END_SECONDS = 180, 180  # at most, on a busy machine
 TINY = ("patch=8", "width=32", "depth=2", "heads=2", "head_size=16", "feed_forward_options.hidden=48")
@@ -89,8 +89,9 @@ EVENTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--only", action="append", metavar="WORDS", help="the events whose names have these words (default: all)")
+    parser = Parser("python cluster/trial.py", "How fast a failure ends a job, and a restart trains again, with two hosts made of this machine.",
+                    example='python cluster/trial.py --only "cable cut"', notes="events:\n" + "\n".join(f"  {name}" for name in EVENTS))
+    parser.add_argument("--only", action="append", metavar="WORDS", help="the events whose names have these words; repeat for more (default: all)")
     args = parser.parse_args()
     if reason := local_hosts.missing():
         print(f"no hosts can be made of this machine: {reason}", file=sys.stderr)

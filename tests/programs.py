@@ -11,11 +11,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.forked import ENVIRONMENT, LAUNCHED, LIMIT_SECONDS, ROOT, Done, Program, start
@@ -24,6 +26,14 @@ from benchmarks.forked import ENVIRONMENT, LAUNCHED, LIMIT_SECONDS, ROOT, Done, 
 def run(script: str, *arguments: Any, code: int | None = 0, **environment: str) -> Done:
     """Run a script of the project to its end, which must be the exit code `code` (None: any)."""
     return _check(start(script, *arguments, **environment).end(), code)
+
+
+def copy_scripts(folder: Path) -> None:
+    """Copy what the launchers need, but train.py, to another folder."""
+    needed = [ROOT / f"{module}.py" for module in ("command_line", "settings", "merging", "optimizer_params")]
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt"), *needed]:
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "cluster", folder / "cluster", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def run_ranks(processes: int, function: Callable[..., None], *arguments: Any) -> None:

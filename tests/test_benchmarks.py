@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import input_pipeline
-from benchmarks.loaders import JOBS, OURS
+from benchmarks.input_tasks import JOBS, OPTIONAL, OURS, PEERS
+from benchmarks.loaders import loaders
 from benchmarks.timing import alternate, ratios, spread
 from prepare_dataset import prepare
 
 PROGRAM = Path(input_pipeline.__file__)
-PEERS = ["imagefolder", "memory", "whole_batch", "ffcv"]
 ROUNDS, BATCH, IMAGES = 2, 16, 100  # six whole batches an epoch, four images dropped
 
 
@@ -39,6 +39,10 @@ def measured(drawn) -> tuple[dict, str, str]:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return json.loads(files[0].read_text()), files[1].read_text(), done.stdout
+
+
+def test_the_names_that_can_be_chosen_are_those_of_the_loaders():
+    assert list(loaders()) == [*OURS, *PEERS, *OPTIONAL]
 
 
 def test_every_loader_yields_as_many_images(measured):
@@ -107,7 +111,7 @@ def test_ffcv_that_is_not_installed_is_left_out_with_a_word(drawn, capsys, monke
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--loaders", "memry"], "did you mean 'memory'?"),
     (["--jobs", "flip"], "unknown job 'flip'"),
-    (["--rounds", "0"], "--rounds must be at least 1"),
+    (["--rounds", "0"], "--rounds: must be at least 1"),
 ])
 def test_unknown_names_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):

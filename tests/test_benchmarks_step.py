@@ -123,10 +123,10 @@ def test_a_preset_with_another_optimiser_is_measured_with_the_peers_one(argument
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--strategies", "pipelin"], "unknown strategies 'pipelin'"),
+    (["--strategies", "pipelin"], "unknown strategy 'pipelin'"),
     (["--precision", "fp16"], "unknown precision 'fp16'"),
-    (["--strategies", "", "--peers", "none"], "nothing to measure"),
-    (["--steps", "0"], "--steps must be at least 1"),
+    (["--strategies", "none", "--peers", "none"], "nothing to measure"),
+    (["--steps", "0"], "--steps: must be at least 1"),
 ])
 def test_unusable_flags_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):

@@ -159,7 +159,7 @@ def test_a_setting_that_does_not_exist_starts_nothing(shapes, capsys):
     (["--strategies", "zero1"], "did you mean 'zero 1'?"),
     (["--processes", "1,x"], "--processes: give numbers above 0"),
     (["--link-gbps", "0"], "--link-gbps: give numbers above 0"),
-    (["--rounds", "0"], "--rounds must be at least 1"),
+    (["--rounds", "0"], "--rounds: must be at least 1"),
 ])
 def test_unusable_flags_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):

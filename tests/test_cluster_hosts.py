@@ -65,7 +65,7 @@ def cluster(tmp_path_factory, shapes):
     project, other, bare, wheels = folder / "project", folder / "box3", folder / "bare", folder / "wheels"
     for path in (project, bare, wheels, folder / "empty2", folder / "empty3", folder / "no wheels"):
         path.mkdir()
-    copy_scripts(project)
+    programs.copy_scripts(project)
     shutil.copytree(shapes, project / "data/shapes")
     (project / "train.py").write_text(STUB.format(out=str(folder)))
     (project / ".git").mkdir()
@@ -85,12 +85,6 @@ def cluster(tmp_path_factory, shapes):
 def nothing_stays_behind(cluster):
     yield
     wait_until(lambda: not cluster.at_work(), 30, lambda: f"orphans: {cluster.at_work()}")
-
-
-def copy_scripts(project):
-    for path in [*ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt")]:
-        shutil.copy(path, project)
-    shutil.copytree(ROOT / "cluster", project / "cluster", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def launch(cluster, slots, *arguments, project=None, **variables):
@@ -142,7 +136,7 @@ def test_preflight_names_what_is_wrong_on_each_host_and_sync_mends_it(cluster):
 @pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
 def test_sync_makes_the_environment_on_bare_hosts_and_names_the_one_where_it_cannot(cluster):
     """The environment is a stand-in of one package, which box3 does not find."""
-    copy_scripts(cluster.bare)
+    programs.copy_scripts(cluster.bare)
     (cluster.bare / "train.py").write_text("")
     (cluster.bare / "requirements.txt").write_text(f"--no-index\n--find-links {cluster.wheels}\nstandin==1.0\n")
     files = {"METADATA": "Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n", "RECORD": "",

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import psutil
 import pytest
 
@@ -50,9 +51,8 @@ def repo(tmp_path):
     """A copy of the scripts in a folder whose name has a space, with fakes in front of PATH and no GPU."""
     folder = tmp_path / "my repo"
     folder.mkdir()
-    for path in [*ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt"), ROOT / "hostfile"]:
-        shutil.copy(path, folder)
-    shutil.copytree(ROOT / "cluster", folder / "cluster")
+    programs.copy_scripts(folder)
+    shutil.copy(ROOT / "hostfile", folder)
     (folder / "train.py").write_text(STUB)
     (tmp_path / "bin").mkdir()
     fake(folder, "nvidia-smi", "exit 9")
