@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.check_parts import FIRST, PARTS, Check, NotReached, Part, Skipped
+from benchmarks.options import origin
 from command_line import Parser
-from run_record import provenance
-from runner import last_error, visible_gpus, without_paths
+from runner import last_error, visible_gpus
 from settings import unknown
 
 HERE = Path(__file__).resolve().parent
@@ -129,9 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     check = Check(out, len(visible_gpus()), options.quick, options.data_dir, options.archive)
-    origin = provenance()
-    origin["command"] = [without_paths(word) for word in origin["command"]]
-    report: dict[str, Any] = {**origin, "quick": options.quick, "device": {"CPU": platform.processor() or platform.machine()}, "parts": []}
+    report: dict[str, Any] = {**origin(), "quick": options.quick, "device": {"CPU": platform.processor() or platform.machine()}, "parts": []}
     for name in options.parts:
         print(f"{name}: {PARTS[name].what}{'' if check.num_gpus or name in FIRST else ' (no GPU: as far as a CPU can tell)'}", flush=True)
         part = run_part(name, PARTS[name], check)

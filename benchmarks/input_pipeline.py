@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import tables
 from benchmarks.input_tasks import JOBS, OPTIONAL, OURS, PEERS, Task, Unavailable
-from benchmarks.options import add_data, add_reports, keep, some_of
-from benchmarks.timing import SETTLE_SECONDS, Spread, alternate, available_cores, cpu_seconds, machine, ratios, spread
+from benchmarks.options import add_data, add_reports, keep, origin, some_of
+from benchmarks.timing import SETTLE_SECONDS, alternate, available_cores, cpu_seconds, machine, ratios, spread
 from command_line import Parser, at_least_one, in_one_sentence
 from dataset import Dataset, DatasetError
 from runner import visible_gpus
@@ -141,7 +142,7 @@ def goal_line(verdict: dict[str, Any]) -> str:
     return f"{outcome}: {verdict['goal']} ({verdict['job']}): {verdict['loader']}, {median} ({' .. '.join(ends)})"
 
 
-def tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]], list[str]]]:
+def job_tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]], list[str]]]:
     """For each job: title, rows of cells (the first is the head) and notes; twice, for the speeds and for the ratios."""
     result = []
     for name, job in report["jobs"].items():
@@ -156,14 +157,10 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]], list[str]
         peers = [loader for loader in measured if loader not in OURS]
         for key, title in (("ratios", "images/s, ours by the peer's"), ("cpu_ratios", "CPU time an image, ours by the peer's")):
             rows = [["median (min .. max)", *peers]]
-            rows += [[label(ours), *(ratio_cell(spread(job[key][ours][peer])) for peer in peers)] for ours in job[key]]
+            rows += [[label(ours), *(tables.cell(spread(job[key][ours][peer])) for peer in peers)] for ours in job[key]]
             if peers and len(rows) > 1:
                 result.append((f"{JOBS[name]}: {title}, round by round", rows, []))
     return result
-
-
-def ratio_cell(values: Spread) -> str:
-    return f"{values.median:.2f} ({values.minimum:.2f} .. {values.maximum:.2f})"
 
 
 def label(loader: str) -> str:
@@ -172,28 +169,23 @@ def label(loader: str) -> str:
 
 def as_text(report: dict[str, Any]) -> str:
     parts = [headline(report)]
-    for title, rows, notes in tables(report):
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        parts.append("\n".join([title, *lines, *notes]))
+    for title, rows, notes in job_tables(report):
+        parts.append("\n".join([title, tables.as_text(rows), *notes]))
     return "\n\n".join([*parts, "\n".join(map(goal_line, report["goals"]))])
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     parts = ["# Input pipelines", headline(report)]
-    for title, rows, notes in tables(report):
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
-        parts += [f"## {title}", "\n".join(lines), *notes]
+    for title, rows, notes in job_tables(report):
+        parts += [f"## {title}", tables.as_markdown(rows), *notes]
     return "\n\n".join([*parts, "## Goals", "\n".join(f"- {goal_line(verdict)}" for verdict in report["goals"])]) + "\n"
 
 
 def headline(report: dict[str, Any]) -> str:
     where, settings = report["machine"], report["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return (f"{settings['images_per_epoch']:,} images an epoch of {settings['side']} x {settings['side']} pixels, batches of "
             f"{settings['batch_size']}, on {where['gpu'] or 'the CPU'}; {where['cpu']}, {where['cores']} cores, "
-            f"{settings['threads']} threads or workers; {settings['rounds']} rounds; {versions}.")
+            f"{settings['threads']} threads or workers; {settings['rounds']} rounds. {tables.made_by(report)}")
 
 
 def note(text: str) -> None:
@@ -249,7 +241,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         where["versions"].update(facts["versions"])
     settings = {"batch_size": options.batch_size, "images_per_epoch": num_batches * options.batch_size, "side": dataset.image_side,
                 "rounds": options.rounds, "threads": options.threads, "device": str(device), "turn_seconds": options.turn_seconds}
-    report = {"machine": where, "settings": settings, "jobs": jobs}
+    report = {**origin(), "machine": where, "settings": settings, "jobs": jobs}
     report["goals"] = [verdict for goal in GOALS if (verdict := judge(goal, report))]
     return report
 

@@ -1,9 +1,10 @@
-"""What the command lines of the benchmarks share; nothing here imports PyTorch.
+"""What the programs of this folder share beside their clocks: options, and what becomes of a report. Nothing here imports PyTorch.
 
     data = add_data(parser)                                        --data-dir and --source
     add_settings(parser, "spt-lsa")                                --preset and --set
     parser.add_argument("--jobs", type=some_of("job", JOBS), ...)   names separated by commas, in the order of the table
     parser.add_argument("--hosts", type=several(int), ...)         numbers separated by commas
+    report = {**origin(), ...}                                     by which command, commit and versions it was made
     keep((options.json, text), (options.markdown, table))          the files that were asked for
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from command_line import Parser
+from run_record import provenance
+from runner import without_paths
 from settings import unknown
 
 Number = TypeVar("Number", int, float)
@@ -74,6 +77,12 @@ def several(form: type[Number]) -> Callable[[str], list[Number]]:
         return values
 
     return parse
+
+
+def origin() -> dict[str, Any]:
+    """What a report says of its making: commit, versions, and the command without the folders of this machine."""
+    facts = provenance()
+    return {**facts, "command": [without_paths(word) for word in facts["command"]]}
 
 
 def keep(*reports: tuple[Path | None, str]) -> None:

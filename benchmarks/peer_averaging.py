@@ -37,8 +37,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
-from benchmarks.options import add_reports, keep, several  # noqa: E402
-from command_line import Parser, at_least_one  # noqa: E402
+from benchmarks import tables  # noqa: E402
+from benchmarks.options import add_reports, keep, origin, several  # noqa: E402
+from command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
+from run_record import RunError  # noqa: E402
 
 KINDS = {  # name: matchmaking and request seconds
     "torchft": (0.0, 0.0),
@@ -169,6 +171,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.timing import machine
 
+    theirs = hivemind_version(options.hivemind_python) if options.hivemind_python else None
     results: dict[str, Any] = {kind: {**{f"{size} peers": [] for size in options.pairs}, "churn": []} for kind in options.systems}
     for _ in range(options.repeats):
         for kind in options.systems:  # they take turns
@@ -179,7 +182,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 results[kind]["churn"].append(churn(kind, options))
                 print(f"{kind}, churn: {results[kind]['churn'][-1]}", flush=True)
     about = {"parameters": options.parameters, "step_seconds": options.step_seconds, "rounds": options.rounds, "repeats": options.repeats}
-    return {"machine": machine(torch.device("cpu"), ("torch", "torchft")), "hivemind": "1.1.12", **about, "results": results}
+    return {**origin(), "machine": machine(torch.device("cpu"), ("torch", "torchft")), "hivemind": theirs, **about, "results": results}
+
+
+def hivemind_version(python: Path) -> str:
+    """What it runs with. Raises RunError for a Python that has none."""
+    ask = "from importlib.metadata import version as v; print(f\"hivemind {v('hivemind')}, torch {v('torch')}\")"
+    try:
+        done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    except OSError as error:
+        raise RunError(f"{python} does not start: {error.strerror}") from error
+    if done.returncode:
+        raise RunError(f"{python} has no hivemind: {done.stderr.splitlines()[-1]}")
+    return done.stdout.strip()
 
 
 def row_of_steady(runs: list[dict[str, Any]]) -> str:
@@ -191,8 +206,11 @@ def row_of_steady(runs: list[dict[str, Any]]) -> str:
 def as_markdown(report: dict[str, Any]) -> str:
     """Two tables."""
     sizes = [name for name in next(iter(report["results"].values())) if name != "churn"]
-    lines = [f"{report['parameters']:,} parameters, about {report['step_seconds']} s of training between two exchanges, {report['rounds']} exchanges "
-             f"a peer, {report['repeats']} turn(s); {report['machine']['cpu']}, {report['machine']['cores']} cores.", "",
+    times = "; ".join(f"`{kind}`: matchmaking {matching:g} s, requests {request:g} s" for kind, (matching, request) in KINDS.items() if matching)
+    lines = ["# Averaging over peers", "",
+             f"{report['parameters']:,} parameters, about {report['step_seconds']} s of training between two exchanges, {report['rounds']} exchanges "
+             f"a peer, {report['repeats']} turn(s); {report['machine']['cpu']}, {report['machine']['cores']} cores. {tables.made_by(report)}", "",
+             *([f"{report['hivemind']}. {times}.", ""] if report["hivemind"] else []),
              "Seconds an exchange, median (least .. most), and how many of them another peer shared:", "",
              "| system | " + " | ".join(sizes) + " |", "|---|" + "---|" * len(sizes)]
     lines += [f"| {kind} | " + " | ".join(row_of_steady(parts[size]) for size in sizes) + " |" for kind, parts in report["results"].items()]
@@ -238,10 +256,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
+    return in_one_sentence(lambda: measure_and_report(options))
+
+
+def measure_and_report(options: argparse.Namespace) -> None:
     report = run(options)
     print("\n" + as_markdown(report))
     keep((options.json, json.dumps(report, indent=2) + "\n"), (options.markdown, as_markdown(report)))
-    return 0
 
 
 if __name__ == "__main__":

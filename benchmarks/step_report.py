@@ -80,13 +80,12 @@ def headline(report: Report) -> str:
     if not rows:
         return "No contender could be measured."
     chosen, where, row = report["settings"], report["machine"], rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     cpu = "" if where["gpu"] else f", {chosen['threads']} threads a process"
     return (f"Preset {' '.join([chosen['preset'], *chosen['set']])}: {row['num_parameters']:,} parameters, "
             f"{report['flops_per_image'] / 1e6:,.1f} MFLOPs an image forward, {BACKWARD + 1} times that in training; batches of {row['batch']}, "
             f"{chosen['processes']} process{'es' * (chosen['processes'] > 1)}, {row['source']} source; {where['gpu'] or where['cpu']}{cpu}. "
             f"{chosen['rounds']} turns of {chosen['steps']} steps after {chosen['warm_up']}: medians (least .. most). "
-            f"Commit {report['commit'][:10]}{' with uncommitted changes' * report['uncommitted_changes']}; {versions}.")
+            f"{tables.made_by(report)}")
 
 
 def notes(report: Report) -> list[str]:

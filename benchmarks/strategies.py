@@ -31,12 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import strategy_report
 from benchmarks.groups import Failed, Fresh, Start, device_environment, run_group
 from benchmarks.links import Link
-from benchmarks.options import add_data, add_settings, keep, several, some_of
+from benchmarks.options import add_data, add_settings, keep, origin, several, some_of
 from benchmarks.timing import alternate, available_cores, machine, ratios
 from command_line import Parser, at_least_one, in_one_sentence
 from dataset import Dataset, DatasetError
-from run_record import provenance
-from runner import visible_gpus, without_paths
+from runner import visible_gpus
 from settings import ParallelSettings, Settings, SettingsError, resolve
 
 WORKER = "benchmarks/strategy_worker.py"
@@ -194,9 +193,7 @@ def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
             line["speed_up"] = ratios(reference, line["running_seconds"])
     kept = ("set", "processes", "steps", "warm_up", "rounds", "threads", "pin")
     settings = {"preset": Path(options.preset).stem, **{key: getattr(options, key) for key in kept}}
-    origin = provenance()
-    origin["command"] = [without_paths(word) for word in origin["command"]]
-    report = {**origin, "machine": machine(torch.device("cuda" if gpus else "cpu")), "settings": settings, "rows": table}
+    report = {**origin(), "machine": machine(torch.device("cuda" if gpus else "cpu")), "settings": settings, "rows": table}
     report["projection"] = strategy_report.projection(table, options.hosts, options.links)
     return report
 

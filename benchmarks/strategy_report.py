@@ -99,14 +99,13 @@ def headline(report: Report) -> str:
     if not rows:
         return "No strategy could be measured."
     sizes, first = rows[0]["batch"], rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     plural = "s" * (chosen["threads"] > 1)
     share = "" if where["gpu"] else f", {chosen['threads']} thread{plural} a process{', each on cores of its own' * chosen['pin']}"
     return (f"Preset {' '.join([chosen['preset'], *chosen['set']])} ({first['num_parameters']:,} parameters, {first['describe']}), "
             f"global batches of {sizes['total']} images; {first['device']}{share}; {where['cpu']}, {where['cores']} cores. Seconds of an epoch "
             f"of {first['steps_per_epoch']} steps, from {chosen['steps']} steps after {chosen['warm_up']}; medians (least .. most) of "
             f"{chosen['rounds']} round{'s' * (chosen['rounds'] > 1)} in turns; accuracy on the test split after these steps. "
-            f"Commit {report['commit'][:10]}{' with uncommitted changes' * report['uncommitted_changes']}; {versions}.")
+            f"{tables.made_by(report)}")
 
 
 def notes(report: Report) -> list[str]:

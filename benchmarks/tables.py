@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.timing import Spread
 
@@ -19,6 +20,12 @@ def as_markdown(rows: Rows) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
     return "\n".join(lines)
+
+
+def made_by(report: dict[str, Any]) -> str:
+    """The commit and the versions of a report."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["machine"]["versions"].items())
+    return f"Commit {report['commit'][:10]}{' with uncommitted changes' * report['uncommitted_changes']}; {versions}."
 
 
 def cell(values: Spread, form: str = ".2f") -> str:

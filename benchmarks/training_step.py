@@ -31,14 +31,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import step_report
 from benchmarks.groups import Failed, device_environment, free_port
-from benchmarks.options import add_data, add_reports, add_settings, keep, some_of
+from benchmarks.options import add_data, add_reports, add_settings, keep, origin, some_of
 from benchmarks.peaks import measured_flops, peak_flops
 from benchmarks.strategies import CASES, concerns
 from benchmarks.timing import alternate, available_cores, machine
 from command_line import Parser, at_least_one, in_one_sentence
 from dataset import Dataset, DatasetError
-from run_record import provenance
-from runner import visible_gpus, without_paths
+from runner import visible_gpus
 from settings import Settings, SettingsError, resolve, table_names
 
 STRATEGIES = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp")
@@ -169,11 +168,9 @@ def run(options: argparse.Namespace, context: Any) -> dict[str, Any]:
         for contender in contenders:
             contender.end()
     torch.set_num_threads(options.threads)
-    origin = provenance()
-    origin["command"] = [without_paths(word) for word in origin["command"]]
     kept = ("set", "processes", "steps", "warm_up", "rounds", "threads", "pin", "synthetic")
     settings = {"preset": Path(options.preset).stem, **{key: getattr(options, key) for key in kept}}
-    report = {**origin, "machine": machine(device, (*PACKAGES, "timm", "lightning", "pytorch-lightning")), "settings": settings,
+    report = {**origin(), "machine": machine(device, (*PACKAGES, "timm", "lightning", "pytorch-lightning")), "settings": settings,
               "peaks": peaks(device, options.precision), "flops_per_image": flops(contenders[0], options.data_dir), "rows": rows}
     step_report.complete(report)
     return report
