@@ -124,16 +124,12 @@ def busiest(kind: str, groups: list[list[int]], payload: float, per_host: int) -
     return max(leaving.values(), default=0.0), latency
 
 
-def project(exchanges: Sequence[Exchange], measured: Layout, hosts: Sequence[int], compute_seconds: float, exposed_seconds: float,
-            link: Link) -> dict[int, float]:
+def project(exchanges: Sequence[Exchange], measured: Layout, hosts: int, compute_seconds: float, exposed_seconds: float, link: Link) -> float:
     """Seconds of a step on so many hosts like the measured one, with the same global batch.
 
     The computation is divided evenly, what communication costs inside a host stays, and what goes between hosts is added:
     nothing of it is hidden behind the computation. On a slow link there is little to hide it behind; on a fast one this is
     too much by at most the computation's seconds.
     """
-    result = {}
-    for count in hosts:
-        layout = Layout(count, measured.per_host, measured.stages, measured.topology)
-        result[count] = compute_seconds / count + exposed_seconds + (link.seconds(*on_the_wire(exchanges, measured, layout)) if count > 1 else 0.0)
-    return result
+    layout = Layout(hosts, measured.per_host, measured.stages, measured.topology)
+    return compute_seconds / hosts + exposed_seconds + (link.seconds(*on_the_wire(exchanges, measured, layout)) if hosts > 1 else 0.0)

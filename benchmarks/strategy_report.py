@@ -57,28 +57,28 @@ def epoch_table(rows: Sequence[Report]) -> list[list[str]]:
 
 
 def projection(rows: Sequence[Report], hosts: Sequence[int], links: Sequence[Link]) -> list[dict[str, Any]]:
-    """For each link: seconds a step of every strategy on 1 and more hosts like this one, and the quickest."""
+    """For each link: seconds a step of every strategy on each number of `hosts` (None: not possible), and the quickest."""
     most = max(row["processes"] for row in rows)
     able = [row for row in rows if not row["failed"] and row["processes"] == most > 1 and row["strategy"] != "dp"]
     result = []
     for link in links:
-        seconds = {row["name"]: _projected(row, hosts, link) for row in able}
-        best = {count: min((times[count], name) for name, times in seconds.items() if count in times)[1]
-                for count in [1, *hosts] if any(count in times for times in seconds.values())}
+        seconds = {row["name"]: _projected(row, [1, *hosts], link) for row in able}
+        best = [min(((times[i], name) for name, times in seconds.items() if times[i] is not None), default=(None, None))[1]
+                for i in range(1 + len(hosts))]
         result.append({"gigabits": link.gigabits, "latency_seconds": link.latency_seconds, "hosts": [1, *hosts],
                        "step_seconds": seconds, "best": best})
     return result
 
 
-def _projected(row: Report, hosts: Sequence[int], link: Link) -> dict[int, float]:
+def _projected(row: Report, hosts: Sequence[int], link: Link) -> list[float | None]:
     step = statistics.median(row["running_seconds"]) / row["steps"]
     exposed = row["exposed_share"] * step
-    measured, times = Layout(1, row["processes"], row["stages"], row["topology"]), {}
-    for count in [1, *hosts]:
+    measured, times = Layout(1, row["processes"], row["stages"], row["topology"]), []
+    for count in hosts:
         try:
-            times |= project(exchanges_of(row), measured, [count], step - exposed, exposed, link)
+            times.append(project(exchanges_of(row), measured, count, step - exposed, exposed, link))
         except SettingsError:  # a topology that does not go with so many processes
-            continue
+            times.append(None)
     return times
 
 
@@ -86,8 +86,8 @@ def projection_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     result = []
     for part in report["projection"]:
         head = ["ms a step", "here", *(f"{count} hosts" for count in part["hosts"][1:])]
-        body = [[name, *(f"{1e3 * times[count]:,.1f}" + (" *" if part["best"][count] == name else "") if count in times else "-"
-                         for count in part["hosts"])] for name, times in part["step_seconds"].items()]
+        body = [[name, *("-" if seconds is None else f"{1e3 * seconds:,.1f}" + " *" * (best == name)
+                         for seconds, best in zip(times, part["best"], strict=True))] for name, times in part["step_seconds"].items()]
         if body:
             result.append((str(Link(part["gigabits"], part["latency_seconds"])), [head, *body]))
     return result
@@ -191,7 +191,8 @@ def draw_hosts(plt: Any, parts: Sequence[dict[str, Any]], path: Path) -> None:
     figure, panels = plt.subplots(1, len(parts), figsize=(4.4 * len(parts) + 1.4, 4), layout="constrained", sharey=True, squeeze=False)
     for axes, part in zip(panels[0], parts, strict=True):
         for i, (name, times) in enumerate(part["step_seconds"].items()):
-            axes.plot([*times], [1e3 * seconds for seconds in times.values()], color=LINES[i % len(LINES)], marker="osD^vP*Xph"[i % 10],
+            known = [(count, 1e3 * seconds) for count, seconds in zip(part["hosts"], times, strict=True) if seconds is not None]
+            axes.plot(*zip(*known, strict=True), color=LINES[i % len(LINES)], marker="osD^vP*Xph"[i % 10],
                       ls="-" if i < len(LINES) else "--", ms=5, lw=1.2, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
