@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from settings import SettingsError, preset_names, resolve, table_names
+from optimizer_params import OPTIMIZER_PARAMS
+from settings import Settings, SettingsError, preset_names, resolve, table_names
 
 ELSEWHERE = {"learning_rate": "lr", "batch_size": "train_batch_size", "amp": "bf16"}  # what others call a setting
 TABLES = {  # setting -> the table that holds its names
@@ -111,13 +112,15 @@ def names_of(path: str) -> list[str]:
     return ["vit", *names, "timm:NAME"] if path == "model.architecture" else names
 
 
-def setting_paths() -> list[str]:
-    """The path of every setting that `--set` takes."""
+def setting_paths(settings: Settings | None = None) -> list[str]:
+    """The path of every setting that `--set` takes, beside these settings; by default, whichever optimiser they name."""
     def walk(tree: dict[str, Any], prefix: str) -> list[str]:
         return [path for key, value in tree.items()
-                for path in (walk(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"])]
+                for path in (walk(value, f"{prefix}{key}.") if isinstance(value, dict) and not key.endswith("_options") else [f"{prefix}{key}"])]
 
-    tree = resolve(None, []).as_dict()
+    tree = (settings or resolve(None, [])).as_dict()
+    if settings is None:
+        tree["engine"]["optimizer"]["params"] = {name: None for params in OPTIMIZER_PARAMS.values() for name in params}
     return walk({**tree.pop("engine"), **tree}, "")
 
 

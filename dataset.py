@@ -25,6 +25,7 @@ import numpy as np
 
 FORMAT = 1
 LIST_FILES = {"train": "training_file_list.txt", "test": "test_file_list.txt"}
+DEFAULT = "cifar100"  # trained on where nothing else is named
 
 
 class DatasetError(ValueError):

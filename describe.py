@@ -23,6 +23,10 @@ MEANINGS = {
     "optimizer.type": "AdamW, Adam, SGD, ...: a name of optimizers.py",
     "optimizer.params.lr": "learning rate at its highest",
     "optimizer.params.betas": "decay of the means of gradient and square",
+    "optimizer.params.eps": "added to the root of the mean square",
+    "optimizer.params.momentum": "decay of the mean of the gradient",
+    "optimizer.params.nesterov": "step from where the momentum leads",
+    "optimizer.params.matrix_lr_factor": "of the rate, for the matrices that Muon trains",
     "optimizer.params.weight_decay": "of matrices and filters; biases, norms, positions and class tokens have none",
     "bf16.enabled": "compute in bfloat16, keep fp32 weights",
     "zero_optimization.stage": "what the processes share: 0 nothing, 1 optimiser states, 2 and gradients, 3 and weights",
@@ -74,17 +78,19 @@ def describe_settings() -> None:
                     example="python settings.py --preset cpu")
     add_settings(parser)
     args = parser.parse_args()
-    tree: dict[str, Any] = resolve(args.preset, args.set).as_dict()
+    settings = resolve(args.preset, args.set)
+    tree: dict[str, Any] = settings.as_dict()
     tree |= tree.pop("engine")
     meanings = MEANINGS | comments() | {path: ", ".join(names_of(path)) for path in TABLES}
     group = None
-    for path in sorted(setting_paths(), key=lambda path: "." in path):  # those without a group first
+    for path in sorted(setting_paths(settings), key=lambda path: "." in path):  # those without a group first
         head = path.partition(".")[0] if "." in path else ""
         if head != group:
             print(f"\n{head or 'the whole run'}")
             group = head
         if path.endswith("_options"):
-            path, value, meaning = f"{path}.NAME", "", "options of that part: python model.py lists them"
+            chosen = ", ".join(f"{name}={_shown(option)}" for name, option in _value(tree, path).items())
+            path, value, meaning = f"{path}.NAME", chosen, "options of that part: python model.py lists them"
         else:
             value, meaning = _shown(_value(tree, path)), meanings.get(path, "")
         print(f"  {path:42} {value:16} {meaning}".rstrip())

@@ -234,8 +234,8 @@ def parse_arguments() -> argparse.Namespace:
     count.add_argument("--json", type=Path, metavar="FILE", help="write the report here too (default: evaluation_<split>.json in the run folder)")
     use = parser.add_argument_group("use of the network")
     use.add_argument("--predict", nargs="+", type=Path, metavar="IMAGE", help="the five likeliest classes of images of any size and format, "
-                     "of folders of them as CSV; needs no dataset (default: count)")
-    use.add_argument("--export", choices=["onnx"], help="write the network as ONNX, and compare it with PyTorch on test images (default: count)")
+                     "of folders of them as CSV; needs no dataset (default: evaluate)")
+    use.add_argument("--export", choices=["onnx"], help="write the network as ONNX, and compare it with PyTorch on test images (default: evaluate)")
     use.add_argument("--output", type=Path, metavar="FILE", help="where --predict writes CSV (default: the screen) or --export the network "
                                                                  "(default: model.onnx in the run folder)")
     args = parser.parse_args()

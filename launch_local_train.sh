@@ -10,7 +10,11 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 . "$here/setup_environment.sh"
 
-case ${1:-} in -h | --help) exec "$PYTHON" "$here/train.py" --help ;; esac
+case ${1:-} in -h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    echo
+    exec "$PYTHON" "$here/train.py" --help ;;
+esac
 
 # 1. The devices, one process each
 devices=()

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from command_line import Parser
-from dataset import FORMAT, LIST_FILES, Dataset
+from dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
 from dataset_archives import unpack
 from dataset_checks import (
     CIFAR_SIDE,
@@ -112,7 +112,7 @@ def _make(folder: Path, dataset: str | None, archive: str | Path | None, root: s
 def _default_folder(dataset: str | None, archive: str | Path | None, root: str | Path | None) -> Path:
     if root is not None:
         return Path(root)
-    return Path("data", Path(archive).name.split(".")[0] if archive is not None else dataset or "cifar100")
+    return Path("data", Path(archive).name.split(".")[0] if archive is not None else dataset or DEFAULT)
 
 
 def _find_images(folder: Path, partial: Path, dataset: str | None, archive: str | Path | None, root: str | Path | None,
@@ -131,7 +131,7 @@ def _find_images(folder: Path, partial: Path, dataset: str | None, archive: str 
     if archive is not None:
         unpack(Path(archive), images)
     else:
-        fill(dataset or "cifar100", images, folder, shapes)
+        fill(dataset or DEFAULT, images, folder, shapes)
     (images / OURS).touch()
     return images
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import ENGINE, STATE, Checkpoints, damage, gigabytes, read_facts, room_left, room_needed, step_of
-from dataset import Dataset
+from dataset import DEFAULT, Dataset
 from parallel import Engine
 from run_record import Progress, RunError, RunRecord, differences, provenance, write_atomically
 from settings import Settings, SettingsError
@@ -124,7 +124,7 @@ def facts_of(args: Any, preset: str, dataset: Dataset, engine: Engine, source: s
         "synthetic": args.synthetic,
         "deterministic": args.deterministic,
         "dataset": {
-            "name": args.dataset if args.data_dir is None else Path(args.data_dir).name,
+            "name": Path(args.data_dir).name if args.data_dir else args.dataset or DEFAULT,
             "folder": os.path.relpath(dataset.folder.resolve(), Path(__file__).resolve().parent),
             "fingerprint": dataset.fingerprint, "classes": dataset.classes, "image_side": dataset.image_side,
             "mean": dataset.mean, "std": dataset.std, "num_images": {name: len(split) for name, split in dataset.splits.items()},

@@ -128,12 +128,19 @@ def train(args: argparse.Namespace, preset: str, settings: Settings, dataset: Da
 
 
 def prepare(args: argparse.Namespace) -> Path:
-    """The folder of the prepared dataset; the first process of each host prepares it, the others wait."""
-    from dataset import Dataset
+    """The folder of the prepared dataset; the first process of each host prepares it, the others wait.
+
+    Raises:
+        DatasetError: a folder of the person's own that holds neither a dataset nor a tree, and no word on what to put there.
+    """
+    from dataset import DEFAULT, Dataset, DatasetError
     from prepare_dataset import prepare as prepare_dataset
 
-    folder = Path(args.data_dir or HERE / "data" / args.dataset)
+    folder = Path(args.data_dir or HERE / "data" / (args.dataset or DEFAULT))
     if not Dataset.is_prepared(folder):
+        if args.data_dir and not (args.archive or args.dataset or (folder / "train").is_dir()):
+            raise DatasetError(f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/; check the path, "
+                               "or say with --archive FILE or --dataset NAME what to put there")
         prepare_dataset(folder, dataset=None if args.archive else args.dataset, archive=args.archive)
     return folder
 
@@ -150,7 +157,7 @@ def parse_arguments() -> argparse.Namespace:
               "every part that has a name: python model.py; every setting with its default and unit: python settings.py",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default="cifar100", choices=["cifar100", "cifar10", "shapes"], help="what to prepare (default: cifar100)")
+    data.add_argument("--dataset", choices=["cifar100", "cifar10", "shapes"], help="what to prepare (default: cifar100)")
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: data/<dataset>)")
     data.add_argument("--archive", type=Path, metavar="FILE", help="prepare from this zip or tar (default: download)")
     data.add_argument("--hold-out", type=float, metavar="FRACTION",

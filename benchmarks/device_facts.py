@@ -77,7 +77,7 @@ def main() -> None:
     import torch  # after the arguments, so that --help answers at once
 
     gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-    where = machine(torch.device("cpu"))
+    where = machine()
     facts: dict[str, Any] = {"visible to PyTorch": gpus, "CPU": f"{where['cpu']}, {where['cores']} cores"}
     if gpus:
         facts = {**facts, **gpu_facts()}

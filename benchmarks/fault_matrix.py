@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.faults import FAULTS, Round, TooLate, small_disk
 from benchmarks.options import keep, some_of
+from benchmarks.timing import machine
 from checkpoint import UNFINISHED
 from command_line import Parser, at_least_one
 from prepare_dataset import prepare
@@ -184,7 +185,7 @@ def keep_table(out: Path, table: str, outcomes: list[Outcome], seconds: float) -
     """Write `out`.json and `out`.md."""
     facts = {key: value for key, value in provenance().items() if key != "command"}
     content = {**facts, "command": "python benchmarks/fault_matrix.py", "rounds": len(outcomes), "seconds": round(seconds),
-               "outcomes": [vars(outcome) for outcome in outcomes]}
+               "machine": machine(), "outcomes": [vars(outcome) for outcome in outcomes]}
     text = f"""# {len(outcomes)} rounds of faults
 
 A run of 30 steps is brought down by a fault at a random moment, and the same command is started again. *Survived*: the final

@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent.parent))
 from benchmarks import tables  # noqa: E402
 from benchmarks.options import add_reports, keep, origin, several  # noqa: E402
+from benchmarks.timing import machine  # noqa: E402
 from command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
 from run_record import RunError  # noqa: E402
 
@@ -167,10 +168,6 @@ def churn(kind: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from benchmarks.timing import machine
-
     theirs = hivemind_version(options.hivemind_python) if options.hivemind_python else None
     results: dict[str, Any] = {kind: {**{f"{size} peers": [] for size in options.pairs}, "churn": []} for kind in options.systems}
     for _ in range(options.repeats):
@@ -182,7 +179,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 results[kind]["churn"].append(churn(kind, options))
                 print(f"{kind}, churn: {results[kind]['churn'][-1]}", flush=True)
     about = {"parameters": options.parameters, "step_seconds": options.step_seconds, "rounds": options.rounds, "repeats": options.repeats}
-    return {**origin(), "machine": machine(torch.device("cpu"), ("torch", "torchft")), "hivemind": theirs, **about, "results": results}
+    return {**origin(), "machine": machine(packages=("torch", "torchft")), "hivemind": theirs, **about, "results": results}
 
 
 def hivemind_version(python: Path) -> str:

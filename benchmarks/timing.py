@@ -156,17 +156,21 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def machine(device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, object]:
-    """Where and with what something was measured."""
-    import torch
-
+def machine(device: torch.device | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, object]:
+    """Where and with what something was measured; without a device, on the CPU."""
     versions = {package: version_of(package) for package in packages}
     return {
         "cpu": _cpu_model(),
         "cores": available_cores(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": _gpu_model(device) if device is not None and device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), **{name: version for name, version in versions.items() if version}},
     }
+
+
+def _gpu_model(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def _cpu_model() -> str:

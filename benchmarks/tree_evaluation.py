@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.options import keep
-from benchmarks.timing import synchronise
+from benchmarks.options import keep, origin
+from benchmarks.timing import machine, synchronise
 from command_line import Parser, at_least_one
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def main() -> None:
                       + f"  {medians['path'] / medians['mask']:11.2f}  {medians['mask'] / medians['mlp']:10.2f}", flush=True)
                 rows.append({"device": name, "dtype": dtype, "images": images, "tokens": TOKENS, "width": args.width, "kind": args.kind,
                              "depth": depth, **facts, "phase": phase, "seconds": times, "median_seconds": medians})
-    keep((args.json, json.dumps({"torch": torch.__version__, "rounds": args.rounds, "rows": rows}, indent=1) + "\n"))
+    where = machine(torch.device("cuda" if "cuda" in devices else "cpu"))
+    keep((args.json, json.dumps({**origin(), "machine": where, "rounds": args.rounds, "rows": rows}, indent=1) + "\n"))
 
 
 def make_candidates(kind: str, depth: int, width: int) -> tuple[dict[str, nn.Module], dict[str, int]]:

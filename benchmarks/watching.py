@@ -22,7 +22,8 @@ from statistics import median
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.options import keep  # noqa: E402
+from benchmarks.options import keep, origin  # noqa: E402
+from benchmarks.timing import machine  # noqa: E402
 from command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
 from reports.data import RunData  # noqa: E402
 from reports.page import write_page  # noqa: E402
@@ -50,7 +51,8 @@ def main() -> None:
     for name, seconds in pieces.items():
         print(f"{name:28} {1000 * seconds:9.3f} ms  x {times[name]:6.0f} = {times[name] * seconds:7.3f} s")
     print(f"a run of {duration(args.epochs * args.epoch_seconds)}, {args.epochs} epochs: {total:.2f} s, {100 * share:.2f}%")
-    found = {"seconds": pieces, "times": times, "epochs": args.epochs, "epoch_seconds": args.epoch_seconds, "share": share}
+    found = {**origin(), "machine": machine(), "seconds": pieces, "times": times, "epochs": args.epochs, "epoch_seconds": args.epoch_seconds,
+             "share": share}
     if args.run:
         found["share_of_run"] = share_of(RunRecord(args.run).metrics())
         print(f"{args.run.name}: {100 * found['share_of_run']:.2f}% of its training and evaluation, by its own tracking_seconds")

@@ -30,6 +30,7 @@ from command_line import Parser  # noqa: E402
 SENT = ("NCCL_", "GLOO_", "TP_SOCKET", "TORCH", "PYTORCH_", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_LAUNCH", "CUDA_DEVICE", "HF_", "UCX_", "FI_",
         "OFI_", "MLFLOW", "WANDB_", "TOKENIZERS_", "DALI_", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONFAULT",
         "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HANG_SECONDS")
+INEXACT = "--allow-inexact-resume"  # of train.py
 
 
 class Stop:
@@ -60,7 +61,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     failures.add_argument("--restarts", type=int, default=0, metavar="N",
                           help="after a failure start again from the last checkpoint, N times at most; without a host that stays away (default: 0)")
     failures.add_argument("--hang-seconds", type=float, default=50, metavar="S", help="give up when a rank waits this many seconds for the others; "
-                          "raise it where writing a checkpoint takes longer (default: 50)")
+                          "raise it where a step, or gathering a checkpoint, takes longer (default: 50)")
     return parser.parse_known_args()
 
 
@@ -97,6 +98,9 @@ def main() -> int:
             break
         report = regrouped
         arguments = [word for word in arguments if word != "--fresh"]
+        if ranks_of(report.hosts) != ranks_of(outcome.hosts) and INEXACT not in arguments:
+            say(f"Each rank takes another part of the batch than before, which shows where statistics are taken of it (BatchNorm): {INEXACT}.")
+            arguments = [*arguments, INEXACT]
         say(f"Starting again from the last checkpoint ({left - 1} more restart{'' if left == 2 else 's'} after this one).")
     if stop.requested and outcome.code not in (0, EXIT_STOPPED):
         return 128 + stop.number
@@ -165,6 +169,10 @@ def tell(outcome: Outcome) -> None:
 
 # --- starting again ---------------------------------------------------------------------------------------------------
 
+def ranks_of(hosts: list[Host]) -> int:
+    return sum(host.slots for host in hosts)
+
+
 def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop: Stop, seconds: float) -> Report | None:
     """The hosts to go on with: all of the hostfile when they are well again in time, else those that are. None: it cannot go on."""
     deadline = time.monotonic() + seconds
@@ -180,15 +188,15 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
     if not hosts:
         say("No host is left to go on with.")
         return None
-    ranks = sum(host.slots for host in hosts)
+    ranks = ranks_of(hosts)
     if outcome.batch:
-        hosts = fit(hosts, *outcome.batch, sum(host.slots for host in outcome.hosts))
+        hosts = fit(hosts, *outcome.batch, ranks_of(outcome.hosts))
         total = outcome.batch[0]
         if not hosts:
             say(f"The global batch of {total} cannot be cut for the {ranks} ranks that are left.")
             return None
-        ranks = sum(host.slots for host in hosts)
-        if ranks != sum(host.slots for host in outcome.hosts):
+        ranks = ranks_of(hosts)
+        if ranks != ranks_of(outcome.hosts):
             say(f"Going on with {ranks} ranks on {', '.join(host.name for host in hosts)}; the global batch stays {total}.")
     if outcome.folder and hosts[0] != outcome.hosts[0] and not exists(hosts[0], f"{outcome.folder}/run.json"):
         say(f"The run folder was on {outcome.hosts[0].name} alone, and {hosts[0].name} does not have {outcome.folder}: "

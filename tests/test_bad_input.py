@@ -88,6 +88,7 @@ NEW = {  # these may not leave a run folder
     "no checkpoints": Case(["--keep-checkpoints", "0"], "argument --keep-checkpoints: must be at least 1, not 0", 2),
     # the dataset
     "no archive": Case(["--data-dir", "{place}/new", "--archive", "/nowhere.zip"], "--archive /nowhere.zip does not exist"),
+    "nothing there": Case(["--data-dir", "{place}/new"], "new holds neither a prepared dataset nor images in train/<class>/; check the path"),
     "no list": Case(["--data-dir", "{place}/no-list"], "no-list is damaged"),
     "damaged facts": Case(["--data-dir", "{place}/no-facts"], "no-facts is damaged"),
     "damaged pixels": Case(["--data-dir", "{place}/cut-pixels"], "packed/train.npy is damaged (mmap length is greater than file size); "

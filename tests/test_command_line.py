@@ -13,6 +13,7 @@ from programs import ROOT, clean_environment
 
 from command_line import Parser, setting_of, setting_paths
 from describe import comments
+from settings import resolve
 
 PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 # What persons start. The programs of the folders that have no Parser are started by others, with arguments of their own.
@@ -92,12 +93,13 @@ def test_settings_are_found_by_their_last_name_and_exist():
 # --- python settings.py ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["--preset", "cpu"], ["--set", "model.feed_forward=fff"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["--preset", "cpu"], ["--set", "model.feed_forward=fff"], ["--set", "optimizer.type=SGD"]], ids=str)
 def test_the_list_of_settings_is_whole_and_can_be_typed_back(arguments):
     done = without_heavy_imports("settings.py", *arguments)
     listed = dict(re.findall(r"^  ([\w.]+)\s+(\[.*?\]|\S+)", done.stdout, re.MULTILINE))
     shown = {path for path in listed if not path.endswith(".NAME")}
-    assert {path for path in setting_paths() if not path.endswith("_options")} == shown, done.stderr
+    expected = setting_paths(resolve(arguments[1] if "--preset" in arguments else None, arguments[1:] if "--set" in arguments else []))
+    assert {path for path in expected if not path.endswith("_options")} == shown, done.stderr
     typed = without_heavy_imports("settings.py", *(word for path in sorted(shown, key=lambda path: path.endswith("options.hidden"))
                                                    if listed[path] != "-" for word in ("--set", f"{path}={listed[path]}")))
     assert typed.stdout == done.stdout, typed.stderr

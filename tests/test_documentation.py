@@ -167,7 +167,7 @@ def sentences() -> list[str]:
     return found
 
 
-NOT_OURS = ("ModuleNotFoundError", "torch.OutOfMemoryError")
+NOT_OURS = ("ModuleNotFoundError",)
 
 
 def test_the_sentences_of_the_troubleshooting_page_are_printed_by_our_programs():

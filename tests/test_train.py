@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import zipfile
 
@@ -118,6 +119,15 @@ def test_a_dataset_that_is_not_there_yet_is_prepared_from_an_archive(tiny, shape
     run("train.py", "--preset", tiny, "--runs-dir", tmp_path, "--data-dir", tmp_path / "mine", "--archive", tmp_path / "mine.zip",
         "--name", "new", "--max-steps", 1, "--set", "train_batch_size=4")
     assert RunRecord(tmp_path / "new").facts()["dataset"]["num_images"] == {"train": 12, "test": 12}  # four classes of three
+
+
+def test_a_tree_in_the_data_dir_is_prepared_where_it_lies(tiny, shapes, tmp_path):
+    for image in shapes.glob("images/*/c*/*_000[1-4].png"):
+        (copy := tmp_path / "pets" / image.relative_to(shapes / "images")).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, copy)
+    run("train.py", "--preset", tiny, "--runs-dir", tmp_path, "--data-dir", tmp_path / "pets", "--name", "new", "--max-steps", 1,
+        "--set", "train_batch_size=4")
+    assert RunRecord(tmp_path / "new").facts()["dataset"]["name"] == "pets"
 
 
 # --- several processes --------------------------------------------------------------------------------------------
