@@ -6,7 +6,7 @@ To add one, write a line in OPTIMIZERS and one in `optimizer_params.py`, which h
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -175,6 +175,19 @@ def averaged_weights(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) ->
     beta = optimizer.defaults["betas"][0]
     with torch.no_grad():
         return [y.lerp(optimizer.state[y]["z"], 1 - 1 / beta) if "z" in optimizer.state.get(y, {}) else y.clone() for y in tensors]
+
+
+def scalars_of(states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """States that are one number for a whole tensor, such as Adam's `step`: the same for all tensors that are counted for.
+
+    The largest is theirs: a tensor that nothing counts for, such as one of Muon's, keeps the number that it was restored with.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in (item for state in states for item in state.items()):
+        if not torch.is_tensor(value) or not value.ndim:
+            number = torch.as_tensor(value).detach().cpu()
+            found[key] = torch.maximum(found.get(key, number), number)
+    return found
 
 
 def restore_counters(optimizer: torch.optim.Optimizer, step: int, schedule: Schedule) -> None:

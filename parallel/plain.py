@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optimizers import build_optimizer, restore_counters
+from optimizers import build_optimizer, restore_counters, scalars_of
 from parallel import engine as contract
 from parallel import processes
 from parallel.buffers import BufferKeeper, persistent_buffers
@@ -148,14 +148,11 @@ class PlainEngine(contract.Engine):
     def state_tensors(self, keep: bool) -> dict[str, Tensor] | None:
         """The state of this process's model as full fp32 CPU tensors, None unless it is to keep them. Collective."""
         named: dict[str, Tensor] = {}
-        scalars: dict[str, Tensor] = {}
+        states = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             named[f"weights/{name}"] = parameter
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value.ndim:
-                    named[f"optimizer/{key}/{name}"] = value
-                else:  # one number for a whole tensor, such as Adam's step: the same for all
-                    scalars[f"scalars/{key}"] = value.detach().cpu().clone()
+            named |= {f"optimizer/{key}/{name}": value for key, value in states[name].items() if torch.is_tensor(value) and value.ndim}
+        scalars = {f"scalars/{key}": value.clone() for key, value in scalars_of(states.values()).items()}
         named |= {f"weights/{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
         named |= {f"ema/{name}": average for name, average in self._averages().items()}
         state = self._full(named, keep)

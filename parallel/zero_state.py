@@ -25,6 +25,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from optimizers import scalars_of
 from parallel.buffers import persistent_buffers
 
 AVERAGE = "ema"  # name of the averages' own among the optimiser's states, and of their keys in a checkpoint
@@ -59,9 +60,8 @@ class OptimizerParts:
         return found
 
     def scalars(self) -> dict[str, Tensor]:
-        """States that are one number for a whole tensor, such as Adam's `step`: the same for all."""
-        states = [item for tensor in self.updated for item in self.inner.state.get(tensor, {}).items()]
-        return {key: torch.as_tensor(value) for key, value in states if not torch.is_tensor(value) or not value.ndim}
+        """States that are one number for a whole tensor, such as Adam's `step`."""
+        return scalars_of(self.inner.state.get(tensor, {}) for tensor in self.updated)
 
     def create(self, keys: dict[nn.Parameter, list[str]], scalars: dict[str, Tensor]) -> None:
         """Make the states that the optimiser would make at its first step, to be filled in."""

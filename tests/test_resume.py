@@ -36,6 +36,17 @@ def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(t
     assert "changes" not in record.facts()
 
 
+@pytest.mark.parametrize("strategy", ["zero", "ddp"])
+def test_two_optimisers_in_one_keep_their_counts_over_several_stops(training, runs, strategy):
+    """Muon's matrices have no count of steps, the rest, which AdamW trains, has."""
+    words = [*training, "--strategy", strategy, "--set", "optimizer.type=Muon", "--max-steps", 9]
+    run("train.py", *words, "--name", f"muon-{strategy}")
+    for step in (2, 4, 6):
+        run("train.py", *words, "--name", f"muon-stopped-{strategy}", "--stop-at", step, code=STOPPED)
+    run("train.py", *words, "--name", f"muon-stopped-{strategy}")
+    assert_same_as(RunRecord(runs / f"muon-stopped-{strategy}"), RunRecord(runs / f"muon-{strategy}"))
+
+
 def test_checkpoints_on_the_way_change_nothing_and_cost_no_training_time(training, runs, unbroken):
     run("train.py", *training, "--name", "often", "--checkpoint-every", "1step", "--keep-checkpoints", 3)
     record = RunRecord(runs / "often")
