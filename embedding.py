@@ -121,7 +121,7 @@ class SinCosPosition(NoPosition):
         self.register_buffer("table", F.pad(table, (0, 0, dims.num_prefix, 0)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.table
+        return x + self.table.to(x.dtype)
 
 
 class RotaryPosition(NoPosition):

@@ -98,11 +98,11 @@ class Trained:
 
 def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str) -> nn.Module:
     """The network that `facts` (of run.json) describe, with its weights. Safetensors hold numbers only: no code runs."""
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from model import build_model
+    from parallel.buffers import normalise_in_fp32
 
     settings = Settings.from_dict(facts["settings"])
     side = settings.image_side or facts["dataset"]["image_side"]
@@ -111,4 +111,8 @@ def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RunError(f"{weights} is damaged or of another network: {str(error).splitlines()[0]}") from None
-    return model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
+    if precision == "bf16":  # as in training: buffers, such as BatchNorm's statistics, stay in fp32
+        normalise_in_fp32(model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return model.to(device).eval()

@@ -8,12 +8,26 @@ against, so it refuses to run where it would do nothing.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.plain import PlainEngine
 from settings import SettingsError
+
+
+class InPrecision(nn.Module):
+    """A network under autocast, entered where it is called: DataParallel's threads do not inherit the kind of number."""
+
+    def __init__(self, network: nn.Module, precision: Callable[[], AbstractContextManager]):
+        super().__init__()
+        self.network, self.precision = network, precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.precision():
+            return self.network(images)
 
 
 class Engine(PlainEngine):
@@ -33,7 +47,12 @@ class Engine(PlainEngine):
         super().__init__(*arguments, **keywords)
 
     def spread(self, model: nn.Module) -> nn.Module:
-        return nn.DataParallel(model, device_ids=list(range(self.num_gpus)))
+        return nn.DataParallel(InPrecision(model, self._precision), device_ids=list(range(self.num_gpus)))
+
+    def prepare_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().prepare_step(optimizer)
+        for gpu in range(1, self.num_gpus):  # PyTorch seeds all alike, and each shall draw dropout of its own
+            torch.cuda.default_generators[gpu].manual_seed((torch.initial_seed() + gpu) % 2**63)
 
     def describe(self) -> str:
         return f"{self.num_gpus} GPUs in one process, {super().describe()}"

@@ -21,6 +21,7 @@ from embedding import POOLINGS, POSITIONS
 from feedforward import FEED_FORWARDS
 from model import BLOCKS, TABLES, build_layers, build_model, count_parameters
 from optimizers import parameter_groups
+from parallel.buffers import normalise_in_fp32
 from parts import Dimensions, make_part
 from settings import SettingsError
 
@@ -100,12 +101,16 @@ def test_evaluation_is_deterministic_and_weights_round_trip(kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
 def test_half_precision_runs_by_casting_and_by_autocast(kind, name):
-    """DeepSpeed casts a module to bfloat16, PyTorch's own engines leave it as it is and autocast."""
-    model = tiny(**{kind: name, "layer_scale": 0.1})
+    """DeepSpeed casts the parameters to bfloat16 and leaves the buffers, PyTorch's own engines leave all as it is and autocast."""
+    model = tiny(**{kind: name, "layer_scale": 0.1, "drop_path": 0.5})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         F.cross_entropy(model(images()).float(), torch.arange(3)).backward()
-    scores = model.to(torch.bfloat16)(images().to(torch.bfloat16))
-    assert scores.dtype == torch.bfloat16 and scores.isfinite().all()
+    normalise_in_fp32(model)
+    for parameter in model.parameters():
+        parameter.data, parameter.grad = parameter.data.bfloat16(), None
+    scores = model(images().to(torch.bfloat16))
+    F.cross_entropy(scores.float(), torch.arange(3)).backward()
+    assert scores.dtype == torch.bfloat16 and scores.isfinite().all() and all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
