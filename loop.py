@@ -22,6 +22,7 @@ from dali_pipeline import Batches
 from dataset import Dataset
 from model_card import write_card
 from parallel import Counts, Engine
+from parallel.environment import limit_waits
 from reports.data import changed_settings
 from resume import begin, conditions, facts_of, keep_validation_list
 from run_record import Progress, RunError, RunRecord
@@ -192,6 +193,8 @@ class Loop:
                     progress.warmup_seconds += time.perf_counter() - began
                     progress.timed_images -= engine.batch_sizes.total
                     self._first_steps_left -= 1
+                    if not self._first_steps_left:
+                        limit_waits()
                     began, self.training.wait_seconds = time.perf_counter(), 0.0
                 if time.perf_counter() - flushed > FLUSH_SECONDS:
                     self._look_at_losses()

@@ -38,7 +38,7 @@ class Change:
 ROUNDING = "the same sums, rounded in another order"
 CHANGES = {  # by the key of `conditions`
     "processes": Change("processes", f"{ROUNDING}; dropout draws other masks", True),
-    "micro_batch": Change("images a micro-batch", f"{ROUNDING}; dropout draws other masks", True),
+    "micro_batch": Change("images a micro-batch", f"{ROUNDING}; dropout draws other masks, MixUp and CutMix other partners", True),
     "strategy": Change("strategy", ROUNDING, True),
     "stage": Change("ZeRO stage", ROUNDING, True),
     "threads": Change("CPU threads", ROUNDING, True),

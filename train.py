@@ -96,12 +96,17 @@ def train(args: argparse.Namespace, preset: str, settings: Settings, dataset: Da
           build: Callable, stop: StopRequest, screen: Screen) -> int:
     """The run itself, from the engine on. Returns the exit code."""
     from dali_pipeline import Batches, Synthetic
+    from dataset import DatasetError
     from loop import Loop
+    from parallel.compiling import FIRST_STEPS_SECONDS
     from parallel.environment import limit_waits
     from parallel.peers.link import lines_of_cost
     from schedule import Schedule
 
     steps_per_epoch = len(dataset.splits["train"]) // settings.engine["train_batch_size"]
+    if not steps_per_epoch:
+        raise DatasetError(f"the train split has {len(dataset.splits['train'])} images, fewer than one global batch of "
+                           f"{settings.engine['train_batch_size']}; make it smaller with --set train_batch_size=N")
     total_steps = min(settings.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     engine = engine_type(build, settings, Schedule(settings.schedule, total_steps), args.seed, **({"meeting": meeting} if meeting else {}))
     which, of_how_many = engine.data_shard
@@ -119,7 +124,7 @@ def train(args: argparse.Namespace, preset: str, settings: Settings, dataset: Da
         for line in lines_of_cost(engine.num_parameters, settings.parallel.local_steps, args.link_gbps, args.step_seconds):
             screen.say(line)
     loop.open_run(args, preset, dataset)
-    limit_waits()
+    limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
     finished = loop.run(stop_at=args.stop_at)
     for batches in (training, *evaluation.values()):
         batches.close()

@@ -1,4 +1,4 @@
-"""Write the tables into README.md and docs/, between their marks. `./run_tests.sh` does it before testing.
+"""Write the tables into the pages of docs/ (and README.md), where marks stand for them. `./run_tests.sh` does it before testing.
 
     python update_readme.py
 """
@@ -67,7 +67,8 @@ def update(text: str) -> str:
 
 
 if __name__ == "__main__":
-    Parser("python update_readme.py", "Write the tables of parts into README.md and docs/.", example="python update_readme.py").parse_args()
+    Parser("python update_readme.py", "Write the tables of parts, optimisers and schedules into docs/.",
+           example="python update_readme.py").parse_args()
     for page in PAGES:
         old = page.read_text(encoding="utf-8")
         new = update(old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,13 +41,15 @@ class DropPath(nn.Module):
 
     def __init__(self, probability: float):
         super().__init__()
-        self.probability = probability
+        self.is_on = probability > 0
+        # A tensor, because torch.compile would compile each block anew for another number.
+        self.register_buffer("keep", torch.tensor(1 - probability), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
+        if not self.training or not self.is_on:
             return x
-        keep = 1 - self.probability
-        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep) / keep
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep
+        return x * torch.where(kept, 1 / self.keep, 0.0).to(x.dtype)
 
 
 class MLP(nn.Module):

@@ -21,6 +21,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it war
 
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 CHOICES = ("auto", "on", "off", *GRAPHS)
+FIRST_STEPS_SECONDS = 1800.0  # that they may take on a host that has not compiled this network before, while another one has
 FIRST_STEPS = {"off": 1, "on": 2, **dict.fromkeys(GRAPHS, 4)}  # that compile, warm up or record, and do not count as training time
 
 
@@ -71,6 +72,8 @@ class Compiled:
         layers = [network] if mode in GRAPHS else layers
         # Each kind of layer, size and precision is a compilation; the limit that PyTorch comes with (8) is for one network in one piece.
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(layers))
+        # Gradients are ready layer by layer already; PyTorch would cut every layer again at the buckets of DistributedDataParallel.
+        torch._dynamo.config.optimize_ddp = mode in GRAPHS
         options = {"mode": mode} if mode in GRAPHS else {}
         self.forwards = {layer: torch.compile(layer.forward, dynamic=False, **options) for layer in layers}
 

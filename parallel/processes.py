@@ -33,6 +33,8 @@ def pick_device() -> torch.device:
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank())
+    # PyTorch would compute convolutions, and these alone, with 10 bits of mantissa: who wants speed takes bf16, and fp32 is fp32.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", local_rank())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,10 +31,25 @@ for name in ("torch.utils.cpp_extension", "DeepSpeed"):
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It knows a handful of optimisers; ours are tested with it in tests/test_parallel_optimizers.py.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Stages 1 and 2 do not ask the GPU whether the norm is finite, once a step and once a group, each time waiting for it.
+
+    They would leave out the update. A norm that is not finite ends the run as it is, as soon as it is looked at (`bad_steps.py`).
+    """
+    asks = stage_1_and_2.is_invalid_grad_norm
+    stage_1_and_2.is_invalid_grad_norm = lambda norm: False
+    try:
+        yield
+    finally:
+        stage_1_and_2.is_invalid_grad_norm = asks
 
 
 class Engine(contract.Engine):
@@ -122,6 +138,8 @@ class Engine(contract.Engine):
         zero = {**config["zero_optimization"]}
         if zero["offload_optimizer"]["device"] == "none":
             del zero["offload_optimizer"]
+        # DeepSpeed takes room for so many numbers at every step, 5e8 by default; a network has no more gradients than parameters.
+        zero.setdefault("reduce_bucket_size", min(500_000_000, self.num_parameters))
         return {
             **config,
             "zero_optimization": zero,
@@ -144,7 +162,8 @@ class Engine(contract.Engine):
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
                 self.grad_norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), math.inf).detach()
-            self.engine.step()
+            with nullcontext() if self.keeper else unasked():
+                self.engine.step()
             losses.append(loss.detach())
         self.note_norm()
         if self.skipped:
@@ -156,9 +175,8 @@ class Engine(contract.Engine):
         return torch.stack(losses).mean()
 
     def note_norm(self) -> None:
-        """Take over what DeepSpeed knows of the step's gradient; stages 1 to 3 leave out the update, everywhere, when its norm is not finite.
-
-        They do so asked or not, and say nothing. Unasked, the infinite norm ends the run.
+        """Take over what DeepSpeed knows of the step's gradient. Where bad steps are to be skipped, stages 1 to 3 have left out an
+        update whose norm is not finite, everywhere; else the infinite norm ends the run before anything is saved.
         """
         if self.stage:
             self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)

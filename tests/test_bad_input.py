@@ -73,6 +73,8 @@ NEW = {  # these may not leave a run folder
     "unknown preset": Case(["--preset", "cpp"], "unknown preset 'cpp'; did you mean 'cpu'?"),
     "a preset that is no TOML": Case(["--preset", "{place}/broken.toml"], "broken.toml is not valid TOML"),
     "too large a batch": Case([SET, "train_batch_size=301"], "the train split has 300 images, fewer than one global batch of 301"),
+    "too large a batch in parts": Case([SET, "train_batch_size=302", SET, "gradient_accumulation_steps=2"],
+                                       "the train split has 300 images, fewer than one global batch of 302"),
     "a batch that does not divide": Case([SET, "gradient_accumulation_steps=3"], "train_batch_size=64 cannot be cut into 1 data-parallel processes"),
     "a micro-batch that does not divide": Case(["--micro-batch", "7"], "--micro-batch 7: a global batch of 64 on 1 processes is not made of such "
                                                "parts; choose 2, 4, 8 or another divisor of 64"),

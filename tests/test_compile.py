@@ -29,6 +29,7 @@ from reference import (
 )
 from torch import nn
 
+from architectures.layers import DropPath
 from parallel import compiling
 from settings import SettingsError
 
@@ -162,3 +163,14 @@ def test_evaluation_runs_the_plain_network(monkeypatch):
     assert all("forward" not in vars(layer) for layer in model)
     whole = compiling.Compiled(model, list(model), "reduce-overhead")
     assert list(whole.forwards) == [model] and not compiling.Compiled(model, list(model), "off").forwards
+
+
+def test_blocks_that_differ_in_their_stochastic_depth_share_one_compilation():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for share in (0.1, 0.2, 0.3):
+        block = nn.Sequential(nn.Linear(4, 4), DropPath(share))
+        torch.compile(block.forward, dynamic=False, backend=counter)(torch.ones(2, 4))
+    assert counter.frame_count == 1

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from parallel import zero
 from parallel.buffers import persistent_buffers
+from parallel.compiling import FIRST_STEPS_SECONDS
 from parallel.engine import Batch
 from parallel.outer import OuterStep, check_outer
 from parallel.peers.heartbeat import background
@@ -55,6 +56,7 @@ class Engine(zero.Engine):
         self.data_seed = data_seed(seed, meeting.number)
         self.outer_steps = 0  # outer steps made
         self.alone = 0  # optimiser steps since the last one
+        self.made = 0  # optimiser steps of this process
         self.began = time.monotonic()  # of these
         self.met: list[Member] = []
         self.facts: dict[str, float] = {}
@@ -99,8 +101,9 @@ class Engine(zero.Engine):
         self.began = time.monotonic()
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
-        self.meeting.touch()
+        self.meeting.touch(FIRST_STEPS_SECONDS if self.made < self.first_steps else 0.0)
         loss = super().train_batch(batches)
+        self.made += 1
         self.alone += 1
         if self.step % self.local_steps == 0 or self.step == self.schedule.total:
             self._exchange()

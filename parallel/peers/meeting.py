@@ -105,9 +105,12 @@ class Meeting:
                 self.beats[place] = Beat(place, self.id, self._is_alive)
                 self.beats[place].start()
 
-    def touch(self) -> None:
-        """The training goes on. A peer that hangs is to be gone for the others, though its process lives."""
-        self._touched = time.monotonic()
+    def touch(self, seconds: float = 0.0) -> None:
+        """The training goes on, and so many seconds may pass besides until it says so again.
+
+        A peer that hangs is to be gone for the others, though its process lives.
+        """
+        self._touched = time.monotonic() + seconds
 
     def _is_alive(self) -> bool:
         return self._exchanging or time.monotonic() - self._touched < self.patience_seconds
