@@ -51,8 +51,8 @@ class Engine(PlainEngine):
 
     def prepare_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().prepare_step(optimizer)
-        for gpu in range(1, self.num_gpus):  # PyTorch seeds all alike, and each shall draw dropout of its own
-            torch.cuda.default_generators[gpu].manual_seed((torch.initial_seed() + gpu) % 2**63)
+        for i, generator in enumerate(torch.cuda.default_generators[: self.num_gpus]):
+            generator.manual_seed((torch.initial_seed() + i) % 2**63)  # PyTorch seeds all alike, and each GPU shall draw dropout of its own
 
     def describe(self) -> str:
         return f"{self.num_gpus} GPUs in one process, {super().describe()}"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES, find
+from architectures.layers import DropPath
 from optimizers import parameter_groups
 from settings import ModelSettings, SettingsError
 
@@ -153,8 +154,8 @@ def test_honoured_settings_exist_and_change_something(name):
     if name in SMALL and "drop_path" in honoured:
         torch.manual_seed(0)
         model = build(name, drop_path=0.9).train()
-        rates = [module.probability for module in model.modules() if hasattr(module, "probability")]
-        assert rates[0] == 0 and rates[-1] == pytest.approx(0.9)
+        kept = [module.keep.item() for module in model.modules() if isinstance(module, DropPath)]
+        assert kept[0] == 1 and kept[-1] == pytest.approx(0.1)
 
 
 def test_dropout_of_cct_acts_in_training_only():
