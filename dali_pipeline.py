@@ -36,7 +36,7 @@ from torch import Tensor
 
 from augmentation import Augmentation, epoch_order
 from carriers import OnDali, OnTensors, Token, Work
-from dataset import Dataset, DatasetError, Split
+from dataset import Dataset, DatasetError, Split, too_few
 from mixing import Mixing, fill_rectangles
 from readers import Files, PaddedResident, Resident
 from reports.images import pixels_of
@@ -94,8 +94,7 @@ class Batches:
         self.mixing = Mixing(settings, len(dataset.classes), self.side, seed)
         global_batch = batch_size * num_shards
         if self.training and len(self.split) < global_batch:
-            raise DatasetError(f"the {split} split has {len(self.split)} images, fewer than one global batch of {global_batch}; "
-                               "make it smaller with --set train_batch_size=N")
+            raise too_few(split, len(self.split), global_batch)
         # Whole global batches in training; in evaluation the last one is filled up.
         self._num_batches = len(self.split) // global_batch if self.training else -(-len(self.split) // global_batch)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))

@@ -32,6 +32,12 @@ class DatasetError(ValueError):
     """The dataset cannot be used; the message names the file and the mend."""
 
 
+def too_few(split: str, images: int, batch: int) -> DatasetError:
+    """What to raise for a split that does not fill one global batch."""
+    return DatasetError(f"the {split} split has {images} images, fewer than one global batch of {batch}; "
+                        "make it smaller with --set train_batch_size=N")
+
+
 @dataclass(frozen=True)
 class Split:
     """One part of a dataset.

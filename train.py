@@ -96,7 +96,7 @@ def train(args: argparse.Namespace, preset: str, settings: Settings, dataset: Da
           build: Callable, stop: StopRequest, screen: Screen) -> int:
     """The run itself, from the engine on. Returns the exit code."""
     from dali_pipeline import Batches, Synthetic
-    from dataset import DatasetError
+    from dataset import too_few
     from loop import Loop
     from parallel.compiling import FIRST_STEPS_SECONDS
     from parallel.environment import limit_waits
@@ -105,8 +105,7 @@ def train(args: argparse.Namespace, preset: str, settings: Settings, dataset: Da
 
     steps_per_epoch = len(dataset.splits["train"]) // settings.engine["train_batch_size"]
     if not steps_per_epoch:
-        raise DatasetError(f"the train split has {len(dataset.splits['train'])} images, fewer than one global batch of "
-                           f"{settings.engine['train_batch_size']}; make it smaller with --set train_batch_size=N")
+        raise too_few("train", len(dataset.splits["train"]), settings.engine["train_batch_size"])
     total_steps = min(settings.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     engine = engine_type(build, settings, Schedule(settings.schedule, total_steps), args.seed, **({"meeting": meeting} if meeting else {}))
     which, of_how_many = engine.data_shard

@@ -26,11 +26,12 @@ from parallel.buffers import persistent_buffers
 from parallel.checks import misfit, refuse_network, refuse_unused
 from parallel.compiling import FIRST_STEPS, Compiled, choose
 from parallel.counts import Batch, BatchSizes, Counts
+from parallel.messages import Messages
 from schedule import Schedule
 from settings import Settings, SettingsError
 
 
-class Engine(Averaging, ABC):
+class Engine(Averaging, Messages, ABC):
     """One strategy at work on one model.
 
     Attributes:
@@ -259,44 +260,6 @@ class Engine(Averaging, ABC):
             dist.all_reduce(counts)
             dist.all_reduce(loss_sum)
         return Counts(*counts.tolist(), loss_sum.item())
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any process. Collective."""
-        return self.any_of(flag)[0]
-
-    def any_of(self, *flags: bool) -> list[bool]:
-        """Which of the flags hold on any process, in one message. Collective."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return list(flags)
-        counts = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(counts, group=processes.control_group())  # on the CPU: the GPUs are not made to wait
-        return [count > 0 for count in counts.tolist()]
-
-    def mean(self, value: Tensor) -> float:
-        """The mean of a CPU scalar over all processes. Collective."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            value = value.double()
-            dist.all_reduce(value, group=processes.control_group())  # on the CPU: the GPUs are not made to wait
-            return value.item() / dist.get_world_size()
-        return value.item()
-
-    def from_main(self, value: Any) -> Any:
-        """The main process's value, on every process. Collective."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=processes.control_group())
-        return box[0]
-
-    def from_all(self, value: Any) -> list[Any]:
-        """Every process's value, by rank, on every process. Collective."""
-        return processes.from_all(value)
-
-    def own_share(self, values: list[float]) -> float:
-        """This process's own of what `from_all` once gave, or the mean when there were more or fewer processes then."""
-        if len(values) == dist.get_world_size():
-            return values[dist.get_rank()]
-        return sum(values) / max(1, len(values))
 
     def close(self) -> None:
         """Wait for the others and leave the process group."""

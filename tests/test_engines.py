@@ -5,6 +5,7 @@ ZeRO's stages have tests of their own in test_zero.py, what is refused in test_e
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,6 +37,8 @@ from reference import (
     with_batch_norm,
 )
 from torch import nn
+
+from parallel.dp import InPrecision
 
 ENGINES = {  # name of a case: strategy and settings
     "ddp": ("ddp", []),
@@ -295,3 +298,10 @@ def test_dp_is_one_process(on_one, plain):
     assert_trains_as(on_one["dp"], plain["accumulated, clipped"])
     assert on_one["dp"]["said"] == "2 GPUs in one process, fp32"
     assert on_one["bf16 dp"]["losses"] == pytest.approx(plain["plain"]["losses"], abs=0.05)
+
+
+def test_dps_threads_compute_in_bf16():
+    """Autocast is entered in the thread, with its kind of number; DataParallel itself would enter it with fp16 there."""
+    network = InPrecision(nn.Linear(4, 4), lambda: torch.autocast("cpu", torch.bfloat16))
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(network, torch.ones(2, 4)).result().dtype == torch.bfloat16

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Program, _check, free_port
 from reference import (
     BATCH,
     SAVED_AT,
@@ -28,12 +27,9 @@ from reference import (
     train,
     with_batch_norm,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.accum_adam import AccumAdam
-from parallel.outer import OuterStep
-from parallel.topologies import TOPOLOGIES, mixing_matrix, rounds_of
 from settings import SettingsError
 
 SGD = ["optimizer.type=SGD", "optimizer.params.lr=0.05", "gradient_clipping=0.0"]
@@ -115,27 +111,6 @@ def batch_norm_case() -> dict:
     stream = batches(engine)
     engine.train_batch(stream)
     return {"all": engine.gather_state(), "weights": engine.weights()}
-
-
-def job_mixing(out: str) -> None:
-    """A number a worker, through one period of rounds of every topology, over the groups that an engine makes."""
-    import torch.distributed as dist
-
-    from parallel import processes
-    from parallel.buffers import mean_over
-    from parallel.gossip import join_groups
-
-    processes.join()
-    results = {}
-    for name in TOPOLOGIES:
-        value = torch.tensor([float(dist.get_rank() ** 2)])
-        for group in join_groups(rounds_of(name, dist.get_world_size(), 2)):
-            (value,) = mean_over([value], group)
-        results[name] = processes.collect({"value": value})
-    if dist.get_rank() == 0:
-        torch.save(results, Path(out, "results"))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # --- the jobs, each once ------------------------------------------------------------------------------------------
@@ -234,114 +209,3 @@ def test_every_worker_keeps_its_own_batch_norm_statistics(on_two):
     state, weights = on_two["batch norm"]["all"], on_two["batch norm"]["weights"]
     a, b = (state[f"{rank}/weights/0.norm.running_mean"] for rank in (0, 1))
     assert not torch.equal(a, b) and torch.allclose(weights["0.norm.running_mean"], (a + b) / 2, atol=1e-7)
-
-
-# --- who averages with whom ---------------------------------------------------------------------------------------
-
-
-def machines(name: str, workers: int) -> list[int]:
-    """Workers a machine that a topology can be tried with."""
-    if name != "alternating_exponential_ring":
-        return [workers]
-    return [size for size in (1, 2, 3) if workers % size == 0 and workers // size in (2, 4, 8)]
-
-
-@pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
-def test_every_round_keeps_the_mean_and_many_rounds_bring_all_together(name, workers):
-    for per_machine in machines(name, workers):
-        product = torch.eye(workers, dtype=torch.float64)
-        rounds = rounds_of(name, workers, per_machine)
-        for groups in rounds:
-            assert sorted(worker for group in groups for worker in group) == list(range(workers))
-            matrix = mixing_matrix(groups)
-            ones = torch.ones(workers, dtype=torch.float64)
-            assert torch.allclose(matrix.sum(0), ones) and torch.allclose(matrix.sum(1), ones) and (matrix >= 0).all()
-            product = matrix @ product
-        mean = torch.full_like(product, 1 / workers)
-        assert torch.allclose(torch.linalg.matrix_power(product, 200), mean, atol=1e-6)
-        if name in ("complete", "one_peer_exponential", "alternating_exponential_ring") and workers in (1, 2, 4, 8, 16):
-            assert torch.allclose(product, mean)  # after one period already
-
-
-def test_the_known_graphs():
-    assert rounds_of("ring", 4, 4) == [[[0, 1], [2, 3]], [[1, 2], [0, 3]]]
-    assert rounds_of("ring", 3, 3) == [[[0, 1], [2]], [[1, 2], [0]], [[0, 2], [1]]]
-    assert rounds_of("one_peer_exponential", 4, 4) == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
-    # of two pairs of machines, one averages at home while the other sends
-    assert rounds_of("alternating_exponential_ring", 8, 2)[:2] == [
-        [[0, 1], [2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3], [4, 5], [6, 7]]]
-
-
-@pytest.mark.parametrize(("workers", "per_machine"), [(4, 4), (6, 2), (5, 2)])
-def test_alternating_rings_need_a_power_of_two_of_machines(workers, per_machine):
-    with pytest.raises(SettingsError, match="needs 2, 4, 8, ... machines"):
-        rounds_of("alternating_exponential_ring", workers, per_machine)
-
-
-def test_four_processes_mix_as_the_matrices_say(folder):
-    out = folder / "four"
-    out.mkdir()
-    meeting = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [Program(job_mixing, (str(out),), {**meeting, "RANK": str(i), "LOCAL_RANK": str(i % 2)}) for i in range(4)]
-    for done in [rank.end() for rank in ranks]:
-        _check(done, 0)
-    results = torch.load(out / "results", weights_only=False)
-    for name in TOPOLOGIES:
-        values = torch.arange(4, dtype=torch.float64) ** 2
-        for groups in rounds_of(name, 4, 2):
-            values = mixing_matrix(groups) @ values
-        assert torch.tensor([part["value"] for part in results[name]]).double() == pytest.approx(values), name
-
-
-# --- the optimisers -----------------------------------------------------------------------------------------------
-
-
-def steps_of(make, gradients: Tensor) -> Tensor:
-    x = nn.Parameter(torch.linspace(-1, 1, 5))
-    optimizer = make([x])
-    for gradient in gradients:
-        x.grad = gradient.clone()
-        optimizer.step()
-    return x.detach()
-
-
-@pytest.mark.parametrize("decoupled", [True, False])
-def test_accumadam_with_a_window_of_one_is_adam(decoupled):
-    gradients = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    settings = dict(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    plain = steps_of(lambda p: (torch.optim.AdamW if decoupled else torch.optim.Adam)(p, **settings), gradients)
-    ours = steps_of(lambda p: AccumAdam(p, **settings, window=1, decoupled=decoupled), gradients)
-    assert torch.allclose(plain, ours, atol=1e-6)
-
-
-def test_accumadam_follows_its_algorithm():
-    """Algorithm 4 of arXiv 2410.11998, appendix C, written out with numbers: a window of 3, 8 steps."""
-    gradients = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).double()
-    lr, b1, b2, eps, window = 0.01, 0.9, 0.99, 1e-8, 3
-    x, m, v, g_sum = torch.linspace(-1, 1, 5).double(), 0.0, 0.0, 0.0
-    for t, g in enumerate(gradients, start=1):
-        g_sum = g_sum + g
-        m_hat, v_hat = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        s = (t + window - 1) // window
-        x = x - lr * (m_hat / (1 - b1**s)) / ((v_hat / (1 - b2**s)).sqrt() + eps)
-        if t % window == 0:
-            m, v, g_sum = b1 * m + (1 - b1) * g_sum / window, b2 * v + (1 - b2) * (g_sum / window) ** 2, 0.0
-    ours = steps_of(lambda p: AccumAdam(p, lr=lr, betas=(b1, b2), eps=eps, weight_decay=0.0, window=window, decoupled=True), gradients.float())
-    assert torch.allclose(ours.double(), x, atol=1e-6)
-
-
-def test_the_outer_step_is_nesterovs():
-    """DiLoCo's default: v <- 0.9 v + d, theta <- theta - 0.7 (d + 0.9 v), d the way the workers have come, backwards."""
-    start, means = torch.tensor([1.0, 2.0]), [torch.tensor([0.5, 2.5]), torch.tensor([0.2, 2.0])]
-    outer = OuterStep({"w": start}, learning_rate=0.7, momentum=0.9)
-    theta, v = start, torch.zeros(2)
-    for i, mean in enumerate(means):
-        d = theta - mean
-        v = d if i == 0 else 0.9 * v + d
-        theta = theta - 0.7 * (d + 0.9 * v)
-        (now,) = outer.step([mean])
-        assert torch.allclose(now, theta)
-    again = OuterStep({"w": start}, learning_rate=0.7, momentum=0.9)
-    again.set_state(outer.state())
-    assert torch.equal(again.step([start])[0], outer.step([start])[0])
