@@ -6,7 +6,7 @@
     python compare.py experiments/pairs.toml --size full       # at another of its sizes
     python compare.py experiments/pairs.toml --shard 2/4       # a quarter of the runs, for the second of four machines on one disk
 
-An experiment file: `question.py`. Each run is a run folder `runs/<question>-<size>/<arm>-seed<k>` with its output beside it
+An experiment file: `comparison/experiment.py`. Each run is a run folder `runs/<question>-<size>/<arm>-seed<k>` with its output beside it
 (`.log`); the report goes to `results/<question>-<size>/`. Started again, it reuses finished runs and goes on with unfinished ones.
 Of several shards, the one that finds all runs finished writes the report.
 """
@@ -23,17 +23,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration import calibrate
-from command_line import Parser, at_least_one, in_one_sentence
-from comparison import power_note
-from question import Arm, Cost, Question, costs, read
-from run_record import RUNS, RunError, RunRecord
-from runner import StopSignal, Task, launch, refuse_others, run_all, slots
-from settings import SettingsError
+from common.paths import DATA, PROJECT, RESULTS, RUNS
+from comparison.experiment import Arm, Cost, Question, costs, read
+from comparison.run_queue import StopSignal, Task, launch, refuse_others, run_all, slots
+from comparison.significance import power_note
+from comparison.time_budget import calibrate
+from config.command_line import Parser, at_least_one, in_one_sentence
+from config.settings import SettingsError
+from records.run_folder import RunError, RunRecord
 from train import EXIT_STOPPED
-
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,10 @@ def main() -> int:
 
 def look_at_data(question: Question, args: argparse.Namespace) -> Data:
     """The dataset of the question, prepared if need be (not for a plan alone)."""
-    from dataset import Dataset
+    from image_data.dataset import Dataset
     from prepare_dataset import prepare
 
-    folder = (args.data_dir or HERE / "data" / question.dataset).resolve()
+    folder = (args.data_dir or DATA / question.dataset).resolve()
     if not Dataset.is_prepared(folder):
         if args.dry_run:
             print(f"note: {os.path.relpath(folder)} is not prepared yet; the plan is for a dataset of CIFAR's size")
@@ -102,7 +100,7 @@ def data_of_runs(runs: Path, args: argparse.Namespace) -> Data:
     """The same from the runs themselves: a report needs no dataset. Raises RunError when there is no run."""
     for path in sorted(runs.glob("*/run.json")):
         facts = RunRecord(path.parent).facts()["dataset"]
-        folder = (args.data_dir or HERE / facts["folder"]).resolve()
+        folder = (args.data_dir or PROJECT / facts["folder"]).resolve()
         return Data(folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"])
     raise RunError(f"there is no run in {os.path.relpath(runs)} to report on; leave out --report-only")
 
@@ -159,7 +157,7 @@ def make_task(question: Question, arm: Arm, seed: int, data: Data, folder: Path,
 def report(question: Question, of_arms: list[Cost], tasks: dict[tuple[str, int], Task], failures: dict[str, str],
            args: argparse.Namespace) -> int:
     """Write the report and say the answers. Returns the exit code: 1 when runs are missing from it."""
-    from comparison_report import arm_results, write
+    from comparison.report import arm_results, write
 
     results = arm_results(question, of_arms, tasks, args.final)
     finished = {(arm.name, run.seed) for arm in results for run in arm.runs}
@@ -180,7 +178,7 @@ def report(question: Question, of_arms: list[Cost], tasks: dict[tuple[str, int],
 def command(args: argparse.Namespace) -> str:
     """What to type for this report, without the folders of one machine."""
     experiment = args.experiment.resolve()
-    words = ["python", "compare.py", str(experiment.relative_to(HERE) if experiment.is_relative_to(HERE) else experiment.name)]
+    words = ["python", "compare.py", str(experiment.relative_to(PROJECT) if experiment.is_relative_to(PROJECT) else experiment.name)]
     words += [word for flag in ("size", "seeds") if getattr(args, flag) is not None for word in (f"--{flag}", str(getattr(args, flag)))]
     words += [word for text in args.set for word in ("--set", text)]
     return shlex.join(words + (["--final"] if args.final else []))

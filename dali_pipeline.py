@@ -7,18 +7,18 @@
     python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment      # what the network will see
 
 Three sources stand behind one interface. `resident` takes the packed pixels (on the device, when that is a GPU) and
-`files` reads the files of the tree; both feed the DALI graph of `dali_graph.py`, which is the same on a GPU and on the
+`files` reads the files of the tree; both feed the DALI graph of `image_data/dali_backend.py`, which is the same on a GPU and on the
 CPU. `tensor` does the same on whole batches in PyTorch: on a CPU it takes a fraction of DALI's time.
 
-None of them draws random numbers: `augmentation.py` plans what happens to each image. So the k-th batch of an epoch is a
+None of them draws random numbers: `image_data/augmentation.py` plans what happens to each image. So the k-th batch of an epoch is a
 function of (seed, epoch, k), whatever was read before it and however far the pipeline reads ahead.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before PyTorch and DALI are imported: --help and mistyped settings answer at once
-    from command_line import in_one_sentence
-    from preview import main
+    from config.command_line import in_one_sentence
+    from tools.preview_augmentation import main
 
     raise SystemExit(in_one_sentence(main))
 
@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augmentation import Augmentation, epoch_order
-from carriers import OnDali, OnTensors, Token, Work
-from dataset import Dataset, DatasetError, Split, too_few
-from mixing import Mixing, fill_rectangles
-from readers import Files, PaddedResident, Resident
+from config.settings import AugmentationSettings, unknown
+from image_data.augmentation import Augmentation, epoch_order
+from image_data.batch_plan import OnDali, OnTensors, Token, Work
+from image_data.dataset import Dataset, DatasetError, Split, too_few
+from image_data.mixup import Mixing, fill_rectangles
+from image_data.readers import Files, PaddedResident, Resident
 from reports.images import pixels_of
-from settings import AugmentationSettings, unknown
 
 SOURCES = ("auto", "resident", "files", "tensor")
 AHEAD = 3  # batches that wait, finished or in the making, while the consumer works on one

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from command_line import Parser, at_least_one, in_one_sentence
-from run_record import RUNS, RunError, newest_run, write_atomically
-from settings import SettingsError
-from trained import WEIGHTS, Trained
+from common.paths import PROJECT, RUNS
+from config.command_line import Parser, at_least_one, in_one_sentence
+from config.settings import SettingsError
+from inference.trained_model import WEIGHTS, Trained
+from records.run_folder import RunError, newest_run, write_atomically
 
 if TYPE_CHECKING:
-    from dataset import Dataset
+    from image_data.dataset import Dataset
 
-HERE = Path(__file__).resolve().parent
 SHOWN_CONFUSIONS = 10
 # The options that each task uses besides `run` and `--runs-dir`; any other is refused rather than ignored.
 USED = {
@@ -53,7 +53,7 @@ def main() -> int:
 def evaluate_run(trained: Trained, args: argparse.Namespace) -> int:
     """Count, and write and print the report."""
     from dali_pipeline import Batches
-    from parallel.processes import join, leave
+    from parallel.process_group import join, leave
 
     record, facts = trained.record, trained.facts
     dataset = open_dataset(trained, args.data_dir)
@@ -84,7 +84,7 @@ def evaluate_run(trained: Trained, args: argparse.Namespace) -> int:
 
 def keep(trained: Trained, report: dict[str, Any], confusion: np.ndarray, also: Path | None) -> None:
     """Write what an evaluation found into the run folder: report, picture, model card."""
-    from model_card import write_card
+    from inference.model_card import write_card
     from reports.classes import confusion as draw_confusion
     from reports.style import save
 
@@ -99,8 +99,8 @@ def keep(trained: Trained, report: dict[str, Any], confusion: np.ndarray, also: 
 
 def predict_images(trained: Trained, args: argparse.Namespace) -> int:
     """Show what the network sees in the images of --predict. Returns the exit code: 1 when one of them could not be read."""
-    from parallel.processes import pick_device
-    from predict import predict
+    from inference.predict_images import predict
+    from parallel.process_group import pick_device
 
     precision = args.precision or trained.facts["precision"]
     network = trained.network(args.weights, pick_device(), precision)
@@ -109,9 +109,9 @@ def predict_images(trained: Trained, args: argparse.Namespace) -> int:
 
 def export_network(trained: Trained, args: argparse.Namespace) -> int:
     """Write the network in the format of --export."""
-    from dataset import DatasetError
-    from export import export
-    from model_card import write_card
+    from image_data.dataset import DatasetError
+    from inference.model_card import write_card
+    from inference.onnx_export import export
 
     try:
         dataset = open_dataset(trained, args.data_dir)
@@ -126,10 +126,10 @@ def export_network(trained: Trained, args: argparse.Namespace) -> int:
 
 def open_dataset(trained: Trained, folder: Path | None) -> Dataset:
     """The dataset of the run, or the one in `folder`, to be normalised as in training. Raises DatasetError where it does not fit."""
-    from dataset import Dataset
+    from image_data.dataset import Dataset
 
     facts = trained.facts["dataset"]
-    dataset = Dataset.open(folder or HERE / facts["folder"])
+    dataset = Dataset.open(folder or PROJECT / facts["folder"])
     check_same_classes(dataset.classes, trained.classes)
     return normalise_as_trained(dataset, facts)
 
@@ -194,7 +194,7 @@ def print_report(report: dict[str, Any], all_classes: bool) -> None:
 
 def check_same_classes(found: list[str], trained: list[str]) -> None:
     """Refuse a dataset whose labels mean something else than they did in training. Raises DatasetError."""
-    from dataset import DatasetError
+    from image_data.dataset import DatasetError
 
     if found != trained:
         odd = next((f"{a!r} instead of {b!r}" for a, b in zip(found, trained, strict=False) if a != b), f"{len(found)} instead of {len(trained)}")
@@ -205,7 +205,7 @@ def normalise_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
     """The dataset with the mean and std that the network was trained with. Raises DatasetError for another image side."""
     from dataclasses import replace
 
-    from dataset import DatasetError
+    from image_data.dataset import DatasetError
 
     if dataset.image_side != trained["image_side"]:
         raise DatasetError(f"the dataset has images of side {dataset.image_side}, the run was trained on {trained['image_side']}")

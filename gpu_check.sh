@@ -7,5 +7,5 @@
 # What it finds is written to runs/gpu-check (--out): check.md to read, check.json to keep, a log for each part.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-. "$here/setup_environment.sh"
-exec "$PYTHON" "$here/gpu_check.py" "$@"
+. "$here/environment/setup.sh"
+exec "$PYTHON" "$here/benchmarks/gpu_check.py" "$@"

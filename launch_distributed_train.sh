@@ -17,7 +17,7 @@ python3 "$here/cluster/hostfile.py" "$hostfile" >/dev/null || exit 2
 [ -n "${DRY_RUN:-}" ] || command -v ssh >/dev/null || fail "ssh is not installed: apt-get install openssh-client"
 
 # 2. The environment of this machine; the hosts have theirs at the same path
-. "$here/setup_environment.sh"
+. "$here/environment/setup.sh"
 
 # 3. The hosts. exec: a signal to this script is then a signal to the one that ends the ranks on all machines.
 if [ "${LAUNCHER:-}" = pdsh ]; then

@@ -8,7 +8,7 @@
 # Relative paths among the arguments mean what they mean where you stand: the script changes no folder.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-. "$here/setup_environment.sh"
+. "$here/environment/setup.sh"
 
 case ${1:-} in -h | --help)
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

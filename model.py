@@ -15,8 +15,8 @@ B images, T tokens, C width, H heads, D head size, F hidden size, P patch, K cla
 from __future__ import annotations
 
 if __name__ == "__main__":  # before PyTorch is imported: --help and mistyped settings answer at once
-    from command_line import in_one_sentence
-    from describe import describe_model
+    from config.command_line import in_one_sentence
+    from tools.list_settings import describe_model
 
     raise SystemExit(in_one_sentence(describe_model))
 
@@ -28,14 +28,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from architectures import ARCHITECTURES as PUBLISHED
-from architectures import find
-from architectures.layers import Architecture, DropPath
-from attention import ATTENTIONS
-from embedding import PATCH_EMBEDDINGS, POOLINGS, POSITIONS
-from feedforward import FEED_FORWARDS
-from parts import Dimensions, make_part
-from settings import ModelSettings, SettingsError, unknown
+from config.settings import ModelSettings, SettingsError, unknown
+from models.attention import ATTENTIONS
+from models.feed_forward import FEED_FORWARDS
+from models.layers import Architecture, DropPath
+from models.parts import Dimensions, make_part
+from models.patch_embedding import PATCH_EMBEDDINGS, POOLINGS, POSITIONS
+from models.published.table import ARCHITECTURES as PUBLISHED
+from models.published.table import find
 
 
 class Embed(nn.Module):

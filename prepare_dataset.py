@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Archive, download or image tree -> the files that training reads (see dataset.py for what they are).
+"""Archive, download or image tree -> the files that training reads (see image_data/dataset.py for what they are).
 
     python prepare_dataset.py                                                   # CIFAR-100 into data/cifar100
     python prepare_dataset.py --data-dir data/pets --archive pets.zip           # a zip or tar of {train,test}/<class>/*.png
@@ -28,10 +28,12 @@ from pathlib import Path
 
 import numpy as np
 
-from command_line import Parser
-from dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
-from dataset_archives import unpack
-from dataset_checks import (
+from config.command_line import Parser
+from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
+from image_data.preparation.archives import unpack
+from image_data.preparation.decoding import SplitFacts, available_cores, decode_image, decode_split, decoder, first_side, mean_and_std
+from image_data.preparation.downloads import SOURCES, fill
+from image_data.preparation.image_tree import (
     CIFAR_SIDE,
     PrepareError,
     Tree,
@@ -42,8 +44,6 @@ from dataset_checks import (
     list_tree,
     looks_like_jpeg,
 )
-from dataset_decode import SplitFacts, available_cores, decode_image, decode_split, decoder, first_side, mean_and_std
-from dataset_sources import SOURCES, fill
 
 PACK_LIMIT_GIB = 8.0
 JPEG_SAMPLE = 1000  # training images looked at for traces of JPEG

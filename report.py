@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from command_line import Parser, at_least_one, in_one_sentence
-from reports.data import RunData
-from run_record import RUNS, RunError, newest_run
-from settings import Settings, SettingsError
+from common.paths import PROJECT, RUNS
+from config.command_line import Parser, at_least_one, in_one_sentence
+from config.settings import Settings, SettingsError
+from records.run_data import RunData
+from records.run_folder import RunError, newest_run
 
 if TYPE_CHECKING:
-    from dataset import Dataset
+    from image_data.dataset import Dataset
     from reports.pictures import Inspection
 
-HERE = Path(__file__).resolve().parent
 NUM_MISTAKES = 24
 NUM_ATTENTION = 5  # images whose attention is drawn
 
@@ -79,7 +79,7 @@ def compare(runs: list[RunData], path: Path) -> None:
 def inspect(run: RunData, args: argparse.Namespace) -> Inspection | None:
     """Run the network over a split of the data. None, with a note, where the dataset or the weights are not there."""
     from dali_pipeline import Batches
-    from dataset import DatasetError
+    from image_data.dataset import DatasetError
     from reports.pictures import Inspection
     from reports.predictions import mistakes, predict
 
@@ -101,13 +101,13 @@ def inspect(run: RunData, args: argparse.Namespace) -> Inspection | None:
 
 def load(run: RunData, split: str, args: argparse.Namespace) -> tuple[Dataset, Any, Any]:
     """The dataset as training normalised it, the network, its device. Raises DatasetError or RunError."""
-    from dataset import Dataset
     from evaluate import check_same_classes, normalise_as_trained
-    from parallel.processes import pick_device
-    from trained import load_model
+    from image_data.dataset import Dataset
+    from inference.trained_model import load_model
+    from parallel.process_group import pick_device
 
     facts = run.facts
-    dataset = Dataset.open(args.data_dir or HERE / facts["dataset"]["folder"])
+    dataset = Dataset.open(args.data_dir or PROJECT / facts["dataset"]["folder"])
     check_same_classes(dataset.classes, facts["dataset"]["classes"])
     if split == "validation":
         if not facts["hold_out"]:

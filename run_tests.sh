@@ -6,7 +6,7 @@
 # missing. `-m cluster` are those alone, `-m "not slow and not gpu and not cluster"` all the others.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-. "$here/setup_environment.sh"
+. "$here/environment/setup.sh"
 cd "$here"
 
 # Operations that DeepSpeed compiles are kept here, out of the reach of other projects' half-finished builds.
@@ -22,6 +22,6 @@ for argument in "$@"; do
     case $argument in -m | -m?*) selection=() ;; esac
     case $argument in -m | -m?* | tests/*) workers=() ;; esac
 done
-"$PYTHON" update_readme.py    # the tables of parts follow the code
+"$PYTHON" tools/update_docs.py    # the tables of parts follow the code
 "$PYTHON" -m ruff check .
 exec "$PYTHON" -m pytest -q -rs "${selection[@]}" "${workers[@]}" "$@"

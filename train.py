@@ -18,19 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint import Interval
-from command_line import Parser, at_least_one
-from run_record import RUNS, RunError
-from screen import NORMAL, QUIET, VERBOSE, Screen, tell_all
-from settings import Settings, SettingsError, preset_names, resolve, table_names
+from common.paths import DATA, RUNS
+from config.command_line import Parser, at_least_one
+from config.settings import Settings, SettingsError, preset_names, resolve, table_names
+from records.checkpoint_store import Interval
+from records.run_folder import RunError
+from training.console import NORMAL, QUIET, VERBOSE, Screen, tell_all
 
 if TYPE_CHECKING:
-    from dataset import Dataset
-    from loop import StopRequest
-    from parallel import Engine
-    from parallel.peers.meeting import Meeting
+    from image_data.dataset import Dataset
+    from parallel.peers.rendezvous import Meeting
+    from parallel.strategies import Engine
+    from training.loop import StopRequest
 
-HERE = Path(__file__).resolve().parent
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "communicator was aborted")
 EXIT_STOPPED = 75  # told to stop, and saved: start again to go on
 
@@ -40,16 +40,16 @@ def main() -> int:
     import torch  # after the arguments, so that --help and mistyped settings answer at once
 
     from dali_pipeline import side_of
-    from dataset import Dataset
-    from init_weights import load_initial_weights
-    from loop import StopRequest
-    from micro_batch import MicroBatch, OutOfMemory
+    from image_data.dataset import Dataset
+    from image_data.local_copy import stage
     from model import build_model
-    from parallel import engine_class
-    from parallel.environment import make_deterministic, rank_environment
-    from parallel.peers.start import meeting_of
-    from staging import stage
-    from trackers import check_trackers
+    from models.initial_weights import load_initial_weights
+    from parallel.peers.setup import meeting_of
+    from parallel.slurm import make_deterministic, rank_environment
+    from parallel.strategies import engine_class
+    from training.loop import StopRequest
+    from training.micro_batch import MicroBatch, OutOfMemory
+    from training.trackers import check_trackers
 
     if args.patience and not args.hold_out:
         raise SettingsError("--patience waits for a better accuracy on a held-out part, and there is none; give --hold-out 0.1")
@@ -96,12 +96,12 @@ def train(args: argparse.Namespace, preset: str, settings: Settings, dataset: Da
           build: Callable, stop: StopRequest, screen: Screen) -> int:
     """The run itself, from the engine on. Returns the exit code."""
     from dali_pipeline import Batches, Synthetic
-    from dataset import too_few
-    from loop import Loop
-    from parallel.compiling import FIRST_STEPS_SECONDS
-    from parallel.environment import limit_waits
-    from parallel.peers.link import lines_of_cost
-    from schedule import Schedule
+    from image_data.dataset import too_few
+    from optim.lr_schedule import Schedule
+    from parallel.compile import FIRST_STEPS_SECONDS
+    from parallel.peers.link_cost import lines_of_cost
+    from parallel.slurm import limit_waits
+    from training.loop import Loop
 
     steps_per_epoch = len(dataset.splits["train"]) // settings.engine["train_batch_size"]
     if not steps_per_epoch:
@@ -137,10 +137,10 @@ def prepare(args: argparse.Namespace) -> Path:
     Raises:
         DatasetError: a folder of the person's own that holds neither a dataset nor a tree, and no word on what to put there.
     """
-    from dataset import DEFAULT, Dataset, DatasetError
+    from image_data.dataset import DEFAULT, Dataset, DatasetError
     from prepare_dataset import prepare as prepare_dataset
 
-    folder = Path(args.data_dir or HERE / "data" / (args.dataset or DEFAULT))
+    folder = Path(args.data_dir or DATA / (args.dataset or DEFAULT))
     if not Dataset.is_prepared(folder):
         if args.data_dir and not (args.archive or args.dataset or (folder / "train").is_dir()):
             raise DatasetError(f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/; check the path, "
@@ -156,9 +156,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         "python train.py", "Train a network on a tree of class folders. Starting the same run again goes on where it stopped.",
         example="python train.py --preset cpu --epochs 2 --set model.feed_forward=geglu --set optimizer.params.lr=5e-4",
-        notes=f"strategies (--strategy NAME):\n{listed('parallel/__init__.py', 'STRATEGIES')}\n\n"
-              f"feed-forwards (--set model.feed_forward=NAME):\n{listed('feedforward.py', 'FEED_FORWARDS')}\n\n"
-              "every part that has a name: python model.py; every setting with its default and unit: python settings.py",
+        notes=f"strategies (--strategy NAME):\n{listed('parallel/strategies.py', 'STRATEGIES')}\n\n"
+              f"feed-forwards (--set model.feed_forward=NAME):\n{listed('models/feed_forward.py', 'FEED_FORWARDS')}\n\n"
+              "every part that has a name: python model.py; every setting with its default and unit: python config/settings.py",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=["cifar100", "cifar10", "shapes"], help="what to prepare (default: cifar100)")
@@ -250,7 +250,7 @@ def above_zero(text: str) -> float:
 
 def run() -> int:
     """`main` with the errors of the person's making as one line on the screen."""
-    from dataset import DatasetError
+    from image_data.dataset import DatasetError
 
     try:
         return main()

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.options import add_data, add_settings, keep
-from benchmarks.timing import alternate, machine, spread, synchronise
-from checkpoint import Checkpoints, Interval
-from command_line import Parser, at_least_one, in_one_sentence
-from run_record import Progress, RunRecord, provenance
-from runner import visible_gpus
-from schedule import Schedule
-from settings import resolve
+from benchmarks.lib.options import add_data, add_settings, keep
+from benchmarks.lib.timing import alternate, machine, spread, synchronise
+from comparison.run_queue import visible_gpus
+from config.command_line import Parser, at_least_one, in_one_sentence
+from config.settings import resolve
+from optim.lr_schedule import Schedule
+from records.checkpoint_store import Checkpoints, Interval
+from records.run_folder import Progress, RunRecord, provenance
 
 if TYPE_CHECKING:
     from dali_pipeline import Batches
@@ -39,10 +39,10 @@ DEFAULT_SECONDS = 600.0  # --checkpoint-every
 def main() -> int:
     args = parse_arguments()
     from dali_pipeline import Batches, side_of  # after the arguments, so that --help answers at once
-    from dataset import Dataset
+    from image_data.dataset import Dataset
     from model import build_model
-    from parallel import engine_class
-    from resume import facts_of
+    from parallel.strategies import engine_class
+    from training.resume import facts_of
 
     settings = resolve(args.preset, args.set, strategy=args.strategy)
     dataset = Dataset.open(args.data_dir)
@@ -68,7 +68,7 @@ def main() -> int:
 
 def measure(engine: Any, training: Batches, record: RunRecord, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every turn, of every checkpoint's two parts, and the size of one."""
-    from saving import Saver
+    from training.checkpoint_writer import Saver
 
     saver = Saver(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
     stream = endless(training)

@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.faults import FAULTS, Round, TooLate, small_disk
-from benchmarks.options import keep, some_of
-from benchmarks.timing import machine
-from checkpoint import UNFINISHED
-from command_line import Parser, at_least_one
+from benchmarks.lib.faults import FAULTS, Round, TooLate, small_disk
+from benchmarks.lib.options import keep, some_of
+from benchmarks.lib.timing import machine
+from config.command_line import Parser, at_least_one
 from prepare_dataset import prepare
-from run_record import RunRecord, provenance
+from records.checkpoint_store import UNFINISHED
+from records.run_folder import RunRecord, provenance
 
 # Dropout and augmentation are on, so that a resumed run has random numbers to get wrong; a part is held out, so that there is
 # a best checkpoint. 240 images make 3 steps an epoch.

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import tables
-from benchmarks.input_tasks import JOBS, OPTIONAL, OURS, PEERS, Task, Unavailable
-from benchmarks.options import add_data, add_reports, keep, origin, some_of
-from benchmarks.timing import SETTLE_SECONDS, alternate, available_cores, cpu_seconds, machine, ratios, spread
-from command_line import Parser, at_least_one, in_one_sentence
-from dataset import Dataset, DatasetError
-from runner import visible_gpus
+from benchmarks.lib import tables
+from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS, Task, Unavailable
+from benchmarks.lib.options import add_data, add_reports, keep, origin, some_of
+from benchmarks.lib.timing import SETTLE_SECONDS, alternate, available_cores, cpu_seconds, machine, ratios, spread
+from comparison.run_queue import visible_gpus
+from config.command_line import Parser, at_least_one, in_one_sentence
+from image_data.dataset import Dataset, DatasetError
 
 TOLERANCE = 0.1  # between the mean (and standard deviation) of a loader's output and ours, for a job without RandAugment
 
@@ -220,7 +220,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what was asked for. Raises DatasetError when the dataset does not allow it."""
     import torch
 
-    from benchmarks.loaders import loaders
+    from benchmarks.lib.loaders import loaders
 
     dataset, device = Dataset.open(options.data_dir), torch.device(options.device)
     if dataset.image_side is None:

@@ -35,13 +35,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve()
-sys.path.insert(0, str(HERE.parent.parent))
-from benchmarks import tables  # noqa: E402
-from benchmarks.options import add_reports, keep, origin, several  # noqa: E402
-from benchmarks.timing import machine  # noqa: E402
-from command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
-from run_record import RunError  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.lib import tables  # noqa: E402
+from benchmarks.lib.options import add_reports, keep, origin, several  # noqa: E402
+from benchmarks.lib.timing import machine  # noqa: E402
+from common.paths import PROJECT
+from config.command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
+from records.run_folder import RunError  # noqa: E402
 
 KINDS = {  # name: matchmaking and request seconds
     "torchft": (0.0, 0.0),
@@ -82,7 +82,7 @@ class Scene:
         folder = Path(self.folder.name)
         python = sys.executable if self.kind == "torchft" else str(self.options.hivemind_python)
         matchmaking, request = KINDS[self.kind]
-        command = [python, str(HERE.with_name("peers_worker.py")), self.kind.partition(",")[0], str(folder), name, str(self.options.parameters),
+        command = [python, str(PROJECT / "benchmarks" / "lib" / "peer_averaging_worker.py"), self.kind.partition(",")[0], str(folder), name, str(self.options.parameters),
                    str(self.options.step_seconds), str(self.group), str(matchmaking), str(request)]
         with (folder / f"{name}.err").open("w") as errors:
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,

@@ -28,17 +28,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import strategy_report
-from benchmarks.groups import Failed, Fresh, Start, device_environment, run_group
-from benchmarks.links import Link
-from benchmarks.options import add_data, add_settings, keep, origin, several, some_of
-from benchmarks.timing import alternate, available_cores, machine, ratios
-from command_line import Parser, at_least_one, in_one_sentence
-from dataset import Dataset, DatasetError
-from runner import visible_gpus
-from settings import ParallelSettings, Settings, SettingsError, resolve
+from benchmarks.lib import strategy_report
+from benchmarks.lib.link_model import Link
+from benchmarks.lib.options import add_data, add_settings, keep, origin, several, some_of
+from benchmarks.lib.process_groups import Failed, Fresh, Start, device_environment, run_group
+from benchmarks.lib.timing import alternate, available_cores, machine, ratios
+from comparison.run_queue import visible_gpus
+from config.command_line import Parser, at_least_one, in_one_sentence
+from config.settings import ParallelSettings, Settings, SettingsError, resolve
+from image_data.dataset import Dataset, DatasetError
 
-WORKER = "benchmarks/strategy_worker.py"
+WORKER = "benchmarks/lib/strategy_worker.py"
 ONE_PROCESS = "one process"  # plain PyTorch: what all others are compared with
 
 
@@ -91,7 +91,7 @@ class Row:
 
     def _setting(self, name: str, otherwise: Any) -> Any:
         """A setting of `[parallel]` where the strategy has one of this name."""
-        from parallel import engine_class
+        from parallel.strategies import engine_class
 
         return getattr(self.settings.parallel, name) if name in engine_class(self.case.strategy).honours else otherwise
 
@@ -113,7 +113,7 @@ def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
 
 def concerns(override: str, strategy: str) -> bool:
     """Whether a `--set` is for this strategy: `parallel.stages` is for the pipeline's row only, which would be refused by the others."""
-    from parallel import engine_class
+    from parallel.strategies import engine_class
 
     group, _, name = override.partition("=")[0].strip().partition(".")
     if group == "parallel" and name in {field.name for field in fields(ParallelSettings)}:

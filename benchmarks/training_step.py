@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import step_report
-from benchmarks.groups import Failed, device_environment, free_port
-from benchmarks.options import add_data, add_reports, add_settings, keep, origin, some_of
-from benchmarks.peaks import measured_flops, peak_flops
+from benchmarks.lib import step_report
+from benchmarks.lib.options import add_data, add_reports, add_settings, keep, origin, some_of
+from benchmarks.lib.peak_flops import measured_flops, peak_flops
+from benchmarks.lib.process_groups import Failed, device_environment, free_port
+from benchmarks.lib.timing import alternate, available_cores, machine
 from benchmarks.strategies import CASES, concerns
-from benchmarks.timing import alternate, available_cores, machine
-from command_line import Parser, at_least_one, in_one_sentence
-from dataset import Dataset, DatasetError
-from runner import visible_gpus
-from settings import Settings, SettingsError, resolve, table_names
+from comparison.run_queue import visible_gpus
+from config.command_line import Parser, at_least_one, in_one_sentence
+from config.settings import Settings, SettingsError, resolve, table_names
+from image_data.dataset import Dataset, DatasetError
 
 STRATEGIES = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp")
 
@@ -59,7 +59,7 @@ class Contender:
 
     def start(self, context: Any) -> None:
         """Begin its processes, which make their networks meanwhile."""
-        from benchmarks.contenders import serve
+        from benchmarks.lib.step_contenders import serve
 
         options = self.options
         try:
@@ -197,8 +197,8 @@ def measured(contender: Contender) -> dict[str, Any]:
 
 def flops(contender: Contender, data_dir: Path) -> int:
     """Of one image's forward pass."""
-    from benchmarks.workload import Subject
-    from question import count_flops
+    from benchmarks.lib.workload import Subject
+    from comparison.experiment import count_flops
 
     subject = Subject(contender.settings(), data_dir)
     return count_flops(subject.build().eval(), subject.side, "cpu")
@@ -232,7 +232,7 @@ def note(text: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpus = len(visible_gpus())
-    peers = [name for name in table_names("benchmarks/step_peers.py", "PEERS") if "," not in name]
+    peers = [name for name in table_names("benchmarks/lib/step_baselines.py", "PEERS") if "," not in name]
     parser = Parser("python benchmarks/training_step.py",
                     "What a training step costs: images a second, share of the peak, milliseconds by part; against a bare loop, timm, Lightning.",
                     example='python benchmarks/training_step.py --preset spt-lsa --precision fp32,bf16 --compile both --json step.json\n'

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.options import keep, origin
-from benchmarks.timing import machine, synchronise
-from command_line import Parser, at_least_one
+from benchmarks.lib.options import keep, origin
+from benchmarks.lib.timing import machine, synchronise
+from config.command_line import Parser, at_least_one
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,8 +60,8 @@ def main() -> None:
 
 def make_candidates(kind: str, depth: int, width: int) -> tuple[dict[str, nn.Module], dict[str, int]]:
     """The two evaluations of one tree, an MLP with as many neurons, and how many there are and are used."""
-    from feedforward import FEED_FORWARDS, MLP
-    from parts import Dimensions, make_part
+    from models.feed_forward import FEED_FORWARDS, MLP
+    from models.parts import Dimensions, make_part
 
     dims = Dimensions(num_classes=100, image_side=32, patch=4, width=width, depth=1, heads=1, head_size=64, num_prefix=1, dropout=0.0)
     mask, path = (make_part(FEED_FORWARDS, "feed_forward", kind, dims, {"depth": depth, "evaluation": how}) for how in ("mask", "path"))

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cluster import blame, remote
-from cluster.blame import EXIT_STOPPED
+from cluster import failure_cause as blame
+from cluster import remote
+from cluster.failure_cause import EXIT_STOPPED
 from cluster.preflight import Meeting
 from cluster.remote import Host, say
+from common.paths import PROJECT
 
 LAST_WORDS_SECONDS = 3  # between the first failure and the end of the others, who may know more of it
 KILL_SECONDS = 15  # until an agent has ended its ranks
@@ -146,7 +148,7 @@ class Job:
 
     def _start(self, index: int) -> Agent:
         host = self.plan.hosts[index]
-        agent = Agent(host, remote.start(host.name, [self.plan.python, str(remote.HERE / "agent.py")]))
+        agent = Agent(host, remote.start(host.name, [self.plan.python, str(PROJECT / "cluster" / "agent.py")]))
         agent.tell(json.dumps(self.plan.order(index, self.name)))
         threading.Thread(target=self._listen, args=(index, agent.process.stdout), daemon=True).start()
         return agent
@@ -248,7 +250,7 @@ class Job:
             index, agent = item
             agent.process.kill()
             if agent.lost:
-                words = [self.plan.python, str(remote.HERE / "agent.py"), "--end", f"CLUSTER_JOB={self.name}:{index}"]
+                words = [self.plan.python, str(PROJECT / "cluster" / "agent.py"), "--end", f"CLUSTER_JOB={self.name}:{index}"]
                 process = remote.start(agent.host.name, words)
                 try:
                     process.communicate(timeout=12)

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cluster import checks, hostfile, remote, sync  # noqa: E402
-from cluster.checks import Answer, Problem  # noqa: E402
+from cluster import host_checks as checks  # noqa: E402
+from cluster import hostfile, remote, sync
+from cluster.host_checks import Answer, Problem  # noqa: E402
 from cluster.remote import Host, Unreachable, say  # noqa: E402
-from command_line import Parser  # noqa: E402
+from common.paths import PROJECT
+from config.command_line import Parser  # noqa: E402
 
 EXIT_USAGE, EXIT_PREFLIGHT = 2, 3
 
@@ -113,10 +114,10 @@ def listening(name: str, seconds: float = 15) -> Iterator[tuple[int, str]]:
     words = {"role": "listen", "token": token, "seconds": seconds, "port": int(os.environ.get("MASTER_PORT", 0))}
     process = remote.start(name, ["python3", "-", json.dumps(words)])
     try:
-        process.stdin.write((remote.HERE / "link.py").read_text())
+        process.stdin.write((PROJECT / "cluster" / "reachability.py").read_text())
         process.stdin.close()
         for line in process.stdout:
-            found = remote.answer_in(line, "link.py")
+            found = remote.answer_in(line, "reachability.py")
             if "port" in found:
                 yield found["port"], token
                 return
@@ -141,7 +142,7 @@ def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | No
             if not candidates:
                 return None, [Problem(first.name, "has no network address (IPv4) but its own loopback", "connect it to the others' network")]
             asked = {"role": "connect", "token": token, "port": port, "addresses": candidates}
-            results = remote.at_once(lambda host: remote.ask(host.name, "link.py", asked), others)
+            results = remote.at_once(lambda host: remote.ask(host.name, "reachability.py", asked), others)
     except Unreachable as error:
         return None, [Problem(first.name, error.reason, error.mend)]
     lost = [Problem(host.name, result.reason, result.mend) for host, result in zip(others, results, strict=True) if isinstance(result, Unreachable)]
@@ -178,7 +179,7 @@ def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
         try:
             with listening(target.name) as (port, token):
                 asked = {"role": "connect", "token": token, "port": port, "addresses": addresses[:1], "measure": True}
-                best = next(iter(remote.ask(source.name, "link.py", asked)["reached"].values()))
+                best = next(iter(remote.ask(source.name, "reachability.py", asked)["reached"].values()))
             lines.append(f"{source.name} -> {target.name}: {best['error']}" if "error" in best else
                          f"{source.name} -> {target.name}: {best['gigabits']:g} Gbit/s (one TCP stream), {best['latency_ms']:g} ms there and back")
         except Unreachable as error:

@@ -24,7 +24,7 @@ GIVEN_FILE_LIMIT = 2**30  # bytes; of larger ones only the size is compared
 ENVIRONMENT = """
 import json, os, platform, sys
 from importlib import metadata
-if os.path.exists(os.path.join(sys.prefix, "installing")):  # setup_environment.sh was cut short
+if os.path.exists(os.path.join(sys.prefix, "installing")):  # environment/setup.sh was cut short
     sys.exit("unfinished")
 found = {"python": platform.python_version(), "prefix": sys.prefix}
 for name in ("torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110", "numpy"):

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from common.paths import PROJECT
+
 LOCAL_NAMES = {"localhost", "127.0.0.1"}
 # Never ask for a password; notice within 20 s that the other side is gone.
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=8", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4"]
@@ -114,7 +114,7 @@ def ask(name: str, script: str, request: dict[str, Any], seconds: float = 20) ->
     """
     process, began = start(name, ["python3", "-", json.dumps(request)]), time.time()
     try:
-        out, err = process.communicate((HERE / script).read_text(), timeout=seconds)
+        out, err = process.communicate((PROJECT / "cluster" / script).read_text(), timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()

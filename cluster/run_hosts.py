@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cluster import preflight, remote, sync  # noqa: E402
-from cluster.blame import EXIT_STOPPED  # noqa: E402
+from cluster.failure_cause import EXIT_STOPPED  # noqa: E402
 from cluster.job import Job, Limits, Outcome, Plan  # noqa: E402
 from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Meeting, Report, hosts_of  # noqa: E402
 from cluster.remote import Host, say  # noqa: E402
-from command_line import Parser  # noqa: E402
+from common.paths import PROJECT
+from config.command_line import Parser  # noqa: E402
 
 SENT = ("NCCL_", "GLOO_", "TP_SOCKET", "TORCH", "PYTORCH_", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_LAUNCH", "CUDA_DEVICE", "HF_", "UCX_", "FI_",
         "OFI_", "MLFLOW", "WANDB_", "TOKENIZERS_", "DALI_", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONFAULT",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import remote
-from cluster.checks import Answer
+from cluster.host_checks import Answer
 from cluster.remote import Host, Unreachable, say
 
 # At the top of the project: what belongs to a machine or to its runs.
@@ -53,10 +53,10 @@ def _mend_one(host: Host, answer: Answer, own: dict[str, Any], what: dict[str, A
 def make_environment(host: Host, project: str, python: str) -> None:
     """The project's .venv on a host, by the script that makes it here. Raises Unreachable: why not."""
     if not python.startswith(f"{project}/.venv/"):
-        raise Unreachable(f"has no interpreter {python}", f"--sync makes {project}/.venv only; start with that one here too (./setup_environment.sh)")
+        raise Unreachable(f"has no interpreter {python}", f"--sync makes {project}/.venv only; start with that one here too (environment/setup.sh)")
     say(f"{host.name}: making the Python environment (minutes)")
     driver = [f"DRIVER_CUDA={os.environ['DRIVER_CUDA']}"] if os.environ.get("DRIVER_CUDA") else []
-    words = ["env", f"PYTHON={python}", *driver, f"{project}/setup_environment.sh"]
+    words = ["env", f"PYTHON={python}", *driver, f"{project}/environment/setup.sh"]
     run(host, remote.command(host.name, words), "could not make the environment")
 
 

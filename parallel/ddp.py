@@ -8,12 +8,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel.buffers import SharedBuffers
-from parallel.plain import PlainEngine
+from parallel.torch_engine import PlainEngine
 
 
 class Engine(PlainEngine):
     """Data parallel by all-reduce, overlapped with the backward pass."""
 
+    name = "ddp"
     no_graphs = None
 
     def spread(self, model: nn.Module) -> nn.Module:

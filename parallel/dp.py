@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from parallel.plain import PlainEngine
-from settings import SettingsError
+from config.settings import SettingsError
+from parallel.torch_engine import PlainEngine
 
 
 class InPrecision(nn.Module):
@@ -33,6 +33,7 @@ class InPrecision(nn.Module):
 class Engine(PlainEngine):
     """All GPUs of this machine in one process."""
 
+    name = "dp"
     tries_whole = False  # a micro-batch is shared by several GPUs
     no_compile = "DataParallel copies the network to every GPU in every step"
 

@@ -18,23 +18,24 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from config.settings import Settings, SettingsError
 from model import count_parameters
-from optimizers import COUNT_STEPS, check_optimizer
-from parallel import processes
-from parallel.average import Averaging
+from optim.lr_schedule import Schedule
+from optim.optimizers import COUNT_STEPS, check_optimizer
+from parallel import process_group
+from parallel.batch_sizes import Batch, BatchSizes, Counts
 from parallel.buffers import persistent_buffers
-from parallel.checks import misfit, refuse_network, refuse_unused
-from parallel.compiling import FIRST_STEPS, Compiled, choose
-from parallel.counts import Batch, BatchSizes, Counts
-from parallel.messages import Messages
-from schedule import Schedule
-from settings import Settings, SettingsError
+from parallel.collectives import Messages
+from parallel.compile import FIRST_STEPS, Compiled, choose
+from parallel.ema import Averaging
+from parallel.setting_checks import misfit, refuse_network, refuse_unused
 
 
 class Engine(Averaging, Messages, ABC):
     """One strategy at work on one model.
 
     Attributes:
+        name: what --strategy calls it.
         data_shard: (which, of how many): the part of each global batch that this process reads.
         is_main: whether this process prints and writes files.
         step: optimiser steps made so far; where other jobs take part, `begin` and `train_batch` may carry it on by more than one.
@@ -53,6 +54,7 @@ class Engine(Averaging, Messages, ABC):
         first_steps: steps after a start that compile or warm up, and say nothing of the speed.
     """
 
+    name: str
     honours: frozenset[str] = frozenset()
     honours_deepspeed = False
     state_kind = "one model"
@@ -73,7 +75,6 @@ class Engine(Averaging, Messages, ABC):
 
     def __init__(self, settings: Settings, schedule: Schedule, seed: int):
         """Raises SettingsError for a setting that this strategy would not use."""
-        self.name = type(self).__module__.rpartition(".")[2]
         refuse_unused(self.name, settings, self.honours, self.honours_deepspeed)
         check_optimizer(settings, self.name, self.no_own_average)
         for is_set, refusal in ((settings.channels_last, self.no_channels_last), (settings.ema.decay, self.no_average)):
@@ -203,7 +204,7 @@ class Engine(Averaging, Messages, ABC):
         return {"step": self.step, "kind": self.state_kind, "processes": dist.get_world_size()}
 
     def save(self, folder: Path) -> None:
-        """Write what `load` reads into an existing folder, with nothing around it; a run has `saving.py` for that. Collective."""
+        """Write what `load` reads into an existing folder, with nothing around it; a run has `training/checkpoint_writer.py` for that. Collective."""
         state = self.gather_state()
         if state is not None:
             save_file(state, folder / "state.safetensors")
@@ -264,7 +265,7 @@ class Engine(Averaging, Messages, ABC):
     def close(self) -> None:
         """Wait for the others and leave the process group."""
         if dist.is_initialized():
-            processes.leave()
+            process_group.leave()
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a micro-batch, in fp32."""

@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from muon import Cut, Muon
+from optim.muon import Cut, Muon
 from parallel.buffers import SharedBuffers
-from parallel.checks import refuse_scalars
-from parallel.plain import PlainEngine
+from parallel.setting_checks import refuse_scalars
+from parallel.torch_engine import PlainEngine
 
 
 class Rows(Cut):
@@ -33,6 +33,7 @@ class Rows(Cut):
 class Engine(PlainEngine):
     """Data parallel with sharded parameters, gradients and optimiser; one layer is whole at a time."""
 
+    name = "fsdp"
     no_graphs = "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow; ddp can"
 
     def spread(self, model: nn.Module) -> nn.Module:

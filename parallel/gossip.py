@@ -12,25 +12,26 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from optimizers import parameter_groups
-from parallel import processes
-from parallel.accum_adam import AccumAdam
+from config.settings import SettingsError
+from optim.accum_adam import AccumAdam
+from optim.optimizers import parameter_groups
+from parallel import process_group
 from parallel.buffers import mean_over
+from parallel.multi_worker import WorkersEngine
 from parallel.topologies import Round, rounds_of
-from parallel.workers import WorkersEngine
-from settings import SettingsError
 
 
 class Engine(WorkersEngine):
     """A worker that averages with its group of the current round after every step."""
 
+    name = "gossip"
     honours = frozenset({"topology", "moment_steps"})
     state_kind = "one worker a process, for gossip"
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.topology = self.settings.parallel.topology
-        self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), processes.num_local()))
+        self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), process_group.num_local()))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         window = self.settings.parallel.moment_steps

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import processes
+from parallel import process_group
 from parallel.buffers import mean_over
-from parallel.outer import OuterStep, check_outer
-from parallel.workers import WorkersEngine
+from parallel.diloco import OuterStep, check_outer
+from parallel.multi_worker import WorkersEngine
 
 
 class Engine(WorkersEngine):
     """A worker that meets the others after every `parallel.local_steps` steps."""
 
+    name = "local"
     honours = frozenset({"local_steps", "outer_lr", "outer_momentum"})
     state_kind = "one worker a process, for local"
 
@@ -51,4 +52,4 @@ class Engine(WorkersEngine):
             outer = {key: value for key, value in state.items() if key.startswith("outer/")}
             workers = {key: value for key, value in state.items() if key not in outer}
         super().scatter_state(workers)
-        self.outer.set_state(processes.share(outer))
+        self.outer.set_state(process_group.share(outer))

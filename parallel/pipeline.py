@@ -20,12 +20,11 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from parallel import engine as contract
-from parallel import processes, zero
-from parallel.counts import Batch
-from parallel.partition import cut_layers, even_out
+from config.settings import Settings, SettingsError
+from parallel import engine, process_group, zero
+from parallel.batch_sizes import Batch
+from parallel.pipeline_stages import cut_layers, even_out
 from parallel.zero_state import gather, gather_weights, keys_of
-from settings import Settings, SettingsError
 
 
 class Stages(PipelineModule):
@@ -48,6 +47,7 @@ class Stages(PipelineModule):
 class Engine(zero.Engine):
     """Stages x replicas; the main process is the first stage of the first replica."""
 
+    name = "pipeline"
     honours = frozenset({"stages", "partition"})
     tries_whole = False
     no_channels_last = "what goes from stage to stage over the wire is contiguous"
@@ -114,7 +114,7 @@ class Engine(zero.Engine):
         return loss.detach()
 
     def skip_bad_steps(self) -> None:
-        contract.Engine.skip_bad_steps(self)
+        engine.Engine.skip_bad_steps(self)
 
     def forward(self, images: Tensor) -> Tensor | None:
         self._expect(images)
@@ -144,11 +144,11 @@ class Engine(zero.Engine):
 
     def _joined(self, mine: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """What the stages of the first replica hold, on the main process; None elsewhere. Collective."""
-        states = processes.collect(mine or {})
+        states = process_group.collect(mine or {})
         return None if states is None else {key: value for state in states for key, value in state.items()}
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
-        state = processes.share(state)
+        state = process_group.share(state)
 
         def receive(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             return state[key].to(self.device, dtype)

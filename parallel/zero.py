@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from muon import Muon
-from optimizers import WHOLE_NORMS, build_optimizer, restore_counters
+from config.settings import Settings, SettingsError
+from optim.lr_schedule import Schedule
+from optim.muon import Muon
+from optim.optimizers import WHOLE_NORMS, build_optimizer, restore_counters
 from parallel import engine as contract
-from parallel import processes
+from parallel import process_group
+from parallel.batch_sizes import Batch, BatchSizes
 from parallel.buffers import BufferKeeper, SharedBuffers, normalise_in_fp32
-from parallel.checks import refuse_scalars
-from parallel.counts import Batch, BatchSizes
 from parallel.engine import build_seeded
-from parallel.zero_cuts import cuts_of
+from parallel.setting_checks import refuse_scalars
+from parallel.zero_muon import cuts_of
 from parallel.zero_state import OptimizerParts, Receive, gather, gather_weights, keys_of, scatter
-from schedule import Schedule
-from settings import Settings, SettingsError
 
 # PyTorch warns of an unused CUDA toolkit, and DeepSpeed tells the story of every start; neither is news to the person.
 for name in ("torch.utils.cpp_extension", "DeepSpeed"):
@@ -34,7 +34,7 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# It knows a handful of optimisers; ours are tested with it in tests/test_parallel_optimizers.py.
+# It knows a handful of optimisers; ours are tested with it in tests/parallel/test_optimizers_by_strategy.py.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 
@@ -42,7 +42,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not
 def unasked() -> Iterator[None]:
     """Stages 1 and 2 do not ask the GPU whether the norm is finite, once a step and once a group, each time waiting for it.
 
-    They would leave out the update. A norm that is not finite ends the run as it is, as soon as it is looked at (`bad_steps.py`).
+    They would leave out the update. A norm that is not finite ends the run as it is, as soon as it is looked at (`training/non_finite.py`).
     """
     asks = stage_1_and_2.is_invalid_grad_norm
     stage_1_and_2.is_invalid_grad_norm = lambda norm: False
@@ -55,6 +55,7 @@ def unasked() -> Iterator[None]:
 class Engine(contract.Engine):
     """Data parallel by DeepSpeed: stage 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too."""
 
+    name = "zero"
     honours_deepspeed = True
 
     def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int):
@@ -64,7 +65,7 @@ class Engine(contract.Engine):
             SettingsError: a combination that would not train as asked.
         """
         super().__init__(settings, schedule, seed)
-        self.device = processes.join()
+        self.device = process_group.join()
         if self.device.type == "cpu":
             # Only inference_all_reduce uses this op, and compiling it at start-up takes a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

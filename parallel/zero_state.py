@@ -25,7 +25,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from optimizers import scalars_of
+from optim.optimizers import scalars_of
 from parallel.buffers import persistent_buffers
 
 AVERAGE = "ema"  # name of the averages' own among the optimiser's states, and of their keys in a checkpoint

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.cifar100 import groups_of
+from reports.cifar100_superclasses import groups_of
 from reports.style import BLUE, ORANGE, finish, make_figure, set_title, shorten
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from reports.data import RunData
+from config.settings import Settings
+from optim.lr_schedule import Schedule
+from records.run_data import RunData
 from reports.style import BLACK, BLUE, COLOURS, ORANGE, SKY, SPLITS, finish, make_figure, set_title, shorten, whole_epochs
-from schedule import Schedule
-from settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from reports.data import RunData, changed_settings, leaves
+from common.paths import PROJECT
+from records.run_data import RunData, changed_settings, leaves
+from records.run_folder import write_atomically
 from reports.pictures import Inspection, Picture, pictures_of
 from reports.style import duration, embed
-from run_record import write_atomically
 
-CSS = Path(__file__).with_name("page.css")
+CSS = PROJECT / "reports" / "page.css"
 FILES = {
     "run.json": "settings, command, commit, versions", "metrics.jsonl": "a line an epoch", "steps.jsonl": "training loss by step",
     "utilisation.jsonl": "GPU, CPU and memory", "curves.png": "loss and accuracy", "weights.safetensors": "the weights, fp32",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from records.run_data import RunData
 from reports import classes, curves, images
-from reports.data import RunData
-from reports.machine import utilisation
+from reports.utilization import utilisation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from embedding import POOLINGS
+from config.settings import ModelSettings
+from models.patch_embedding import POOLINGS
 from reports.images import pixels_of
-from settings import ModelSettings
 
 if TYPE_CHECKING:
     from dali_pipeline import Batches
-    from dataset import Dataset
+    from image_data.dataset import Dataset
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,15 @@ from pathlib import Path
 
 import programs
 import pytest
+from launching import STUB, fake
+from small_runs import TEST_PER_CLASS, TINY, TRAIN_PER_CLASS
 
+from common.paths import PROJECT
 from prepare_dataset import prepare
-from run_record import RunRecord
+from records.run_folder import RunRecord
 
-# Dropout and augmentation are on, so that a resumed run has random numbers to get wrong. 300 images make 4 steps an epoch.
-TINY = """
-epochs = 12
-[model]
-patch = 8
-width = 32
-depth = 2
-heads = 2
-head_size = 16
-feed_forward = "mlp"
-feed_forward_options = { hidden = 48 }
-dropout = 0.1
-[engine]
-train_batch_size = 64
-[engine.optimizer.params]
-lr = 3e-3
-"""
-TRAIN_PER_CLASS, TEST_PER_CLASS = 30, 7
-EPOCHS, STEPS_PER_EPOCH = 12, 4  # what TINY and the number of images come to
-STOPPED = 75  # exit code of a run that was told to stop, and saved
-LONGEST = ("test_cluster_hosts.py", "test_peers.py", "test_recipes.py", "test_documentation.py", "test_zero.py", "test_gossip.py",
-           "test_parallel_optimizers.py")
+LONGEST = ("test_several_hosts.py", "test_peer_engine.py", "test_recipes.py", "test_documentation.py", "test_zero.py", "test_gossip.py",
+           "test_optimizers_by_strategy.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
@@ -79,29 +62,6 @@ def unbroken(training, runs) -> RunRecord:
     return RunRecord(runs / "unbroken")
 
 
-# --- what a run left behind ----------------------------------------------------------------------------------------
-# Bit-identical means: the bytes of weights.safetensors, and every number of metrics.jsonl that is not a time.
-
-
-def results(record: RunRecord) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock measured."""
-    measured = ("_seconds", "_per_second", "_gib")
-    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
-
-
-def assert_same_as(record: RunRecord, unbroken: RunRecord) -> None:
-    assert results(record) == results(unbroken)
-    assert (record.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
-
-
-def checkpoints(record: RunRecord) -> list[str]:
-    return sorted(path.name for path in (record.folder / "state").iterdir())
-
-
-def copy_of(record: RunRecord, folder: Path) -> RunRecord:
-    return RunRecord(shutil.copytree(record.folder, folder))
-
-
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """A tree of two classes, 3 training and 2 test images of 16 x 16 pixels each."""
@@ -136,7 +96,7 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
     from comparisons import ARMS, COMMON
 
     import compare
-    from command_line import in_one_sentence
+    from config.command_line import in_one_sentence
 
     (tmp_path / "tiny.toml").write_text(tiny.read_text())
     monkeypatch.chdir(tmp_path)
@@ -162,3 +122,16 @@ def invented(monkeypatch):
     made = Invented()
     monkeypatch.setattr(compare, "launch", made)
     return made
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A copy of the scripts in a folder whose name has a space, with fakes in front of PATH and no GPU."""
+    folder = tmp_path / "my repo"
+    folder.mkdir()
+    programs.copy_scripts(folder)
+    shutil.copy(PROJECT / "hostfile", folder)
+    (folder / "train.py").write_text(STUB)
+    (tmp_path / "bin").mkdir()
+    fake(folder, "nvidia-smi", "exit 9")
+    return folder

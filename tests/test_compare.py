@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 from comparisons import ARMS, COMMON, report
 from torch import nn
 
 import compare
-import feedforward
-from calibration import steps_for
-from question import costs, read
-from run_record import RunRecord
-from runner import StopSignal, Task, last_error, run_all
+from common.paths import PROJECT
+from comparison.experiment import costs, read
+from comparison.run_queue import StopSignal, Task, last_error, run_all
+from comparison.time_budget import steps_for
+from models import feed_forward as feedforward
+from records.run_folder import RunRecord
 
-ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS = sorted((ROOT / "experiments").glob("*.toml"))
+QUESTIONS = sorted((PROJECT / "experiments").glob("*.toml"))
 
 
 # --- the questions that come with the project ---------------------------------------------------------------------
@@ -37,7 +36,7 @@ def test_every_question_can_be_asked_at_both_sizes(path, size):
 
 
 def test_all_eight_ideas_are_in_one_question():
-    arms = {arm.name for arm in read(ROOT / "experiments" / "eight-ideas.toml").arms}
+    arms = {arm.name for arm in read(PROJECT / "experiments" / "eight-ideas.toml").arms}
     ideas = [path for path in QUESTIONS if "recipe" not in path.name]
     others = {arm.name for path in ideas for arm in read(path).arms} - {"fff-mask"}  # which is fff
     assert len(ideas) == 9 and arms == others
@@ -45,7 +44,7 @@ def test_all_eight_ideas_are_in_one_question():
 
 def test_flops_are_those_of_the_products():
     """An MLP's hidden neuron costs one product in and one out for each of the 16 tokens, each C multiply-adds of 2."""
-    question = read(ROOT / "experiments" / "hidden-size.toml", "small")
+    question = read(PROJECT / "experiments" / "hidden-size.toml", "small")
     usual, small = costs(question, 100, 32)
     assert usual.flops - small.flops == 3 * (4 * 96 - 256) * 16 * 96 * 2 * 2
     assert usual.parameters - small.parameters == 3 * (4 * 96 - 256) * (2 * 96 + 1)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from config.settings import AugmentationSettings, SettingsError
 from dali_pipeline import Batches, preview
-from dataset import Dataset, DatasetError
+from image_data.dataset import Dataset, DatasetError
 from prepare_dataset import prepare
-from settings import AugmentationSettings, SettingsError
 
 SOURCES = ("resident", "files", "tensor")
 HEAVY = AugmentationSettings(policy="rand_augment", erasing=0.5, mixup=0.8, cutmix=1.0)
@@ -123,7 +123,7 @@ def test_leaving_an_epoch_early_loses_nothing(dataset):
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_reading_ahead_changes_nothing(dataset, prefetch, monkeypatch):
     expected = collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident"))
-    monkeypatch.setattr("carriers.PREFETCH", prefetch)
+    monkeypatch.setattr("image_data.batch_plan.PREFETCH", prefetch)
     monkeypatch.setattr("dali_pipeline.AHEAD", prefetch + 1)
     assert same(collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident")), expected)
 

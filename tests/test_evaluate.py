@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEST_PER_CLASS
 from programs import Done, launch, run
 from safetensors.torch import load_file, save_file
+from small_runs import TEST_PER_CLASS
 
 from prepare_dataset import prepare
-from run_record import RunRecord
+from records.run_folder import RunRecord
 
 NUM_TEST = 10 * TEST_PER_CLASS
 

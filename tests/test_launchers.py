@@ -5,7 +5,6 @@
 The scripts are copied beside a stub of train.py, and `nvidia-smi` is a fake, so that every machine tests the same. Several machines:
 test_cluster.py.
 """
-import base64
 import json
 import os
 import pty
@@ -16,88 +15,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import programs
 import psutil
 import pytest
+from launching import AWKWARD, dry_run, environment, fake, fake_gpus, run, world
 
-ROOT = Path(__file__).resolve().parent.parent
-AWKWARD = ["a b", "it's", 'say "x"', "a;touch owned", "$HOME", "$(touch owned)", "`touch owned`", "a|b>owned&c", "*", "?[a-z]{1,2}", "~", "!!", "",
-           "--set=x={\"k\": 1}"]
-STUB = '''
-import json, os, pathlib, signal, sys, time
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-out = pathlib.Path(os.environ["STUB_OUT"])
-rank = os.environ["RANK"]
-(out / f"started{rank}").write_text(json.dumps([os.getpid(), sys.argv[1:], os.environ["WORLD_SIZE"], os.getcwd()]))
-deadline = time.time() + float(os.environ.get("STUB_SECONDS", 0))
-while time.time() < deadline and not stop:
-    time.sleep(0.05)
-time.sleep(0.5 if stop else 0)          # a checkpoint takes its time
-time.sleep(0.2)                         # a second signal would come about now
-(out / f"saved{rank}").touch()
-ranks, latest = int(os.environ["WORLD_SIZE"]), time.time() + 10
-while stop and time.time() < latest and not all((out / f"saved{i}").exists() for i in range(ranks)):
-    time.sleep(0.01)                    # as train.py does: the launcher tells the others to stop when the first one leaves
-(out / f"ended{rank}").write_text(str(len(stop)))
-sys.exit(75 if stop else int(os.environ.get("STUB_CODE", 0)))
-'''
+from common.paths import PROJECT
 
 
-@pytest.fixture
-def repo(tmp_path):
-    """A copy of the scripts in a folder whose name has a space, with fakes in front of PATH and no GPU."""
-    folder = tmp_path / "my repo"
-    folder.mkdir()
-    programs.copy_scripts(folder)
-    shutil.copy(ROOT / "hostfile", folder)
-    (folder / "train.py").write_text(STUB)
-    (tmp_path / "bin").mkdir()
-    fake(folder, "nvidia-smi", "exit 9")
-    return folder
-
-
-def fake(repo, name, script):
-    path = repo.parent / "bin" / name
-    path.write_text(f"#!/bin/bash\n{script}\n")
-    path.chmod(0o755)
-
-
-def fake_gpus(repo, count, cuda="13.0"):
-    lines = "".join(f"echo 'GPU {i}: H200 (UUID: GPU-{i})'\n" for i in range(count))
-    fake(repo, "nvidia-smi", f"if [ \"$1\" = -L ]; then\n{lines}else echo '| Driver Version: 580.1   CUDA Version: {cuda} |'; fi")
-
-
-def environment(repo, **variables):
-    ours = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "NUM_PROCS", "MASTER_", "HOSTFILE", "DRIVER_CUDA", "DRY_RUN")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    path = f"{repo.parent / 'bin'}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "PYTHON": sys.executable, "STUB_OUT": str(repo.parent), **variables}
-
-
-def run(repo, script, *arguments, cwd=None, **variables):
-    command = [str(repo / script), *arguments]
-    return subprocess.run(command, env=environment(repo, **variables), cwd=cwd or repo.parent, capture_output=True, text=True, timeout=120)
-
-
-def dry_run(repo, *arguments, script="launch_local_train.sh", **variables):
-    """-> the words of the printed command."""
-    result = run(repo, script, *arguments, DRY_RUN="1", **variables)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\n") == 1
-    # bash itself takes the line apart, because that is what a person would paste it into
-    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {result.stdout}"], capture_output=True, text=True, check=True).stdout
-    return words.split("\0")[:-1]
-
-
-def world(words):
-    (encoded,) = [word.split("=", 1)[1] for word in words if word.startswith("--world_info=")]
-    return json.loads(base64.urlsafe_b64decode(encoded))["localhost"]
-
-
-@pytest.mark.parametrize("path", [*sorted(set(ROOT.glob("*.sh")) - {ROOT / "completion.sh"}), ROOT / ".ci/run"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*sorted(set(PROJECT.glob("*.sh")) - {PROJECT / "environment/completion.sh"}), PROJECT / ".ci/run"], ids=lambda path: path.name)
 def test_script_is_valid_and_executable(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert os.access(path, os.X_OK)
@@ -215,12 +141,12 @@ def test_no_rank_survives_a_killed_parent(repo, tmp_path, victim):
 # --- the environment ---------------------------------------------------------------------------------------------------------
 
 def pins(name):
-    return re.findall(r"^([\w-]+)==(\S+?)(;.*)?$", (ROOT / name).read_text(), re.MULTILINE)
+    return re.findall(r"^([\w-]+)==(\S+?)(;.*)?$", (PROJECT / name).read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name, differ", [
-    ("requirements-cuda12.txt", {"torch", "torchvision", "nvidia-dali"}),
-    ("requirements-cuda11.txt", {"torch", "torchvision", "nvidia-dali", "deepspeed", "numpy", "torchft", "onnx", "onnxscript", "onnxruntime"}),
+    ("environment/requirements-cuda12.txt", {"torch", "torchvision", "nvidia-dali"}),
+    ("environment/requirements-cuda11.txt", {"torch", "torchvision", "nvidia-dali", "deepspeed", "numpy", "torchft", "onnx", "onnxscript", "onnxruntime"}),
 ])
 def test_sets_for_older_drivers_differ_only_where_they_must(name, differ):
     def rest(file):
@@ -229,21 +155,21 @@ def test_sets_for_older_drivers_differ_only_where_they_must(name, differ):
 
 
 @pytest.mark.parametrize("cuda, driver, chosen", [
-    ("13.1", "590.1", "requirements.txt"), ("12.2", "535.1", "requirements-cuda12.txt"), ("11.4", "470.1", "requirements-cuda11.txt"),
-    ("N/A", "580.65", "requirements.txt"), ("N/A", "550.1", "requirements-cuda12.txt"), ("N/A", "470.1", "requirements-cuda11.txt"),
+    ("13.1", "590.1", "requirements.txt"), ("12.2", "535.1", "environment/requirements-cuda12.txt"), ("11.4", "470.1", "environment/requirements-cuda11.txt"),
+    ("N/A", "580.65", "requirements.txt"), ("N/A", "550.1", "environment/requirements-cuda12.txt"), ("N/A", "470.1", "environment/requirements-cuda11.txt"),
 ])
 def test_the_driver_chooses_the_set(repo, cuda, driver, chosen):
     fake(repo, "nvidia-smi", f"echo '| NVIDIA-SMI {driver}   Driver Version: {driver}   CUDA Version: {cuda} |'")
     fake_python(repo)
-    result = run(repo, "setup_environment.sh", PYTHON="python3", DRY_RUN="1")
+    result = run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1")
     assert f"with {chosen} " in result.stderr
     assert not (repo / ".venv").exists()
 
 
 def test_the_set_can_be_chosen_by_hand_and_an_old_driver_is_refused(repo):
     fake_python(repo)
-    assert "with requirements-cuda12.txt " in run(repo, "setup_environment.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="12").stderr
-    result = run(repo, "setup_environment.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="10.2")
+    assert "with environment/requirements-cuda12.txt " in run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="12").stderr
+    result = run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="10.2")
     assert result.returncode == 1 and "too old" in result.stderr
 
 
@@ -268,20 +194,20 @@ def installs(repo):
 def test_environment_is_made_once_and_again_when_its_requirements_change(repo):
     fake_python(repo)
     for _ in range(2):
-        assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+        assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert installs(repo) == ["requirements.txt"]
     with (repo / "requirements.txt").open("a") as file:
         file.write("# changed\n")
-    assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+    assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert installs(repo) == ["requirements.txt"] * 2
 
 
 def test_an_install_that_was_cut_short_begins_anew(repo):
     fake_python(repo)
-    result = run(repo, "setup_environment.sh", PYTHON="python3", PIP_FAILS="1")
+    result = run(repo, "environment/setup.sh", PYTHON="python3", PIP_FAILS="1")
     assert result.returncode == 1 and "Installing requirements.txt failed" in result.stderr
     (repo / ".venv/half").touch()
-    assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+    assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert not (repo / ".venv/half").exists() and len(installs(repo)) == 2
 
 
@@ -290,16 +216,16 @@ def test_another_cuda_version_begins_anew_and_an_environment_made_by_hand_is_kep
     (repo / ".venv/bin").mkdir(parents=True)
     shutil.copy(repo.parent / "bin/python3", repo / ".venv/bin/python")
     (repo / ".venv/mine").touch()
-    assert run(repo, "setup_environment.sh", PYTHON="python3").returncode == 0
+    assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert (repo / ".venv/mine").exists()
-    assert run(repo, "setup_environment.sh", PYTHON="python3", DRIVER_CUDA="12").returncode == 0
-    assert not (repo / ".venv/mine").exists() and installs(repo) == ["requirements.txt", "requirements-cuda12.txt"]
+    assert run(repo, "environment/setup.sh", PYTHON="python3", DRIVER_CUDA="12").returncode == 0
+    assert not (repo / ".venv/mine").exists() and installs(repo) == ["requirements.txt", "environment/requirements-cuda12.txt"]
 
 
 def test_two_starts_at_once_install_once(repo):
     fake_python(repo)
     variables = environment(repo, PYTHON="python3", PIP_SECONDS="1")
-    starts = [subprocess.Popen([str(repo / "setup_environment.sh")], env=variables, stderr=subprocess.DEVNULL) for _ in range(2)]
+    starts = [subprocess.Popen([str(repo / "environment/setup.sh")], env=variables, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [start.wait(60) for start in starts] == [0, 0]
     assert installs(repo) == ["requirements.txt"]
 
@@ -308,11 +234,11 @@ def test_missing_compiler_and_missing_venv_module_name_the_package(repo):
     fake_python(repo)
     (repo.parent / "bin/python3").write_text((repo.parent / "bin/python3").read_text().replace(
         'case "$1 $2" in', 'case "$1 $2" in "-c import venv"*) exit 1 ;;'))
-    result = run(repo, "setup_environment.sh", PYTHON="python3")
+    result = run(repo, "environment/setup.sh", PYTHON="python3")
     assert result.returncode == 1 and "apt-get install python3-venv" in result.stderr
     fake_python(repo)
     tools = ["bash", "dirname", "readlink", "cat", "sha256sum", "flock", "grep", "env"]
     for tool in tools:
         (repo.parent / "bin" / tool).symlink_to(shutil.which(tool))
-    result = run(repo, "setup_environment.sh", PYTHON="python3", PATH=str(repo.parent / "bin"))
+    result = run(repo, "environment/setup.sh", PYTHON="python3", PATH=str(repo.parent / "bin"))
     assert result.returncode == 1 and "apt-get install g++" in result.stderr

@@ -20,12 +20,12 @@ import pytest
 from PIL import Image
 from trees import WRITTEN, noise, refusal, save, tree_files, written
 
-from dataset_checks import looks_like_jpeg
-from dataset_shapes import SHAPES
+from common.paths import PROJECT
+from image_data.preparation.drawn_shapes import SHAPES
+from image_data.preparation.image_tree import looks_like_jpeg
 from prepare_dataset import PrepareError, prepare
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", REPOSITORY.parent / "shared" / "data" / "cifar100.zip"))
+REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "data" / "cifar100.zip"))
 
 
 # ---- what is written ----
@@ -145,7 +145,7 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
               "with dataset_decode.decoder(2) as decode:\n"
               "    print(list(decode(abs, [1, 2, 3])), flush=True)\n"
               "    os.kill(os.getpid(), signal.SIGKILL)\n")
-    run = subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert run.communicate(timeout=20)[0] == b"[1, 2, 3]\n"  # returns only when every process that holds the pipe is gone
     except subprocess.TimeoutExpired:
@@ -154,7 +154,7 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
 
 
 def test_two_runs_at_once_make_one_dataset(zipped, tmp_path):
-    command = [sys.executable, REPOSITORY / "prepare_dataset.py", "--archive", zipped, "--data-dir", tmp_path / "out"]
+    command = [sys.executable, PROJECT / "prepare_dataset.py", "--archive", zipped, "--data-dir", tmp_path / "out"]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(run.communicate()[0].split(" ")[0] for run in runs)
     assert said == ["already", "prepared"] and [run.returncode for run in runs] == [0, 0]

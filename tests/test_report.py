@@ -18,22 +18,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEST_PER_CLASS
 from programs import run as run_script
+from small_runs import TEST_PER_CLASS
 
 import report
-from attention import ATTENTIONS
-from embedding import POOLINGS
+from config.settings import ModelSettings
 from model import build_model
-from reports import classes, curves, images, machine
-from reports.cifar100 import SUPERCLASSES, groups_of
-from reports.data import RunData, changed_settings, read_lines
+from models.attention import ATTENTIONS
+from models.patch_embedding import POOLINGS
+from records.run_data import RunData, changed_settings, read_lines
+from records.run_folder import RunRecord
+from reports import classes, curves, images
+from reports import utilization as machine
+from reports.cifar100_superclasses import SUPERCLASSES, groups_of
 from reports.page import page
 from reports.pictures import Inspection, pictures_of
 from reports.predictions import Predictions, attention_maps, attention_weights
 from reports.style import duration, in_time_unit, shorten
-from run_record import RunRecord
-from settings import ModelSettings
 
 CIFAR_100 = sorted(name for members in SUPERCLASSES.values() for name in members)
 

@@ -11,12 +11,12 @@ import programs
 import psutil
 import pytest
 import torch
-from conftest import EPOCHS, STEPS_PER_EPOCH, STOPPED, TEST_PER_CLASS, TRAIN_PER_CLASS, checkpoints, copy_of, results
 from programs import launch, run
 from safetensors.torch import load_file
+from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, TEST_PER_CLASS, TRAIN_PER_CLASS, checkpoints, copy_of, results
 
-from dataset import Dataset
-from run_record import RunRecord
+from image_data.dataset import Dataset
+from records.run_folder import RunRecord
 
 NUM_TEST = 10 * TEST_PER_CLASS
 
@@ -54,8 +54,8 @@ def test_it_learns_and_the_learning_rate_ends_its_course(unbroken):
 
 
 def test_the_weights_are_a_plain_fp32_state_dict(unbroken, shapes):
+    from config.settings import Settings
     from model import build_model
-    from settings import Settings
 
     weights = load_file(unbroken.folder / "weights.safetensors")
     model = build_model(Settings.from_dict(unbroken.facts()["settings"]).model, num_classes=10, image_side=32)
@@ -164,7 +164,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_for_two(on_two, trainin
 
 def test_a_process_that_dies_takes_the_job_down(training):
     command = programs.launcher(2, "train.py", *training, "--name", "orphaned", "--epochs", 100_000)
-    job = subprocess.Popen(command, cwd=programs.ROOT, env=programs.clean_environment(), start_new_session=True, text=True,
+    job = subprocess.Popen(command, cwd=programs.PROJECT, env=programs.clean_environment(), start_new_session=True, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     ranks: list[psutil.Process] = []
     try:

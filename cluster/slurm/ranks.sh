@@ -2,7 +2,7 @@
 # What the batch scripts share; sourced in the project's folder. One task of srun is one rank: train.py reads its place among
 # them from Slurm's variables, and Slurm's signal reaches it without a launcher between, which would not know to wait for saving.
 
-. ./setup_environment.sh
+. environment/setup.sh
 mkdir -p runs
 
 # A rank that waits this long for another gives up: Slurm sees a rank that dies, but not one that hangs.

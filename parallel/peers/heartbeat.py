@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
-from parallel.peers.place import coordination, lighthouse_of
+from parallel.peers.endpoint import coordination, lighthouse_of
 
 BEAT_SECONDS = 0.5  # between heartbeats
 SILENT_SECONDS = 4.0  # a lighthouse that has not answered for so long is given up for the next

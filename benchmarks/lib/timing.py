@@ -1,0 +1,182 @@
+"""Clocks, rounds and ratios that the benchmarks share.
+
+Loaders or programs that are compared take turns (A B C, A B C, ...), so that a slow moment of the machine meets all of
+them, and a ratio is taken round by round between neighbours. Beside the wall clock stands the CPU time of the process with
+all its threads and of its living descendants, which other programs on the machine disturb far less.
+
+PyTorch is imported where it is used, so that the `--help` of a benchmark answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from image_data.preparation.decoding import available_cores
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+# Batches at the start of a turn that the wall clock leaves out. Some loaders have a few ready from the turn before, others
+# begin theirs with the turn; neither shall count.
+HEAD_BATCHES = 8
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+SETTLE_SECONDS = 0.2  # for what is still being read ahead when a turn ends: its CPU time belongs to that turn
+
+
+class Spread(NamedTuple):
+    """Of the rounds."""
+
+    minimum: float
+    median: float
+    maximum: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(min(values), statistics.median(values), max(values))
+
+
+def ratios(ours: Sequence[float], peer: Sequence[float]) -> list[float]:
+    """Ours by the peer, round by round."""
+    return [a / b for a, b in zip(ours, peer, strict=True)]
+
+
+def alternate(turns: dict[str, Callable[[], T]], rounds: int, report: Callable[[int, str, T], None] | None = None) -> dict[str, list[T]]:
+    """Every turn once a round, in the given order; the results of each, one for every round."""
+    results: dict[str, list[T]] = {name: [] for name in turns}
+    for number in range(rounds):
+        for name, turn in turns.items():
+            results[name].append(turn())
+            if report:
+                report(number, name, results[name][-1])
+    return results
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def cpu_seconds() -> float:
+    """User and system time so far of this process, of the descendants it waited for, and of those that live."""
+    import psutil
+
+    own = os.times()
+    total = time.process_time() + own.children_user + own.children_system
+    for child in psutil.Process().children(recursive=True):
+        try:
+            used = child.cpu_times()
+        except psutil.Error:  # it ended between the two calls
+            continue
+        total += used.user + used.system
+    return total
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a turn yielded: `images` in all, `timed_images` of them in the `seconds` after its first batches."""
+
+    images: int
+    timed_images: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.timed_images / self.seconds
+
+
+class Look:
+    """Whether batches are what was asked for, and the mean and the standard deviation of their numbers."""
+
+    def __init__(self, batch_size: int, side: int, device: torch.device):
+        import torch
+
+        self.shape, self.device, self.batches = (batch_size, 3, side, side), device, 0
+        self.total = self.squares = torch.zeros((), device=device)
+
+    def at(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Raises ValueError for another shape, kind of number or device."""
+        import torch
+
+        for tensor, shape, dtype in ((images, self.shape, torch.float32), (labels, self.shape[:1], torch.int64)):
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != self.device.type:
+                raise ValueError(f"a loader yielded {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                                 f"not {dtype} {shape} on {self.device}")
+        self.batches += 1
+        self.total = self.total + images.mean()
+        self.squares = self.squares + images.square().mean()
+
+    @property
+    def mean(self) -> float:
+        return self.total.item() / self.batches
+
+    @property
+    def std(self) -> float:
+        return (self.squares.item() / self.batches - self.mean**2) ** 0.5
+
+
+def consume(epochs: Iterable[Iterable[tuple[torch.Tensor, torch.Tensor]]], num_batches: int, device: torch.device,
+            look: Look | None = None) -> Window:
+    """Take all batches of the epochs, `num_batches` in all, and do nothing with them."""
+    head = min(HEAD_BATCHES, num_batches // 2)
+    seen = head_images = batches = 0
+    began = time.perf_counter()
+    for epoch in epochs:
+        for images, labels in epoch:
+            if look:
+                look.at(images, labels)
+            seen += len(images)
+            batches += 1
+            if batches == head:
+                synchronise(device)
+                began, head_images = time.perf_counter(), seen
+    synchronise(device)
+    seconds = time.perf_counter() - began
+    if batches != num_batches:
+        raise ValueError(f"a loader yielded {batches} batches, not {num_batches}")
+    return Window(seen, seen - head_images, seconds)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: torch.device | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, object]:
+    """Where and with what something was measured; without a device, on the CPU."""
+    versions = {package: version_of(package) for package in packages}
+    return {
+        "cpu": _cpu_model(),
+        "cores": available_cores(),
+        "gpu": _gpu_model(device) if device is not None and device.type == "cuda" else None,
+        "versions": {"python": platform.python_version(), **{name: version for name, version in versions.items() if version}},
+    }
+
+
+def _gpu_model(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,138 @@
+"""The work that the benchmarks measure: an engine and its batches, made as `train.py` makes them.
+
+Every number of processes sees the same global batches in the same order, so what they train is the same, step by step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.lib.timing import synchronise
+from config.settings import Settings
+from dali_pipeline import Batches, Synthetic, side_of
+from image_data.dataset import Dataset, DatasetError
+from model import build_model
+from optim.lr_schedule import Schedule
+from parallel.engine import BatchSizes
+from parallel.strategies import Counts, Engine, engine_class
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of some steps."""
+
+    running: float
+    data: float  # of them, spent waiting for batches
+
+
+class Subject:
+    """What is trained on what: the dataset, and how the network is built.
+
+    Raises:
+        DatasetError: fewer training images than one global batch.
+    """
+
+    def __init__(self, settings: Settings, data_dir: Path):
+        self.settings, self.dataset = settings, Dataset.open(data_dir)
+        self.side, total = side_of(self.dataset, settings.image_side), settings.engine["train_batch_size"]
+        self.steps_per_epoch = len(self.dataset.splits["train"]) // total
+        if not self.steps_per_epoch:
+            raise DatasetError(f"{len(self.dataset.splits['train'])} training images are fewer than one batch of train_batch_size={total}")
+
+    def build(self) -> nn.Module:
+        return build_model(self.settings.model, len(self.dataset.classes), self.side)
+
+    def batches(self, split: str, sizes: BatchSizes, shard: int, device: torch.device, source: str) -> Batches:
+        """One process's part of a split."""
+        training = dict(seed=SEED, augmentation=self.settings.augmentation) if split == "train" else {}
+        return Batches(self.dataset, split, sizes.micro, shard, sizes.shards, device=device, source=source, image_side=self.settings.image_side,
+                       **training)
+
+
+class Feed:
+    """Epoch after epoch of one process's training batches, each as long as train.py makes it; with `synthetic`, one batch of noise."""
+
+    def __init__(self, subject: Subject, sizes: BatchSizes, shard: int, device: torch.device, source: str = "auto", synthetic: bool = False):
+        batches = subject.batches("train", sizes, shard, device, source)
+        self.batches = Synthetic(batches) if synthetic else batches
+        self._stream = self._endless(subject.steps_per_epoch * sizes.accumulation)
+
+    def _endless(self, num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in itertools.count():
+            yield from self.batches.epoch(epoch, 0, num_batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return next(self._stream)
+
+
+class Workload:
+    """One engine at its training.
+
+    Raises:
+        SettingsError: settings that the strategy refuses.
+    """
+
+    def __init__(self, subject: Subject, source: str = "auto", total_steps: int = 1000, synthetic: bool = False):
+        settings = subject.settings
+        self.subject, self.source = subject, source
+        self.engine: Engine = engine_class(settings.strategy)(subject.build, settings, Schedule(settings.schedule, total_steps), SEED)
+        self.feed = Feed(subject, self.engine.batch_sizes, self.engine.data_shard[0], self.engine.device, source, synthetic)
+
+    def steps(self, count: int) -> list[Tensor]:
+        """That many steps, with what the training loop does in each: the losses of this process."""
+        losses = []
+        for _ in range(count):
+            losses.append(self.engine.train_batch(self.feed))
+            self.engine.any(False)  # the loop asks whether anybody wants to stop
+        return losses
+
+    def timed(self, count: int) -> tuple[Spent, list[float]]:
+        """As `steps`, with the clock running until the device has done them and the losses are looked at."""
+        synchronise(self.engine.device)
+        self.feed.batches.wait_seconds = 0.0
+        began = time.perf_counter()
+        losses = torch.stack(self.steps(count)).tolist()
+        synchronise(self.engine.device)
+        return Spent(time.perf_counter() - began, self.feed.batches.wait_seconds), losses
+
+    def count(self) -> Counts:
+        """Correct images of the test split, as an epoch's end counts them. Collective."""
+        engine = self.engine
+        evaluation = self.subject.batches("test", engine.batch_sizes, engine.data_shard[0], engine.device, self.source)
+        counts = engine.count(evaluation.epoch())
+        evaluation.close()
+        return counts
+
+    def close(self) -> None:
+        self.feed.batches.close()
+        self.engine.close()
+
+
+def resident_bytes() -> int:
+    """What this process holds in RAM now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory_bytes(device: torch.device, before: int) -> int:
+    """The most that training took: on a GPU as PyTorch counts it, else in RAM beyond the `before` of an idle process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def facts_of(counts: Counts) -> dict[str, Any]:
+    return {"correct": counts.correct, "seen": counts.seen, "loss": counts.loss}

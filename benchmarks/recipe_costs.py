@@ -1,0 +1,154 @@
+"""What each recipe costs, before it is run: parameters, FLOPs, steps, and the seconds to expect of one GPU.
+
+    python benchmarks/recipe_costs.py                        # the table
+    python benchmarks/recipe_costs.py speedrun --peak 312    # one recipe, on a GPU of 312 TFLOP/s (an A100)
+    python benchmarks/recipe_costs.py --update               # write it into docs/recipes.md, between its marks
+
+Nothing is trained and no memory is taken: networks are built without weights. FLOPs are those of matrix products and
+convolutions, a multiply-add counted as 2 (papers that write "FLOPs" mostly count it as 1); a training step is taken as
+three forward passes. The utilisation of each recipe is a guess to be replaced by a measurement, and so are its seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.paths import PROJECT
+from comparison.experiment import cost  # noqa: E402
+from config.command_line import Parser, in_one_sentence  # noqa: E402
+from config.settings import SettingsError, preset_names, resolve, unknown  # noqa: E402
+
+DOCUMENT = PROJECT / "docs" / "recipes.md"
+MARKS = re.compile(r"(<!-- plan -->\n).*?(<!-- end -->)", re.DOTALL)
+PEAK = 989.0  # TFLOP/s of an H200 in bf16, dense (NVIDIA's data sheet gives 1,979 with sparsity)
+PASSES = 3  # forward passes that a training step costs
+
+
+@dataclass(frozen=True)
+class Data:
+    """What must be known of a dataset to plan a run."""
+
+    num_train: int
+    num_classes: int
+    image_side: int  # 0: images of many sizes
+
+
+DATASETS = {
+    "cifar100": Data(50_000, 100, 32),
+    "cifar10": Data(50_000, 10, 32),
+    "imagenet": Data(1_281_167, 1000, 0),
+}
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a recipe is for: its dataset, the share of the peak expected of a GPU (None: it is made for a CPU or too small), the goal."""
+
+    dataset: str
+    utilisation: float | None
+    goal: str
+
+
+# Utilisation: guesses. Small vision transformers use a tenth to a fifth of an A100 in mixed precision; an H200 has three times its
+# arithmetic, but not three times its bandwidth, and depthwise convolutions are bound by that. ResNet-50 uses 19 % of an A100 at
+# 2,470 images/s (NVIDIA/DeepLearningExamples).
+AIMS = {
+    "speedrun": Aim("cifar100", 0.08, "75 %, least time"),
+    "100ep": Aim("cifar100", 0.08, "> 80.32 %"),
+    "300ep": Aim("cifar100", 0.07, "> 83.54 %, <= 6 M"),
+    "1500ep": Aim("cifar100", 0.07, "> 85.32 %, <= 6 M"),
+    "dhvt-t-2": Aim("cifar100", 0.05, "83.54 %, the peer"),
+    "cifar10": Aim("cifar10", 0.07, "> 96.5 %, <= 4 M"),
+    "cifar10-fast": Aim("cifar10", 0.08, "94 %, least time"),
+    "finetune": Aim("cifar100", 0.25, "> 90 %"),
+    "imagenet-resnet50": Aim("imagenet", 0.12, "> 76.0 %"),
+    "spt-lsa": Aim("cifar100", 0.025, "the first network of this kind"),
+    "tutorial": Aim("cifar10", None, "55 %"),
+    "cpu": Aim("cifar100", None, "minutes on two cores"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe in numbers."""
+
+    name: str
+    goal: str
+    parameters: int
+    flops: int  # of one image's forward pass
+    epochs: int
+    batch: int
+    steps: int
+    seconds: float | None  # expected of one GPU
+
+    @property
+    def petaflop(self) -> float:
+        """Of the whole run."""
+        return PASSES * self.flops * self.steps * self.batch / 1e15
+
+
+def plan(name: str, peak: float = PEAK) -> Plan:
+    """The plan of a preset. Raises SettingsError for one that has no entry in AIMS."""
+    if name not in AIMS:
+        raise SettingsError(unknown("recipe", name, list(AIMS)))
+    aim, settings = AIMS[name], resolve(name, [])
+    data = DATASETS[aim.dataset]
+    counted = cost(settings, data.num_classes, settings.image_side or data.image_side)
+    batch = settings.engine["train_batch_size"]
+    steps = settings.epochs * (data.num_train // batch)
+    planned = Plan(name, aim.goal, counted.parameters, counted.flops, settings.epochs, batch, steps, None)
+    if aim.utilisation is None:
+        return planned
+    return Plan(name, aim.goal, counted.parameters, counted.flops, settings.epochs, batch, steps,
+                planned.petaflop * 1e3 / (peak * aim.utilisation))
+
+
+def table(plans: list[Plan]) -> str:
+    """The plans as Markdown."""
+    rows = ["| recipe | dataset | goal | parameters | GFLOP an image | epochs | batch | steps | PFLOP | use of the peak | expected time |",
+            "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for p in plans:
+        use = AIMS[p.name].utilisation
+        of_peak, time = (f"{100 * use:.3g} %", duration(p.seconds)) if use else ("–", "–")
+        rows.append(f"| `{p.name}` | {AIMS[p.name].dataset} | {p.goal} | {p.parameters:,} | {figure(p.flops / 1e9)} | {p.epochs:,} | {p.batch:,} | "
+                    f"{p.steps:,} | {figure(p.petaflop)} | {of_peak} | {time} |")
+    return "\n".join(rows)
+
+
+def figure(number: float) -> str:
+    """Three digits, without an exponent where there are more before the point: "0.0013", "3.79", "2,833"."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Two digits are more than a guess is worth: "41 s", "17 min", "6.4 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def update(text: str) -> str:
+    """`text` with the table between its marks made anew."""
+    return MARKS.sub(lambda m: f"{m[1]}{table([plan(name) for name in AIMS])}\n{m[2]}", text)
+
+
+def main() -> None:
+    parser = Parser("python benchmarks/recipe_costs.py [PRESET ...]", "What each recipe costs, before it is run.",
+                    example="python benchmarks/recipe_costs.py speedrun --peak 312")
+    parser.add_argument("recipes", nargs="*", metavar="PRESET", help=f"of {', '.join(preset_names())} (default: all)")
+    parser.add_argument("--peak", type=float, default=PEAK, metavar="TFLOPS", help=f"TFLOP/s of the GPU in bf16 (default: an H200's {PEAK:g})")
+    parser.add_argument("--update", action="store_true", help=f"write the table into {DOCUMENT.relative_to(PROJECT)}")
+    args = parser.parse_args()
+    if args.update:
+        DOCUMENT.write_text(update(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table([plan(name, args.peak) for name in args.recipes or AIMS]))
+
+
+if __name__ == "__main__":
+    sys.exit(in_one_sentence(main))

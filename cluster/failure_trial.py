@@ -1,0 +1,160 @@
+"""How fast does a failure end a job everywhere, and how fast does a restart train again? Tried with two hosts made of this machine.
+
+    python cluster/failure_trial.py                        as root, with openssh-server and iproute2; some minutes; prints a table
+    python cluster/failure_trial.py --only "cable cut"     one row; repeat for more
+
+The hosts are network namespaces (local_hosts.py). They train a tiny network for real; once a checkpoint is there, something is
+killed or cut, and the clock runs until the last process of training has ended on both hosts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cluster import simulated_hosts as local_hosts  # noqa: E402
+from cluster.simulated_hosts import Hosts, read, wait_until  # noqa: E402
+from common.paths import PROJECT
+from config.command_line import Parser  # noqa: E402
+
+START_SECONDS, END_SECONDS = 180, 180  # at most, on a busy machine
+TINY = ("patch=8", "width=32", "depth=2", "heads=2", "head_size=16", "feed_forward_options.hidden=48")
+OURS = ("train.py", "deepspeed.launcher", "agent.py")  # in the commands of what a job leaves on a host while it lasts
+
+
+@dataclass
+class Trial:
+    """Training at work on both hosts."""
+
+    hosts: Hosts
+    launcher: subprocess.Popen
+    run: Path
+
+    def newest(self) -> int:
+        return max((int(path.name.removeprefix("step-")) for path in self.run.glob("state/step-*")), default=0)
+
+    def send(self, number: signal.Signals, script: str) -> None:
+        """To the process on the second host that runs this script of ours."""
+        commands = {pid: read(f"/proc/{pid}/cmdline").split("\0") for pid in self.hosts.processes("box2")}
+        (pid,) = [pid for pid, words in commands.items() if str(PROJECT / script) in words and "-m" not in words]
+        os.kill(pid, number)
+
+    def kill_rank(self) -> None:
+        self.send(signal.SIGKILL, "train.py")
+
+    def halt_rank(self) -> None:
+        self.send(signal.SIGSTOP, "train.py")
+
+    def kill_agent(self) -> None:
+        self.send(signal.SIGKILL, "cluster/agent.py")
+
+    def cut_cable(self) -> None:
+        self.hosts.cut("box2")
+
+    def kill_launcher(self) -> None:
+        self.launcher.kill()
+
+    def stop_launcher(self) -> None:
+        self.launcher.terminate()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens, and how the clock is read: at the end of the job, or when training goes on after a restart."""
+
+    cause: Callable[[Trial], None]
+    restarts: int = 0
+
+
+EVENTS = {
+    "rank killed (`SIGKILL`)": Event(Trial.kill_rank),
+    "rank halted (`SIGSTOP`)": Event(Trial.halt_rank),
+    "cable cut": Event(Trial.cut_cable),
+    "agent killed": Event(Trial.kill_agent),
+    "launcher killed": Event(Trial.kill_launcher),
+    "SIGTERM to the launcher": Event(Trial.stop_launcher),
+    "rank killed, `--restarts 1`: both hosts train again": Event(Trial.kill_rank, restarts=1),
+    "cable cut, `--restarts 1`: the first host trains on alone": Event(Trial.cut_cable, restarts=1),
+}
+
+
+def main() -> int:
+    parser = Parser("python cluster/failure_trial.py", "How fast a failure ends a job, and a restart trains again, with two hosts made of this machine.",
+                    example='python cluster/failure_trial.py --only "cable cut"', notes="events:\n" + "\n".join(f"  {name}" for name in EVENTS))
+    parser.add_argument("--only", action="append", metavar="WORDS", help="the events whose names have these words; repeat for more (default: all)")
+    args = parser.parse_args()
+    if reason := local_hosts.missing():
+        print(f"no hosts can be made of this machine: {reason}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the hosts are taken down first
+    chosen = {name: event for name, event in EVENTS.items() if not args.only or any(words in name for words in args.only)}
+    with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder, "hosts"), 2) as hosts:
+        Path(folder, "hostfile").write_text("box1 slots=1\nbox2 slots=1\n")
+        subprocess.run([sys.executable, PROJECT / "prepare_dataset.py", "--dataset", "shapes", "--data-dir", f"{folder}/shapes"],
+                       check=True, capture_output=True)
+        print(f"two hosts on a machine with {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start\n", flush=True)
+        print("| event | seconds to the last process, or to the next checkpoint | launcher ends after | exit code |\n|---|---|---|---|", flush=True)
+        for number, (name, event) in enumerate(chosen.items()):
+            print(f"| {name} | {' | '.join(measure(hosts, Path(folder), f'run{number}', event))} |", flush=True)
+    return 0
+
+
+def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, str, str]:
+    """Let training begin, cause the event, and read the clock: (seconds, seconds of the launcher, exit code)."""
+    arguments = ["--preset", "cpu", *(word for text in TINY for word in ("--set", f"model.{text}")), "--data-dir", folder / "shapes",
+                 "--runs-dir", folder / "runs", "--epochs", "10000", "--name", name, "--restarts", str(event.restarts)]
+    log = folder / f"{name}.log"
+    with log.open("w") as output:
+        launcher = subprocess.Popen(hosts.command("box1", [PROJECT / "launch_distributed_train.sh", *arguments]), stdin=subprocess.DEVNULL,
+                                    stdout=output, stderr=subprocess.STDOUT, env=hosts.environment(
+                                        HOSTFILE=f"{folder}/hostfile", PYTHON=sys.executable, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"))
+    trial = Trial(hosts, launcher, folder / "runs" / name)
+    try:
+        wait_until(lambda: launcher.poll() is not None or trial.newest(), START_SECONDS, lambda: read(str(log)))
+        assert launcher.poll() is None, read(str(log))
+        before, began = trial.newest(), time.monotonic()
+        event.cause(trial)
+        if event.restarts:
+            wait_until(lambda: "resuming  after step" in read(str(log)) and trial.newest() > max(before, resumed_at(log)), END_SECONDS,
+                       lambda: read(str(log)))
+            return f"{time.monotonic() - began:.0f}", "", ""
+        ends: dict[str, float] = {}
+
+        def all_over() -> bool:
+            for what, over in (("ranks", not at_work(hosts)), ("launcher", launcher.poll() is not None)):
+                if over:
+                    ends.setdefault(what, time.monotonic() - began)
+            return len(ends) == 2
+
+        wait_until(all_over, END_SECONDS, lambda: f"{at_work(hosts)}\n{read(str(log))}")
+        was_killed = launcher.returncode < 0
+        return f"{ends['ranks']:.0f}", "" if was_killed else f"{ends['launcher']:.0f}", "" if was_killed else str(launcher.returncode)
+    finally:
+        hosts.mend("box2")
+        launcher.terminate()
+        launcher.wait(END_SECONDS)
+        wait_until(lambda: not hosts.at_work(), END_SECONDS, lambda: f"left behind: {hosts.at_work()}")
+
+
+def resumed_at(log: Path) -> int:
+    """The step that the run went on from."""
+    return int(re.findall(r"resuming  after step ([\d,]+)", read(str(log)))[-1].replace(",", ""))
+
+
+def at_work(hosts: Hosts) -> list[str]:
+    """The processes of training on both hosts."""
+    return [words for words in hosts.at_work() if any(ours in words for ours in OURS) and "run_hosts.py" not in words and "ssh" not in words]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Where the project's folders and files are, whatever folder a command is started from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+DATA = PROJECT / "data"
+RUNS = PROJECT / "runs"
+RESULTS = PROJECT / "results"
+PRESETS = PROJECT / "presets"
+DS_CONFIG = PROJECT / "ds_config.json"

@@ -1,0 +1,1 @@
+"""Variants and seeds become runs, statistics and a report."""

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Finds a Python that has what requirements.txt asks for, or makes one in .venv. Run it alone, or source it as the other scripts
+# do: PYTHON then names the interpreter and PATH begins with its folder of programs (DeepSpeed looks for `ninja` there).
+#   PYTHON=/path/to/python  the interpreter to look at (default: python3)
+#   DRIVER_CUDA=12          choose as for a driver of this CUDA version ("none": no GPU)
+#   DRY_RUN=1               choose and say, but install nothing
+
+environment_root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
+
+say() { printf '%s\n' "$*" >&2; }
+
+# A port nobody listens on. Under 32768, so that no outgoing connection takes it before the ranks meet there.
+free_port() {
+    local port
+    while port=$((20000 + RANDOM % 12000)); do
+        (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || { echo "$port"; return; }
+    done
+}
+
+# has_requirements PYTHON FILE: prints the interpreter's folder of programs when all of FILE is there; else says what is
+# missing and fails. Reads only the packages' metadata: importing torch would cost seconds at every start.
+has_requirements() {
+    "$1" - "$2" 2>/dev/null <<'PYTHON'
+import os, re, sys, sysconfig
+from importlib.metadata import PackageNotFoundError, version
+
+def find(name):
+    # An environment made by hand may hold DALI for another CUDA version, which is as good.
+    for name in [name] + [f"nvidia-dali-cuda{c}" for c in ("130", "120", "110") if "-dali-" in name]:
+        try:
+            return version(name).split("+")[0]
+        except PackageNotFoundError:
+            pass
+
+missing, other = [], []
+if not sys.version_info >= (3, 10):
+    missing.append("Python 3.10 or newer")
+for line in open(sys.argv[1]):
+    if pin := re.match(r'([\w-]+)==([\w.]+)(?:; python_version (<|>=) "3\.(\d+)")?', line):
+        name, wanted, order, minor = pin.groups()
+        if order and (sys.version_info[:2] < (3, int(minor))) != (order == "<"):
+            continue
+        found = find(name)
+        if found is None or name == "torch" and found.startswith("1."):
+            missing.append(name)
+        elif found != wanted:
+            other.append(f"{name} {found} (tested: {wanted})")
+print("missing " + ", ".join(missing) if missing else sysconfig.get_path("scripts"))
+print(", ".join(other))
+sys.exit(bool(missing))
+PYTHON
+}
+
+# Sets `requirements` to the file for this machine's driver, and `reason`.
+choose_requirements() {
+    local cuda=${DRIVER_CUDA:-} report=""
+    reason="DRIVER_CUDA=$cuda"
+    if [ -z "$cuda" ]; then
+        report=$(nvidia-smi 2>/dev/null) || report=""
+        if [[ $report =~ CUDA\ (UMD\ )?Version:\ *([0-9]+) ]]; then
+            cuda=${BASH_REMATCH[2]} reason="the NVIDIA driver is for CUDA $cuda"
+        elif [[ $report =~ (Driver|KMD)\ Version:\ *([0-9]+) ]]; then    # in containers the CUDA version can read N/A
+            reason="the NVIDIA driver is version ${BASH_REMATCH[2]}"
+            case $((BASH_REMATCH[2] >= 580 ? 13 : BASH_REMATCH[2] >= 525 ? 12 : BASH_REMATCH[2] >= 450 ? 11 : 10)) in
+                13) cuda=13 ;; 12) cuda=12 ;; 11) cuda=11 ;; *) cuda=10 ;;
+            esac
+        else
+            cuda=none reason="no NVIDIA driver found"
+        fi
+    fi
+    case ${cuda%%.*} in
+        11) requirements=environment/requirements-cuda11.txt newest_python=11 ;;
+        12) requirements=environment/requirements-cuda12.txt newest_python=14 ;;
+        none | 1[3-9]) requirements=requirements.txt newest_python=14 ;;
+        *) say "This machine's driver is too old ($reason): CUDA 11 is the oldest that works; update the NVIDIA driver."; return 1 ;;
+    esac
+}
+
+# Sets `base` to an interpreter that the chosen set can be installed for.
+choose_base_python() {
+    local candidate version
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python3.14}; do
+        version=$("$candidate" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || continue
+        if [[ $version == "3 "* ]] && ((${version#3 } >= 10 && ${version#3 } <= newest_python)); then base=$candidate; return; fi
+    done
+    say "$requirements needs Python 3.10 to 3.$newest_python, and ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true):" \
+        "install one (apt-get install python3 python3-venv) or name it with PYTHON=/path/to/python."
+    return 1
+}
+
+venv_is_ready() {
+    [ -x .venv/bin/python ] && [ "$(cat .venv/requirements.sha256 2>/dev/null)" = "$(sha256sum "$requirements")" ] &&
+        has_requirements .venv/bin/python "$requirements" >/dev/null
+}
+
+install_venv() {
+    local base installed
+    choose_base_python || return
+    if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
+        say "$base cannot make a virtual environment: apt-get install python3-venv (or python3.N-venv for its version), then start again."
+        return 1
+    fi
+    if ! command -v "${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then
+        say "No C++ compiler found (DeepSpeed and torch build operations with it): apt-get install g++, then start again."
+        return 1
+    fi
+    say "Installing $requirements ($reason) into $environment_root/.venv: some gigabytes, some minutes, once."
+    # An install that was cut short, and packages of another CUDA version (two DALIs share one folder): begin from nothing.
+    # A .venv that this script did not make is kept and completed.
+    installed=$(cat .venv/requirements.sha256 2>/dev/null) || true
+    if [ -e .venv/installing ] || [[ -n $installed && $installed != *" $requirements" ]]; then
+        "$base" -m venv --clear .venv || return
+    elif [ ! -x .venv/bin/python ]; then
+        "$base" -m venv .venv || return
+    fi
+    touch .venv/installing
+    # --use-pep517: without it older pips build DeepSpeed inside the environment, which fails where nvcc is missing.
+    if ! PIP_USER=0 .venv/bin/python -m pip install --disable-pip-version-check --use-pep517 -r "$requirements" >&2; then
+        say "Installing $requirements failed (the reason is above). Start again to retry; without a network, set PYTHON to an interpreter that has the packages."
+        return 1
+    fi
+    sha256sum "$requirements" >.venv/requirements.sha256
+    rm .venv/installing
+}
+
+setup_environment() {
+    local requirements reason newest_python scripts found active=${PYTHON:-python3}
+    case $active in */*) active=$(realpath -s -- "$active") ;; esac    # the folder changes below
+    # That of the project itself, wanted by this name before it is there: any other can make it.
+    if [[ $active == "$environment_root/.venv/"* && ! -x $active ]]; then PYTHON=""; fi
+    choose_requirements || return
+    if found=$(has_requirements "$active" "$environment_root/$requirements"); then
+        PYTHON=$(command -v "$active")
+        scripts=${found%%$'\n'*}
+        [ "$found" = "$scripts" ] || say "Note: $PYTHON has ${found#*$'\n'}."
+    else
+        found=${found:-missing Python 3.10 or newer}    # it could not even run the check
+        if ! (cd "$environment_root" && venv_is_ready); then
+            say "$active lacks what is needed (${found%%$'\n'*}), so .venv is used, with $requirements ($reason)."
+            if [ -z "${DRY_RUN:-}" ]; then
+                # The lock is on this very file, so it leaves none behind; the second of two starts finds the work done.
+                (
+                    cd "$environment_root" || exit
+                    flock -n 9 || { say "Another start is installing into .venv: waiting for it."; flock 9; }
+                    venv_is_ready || install_venv
+                ) 9<"$environment_root/environment/setup.sh" || return
+            fi
+        fi
+        PYTHON=$environment_root/.venv/bin/python scripts=$environment_root/.venv/bin
+    fi
+    PATH=$scripts:$PATH
+}
+
+setup_environment || return 1 2>/dev/null || exit 1

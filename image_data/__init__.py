@@ -1,0 +1,1 @@
+"""Image files become augmented batches on the device."""

@@ -1,0 +1,174 @@
+"""The DALI graph that carries out a plan of `image_data/augmentation.py`: the same on the GPU and on the CPU, from DALI 1.34 to 2.4.
+
+It draws no random numbers: everything that differs between images arrives as an input. Operations on colours and shapes
+stand in conditional branches, so each image passes only through its own. The arithmetic follows torchvision's; DALI
+rounds where torchvision cuts off, so pixels may differ by one level, and its equalisation is OpenCV's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from nvidia.dali import fn, math, pipeline_def, types
+
+from image_data.augmentation import CENTRE_CROP
+from image_data.auto_augment import AUTOCONTRAST, BRIGHTNESS, COLOR, CONTRAST, EQUALIZE, POSTERIZE, SHARPNESS, SOLARIZE, WARP
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a pipeline must do.
+
+    `decode`: the input is encoded files, else pixels (H, W, 3). `source_side`: side of all source images, None where they
+    differ. `corner`, `part`, `num_levels`, `erase`: which fields of the plan will be fed (see `augmentation.Plan`).
+    """
+
+    side: int
+    source_side: int | None
+    decode: bool
+    training: bool
+    corner: bool = False
+    part: bool = False
+    num_levels: int = 0
+    erase: bool = False
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def build(self, batch_size: int, num_threads: int, device_id: int | None, prefetch: int):
+        """A built pipeline with one output: float32 (B, 3, S, S), normalised. `device_id` None runs it on the CPU.
+
+        Its inputs are named `images` and, in training, `flip`, `corner`, `part`, `kind<i>`, `value<i>`, `matrix<i>`,
+        `erase_at` and `erase_size`.
+        """
+        pipeline = pipeline_def(enable_conditionals=True)(_graph)(
+            self, device_id is not None, batch_size=batch_size, num_threads=num_threads, device_id=device_id,
+            prefetch_queue_depth=prefetch, seed=0)
+        pipeline.build()
+        return pipeline
+
+
+def _graph(what: Graph, on_gpu: bool):
+    S = what.side
+    if what.decode:
+        encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+        images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+    else:
+        images = fn.external_source(name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3)
+    if what.part:
+        part = fn.external_source(name="part", dtype=types.FLOAT, ndim=1)
+        images = fn.resize(images, roi_start=part[0:2], roi_end=part[2:4], roi_relative=True, size=[S, S],
+                           interp_type=types.INTERP_LINEAR, antialias=True)
+    elif what.source_side is None:
+        size, corner = _centre(fn.peek_image_shape(encoded), S)
+        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        images = fn.slice(images, corner, [S, S], axes=(0, 1), normalized_anchor=False, normalized_shape=False)
+    elif what.source_side != S:
+        images = fn.resize(images, size=[S, S], interp_type=types.INTERP_LINEAR, antialias=True)
+    if what.corner:
+        corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+        images = fn.slice(images, corner, [S, S], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
+                          out_of_bounds_policy="pad", fill_values=0)
+    if what.training:
+        images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0), vertical=0)
+    for i in range(what.num_levels):
+        kind = fn.external_source(name=f"kind{i}", dtype=types.INT32, ndim=0)
+        value = fn.external_source(name=f"value{i}", dtype=types.FLOAT, ndim=0)
+        matrix = fn.external_source(name=f"matrix{i}", dtype=types.FLOAT, ndim=2)
+        images = _level(images, kind, value, matrix, S, on_gpu)
+    images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
+                                      mean=[255 * m for m in what.mean], std=[255 * s for s in what.std])
+    if what.erase:
+        at = fn.external_source(name="erase_at", dtype=types.FLOAT, ndim=1)
+        size = fn.external_source(name="erase_size", dtype=types.FLOAT, ndim=1)
+        images = fn.erase(images, anchor=at, shape=size, axis_names="HW", fill_value=0.0)
+    return images
+
+
+def _centre(shape, side):
+    """The size to resize an image of (H, W, 3) to, and the corner of the middle of it, rounded as torchvision rounds them."""
+    height, width = fn.cast(shape[0], dtype=types.FLOAT), fn.cast(shape[1], dtype=types.FLOAT)
+    scale = round(side * CENTRE_CROP) / math.min(height, width)
+    size = fn.stack(math.floor(height * scale + 1e-4), math.floor(width * scale + 1e-4))
+    extra = size - side
+    half = math.floor(extra * 0.5)
+    odd, half_is_odd = extra - 2.0 * half, half - 2.0 * math.floor(half * 0.5)
+    return size, fn.cast(half + odd * half_is_odd, dtype=types.INT32)  # halves go to the even neighbour
+
+
+def _level(images, kind, value, matrix, side, on_gpu):
+    """One operation an image, chosen by its `kind`; IDENTITY takes no branch."""
+    factor = value.gpu() if on_gpu else value  # in arithmetic both sides must be on one device
+    if kind == WARP:
+        images = fn.warp_affine(images, matrix=matrix, inverse_map=True, fill_value=0, interp_type=types.INTERP_NN)
+    elif kind == BRIGHTNESS:
+        images = _whole(images * factor)
+    elif kind == COLOR:
+        images = _whole(factor * images + (1.0 - factor) * _grey(images))
+    elif kind == CONTRAST:
+        images = _whole(factor * images + (1.0 - factor) * fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True))
+    elif kind == SHARPNESS:
+        images = _sharpness(images, factor, side)
+    elif kind == POSTERIZE:
+        # Cutting off the lowest bits is rounding down to a multiple of 2 ** (8 - bits).
+        step = 2.0 ** (8.0 - factor)
+        images = _whole(math.floor(images / step) * step)
+    elif kind == SOLARIZE:
+        keep = images < factor
+        images = _whole(keep * images + (keep ^ True) * (255.0 - images))
+    elif kind == AUTOCONTRAST:
+        images = _autocontrast(images)
+    elif kind == EQUALIZE:
+        images = _equalize(images, side)
+    return images
+
+
+def _whole(values):
+    """Floats to pixels the way torchvision does: cut to 0..255, fractions dropped (DALI's own cast would round)."""
+    return fn.cast(math.floor(values), dtype=types.UINT8)
+
+
+def _grey(images):
+    """Luma (H, W, 1), rounded down, float; weights as in torchvision."""
+    weights = types.Constant(np.array([0.2989, 0.587, 0.114], dtype=np.float32))
+    return math.floor(fn.reductions.sum(images * weights, axes=[2], keep_dims=True))
+
+
+def _sharpness(images, factor, side):
+    """Blend with the image smoothed by (1 1 1; 1 5 1; 1 1 1) / 13, rounded; the outermost pixels stay."""
+    kernel = types.Constant(np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13)
+    inner = np.zeros((side, side, 1), dtype=np.float32)
+    inner[1:-1, 1:-1] = 1
+    inner = types.Constant(inner)
+    smooth = math.floor(FILTER_OPERATOR(images, kernel, dtype=types.FLOAT) + 0.5)
+    return _whole(images + inner * (1.0 - factor) * (smooth - images))
+
+
+def _autocontrast(images):
+    """Stretch each channel to 0..255; a channel of one value stays."""
+    low = fn.reductions.min(images, axes=[0, 1], keep_dims=True)
+    high = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
+    flat = high == low
+    range_ = (fn.cast(high, dtype=types.FLOAT) - low) * (1 / 255) + flat
+    return _whole((fn.cast(images, dtype=types.FLOAT) - low * (flat ^ True)) / range_)
+
+
+def _equalize(images, side):
+    """Pillow's histogram equalisation, from OpenCV's, which is the one that DALI has.
+
+    Pillow maps a value to (r + step // 2) // step, where r counts the pixels below it and step is r of the largest value
+    // 255; on small images that is far from OpenCV's even spread. But OpenCV's result for the inverted image, itself
+    inverted, is 255 r / r_max, which gives r back to within the rounding of one level.
+    """
+    highest = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
+    r_max = side**2 - fn.reductions.sum(fn.cast(images == highest, dtype=types.FLOAT), axes=[0, 1], keep_dims=True)
+    r = r_max * (255.0 - EQUALIZE_OPERATOR(_whole(255.0 - images))) * (1 / 255)
+    step = math.floor(r_max * (1 / 255) + 1e-4)
+    too_few = step == 0
+    spread = math.floor((r + math.floor(step * 0.5) + 0.5) / (step + too_few))
+    return _whole(math.min(spread, 255.0) * (too_few ^ True) + images * too_few)
+
+
+# DALI 2 moved these two out of its experimental module.
+EQUALIZE_OPERATOR = getattr(fn, "equalize", None) or fn.experimental.equalize
+FILTER_OPERATOR = getattr(fn, "filter", None) or fn.experimental.filter

@@ -1,0 +1,70 @@
+"""What mixes or paints over a finished batch on its device: MixUp, CutMix, erased rectangles."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config.settings import AugmentationSettings
+from image_data.augmentation import MIXING, stream
+
+
+def fill_rectangles(images: Tensor, boxes: np.ndarray, noise: torch.Generator | None) -> Tensor:
+    """Paint each image's rectangle (y0, x0, y1, x1) with 0, the mean colour of normalised images, or with normal noise."""
+    inside = inside_boxes(boxes, images.shape[-1], images.device)
+    paint = 0.0 if noise is None else torch.randn(images.shape, generator=noise, device=images.device)
+    return torch.where(inside, paint, images)
+
+
+def inside_boxes(boxes: np.ndarray, side: int, device: torch.device) -> Tensor:
+    """Which pixels lie in each image's box: bool (B, 1, S, S)."""
+    y0, x0, y1, x1 = torch.from_numpy(boxes.astype(np.int64)).to(device, non_blocking=True).t()[:, :, None, None, None]
+    at = torch.arange(side, device=device)
+    y, x = at[:, None], at[None, :]
+    return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+
+
+class Mixing:
+    """MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899), each image with its own share and box.
+
+    An image's partner is the one at the mirrored place in the batch. The share that is left of an image is drawn from
+    Beta(alpha, alpha); CutMix takes the rest as a box of the image's proportions around a random point, and counts what of
+    the box lies inside the image.
+    """
+
+    def __init__(self, settings: AugmentationSettings, num_classes: int, side: int, seed: int):
+        self.settings, self.num_classes, self.side, self.seed = settings, num_classes, side, seed
+
+    @property
+    def is_on(self) -> bool:
+        return self.settings.mixup > 0 or self.settings.cutmix > 0
+
+    def draw(self, epoch: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """For `count` images from position `start`: the share that stays, float32 (B,), and CutMix boxes, int32 (B, 4)."""
+        s, S = self.settings, self.side
+        # A stretch of the stream of its own for each start: Beta takes a number of words that is not known beforehand.
+        draws = np.random.Generator(stream(self.seed, epoch, MIXING, start << 32))
+        mixed = draws.random(count) < s.mix_probability
+        cut_share = s.cutmix_share if s.mixup and s.cutmix else float(s.cutmix > 0)
+        cut = draws.random(count) < cut_share
+        share = np.where(cut, draws.beta(s.cutmix or 1, s.cutmix or 1, count), draws.beta(s.mixup or 1, s.mixup or 1, count))
+        half = S * np.sqrt(1 - share) / 2
+        centre = np.floor(draws.random((2, count)) * S)
+        low, high = np.clip(np.round(centre - half), 0, S), np.clip(np.round(centre + half), 0, S)
+        box = np.where((cut & mixed)[:, None], np.stack([low[0], low[1], high[0], high[1]], axis=1), 0)
+        area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+        share = np.where(cut, 1 - area / S**2, share)
+        return np.where(mixed, share, 1).astype(np.float32), box.astype(np.int32)
+
+    def __call__(self, images: Tensor, labels: Tensor, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) and labels (B,) -> mixed images and soft labels (B, K)."""
+        share = torch.from_numpy(drawn[0]).to(images.device, non_blocking=True)
+        boxes = drawn[1]
+        partner = images.flip(0)
+        is_cut = torch.from_numpy(boxes[:, 2] > boxes[:, 0]).to(images.device, non_blocking=True)
+        # A CutMix image keeps its own pixels outside the box; only MixUp blends.
+        weight = torch.where(is_cut, 1.0, share)[:, None, None, None]
+        images = torch.where(inside_boxes(boxes, images.shape[-1], images.device), partner, torch.lerp(partner, images, weight))
+        hard = torch.nn.functional.one_hot(labels, self.num_classes).to(images.dtype)
+        return images, torch.lerp(hard.flip(0), hard, share[:, None])

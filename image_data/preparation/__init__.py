@@ -1,0 +1,1 @@
+"""A tree or an archive of images becomes a prepared dataset."""

@@ -1,0 +1,116 @@
+"""Carry out a plan of `image_data/augmentation.py` on whole batches of PyTorch tensors: the `tensor` source.
+
+The same operations as the DALI graph in `image_data/dali_backend.py`, with the pixel arithmetic of torchvision's v2 transforms, but a
+whole batch at a time: on a CPU, DALI's cost is one call an image and operator. Images are uint8 (B, 3, S, S).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from image_data.augmentation import Plan
+from image_data.auto_augment import AUTOCONTRAST, BRIGHTNESS, COLOR, CONTRAST, EQUALIZE, IDENTITY, POSTERIZE, SHARPNESS, SOLARIZE, WARP, Level
+
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G, B
+
+
+def augment(images: Tensor, plan: Plan) -> Tensor:
+    """Everything between the padded crop, which the reader makes, and normalisation."""
+    if plan.part is not None:
+        images = resized_crop(images, plan.part)
+    images = flip(images, plan.flip)
+    for level in plan.levels:
+        images = apply_level(images, level)
+    return images
+
+
+def flip(images: Tensor, chosen: np.ndarray) -> Tensor:
+    """Mirror the images where `chosen` is 1."""
+    at = to_device(np.flatnonzero(chosen), images)
+    return images.index_copy(0, at, images[at].flip(-1))
+
+
+def to_device(array: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(array).to(like.device, non_blocking=True)
+
+
+def resized_crop(images: Tensor, part: np.ndarray) -> Tensor:
+    """The part (y0, x0, y1, x1, shares of the sides) of each image, enlarged to the whole by bilinear interpolation."""
+    y0, x0, y1, x1 = part.T
+    zero = np.zeros_like(y0)
+    theta = np.stack([np.stack([x1 - x0, zero, x0 + x1 - 1], 1), np.stack([zero, y1 - y0, y0 + y1 - 1], 1)], 1)
+    grid = F.affine_grid(to_device(theta, images), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round_().to(torch.uint8)
+
+
+def apply_level(images: Tensor, level: Level) -> Tensor:
+    """One operation an image; images of one kind are worked on together."""
+    images = images.clone()
+    for kind in np.unique(level.kind):
+        if kind != IDENTITY:
+            rows = np.flatnonzero(level.kind == kind)
+            at = to_device(rows, images)
+            if kind == WARP:
+                images[at] = warp(images[at], to_device(level.matrix[rows], images))
+            else:
+                images[at] = OPERATIONS[kind](images[at], to_device(level.value[rows], images).view(-1, 1, 1, 1))
+    return images
+
+
+def warp(images: Tensor, matrix: Tensor) -> Tensor:
+    """Show at each pixel of the result the nearest pixel of the source that `matrix` (B, 2, 3) points to; black outside."""
+    B, C, S, _ = images.shape
+    along = torch.arange(S, device=images.device) + 0.5
+    a, b, c = matrix[:, :, 0, None, None], matrix[:, :, 1, None, None], matrix[:, :, 2, None, None]
+    # The small step keeps a point on the border of two pixels from falling to either side by rounding.
+    source = (a * along + (b * along[:, None] + (c + 1e-4))).floor_().int()  # (B, 2, S, S): x and y
+    x, y = source.unbind(1)
+    inside = (source >= 0) & (source < S)
+    flat = torch.where(inside[:, 0] & inside[:, 1], y * S + x, S * S).view(B, 1, S * S).long()
+    pixels = F.pad(images.reshape(B, C, S * S), (0, 1))
+    return pixels.gather(2, flat.expand(B, C, S * S)).view(B, C, S, S)
+
+
+def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    """factor * images + (1 - factor) * other, cut to 0..255."""
+    return (factor * images + (1 - factor) * other).clamp_(0, 255).to(torch.uint8)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma, rounded down: float32 (B, 1, S, S)."""
+    r, g, b = images.float().unbind(1)
+    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2]).floor_().unsqueeze(1)
+
+
+def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image smoothed by (1 1 1; 1 5 1; 1 1 1) / 13; the outermost pixels stay."""
+    kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=torch.float32) / 13
+    smooth = images.float()
+    smooth[..., 1:-1, 1:-1] = F.conv2d(smooth, kernel.expand(3, 1, 3, 3), groups=3).round_()
+    return blend(images, smooth, factor)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the highest `bits` bits."""
+    return images & (256 - 2 ** (8 - bits)).to(torch.uint8)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert values from `threshold` up."""
+    return torch.where(images >= threshold, 255 - images, images)
+
+
+OPERATIONS = {
+    BRIGHTNESS: lambda images, factor: blend(images, 0.0, factor),
+    COLOR: lambda images, factor: blend(images, grey(images), factor),
+    CONTRAST: lambda images, factor: blend(images, grey(images).mean(dim=(1, 2, 3), keepdim=True), factor),
+    SHARPNESS: sharpness,
+    POSTERIZE: posterize,
+    SOLARIZE: solarize,
+    AUTOCONTRAST: lambda images, _: tv.autocontrast(images),
+    EQUALIZE: lambda images, _: tv.equalize(images),
+}

@@ -1,0 +1,118 @@
+"""The network of a run, ready to use, from its folder alone: no dataset, no DeepSpeed, no particular number of processes.
+
+    trained = Trained.open("runs/mine")
+    network = trained.network()                        # evaluation mode
+    scores = network(trained.normalise(pixels))        # uint8 (B, S, S, 3) -> float32 (B, K)
+    print(trained.classes[scores[0].argmax()])
+
+Nothing here imports PyTorch before a network is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config.settings import Settings, unknown
+from image_data.augmentation import CENTRE_CROP
+from records.run_folder import RunError, RunRecord
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left behind, as far as using its network goes."""
+
+    record: RunRecord
+    facts: dict[str, Any]  # of run.json
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Trained:
+        """Read a run folder. Raises RunError when it is none."""
+        record = RunRecord(Path(folder))
+        return cls(record, record.facts())
+
+    @property
+    def name(self) -> str:
+        return self.record.folder.resolve().name
+
+    @property
+    def classes(self) -> list[str]:
+        return self.facts["dataset"]["classes"]
+
+    @cached_property
+    def settings(self) -> Settings:
+        return Settings.from_dict(self.facts["settings"])
+
+    @property
+    def side(self) -> int:
+        """S: pixels along one side of what the network sees."""
+        return self.facts["settings"]["image_side"] or self.facts["dataset"]["image_side"]
+
+    @property
+    def shorter(self) -> int:
+        """Pixels that the shorter side of an image is resized to; the middle S x S of that is what the network sees."""
+        return self.side if self.facts["dataset"]["image_side"] else round(self.side * CENTRE_CROP)
+
+    @property
+    def preparation(self) -> str:
+        """The same for people."""
+        return f"RGB, the shorter side resized to {self.shorter} pixels (bilinear, antialiased), the middle {self.side} x {self.side} of it cut out"
+
+    def network(self, weights: str = WEIGHTS, device: torch.device | str = "cpu", precision: str = "fp32") -> nn.Module:
+        """The network with the weights of a file of the run folder, in evaluation mode: (B, 3, S, S) -> (B, K).
+
+        Raises:
+            RunError: there is no such file, or it is damaged or of another network.
+        """
+        path = self.record.folder / weights
+        if not path.is_file():
+            there = sorted(file.name for file in self.record.folder.glob("*.safetensors"))
+            raise RunError(f"{path} does not exist; " + (unknown("weights", weights, there) if there else "the run has not finished an epoch yet"))
+        return load_model(path, self.facts, device, precision)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a file of weights says of itself, so that it can leave its folder."""
+        facts, dataset = self.facts, self.facts["dataset"]
+        kept = {"model": facts["settings"]["model"], "classes": self.classes, "image_side": self.side, "mean": dataset["mean"], "std": dataset["std"],
+                "preparation": self.preparation, "dataset": dataset["name"], "dataset_fingerprint": dataset["fingerprint"], "commit": facts["commit"]}
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
+
+    def normalise(self, pixels: Any) -> Tensor:
+        """Pixels uint8 (B, S, S, 3), as an array or a tensor, to what the network sees: float32 (B, 3, S, S)."""
+        import torch
+
+        pixels = pixels if isinstance(pixels, torch.Tensor) else torch.tensor(pixels)
+        mean, std = (torch.tensor(self.facts["dataset"][name], device=pixels.device).view(3, 1, 1) for name in ("mean", "std"))
+        return (pixels.permute(0, 3, 1, 2).float() - 255 * mean) / (255 * std)
+
+
+def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str) -> nn.Module:
+    """The network that `facts` (of run.json) describe, with its weights. Safetensors hold numbers only: no code runs."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from model import build_model
+    from parallel.buffers import normalise_in_fp32
+
+    settings = Settings.from_dict(facts["settings"])
+    side = settings.image_side or facts["dataset"]["image_side"]
+    model = build_model(settings.model, len(facts["dataset"]["classes"]), side)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(f"{weights} is damaged or of another network: {str(error).splitlines()[0]}") from None
+    if precision == "bf16":  # as in training: buffers, such as BatchNorm's statistics, stay in fp32
+        normalise_in_fp32(model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return model.to(device).eval()

@@ -1,0 +1,1 @@
+"""Networks as lists of layers, and the tables of their parts."""

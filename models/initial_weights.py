@@ -1,0 +1,185 @@
+"""Weights to start from, out of a local file: `load_initial_weights(model, path)`, behind `train.py --init-weights FILE`.
+
+In: safetensors, or a plain state_dict that torch.save wrote (.pt, .pth, .bin), also nested under "state_dict" or "model".
+Tensors are named as here ("0.patches.project.weight") or as the library names them whose model is wrapped (timm,
+torchvision). Out: the model's tensors overwritten where names and shapes agree, and lines that say what was not.
+The head keeps its fresh initialisation when the number of classes differs. No code in a file is ever run.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config.settings import SettingsError
+
+Weights = dict[str, Tensor]
+
+NESTS = ("state_dict", "model_state_dict", "model")  # where training programs put the state_dict among other things
+WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
+SAFE_TORCH = (2, 6)  # the first whose `weights_only` keeps its promise
+SHOWN = 20  # names in one line of the report
+
+
+def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
+    """Copy the weights in `path` into `model`, and say in a few lines what was loaded, changed, missing and unused.
+
+    Raises:
+        SettingsError: the file cannot be read safely, or holds nothing of this network.
+    """
+    path = Path(path)
+    stored = read_weights(path)
+    weights = in_our_names(model, stored, path)
+    ours, theirs, head, tables = model.state_dict(), their_names(model), head_names(model), position_names(model)
+    fitting: Weights = {}
+    replaced, resampled, misfits = [], [], []
+    for name in ours.keys() & weights.keys():
+        old, new = weights[name], ours[name]
+        fits = old if old.shape == new.shape else resample_positions(old, new.shape) if name in tables else None
+        old = stored.get(name, stored.get(theirs.get(name, name), old))  # as it stands in the file
+        change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
+        if fits is None:
+            (replaced if name in head and old.shape[:1] != new.shape[:1] else misfits).append(change)
+            continue
+        fitting[name] = fits
+        if old.shape != new.shape:
+            resampled.append(change)
+    if not fitting.keys() - head:
+        raise SettingsError(nothing_fits(path, list(stored), list(ours)))
+    for name, tensor in fitting.items():
+        ours[name].copy_(tensor)
+    share = sum(ours[name].numel() for name in fitting) / sum(tensor.numel() for tensor in ours.values())
+    return [
+        f"{path}: {len(fitting)} of {len(ours)} tensors loaded, {100 * share:.1f}% of the values",
+        *line("head left fresh, the number of classes differs", replaced),
+        *line("resampled to this image side or patch", resampled),
+        *line("left fresh, another shape in the file", misfits),
+        *line("left fresh, not in the file", ours.keys() - weights.keys()),
+        *line("in the file, not used", weights.keys() - ours.keys()),
+    ]
+
+
+def read_weights(path: Path) -> Weights:
+    """The named tensors of a file, out of the nests and wrappers that training programs put around them."""
+    if not path.is_file():
+        raise SettingsError(f"--init-weights {path}: there is no such file")
+    tree = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    while isinstance(tree, dict) and any(isinstance(tree.get(nest), dict) for nest in NESTS):
+        tree = next(tree[nest] for nest in NESTS if isinstance(tree.get(nest), dict))
+    weights = {}
+    for name, tensor in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(name, str) and isinstance(tensor, Tensor):
+            while name.startswith(WRAPPERS):
+                name = name.removeprefix(next(wrapper for wrapper in WRAPPERS if name.startswith(wrapper)))
+            weights[name] = tensor
+    if not weights:
+        raise SettingsError(f"--init-weights {path} holds no named tensors; give a state_dict: torch.save(model.state_dict(), FILE)")
+    return weights
+
+
+def read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SettingsError(f"--init-weights {path} cannot be read as safetensors ({error}); fetch or save it again") from error
+
+
+def read_torch_file(path: Path) -> Any:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise SettingsError(f"--init-weights {path}: PyTorch {torch.__version__} can be made to run code by a file of torch.save (CVE-2025-32434); "
+                            "give the weights as safetensors, or update PyTorch")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # the restricted unpickler: tensors and plain containers
+    except pickle.UnpicklingError as error:
+        raise SettingsError(
+            f"--init-weights {path} is damaged or holds pickled Python objects besides tensors, which could run code when read and "
+            "are refused; where you trust it, save the tensors alone: torch.save(model.state_dict(), FILE), or as safetensors"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise SettingsError(f"--init-weights {path} is neither safetensors (by that suffix) nor a file of torch.save: {error}") from error
+
+
+def in_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
+    """Tensors named as in `model.state_dict()`, where they can be.
+
+    A layer that wraps a library's module says how the two name their tensors: `original_prefix = (ours, theirs)`.
+    One that can do more (other image sides, other dialects) has `adapt_weights`, from their names to their names.
+    """
+    theirs = their_names(model)
+    weights = {theirs.get(name, name): tensor for name, tensor in weights.items()}
+    for layer in model:
+        if hasattr(layer, "adapt_weights"):
+            try:
+                weights = layer.adapt_weights(weights)
+            except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
+                raise SettingsError(f"--init-weights {path} holds weights of another model than model.architecture ({error})") from error
+    ours = {their: our for our, their in theirs.items()}
+    return {ours.get(name, name): tensor for name, tensor in weights.items()}
+
+
+def their_names(model: nn.Sequential) -> dict[str, str]:
+    """Our name -> the library's name, for every tensor of a wrapped module."""
+    names = {}
+    for i, layer in model.named_children():
+        if hasattr(layer, "original_prefix"):
+            our_prefix, their_prefix = layer.original_prefix
+            names.update({f"{i}.{name}": their_prefix + name.removeprefix(our_prefix) for name in layer.state_dict()})
+    return names
+
+
+def head_names(model: nn.Sequential) -> set[str]:
+    """The tensors that make class scores: those of the last linear map, unless a layer names its `head_modules`."""
+    heads = [head for layer in model if hasattr(layer, "head_modules") for head in layer.head_modules()]
+    heads = heads or [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    paths = [path for path, module in model.named_modules() if any(module is head for head in heads)]
+    return {f"{path}.{name}" for path in paths for name in model.get_submodule(path).state_dict()}
+
+
+def position_names(model: nn.Sequential) -> set[str]:
+    """Tables of our own layers that may hold a vector a token; a library's own are left to `adapt_weights`."""
+    tables = {f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "no_weight_decay", ())}
+    return tables - their_names(model).keys()
+
+
+def resample_positions(table: Tensor, shape: torch.Size) -> Tensor | None:
+    """A position table, (tokens, C) or (side, side, C), for another image side; None when it cannot be one.
+
+    Tokens that stand before the grid, such as a class token's, are kept.
+    """
+    if table.ndim != len(shape) or table.ndim not in (2, 3) or table.shape[-1] != shape[-1]:
+        return None
+    if table.ndim == 3:
+        return resample_grid(table, shape[0]) if table.shape[0] == table.shape[1] and shape[0] == shape[1] else None
+    for prefix in range(min(len(table), shape[0])):
+        before, after = math.isqrt(len(table) - prefix), math.isqrt(shape[0] - prefix)
+        if before**2 == len(table) - prefix and after**2 == shape[0] - prefix:
+            grid = resample_grid(table[prefix:].reshape(before, before, -1), after)
+            return torch.cat([table[:prefix].float(), grid.flatten(0, 1)])
+    return None
+
+
+def resample_grid(grid: Tensor, side: int) -> Tensor:
+    """(h, h, C) -> (side, side, C)."""
+    images = grid.float().permute(2, 0, 1)[None]
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+def line(what: str, names: Any) -> list[str]:
+    """One line of the report, or none when there is nothing to name."""
+    names = sorted(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"  {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
+
+
+def nothing_fits(path: Path, theirs: list[str], ours: list[str]) -> str:
+    return (f"--init-weights {path} fits no tensor of this network but perhaps its head: it holds {len(theirs)} tensors such as "
+            f"'{theirs[0]}', the network {len(ours)} such as '{ours[0]}'; set model.architecture and its sizes to those of the file")

@@ -1,0 +1,53 @@
+"""What the processes of a run tell one another beside tensors of the network: a flag, a number, a small object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import process_group
+
+
+class Messages:
+    """The part of an Engine that asks and tells all processes. Every method but `own_share` is collective."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any process. Collective."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Which of the flags hold on any process, in one message. Collective."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return list(flags)
+        counts = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(counts, group=process_group.control_group())  # on the CPU: the GPUs are not made to wait
+        return [count > 0 for count in counts.tolist()]
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of a CPU scalar over all processes. Collective."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            value = value.double()
+            dist.all_reduce(value, group=process_group.control_group())  # on the CPU: the GPUs are not made to wait
+            return value.item() / dist.get_world_size()
+        return value.item()
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every process. Collective."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=process_group.control_group())
+        return box[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, on every process. Collective."""
+        return process_group.from_all(value)
+
+    def own_share(self, values: list[float]) -> float:
+        """This process's own of what `from_all` once gave, or the mean when there were more or fewer processes then."""
+        if len(values) == dist.get_world_size():
+            return values[dist.get_rank()]
+        return sum(values) / max(1, len(values))

@@ -1,0 +1,96 @@
+"""The exponential moving average of the weights: what a run evaluates and hands over where `ema.decay` is set.
+
+It averages the tensors that the optimiser updates in this process, whole or cut as they are: nothing is gathered for it.
+BatchNorm's running statistics (all floating-point buffers of the state) are averaged with the weights they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from config.settings import EmaSettings, SettingsError
+from optim.optimizers import averaged_weights
+from parallel.buffers import persistent_buffers
+
+
+class WeightAverage:
+    """Averages in fp32 of `tensors`, in their order."""
+
+    def __init__(self, settings: EmaSettings, tensors: Sequence[Tensor]):
+        """Raises SettingsError for a decay outside 0..1."""
+        if not 0 < settings.decay < 1:
+            raise SettingsError(f"ema.decay must lie between 0 (off) and 1, not {settings.decay}")
+        self.settings, self.tensors = settings, list(tensors)
+        self.averages = [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
+
+    def decay(self, step: int) -> float:
+        """Share of the average that stays when `step` updates have been made before this one.
+
+        The warm-up is that of TensorFlow's ExponentialMovingAverage: without it the random start would stay in the average
+        for 1 / (1 - decay) steps.
+        """
+        return min(self.settings.decay, (1 + step) / (10 + step)) if self.settings.warmup else self.settings.decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights as they are after `step` + 1 optimiser steps."""
+        current = [local(tensor.detach()).to(torch.float32) for tensor in self.tensors]
+        torch._foreach_lerp_([local(average) for average in self.averages], current, 1 - self.decay(step))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the weights as they are: for a state that holds no average."""
+        for average, tensor in zip(self.averages, self.tensors, strict=True):
+            average.copy_(tensor)
+
+
+class Averaging:
+    """The part of an engine that keeps the average, and puts it in the place of the weights while they are evaluated.
+
+    The engine has `masters`, `network`, `refresh` and the number of its `step`.
+    """
+
+    average: WeightAverage | None = None
+
+    def start_average(self, settings: EmaSettings) -> None:
+        """When network and optimiser stand. Raises SettingsError."""
+        if settings.decay:
+            self.average = WeightAverage(settings, self._averaged_tensors())
+
+    def end_step(self) -> None:
+        """The average follows the optimiser step that was just counted."""
+        if self.average is not None:
+            self.average.update(self.step - 1)
+
+    def _averaged_tensors(self) -> list[Tensor]:
+        return [*self.masters()[1], *(buffer for buffer in persistent_buffers(self.network()).values() if buffer.is_floating_point())]
+
+    @contextmanager
+    def evaluated(self, raw: bool = False) -> Iterator[None]:
+        """The average in place of the weights that are trained, which come back bit for bit. Collective."""
+        tensors = self._averaged_tensors()
+        average = None if raw else self.average.averages if self.average is not None else averaged_weights(*self.masters())
+        if average is None:
+            yield
+            return
+        own = [tensor.detach().clone() for tensor in tensors]
+        self._replace(tensors, average)
+        try:
+            yield
+        finally:
+            self._replace(tensors, own)
+
+    @torch.no_grad()
+    def _replace(self, tensors: list[Tensor], values: list[Tensor]) -> None:
+        for tensor, value in zip(tensors, values, strict=False):  # an optimiser's own average has no buffers
+            tensor.copy_(value)
+        self.refresh()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a distributed tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

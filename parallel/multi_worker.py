@@ -1,0 +1,78 @@
+"""What strategies share whose processes each have a model of their own: gossip and local.
+
+Such a run has many models; the one that is evaluated and handed over is their mean. It takes the place of the worker's
+own for as long as that takes, and the worker's own comes back bit for bit. How far apart the workers are is a fact
+of every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from config.settings import SettingsError
+from parallel import process_group
+from parallel.buffers import mean_over, persistent_buffers
+from parallel.torch_engine import PlainEngine
+
+
+class WorkersEngine(PlainEngine):
+    """A worker with its own model and optimiser; `finish_step` says what it exchanges, and when."""
+
+    no_own_average = "the workers exchange the weights that are trained, and not the average that would be evaluated"
+    no_graphs = None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The mean model in place of this worker's, parameters and floating-point buffers alike. Collective."""
+        tensors = [p.detach() for p in self.parameters.values()]
+        tensors += [buffer for buffer in persistent_buffers(self.model).values() if buffer.is_floating_point()]
+        own = [tensor.clone() for tensor in tensors]
+        for tensor, mean in zip(tensors, mean_over(tensors), strict=True):
+            tensor.copy_(mean)
+        try:
+            yield
+        finally:
+            for tensor, mine in zip(tensors, own, strict=True):
+                tensor.copy_(mine)
+
+    @contextmanager
+    def evaluated(self, raw: bool = False) -> Iterator[None]:
+        """The mean of the workers' averages is the average of their mean."""
+        with super().evaluated(raw), self.averaged():
+            yield
+
+    def state_values(self) -> int:
+        return super().state_values() * dist.get_world_size()
+
+    def epoch_facts(self) -> dict[str, float]:
+        """`worker_distance`: the workers' mean L2 distance to the mean of them all, over all parameters."""
+        own = [p.detach() for p in self.trainable]
+        apart = [(tensor - mean).double().norm() for tensor, mean in zip(own, mean_over(own), strict=True)]
+        return {"worker_distance": self.mean(torch.stack(apart).norm().cpu())}
+
+    # --- every worker's state, under its number ------------------------------------------------------------------
+
+    def gather_state(self) -> dict[str, Tensor] | None:
+        states = process_group.collect(self.state_tensors(keep=True))
+        return None if states is None else {f"{rank}/{key}": t for rank, state in enumerate(states) for key, t in state.items()}
+
+    def scatter_state(self, state: dict[str, Tensor] | None) -> None:
+        states = None
+        if state is not None:
+            states = [{} for _ in range(dist.get_world_size())]
+            for key, tensor in state.items():
+                rank, _, rest = key.partition("/")
+                states[int(rank)][rest] = tensor
+        self.set_state_tensors(process_group.deal(states))
+
+    def check_state(self, facts: dict[str, Any]) -> None:
+        super().check_state(facts)
+        if facts["processes"] != dist.get_world_size():
+            raise SettingsError(f"strategy {self.name} keeps a state for each process: this one was saved by {facts['processes']} processes "
+                                f"and cannot go on with {dist.get_world_size()}; start it with {facts['processes']}")

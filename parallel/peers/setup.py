@@ -1,0 +1,73 @@
+"""What a peer settles before it meets the others: from its flags, where to listen and who it is; which facts must be equal."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import socket
+from hashlib import blake2b
+from typing import Any
+
+from config.settings import SettingsError
+from parallel.peers.endpoint import check_own, coordination, own_address, split_address
+from parallel.peers.rendezvous import Meeting
+from parallel.setting_checks import leaves
+
+# What may differ between peers: how each spreads its own work, and at which precision. Memory and GPUs differ.
+FREE = ("strategy", "engine.zero_optimization", "engine.bf16", "engine.gradient_accumulation_steps", "parallel.patience_seconds")
+# Flags of train.py that are one peer's own; the others are handed on. With the number of words that follow.
+OWN_FLAGS = {"--host-peers": 1, "--join": 1, "--peer-address": 1, "--preset": 1, "--name": 1, "--runs-dir": 1, "--stop-at": 1, "--stage-to": 1,
+             "--fresh": 0, "--link-gbps": 1, "--step-seconds": 1, "--local_rank": 1, "--strategy": 1}
+
+
+def meeting_of(args: argparse.Namespace, patience_seconds: float) -> Meeting | None:
+    """The meeting that the flags ask for; None without any.
+
+    Raises:
+        SettingsError: flags that do not go together, an address that is not this machine's, or torchft is missing.
+    """
+    if not (args.host_peers or args.join):
+        if args.peer_address:
+            raise SettingsError("--peer-address says where a peer listens: give --host-peers or --join with it")
+        return None
+    if args.host_peers and args.join:
+        raise SettingsError("--host-peers starts a run of peers and --join enters one: give one of them")
+    coordination()
+    if args.host_peers:
+        address, port = split_address(args.host_peers, "--host-peers")
+        return Meeting(check_own(address, "--host-peers"), port, None, number=0, patience_seconds=patience_seconds)
+    there, port = split_address(args.join, "--join")
+    address = own_address(there) if not args.peer_address else check_own(split_address(args.peer_address, "--peer-address")[0], "--peer-address")
+    number = peer_number(socket.gethostname(), f"{args.runs_dir}/{args.name}")
+    return Meeting(address, port, f"{there}:{port}", number, patience_seconds)
+
+
+def peer_number(host: str, name: str) -> int:
+    """1 to 2^20 - 1, the same whenever this peer starts; the first peer is 0."""
+    return 1 + int.from_bytes(blake2b(f"{host} {name}".encode(), digest_size=4).digest(), "big") % (2**20 - 1)
+
+
+def data_seed(seed: int, number: int) -> int:
+    """The seed of a peer's order of images and of their augmentation: of the first peer, the run's own."""
+    return seed if number == 0 else int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=4).digest(), "big")
+
+
+def agreement(facts: dict[str, Any], num_parameters: int) -> dict[str, Any]:
+    """What peers must have in common, from the facts of `run.json`."""
+    settings = {path: value for path, value in leaves(facts["settings"]) if not path.startswith(FREE)}
+    return {**settings, "the dataset's fingerprint": facts["dataset"]["fingerprint"], "the number of parameters": num_parameters,
+            **{f"--{key.replace('_', '-')}": facts[key] for key in ("seed", "max_steps", "hold_out", "init_weights", "synthetic")},
+            "steps an epoch": facts["steps_per_epoch"], "steps in all": facts["total_steps"]}
+
+
+def join_command(facts: dict[str, Any], place: str) -> str:
+    """What to type on another machine. The preset is named: without a GPU there, another would be chosen."""
+    words, handed = iter(facts["command"][1:]), []
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag not in OWN_FLAGS:
+            handed.append(word)
+        elif not value:
+            for _ in range(OWN_FLAGS[flag]):
+                next(words, None)
+    return shlex.join(["./launch_local_train.sh", "--strategy", "local", "--join", place, "--preset", facts["preset"], *handed])

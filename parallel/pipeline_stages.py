@@ -1,0 +1,87 @@
+"""Where a pipeline is cut: stages of consecutive layers that share the parameters, the layers or the time evenly."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.utils import partition_balanced
+from torch import nn
+
+from config.settings import Settings, SettingsError, unknown
+from model import count_parameters
+
+PARTITIONS = ("parameters", "uniform", "time")
+TIMED_PASSES = 3  # after one to warm up; the fastest counts
+
+
+def cut_layers(model: nn.Sequential, settings: Settings, batch_size: int, device: torch.device, from_main: Callable[[Any], Any]) -> list[int]:
+    """The first layer of each stage, and the number of layers at the end; the same in all processes. Collective.
+
+    Raises:
+        SettingsError: an unknown `parallel.partition`, or a stage that would have nothing to learn.
+    """
+    stages, method = settings.parallel.stages, settings.parallel.partition
+    if method not in PARTITIONS:
+        raise SettingsError(unknown("parallel.partition", method, list(PARTITIONS)))
+    if stages > len(model):
+        raise SettingsError(f"parallel.stages={stages} is more than the {len(model)} layers of the network")
+    if method == "time" and not settings.image_side:
+        raise SettingsError("parallel.partition=time measures the layers before the data are known; give the image side with --set image_side=32")
+    weights = [count_parameters(layer) if method == "parameters" else 1 for layer in model]
+    if method == "time":
+        # One process measures: every process would find other cuts.
+        main = torch.distributed.get_rank() == 0
+        weights = from_main(layer_microseconds(model, batch_size, settings.image_side, device) if main else None)
+    cuts = [int(cut) for cut in partition_balanced(weights, stages)]
+    for stage, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        if not any(count_parameters(layer) for layer in model[start:stop]):
+            raise SettingsError(f"stage {stage} of the pipeline would have no parameters (cuts at {cuts}); "
+                                "choose fewer parallel.stages or another parallel.partition")
+    return cuts
+
+
+def layer_microseconds(model: nn.Sequential, batch_size: int, side: int, device: torch.device) -> list[int]:
+    """Time of each layer's forward and backward on noise. The model and the random state are left as they were."""
+    model = copy.deepcopy(model).train()
+    shape, best = (batch_size, 3, side, side), [float("inf")] * len(model)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for _ in range(1 + TIMED_PASSES):
+            x = torch.randn(shape, device=device)
+            for i, layer in enumerate(model):
+                x = x.detach().requires_grad_(i > 0 or not count_parameters(layer))  # nobody needs the gradient of images
+                began = now()
+                y = layer(x)
+                y.backward(torch.ones_like(y))
+                best[i] = min(best[i], now() - began)
+                x = y
+    return [max(1, round(1e6 * seconds)) for seconds in best]
+
+
+def even_out(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Split parameter groups in two until there are `count`.
+
+    DeepSpeed's stage 1 adds the gradient norms up over the stages group by group, so all stages must have equally many;
+    which group of one stage is added to which of another does not matter.
+
+    Raises:
+        SettingsError: fewer parameters than that.
+    """
+    groups = optimizer.param_groups
+    while len(groups) < count:
+        largest = max(groups, key=lambda group: len(group["params"]))
+        half = len(largest["params"]) // 2
+        if not half:
+            raise SettingsError(f"a stage of the pipeline has only {len(groups)} parameters, and another {count} groups of them; "
+                                "choose fewer parallel.stages or another parallel.partition")
+        groups.append({**largest, "params": largest["params"][half:]})
+        largest["params"] = largest["params"][:half]

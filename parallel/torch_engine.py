@@ -1,0 +1,196 @@
+"""What the PyTorch engines share: the step, mixed precision, clipping, and the state as plain tensors.
+
+A strategy says how the model is spread (`spread`), what happens after a step (`finish_step`) and, where tensors are
+sharded, how they are made whole and cut again. bf16 is `torch.autocast`: the weights, their gradients and the
+optimiser stay in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config.settings import Settings
+from optim.lr_schedule import Schedule
+from optim.optimizers import build_optimizer, restore_counters, scalars_of
+from parallel import engine, process_group
+from parallel.batch_sizes import Batch, BatchSizes
+from parallel.buffers import BufferKeeper, persistent_buffers
+from parallel.engine import build_seeded
+
+
+class PlainEngine(engine.Engine):
+    """One process of a strategy that is a PyTorch module and a PyTorch optimiser."""
+
+    def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int):
+        """`build` makes the model; it is called with the same random state in every process.
+
+        Raises:
+            SettingsError: a combination that would not train as asked.
+        """
+        super().__init__(settings, schedule, seed)
+        self.device = process_group.join()
+        self.data_shard = (dist.get_rank(), dist.get_world_size())
+        self.is_main = dist.get_rank() == 0
+        self.bf16 = settings.engine["bf16"]["enabled"]
+        self.precision = "autocast" if self.bf16 else "fp32"
+        self.clipping = settings.engine["gradient_clipping"]
+        self.batch_sizes = BatchSizes.derive(settings.engine, dist.get_world_size())
+        self.model = build_seeded(build, seed).to(self.device)
+        self.count_up(self.model)
+        self.spread_model = self.spread(self.model)
+        # By the names of the plain model; where `spread` shards the parameters, these are the shards.
+        self.parameters = dict(self.model.named_parameters())
+        self.trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        self.optimizer = self.make_optimizer()
+        self.keeper: BufferKeeper | None = None  # only where bad steps are skipped
+        self.ready()
+
+    # --- what a strategy may say --------------------------------------------------------------------------------
+
+    def spread(self, model: nn.Module) -> nn.Module:
+        """The module that a training step calls; `model` itself stays the one that is evaluated and saved."""
+        return model
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.settings.engine["optimizer"], self.model, fused=self.device.type == "cuda")
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Around the forward and backward of one micro-batch; gradients need to be exchanged in the last one only."""
+        return nullcontext()
+
+    def finish_step(self) -> None:
+        """Called after every optimiser step, when `self.step` counts it."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The full tensor of what may be a shard. Collective."""
+        return tensor
+
+    def cut(self, value: Tensor, like: Tensor) -> Tensor:
+        """The part of a full tensor that this process keeps of `like`, on its device. Collective."""
+        return value.to(like.device, like.dtype, copy=True)
+
+    # --- the contract -------------------------------------------------------------------------------------------
+
+    def train_batch(self, batches: Iterator[Batch]) -> Tensor:
+        self.spread_model.train()
+        self.compiled.use(training=True)
+        self.prepare_step(self.optimizer)
+        if self.keeper:
+            self.keeper.keep()
+        accumulation = self.batch_sizes.accumulation
+        losses = []
+        for i in range(accumulation):
+            images, labels = next(batches)
+            with self.accumulating(last=i == accumulation - 1):
+                with self._precision():
+                    scores = self.spread_model(self.feed(images))
+                loss = self.loss(scores, labels)
+                (loss / accumulation).backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).mean()
+        self.grad_norm = self.whole(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
+        # Looking at them makes the device wait: only where the person asked for it.
+        self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
+        if self.skipped:
+            self.keeper.restore()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.finish_step()
+        if not self.skipped:
+            self.end_step()
+        return loss
+
+    def skip_bad_steps(self) -> None:
+        self.refuse_own_count()
+        self.keeper = BufferKeeper(self.model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.model.eval()
+        with self._precision():
+            return self.model(self.feed(images))
+
+    def network(self) -> nn.Module:
+        return self.model
+
+    def masters(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.optimizer, self.trainable
+
+    def refresh(self) -> None:
+        """The network's parameters are what the optimiser updates."""
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def describe(self) -> str:
+        return ("bf16" if self.bf16 else "fp32") + self.features()
+
+    # --- the state ------------------------------------------------------------------------------------------------
+
+    def gather_state(self) -> dict[str, Tensor] | None:
+        return self.state_tensors(keep=self.is_main)
+
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        named = {**self.parameters, **persistent_buffers(self.model)}
+        return self._full(named, keep=self.is_main)
+
+    def scatter_state(self, state: dict[str, Tensor] | None) -> None:
+        self.set_state_tensors(process_group.share(state))
+
+    def state_tensors(self, keep: bool) -> dict[str, Tensor] | None:
+        """The state of this process's model as full fp32 CPU tensors, None unless it is to keep them. Collective."""
+        named: dict[str, Tensor] = {}
+        states = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            named[f"weights/{name}"] = parameter
+            named |= {f"optimizer/{key}/{name}": value for key, value in states[name].items() if torch.is_tensor(value) and value.ndim}
+        scalars = {f"scalars/{key}": value.clone() for key, value in scalars_of(states.values()).items()}
+        named |= {f"weights/{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
+        named |= {f"ema/{name}": average for name, average in self._averages().items()}
+        state = self._full(named, keep)
+        return {**state, **scalars} if keep else None
+
+    def _averages(self) -> dict[str, Tensor]:
+        """The moving averages by the names of what they average."""
+        trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        floating = [name for name, buffer in persistent_buffers(self.model).items() if buffer.is_floating_point()]
+        return dict(zip([*trained, *floating], self.average.averages, strict=True)) if self.average is not None else {}
+
+    def _full(self, named: dict[str, Tensor], keep: bool) -> dict[str, Tensor] | None:
+        """What may be shards as full CPU tensors, one after the other; None unless they are to be kept. Collective."""
+        state: dict[str, Tensor] = {}
+        for key, tensor in named.items():
+            full = self.whole(tensor.detach())
+            if keep:
+                state[key] = full.to("cpu", copy=True).contiguous()
+        return state if keep else None
+
+    @torch.no_grad()
+    def set_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`; every process has the whole state. Collective."""
+        scalars = {key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")}
+        kinds = sorted({key.split("/")[1] for key in state if key.startswith("optimizer/")})
+        # fused optimisers keep their scalars on the device, the others on the CPU
+        place = self.device if any(group.get("fused") for group in self.optimizer.param_groups) else "cpu"
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.cut(state[f"weights/{name}"], parameter))
+            values = {kind: state[f"optimizer/{kind}/{name}"] for kind in kinds if f"optimizer/{kind}/{name}" in state}
+            if values:
+                filled = {kind: self.cut(value, parameter) for kind, value in values.items()}
+                self.optimizer.state[parameter] = {**filled, **{key: value.to(place, copy=True) for key, value in scalars.items()}}
+        for name, buffer in persistent_buffers(self.model).items():
+            buffer.copy_(state[f"weights/{name}"])
+        restore_counters(self.optimizer, self.step, self.schedule)
+        averages = self._averages()
+        if averages and not any(key.startswith("ema/") for key in state):
+            self.average.restart()
+        else:
+            for name, average in averages.items():
+                average.copy_(self.cut(state[f"ema/{name}"], average))

@@ -1,0 +1,231 @@
+"""Checkpoints on the disk: whole, or not there. `state/step-00000780/` holds
+
+    state.safetensors          the tensors of Engine.gather_state: weights, optimiser, whatever else it gave
+    engine.json progress.json  steps made and under which circumstances; where the run stands
+    run.json metrics.jsonl     the run folder's own as they were then, to restore them from
+    SHA256SUMS                 a line a file, as `sha256sum -c SHA256SUMS` reads it
+
+One is written as `unfinished-step-...`, flushed to the disk, read back and compared, and renamed when all of it is there; only
+then older ones are removed. So whenever the writing ends, by a kill, a power cut or a full disk, the one before it is whole. What
+was begun and not finished, or does not match its sums, is set aside as `damaged-step-...` at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from records.run_folder import RunError, flush_to_disk
+
+STATE, ENGINE, PROGRESS, SUMS = "state.safetensors", "engine.json", "progress.json", "SHA256SUMS"
+UNFINISHED, DAMAGED = "unfinished-", "damaged-"
+KEEP_DAMAGED = 2  # set aside, for a look
+BYTES_A_VALUE = 4  # fp32
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def step_name(step: int) -> str:
+    """The folder of the checkpoint after optimiser step `step`."""
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The inverse of `step_name`."""
+    return int(folder.name.removeprefix("step-"))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How far apart checkpoints are: optimiser steps, or seconds."""
+
+    steps: float = float("inf")
+    seconds: float = float("inf")
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        """From `500steps`, `10min` or `30s`. Raises ValueError."""
+        found = re.fullmatch(r"([0-9]+)(steps?|min|s)", text)
+        if not found or int(found[1]) < 1:
+            raise ValueError(f"write it as 500steps, 10min or 30s, not {text}")
+        number = int(found[1])
+        return cls(steps=number) if found[2].startswith("step") else cls(seconds=number * (60 if found[2] == "min" else 1))
+
+
+class Checkpoints:
+    """The checkpoints of one run, in its folder `state/`: the newest `keep`, and the best one where a run has one."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def all(self) -> list[Path]:
+        """The finished ones, oldest first; finished is not undamaged."""
+        return sorted(self.folder.glob("step-*"))
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def write(self, step: int, tensors: dict[str, Any], texts: dict[str, str], best_step: int = 0) -> None:
+        """Write a checkpoint, prove it, and remove what it replaces; the best one stays.
+
+        Raises:
+            RunError: it could not be written; those before it are as they were.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        final = self.folder / step_name(step)
+        unfinished = self.folder / f"{UNFINISHED}{final.name}"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            save_file(tensors, unfinished / STATE)
+            for name, text in texts.items():
+                (unfinished / name).write_text(text)
+            prove(unfinished, tensors, texts)
+            if final.exists():  # of the same step, as when a run is stopped twice there
+                final.rename(self.folder / f"{UNFINISHED}replaced")
+            unfinished.rename(final)
+            flush_to_disk(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)  # half of a checkpoint is of no use, and may fill the disk
+            raise RunError(f"the checkpoint after step {step:,} could not be written ({self._reason(error)}); {self._what_is_left()}") from error
+        self._prune(best_step)
+
+    def _prune(self, best_step: int) -> None:
+        kept = {step_name(best_step), *(path.name for path in self.all()[-self.keep:])}
+        for path in self.all():
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.folder / f"{UNFINISHED}replaced", ignore_errors=True)
+        for path in sorted(self.folder.glob(f"{DAMAGED}*"), key=lambda path: path.stat().st_mtime)[:-KEEP_DAMAGED]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _reason(self, error: Exception) -> str:
+        text = getattr(error, "strerror", None) or re.sub(r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error))
+        if getattr(error, "errno", None) in NO_ROOM or "No space left" in text or "File too large" in text:
+            return f"{text}: {gigabytes(room_left(self.folder))} are free in {self.folder.parent.name}/"
+        return text
+
+    def _what_is_left(self) -> str:
+        whole = self.all()
+        before = f"the one after step {step_of(whole[-1]):,} is whole" if whole else "there is none before it"
+        return f"{before}; mend the disk and start the same run again"
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, after setting aside what is not; and a sentence for each that was."""
+        said = []
+        shutil.rmtree(self.folder / f"{UNFINISHED}replaced", ignore_errors=True)
+        for path in sorted(self.folder.glob(f"{UNFINISHED}*")):
+            name = path.name.removeprefix(UNFINISHED)
+            said.append(f"the run ended while {name} was being written; what there is of it is now state/{self._set_aside(path, name)}")
+        for path in reversed(self.all()):
+            problem = damage(path)
+            if problem is None:
+                return path, said
+            said.append(f"{path.name} is damaged ({problem}); it is now state/{self._set_aside(path, path.name)}")
+        return None, said
+
+    def _set_aside(self, path: Path, name: str) -> str:
+        number, aside = 1, self.folder / f"{DAMAGED}{name}"
+        while aside.exists():
+            number += 1
+            aside = self.folder / f"{DAMAGED}{name}-{number}"
+        path.rename(aside)
+        return aside.name
+
+
+def read_facts(folder: Path, name: str) -> dict[str, Any]:
+    """The content of `engine.json` or `progress.json` of a checkpoint."""
+    return json.loads((folder / name).read_text())
+
+
+# --- sums ---------------------------------------------------------------------------------------------------------
+
+
+def prove(folder: Path, tensors: dict[str, Any], texts: dict[str, str]) -> None:
+    """Flush a checkpoint to the disk, compare what the disk gives back with what was meant, and write its sums. Raises OSError."""
+    import torch
+    from safetensors.torch import load_file
+
+    sums = {}
+    for name in (STATE, *texts):
+        flush_to_disk(folder / name, forget=True)
+        sums[name] = sum_of(folder / name)
+    stored = load_file(folder / STATE)
+    same = stored.keys() == tensors.keys() and all(torch.equal(_bits(stored[key]), _bits(tensors[key])) for key in tensors)
+    if not same or any(sums[name] != hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()):
+        raise OSError(errno.EIO, "the disk gives back other bytes than were written to it")
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    flush_to_disk(folder / SUMS)
+    flush_to_disk(folder)
+
+
+def _bits(tensor: Any) -> Any:
+    """The bytes of a tensor: two that are not a number are equal if their bits are."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every byte is as it was written."""
+    try:
+        *lines, rest = (folder / SUMS).read_text().split("\n")
+        sums = {name: digest for digest, name in (re.fullmatch(r"([0-9a-f]{64})  (.+)", line).groups() for line in lines)}
+    except OSError as error:
+        return f"{SUMS}: {error.strerror}"
+    except (AttributeError, ValueError):
+        return f"{SUMS} is not what was written"
+    if rest:
+        return f"{SUMS} is cut short"
+    present = {path.name for path in folder.iterdir()} - {SUMS}
+    for name in (STATE, ENGINE, PROGRESS, *sorted(sums.keys() | present)):
+        if name not in present:
+            return f"{name} is missing"
+        if name not in sums:
+            return f"{name} is not in {SUMS}"
+        try:
+            if sum_of(folder / name) != sums[name]:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def sum_of(path: Path) -> str:
+    """The SHA-256 digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- room ---------------------------------------------------------------------------------------------------------
+
+
+def room_needed(num_values: int, keep: int) -> int:
+    """Bytes that a run's checkpoints and weights may come to: `keep`, the best, and one in the making; the weights thrice.
+
+    A checkpoint holds `num_values` fp32 values, the weights are a third of them at most (Adam keeps two numbers a parameter).
+    """
+    return BYTES_A_VALUE * (num_values * (keep + 2) + num_values)
+
+
+def room_left(folder: Path) -> int:
+    """Bytes that may still be written where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for a person."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,132 @@
+"""benchmarks/input_pipeline.py: every loader does the same work and is counted alike. Nothing here looks at speeds.
+
+    pytest tests/benchmarks/test_input_pipeline.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import input_pipeline
+from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS
+from benchmarks.lib.loaders import loaders
+from benchmarks.lib.timing import alternate, ratios, spread
+from prepare_dataset import prepare
+
+PROGRAM = Path(input_pipeline.__file__)
+ROUNDS, BATCH, IMAGES = 2, 16, 100  # six whole batches an epoch, four images dropped
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks") / "shapes"
+    prepare(folder, dataset="shapes", workers=1, shapes={"side": 32, "train_per_class": 12, "test_per_class": 1})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(drawn) -> tuple[dict, str, str]:
+    """The JSON, the Markdown and the printed text of one small run of everything."""
+    files = drawn / "report.json", drawn / "report.md"
+    command = [sys.executable, PROGRAM, "--data-dir", drawn, "--batch-size", BATCH, "--images", IMAGES, "--rounds", ROUNDS, "--threads", 2,
+               "--turn-seconds", 0.01, "--device", "cpu", "--json", files[0], "--markdown", files[1]]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(files[0].read_text()), files[1].read_text(), done.stdout
+
+
+def test_the_names_that_can_be_chosen_are_those_of_the_loaders():
+    assert list(loaders()) == [*OURS, *PEERS, *OPTIONAL]
+
+
+def test_every_loader_yields_as_many_images(measured):
+    report, _, _ = measured
+    counts = {(job, loader): facts["images_per_epoch"] for job, part in report["jobs"].items() for loader, facts in part["loaders"].items()}
+    assert set(counts.values()) == {IMAGES // BATCH * BATCH} == {report["settings"]["images_per_epoch"]}
+
+
+def test_every_loader_ran_or_says_why_not(measured):
+    report, _, _ = measured
+    assert list(report["jobs"]) == list(JOBS)
+    for job, part in report["jobs"].items():
+        assert {*part["loaders"], *part["skipped"]} == {*OURS, *PEERS}
+        assert {*OURS, "imagefolder", "memory"} <= set(part["loaders"])
+        assert all(part["skipped"].values())
+        assert ("whole_batch" in part["loaders"]) == (job == "crop")
+    assert report["jobs"]["crop"]["unlike"] == []
+
+
+def test_the_report_has_every_round_and_ratio(measured):
+    report, _, _ = measured
+    for part in report["jobs"].values():
+        for facts in part["loaders"].values():
+            assert facts["epochs_per_turn"] >= 1
+            for figure in ("images_per_second", "cpu_us_per_image"):
+                assert len(facts[figure]) == ROUNDS and min(facts[figure]) >= 0
+        assert list(part["ratios"]) == [name for name in OURS if name in part["loaders"]]
+        for ours, peers in part["ratios"].items():
+            assert list(peers) == [name for name in PEERS if name in part["loaders"]]
+            for peer, values in peers.items():
+                speeds = [part["loaders"][name]["images_per_second"] for name in (ours, peer)]
+                assert values == [a / b for a, b in zip(*speeds, strict=True)]
+    assert {"cpu", "cores", "gpu", "versions"} == set(report["machine"])
+
+
+def test_goals_are_judged_on_the_fastest_of_ours(measured):
+    report, _, printed = measured
+    verdicts = {verdict["goal"]: verdict for verdict in report["goals"]}
+    assert len(verdicts) == 4  # the fifth is for a GPU
+    for verdict in verdicts.values():
+        if verdict["met"] is not None:
+            job = report["jobs"][verdict["job"]]
+            assert verdict["loader"] == max(OURS, key=lambda name: spread(job["loaders"][name]["images_per_second"]).median)
+            assert verdict["met"] == (verdict["median"] >= verdict["least"])
+        assert verdict["goal"] in printed
+    assert verdicts["8 times an in-memory Dataset + DataLoader"]["met"] is not None
+
+
+def test_the_tables_name_every_loader(measured):
+    report, markdown, printed = measured
+    for loader in (*OURS, *PEERS):
+        assert loader in markdown and loader in printed
+    assert report["machine"]["cpu"] in markdown
+
+
+def test_ffcv_that_is_not_installed_is_left_out_with_a_word(drawn, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(blocker := drawn.parent / "blocked"))
+    (blocker / "ffcv").mkdir(parents=True, exist_ok=True)
+    (blocker / "ffcv" / "__init__.py").write_text("raise ImportError('no module named ffcv')")
+    arguments = ["--data-dir", str(drawn), "--batch-size", "16", "--rounds", "1", "--loaders", "ffcv", "--jobs", "crop", "--device", "cpu"]
+    assert input_pipeline.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "ffcv: left out: not installed" in printed and "not measured: at least FFCV's speed" in printed
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--loaders", "memry"], "did you mean 'memory'?"),
+    (["--jobs", "flip"], "unknown job 'flip'"),
+    (["--rounds", "0"], "--rounds: must be at least 1"),
+])
+def test_unknown_names_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        input_pipeline.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(drawn, capsys):
+    assert input_pipeline.main(["--data-dir", str(drawn), "--device", "cpu"]) == 1
+    assert "fewer than one batch of 512" in capsys.readouterr().err
+
+
+def test_turns_alternate_and_ratios_go_round_by_round():
+    order = []
+    results = alternate({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, rounds=3)
+    assert "".join(order) == "abcabcabc"
+    assert ratios(results["c"], results["a"]) == [3 / 1, 6 / 4, 9 / 7]
+    assert spread([5, 1, 2]) == (1, 2, 5)

@@ -1,0 +1,191 @@
+"""The preflight without several machines: what a host answers, what that means, and whether the page explains every message.
+
+    ./run_tests.sh tests/cluster/test_preflight.py
+
+test_cluster_hosts.py does it for real.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster import host_checks as checks
+from cluster import probe, remote
+from cluster.remote import Host, Unreachable
+from common.paths import PROJECT
+
+# --- what a host answers, and what that means ---------------------------------------------------------------------------------
+
+GPU = {"index": "0", "name": "H200", "total": 141000, "free": 140000, "driver": "580.1"}
+NOW = time.time()
+GOOD = {
+    "project": True, "cwd": True, "commit": "a" * 40, "code": {"train.py": "1", "training/loop.py": "2"}, "given": {"/my.toml": "9"},
+    "environment": {"python": "3.11.7", "torch": "2.11.0", "cuda": "13.0", "deepspeed": "0.19.8", "dali": "2.4.0", "numpy": "2.1"},
+    "gpus": [GPU, {**GPU, "index": "1"}], "data": {"fingerprint": "sha256:abc", "sizes": {"packed/train.npy": 10}},
+    "disk": 100, "shm": 60, "cores": 8, "asked": NOW, "time": NOW + 1, "arrived": NOW + 2, "addresses": [["eth0", "10.0.0.1"]],
+}
+HOSTS = [Host("node1", 2), Host("node2", 2)]
+
+
+def problems_of(change, on_cpu=False):
+    """What is said when the second of two hosts differs from a good one."""
+    second = copy.deepcopy(GOOD)
+    for path, value in change.items():
+        tree, *keys = path.split(".")
+        if keys:
+            second[tree] = {**second[tree], keys[0]: value}
+        else:
+            second[tree] = value
+    return checks.check(HOSTS, [GOOD, second], GOOD, on_cpu)
+
+
+def test_hosts_that_agree_have_no_problem():
+    assert problems_of({}) == []
+    assert problems_of({"environment.python": "3.11.9"}) == []
+
+
+@pytest.mark.parametrize("change, sentence, is_warning", [
+    ({"code": {}, "project": False}, "does not have the project", False),
+    ({"commit": "b" * 40, "code": {"train.py": "1", "training/loop.py": "3"}}, "another commit (bbbbbbbb, here aaaaaaaa): training/loop.py", False),
+    ({"code": {"train.py": "1"}}, "the same commit, but other changes in it: training/loop.py", False),
+    ({"cwd": False}, "does not have the folder you stand in", False),
+    ({"given": {}}, "does not have /my.toml", False),
+    ({"given": {"/my.toml": "8"}}, "another content in /my.toml", False),
+    ({"environment": None}, "no usable Python environment", False),
+    ({"environment.torch": "2.7.0"}, "other versions: torch 2.7.0 (node1: 2.11.0)", False),
+    ({"gpus": [GPU]}, "has 1 GPUs and 2 slots", False),
+    ({"gpus": []}, "shows no GPU", False),
+    ({"gpus": [GPU, {**GPU, "index": "1", "free": 12000}]}, "GPU 1: 12 of 138 GB free", True),
+    ({"gpus": [{**GPU, "name": "A100"}] * 2}, "other GPUs (A100) than node1 (H200)", True),
+    ({"data": None}, "does not have the dataset", False),
+    ({"data": {"fingerprint": "sha256:xyz", "sizes": {}}}, "another dataset (xyz, elsewhere abc)", False),
+    ({"data.sizes": {"packed/train.npy": 4}}, "incomplete copy of the dataset (packed/train.npy)", False),
+    ({"disk": 0.1}, "0.1 GB left", False),
+    ({"disk": 3}, "3 GB left", True),
+    ({"shm": 0.06}, "/dev/shm", True),
+    ({"time": NOW - 600}, "clock that is 600 s behind", True),
+    ({"time": NOW + 90}, "clock that is 88 s ahead", True),
+])
+def test_what_differs_is_said_of_the_right_host(change, sentence, is_warning):
+    (problem,) = problems_of(change)
+    assert problem.host == "node2" and sentence in problem.what and problem.warning == is_warning and problem.mend
+
+
+def test_gpus_do_not_matter_on_the_cpu_and_what_is_nowhere_is_no_difference():
+    assert problems_of({"gpus": []}, on_cpu=True) == []
+    nobody = {**GOOD, "data": None}
+    assert checks.check(HOSTS, [nobody, nobody], nobody, False) == []
+
+
+def test_table_has_a_row_for_each_host_and_marks_what_differs():
+    other = {**GOOD, "commit": "b" * 40, "code": {}, "environment": {**GOOD["environment"], "torch": "2.7.0"}, "gpus": [GPU]}
+    hosts = [*HOSTS, Host("node3", 1)]
+    rows = checks.table(hosts, [GOOD, other, Unreachable("does not answer", "-")], GOOD, {"node1": "ok"}, False).splitlines()
+    assert [row.split()[0] for row in rows] == ["host", "node1", "node2", "node3"]
+    assert "!" not in rows[1] and "missing!" in rows[2] and "2.7.0!" in rows[2] and "1/2!" in rows[2] and "does not answer" in rows[3]
+
+
+@pytest.mark.parametrize("words, reason", [
+    ("me@a: Permission denied (publickey).", "refuses the key"), ("Host key verification failed.", "is not known"),
+    ("ssh: Could not resolve hostname a: Name or service not known", "nobody knows"),
+    ("ssh: connect to host a port 22: Connection refused", "no SSH server"),
+    ("ssh: connect to host a port 22: No route to host", "does not answer"), ("bash: line 1: python3: command not found", "has no python3"),
+    ("something new", "something new"), ("", "exit code 255"),
+])
+def test_what_ssh_says_in_words(words, reason):
+    assert reason in remote.explain("a", 255, words).reason
+
+
+def test_probe_runs_in_a_bare_python_and_finds_what_is_there(tmp_path, shapes):
+    project = tmp_path / "project"
+    (project / "cluster").mkdir(parents=True)
+    (project / "runs").mkdir()
+    for path in ("train.py", "cluster/job.py", "runs/no.py"):
+        (project / path).write_text(path)
+    (tmp_path / "git/worktrees/one").mkdir(parents=True)
+    (tmp_path / "git/worktrees/one/HEAD").write_text("ref: refs/heads/main\n")
+    (tmp_path / "git/worktrees/one/commondir").write_text("../..\n")
+    (tmp_path / "git/packed-refs").write_text(f"# packed\n{'d' * 40} refs/heads/main\n")
+    (project / ".git").write_text("gitdir: ../git/worktrees/one\n")
+    request = {"project": str(project), "python": sys.executable, "data": str(shapes), "given": [str(project / "train.py"), "/nowhere"]}
+    words = [sys.executable, "-I", "-S", "-", json.dumps(request)]
+    done = subprocess.run(words, input=(PROJECT / "cluster/probe.py").read_text(), capture_output=True, text=True, timeout=60)
+    answer = remote.answer_in(f"Welcome!\n{done.stdout}", "probe.py")
+    assert sorted(answer["code"]) == ["cluster/job.py", "train.py"] and answer["commit"] == "d" * 40
+    assert answer["data"]["fingerprint"] == json.loads((shapes / "dataset.json").read_text())["fingerprint"]
+    assert list(answer["given"]) == [str(project / "train.py")]
+    assert answer["environment"]["torch"] and answer["environment"]["deepspeed"] and answer["environment"]["cuda"]
+    assert abs(checks.skew({**answer, "asked": time.time() - 60, "arrived": time.time()})) == 0
+
+
+def test_answers_of_nvidia_smi_are_read():
+    text = "0, NVIDIA H200, 143771, 143000, 580.65.06\n1, NVIDIA H200, [N/A], [N/A], 580.65.06\n"
+    assert [(gpu["index"], gpu["total"]) for gpu in probe.gpus_of(text)] == [("0", 143771), ("1", None)]
+    assert probe.gpus_of("") == []
+
+
+def test_a_connection_is_checked_and_measured():
+    listener = subprocess.Popen([sys.executable, "-", json.dumps({"role": "listen", "token": "t", "seconds": 20})], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True)
+    try:
+        listener.stdin.write((PROJECT / "cluster/reachability.py").read_text())
+        listener.stdin.close()
+        port = remote.answer_in(listener.stdout.readline(), "reachability.py")["port"]
+        asked = {"role": "connect", "token": "t", "port": port, "addresses": ["127.0.0.1"], "measure": True}
+        reached = remote.ask("localhost", "reachability.py", asked)["reached"]["127.0.0.1"]
+        assert reached["gigabits"] > 0 and reached["latency_ms"] > 0 and reached["here"] == "127.0.0.1"
+        stranger = remote.ask("localhost", "reachability.py", {**asked, "token": "u"})["reached"]["127.0.0.1"]
+        assert "error" in stranger
+    finally:
+        listener.kill()
+        listener.wait()
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------------
+
+READS_ON = re.compile(r"(has|does|is|cannot|could|refuses|closes|gives|shows) ")    # after a host's name
+PREFLIGHT = [PROJECT / "cluster" / name for name in ("host_checks.py", "preflight.py", "remote.py", "sync.py")]
+
+
+def texts(tree):
+    """All texts of a program, what is put in as a NUL."""
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield node.value
+
+
+def messages():
+    """What the preflight and --sync can say of a host, as patterns: by their first words, and by the calls that say them."""
+    found = set()
+    for path in PREFLIGHT:
+        tree = ast.parse(path.read_text())
+        found |= {text for text in texts(tree) if READS_ON.match(text)}
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Problem", "Unreachable")):
+            said = call.args[call.func.id == "Problem"]
+            if isinstance(said, (ast.Constant, ast.JoinedStr)):
+                text = next(texts(said))
+                assert READS_ON.match(text) or text.startswith("\0"), f"{path.name}: '{text}' is not looked for in the docs: add its verb to READS_ON"
+    return {text: re.compile(".+".join(map(re.escape, text.split("\0")))) for text in found}
+
+
+def test_the_page_lists_every_message_and_no_other():
+    page = (PROJECT / "docs/cluster.md").read_text()
+    rows = re.findall(r"^\| (.+?) \|", page.split("## What the preflight says")[1].split("\n## ")[0], re.MULTILINE)
+    listed = [message for row in rows if row not in ("message", "---") for message in row.split("; ")]
+    said = messages()
+    assert len(said) > 30
+    missing = [text.replace("\0", "...") for text, pattern in said.items() if not any(pattern.match(message) for message in listed)]
+    assert not missing, f"docs/cluster.md does not list: {missing}"
+    stale = [message for message in listed if not any(pattern.match(message) for pattern in said.values())]
+    assert not stale, f"docs/cluster.md lists what is never said: {stale}"

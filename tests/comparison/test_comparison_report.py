@@ -1,0 +1,161 @@
+"""compare.py: what a report may say and show, of runs that are made up and of real ones.
+
+The real ones are forks of train.py, and one goes through the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import programs
+import psutil
+import pytest
+from comparisons import ARMS, COMMON, report
+from torch import nn
+
+import compare
+from benchmarks.lib.forked_programs import run_script
+from common.paths import PROJECT
+from comparison.run_queue import Task, without_paths
+from image_data.dataset import Dataset
+from models import feed_forward as feedforward
+from records.run_folder import RunRecord
+
+# --- what a report says -------------------------------------------------------------------------------------------
+
+
+def test_unequal_arms_are_named_and_marked(ask, invented, tmp_path):
+    for seed in (0, 1):
+        invented.facts[f"gated-seed{seed}"] = {"commit": "def", "device": "NVIDIA H200"}
+    ask(COMMON + ARMS + "train_batch_size = 32\n")
+    text, data = report(tmp_path)
+    assert data["arms"]["gated"]["unequal"] == [
+        "commit: def instead of abc", "device: ('NVIDIA H200', 1) instead of ('CPU', 1)", "images trained on: 192 instead of 384"]
+    assert "- **gated**\\* against plain:" in text and "| gated\\* |" in text and "- **gated**\\* — images trained on: 192" in text
+
+
+def test_equal_arms_are_said_to_be_equal(ask, invented, tmp_path):
+    ask()
+    text, data = report(tmp_path)
+    assert "compared over all runs: equal." in text and "\\*" not in text
+
+
+def test_the_numbers_of_a_report(ask, invented, tmp_path):
+    for seed in range(6):
+        invented.accuracy |= {f"plain-seed{seed}": 0.5 + seed / 100, f"gated-seed{seed}": 0.55 + seed / 100 + (seed % 2) / 1000}
+    code, out, _ = ask(COMMON + ARMS, "--seeds", "6")
+    text, data = report(tmp_path)
+    plain, gated = data["results"]["validation"]
+    assert code == 0 and plain["mean"] == pytest.approx(52.5) and plain["sd"] == pytest.approx(1.8708, abs=1e-4) and plain["n"] == 6
+    assert gated["difference"]["mean"] == pytest.approx(5.05) and gated["difference"]["p"] == 2 / 64
+    sentence = "better by 5.05 ± 0.06 points (p = 0.03, 6 seeds)"
+    assert gated["difference"]["sentence"] == sentence and f"- **gated** against plain: {sentence}." in text and sentence in out
+    assert "commit abc" in text.lower() and "`model.feed_forward` 'geglu' (not 'mlp')" in text
+    assert all((tmp_path / "results" / "gates" / name).stat().st_size > 5000 for name in ("accuracy.png", "costs.png", "curves.png"))
+
+
+def test_the_test_split_appears_with_final_only(ask, invented, tmp_path):
+    ask()
+    text, data = report(tmp_path)
+    assert "12.35" not in text and "0.1234" not in json.dumps(data) and "test_accuracy" not in json.dumps(data)
+    assert "## Answer on the held-out part of train" in text and "neither used nor shown" in text
+    code, out, _ = ask(COMMON + ARMS, "--final")
+    text, data = report(tmp_path)
+    assert text.index("## Answer on the test split") < text.index("## Answer on the held-out part of train") and "12.35" in text
+    assert data["results"]["test"][0]["mean"] == pytest.approx(12.3456) and data["final"]
+
+
+def test_a_report_has_no_path_of_this_machine(ask, invented, tmp_path, shapes):
+    ask()
+    for path in (tmp_path / "results" / "gates").glob("report.*"):
+        text = path.read_text()
+        assert not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text) and str(tmp_path) not in text and str(shapes) not in text
+    assert without_paths("no /a/b/c.toml, see https://x.org/a/b and 3/4 of runs/a") == "no c.toml, see https://x.org/a/b and 3/4 of runs/a"
+    assert without_paths("listed in ../../tmp/run/bad.txt, ../top.txt and runs/a/../b") == "listed in bad.txt, top.txt and runs/a/../b"
+
+
+# --- real runs ----------------------------------------------------------------------------------------------------
+
+
+class Forked:
+    """A run of train.py as a fork with PyTorch in memory, and perhaps with a new feed-forward."""
+
+    def __init__(self, task: Task, environment: dict[str, str]):
+        self.program = programs.Program(train_with_new_entry, tuple(task.arguments), {})
+        self.log = task.log
+
+    def poll(self) -> int | None:
+        if self.program.process.is_alive():
+            return None
+        done = self.program.end()
+        self.log.write_text(done.out + done.err)
+        return done.code
+
+    def terminate(self) -> None:
+        self.program.send(signal.SIGTERM)
+
+
+class Twice(nn.Module):
+    """A map and its half."""
+
+    def __init__(self, dims, factor: float = 0.5):
+        super().__init__()
+        self.map, self.factor = nn.Linear(dims.width, dims.width), factor
+
+    def forward(self, x):
+        return self.map(x) * (1 + self.factor)
+
+
+def train_with_new_entry(*arguments: str) -> None:
+    sys.path.insert(0, str(PROJECT))
+    from models import feed_forward as feedforward
+
+    feedforward.FEED_FORWARDS["twice"] = Twice
+    run_script("train.py", *arguments)
+
+
+def test_a_new_feed_forward_is_an_arm_like_any_other_beside_one_that_fails(ask, monkeypatch, tmp_path, shapes):
+    """Real runs: one arm of a new entry, one whose loss explodes, one plain."""
+    monkeypatch.setattr(compare, "launch", Forked)
+    monkeypatch.setitem(feedforward.FEED_FORWARDS, "twice", Twice)
+    arms = ARMS.replace("gated", "twice").replace('"geglu"', '"twice"').replace("hidden = 32", "factor = 0.25")
+    arms += '[[arms]]\nname = "explodes"\nidea = "A learning rate without measure."\noptimizer.params.lr = 1e30\n'
+    code, out, err = ask(COMMON.replace("seeds = 2", "seeds = 1") + arms)
+    assert "missing: explodes" in err, out + err
+    text, data = report(tmp_path)
+    assert code == 1 and list(data["missing"]) == ["explodes-seed0"]
+    assert "error: the loss is nan at optimiser step" in data["missing"]["explodes-seed0"]
+    plain, twice, _ = data["results"]["validation"]
+    assert plain["n"] == twice["n"] == 1 and twice["images_per_second"] > 0 and 0 <= twice["mean"] <= 100
+    assert data["dataset"]["fingerprint"] == Dataset.open(shapes).fingerprint and data["arms"]["twice"]["unequal"] == []
+    assert "no difference shown: one seed" in text or "the same accuracy with every seed" in text
+    seen = data["results"]["validation"][0]["by_seed"]["0"] / 100 * 30
+    assert seen == pytest.approx(round(seen)) and str(tmp_path) not in text
+
+
+def test_ctrl_c_lets_the_runs_save_and_they_go_on(tmp_path, tiny, shapes):
+    """The whole way: compare.py as a program, the launcher, DeepSpeed's launcher, train.py."""
+    (tmp_path / "tiny.toml").write_text(tiny.read_text())
+    (tmp_path / "gates.toml").write_text(COMMON.replace("steps = 6", "steps = 100000").replace("seeds = 2", "seeds = 1") + ARMS)
+    command = [sys.executable, str(PROJECT / "compare.py"), "gates.toml", "--data-dir", str(shapes), "--runs-dir", "runs", "--results-dir", "results"]
+    child = subprocess.Popen(command, cwd=tmp_path, env=programs.clean_environment(), text=True, start_new_session=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/gates/*/metrics.jsonl")):
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0] if child.poll() is not None else "too slow"
+        time.sleep(0.1)
+    below = psutil.Process(child.pid).children(recursive=True)
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=60)
+    (metrics,) = tmp_path.glob("runs/gates/*/metrics.jsonl")
+    record = RunRecord(metrics.parent)
+    assert child.returncode == 75 and "stopping: 1 run(s) save first" in out and "start the same comparison again" in out, out
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in below)
+    assert "and saved; start the same run again" in metrics.parent.with_name(f"{metrics.parent.name}.log").read_text()
+    saved = int(record.newest_checkpoint().name.removeprefix("step-"))
+    assert saved >= 4 and RunRecord.read_progress(record.newest_checkpoint()).epoch >= 1

@@ -1,0 +1,185 @@
+"""What README.md and docs/ say can be run and is so: every command, link, file name and quoted sentence.
+
+    python -m pytest tests/docs/test_documentation.py        some seconds a page
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from documentation import ADDED, PAGES, PROJECT, Command, commands, inside, make_world, treatment
+from programs import Program, clean_environment
+
+import train
+from config.settings import resolve
+from model import build_model
+from models import feed_forward as feedforward
+
+COMMANDS = commands()
+
+
+def those(kind: str):
+    return pytest.mark.parametrize("command", [command for command in COMMANDS if treatment(command) == kind], ids=str)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, shapes, unbroken) -> Path:
+    return make_world(tmp_path_factory.mktemp("world") / "project", shapes, unbroken.folder)
+
+
+@pytest.fixture
+def new_idea(monkeypatch):
+    """The feed-forward that the README adds."""
+    monkeypatch.setitem(feedforward.FEED_FORWARDS, "squared_relu", feedforward.MLP)
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def test_a_command_that_nobody_has_thought_of_is_found(tmp_path):
+    (tmp_path / "page.md").write_text("```bash\npython train.py --epochs 1\nfrobnicate --all\nA=1 B=2 python nonsuch.py && ./run_tests.sh\n```\n")
+    found = commands([tmp_path / "page.md"])
+    assert [str(command) for command in found] == ["python train.py --epochs 1", "frobnicate --all", "A=1 B=2 python nonsuch.py", "./run_tests.sh"]
+    for command, is_known in zip(found, (True, False, False, True), strict=True):
+        if is_known:
+            treatment(command)
+        else:
+            with pytest.raises(AssertionError, match="nothing runs it"):
+                treatment(command)
+
+
+@pytest.fixture(scope="module")
+def in_world(world):
+    """Run a program with arguments in the world; the same only once."""
+    return cache(lambda *words: Program(inside, (str(world), False, *words), {}).end())
+
+
+@those("run")
+def test_a_quick_command_runs(command, world, in_world):
+    added = ADDED.get(command.script, [])
+    if command.script == "prepare_dataset.py" and not {"--archive", "--root"} & set(command.words):
+        added = []  # it finds its dataset prepared, and downloads nothing
+    if "squared_relu" in str(command):
+        add_the_idea(world)
+    done = in_world(command.script, *command.arguments, *(word for word in added if word not in command.words))
+    assert done.code == 0, f"{command.page}: {command}\n{done.text}"
+    assert "Traceback" not in done.text and "error: " not in done.err, done.text
+
+
+def add_the_idea(world: Path) -> None:
+    """Do to the world's models/feed_forward.py what the README tells its reader to do."""
+    path = world / "models/feed_forward.py"
+    if "SquaredReLU" not in (source := path.read_text()):
+        code = re.search(r"```python\n(class SquaredReLU.*?)\n\n\nFEED_FORWARDS", (PROJECT / "README.md").read_text(), re.DOTALL)[1]
+        table = "\nFEED_FORWARDS = {\n"
+        assert table in source
+        path.write_text(source.replace(table, f'\n{code}\n\n{table}    "squared_relu": SquaredReLU,\n', 1))
+
+
+@those("train")
+def test_training_would_start_with_these_settings(command, monkeypatch, new_idea, world):
+    arguments = command.arguments
+    if command.words[0].startswith("./"):
+        environment = {**clean_environment(), **dict(command.environment), "DRY_RUN": "1", "PYTHON": sys.executable}
+        done = subprocess.run([command.words[0], *arguments], cwd=world, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command.page}: {command}\n{done.stderr}"
+        last = shlex.split(done.stdout.strip().splitlines()[-1])
+        arguments = last[last.index(str(world / "train.py")) + 1:]
+    elif command.words[0] == "sbatch":
+        script = next(i for i, word in enumerate(arguments) if word.endswith(".sbatch"))
+        assert (PROJECT / arguments[script]).is_file()
+        arguments = arguments[script + 1:]
+        if all(word.endswith(".toml") for word in arguments):  # experiment files, for compare.sbatch
+            assert all(list(PROJECT.glob(word)) for word in arguments)
+            return
+        arguments = arguments if arguments[0].startswith("--") else arguments[1:]  # the name that runs begin with
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    args = train.parse_arguments()
+    settings = resolve(args.preset or "cpu", args.set, epochs=args.epochs, strategy=args.strategy)
+    with torch.device("meta"):
+        build_model(settings.model, 10, settings.image_side or (64 if settings.model.architecture.startswith("timm") else 32))
+    assert settings.strategy in train.table_names("parallel/strategies.py", "STRATEGIES")
+
+
+@those("parse")
+def test_a_long_command_is_understood(command, world):
+    done = Program(inside, (str(world), True, command.script, *command.arguments), {}).end()
+    assert done.code == 0, f"{command.page}: {command}\n{done.text}"
+
+
+@those("foreign")
+def test_what_a_foreign_command_names_is_there(command, world):
+    program, arguments = command.words[0], command.arguments
+    if program.startswith("./"):
+        assert os.access(PROJECT / program, os.X_OK)
+        markers = (PROJECT / "pyproject.toml").read_text()
+        assert all(f'"{arguments[i + 1]}:' in markers for i, word in enumerate(arguments) if word == "-m")
+    elif program == "source" and not arguments[0].startswith(".venv"):
+        assert (PROJECT / arguments[0]).is_file()
+
+
+# --- links, files, sentences ---------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}, and {there.name} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"`((?:\w[\w-]*/)*\w[\w-]*\.(?:py|sh|css))`", text):
+        assert (PROJECT / name).is_file() or list(PROJECT.glob(f"*/{name}")), f"{page.name} names {name}"
+
+
+def sentences() -> list[str]:
+    """Every string of our programs, with what is filled in left out; and the text of the shell scripts."""
+    found = [path.read_text(encoding="utf-8") for path in PROJECT.glob("*.sh")]
+    for path in (path for pattern in ("*.py", "[a-z]*/*.py", "parallel/*/*.py") for path in PROJECT.glob(pattern) if "tests" not in path.parts):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+NOT_OURS = ("ModuleNotFoundError",)
+
+
+def test_the_sentences_of_the_troubleshooting_page_are_printed_by_our_programs():
+    page = (PROJECT / "docs" / "troubleshooting.md").read_text().split("\n## What is known to go wrong elsewhere")[0]
+    ours, rows = sentences(), re.findall(r"^\| ([^|]*`.*?) \|", page, re.MULTILINE)
+    quoted = [sentence for row in rows for sentence in re.findall(r"`([^`]+)`", row) if sentence not in (*NOT_OURS, "python")]
+    missing = [sentence for sentence in quoted for part in sentence.split("...")
+               if len(part.strip(" ()':;")) > 3 and not any(part.strip(" ()':;") in one for one in ours)]
+    assert len(quoted) > 30 and not missing, missing
+
+
+def test_every_command_is_treated_and_most_run():
+    kinds = [treatment(command) for command in COMMANDS]
+    assert kinds.count("run") >= 20 and "train" in kinds
+    assert isinstance(COMMANDS[0], Command)

@@ -1,0 +1,77 @@
+"""What the tests of compare.py share: a small question, and runs that are made up: their folders are written at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from comparison.run_queue import Task
+from records.run_folder import RunRecord
+
+COMMON = 'question = "Is a gate better?"\npreset = "tiny.toml"\nsteps = 6\nseeds = 2\n'
+ARMS = """
+[[arms]]
+name = "plain"
+idea = "As ever."
+[[arms]]
+name = "gated"
+idea = "A gate."
+model.feed_forward = "geglu"
+model.feed_forward_options.hidden = 32
+"""
+
+
+class Invented:
+    """Starts of runs. `accuracy`, `facts`, `speed` and `fails` say what they come to, by the name of the run."""
+
+    def __init__(self):
+        self.started: list[str] = []
+        self.accuracy, self.facts, self.speed, self.fails = {}, {}, {}, {}
+
+    def __call__(self, task: Task, environment: dict[str, str]) -> Ended:
+        self.started.append(task.name)
+        for arm, message in self.fails.items():
+            if task.name.startswith(arm):
+                task.log.write_text(f"run       here\nTraceback (most recent call last):\n{message}\nTraining failed (exit code 1).\n")
+                return Ended(1)
+        write_run(task, self.accuracy.get(task.name, 0.5), self.speed.get(task.name.split("-")[-2], 1000.0), self.facts.get(task.name, {}))
+        return Ended(0)
+
+
+class Ended:
+    """A child that has ended."""
+
+    def __init__(self, code: int):
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+    def terminate(self) -> None:
+        raise AssertionError("nothing was to be stopped")
+
+
+def write_run(task: Task, accuracy: float, images_per_second: float, changed: dict, done: bool = True) -> None:
+    """The folder of a run of 300 images in batches of 64, 30 of them held out."""
+    expected = task.expected
+    batch = expected["settings"]["engine"]["train_batch_size"]
+    steps = expected["max_steps"] or expected["settings"]["epochs"] * (270 // batch)
+    facts = {
+        **{key: expected[key] for key in ("settings", "seed", "max_steps", "hold_out")},
+        "dataset": {"name": "shapes", "folder": "data/shapes", "fingerprint": expected["fingerprint"], "classes": list("abcdefghij"),
+                    "image_side": 32, "num_images": {"train": 270, "validation": 30, "test": 70}},
+        "batch": {"total": batch}, "steps_per_epoch": 270 // batch, "total_steps": steps, "commit": "abc", "uncommitted_changes": False,
+        "device": "CPU", "num_processes": 1, "versions": {"torch": "2"}, **changed,
+    }
+    record = RunRecord(task.folder)
+    record.create(facts)
+    seconds = 0.5 + steps * batch / images_per_second
+    line = {"epoch": 1, "step": steps, "training_seconds": seconds, "images_per_second": steps * batch / seconds,
+            "validation_accuracy": accuracy, "validation_seen": 30, "test_accuracy": 0.123456, "test_seen": 70, "test_loss": 1.0}
+    record.append_metrics(line)
+    (task.folder / "state" / f"step-{steps if done else 1:08d}").mkdir(parents=True)
+
+
+def report(tmp_path: Path) -> tuple[str, dict]:
+    folder = tmp_path / "results" / "gates"
+    return (folder / "report.md").read_text(), json.loads((folder / "report.json").read_text())

@@ -1,0 +1,150 @@
+"""The commands of README.md and docs/*.md, and a small world to run them in: a copy of the programs, drawn data, a finished run.
+
+Every line of a ```bash block is a command. What is done with it:
+
+    run        a program of ours that is quick: run for real, in the world, with what ADDED says
+    train      training: its launcher prints what it would run (DRY_RUN=1), and its arguments are read, its settings
+               resolved and its network built
+    parse      any other program of ours: its arguments are read, and it ends there
+    foreign    a program of somebody else, by the names in FOREIGN
+
+A command that is none of these is an error (`treatment`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.paths import PROJECT
+
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+RUN = ("model.py", "config/settings.py", "evaluate.py", "prepare_dataset.py", "compare.py", "dali_pipeline.py", "tools/keep_run.py", "report.py",
+       "tools/update_docs.py")
+LAUNCHERS = ("./launch_local_train.sh", "./launch_distributed_train.sh", "sbatch")
+FOREIGN = ("source", "sudo", "apt-get", "ssh", "ssh-keygen", "ssh-copy-id", "tensorboard", "pip", "git", "cd", "docker", "srun", "export", "wandb")
+# What a command gets besides, so that it is quick: only the plan of a comparison, for a dataset of CIFAR's size, which it makes without
+# one; no worker processes, and the archive although there is a dataset.
+ADDED = {"compare.py": ["--dry-run", "--data-dir", "none"], "prepare_dataset.py": ["--force", "--workers", "1"], "report.py": ["--quick"]}
+# Paths of the reader's machine, and what stands for them in the world.
+PATHS = {"/big/disk/imagenet": "big/disk/imagenet", "/local/disk": "local/disk"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command, and the page that shows it first."""
+
+    words: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+    page: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{name}={value}" for name, value in self.environment), *self.words])
+
+    @property
+    def script(self) -> str:
+        """The file that is run, as it is written."""
+        return self.words[1] if self.words[0] == "python" and len(self.words) > 1 else self.words[0]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows the script, for the world."""
+        words = self.words[2:] if self.words[0] == "python" else self.words[1:]
+        return [PATHS.get(word, word) for word in words]
+
+
+def commands(pages: list[Path] = PAGES) -> list[Command]:
+    """Every command of the pages, each once."""
+    found: dict[Command, None] = {}
+    for page in pages:
+        for block in re.findall(r"^ *```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                for words in split(line):
+                    names = [word for word in words if re.match(r"[A-Z_]+=", word)]
+                    names = names[: next((i for i, word in enumerate(words) if word not in names), len(words))]  # those in front
+                    if words[len(names):]:
+                        found.setdefault(Command(tuple(words[len(names):]), tuple(tuple(name.split("=", 1)) for name in names), page.name))
+    return list(found)
+
+
+def split(line: str) -> list[list[str]]:
+    """The commands of a line: `a && b | c` are three."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+    lexer.whitespace_split = True
+    parts: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("&|;"):
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return [part for part in parts if part]
+
+
+def treatment(command: Command) -> str:
+    """run, train, parse or foreign. Raises AssertionError for a command that nobody has thought of."""
+    program, script = command.words[0], command.script
+    if "cluster/slurm/compare.sbatch" in command.words:  # its words are those of compare.py
+        return "foreign"
+    if program in LAUNCHERS or script == "train.py":
+        return "train"
+    if program in ("./run_tests.sh", "environment/setup.sh", "./gpu_check.sh", "ls", "cat") or program in FOREIGN:
+        return "foreign"
+    if program == "python" and (PROJECT / script).is_file():
+        return "run" if script in RUN else "parse"
+    raise AssertionError(f"{command.page} shows '{command}': nothing runs it, and nothing says why not (tests/helpers/documentation.py)")
+
+
+def make_world(folder: Path, shapes: Path, run: Path) -> Path:
+    """A copy of the programs with the data, images, archives and runs that the pages speak of."""
+    from trees import python_archive, save, tree_files
+
+    from prepare_dataset import prepare
+
+    shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "results", "data", "runs"))
+    for name in ("cifar100", "cifar10", "shapes"):
+        shutil.copytree(shapes, folder / "data" / name)
+    for name, pixels in tree_files().items():
+        for place in ("big/disk/imagenet", "pets"):
+            save(folder / place / name, pixels)
+        save(folder / "photos" / name.replace("/", " "), pixels)
+    shutil.make_archive(str(folder / "pets"), "zip", folder, "pets")
+    prepare(folder / "data" / "pets", archive=folder / "pets.zip", workers=1)
+    python_archive(folder / "cifar-10-python.tar.gz", 10)
+    for name in ("photo.jpg", "cat.png", "image.png"):
+        shutil.copy(next((folder / "photos").iterdir()), folder / name)
+    shutil.copy(run / "weights.safetensors", folder)
+    (folder / "hostfile").write_text("node1 slots=8\nnode2 slots=8\n")  # as docs/cluster.md tells to write it
+    facts = json.loads((run / "run.json").read_text())
+    facts["dataset"]["folder"] = "data/cifar100"
+    for name in {match for command in commands() for word in command.words for match in re.findall(r"^runs/([\w.-]+)", word)} | {"newest"}:
+        shutil.copytree(run, folder / "runs" / name)
+        (folder / "runs" / name / "run.json").write_text(json.dumps(facts))
+    (example,) = re.findall(r"```toml\n(question.*?)```", (PROJECT / "docs" / "comparing.md").read_text(), re.DOTALL)
+    (folder / "experiments" / "geglu.toml").write_text(example)
+    return folder
+
+
+def inside(folder: str, only_parse: bool, script: str, *arguments: str) -> None:
+    """Run a program of the world; to be called in a process of its own, by `programs.Program`."""
+    os.chdir(folder)
+    sys.path[:] = [folder, *(path for path in sys.path if path and Path(path).resolve() != PROJECT)]
+    sys.argv = [script, *arguments]
+    if only_parse:
+        understand = argparse.ArgumentParser.parse_known_args
+
+        def parse(*words, **options):
+            found, rest = understand(*words, **options)
+            if not rest:
+                sys.exit(0)
+            return found, rest
+
+        argparse.ArgumentParser.parse_known_args = parse
+    runpy.run_path(script, run_name="__main__")

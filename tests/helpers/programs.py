@@ -1,0 +1,90 @@
+"""The project's scripts as programs of their own: on the CPU, with a time limit, and started quickly.
+
+    done = run("train.py", "--max-steps", 3)          # a process that is forked with PyTorch, DeepSpeed and DALI already in memory
+    done = launch(2, "train.py", "--max-steps", 3)    # two, by DeepSpeed's launcher or torchrun, as a person would start them
+
+`benchmarks/lib/forked_programs.py` says how. Every test sees the same machine: no GPU, one thread a process.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib.forked_programs import ENVIRONMENT, LAUNCHED, LIMIT_SECONDS, PROJECT, Done, Program, start
+
+
+def run(script: str, *arguments: Any, code: int | None = 0, **environment: str) -> Done:
+    """Run a script of the project to its end, which must be the exit code `code` (None: any)."""
+    return _check(start(script, *arguments, **environment).end(), code)
+
+
+def copy_scripts(folder: Path) -> None:
+    """Copy what the launchers need, but train.py, to another folder."""
+    for path in [*PROJECT.glob("*.sh"), *PROJECT.glob("requirements*.txt")]:
+        shutil.copy(path, folder)
+    for package in ("cluster", "common", "config", "environment"):
+        shutil.copytree(PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def run_ranks(processes: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function of a test module in a process group of forked processes, which must all succeed."""
+    meeting = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Program(function, arguments, {**meeting, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(processes)]
+    for done in [rank.end() for rank in ranks]:
+        _check(done, 0)
+
+
+def launcher(processes: int, script: str, *arguments: Any) -> list[str]:
+    """The command that starts a script as several processes: DeepSpeed's launcher for train.py, torchrun for the rest."""
+    words = [str(PROJECT / script), *map(str, arguments)]
+    if script != "train.py":
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}", *words]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
+    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--no_local_rank", f"--world_info={world}",
+            "--master_addr=127.0.0.1", f"--master_port={free_port()}", *words]
+
+
+def launch(processes: int, script: str, *arguments: Any, code: int | None = 0) -> Done:
+    """Run a script as several processes, by a launcher."""
+    child = subprocess.Popen(launcher(processes, script, *arguments), cwd=PROJECT, env=clean_environment(), text=True, start_new_session=True,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = child.communicate(timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        out, err = child.communicate()
+        raise AssertionError(f"still running after {LIMIT_SECONDS} s\n{out}\n{err}") from None
+    return _check(Done(child.returncode, out, err), code)
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of a program that no launcher started."""
+    return {**{key: value for key, value in os.environ.items() if key not in LAUNCHED}, **ENVIRONMENT}
+
+
+def _check(done: Done, code: int | None) -> Done:
+    assert code is None or done.code == code, f"exit code {code} was due\n{done.text}"
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def on_gpu(*arguments: object) -> subprocess.CompletedProcess:
+    """Run a script in the project's folder with whatever GPU there is."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("DS_ACCELERATOR", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=280)

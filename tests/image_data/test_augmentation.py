@@ -1,0 +1,252 @@
+"""What a plan says and what is made of it, against torchvision. Run: python -m pytest tests/image_data/test_augmentation.py"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from config.settings import AugmentationSettings, SettingsError
+from image_data import auto_augment as policies
+from image_data import torch_backend
+from image_data.augmentation import ERASING, Augmentation, epoch_order, uniform
+from image_data.mixup import Mixing, fill_rectangles
+from image_data.readers import PaddedResident
+
+SIDE = 32
+NAMES = ["Identity", *policies.COMMON, "Invert"]
+NUMBER = 4000
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Smooth ramps with noise and a rectangle: uint8 (B, 3, 32, 32)."""
+    return pictures(64)
+
+
+def pictures(count: int) -> torch.Tensor:
+    noise = np.random.default_rng(1)
+    ramp = np.linspace(0, 1, SIDE)
+    made = []
+    for i in range(count):
+        smooth = ramp[:, None, None] * noise.uniform(0, 200, 3) + ramp[None, :, None] * noise.uniform(0, 55, 3)
+        made.append((smooth + noise.uniform(0, 20 + i % 40, (SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8))
+        made[-1][8:24, 10 : 12 + i % 20] = noise.integers(0, 256, 3)
+    return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
+
+
+def torchvision_reference(images: torch.Tensor, name: str, magnitude: float) -> torch.Tensor:
+    augment = v2.RandAugment()
+    return augment._apply_image_or_video_transform(images, name, magnitude, interpolation=v2.InterpolationMode.NEAREST, fill=augment._fill)
+
+
+def torchvision_magnitude(space: dict, name: str, bins: int, bin: int, negative: bool) -> float:
+    values, signed = space.get(name, (lambda *_: None, False))
+    magnitudes = values(bins, SIDE, SIDE)
+    return 0.0 if magnitudes is None else float(magnitudes[bin]) * (-1 if signed and negative else 1)
+
+
+def one_level(space: policies.Space, name: str, bin: int, negative: bool, count: int) -> policies.Level:
+    return space.level(np.full(count, space.names.index(name)), np.full(count, bin), np.full(count, negative))
+
+
+SPACES = {
+    "RandAugment": (v2.RandAugment._AUGMENTATION_SPACE, 31, policies.RandAugment(SIDE, 2, 9).space),
+    "TrivialAugment": (v2.TrivialAugmentWide._AUGMENTATION_SPACE, 31, policies.TrivialAugment(SIDE).space),
+    "AutoAugment": (v2.AutoAugment._AUGMENTATION_SPACE, 10, policies.AutoAugment(SIDE).space),
+}
+CASES = [(family, name) for family, (_, _, space) in SPACES.items() for name in space.names]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_tensor_operations_equal_torchvision(images, family, name):
+    """Pixel by pixel, at every third magnitude, both signs; blends of floats may differ by one level."""
+    theirs, bins, space = SPACES[family]
+    for bin in range(0, bins, 3):
+        for negative in (False, True):
+            expected = torchvision_reference(images, name, torchvision_magnitude(theirs, name, bins, bin, negative))
+            ours = torch_backend.apply_level(images, one_level(space, name, bin, negative, len(images)))
+            difference = (ours.int() - expected.int()).abs()
+            if name in ("Rotate", "ShearX", "ShearY"):  # a point on the border of two pixels may fall to either
+                assert (difference > 0).float().mean() < 0.08
+            else:
+                assert difference.max() <= (1 if name in policies.BLENDS else 0)
+
+
+@pytest.fixture(scope="module")
+def dali():
+    """Apply one level by the DALI graph: (images, level) -> uint8 images."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    from image_data.dali_backend import Graph
+
+    pipeline = Graph(side=SIDE, source_side=SIDE, decode=False, training=True, num_levels=1).build(64, 2, None, prefetch=1)
+
+    def apply(images: torch.Tensor, level: policies.Level) -> torch.Tensor:
+        inputs = {"images": images.permute(0, 2, 3, 1).contiguous().numpy(), "flip": np.zeros(64, np.int32),
+                  "kind0": level.kind, "value0": level.value, "matrix0": level.matrix}
+        for key, value in inputs.items():
+            pipeline.feed_input(key, value)
+        pipeline.schedule_run()
+        (output,) = pipeline.share_outputs()
+        made = torch.empty(64, 3, SIDE, SIDE)
+        feed_ndarray(output.as_tensor(), made)
+        pipeline.release_outputs()
+        return (made * 255).round().to(torch.uint8)
+
+    return apply
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dali_operations_equal_the_tensor_ones(images, dali, name):
+    space = policies.Space(NAMES, SIDE, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6)
+    for bin in (0, 5, 13, 22, 30):
+        for negative in (False, True):
+            level = one_level(space, name, bin, negative, 64)
+            difference = (dali(images, level).int() - torch_backend.apply_level(images, level).int()).abs()
+            if name in policies.WARPS:
+                assert (difference > 0).float().mean() < 0.05
+            else:
+                assert difference.max() <= 1, "one level of rounding"
+
+
+def test_the_cifar_policy_is_torchvisions():
+    theirs = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)._policies
+    ours = [((a, p, m), (b, q, n)) for a, p, m, b, q, n in policies.AutoAugment.PAIRS]
+    assert [tuple((name, chance, bin or 0) for name, chance, bin in pair) for pair in theirs] == ours
+
+
+TRANSFORMS = {
+    "crop and flip": (AugmentationSettings(), v2.Compose([v2.RandomCrop(SIDE, padding=4), v2.RandomHorizontalFlip()])),
+    "resized crop": (AugmentationSettings(resized_crop=True, flip=0.0), v2.RandomResizedCrop(SIDE, antialias=True)),
+    "rand augment": (AugmentationSettings(crop_padding=0, flip=0.0, policy="rand_augment"), v2.RandAugment()),
+    "trivial augment": (AugmentationSettings(crop_padding=0, flip=0.0, policy="trivial_augment"), v2.TrivialAugmentWide()),
+    "auto augment": (AugmentationSettings(crop_padding=0, flip=0.0, policy="auto_augment"), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)),
+    "colour jitter": (AugmentationSettings(crop_padding=0, flip=0.0, brightness=0.4, contrast=0.3, saturation=0.5),
+                      v2.ColorJitter(0.4, 0.3, 0.5)),
+    "erasing": (AugmentationSettings(crop_padding=0, flip=0.0, erasing=0.7), v2.RandomErasing(0.7)),
+}
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMS))
+def test_statistics_agree_with_torchvision(name):
+    """The same few images many times: mean and spread of every statistic within what chance allows."""
+    settings, transform = TRANSFORMS[name]
+    few = pictures(4)
+    many = few.repeat(NUMBER // 4, 1, 1, 1)
+    plan = Augmentation(settings, SIDE, seed=11).plan(0, 0, NUMBER)
+    reader = PaddedResident(many.permute(0, 2, 3, 1).numpy(), np.arange(NUMBER), torch.device("cpu"), settings.crop_padding)
+    ours = torch_backend.augment(reader.read_crops(np.arange(NUMBER), plan.corner), plan)
+    if plan.erased is not None:
+        ours = fill_rectangles(ours, plan.erased, None)
+    torch.manual_seed(0)
+    theirs = torch.stack([transform(image) for image in many])
+    for statistic in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)), lambda x: (x == 0).float().mean((1, 2, 3)),
+                      lambda x: x[:, :, :8].mean((1, 2, 3)), lambda x: x[:, :, :, :8].mean((1, 2, 3)),
+                      lambda x: (x[:, 0] - x[:, 2]).mean((1, 2))):
+        a, b = statistic(ours.float()), statistic(theirs.float())
+        error = ((a.var() + b.var()) / NUMBER).sqrt() + 1e-3
+        assert (a.mean() - b.mean()).abs() < 4.5 * error
+        assert (a.std() - b.std()).abs() < 0.12 * b.std() + 0.05
+
+
+def test_crops_and_flips_are_uniform():
+    """All 81 corners and both directions are equally likely (chi squared, 161 degrees of freedom)."""
+    plan = Augmentation(AugmentationSettings(), SIDE).plan(0, 0, 16_200)
+    cell = (plan.corner[:, 0] + 4) * 18 + (plan.corner[:, 1] + 4) * 2 + plan.flip
+    counts = np.bincount(cell, minlength=162)
+    chi2 = ((counts - 100) ** 2 / 100).sum()
+    assert len(counts) == 162 and 100 < chi2 < 235
+
+
+def test_erased_rectangles_follow_their_settings():
+    settings = AugmentationSettings(erasing=0.25, erasing_scale=[0.1, 0.2], erasing_ratio=[0.5, 2.0])
+    boxes = Augmentation(settings, SIDE).plan(0, 0, 8000).erased
+    height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    erased = height > 0
+    assert abs(erased.mean() - 0.25) < 0.02
+    area = (height * width)[erased] / SIDE**2
+    assert area.min() > 0.08 and area.max() < 0.22 and abs(area.mean() - 0.15) < 0.005
+    assert boxes.min() >= 0 and boxes.max() <= SIDE
+
+
+def test_draws_depend_on_the_position_alone():
+    whole = uniform(3, 5, ERASING, 0, 1000, 24)
+    assert np.array_equal(uniform(3, 5, ERASING, 417, 100, 24), whole[417:517])
+    assert not np.array_equal(uniform(3, 6, ERASING, 0, 1000, 24), whole)
+    assert not np.array_equal(uniform(4, 5, ERASING, 0, 1000, 24), whole)
+    assert sorted(epoch_order(0, 0, 1001)) == list(range(1001))
+
+
+def test_the_words_of_the_stream_are_fixed():
+    """Another NumPy must not change which batch comes when: these numbers were written down once."""
+    assert epoch_order(0, 0, 8).tolist() == EXPECTED_ORDER
+    np.testing.assert_allclose(uniform(1, 2, ERASING, 3, 1, 4)[0], EXPECTED_DRAWS, rtol=0, atol=1e-12)
+
+
+EXPECTED_ORDER = [0, 2, 1, 5, 4, 3, 6, 7]
+EXPECTED_DRAWS = [0.452406180005242, 0.33425340218616495, 0.7167133977174408, 0.23499363533276774]
+
+
+def mixed(settings: AugmentationSettings, count: int = 4000):
+    mixing = Mixing(settings, 10, SIDE, seed=0)
+    share, boxes = mixing.draw(0, 0, count)
+    return mixing, share, boxes
+
+
+def test_mixup_blends_images_and_labels_alike():
+    mixing, share, boxes = mixed(AugmentationSettings(mixup=0.8))
+    assert not boxes.any() and abs(share.mean() - 0.5) < 0.02
+    assert abs(share.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.005, "the variance of Beta(0.8, 0.8)"
+    images, labels = torch.randn(4000, 3, 4, 4), torch.arange(4000) % 10
+    out, soft = mixing(images, labels, (share, boxes))
+    weight = torch.from_numpy(share)
+    torch.testing.assert_close(out, images * weight[:, None, None, None] + images.flip(0) * (1 - weight)[:, None, None, None])
+    hard = torch.nn.functional.one_hot(labels, 10).float()
+    torch.testing.assert_close(soft, hard * weight[:, None] + hard.flip(0) * (1 - weight)[:, None])
+
+
+def test_cutmix_labels_follow_the_pixels():
+    mixing, share, boxes = mixed(AugmentationSettings(cutmix=1.0))
+    labels = torch.arange(4000) % 10
+    images = labels.float().view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE).contiguous()
+    out, soft = mixing(images, labels, (share, boxes))
+    differs = labels != labels.flip(0)
+    own_pixels = (out == images).float().mean((1, 2, 3))
+    torch.testing.assert_close(own_pixels[differs], torch.from_numpy(share)[differs])
+    own_label = soft.gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(own_label[differs], own_pixels[differs], atol=1e-5, rtol=0)
+    torch.testing.assert_close(soft.sum(1), torch.ones(4000))
+    # Without the edge of the image the area would be uniform; clipping leaves more of the image.
+    assert 0.5 < share.mean() < 0.75
+
+
+def test_mixing_shares():
+    both = AugmentationSettings(mixup=0.8, cutmix=1.0, mix_probability=0.6, cutmix_share=0.25)
+    _, share, boxes = mixed(both)
+    cut = boxes[:, 2] > boxes[:, 0]
+    assert abs((share < 1).mean() - 0.6) < 0.04
+    assert abs(cut.mean() - 0.15) < 0.03
+    assert Mixing(AugmentationSettings(), 10, SIDE, 0).is_on is False
+
+
+def test_noise_fills_the_rectangles_and_nothing_else():
+    images = torch.full((2, 3, 8, 8), 5.0)
+    boxes = np.array([[2, 3, 6, 5], [0, 0, 0, 0]])
+    out = fill_rectangles(images, boxes, torch.Generator().manual_seed(0))
+    assert (out[0, :, 2:6, 3:5] != 5).all() and (out == 5).sum() == images.numel() - 3 * 4 * 2
+    assert torch.equal(out, fill_rectangles(images, boxes, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (dict(crop_padding=-1), "crop_padding must not be negative"),
+    (dict(erasing_value="noise"), "unknown augmentation.erasing_value 'noise'"),
+    (dict(resized_crop_scale=[0.5]), "resized_crop_scale is a range"),
+    (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale is a range"),
+    (dict(rand_augment_magnitude=31), "rand_augment_magnitude lies between 0 and 30"),
+    (dict(repeats=0), "repeats are at least 1"),
+])
+def test_settings_out_of_range_are_named(change, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        Augmentation(AugmentationSettings(**change), SIDE)

@@ -1,0 +1,179 @@
+"""evaluate.py --export onnx, and the model card beside it: the file gives what the run gives, and what the card says works."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import Done, run
+from safetensors import safe_open
+from torch import nn
+
+import evaluate
+from common.paths import PROJECT
+from config.settings import ModelSettings
+from image_data.dataset import Dataset
+from inference import onnx_export
+from inference.trained_model import Trained
+from model import TABLES, build_model
+from records.run_folder import RunError, RunRecord
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def exported(unbroken, tmp_path_factory) -> tuple[Done, Trained]:
+    """What an export says, and the run it is of."""
+    folder = shutil.copytree(unbroken.folder, tmp_path_factory.mktemp("exported") / "runs" / "mine", ignore=shutil.ignore_patterns("state"))
+    return run("evaluate.py", folder, "--export", "onnx"), Trained.open(folder)
+
+
+def session(trained: Trained):
+    return onnxruntime.InferenceSession(trained.record.folder / "model.onnx")
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 70])
+def test_the_file_gives_the_accuracy_of_the_run_from_plain_pixels(exported, unbroken, shapes, batch_size):
+    test, network = Dataset.open(shapes).splits["test"], session(exported[1])
+    pixels = np.asarray(test.pixels()[test.rows])
+    best = [network.run(None, {"images": part})[0].argmax(1) for part in np.split(pixels, len(pixels) // batch_size)]
+    assert (np.concatenate(best) == test.labels).sum() == unbroken.metrics()[-1]["test_correct"]
+
+
+def test_what_is_printed_names_the_difference_and_the_shape(exported):
+    said = exported[0].out
+    assert "against PyTorch on 70 test images" in said and "top-1 equal on 70 of 70" in said
+    assert float(re.search(r"differ by (\S+) at most", said)[1]) < 1e-4
+    assert "images uint8 (B, 32, 32, 3) -> scores float32 (B, 10), any batch size B" in said
+
+
+def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported, unbroken, tmp_path_factory):
+    trained = exported[1]
+    network, facts = session(trained), unbroken.facts()
+    (images,), (scores,) = network.get_inputs(), network.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["B", 32, 32, 3])
+    assert (scores.name, scores.type, scores.shape) == ("scores", "tensor(float)", ["B", 10])
+    said = network.get_modelmeta().custom_metadata_map
+    assert json.loads(said["classes"]) == facts["dataset"]["classes"] and said["dataset_fingerprint"] == facts["dataset"]["fingerprint"]
+    content = (trained.record.folder / "model.onnx").read_bytes()
+    assert not any(str(path).encode() in content for path in (PROJECT, Path.home(), tmp_path_factory.getbasetemp(), sys.prefix))
+
+
+def test_weights_say_what_they_are(unbroken):
+    with safe_open(unbroken.folder / "weights.safetensors", "np") as file:
+        said, facts = json.loads(file.metadata()["trained"]), unbroken.facts()
+    assert json.loads(said["classes"]) == facts["dataset"]["classes"] and json.loads(said["model"]) == facts["settings"]["model"]
+    assert json.loads(said["mean"]) == facts["dataset"]["mean"] and said["image_side"] == "32" and said["commit"] == facts["commit"]
+
+
+# --- what does not export -----------------------------------------------------------------------------------------
+
+
+class Spectrum(nn.Module):
+    """Has no form in ONNX."""
+
+    def forward(self, x):
+        return x + torch.linalg.eigvalsh(x.transpose(1, 2) @ x)[:, None]
+
+
+class Dice(nn.Module):
+    """Gives something else each time."""
+
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+def with_part(trained: Trained, part: nn.Module) -> Trained:
+    """The same run, but one layer of its network is replaced."""
+    network = trained.network()
+    network[1] = part
+
+    class Changed(Trained):
+        def network(self, *_):
+            return network
+
+    return Changed(trained.record, trained.facts)
+
+
+@pytest.mark.parametrize(("part", "sentence"), [
+    (Spectrum(), "cannot be exported to ONNX: PyTorch's operation aten._linalg_eigh has no ONNX form"),
+    (Dice(), "the exported network is not the trained one: against PyTorch on 32 images of noise"),
+], ids=["no form", "another result"])
+def test_a_network_that_does_not_export_is_one_sentence_and_no_file(exported, tmp_path, capfd, part, sentence):
+    with pytest.raises(RunError) as refusal:
+        onnx_export.export(with_part(exported[1], part), "weights.safetensors", tmp_path / "model.onnx", None)
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
+
+
+TINY = ModelSettings(patch=4, width=16, depth=1, heads=2, head_size=8, feed_forward_options={}, dropout=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in TABLES.items() for name in table])
+def test_every_entry_of_every_table_exports(kind, name, tmp_path, exported):
+    side = 16 if kind != "architecture" else 128 if "iformer" in name else 32
+    settings = replace(TINY, **{kind: name}) if kind != "architecture" or name == "vit" else ModelSettings(architecture=name)
+    network = onnx_export.FromPixels(build_model(settings, 5, side), exported[1]).eval()
+    onnx_export.to_onnx(network, side).save(tmp_path / "model.onnx", external_data=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    assert "top-1 equal on 3 of 3" in onnx_export.compare(network, tmp_path / "model.onnx", pixels, "images of noise")
+
+
+# --- the model card -----------------------------------------------------------------------------------------------
+
+
+def text_of(record: RunRecord) -> str:
+    return (record.folder / "README.md").read_text()
+
+
+def test_the_card_of_a_finished_run_has_its_counts_and_its_provenance(unbroken):
+    text, facts, last = text_of(unbroken), unbroken.facts(), unbroken.metrics()[-1]
+    assert f"| test | {100 * last['test_accuracy']:.2f}% ({last['test_correct']}/{last['test_seen']}) |" in text
+    assert facts["commit"][:12] in text and facts["dataset"]["fingerprint"] in text and f"{last['step']} of {last['step']} steps" in text
+    assert "model.width=32" in text and "optimizer.params.lr=0.003" in text and "model.dropout" not in text  # what differs, nothing else
+    assert not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text)
+
+
+def test_the_head_of_the_card_is_yaml_that_hubs_read(unbroken):
+    yaml = pytest.importorskip("yaml")
+    said = yaml.safe_load(text_of(unbroken).split("---")[1])
+    (result,) = said["model-index"][0]["results"]
+    assert said["pipeline_tag"] == "image-classification"
+    assert result["metrics"][0]["value"] == round(100 * unbroken.metrics()[-1]["test_accuracy"], 2)
+
+
+def test_an_evaluation_of_other_weights_is_told_apart(exported):
+    record = RunRecord(shutil.copytree(exported[1].record.folder, exported[1].record.folder.with_name("other")))
+    shutil.copy(record.folder / "weights.safetensors", record.folder / "best.safetensors")
+    run("evaluate.py", record.folder, "--weights", "best.safetensors")
+    assert "| `best.safetensors` |" in text_of(record) and "# other\n" in text_of(record)
+    record.write_metrics("".join(json.dumps(line) + "\n" for line in record.metrics()[:-1]))  # as when that epoch is to be trained again
+    from inference.model_card import write_card
+
+    write_card(record)
+    assert "| `best.safetensors` |" not in text_of(record)
+
+
+def test_the_code_and_the_commands_of_the_card_run(exported, shapes, monkeypatch, capsys):
+    folder = exported[1].record.folder.parent.parent
+    monkeypatch.chdir(folder)
+    dataset = Dataset.open(shapes)
+    shutil.copy(dataset.root / dataset.splits["test"].paths[0], "image.png")
+    text = text_of(exported[1].record)
+    for code in (blocks := re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        exec(code, {})
+    said = capsys.readouterr().out.split()
+    assert len(blocks) == 2 and len(said) == 2 and said[0] == said[1] and said[0] in dataset.classes
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+        assert (folder / evaluate.parse_arguments().run / "run.json").is_file()

@@ -1,0 +1,125 @@
+"""evaluate.py --predict: what evaluation counts, for images of any kind, without the dataset; and what cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from programs import run
+
+from dali_pipeline import Batches
+from image_data.dataset import Dataset
+from inference.predict_images import fit, read_image
+from inference.trained_model import Trained
+from prepare_dataset import prepare
+from records.run_folder import RunRecord
+
+
+@pytest.fixture(scope="module")
+def trained(unbroken, tmp_path_factory) -> RunRecord:
+    """The finished run on a machine that does not have its dataset."""
+    folder = Path(shutil.copytree(unbroken.folder, tmp_path_factory.mktemp("runs") / "trained", ignore=shutil.ignore_patterns("state")))
+    facts = json.loads((folder / "run.json").read_text())
+    facts["dataset"]["folder"] = "data/that/is/elsewhere"
+    (folder / "run.json").write_text(json.dumps(facts))
+    return RunRecord(folder)
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Coarse noise, which survives resizing."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+def test_a_folder_of_test_images_gives_the_counts_of_the_evaluation(trained, unbroken, shapes, tmp_path):
+    done = run("evaluate.py", trained.folder, "--predict", Dataset.open(shapes).root / "test", "--batch-size", 8, "--output", tmp_path / "found.csv")
+    found = rows((tmp_path / "found.csv").read_text())
+    true = [Path(row["path"]).parent.name for row in found]
+    five = ["class", *(f"class_{i}" for i in range(2, 6))]
+    last = unbroken.metrics()[-1]
+    assert len(found) == last["test_seen"] and "70 images" in done.out
+    assert sum(row["class"] == name for row, name in zip(found, true, strict=True)) == last["test_correct"]
+    assert sum(name in [row[i] for i in five] for row, name in zip(found, true, strict=True)) == round(last["test_top5_accuracy"] * last["test_seen"])
+    assert [row["path"] for row in found] == sorted(row["path"] for row in found)
+
+
+def test_the_screen_shows_five_classes_from_the_likeliest_on(trained, tmp_path):
+    photograph(80, 50).save(tmp_path / "my photo.jpg")
+    out = run("evaluate.py", trained.folder, "--predict", tmp_path / "my photo.jpg").out.splitlines()
+    assert out[0] == str(tmp_path / "my photo.jpg") and len(out) == 6
+    shares = [float(line.split("%")[0]) for line in out[1:]]
+    assert shares == sorted(shares, reverse=True) and sum(shares) <= 100.01
+    assert {line.split("%")[1].strip() for line in out[1:]} <= set(trained.facts()["dataset"]["classes"])
+
+
+def write_all_kinds(folder: Path) -> Iterable[str]:
+    image = photograph(50, 70)
+    for name, mode in (("rgb.png", "RGB"), ("alpha.png", "RGBA"), ("grey.png", "L"), ("bits.png", "1"), ("palette.gif", "P"), ("print.jpg", "CMYK"),
+                       ("deep/one.webp", "RGB"), ("deep/er/two.BMP", "RGB"), ("lab.tif", "LAB")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.convert(mode).save(folder / name)
+        yield name
+    Image.fromarray(np.full((40, 30), 40_000, dtype=np.uint16)).save(folder / "16 bits.png")
+    image.resize((1, 1)).save(folder / "a pixel.png")
+    image.resize((300, 2)).save(folder / "thin.png")
+    yield from ("16 bits.png", "a pixel.png", "thin.png")
+
+
+def test_every_kind_of_image_is_read_and_a_broken_one_does_not_stop_the_others(trained, tmp_path):
+    names = set(write_all_kinds(tmp_path / "in"))
+    whole = (tmp_path / "in" / "rgb.png").read_bytes()
+    (tmp_path / "in" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in" / "empty.jpg").touch()
+    (tmp_path / "in" / "notes.txt").write_text("not an image, and nobody says so")
+    (tmp_path / "in" / "._rgb.png").write_text("what another system leaves behind")
+    done = run("evaluate.py", trained.folder, "--predict", tmp_path / "in", code=1)
+    assert {str(Path(row["path"]).relative_to(tmp_path / "in")) for row in rows(done.out)} == names
+    said = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 2 and "broken.png cannot be read (image file is truncated" in said[0] and "empty.jpg cannot be read (empty file)" in said[1]
+
+
+def test_a_file_that_is_no_image_or_not_there_is_named_and_the_others_go_on(trained, tmp_path):
+    photograph(9, 9).save(tmp_path / "a.png")
+    (tmp_path / "text.png").write_text("hello")
+    done = run("evaluate.py", trained.folder, "--predict", tmp_path / "text.png", tmp_path / "none.png", tmp_path / "a.png", code=1)
+    assert done.err.splitlines() == [f"error: {tmp_path}/text.png cannot be read (not an image); it is left out",
+                                     f"error: {tmp_path}/none.png cannot be read (No such file or directory); it is left out"]
+    assert done.out.startswith(f"{tmp_path}/a.png\n")
+
+
+def test_a_folder_without_images_is_refused(trained, tmp_path):
+    done = run("evaluate.py", trained.folder, "--predict", tmp_path, code=1)
+    assert done.err == f"error: {tmp_path} holds no images\n"
+
+
+@pytest.mark.parametrize(("sizes", "image_side"), [([(32, 32)], 24), ([(40, 60), (90, 31), (24, 24)], 24), ([(32, 32)], 0)],
+                         ids=["one size, another side", "any size", "one size"])
+def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
+    for i, split in enumerate(("train", "train", "test")):
+        for j, (height, width) in enumerate(sizes):
+            path = tmp_path / split / "thing" / f"{i}{j}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photograph(height, width, seed=10 * i + j).save(path)
+    dataset = prepare(root=tmp_path, workers=1)
+    facts = {"settings": {"image_side": image_side}, "dataset": {"image_side": dataset.image_side, "mean": dataset.mean, "std": dataset.std}}
+    trained = Trained(RunRecord(tmp_path), facts)
+    test = dataset.splits["test"]
+    batches = Batches(replace(dataset, splits={"test": test}), "test", len(test), source="files", image_side=image_side)
+    (theirs, _), = batches.epoch()
+    batches.close()
+    ours = trained.normalise(np.stack([fit(read_image(dataset.root / path), trained) for path in test.paths]))
+    assert ours.shape == theirs.shape
+    level = 1 / (255 * torch.tensor(dataset.std).view(3, 1, 1))  # of 255, in normalised units
+    assert ((ours - theirs).abs() / level).max() < (2.01 if image_side else 1e-3)  # DALI and PyTorch round their resizing apart

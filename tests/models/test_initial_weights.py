@@ -1,0 +1,160 @@
+"""models/initial_weights.py: weights from a file go where they belong, and everything else is named or refused.
+
+    pytest tests/models/test_initial_weights.py      no GPU, some seconds; the tests of timm need timm
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from config.settings import ModelSettings, SettingsError
+from models.initial_weights import load_initial_weights, resample_positions
+from models.published.table import find
+
+
+def build(name: str = "cct-7-3x1", num_classes: int = 100, image_side: int = 32, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(*find(name)(ModelSettings(architecture=name), num_classes, image_side))
+
+
+def same(a: nn.Module, b: nn.Module, but: tuple[str, ...] = ()) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if name not in but)
+
+
+def plain(weights):
+    return weights
+
+
+def nested(weights):
+    return {"state_dict": weights, "epoch": 3}
+
+
+def wrapped(weights):
+    return {"model": {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}}
+
+
+@pytest.mark.parametrize("dress", [plain, nested, wrapped])
+def test_a_torch_file_loads_whole(tmp_path: Path, dress):
+    source, model = build(seed=1), build(seed=2)
+    assert not same(source, model)
+    torch.save(dress(source.state_dict()), tmp_path / "w.pth")
+    report = load_initial_weights(model, tmp_path / "w.pth")
+    assert same(source, model)
+    assert len(report) == 1 and "100.0%" in report[0]
+
+
+def test_a_prefix_is_stripped_at_the_start_of_a_name_only(tmp_path: Path):
+    weights = build(seed=1).state_dict()
+    weights["0.module.extra"] = torch.zeros(2)
+    torch.save(weights, tmp_path / "w.pt")
+    assert any("0.module.extra" in line for line in load_initial_weights(build(seed=2), tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize("name, head", [("cct-7-3x1", "8.classify"), ("dhvt-t-4", "13.classify"), ("resnet18-cifar", "9.fc")])
+def test_the_head_stays_fresh_when_the_classes_differ(tmp_path: Path, name, head):
+    source, model, before = build(name, 10, seed=1), build(name, 100, seed=2), build(name, 100, seed=2)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    report = load_initial_weights(model, tmp_path / "w.safetensors")
+    names = (f"{head}.weight", f"{head}.bias")
+    assert same(source, model, but=names)
+    assert all(torch.equal(model.state_dict()[n], before.state_dict()[n]) for n in names)
+    assert len(report) == 2 and "head" in report[1] and all(n in report[1] for n in names)
+
+
+def test_missing_unused_and_misfitting_tensors_are_named(tmp_path: Path):
+    weights = build(seed=1).state_dict()
+    del weights["3.norm.bias"]
+    weights["stranger"] = torch.zeros(3)
+    weights["2.qkv.weight"] = torch.zeros(5, 5)
+    torch.save(weights, tmp_path / "w.bin")
+    report = "\n".join(load_initial_weights(build(seed=2), tmp_path / "w.bin"))
+    told = {"not in the file": "3.norm.bias", "not used": "stranger", "another shape": "2.qkv.weight (5, 5) -> (768, 256)"}
+    for what, name in told.items():
+        assert any(what in line and name in line for line in report.splitlines()), report
+
+
+def test_torchvision_names_are_known(tmp_path: Path):
+    models = pytest.importorskip("torchvision").models
+    source, model = models.resnet50(num_classes=5), build("resnet50", 7)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    report = load_initial_weights(model, tmp_path / "w.pth")
+    assert torch.equal(model[1].conv2.weight, source.layer1[0].conv2.weight) and len(report) == 2
+
+
+def test_positions_are_resampled_to_another_image_side(tmp_path: Path):
+    source, model = build(image_side=64, seed=1), build(image_side=32, seed=2)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    report = load_initial_weights(model, tmp_path / "w.safetensors")
+    assert same(source, model, but=("0.positions",))
+    assert "0.positions (1024, 256) -> (256, 256)" in report[1]
+
+
+def test_resampling_keeps_class_token_order_and_constants():
+    rows = torch.arange(8.0)[:, None, None].expand(8, 8, 2)
+    table = torch.cat([torch.full((1, 2), -9.0), rows.reshape(64, 2)])
+    small = resample_positions(table, torch.Size((17, 2)))
+    assert torch.equal(small[0], table[0])
+    grid = small[1:].view(4, 4, 2)
+    assert (grid.diff(dim=0) > 1).all() and grid.diff(dim=1).abs().max() < 1e-5  # rows stay rows
+    assert torch.equal(resample_positions(torch.ones(8, 8, 3), torch.Size((16, 16, 3))).round(decimals=5), torch.ones(16, 16, 3))
+    assert resample_positions(table, torch.Size((17, 4))) is None
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": build().state_dict(), "args": Bomb()}, "w.pth")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    for file in ("w.pth", "raw.pt"):
+        with pytest.raises(SettingsError, match=f"{file}.*could run code"):
+            load_initial_weights(build(), file)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, part",
+    [
+        ("none.pth", None, "no such file"),
+        ("broken.safetensors", b"not at all", "cannot be read as safetensors"),
+        ("text.pth", b"", "w?text.pth"),
+        ("list.pth", [torch.zeros(2)], "no named tensors"),
+        ("other.pth", {"features.0.weight": torch.zeros(2)}, "features.0.weight"),
+        ("head.pth", {"8.classify.bias": torch.zeros(100)}, "fits no tensor"),
+    ],
+)
+def test_files_that_hold_nothing_of_the_network_are_refused(tmp_path: Path, name, content, part):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    model = build(seed=2)
+    with pytest.raises(SettingsError, match=part) as caught:
+        load_initial_weights(model, path)
+    assert str(path) in str(caught.value) and same(model, build(seed=2))
+
+
+def test_timm_weights_of_another_size_and_other_classes(tmp_path: Path):
+    timm = pytest.importorskip("timm", reason="timm is optional and not installed")
+    source = timm.create_model("test_vit", num_classes=1000, img_size=160)
+    model = build("timm:test_vit", 10, 64)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    report = load_initial_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model[0].network.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    assert torch.equal(model[0].network.cls_token, source.cls_token)
+    assert len(report) == 3 and "0.network.head.weight" in report[1], report
+    assert "0.network.pos_embed (1, 101, 64) -> (1, 17, 64)" in report[2], report
+    save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    again = build("timm:test_vit", 10, 64, seed=5)
+    assert len(load_initial_weights(again, tmp_path / "ours.safetensors")) == 1 and same(again, model)

@@ -1,0 +1,209 @@
+"""The published networks: their sizes are the published ones, and each keeps the contract of a list of layers.
+
+    pytest tests/models/test_published.py      no GPU, under a minute; the tests of timm need timm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from common.paths import PROJECT
+from config.settings import ModelSettings, SettingsError
+from models.layers import DropPath
+from models.published.table import ARCHITECTURES, find
+from optim.optimizers import parameter_groups
+
+# name, classes, image side, our count, the published figure in millions and its decimals, where it stands
+COUNTS = [
+    ("cct-7-3x1", 10, 32, 3_760_139, "3.760", "README of SHI-Labs/Compact-Transformers (CIFAR-10)"),
+    ("cct-7-3x1", 100, 32, 3_783_269, "3.78", "the same network with 100 classes"),
+    ("dhvt-t-4", 100, 32, 6_008_650, "6.0", "arXiv 2210.05958, table 4"),
+    ("dhvt-t-2", 100, 32, 5_845_162, "5.8", "arXiv 2210.05958, table 4"),
+    ("dhvt-s-4", 100, 32, 23_425_450, "23.4", "arXiv 2210.05958, table 4"),
+    ("dhvt-s-2", 100, 32, 22_766_698, "22.8", "arXiv 2210.05958, table 4"),
+    ("sl-vit", 100, 32, 2_747_149, "2.75", "README of aanna0701/SPT_LSA_ViT"),
+    ("iformer-small", 1000, 224, 19_866_344, "19.866", "sail-sg/iFormer, docstrings of the models"),
+    ("iformer-base", 1000, 224, 47_866_216, "47.866", "sail-sg/iFormer, docstrings of the models"),
+    ("iformer-large", 1000, 224, 86_637_096, "86.637", "sail-sg/iFormer, docstrings of the models"),
+    ("iformer-small", 10, 128, 19_126_154, "19.13", "the same network with smaller position maps and 10 classes"),
+    ("resnet50", 1000, 224, 25_557_032, "25.6", "torchvision's documentation: 25557032"),
+    ("lenet", 10, 32, 62_006, "0.062", "the network of PyTorch's and DeepSpeed's CIFAR-10 tutorials"),
+    ("resnet18-cifar", 100, 32, 11_220_132, "11.22", "torchvision's 11689512 less 7680 of the stem and 461700 of the head"),
+]
+
+# Small enough to be run on one core; the others differ in size only and are checked on the meta device.
+SMALL = ["cct-7-3x1", "dhvt-t-4", "dhvt-t-2", "sl-vit", "iformer-small", "resnet50", "resnet18-cifar", "lenet"]
+
+
+def build(name: str, num_classes: int = 100, image_side: int = 32, **settings) -> nn.Sequential:
+    torch.manual_seed(0)
+    settings = ModelSettings(architecture=name, **settings)
+    return nn.Sequential(*find(name)(settings, num_classes, image_side))
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, nn.Sequential]:
+    """The small networks with 100 classes for 32-pixel images, made once; a test that changes one must not."""
+    return {name: build(name) for name in SMALL}
+
+
+@pytest.mark.parametrize("name, num_classes, image_side, exact, published, source", COUNTS)
+def test_parameter_count_is_the_published_one(name, num_classes, image_side, exact, published, source):
+    with torch.device("meta"):
+        model = build(name, num_classes, image_side)
+    decimals = len(published.partition(".")[2])
+    assert f"{count(model) / 1e6:.{decimals}f}" == published, source
+    assert count(model) == exact
+
+
+def test_every_architecture_has_a_published_count():
+    assert {row[0] for row in COUNTS} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_pass_one_contiguous_tensor_on(name):
+    with torch.device("meta"):
+        x = torch.zeros(2, 3, 32, 32)
+        for layer in find(name)(ModelSettings(architecture=name), 100, 32):
+            x = layer(x)
+            assert isinstance(x, torch.Tensor) and x.is_contiguous(), type(layer)
+    assert x.shape == (2, 100)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.startswith(("cct", "dhvt"))])
+def test_other_image_sides(name):
+    for side in (64, 128):
+        with torch.device("meta"):
+            assert build(name, 10, side)(torch.zeros(2, 3, side, side)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name, side, part", [("dhvt-t-4", 30, "image side 30"), ("iformer-small", 40, "multiple of 16")])
+def test_an_image_side_that_does_not_fit_is_refused(name, side, part):
+    with pytest.raises(SettingsError, match=part) as caught:
+        build(name, 10, side)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_image_does_not_see_its_batch_mates(name, built):
+    model = built[name].eval()
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images])
+        again = model(images)
+    assert torch.equal(together, again)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_parameter_gets_a_finite_gradient(name, built):
+    model = built[name].train()
+    loss = nn.functional.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([3, 7]))
+    loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.ndim > 0, f"{parameter_name}: DeepSpeed cannot broadcast a parameter without dimensions"
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_round_trip(name, built):
+    model = built[name].eval()
+    other = build(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+        images = torch.randn(2, 3, 32, 32)
+        assert not torch.equal(other.eval()(images), model(images))
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(images), model(images))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_positions_and_class_tokens_do_not_decay(name):
+    with torch.device("meta"):
+        model = build(name)
+    kept = {id(p) for group in parameter_groups(model, 1e-3, 0.05) if group["weight_decay"] == 0 for p in group["params"]}
+    marks = ("position", "class_token")
+    marked = [n for n, p in model.named_parameters() if any(m in n for m in marks)]
+    assert marked or name.startswith(("resnet", "lenet"))
+    assert all(id(model.get_parameter(n)) in kept for n in marked)
+    for module in model.modules():
+        for own in getattr(module, "no_weight_decay", ()):
+            assert hasattr(module, own), f"{type(module).__name__} has no {own}"
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "timm:any"])
+def test_honoured_settings_exist_and_change_something(name):
+    honoured = find(name).honours
+    assert honoured <= {field.name for field in dataclasses.fields(ModelSettings)}
+    if name in SMALL and "drop_path" in honoured:
+        torch.manual_seed(0)
+        model = build(name, drop_path=0.9).train()
+        kept = [module.keep.item() for module in model.modules() if isinstance(module, DropPath)]
+        assert kept[0] == 1 and kept[-1] == pytest.approx(0.1)
+
+
+def test_dropout_of_cct_acts_in_training_only():
+    images = torch.randn(2, 3, 32, 32)
+    model = build("cct-7-3x1", dropout=0.5)
+    with torch.no_grad():
+        assert not torch.equal(model.train()(images), model(images))
+        assert torch.equal(model.eval()(images), model(images))
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(SettingsError, match="did you mean 'dhvt-t-4'"):
+        find("dhvt-t4")
+
+
+def test_importing_the_table_imports_no_library_of_models():
+    code = "import json, sys, architectures; print(json.dumps([m for m in ('timm', 'torchvision') if m in sys.modules]))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == []
+
+
+def test_without_timm_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(SettingsError, match="pip install timm"):
+        build("timm:test_vit")
+
+
+def test_timm_models_by_name():
+    pytest.importorskip("timm", reason="timm is optional and not installed")
+    with torch.device("meta"):
+        assert count(build("timm:vit_base_patch32_224", 10, 224)) == 87_462_922  # published: 88.2 M with 1000 classes
+    model = build("timm:test_vit", 10, 64, drop_path=0.1)
+    images = torch.randn(2, 3, 64, 64)
+    assert model(images).shape == (2, 10)
+    assert build("timm:test_resnet", 10, 32)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    model(images).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    kept = {id(p) for group in parameter_groups(model, 1e-3, 0.05) if group["weight_decay"] == 0 for p in group["params"]}
+    assert id(model[0].network.pos_embed) in kept and id(model[0].network.patch_embed.proj.weight) not in kept
+
+
+@pytest.mark.parametrize(
+    "name, side, part",
+    [
+        ("vit_bas_patch32_224", 224, "did you mean vit_base_patch32_224"),
+        ("hf-hub:a/b", 224, "no model"),
+        ("vit_base_patch32_224", 32, "single patch"),
+    ],
+)
+def test_timm_names_that_cannot_work_are_refused(name, side, part):
+    pytest.importorskip("timm", reason="timm is optional and not installed")
+    with pytest.raises(SettingsError, match=part), torch.device("meta"):
+        build(f"timm:{name}", 10, side)

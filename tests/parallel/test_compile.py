@@ -1,0 +1,176 @@
+"""torch.compile trains as the plain network does, keeps the names of the state, and is refused where it would not.
+
+The one test that really compiles takes a C++ compiler and a minute or two. Run: python -m pytest tests/parallel/test_compile.py -m slow
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import pytest
+import reference
+import torch
+from reference import (
+    NUM_CLASSES,
+    RECIPES,
+    SAVED_AT,
+    SIDE,
+    assert_counts,
+    largest_difference,
+    make_engine,
+    perform,
+    plain_loop,
+    settings_for,
+    train,
+    train_and_save,
+)
+from torch import nn
+
+from config.settings import SettingsError
+from models.layers import DropPath
+from parallel import compile as compiling
+
+CASES = {  # name: strategy and settings
+    "ddp": ("ddp", []),
+    "zero 2": ("zero", ["zero_optimization.stage=2"]),
+    "fsdp": ("fsdp", []),
+    "pipeline": ("pipeline", ["parallel.stages=2"]),
+}
+RECIPE = [*RECIPES["accumulated, clipped"], "compile=on"]
+
+
+def captured() -> dict[str, dict]:
+    """Every strategy with its layers captured as graphs, forward and backward, and run by PyTorch's own kernels: no compiler."""
+    import torch.distributed as dist
+
+    results = {}
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")), TemporaryDirectory() as folder:
+        for name, (strategy, more) in CASES.items():
+            results[name] = train_and_save(strategy, [*RECIPE, *more], Path(folder), look=True)
+        dist.barrier()
+    return results
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory) -> dict:
+    return perform(tmp_path_factory.mktemp("captured") / "on-2", 2, reference.job, {}, {}, ["test_compile:captured"])
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    return plain_loop(settings_for(*RECIPES["accumulated, clipped"]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captured_layers_train_as_plain_ones_do_and_keep_their_names(on_two, plain, name):
+    result = on_two[name]
+    assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+    assert largest_difference(result["weights"], plain["weights"]) < 1e-5  # the same keys, too
+    assert_counts(result["counts"], result["weights"])
+    assert "compile on" in result["said"]
+
+
+def small() -> nn.Module:
+    """Two layers with dropout: what a compiler takes a while for, and what draws random numbers."""
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 16), nn.GELU(), nn.Dropout(0.1)), nn.Linear(16, NUM_CLASSES))
+
+
+def really_compiled() -> dict[str, dict]:
+    """Losses and weights of the small network: plain without dropout, compiled without it, compiled with it, and that resumed."""
+    def engine(compile: str, dropout: bool):
+        def build() -> nn.Module:
+            network = small()
+            network[0][3].p = 0.1 if dropout else 0.0
+            return network
+
+        return make_engine("ddp", settings_for(f"compile={compile}"), build)
+
+    results = {}
+    for name, one in (("plain", engine("off", False)), ("compiled", engine("on", False)), ("dropout", engine("on", True))):
+        results[name] = {"losses": train(one, SAVED_AT)}
+        if name == "dropout":
+            with TemporaryDirectory() as folder:
+                one.save(Path(folder))
+                results[name]["losses"] += train(one)
+                resumed = engine("on", True)
+                resumed.load(Path(folder))
+                results["resumed"] = {"losses": train(resumed), "weights": resumed.weights()}
+        results[name]["weights"] = one.weights()
+    return results
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_plain_ones_do_and_a_resumed_run_has_the_same_bits(tmp_path):
+    found = perform(tmp_path / "on-1", 1, reference.job, {}, {}, ["test_compile:really_compiled"])
+    assert found["compiled"]["losses"] == pytest.approx(found["plain"]["losses"], abs=1e-5)
+    assert largest_difference(found["compiled"]["weights"], found["plain"]["weights"]) < 1e-5
+    assert found["dropout"]["losses"] != found["compiled"]["losses"]
+    assert found["resumed"]["losses"] == found["dropout"]["losses"][SAVED_AT:]
+    assert largest_difference(found["resumed"]["weights"], found["dropout"]["weights"]) == 0
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("setting", "device", "refusal", "graphs_refusal", "comes_to"), [
+    ("auto", CPU, None, None, "off"), ("auto", GPU, None, None, "on"), ("auto", GPU, "cannot", None, "off"), ("off", GPU, None, None, "off"),
+    ("on", CPU, None, "cannot", "on"), ("reduce-overhead", GPU, None, None, "reduce-overhead"),
+])
+def test_what_the_setting_comes_to(monkeypatch, setting, device, refusal, graphs_refusal, comes_to):
+    monkeypatch.setattr(compiling, "trouble_with", lambda device: None)
+    assert compiling.choose(setting, device, refusal, graphs_refusal) == comes_to
+
+
+@pytest.mark.parametrize(("setting", "device", "refusals", "sentence"), [
+    ("on", GPU, ("it copies", None), "compile=on: it copies"),
+    ("reduce-overhead", GPU, (None, "it moves"), "compile=reduce-overhead: it moves"),
+    ("max-autotune", CPU, (None, None), "compile=max-autotune: CUDA graphs need a GPU"),
+    ("onn", GPU, (None, None), "unknown compile 'onn'; did you mean 'on'"),
+])
+def test_what_cannot_be_is_refused_by_name(setting, device, refusals, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        compiling.choose(setting, device, *refusals)
+
+
+def test_a_machine_that_cannot_compile_trains_without_unless_it_was_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "trouble_with", lambda device: "no C compiler")
+    assert compiling.choose("auto", GPU, None, None) == "off"
+    assert "torch.compile does not work on this machine (no C compiler)" in capsys.readouterr().out
+    with pytest.raises(SettingsError, match="compile=on: torch.compile does not work on this machine .no C compiler.; compile=off trains without"):
+        compiling.choose("on", GPU, None, None)
+
+
+def test_evaluation_runs_the_plain_network(monkeypatch):
+    """Compiled forwards come and go, and nothing of them is left in the module."""
+    calls = []
+
+    def pretend(forward, **options):
+        def noted(*arguments):
+            calls.append(options)
+            return forward(*arguments)
+        return noted
+
+    monkeypatch.setattr(torch, "compile", pretend)
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    keys, layers = list(model.state_dict()), compiling.Compiled(model, list(model), "on")
+    for training, expected in ((False, 0), (True, 3), (True, 6), (False, 6)):
+        layers.use(training)
+        model(torch.ones(1, 2))
+        assert len(calls) == expected and list(model.state_dict()) == keys
+    assert all("forward" not in vars(layer) for layer in model)
+    whole = compiling.Compiled(model, list(model), "reduce-overhead")
+    assert list(whole.forwards) == [model] and not compiling.Compiled(model, list(model), "off").forwards
+
+
+def test_blocks_that_differ_in_their_stochastic_depth_share_one_compilation():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for share in (0.1, 0.2, 0.3):
+        block = nn.Sequential(nn.Linear(4, 4), DropPath(share))
+        torch.compile(block.forward, dynamic=False, backend=counter)(torch.ones(2, 4))
+    assert counter.frame_count == 1

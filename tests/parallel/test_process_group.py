@@ -1,0 +1,53 @@
+"""How processes come together: nobody outside this machine can connect to those of a run on one machine; and the same bits on request."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import pytest
+import torch
+from programs import Program, run_ranks
+
+from parallel import process_group
+from parallel.slurm import make_deterministic
+
+HERE = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def meet() -> None:
+    """Join, exchange something in every group, and look at what this process listens on."""
+    import torch.distributed as dist
+
+    process_group.join()
+    total = torch.ones(3)
+    dist.all_reduce(total)
+    dist.all_reduce(total, group=process_group.control_group())
+    assert total.tolist() == [dist.get_world_size() ** 2] * 3
+    listening = {link.laddr.ip for link in psutil.Process().net_connections("inet") if link.status == psutil.CONN_LISTEN}
+    assert listening and listening <= HERE, listening
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_processes_of_one_machine_listen_on_its_loopback_interface_alone(count):
+    run_ranks(count, meet)
+
+
+def test_a_process_that_nothing_launched_listens_nowhere_else_either():
+    done = Program(meet, (), {}).end()
+    assert done.code == 0, done.text
+
+
+def deterministic() -> None:
+    make_deterministic()
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+
+
+def test_deterministic_kernels_are_asked_for_and_what_has_none_is_refused():
+    done = Program(deterministic, (), {}).end()
+    assert done.code == 0, done.text

@@ -1,0 +1,278 @@
+"""parallel/peers/: several peers of strategy `local` meet in this process; some leave, die or do not fit.
+
+What engines and `train.py` make of it is in `test_peers.py`.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import programs
+import pytest
+import torch
+from peers import facts_for
+
+from benchmarks.lib.peer_averaging_worker import free_pair
+from config.settings import SettingsError
+from parallel.diloco import OuterStep
+from parallel.peers import endpoint, heartbeat, rendezvous
+from parallel.peers.link_cost import enough_steps, lines_of_cost, seconds_over
+from parallel.peers.membership import Member, Standing, choose_leader, ring_bytes
+from parallel.peers.rendezvous import Meeting
+from parallel.peers.setup import agreement, data_seed, join_command, meeting_of, peer_number
+from parallel.setting_checks import leaves
+from parallel.strategies import engine_class
+from records.run_folder import RunError
+
+if sys.version_info >= (3, 14) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+    pytest.skip("torchft is not to be had for this Python or this PyTorch", allow_module_level=True)
+endpoint.coordination()  # before anything else imports torchft: it is quiet then
+
+HERE = "127.0.0.1"
+LIMIT_SECONDS = 60  # of one exchange
+
+# --- meetings in this process -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The dead are noticed sooner than over the internet."""
+    monkeypatch.setattr(endpoint, "HEARTBEAT_SECONDS", 1.5)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "CONNECT_SECONDS", 2.0)
+
+
+@pytest.fixture
+def circle(quick):
+    """Make peers that meet: `circle(n)` gives n of them, `circle(1, join)` one more, with `port` a first one at that port."""
+    opened: list[Meeting] = []
+
+    def make(count: int, join: Meeting | None = None, port: int | None = None, facts: dict | None = None, patience: float = 5.0) -> list[Meeting]:
+        for _ in range(count):
+            first = join or (opened[0] if opened and port is None else None)
+            meeting = Meeting(HERE, port or free_pair(), first.place.text if first else None, len(opened), patience, say=lambda text: None)
+            meeting.open(facts or {"seed": 0})
+            opened.append(meeting)
+        return opened[-count:]
+
+    yield make
+    for meeting in opened:
+        meeting.leave()
+
+
+def standing(value: float, count: int = 3, share: float = 1.0, outer: float = 7.0) -> Standing:
+    return Standing(count, 4 * count, share, torch.full((5,), value), torch.full((10,), outer))
+
+
+def exchange(meetings: list[Meeting], standings: list[Standing]) -> list:
+    """All of them at once."""
+    with ThreadPoolExecutor(len(meetings)) as pool:
+        return [future.result(LIMIT_SECONDS) for future in
+                [pool.submit(meeting.exchange, standing) for meeting, standing in zip(meetings, standings, strict=True)]]
+
+
+def test_the_mean_is_the_same_for_all_and_weighs_what_each_has_trained(circle):
+    outcomes = exchange(circle(3), [standing(1.0), standing(2.0, share=0.5), standing(9.0, share=0.0)])
+    for outcome in outcomes:
+        assert outcome.worked and outcome.outer is None and len(outcome.members) == 3
+        assert torch.equal(outcome.mean, outcomes[0].mean) and torch.allclose(outcome.mean, torch.full((5,), 2.0 / 1.5))
+
+
+def test_alone_a_peer_keeps_what_it_has(circle):
+    (outcome,) = exchange(circle(1), [standing(1.7)])
+    assert torch.equal(outcome.mean, torch.full((5,), 1.7)) and outcome.num_bytes == 0 and outcome.worked
+
+
+def test_who_is_behind_takes_the_outer_state_and_its_work_does_not_count(circle):
+    outcomes = exchange(circle(3), [standing(1.0), standing(3.0), standing(100.0, count=2, outer=5.0)])
+    assert [outcome.outer is None for outcome in outcomes] == [True, True, False]
+    assert torch.equal(outcomes[2].outer, torch.full((10,), 7.0)) and outcomes[2].count == 3 and outcomes[2].step == 12
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) for outcome in outcomes)
+
+
+def test_peers_that_say_the_same_count_but_differ_are_put_right(circle):
+    """A split of the network makes such: each side has gone on alone."""
+    outcomes = exchange(circle(3), [standing(4.0, outer=1.0), standing(1.0), standing(3.0)])
+    assert torch.equal(outcomes[0].outer, torch.full((10,), 7.0)) and outcomes[1].outer is None
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) for outcome in outcomes)
+
+
+def test_where_nobody_has_trained_all_take_the_leaders_weights_and_no_outer_step_is_due(circle):
+    outcomes = exchange(circle(2), [standing(1.0, share=0.0), standing(3.0, share=0.0)])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 1.0)) and not outcome.worked for outcome in outcomes)
+
+
+def test_a_peer_that_leaves_is_not_waited_for(circle):
+    peers = circle(3)
+    exchange(peers, [standing(float(i)) for i in range(3)])
+    peers[1].leave()
+    outcomes = exchange([peers[0], peers[2]], [standing(1.0, count=4), standing(3.0, count=4)])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
+
+
+def test_a_peer_that_dies_in_the_middle_of_an_exchange_costs_only_a_second_try(circle):
+    peers, said = circle(2), []
+    for peer in peers:
+        peer.say = said.append
+    client = endpoint.coordination().LighthouseClient(endpoint.lighthouse_of(peers[0].place.text), connect_timeout=timedelta(seconds=2))
+    about = {"number": 9, "since": time.time(), "step": 12, "share": 1.0, "mark": standing(0.0).mark()}
+    dead = threading.Thread(target=lambda: client.quorum("dead", timeout=timedelta(seconds=9), address="", store_address=f"{HERE}:9", step=3,
+                                                         world_size=1, shrink_only=False, data=about), daemon=True)
+    dead.start()  # it asks to take part, and is never heard of again
+    time.sleep(0.3)
+    outcomes = exchange(peers, [standing(1.0), standing(3.0)])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
+    assert said and "an exchange of 3 broke off" in said[0]
+
+
+def test_a_peer_that_hangs_is_gone_after_the_patience(circle):
+    peers = circle(2, patience=1.0)
+    exchange(peers, [standing(1.0), standing(3.0)])
+    began = time.monotonic()  # the second one trains on for ever, and its heart beats
+    (outcome,) = exchange(peers[:1], [standing(1.0, count=4)])
+    assert len(outcome.members) == 1 and time.monotonic() - began > 1.0
+
+
+def test_the_meeting_outlives_the_first_peer_and_comes_home_when_it_is_back(circle):
+    peers = circle(3)
+    exchange(peers, [standing(float(i)) for i in range(3)])
+    home, others = peers[0].place.port, peers[1:]
+    peers[0].close()
+    outcomes = exchange(others, [standing(1.0, count=4), standing(3.0, count=4)])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
+    (late,) = circle(1, join=others[1])  # any of them can be joined, and tells where they meet
+    assert late._meeting_place() == others[0].place.text
+    (back,) = circle(1, port=home)
+    time.sleep(0.5)
+    standings = [standing(2.0, count=5), standing(4.0, count=5), standing(0.0, count=0, outer=0.0), standing(50.0, count=3, outer=2.0)]
+    outcomes = exchange([*others, late, back], standings)
+    assert all(len(outcome.members) == 4 and torch.equal(outcome.mean, torch.full((5,), 3.0)) for outcome in outcomes)
+    assert all(peer._meeting_place() == back.place.text for peer in (*others, late, back))
+
+
+def test_a_peer_that_joins_is_not_left_alone_unasked(circle):
+    (first,) = circle(1)
+    (late,) = circle(1, patience=1.5)
+    first.close()
+    with pytest.raises(RunError, match="is gone, and no other was met: start this one with --host-peers"):
+        late.exchange(standing(1.0), entering=True)
+
+
+def member(count: int, mark: str, since: float) -> Member:
+    return Member(id=f"{since}", place="", number=0, since=since, count=count, step=count, share=1.0, mark=mark)
+
+
+@pytest.mark.parametrize(("members", "leader"), [
+    ([member(3, "a", 1), member(4, "b", 2)], 1),
+    ([member(4, "a", 1), member(4, "b", 2), member(4, "b", 3)], 1),
+    ([member(4, "a", 2), member(4, "b", 1)], 1),
+    ([member(5, "a", 3), member(4, "b", 1), member(4, "b", 2)], 0),
+])
+def test_the_furthest_leads_then_the_most_then_the_oldest(members, leader):
+    assert choose_leader(members) is members[leader] and choose_leader(members[::-1]) is members[leader]
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_of_another_run_is_told_what_differs(circle):
+    circle(1, facts={"settings": {"parallel": {"local_steps": 8}}, "seed": 0})
+    with pytest.raises(SettingsError, match=r"does not fit the run at 127.*settings.parallel.local_steps is 8 there and 16 here"):
+        circle(1, facts={"settings": {"parallel": {"local_steps": 16}}, "seed": 0})
+
+
+def test_nobody_there_and_a_port_in_use(circle):
+    (first,) = circle(1)
+    with pytest.raises(RunError, match=rf"port {first.port} or {first.port + 1} of {HERE} is in use.*--host-peers {HERE}:PORT"):
+        circle(1, port=first.port)
+    with pytest.raises(RunError, match=rf"no peer answers at {HERE}:9"):
+        Meeting(HERE, free_pair(), f"{HERE}:9", 1).open({})
+
+
+def flags(**given) -> Namespace:
+    return Namespace(**{"host_peers": None, "join": None, "peer_address": None, "name": None, "runs_dir": "runs", **given})
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"host_peers": "0.0.0.0"}, "would listen on every network of this machine; name the one address"),
+    ({"host_peers": "192.0.2.7"}, "192.0.2.7 is no address of this machine, which has 127.0.0.1"),
+    ({"host_peers": "127.0.0.1:99999"}, "--host-peers 127.0.0.1:99999: the port must be a number from 1024 to 65534"),
+    ({"join": "no such name:29600"}, "'no such name' is neither an IPv4 address nor a name that this machine knows"),
+    ({"host_peers": "127.0.0.1", "join": "127.0.0.1"}, "give one of them"),
+    ({"peer_address": "127.0.0.1"}, "give --host-peers or --join with it"),
+])
+def test_bad_addresses_are_refused(given, said):
+    with pytest.raises(SettingsError, match=said):
+        meeting_of(flags(**given), 120.0)
+
+
+def test_nothing_listens_on_a_public_address_unasked(monkeypatch):
+    monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("8.8.4.4", 1))
+    with pytest.raises(SettingsError, match="from its public address 8.8.4.4.*give --peer-address 8.8.4.4"):
+        meeting_of(flags(join=HERE), 120.0)
+
+
+def test_peers_are_for_local_only():
+    with pytest.raises(SettingsError, match="--host-peers and --join are for --strategy local, not zero"):
+        engine_class("zero", object())
+
+
+# --- what a peer is -------------------------------------------------------------------------------------------------
+
+
+def test_peers_agree_on_everything_but_how_each_spreads_its_work():
+    plain = agreement(facts_for(), 5)
+    assert agreement(facts_for("zero_optimization.stage=3", "bf16.enabled=true", "gradient_accumulation_steps=2"), 5) == plain
+    for other in ("parallel.local_steps=5", "optimizer.params.lr=1e-4", "model.depth=3", "train_batch_size=64", "augmentation.flip=0.0"):
+        assert agreement(facts_for(other), 5) != plain
+    assert agreement(facts_for(), 6) != plain and {**facts_for(), "dataset": {"fingerprint": "g"}} != plain
+    assert dict(leaves(plain)) == plain
+
+
+def test_the_join_command_hands_on_what_must_be_equal():
+    assert join_command(facts_for(), "10.0.0.1:29600") == (
+        "./launch_local_train.sh --strategy local --join 10.0.0.1:29600 --preset cpu --set a=1 --epochs 3")
+
+
+def test_every_peer_sees_images_in_an_order_of_its_own_and_the_same_after_a_restart():
+    numbers = {peer_number(host, name) for host in "abc" for name in ("runs/x", "runs/y")}
+    assert len(numbers) == 6 and 0 not in numbers and peer_number("a", "runs/x") in numbers
+    assert data_seed(7, 0) == 7 and len({data_seed(seed, number) for seed in (0, 1) for number in numbers}) == 12
+
+
+def test_the_cost_of_an_exchange():
+    assert ring_bytes(1_000_000, 2) == 4_000_000 and ring_bytes(1_000_000, 4) == 6_000_000 and ring_bytes(5, 1) == 0
+    assert seconds_over(4_000_000, 0.1) == pytest.approx(0.32)
+    steps = enough_steps(0.32, 0.1)
+    assert 0.32 / (0.32 + 0.1 * steps) <= 0.05 < 0.32 / (0.32 + 0.1 * (steps - 1))
+    lines = lines_of_cost(1_000_000, 32, 0.1, 0.1)
+    assert "2 peers: each sends 4.0 MB an outer step, 0.32 s, 9.1% of the time; parallel.local_steps=61 would make it 5%" in lines[1]
+
+
+def test_the_outer_step_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    start, means = torch.randn(50, generator=generator), torch.randn(5, 50, generator=generator)
+    parameter = start.clone().requires_grad_()
+    sgd, outer = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True), OuterStep({"w": start}, 0.7, 0.9)
+    for mean in means:
+        parameter.grad = parameter.detach() - mean
+        sgd.step()
+        assert torch.allclose(outer.step([mean])[0], parameter.detach(), atol=1e-5)
+
+
+def test_a_bad_start_is_one_clear_sentence(training, circle):
+    (other,) = circle(1, facts={"--seed": 5})
+    done = programs.run("train.py", *training, "--name", "other", "--strategy", "local", "--join", other.place.text, code=1)
+    assert done.err.count("\n") == 1 and f"error: this peer does not fit the run at {other.place.text}: --seed is 5 there and 0 here" in done.err
+    nobody = f"{HERE}:{free_pair()}"
+    done = programs.run("train.py", *training, "--name", "nobody", "--strategy", "local", "--join", nobody, code=1)
+    assert done.err.count("\n") == 1 and f"error: no peer answers at {nobody}" in done.err
+    done = programs.run("train.py", *training, "--name", "nobody", "--host-peers", HERE, code=1)
+    assert done.err == "error: --host-peers and --join are for --strategy local, not zero\n"

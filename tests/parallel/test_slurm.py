@@ -1,0 +1,222 @@
+"""Slurm: its variables become a launcher's, and on a real one, pre-empted training saves, is queued again and finishes.
+
+    ./run_tests.sh tests/parallel/test_slurm.py          ./run_tests.sh tests/parallel/test_slurm.py -m slow      with a real one
+
+The real one is started for the tests, with two nodes on this machine: as root, with Debian's slurm-wlm and munge.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.paths import PROJECT
+from parallel.slurm import expand_nodes, rank_environment
+
+LIMIT_SECONDS = 120  # of one step of a job; a hang, not a slow machine
+STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+
+
+def test_slurms_variables_become_those_of_a_launcher():
+    environment = dict(STEP)
+    assert rank_environment(environment)
+    got = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    assert got == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20084"}
+
+
+def test_names_that_resolve_are_used_and_one_node_meets_at_home(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    environment = dict(STEP)
+    rank_environment(environment)
+    assert environment["MASTER_ADDR"] == "gpu07"
+    environment = {**STEP, "SLURM_STEP_NUM_NODES": "1"}
+    rank_environment(environment)
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_task_that_sees_one_gpu_of_its_own_calls_it_the_first():
+    for visible, local in (("3", "0"), ("0,1,2,3", "1")):
+        environment = {**STEP, "CUDA_VISIBLE_DEVICES": visible}
+        rank_environment(environment)
+        assert environment["LOCAL_RANK"] == local
+
+
+@pytest.mark.parametrize("environment", [{}, {**STEP, "RANK": "3"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "12"}])
+def test_launchers_come_first_and_a_batch_script_is_alone(environment):
+    before = dict(environment)
+    assert not rank_environment(environment) and environment == before
+
+
+@pytest.mark.parametrize("text, names", [
+    ("n1", ["n1"]), ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]), ("a[1-2]b[3-4]", ["a1b3", "a1b4", "a2b3", "a2b4"]),
+    ("rack1-[09-11].lan", ["rack1-09.lan", "rack1-10.lan", "rack1-11.lan"]),
+])
+def test_slurms_short_names_are_expanded(text, names):
+    assert expand_nodes(text) == names
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "cluster/slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_batch_scripts_save_before_the_limit_and_go_back_into_the_queue(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    assert "#SBATCH --signal=TERM@180" in text and "#SBATCH --requeue" in text and ". cluster/slurm/ranks.sh" in text
+    assert "scontrol requeue" in (path.parent / "ranks.sh").read_text()
+
+
+# --- a real one ---------------------------------------------------------------------------------------------------------------
+
+CONF = """
+ClusterName=test
+SlurmctldHost=localhost
+SlurmctldPort=17110
+SlurmUser=root
+SlurmdUser=root
+SlurmdParameters=config_overrides
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/spool-%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd.%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/slurmd.%n.log
+KillWait=5
+SchedulerParameters=sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17111-17112] CPUs=1 State=UNKNOWN
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+"""
+
+
+def missing():
+    """Why there can be no Slurm here; empty when there can."""
+    absent = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+    if os.geteuid() != 0:
+        return "needs root"
+    return f"needs {', '.join(absent)}: apt-get install --no-install-recommends slurm-wlm munge" if absent else ""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Runs a Slurm command and returns what it prints."""
+    if reason := missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool-n1", "spool-n2"):
+        (folder / name).mkdir(parents=True)
+    (folder / "slurm.conf").write_text(CONF.format(dir=folder))
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin", "PYTHON": sys.executable,
+                   "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def command(*words, cwd=None):
+        done = subprocess.run([str(word) for word in words], env=environment, cwd=cwd, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout.strip()
+
+    key = Path("/etc/munge/munge.key")
+    Path("/run/munge").mkdir(exist_ok=True)
+    if not key.exists():
+        key.write_bytes(os.urandom(1024))
+    for path in (key, key.parent, Path("/run/munge")):
+        shutil.chown(path, "munge", "munge")
+    key.chmod(0o400)
+    munged = None
+    if subprocess.run(["munge", "-n"], capture_output=True).returncode:
+        munged = subprocess.Popen(["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--foreground", f"--pid-file=/run/munge/{os.getpid()}.pid"])
+        wait_until(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, 30)
+    quiet = dict(env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    programs = [subprocess.Popen([name, "-D", *words], **quiet)
+                for name, *words in (["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"])]
+    try:
+        wait_until(lambda: "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout, 60)
+        yield command
+        command("scancel", "-u", "root")
+        wait_until(lambda: not command("squeue", "-h"), 60)
+    finally:
+        for program in [*reversed(programs), *([munged] if munged else [])]:
+            program.terminate()
+            program.wait(20)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The project in a folder of its own, for what Slurm writes where one stands."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for path in PROJECT.iterdir():
+        if path.name not in ("data", "runs", "results") and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def preempt(slurm, jobs, folder, out):
+    """A job that matters more takes both nodes; afterwards those that made room are queued again, and start."""
+    slurm("sbatch", "--partition=high", "--nodes=2", "--wrap", "sleep 1", cwd=folder)
+    for job in jobs:
+        wait_until(lambda job=job: "Restarts=1" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
+        wait_until(lambda job=job: "JobState=PENDING" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
+        slurm("scontrol", "update", f"jobid={job}", "starttime=now")    # Slurm would wait two minutes
+    for job in jobs:
+        wait_until(lambda job=job: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
+
+
+def wait_until(condition, seconds, what="waited in vain"):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what() if callable(what) else what
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_preempted_training_saves_goes_back_into_the_queue_and_finishes(slurm, project, tmp_path, shapes, tiny):
+    def out():
+        return next((path.read_text() for path in project.glob("slurm-*.out")), "")
+
+    job = slurm("sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "cluster/slurm/several_nodes.sbatch",
+                "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path / "runs", "--name", "job", "--epochs", "60", cwd=project)
+    wait_until(lambda: list(tmp_path.glob("runs/job/state/step-*")), LIMIT_SECONDS, out)
+    preempt(slurm, [job], tmp_path, out)
+    assert "and saved; start the same run again" in out() and "resuming  after step" in out()
+    assert (tmp_path / "runs/job/state/step-00000240").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_preempted_array_makes_every_run_of_a_comparison_once_and_reports(slurm, project, tmp_path, shapes, tiny):
+    def out():
+        return "\n".join(path.read_text() for path in sorted(project.glob("slurm-*.out")))
+
+    (tmp_path / "gate.toml").write_text(f"""
+question = "Is a gate better?"
+preset = "{tiny}"
+steps = 60
+seeds = 2
+arms = [{{name = "plain", idea = "As ever."}}, {{name = "gated", idea = "A gate.", model.feed_forward = "geglu"}}]
+""")
+    array = slurm("sbatch", "--parsable", "--partition=low", "--array=1-2", "cluster/slurm/compare.sbatch", tmp_path / "gate.toml",
+                  "--data-dir", shapes, "--runs-dir", tmp_path / "runs", "--results-dir", tmp_path / "results", cwd=project)
+    wait_until(lambda: len(list(tmp_path.glob("runs/gate/*/state/step-*"))) > 1, LIMIT_SECONDS, out)
+    preempt(slurm, [f"{array}_{i}" for i in (1, 2)], tmp_path, out)
+    report = json.loads((tmp_path / "results/gate/report.json").read_text())
+    assert report["missing"] == {} and "stopped; start the same comparison again to go on" in out()
+    started = [re.findall(r"\] (\S+) started", path.read_text()) for path in sorted(project.glob("slurm-*.out"))]
+    assert len(started) == 2 and not set(started[0]) & set(started[1])    # no run is made by two elements
+    assert {*started[0], *started[1]} == {f"{arm}-seed{seed}" for arm in ("plain", "gated") for seed in (0, 1)}

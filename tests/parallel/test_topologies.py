@@ -1,0 +1,86 @@
+"""parallel/topologies.py: who averages with whom. Every round keeps the mean of the workers, and many rounds bring all together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from programs import Program, _check, free_port
+
+from config.settings import SettingsError
+from parallel.topologies import TOPOLOGIES, mixing_matrix, rounds_of
+
+
+def machines(name: str, workers: int) -> list[int]:
+    """Workers a machine that a topology can be tried with."""
+    if name != "alternating_exponential_ring":
+        return [workers]
+    return [size for size in (1, 2, 3) if workers % size == 0 and workers // size in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
+def test_every_round_keeps_the_mean_and_many_rounds_bring_all_together(name, workers):
+    for per_machine in machines(name, workers):
+        product = torch.eye(workers, dtype=torch.float64)
+        rounds = rounds_of(name, workers, per_machine)
+        for groups in rounds:
+            assert sorted(worker for group in groups for worker in group) == list(range(workers))
+            matrix = mixing_matrix(groups)
+            ones = torch.ones(workers, dtype=torch.float64)
+            assert torch.allclose(matrix.sum(0), ones) and torch.allclose(matrix.sum(1), ones) and (matrix >= 0).all()
+            product = matrix @ product
+        mean = torch.full_like(product, 1 / workers)
+        assert torch.allclose(torch.linalg.matrix_power(product, 200), mean, atol=1e-6)
+        if name in ("complete", "one_peer_exponential", "alternating_exponential_ring") and workers in (1, 2, 4, 8, 16):
+            assert torch.allclose(product, mean)  # after one period already
+
+
+def test_the_known_graphs():
+    assert rounds_of("ring", 4, 4) == [[[0, 1], [2, 3]], [[1, 2], [0, 3]]]
+    assert rounds_of("ring", 3, 3) == [[[0, 1], [2]], [[1, 2], [0]], [[0, 2], [1]]]
+    assert rounds_of("one_peer_exponential", 4, 4) == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
+    # of two pairs of machines, one averages at home while the other sends
+    assert rounds_of("alternating_exponential_ring", 8, 2)[:2] == [
+        [[0, 1], [2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3], [4, 5], [6, 7]]]
+
+
+@pytest.mark.parametrize(("workers", "per_machine"), [(4, 4), (6, 2), (5, 2)])
+def test_alternating_rings_need_a_power_of_two_of_machines(workers, per_machine):
+    with pytest.raises(SettingsError, match="needs 2, 4, 8, ... machines"):
+        rounds_of("alternating_exponential_ring", workers, per_machine)
+
+
+def job_mixing(out: str) -> None:
+    """A number a worker, through one period of rounds of every topology, over the groups that an engine makes."""
+    import torch.distributed as dist
+
+    from parallel import process_group
+    from parallel.buffers import mean_over
+    from parallel.gossip import join_groups
+
+    process_group.join()
+    results = {}
+    for name in TOPOLOGIES:
+        value = torch.tensor([float(dist.get_rank() ** 2)])
+        for group in join_groups(rounds_of(name, dist.get_world_size(), 2)):
+            (value,) = mean_over([value], group)
+        results[name] = process_group.collect({"value": value})
+    if dist.get_rank() == 0:
+        torch.save(results, Path(out, "results"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_four_processes_mix_as_the_matrices_say(tmp_path):
+    meeting = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Program(job_mixing, (str(tmp_path),), {**meeting, "RANK": str(i), "LOCAL_RANK": str(i % 2)}) for i in range(4)]
+    for done in [rank.end() for rank in ranks]:
+        _check(done, 0)
+    results = torch.load(tmp_path / "results", weights_only=False)
+    for name in TOPOLOGIES:
+        values = torch.arange(4, dtype=torch.float64) ** 2
+        for groups in rounds_of(name, 4, 2):
+            values = mixing_matrix(groups) @ values
+        assert torch.tensor([part["value"] for part in results[name]]).double() == pytest.approx(values), name

@@ -1,0 +1,279 @@
+"""Checkpoints and run folders without training: whole or not there, who may write, what is kept, which folder a run gets."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_runs import checkpoints
+
+from records import checkpoint_store
+from records.checkpoint_store import Checkpoints, Interval, damage, read_facts, room_needed
+from records.run_folder import RunError, RunRecord, write_atomically
+from training import resume
+
+STATE = {"weights/a": torch.arange(6.0).reshape(2, 3), "weights/b": torch.tensor(float("nan")), "scalars/step": torch.tensor(3)}
+FACTS = {"settings": {"a": 1}, "seed": 0, "max_steps": None, "hold_out": None, "preset": "x/tiny.toml", "total_steps": 8,
+         "dataset": {"name": "shapes", "fingerprint": "f"}}
+
+
+def texts(step: int, finished: bool = False) -> dict[str, str]:
+    return {"engine.json": json.dumps({"step": step}), "progress.json": json.dumps({"epoch": step, "finished": finished}),
+            "run.json": json.dumps(FACTS), "metrics.jsonl": ""}
+
+
+def store(record: RunRecord, keep: int = 2) -> Checkpoints:
+    return Checkpoints(record.folder / "state", keep)
+
+
+# --- whole or not there -------------------------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    record = RunRecord(tmp_path)
+    for step in (2, 4, 6, 8):
+        store(record).write(step, STATE, texts(step), best_step=2)
+    assert checkpoints(record) == ["step-00000002", "step-00000006", "step-00000008"]
+    store(record, keep=1).write(10, STATE, texts(10), best_step=8)
+    assert checkpoints(record) == ["step-00000008", "step-00000010"]
+
+
+def test_sums_are_those_of_sha256sum(tmp_path):
+    store(RunRecord(tmp_path)).write(2, STATE, texts(2))
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "state" / "step-00000002", check=True, capture_output=True)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "deleted"])
+@pytest.mark.parametrize("name", ["state.safetensors", "engine.json", "progress.json", "run.json", "SHA256SUMS"])
+def test_whatever_is_harmed_is_seen_and_the_one_before_serves(tmp_path, harm, name):
+    record = RunRecord(tmp_path)
+    for step in (2, 4):
+        store(record).write(step, STATE, texts(step))
+    harm(tmp_path / "state" / "step-00000004" / name)
+    newest, said = store(record).newest()
+    assert newest.name == "step-00000002" and damage(newest) is None and read_facts(newest, "progress.json")["epoch"] == 2
+    assert len(said) == 1 and said[0].startswith("step-00000004 is damaged (") and said[0].endswith("it is now state/damaged-step-00000004")
+    assert name == "SHA256SUMS" or name in said[0]
+    assert checkpoints(record) == ["damaged-step-00000004", "step-00000002"]
+
+
+def test_a_file_too_many_is_seen(tmp_path):
+    record = RunRecord(tmp_path)
+    store(record).write(2, STATE, texts(2))
+    (tmp_path / "state" / "step-00000002" / "more.json").write_text("{}")
+    assert damage(tmp_path / "state" / "step-00000002") == "more.json is not in SHA256SUMS"
+
+
+def operations(monkeypatch, fail_at: int) -> list[str]:
+    """Let the `fail_at`-th flush or rename of `Checkpoints.write` find a full disk; the list fills with what was done."""
+    done: list[str] = []
+
+    def counted(name, function):
+        def wrapper(*arguments, **keywords):
+            done.append(name)
+            if len(done) == fail_at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*arguments, **keywords)
+        return wrapper
+
+    monkeypatch.setattr(checkpoint_store, "flush_to_disk", counted("flush", checkpoint_store.flush_to_disk))
+    monkeypatch.setattr(Path, "rename", counted("rename", Path.rename))
+    monkeypatch.setattr(Path, "write_text", counted("write", Path.write_text))
+    return done
+
+
+@pytest.mark.parametrize("fail_at", range(1, 14))
+def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monkeypatch, fail_at):
+    record = RunRecord(tmp_path)
+    store(record, keep=1).write(2, STATE, texts(2))
+    done = operations(monkeypatch, fail_at)
+    with pytest.raises(RunError, match=r"the checkpoint after step 4 could not be written \(No space left on device: .* are free in .*; "
+                                       "the one after step [24] is whole; mend the disk and start the same run again"):
+        store(record, keep=1).write(4, STATE, texts(4))
+    monkeypatch.undo()
+    assert len(done) == fail_at
+    newest, said = store(record).newest()
+    assert newest.name in ("step-00000002", "step-00000004") and damage(newest) is None and not said
+    store(record, keep=1).write(4, STATE, texts(4))
+    assert checkpoints(record) == ["step-00000004"]
+
+
+def test_a_disk_that_gives_back_other_bytes_is_noticed_when_writing(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    store(RunRecord(tmp_path)).write(2, STATE, texts(2))
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda path: {**STATE, "weights/a": STATE["weights/a"] + 1e-6})
+    with pytest.raises(RunError, match="gives back other bytes than were written to it"):
+        store(RunRecord(tmp_path)).write(4, STATE, texts(4))
+    assert checkpoints(RunRecord(tmp_path)) == ["step-00000002"]
+
+
+def test_only_the_last_damaged_ones_fill_the_disk(tmp_path):
+    record = RunRecord(tmp_path)
+    for step in range(2, 12, 2):
+        store(record).write(step, STATE, texts(step))
+        (tmp_path / "state" / f"unfinished-step-{step + 1:08d}").mkdir()
+        _, said = store(record).newest()
+        assert f"the run ended while step-{step + 1:08d} was being written" in said[0]
+    store(record).write(12, STATE, texts(12))
+    assert [name for name in checkpoints(record) if "damaged" in name] == ["damaged-step-00000009", "damaged-step-00000011"]
+
+
+@pytest.mark.parametrize(("text", "interval"), [("500steps", Interval(steps=500)), ("1step", Interval(steps=1)),
+                                                ("10min", Interval(seconds=600)), ("30s", Interval(seconds=30))])
+def test_an_interval_is_read(text, interval):
+    assert Interval.parse(text) == interval
+
+
+@pytest.mark.parametrize("text", ["", "10", "0steps", "-3min", "ten min", "5 hours"])
+def test_what_is_no_interval_is_refused(text):
+    with pytest.raises(ValueError, match="write it as 500steps, 10min or 30s"):
+        Interval.parse(text)
+
+
+# --- under other conditions ---------------------------------------------------------------------------------------
+
+
+BEFORE = {"processes": 2, "micro_batch": 32, "strategy": "zero", "stage": 1, "threads": 4, "device": "CPU", "device_name": "x86", "precision": "fp32",
+          "deterministic": False, "source": "tensor", "torch": "2.11", "commit": "abc"}
+
+
+@pytest.mark.parametrize(("now", "batch_norm", "accepted", "refused"), [
+    ({}, True, [], []),
+    ({"processes": 1, "micro_batch": 64}, False, ["processes: 2 before, 1 now", "images a micro-batch: 32 before, 64 now"], []),
+    ({"processes": 1, "micro_batch": 64}, True, ["processes: 2 before, 1 now"], ["images a micro-batch: 32 before, 64 now (BatchNorm"]),
+    ({"strategy": "ddp", "stage": None}, False, ["strategy: zero before, ddp now (the same sums, rounded in another order)"], []),
+    ({"stage": 3, "threads": 1, "torch": "2.12", "commit": "def"}, False,
+     ["ZeRO stage: 1 before, 3 now", "CPU threads: 4 before, 1 now", "PyTorch: 2.11 before, 2.12 now", "commit of this project: abc before"], []),
+    ({"device": "GPU", "device_name": "H200", "threads": None}, False, [], ["kind of device: CPU before, GPU now (another arithmetic"]),
+    ({"precision": "autocast", "deterministic": True, "source": "resident"}, False, [],
+     ["precision: fp32 before, autocast now", "--deterministic: False before, True now", "source of the images: tensor before, resident now"]),
+])
+def test_each_change_of_conditions_has_its_sentence_and_verdict(now, batch_norm, accepted, refused):
+    assert BEFORE.keys() == resume.CHANGES.keys()
+    found = resume.compare(BEFORE, {**BEFORE, **now}, batch_norm)
+    for sentences, starts in zip(found, (accepted, refused), strict=True):
+        assert len(sentences) == len(starts) and all(text.startswith(start) for text, start in zip(sentences, starts, strict=True)), sentences
+
+
+# --- the run folder -----------------------------------------------------------------------------------------------
+
+
+def choice(runs_dir: Path, facts: dict = FACTS, name: str | None = None, fresh: bool = False) -> RunRecord:
+    return resume.choose_folder(SimpleNamespace(runs_dir=runs_dir, name=name, fresh=fresh, seed=facts["seed"]), facts)[0]
+
+
+def test_without_a_name_a_run_goes_on_where_one_of_the_same_settings_is_unfinished(tmp_path):
+    first = choice(tmp_path)
+    assert first.folder.name == "tiny-shapes-seed0"
+    first.create(FACTS)
+    store(first).write(4, STATE, texts(4))
+    assert choice(tmp_path).folder == first.folder
+    store(first).write(8, STATE, texts(8, finished=True))
+    assert choice(tmp_path).folder.name == "tiny-shapes-seed0-2"
+    other = choice(tmp_path, {**FACTS, "settings": {"a": 2}})
+    other.create({**FACTS, "settings": {"a": 2}})
+    assert other.folder.name == "tiny-shapes-seed0-2" and choice(tmp_path).folder.name == "tiny-shapes-seed0-3"
+
+
+@pytest.mark.parametrize(("changed", "sentence"), [
+    ({"settings": {"a": 2}}, "settings.a was 1, is 2"),
+    ({"max_steps": 3}, "max_steps was None, is 3"),
+    ({"hold_out": 0.1}, "hold_out was None, is 0.1"),
+    ({"dataset": {"name": "shapes", "fingerprint": "g"}}, "the dataset's fingerprint was 'f', is 'g'"),
+])
+def test_a_name_that_holds_another_run_is_refused_by_what_differs(tmp_path, changed, sentence):
+    choice(tmp_path, name="mine").create(FACTS)
+    with pytest.raises(RunError, match=sentence):
+        choice(tmp_path, {**FACTS, **changed}, name="mine")
+    assert choice(tmp_path, {**FACTS, **changed}, name="mine", fresh=True).folder == tmp_path / "mine"
+    assert RunRecord(tmp_path / "mine.old-1").facts() == FACTS and not (tmp_path / "mine").exists()
+
+
+def test_a_run_folder_without_a_readable_run_json_is_named_or_mended(tmp_path):
+    record = RunRecord(tmp_path / "mine")
+    with pytest.raises(RunError, match="mine is not a run folder"):
+        record.facts()
+    record.create(FACTS)
+    (record.folder / "run.json").write_text("{")
+    with pytest.raises(RunError, match="run.json is damaged"):
+        choice(tmp_path, name="mine")
+    store(record).write(4, STATE, texts(4))
+    assert choice(tmp_path, name="mine").facts() == FACTS
+
+
+def test_one_process_at_a_time(tmp_path):
+    first, second = RunRecord(tmp_path / "mine"), RunRecord(tmp_path / "mine")
+    first.lock()
+    with pytest.raises(RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait for its end, stop it"):
+        second.lock()
+    with pytest.raises(RunError, match="is in use"):
+        RunRecord(tmp_path / "mine").set_aside()
+    first.unlock()
+    second.lock()
+
+
+def test_a_runs_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/mine cannot be written \(Not a directory\); choose another --runs-dir"):
+        RunRecord(tmp_path / "file" / "mine").lock()
+
+
+def test_a_disk_that_is_mounted_read_only_is_named(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("may not mount a disk here")
+    try:
+        with pytest.raises(RunError, match=r"disk/mine cannot be written \(Read-only file system\); choose another --runs-dir"):
+            RunRecord(disk / "mine").lock()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    write_atomically(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"metrics.jsonl could not be written \(No space left on device\); what stood there before is untouched"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_never_end_in_half_a_line(tmp_path):
+    record = RunRecord(tmp_path)
+    for epoch in (1, 2):
+        record.append_metrics({"epoch": epoch})
+        assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+    (tmp_path / "metrics.jsonl").unlink()
+    record.append_metrics({"epoch": 3})  # what was there before is not lost with the file
+    assert [line["epoch"] for line in record.metrics()] == [1, 2, 3]
+
+
+def test_room_is_looked_for_before_the_start(tmp_path, monkeypatch):
+    args = SimpleNamespace(runs_dir=tmp_path, keep_checkpoints=2)
+    resume.check_room(tmp_path / "new", room_needed(1000, 2), args)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
+    with pytest.raises(RunError, match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room"):
+        resume.check_room(tmp_path / "new", room_needed(1_000_000, 2), args)

@@ -1,0 +1,26 @@
+"""A kept run says everything and names no machine. Run: python -m pytest tests/tools/test_keep_run.py"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from records.run_folder import RunError, RunRecord
+from tools.keep_run import kept
+
+
+def test_paths_of_the_machine_are_cut_and_figures_kept(tmp_path):
+    record = RunRecord(tmp_path / "mine")
+    record.create({"command": ["train.py", "--archive", "/home/me/cifar100.zip", "--seed", "3"], "commit": "abc",
+                   "dataset": {"folder": "data/x", "classes": ["a"], "fingerprint": "sha256:1"}})
+    with pytest.raises(RunError, match="no finished epoch"):
+        kept(record)
+    record.append_metrics({"epoch": 1, "test_correct": 7})
+    (record.folder / "evaluation_test.json").write_text(json.dumps(dict.fromkeys(
+        ("correct", "correct_top5", "seen", "accuracy", "top5_accuracy", "loss", "per_class"), 7)))
+    content = kept(record, "busy")
+    assert content["command"] == ["train.py", "--archive", "cifar100.zip", "--seed", "3"]
+    assert content["metrics"] == [{"epoch": 1, "test_correct": 7}] and content["note"] == "busy" and content["commit"] == "abc"
+    assert content["dataset"] == {"fingerprint": "sha256:1"} and content["evaluated"]["correct"] == 7
+    assert "/home" not in json.dumps(content)

@@ -1,0 +1,158 @@
+"""What a person sees of a run. Run: python -m pytest tests/training/test_console.py"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+
+import programs
+import pytest
+
+from records.run_folder import RunRecord
+from training import console
+from training.console import NORMAL, QUIET, VERBOSE, Screen
+
+LINE = {"epoch": 3, "step": 30, "learning_rate": 1e-3, "train_loss": 3.3484, "images_per_second": 562.6, "training_seconds": 88.732,
+        "data_wait_seconds": 0.4436, "memory_gib": 1.456, "tracking_seconds": 0.02, "test_loss": 3.0, "test_accuracy": 0.256,
+        "test_top5_accuracy": 0.5554, "test_correct": 2560, "test_seen": 10000, "test_seconds": 5.3}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that goes when it is told to."""
+    time = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: time[0])
+    return time
+
+
+@pytest.fixture
+def out(monkeypatch) -> io.StringIO:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    return io.StringIO()
+
+
+def test_the_line_of_an_epoch_has_its_numbers(out, now):
+    shown = Screen(out=out)
+    shown.clock.start(0, 100)
+    shown.clock.step, now[0] = 30, 1180.0
+    shown.epoch(LINE, ["test"], 10)
+    assert out.getvalue() == ("epoch  3/10  train loss 3.348  test accuracy  25.60%  (2560/10000)      563 images/s    89 s  "
+                              "data wait  0.5%  left   7 min\n")
+
+
+def test_lines_stand_under_one_another(out, now):
+    """Column by column: what is a letter in one line is no digit in the next."""
+    shown = Screen(out=out)
+    shown.clock.start(0, 100)
+    changed = {"epoch": 10, "train_loss": 0.123, "test_accuracy": 1.0, "test_correct": 10000, "images_per_second": 51_000.0,
+               "training_seconds": 3.0, "data_wait_seconds": 0.9}
+    for line, step in ((LINE, 30), ({**LINE, **changed}, 90), ({**LINE, "test_correct": 7, "test_accuracy": 0.0007}, 30)):
+        shown.clock.step, now[0] = step, now[0] + 100
+        shown.epoch(line, ["test"], 10)
+    lines = out.getvalue().splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len({tuple(line.index(word) for word in ("train loss", "test accuracy", "images/s", "data wait", "left")) for line in lines}) == 1
+
+
+def test_averaged_and_trained_weights_stand_side_by_side(out):
+    Screen(out=out).epoch({**LINE, "test_raw_accuracy": 0.2444}, ["test"], 10)
+    assert "test accuracy  25.60%  (2560/10000), trained weights  24.44%" in out.getvalue()
+
+
+@pytest.mark.parametrize(("level", "is_main", "lines"), [(QUIET, True, 1), (NORMAL, True, 3), (VERBOSE, True, 4), (VERBOSE, False, 0)])
+def test_how_much_is_said(out, level, is_main, lines):
+    shown = Screen(level, is_main, out)
+    shown.fact("run", "runs/mine")
+    shown.epoch(LINE, ["test"], 10)
+    shown.result(LINE, "runs/mine")
+    assert len(out.getvalue().splitlines()) == lines
+    if is_main:
+        assert out.getvalue().endswith("done      test accuracy 25.60% (2560/10000) after 3 epochs; see runs/mine/report.html\n")
+    assert ("top 5 55.54%" in out.getvalue()) == (level == VERBOSE and is_main)
+
+
+@pytest.mark.parametrize(("stream", "environment", "coloured"), [
+    (Terminal, {}, True), (Terminal, {"NO_COLOR": "1"}, False), (Terminal, {"NO_COLOR": ""}, True), (Terminal, {"TERM": "dumb"}, False),
+    (io.StringIO, {}, False)])
+def test_colours_are_for_terminals(out, monkeypatch, stream, environment, coloured):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    to = stream()
+    shown = Screen(out=to)
+    shown.fact("run", "runs/mine")
+    shown.epoch(LINE, ["test"], 10)
+    assert ("\033[" in to.getvalue()) == coloured
+    assert "test accuracy  25.60%" in re.sub(r"\033\[\d+m", "", to.getvalue())
+
+
+def test_a_long_wait_for_data_is_marked(out):
+    terminal = Terminal()
+    for wait in (1.0, 20.0):
+        Screen(out=terminal).epoch({**LINE, "data_wait_seconds": wait}, ["test"], 10)
+    assert [f"\033[{console.YELLOW}m" in line for line in terminal.getvalue().splitlines()] == [False, True]
+
+
+def test_the_time_left_comes_from_the_steps_of_this_process(now):
+    clock = console.Clock()
+    clock.start(50, 100)
+    assert clock.seconds_left() == 0
+    clock.step, now[0] = 60, 1020.0
+    assert clock.seconds_left() == pytest.approx(80)
+    clock.step = 100
+    assert clock.seconds_left() == 0
+
+
+def test_a_log_file_gets_a_line_every_two_minutes_of_a_long_epoch(out, now):
+    shown = Screen(out=out, bars=io.StringIO())
+    shown.clock.start(0, 100)
+    with shown.bar(epoch=1, done=0, total=50, batch=64) as bar:
+        for _ in range(9):
+            now[0] += 50
+            bar.advance()
+            bar.loss(2.5)
+    assert out.getvalue().splitlines() == ["  in epoch 1: step 3 of 50, train loss 2.500, left 81 min",
+                                           "  in epoch 1: step 6 of 50, train loss 2.500, left 78 min",
+                                           "  in epoch 1: step 9 of 50, train loss 2.500, left 76 min"]
+    assert shown.bars.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(out, now, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    shown = Screen(out=out, bars=Terminal())
+    shown.clock.start(0, 100)
+    with shown.bar(epoch=2, done=10, total=50, batch=64) as bar:
+        now[0] += 10
+        bar.advance()
+        bar.loss(2.5)
+        bar.bar.refresh()
+    assert "epoch 2:  22%" in shown.bars.getvalue() and "loss 2.500, run done in 16 min" in shown.bars.getvalue()
+    assert out.getvalue() == ""
+    quiet = Screen(QUIET, out=out, bars=Terminal())
+    with quiet.bar(1, 0, 50, 64) as bar:
+        bar.advance()
+    assert quiet.bars.getvalue() == ""
+
+
+def test_quiet_prints_the_result_and_nothing_else(training, runs):
+    """In a process of its own, so that what libraries print when they are imported would be seen too."""
+    command = [sys.executable, "train.py", *map(str, training), "--name", "quiet", "--max-steps", "3", "--quiet", "--no-tensorboard"]
+    environment = {key: value for key, value in programs.clean_environment().items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run(command, cwd=programs.PROJECT, env=environment, text=True, capture_output=True, timeout=programs.LIMIT_SECONDS)
+    assert re.fullmatch(r"done      test accuracy [\d.]+% \(\d+/70\) after 1 epoch; see \S+/quiet/report\.html\n", done.stdout), done
+    assert done.stderr == "" and not (runs / "quiet" / "tensorboard").exists()
+    assert (runs / "quiet" / "report.html").is_file() and len(RunRecord(runs / "quiet").metrics()) == 1
+
+
+def test_verbose_names_what_is_not_the_default(training):
+    out = programs.run("train.py", *training, "--name", "verbose", "--max-steps", 2, "--verbose").out
+    assert "setting   model.width = 32 (default: 512)" in out and "      learning rate " in out
+    refused = programs.run("train.py", *training, "--quiet", "--verbose", code=2)
+    assert "not allowed with" in refused.err

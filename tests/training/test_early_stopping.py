@@ -1,0 +1,91 @@
+"""How a run is judged and when it ends: the average of the weights in the run folder, and --patience."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from programs import run
+from safetensors.torch import load_file
+
+from records.run_folder import RunRecord
+
+STOPPED = 75
+
+
+def without_clock(record: RunRecord) -> list[dict]:
+    measured = ("_seconds", "_per_second", "_gib")
+    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
+
+
+# --- the average of the weights -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def averaged(training, runs) -> RunRecord:
+    run("train.py", *training, "--name", "averaged", "--epochs", 4, "--hold-out", 0.2, "--set", "ema.decay=0.8")
+    return RunRecord(runs / "averaged")
+
+
+def evaluated(record: RunRecord, weights: str, split: str) -> dict:
+    run("evaluate.py", record.folder, "--weights", weights, "--split", split, "--json", record.folder / "report.json")
+    return json.loads((record.folder / "report.json").read_text())
+
+
+def test_the_averaged_weights_are_evaluated_and_handed_over_and_the_trained_ones_beside_them(averaged):
+    last = averaged.metrics()[-1]
+    for file, name in (("weights.safetensors", "test"), ("raw_weights.safetensors", "test_raw")):
+        report = evaluated(averaged, file, "test")
+        assert report["correct"] == last[f"{name}_correct"] and report["loss"] == pytest.approx(last[f"{name}_loss"], abs=1e-5)
+    average, raw = (load_file(averaged.folder / file) for file in ("weights.safetensors", "raw_weights.safetensors"))
+    assert average.keys() == raw.keys() and not torch.equal(average["1.attention.part.qkv.weight"], raw["1.attention.part.qkv.weight"])
+    assert last["test_loss"] != last["test_raw_loss"]
+
+
+def test_the_best_weights_are_chosen_by_the_average(averaged):
+    lines = averaged.metrics()
+    assert all({"validation_accuracy", "validation_raw_accuracy"} <= set(line) for line in lines)
+    assert evaluated(averaged, "best.safetensors", "validation")["correct"] == max(line["validation_correct"] for line in lines)
+
+
+def test_a_run_with_an_average_that_is_stopped_and_resumed_equals_one_that_was_not(averaged, training, runs):
+    same = ["train.py", *training, "--name", "averaged-stopped", "--epochs", 4, "--hold-out", 0.2, "--set", "ema.decay=0.8"]
+    run(*same, "--stop-at", 5, code=STOPPED)
+    run(*same)
+    stopped = RunRecord(runs / "averaged-stopped")
+    assert without_clock(stopped) == without_clock(averaged)
+    for file in ("weights.safetensors", "raw_weights.safetensors", "best.safetensors"):
+        assert (stopped.folder / file).read_bytes() == (averaged.folder / file).read_bytes()
+
+
+# --- an early end -----------------------------------------------------------------------------------------------------
+
+# A rate of nothing: the first epoch is the best, and no other is better.
+STANDING_STILL = ["--hold-out", 0.2, "--epochs", 9, "--patience", 3, "--set", "optimizer.params.lr=0.0"]
+
+
+def test_a_run_that_does_not_get_better_ends_and_says_so(training, runs):
+    done = run("train.py", *training, "--name", "impatient", *STANDING_STILL)
+    record = RunRecord(runs / "impatient")
+    *early, last = record.metrics()
+    assert last["epoch"] == 4 and last["ended_early"] is True and not any("ended_early" in line for line in early)
+    assert "test_accuracy" in last and not any("test_accuracy" in line for line in early)  # looked at once, at the end
+    assert "ended early: no better validation accuracy than" in done.out and "for 3 epochs (--patience 3)" in done.out
+    assert record.facts()["patience"] == 3
+    again = run("train.py", *training, "--name", "impatient", *STANDING_STILL, code=1)
+    assert "is finished; evaluate it" in again.err
+
+
+def test_its_patience_survives_a_stop(training, runs):
+    """Stopped while it waits: what it waited before counts."""
+    same = ["train.py", *training, "--name", "impatient-stopped", *STANDING_STILL]
+    run(*same, "--stop-at", 10, code=STOPPED)
+    assert RunRecord(runs / "impatient-stopped").metrics()[-1]["epoch"] == 3
+    run(*same)
+    assert [line["epoch"] for line in RunRecord(runs / "impatient-stopped").metrics()] == [1, 2, 3, 4]
+
+
+def test_patience_needs_a_held_out_part(training):
+    done = run("train.py", *training, "--name", "no-part", "--patience", 3, code=1)
+    assert done.err.strip() == "error: --patience waits for a better accuracy on a held-out part, and there is none; give --hold-out 0.1"

@@ -1,0 +1,88 @@
+"""The micro-batch: which sizes make a global batch, and the search for the largest that fits, with a memory of our making."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from config.settings import SettingsError, resolve
+from parallel.engine import Engine
+from training import micro_batch
+from training.micro_batch import MicroBatch, OutOfMemory, Trial, accumulation_for, largest_that_fits, sizes
+
+
+class Hungry(nn.Module):
+    """A network that has room for `room` images at once."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.map, self.room, self.tried = nn.Linear(3 * 8 * 8, 10), room, []
+
+    def forward(self, images):
+        self.tried.append(len(images))
+        if len(images) > self.room:
+            raise OutOfMemory("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return self.map(images.flatten(1))
+
+
+@pytest.mark.parametrize("possible", [[1], [1, 2, 4, 8, 16, 32, 64], sizes(512, 4), sizes(90, 1)])
+def test_the_search_finds_the_largest_that_fits_with_few_tries(possible):
+    for room in (0, *possible, possible[-1] + 1):
+        tried = []
+
+        def fits(size, room=room, tried=tried):
+            tried.append(size)
+            return size <= room
+
+        assert largest_that_fits(possible, fits) == max((size for size in possible if size <= room), default=None)
+        assert len(tried) <= len(possible).bit_length()
+
+
+def test_the_global_batch_stays():
+    assert sizes(12, 2) == [1, 2, 3, 6]
+    for micro in sizes(96, 4):
+        assert micro * accumulation_for(micro, 96, 4) * 4 == 96
+    with pytest.raises(SettingsError, match="--micro-batch 5: a global batch of 96 on 4 processes is not made of such parts; choose 3, 4, 6 or"):
+        accumulation_for(5, 96, 4)
+    with pytest.raises(SettingsError, match="train_batch_size=10 cannot be cut into 4 data-parallel processes; choose a multiple of 4"):
+        sizes(10, 4)
+
+
+def settings():
+    return resolve("cpu", ["train_batch_size=64"])
+
+
+def dataset():
+    return SimpleNamespace(classes=list("abcdefghij"), splits={})
+
+
+def test_a_trial_is_a_training_step_and_survives_running_out_of_memory():
+    network = Hungry(room=20)
+    trial = Trial(lambda: network, settings(), dataset(), 8, torch.device("cpu"))
+    before = network.map.weight.clone()
+    assert largest_that_fits(sizes(64, 1), trial.fits) == 16
+    assert set(network.tried) <= set(sizes(64, 1)) and max(network.tried) > 20
+    assert not torch.equal(network.map.weight, before)  # the optimiser's state counts too
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("room", "sentence"), [
+    (20, "the GPU has no room for 64 images at once, but for 16: start the same run again with --micro-batch 16, of which 4 a process make the same"),
+    (0, "the GPU has no room for 64 images at once, nor for fewer: take a smaller network"),
+])
+def test_the_advice_names_what_fits(room, sentence):
+    chosen = MicroBatch(Engine, settings(), lambda: Hungry(room), dataset(), 8)
+    assert sentence in chosen.advice()
+
+
+def test_auto_takes_the_smallest_of_what_the_gpus_have_room_for(monkeypatch):
+    chosen = MicroBatch(Engine, settings(), lambda: Hungry(40), dataset(), 8)
+    chosen.new_trial = lambda: Trial(lambda: Hungry(40), settings(), dataset(), 8, torch.device("cpu"))
+    monkeypatch.setattr(micro_batch.processes, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(micro_batch.processes, "from_all", lambda value: [value, 16])  # another process has less
+    assert "16 images at once" in chosen.choose("auto")
+    assert chosen.settings.engine["gradient_accumulation_steps"] == 4
+    assert chosen.choose("8") == "" and chosen.settings.engine["gradient_accumulation_steps"] == 8

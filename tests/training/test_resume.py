@@ -1,0 +1,223 @@
+"""Stopping and going on, end to end: whatever ended a run, the same command brings it to the same bits.
+
+`benchmarks/fault_matrix.py` does the same at random moments, for as many rounds as one likes.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+
+import pytest
+from programs import Program, run, run_ranks, start
+from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, assert_same_as, checkpoints, copy_of, results
+
+from benchmarks.lib.forked_programs import run_script
+from records.checkpoint_store import read_facts
+from records.run_folder import RunRecord
+from training.resume import CHANGES
+
+LAST = f"step-{EPOCHS * STEPS_PER_EPOCH:08d}"
+
+
+def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(training, runs, unbroken):
+    record = RunRecord(runs / "stopped")
+    said = ""
+    for step in (1, 6, 2 * STEPS_PER_EPOCH):  # the first step, in the middle of an epoch, the last of an epoch
+        said = run("train.py", *training, "--name", "stopped", "--stop-at", step, code=STOPPED).out
+        assert f"stopped after step {step} and saved" in said and record.newest_checkpoint().name == f"step-{step:08d}"
+        assert not (record.folder / "weights.safetensors").exists() or step > STEPS_PER_EPOCH
+    assert "resuming  after step 6 of 48" in said and "not the same to the bit" not in said
+    said = run("train.py", *training, "--name", "stopped").out
+    assert "resuming  after step 8 of 48" in said
+    assert_same_as(record, unbroken)
+    assert "changes" not in record.facts()
+
+
+@pytest.mark.parametrize("strategy", ["zero", "ddp"])
+def test_two_optimisers_in_one_keep_their_counts_over_several_stops(training, runs, strategy):
+    """Muon's matrices have no count of steps, the rest, which AdamW trains, has."""
+    words = [*training, "--strategy", strategy, "--set", "optimizer.type=Muon", "--max-steps", 9]
+    run("train.py", *words, "--name", f"muon-{strategy}")
+    for step in (2, 4, 6):
+        run("train.py", *words, "--name", f"muon-stopped-{strategy}", "--stop-at", step, code=STOPPED)
+    run("train.py", *words, "--name", f"muon-stopped-{strategy}")
+    assert_same_as(RunRecord(runs / f"muon-stopped-{strategy}"), RunRecord(runs / f"muon-{strategy}"))
+
+
+def test_checkpoints_on_the_way_change_nothing_and_cost_no_training_time(training, runs, unbroken):
+    run("train.py", *training, "--name", "often", "--checkpoint-every", "1step", "--keep-checkpoints", 3)
+    record = RunRecord(runs / "often")
+    assert_same_as(record, unbroken)
+    assert checkpoints(record) == ["step-00000046", "step-00000047", LAST]
+    assert all(line["checkpoint_seconds"] > 0 for line in record.metrics())
+    assert read_facts(record.newest_checkpoint(), "engine.json")["conditions"].keys() == CHANGES.keys()
+
+
+def test_sigterm_saves_and_the_run_goes_on(training, runs, unbroken):
+    program = start("train.py", *training, "--name", "told-to-stop")
+    program.wait_for("epoch  2/12")
+    program.send(signal.SIGTERM)
+    done = program.end()
+    assert done.code == STOPPED, done.text
+    record = RunRecord(runs / "told-to-stop")
+    step = int(record.newest_checkpoint().name.removeprefix("step-"))
+    assert 2 * STEPS_PER_EPOCH <= step < EPOCHS * STEPS_PER_EPOCH and f"stopped after step {step} and saved" in done.out
+    assert f"resuming  after step {step}" in run("train.py", *training, "--name", "told-to-stop").out
+    assert_same_as(record, unbroken)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken):
+    program = start("train.py", *training, "--name", "killed")
+    program.wait_for("epoch  4/12")
+    program.send(signal.SIGKILL)
+    done = program.end()
+    assert done.code == -signal.SIGKILL, done.text
+    record = RunRecord(runs / "killed")
+    step = int(record.newest_checkpoint().name.removeprefix("step-"))
+    # What a power cut may leave besides: a checkpoint that was being written, a line and a file that were not whole.
+    for left in (record.folder / "state").glob("unfinished-*"):
+        shutil.rmtree(left)  # where the kill itself met a write
+    half = record.folder / "state" / "unfinished-step-00000099"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"half")
+    with (record.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 9, "st')
+    (record.folder / "run.json").write_text('{"settings": {')
+    said = run("train.py", *training, "--name", "killed").out
+    assert f"resuming  after step {step}" in said
+    assert "note      the run ended while step-00000099 was being written; what there is of it is now state/damaged-step-00000099" in said
+    assert f"note      run.json was lost or damaged, and is restored from step-{step:08d}" in said
+    assert_same_as(record, unbroken)
+    assert checkpoints(record) == ["damaged-step-00000099", "step-00000044", LAST]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(training, runs, unbroken):
+    record = RunRecord(runs / "killed-early")
+    record.create(unbroken.facts())
+    record.append_metrics(unbroken.metrics()[0])  # written just before the checkpoint that is not there
+    said = run("train.py", *training, "--name", "killed-early", "--stop-at", STEPS_PER_EPOCH + 1, code=STOPPED).out
+    assert "resuming" not in said
+    assert results(record) == results(unbroken)[:1]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_serves(training, runs, unbroken):
+    record = copy_of(unbroken, runs / "damaged")
+    damaged = (record.folder / "state" / LAST).rename(record.folder / "state" / "step-00000046")
+    (damaged / "state.safetensors").write_bytes((damaged / "state.safetensors").read_bytes()[:1000])
+    (damaged / "progress.json").write_text((damaged / "progress.json").read_text().replace("true", "false"))  # it was the last one's
+    said = run("train.py", *training, "--name", "damaged").out
+    assert "note      step-00000046 is damaged (state.safetensors is not what was written); it is now state/damaged-step-00000046" in said
+    assert "resuming  after step 44 of 48" in said
+    assert_same_as(record, unbroken)
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_overwritten(training, runs, unbroken):
+    record = copy_of(unbroken, runs / "all-damaged")
+    shutil.rmtree(record.folder / "state" / LAST)
+    (record.folder / "state" / "step-00000044" / "engine.json").unlink()
+    weights = (record.folder / "weights.safetensors").read_bytes()
+    for sentence in ("has 12 finished epochs, but no checkpoint that is whole; step-00000044 is damaged (engine.json is missing)",
+                     "has 12 finished epochs, but no checkpoint that is whole. Start over with --fresh"):
+        done = run("train.py", *training, "--name", "all-damaged", code=1)
+        assert sentence in done.err and "Traceback" not in done.err
+    assert (record.folder / "weights.safetensors").read_bytes() == weights and results(record) == results(unbroken)
+
+
+def limited(size: int, *words: str) -> None:
+    """train.py on a disk that takes no file of more than `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    run_script("train.py", *words)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, of 6 MB; skipped where this process may not mount one."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("may not mount a disk here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_room_lets_it_go_on(training, unbroken, small_disk):
+    here = [*training, "--runs-dir", small_disk, "--name", "full", "--checkpoint-every", "3steps"]
+    program = start("train.py", *here)
+    program.wait_for("epoch  3/12")
+    with (small_disk / "ballast").open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 14)):
+                pass
+        except OSError:
+            pass
+    done = program.end()
+    assert done.code == 1 and "No space left on device" in done.err and "mend the disk" in done.err.lower() and "Traceback" not in done.err
+    record = RunRecord(small_disk / "full")
+    whole = record.newest_checkpoint()
+    assert whole is not None and not list((record.folder / "state").glob("unfinished-*"))
+    (small_disk / "ballast").unlink()
+    assert "resuming  after step" in run("train.py", *here).out
+    assert_same_as(record, unbroken)
+
+
+def test_a_write_that_fails_in_the_background_ends_the_run_with_a_sentence(training, runs, unbroken):
+    words = [str(word) for word in (*training, "--name", "too-large", "--checkpoint-every", "3steps")]
+    done = Program(limited, (100_000, *words), {}).end()  # the weights fit, the state does not
+    assert done.code == 1 and "error: the checkpoint after step 3 could not be written (File too large" in done.err
+    assert "there is none before it; mend the disk and start the same run again" in done.err and "Traceback" not in done.err
+    run("train.py", *words)
+    assert_same_as(RunRecord(runs / "too-large"), unbroken)
+
+
+# --- under other conditions ---------------------------------------------------------------------------------------
+
+
+def test_going_on_in_another_way_is_refused_with_the_reason_or_allowed_and_noted(training, runs, unbroken):
+    record = copy_of(unbroken, runs / "moved")
+    shutil.rmtree(record.folder / "state" / LAST)
+    words = [*training, "--name", "moved", "--source", "resident"]
+    done = run("train.py", *words, code=1)
+    assert "would not go on as the same training: source of the images: tensor before, resident now (pixels differ by" in done.err
+    assert "--allow-inexact-resume" in done.err and checkpoints(record) == ["step-00000044"] and "changes" not in record.facts()
+    said = run("train.py", *words, "--allow-inexact-resume", "--strategy", "ddp").out
+    assert "note      from step 44 on not the same to the bit as an unbroken run: strategy: zero before, ddp now (the same sums" in said
+    assert "source of the images: tensor before, resident now" in said
+    (change,) = record.facts()["changes"]
+    assert change["after_step"] == 44 and len(change["what"]) == 2
+    assert results(record)[:-1] == results(unbroken)[:-1] and len(results(record)) == EPOCHS
+
+
+def ranked(*words: str) -> None:
+    """train.py in one of several processes; both ways to end well are well."""
+    try:
+        run_script("train.py", *words)
+    except SystemExit as end:
+        assert end.code in (0, STOPPED), end.code
+
+
+def test_two_processes_go_on_with_the_same_bits_and_one_with_a_note(training, runs):
+    common = [str(word) for word in (*training, "--max-steps", 8, "--checkpoint-every", "3steps")]
+    run_ranks(2, ranked, *common, "--name", "pair")
+    run_ranks(2, ranked, *common, "--name", "pair-stopped", "--stop-at", "6")
+    stopped = RunRecord(runs / "pair-stopped")
+    alone = copy_of(stopped, runs / "pair-to-one")
+    run_ranks(2, ranked, *common, "--name", "pair-stopped")
+    assert_same_as(stopped, RunRecord(runs / "pair"))
+    said = run("train.py", *common, "--name", "pair-to-one").out
+    assert "note      from step 6 on not the same to the bit as an unbroken run: processes: 2 before, 1 now (the same sums" in said
+    assert "dropout draws other masks" in said and "images a micro-batch: 32 before, 64 now" in said
+    assert results(alone)[0] == results(stopped)[0] and len(results(alone)) == 2
+
+
+def test_two_runs_into_one_folder_are_kept_apart_and_a_kill_frees_it(training, runs):
+    first = start("train.py", *training, "--name", "locked", "--epochs", 1000)
+    first.wait_for("epoch    1/1000")
+    second = run("train.py", *training, "--name", "locked", "--epochs", 1000, code=1)
+    assert f"locked is in use: process {first.process.pid} on " in second.err and "Traceback" not in second.err
+    assert first.process.is_alive()
+    first.send(signal.SIGKILL)
+    first.end()
+    RunRecord(runs / "locked").lock()
+
+

@@ -1,0 +1,290 @@
+"""What watches a run: the same numbers under the same names everywhere, also after a run went on. Run: python -m pytest tests/training/test_trackers.py"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import programs
+import pytest
+import torch
+
+from config.settings import SettingsError
+from records.run_data import read_lines
+from records.run_folder import RunError, RunRecord
+from training import trackers
+from training.trackers import StepLosses, TensorBoard, Tracking, Watcher, WeightsAndBiases, check_trackers, numbers_of
+
+FACTS = {"settings": {"epochs": 3}, "command": ["train.py", "--name", "x"], "commit": "abc", "versions": {"torch": "2"}, "preset": "tiny", "seed": 0,
+         "dataset": {"name": "shapes"}, "device": "CPU"}
+
+
+def events(folder: Path):
+    """What TensorBoard reads from a run folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    found.Reload()
+    return found
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = events(folder)
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_numbers_of_metrics_under_their_names(unbroken):
+    lines, shown = unbroken.metrics(), scalars(unbroken.folder)
+    assert set(shown) == {*lines[0], "step_loss"} - {"step"}
+    for name in set(shown) - {"step_loss"}:
+        assert [step for step, _ in shown[name]] == [line["step"] for line in lines]
+        assert [value for _, value in shown[name]] == pytest.approx([line[name] for line in lines], rel=1e-6)
+    steps = read_lines(unbroken.folder / "steps.jsonl")
+    assert [step for step, _ in shown["step_loss"]] == [line["step"] for line in steps]
+    assert [value for _, value in shown["step_loss"]] == pytest.approx([line["step_loss"] for line in steps], rel=1e-6)
+
+
+def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
+    from PIL import Image
+
+    from config.settings import Settings
+    from dali_pipeline import Batches
+    from image_data.dataset import Dataset
+    from reports.images import pixels_of
+
+    found = events(unbroken.folder)
+    (image,) = found.Images("first_batch")
+    sheet = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    dataset = Dataset.open(shapes)
+    settings = Settings.from_dict(unbroken.facts()["settings"])
+    batches = Batches(dataset, "train", 64, seed=0, augmentation=settings.augmentation)
+    first = pixels_of(next(batches.epoch(0))[0], dataset.mean, dataset.std)
+    batches.close()
+    S, gap = 32, 2
+    assert sheet.shape == (8 * (S + gap), 8 * (S + gap), 3)
+    np.testing.assert_array_equal(sheet[gap:gap + S, gap:gap + S], first[0])
+    np.testing.assert_array_equal(sheet[-S:, -S:], first[63])
+    (text,) = found.Tensors("settings/text_summary")
+    assert '"train_batch_size": 64' in text.tensor_proto.string_val[0].decode()
+
+
+def test_what_belongs_together_is_one_chart(unbroken):
+    import re
+
+    names = [name for name in scalars(unbroken.folder) if any(re.fullmatch(tag, name) for tags in trackers.CHARTS.values() for tag in tags)]
+    assert {"train_loss", "test_loss", "step_loss", "test_accuracy", "test_top5_accuracy", "learning_rate", "training_seconds"} <= set(names)
+    assert "custom_scalars__config__" in events(unbroken.folder).Tags()["tensors"]
+
+
+def test_events_of_epochs_that_are_trained_again_are_purged(tmp_path):
+    first = TensorBoard(tmp_path, FACTS, step=0)
+    for step in (4, 8, 12):
+        first.epoch({"step": step, "train_loss": 1.0 + step})
+        first.loss(step, float(step), 4)
+    first.close(failed=True)
+    second = TensorBoard(tmp_path, FACTS, step=6)
+    second.epoch({"step": 8, "train_loss": 0.5})
+    second.close(failed=False)
+    assert scalars(tmp_path) == {"train_loss": [(4, 5.0), (8, 0.5)], "step_loss": [(4, 4.0)]}
+    assert len(events(tmp_path).Tensors("settings/text_summary")) == 1
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_what_an_unbroken_one_does(training, runs, unbroken):
+    record = RunRecord(runs / "went-back")
+    programs.run("train.py", *training, "--name", "went-back", "--stop-at", 7, code=75)
+    programs.run("train.py", *training, "--name", "went-back", "--stop-at", 10, code=75)
+    shutil.rmtree(record.folder / "state" / "step-00000010")
+    assert scalars(record.folder)["step_loss"][-1][0] == 10
+    time.sleep(1.0)  # the names of event files count seconds
+    said = programs.run("train.py", *training, "--name", "went-back", "--stop-at", 13, code=75).out
+    assert "resuming  after step 8" in said
+    for name in ("step_loss", "train_loss", "test_accuracy", "learning_rate"):
+        expected = [event for event in scalars(unbroken.folder)[name] if event[0] <= 13]
+        assert scalars(record.folder)[name] == expected, name
+    assert read_lines(record.folder / "steps.jsonl") == read_lines(unbroken.folder / "steps.jsonl")[:13]
+
+
+# --- Weights & Biases, played by a module that writes down what it is told --------------------------------------------
+
+
+class Service(ModuleType):
+    """The part of the wandb package that is used; it remembers runs by their id, as the real service does."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs: dict[str, SimpleNamespace] = {}
+        self.refuses: str | None = None
+        self.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
+        self.Settings, self.Image = SimpleNamespace, lambda pixels: pixels.shape
+
+    def init(self, **arguments) -> SimpleNamespace:
+        if self.refuses:
+            raise self.errors.Error(self.refuses)
+        new = SimpleNamespace(arguments=arguments, told=[], step=0, finished=None)
+        run = self.runs.setdefault(arguments["id"], new)
+
+        def log(numbers: dict, step: int) -> None:
+            assert step >= run.step, "it refuses to go back"
+            run.step = step
+            run.told.append((step, numbers))
+
+        run.log, run.finish = log, lambda exit_code: setattr(run, "finished", exit_code)
+        return run
+
+
+@pytest.fixture
+def service(monkeypatch) -> Service:
+    made = Service()
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    return made
+
+
+def test_weights_and_biases_is_told_the_numbers_of_metrics(service, unbroken, tmp_path):
+    watcher = WeightsAndBiases(tmp_path, FACTS, 0, "project", silent=True)
+    watcher.batch(np.zeros((2, 2, 4, 4, 3), dtype=np.uint8))
+    for line in unbroken.metrics():
+        watcher.loss(line["step"], 0.25, 4)
+        watcher.epoch(line)
+    watcher.close(failed=False)
+    (run,) = service.runs.values()
+    assert run.told[0] == (0, {"first_batch": (10, 10, 3)}) and run.told[1] == (4, {"step_loss": 0.25})
+    assert run.told[2::2] == [(line["step"], {key: value for key, value in line.items() if key != "step"}) for line in unbroken.metrics()]
+    assert run.arguments["project"] == "project" and run.arguments["name"] == tmp_path.name and run.arguments["config"]["settings"] == {"epochs": 3}
+    assert run.finished == 0
+
+
+def test_a_resumed_run_goes_on_with_the_same_one_and_tells_nothing_twice(service, tmp_path):
+    WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True).epoch({"step": 8, "train_loss": 1.0})
+    again = WeightsAndBiases(tmp_path, FACTS, 4, None, silent=True)
+    again.epoch({"step": 6, "train_loss": 1.5})
+    again.epoch({"step": 12, "train_loss": 0.5})
+    (run,) = service.runs.values()
+    assert run.told == [(8, {"train_loss": 1.0}), (12, {"train_loss": 0.5})]
+    WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)  # the run starts over
+    assert len(service.runs) == 2
+
+
+def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_path, monkeypatch):
+    service.refuses = "No API key configured.\nmore lines"
+    with pytest.raises(RunError, match=r"^Weights & Biases says 'No API key configured.'; WANDB_MODE=offline keeps the numbers on this disk$"):
+        WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="--wandb needs the package wandb, which is not installed: pip install wandb"):
+        check_trackers(tensorboard=False, wandb="")
+    with pytest.raises(SettingsError, match="--no-tensorboard"):
+        check_trackers(tensorboard=True, wandb=None)
+    check_trackers(tensorboard=False, wandb=None)
+
+
+# --- all watchers -------------------------------------------------------------------------------------------------
+
+
+class Listener(Watcher):
+    def __init__(self):
+        self.heard = []
+
+    def loss(self, step: int, mean: float, steps: int) -> None:
+        self.heard.append((step, mean, steps))
+
+    def epoch(self, line: dict) -> None:
+        time.sleep(0.02)
+
+    def close(self, failed: bool) -> None:
+        self.heard.append("failed" if failed else "closed")
+
+
+def test_losses_are_told_as_means_and_none_is_forgotten():
+    listener = Listener()
+    tracking = Tracking([listener], total_steps=5000)  # five steps a point
+    losses = [(i, float(i)) for i in range(1, 24)]
+    for start, stop in ((0, 3), (3, 6), (6, 7), (7, 23)):  # as they come from the device
+        tracking.losses(losses[start:stop])
+    assert listener.heard == [(5, 3.0, 5), (10, 8.0, 5), (15, 13.0, 5), (20, 18.0, 5)]
+    tracking.losses([(4998, 0.0), (5000, 1.0)])  # between these, steps were skipped
+    assert listener.heard[4:] == [(4998, 16.5, 4), (5000, 1.0, 1)]
+
+
+def test_what_watching_costs_is_told_once():
+    tracking = Tracking([Listener()], seconds=0.5)
+    assert tracking.take_seconds() == 0.5 and tracking.take_seconds() == 0
+    tracking.epoch({"step": 1})
+    assert 0.02 <= tracking.take_seconds() < 5
+
+
+def test_watchers_are_told_how_it_ended():
+    listener = Listener()
+    with Tracking([listener]):
+        pass
+    with pytest.raises(ZeroDivisionError), Tracking([listener]):
+        raise ZeroDivisionError
+    assert listener.heard == ["closed", "failed"]
+
+
+def test_a_watcher_that_cannot_write_is_given_up_and_the_run_goes_on():
+    class Full(Listener):
+        def epoch(self, line: dict) -> None:
+            raise OSError(28, "No space left on device")
+
+    said, listener = [], Listener()
+    with Tracking([Full(), listener], say=said.append) as tracking:
+        tracking.epoch({"step": 1})
+        tracking.losses([(2, 1.0)])
+    assert said == ["note: Full is given up, because No space left on device; the run goes on"]
+    assert listener.heard == [(2, 1.0, 1), "closed"] and tracking.watchers == [listener]
+
+
+def test_without_watchers_nothing_is_made():
+    Tracking([Listener()]).first_batch(lambda: pytest.fail("nobody wants it"))
+    tracking = Tracking([])
+    tracking.first_batch(lambda: pytest.fail("nobody wants it"))
+    tracking.losses([(1, 1.0)])
+    tracking.epoch({"step": 1})
+    assert tracking.take_seconds() < 0.1
+
+
+def test_every_line_says_what_watching_cost(unbroken):
+    assert all(line["tracking_seconds"] >= 0 for line in unbroken.metrics()) and unbroken.metrics()[0]["tracking_seconds"] > 0
+
+
+def test_steps_that_are_made_again_are_forgotten(tmp_path):
+    first = StepLosses(tmp_path, 0)
+    for step in (2, 4, 6):
+        first.loss(step, float(step), 2)
+    with (tmp_path / "steps.jsonl").open("a") as file:
+        file.write('{"step": 8, "st')
+    StepLosses(tmp_path, 4).loss(6, 0.5, 2)
+    assert [(line["step"], line["step_loss"]) for line in read_lines(tmp_path / "steps.jsonl")] == [(2, 2.0), (4, 4.0), (6, 0.5)]
+
+
+def test_only_numbers_are_told():
+    assert numbers_of({"step": 3, "epoch": 1, "loss": 0.5, "name": "x", "list": [1]}) == {"epoch": 1, "loss": 0.5}
+
+
+def test_no_tensorboard_for_those_who_want_none(training, runs):
+    programs.run("train.py", *training, "--name", "plain-files", "--no-tensorboard", "--max-steps", 2)
+    assert not (runs / "plain-files" / "tensorboard").exists()
+    assert [line["step"] for line in read_lines(runs / "plain-files" / "steps.jsonl")] == [1, 2]
+    assert json.loads((runs / "plain-files" / "metrics.jsonl").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize("source", ["tensor", "resident", "files"])
+def test_the_batch_that_is_shown_is_still_trained_on(shapes, source):
+    from config.settings import AugmentationSettings
+    from dali_pipeline import Batches
+    from image_data.dataset import Dataset
+
+    looked, fresh = (Batches(Dataset.open(shapes), "train", 64, augmentation=AugmentationSettings(), source=source) for _ in range(2))
+    next(looked.epoch(0, 0, 1))
+    for (images, labels), (expected, expected_labels) in zip(looked.epoch(0), fresh.epoch(0), strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+    looked.close()
+    fresh.close()

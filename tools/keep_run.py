@@ -1,0 +1,50 @@
+"""Keep what a run was and gave as one small JSON under results/runs/, to be committed.
+
+    python tools/keep_run.py runs/mine [--note "on two busy cores"]
+
+Everything of run.json and metrics.jsonl; paths of this machine are cut to their last part, class names are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.paths import RESULTS
+from config.command_line import Parser, in_one_sentence
+from records.run_folder import RunError, RunRecord
+
+
+def kept(record: RunRecord, note: str | None = None) -> dict[str, Any]:
+    """The content of the file to keep. Raises RunError for a folder that holds no run or no finished epoch."""
+    facts, metrics = record.facts(), record.metrics()
+    if not metrics:
+        raise RunError(f"{record.folder} has no finished epoch yet")
+    facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in facts["command"]]
+    facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}
+    evaluation = record.folder / "evaluation_test.json"
+    if evaluation.is_file():
+        report = json.loads(evaluation.read_text())
+        facts["evaluated"] = {key: report[key] for key in ("correct", "correct_top5", "seen", "accuracy", "top5_accuracy", "loss")}
+    return {"run": record.folder.name, **({"note": note} if note else {}), **facts, "metrics": metrics}
+
+
+def main() -> None:
+    parser = Parser("python tools/keep_run.py run", "Keep a run as one small JSON under results/runs/.",
+                    example='python tools/keep_run.py runs/mine --note "on two busy cores"')
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--note", metavar="TEXT", help="what a reader of the figures must know (default: nothing)")
+    args = parser.parse_args()
+    content = kept(RunRecord(args.run), args.note)
+    RESULTS / "runs".mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "runs" / f"{args.run.resolve().name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote results/runs/{path.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(in_one_sentence(main))
