@@ -22,16 +22,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.paths import DATA, PROJECT, RESULTS, RUNS
-from comparison.experiment import Arm, Cost, Question, costs, read
+from comparison.experiment import Arm, Question, read
 from comparison.run_queue import StopSignal, Task, launch, refuse_others, run_all, slots
 from comparison.significance import power_note
 from comparison.time_budget import calibrate
 from config.command_line import Parser, at_least_one, in_one_sentence
-from config.settings import SettingsError
-from records.run_folder import RunError, RunRecord
-from train import EXIT_STOPPED
+from records.run_folder import RunRecord
+
+if TYPE_CHECKING:
+    from models.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def main() -> int:
         raise SettingsError("a budget in seconds cannot be shared out: the arms' speeds must be measured in a row on one machine; leave out --shard")
     runs = args.runs_dir.resolve() / question.name
     data = data_of_runs(runs, args) if args.report_only else look_at_data(question, args)
+    from comparison.variant_costs import costs  # after the arguments: it imports PyTorch
+
     of_arms = costs(question, data.num_classes, data.image_side)
     print_plan(question, of_arms)
     stop = StopSignal()
@@ -82,7 +87,7 @@ def main() -> int:
 def look_at_data(question: Question, args: argparse.Namespace) -> Data:
     """The dataset of the question, prepared if need be (not for a plan alone)."""
     from image_data.dataset import Dataset
-    from prepare_dataset import prepare
+    from image_data.preparation.prepare import prepare
 
     folder = (args.data_dir or DATA / question.dataset).resolve()
     if not Dataset.is_prepared(folder):

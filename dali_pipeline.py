@@ -27,20 +27,19 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from threading import Barrier
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config.settings import AugmentationSettings, unknown
+from common.errors import DatasetError, unknown
+from config.settings import AugmentationSettings
 from image_data.augmentation import Augmentation, epoch_order
 from image_data.batch_plan import OnDali, OnTensors, Token, Work
-from image_data.dataset import Dataset, DatasetError, Split, too_few
+from image_data.dataset import Dataset, Split, too_few
 from image_data.mixup import Mixing, fill_rectangles
 from image_data.readers import Files, PaddedResident, Resident
-from reports.images import pixels_of
 
 SOURCES = ("auto", "resident", "files", "tensor")
 AHEAD = 3  # batches that wait, finished or in the making, while the consumer works on one
@@ -251,17 +250,3 @@ class Synthetic:
     def epoch(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(start, len(self) if stop is None else stop):
             yield self.images, self.labels
-
-
-def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: int, count: int, epochs: int, seed: int, source: str) -> np.ndarray:
-    """A grid of uint8 pixels (rows, columns, S, S, 3): `count` images, each as it is and as `epochs` epochs show it."""
-    train = dataset.splits["train"]
-    rows = np.linspace(0, len(train) - 1, count).astype(np.int64)
-    few = replace(dataset, splits={"train": train.take(rows)})
-    common = dict(batch_size=count, source=source, image_side=image_side)
-    columns = [next(iter(Batches(few, "train", **common).epoch()))[0]]
-    training = Batches(few, "train", seed=seed, augmentation=replace(augmentation, repeats=1), **common)
-    for epoch in range(epochs):
-        images = next(iter(training.epoch(epoch)))[0]
-        columns.append(images[torch.from_numpy(np.argsort(epoch_order(seed, epoch, count)))])
-    return pixels_of(torch.stack(columns, dim=1), dataset.mean, dataset.std)

@@ -16,22 +16,22 @@ import argparse
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.paths import PROJECT, RUNS
+from common.errors import RunError, SettingsError
+from common.files import write_atomically
+from common.paths import RUNS
 from config.command_line import Parser, at_least_one, in_one_sentence
-from config.settings import SettingsError
+from inference.evaluation import describe, evaluate, open_dataset
 from inference.trained_model import WEIGHTS, Trained
-from records.run_folder import RunError, newest_run, write_atomically
+from records.run_folder import newest_run
 
 if TYPE_CHECKING:
-    from image_data.dataset import Dataset
+    pass
 
-SHOWN_CONFUSIONS = 10
 # The options that each task uses besides `run` and `--runs-dir`; any other is refused rather than ignored.
 USED = {
     "evaluation": {"data_dir", "split", "weights", "precision", "batch_size", "source", "per_class", "json"},
@@ -109,7 +109,7 @@ def predict_images(trained: Trained, args: argparse.Namespace) -> int:
 
 def export_network(trained: Trained, args: argparse.Namespace) -> int:
     """Write the network in the format of --export."""
-    from image_data.dataset import DatasetError
+    from common.errors import DatasetError
     from inference.model_card import write_card
     from inference.onnx_export import export
 
@@ -122,55 +122,6 @@ def export_network(trained: Trained, args: argparse.Namespace) -> int:
     export(trained, args.weights, args.output or trained.record.folder / f"model.{args.export}", dataset)
     print(f"how to use it: {os.path.relpath(write_card(trained.record))}")
     return 0
-
-
-def open_dataset(trained: Trained, folder: Path | None) -> Dataset:
-    """The dataset of the run, or the one in `folder`, to be normalised as in training. Raises DatasetError where it does not fit."""
-    from image_data.dataset import Dataset
-
-    facts = trained.facts["dataset"]
-    dataset = Dataset.open(folder or PROJECT / facts["folder"])
-    check_same_classes(dataset.classes, trained.classes)
-    return normalise_as_trained(dataset, facts)
-
-
-def evaluate(model: Any, batches: Any, num_classes: int, device: Any, autocast: bool, show: bool) -> dict[str, Any]:
-    """Sums over the split, over all processes: `confusion` int64 (K, K) with rows true, `top5` int, `loss_sum` float."""
-    import torch
-    import torch.distributed as dist
-    import torch.nn.functional as F
-    from tqdm import tqdm
-
-    dtype = next(model.parameters()).dtype
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    top5 = torch.zeros((), dtype=torch.int64, device=device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    precision = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
-    with torch.inference_mode(), precision:
-        for images, labels in tqdm(batches.epoch(), total=len(batches), unit="batch", leave=False, disable=not show):
-            scores, real = model(images.to(dtype)).float(), labels >= 0
-            best = scores.topk(min(5, num_classes)).indices
-            confusion += torch.bincount((labels * num_classes + best[:, 0])[real], minlength=num_classes**2)
-            top5 += (best == labels[:, None]).sum()
-            loss_sum += F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum").double()
-    for total in (confusion, top5, loss_sum):
-        dist.all_reduce(total)
-    return {"confusion": confusion.view(num_classes, num_classes).cpu().numpy(), "top5": top5.item(), "loss_sum": loss_sum.item()}
-
-
-def describe(result: dict[str, Any], classes: list[str]) -> dict[str, Any]:
-    """The counts of a report for programs, ready for JSON."""
-    confusion = result["confusion"]
-    seen, correct = int(confusion.sum()), int(np.trace(confusion))
-    wrong = confusion - np.diag(np.diag(confusion))
-    worst = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
-    pairs = [divmod(int(i), len(classes)) for i in worst if wrong.flat[i]]
-    return {
-        "correct": correct, "correct_top5": result["top5"], "seen": seen,
-        "accuracy": correct / seen, "top5_accuracy": result["top5"] / seen, "loss": result["loss_sum"] / seen,
-        "per_class": {name: {"correct": int(confusion[i, i]), "seen": int(confusion[i].sum())} for i, name in enumerate(classes)},
-        "worst_confusions": [{"true": classes[t], "predicted": classes[p], "count": int(wrong[t, p])} for t, p in pairs],
-    }
 
 
 def print_report(report: dict[str, Any], all_classes: bool) -> None:
@@ -190,26 +141,6 @@ def print_report(report: dict[str, Any], all_classes: bool) -> None:
     print(f"{name} loss: {report['loss']:.4f}")
     print(f"{name} top-5 accuracy: {100 * report['top5_accuracy']:.2f}% ({report['correct_top5']}/{report['seen']})")
     print(f"{name} accuracy: {100 * report['accuracy']:.2f}% ({report['correct']}/{report['seen']})")
-
-
-def check_same_classes(found: list[str], trained: list[str]) -> None:
-    """Refuse a dataset whose labels mean something else than they did in training. Raises DatasetError."""
-    from image_data.dataset import DatasetError
-
-    if found != trained:
-        odd = next((f"{a!r} instead of {b!r}" for a, b in zip(found, trained, strict=False) if a != b), f"{len(found)} instead of {len(trained)}")
-        raise DatasetError(f"the dataset's classes are not the run's ({odd}); give the dataset it was trained on with --data-dir")
-
-
-def normalise_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
-    """The dataset with the mean and std that the network was trained with. Raises DatasetError for another image side."""
-    from dataclasses import replace
-
-    from image_data.dataset import DatasetError
-
-    if dataset.image_side != trained["image_side"]:
-        raise DatasetError(f"the dataset has images of side {dataset.image_side}, the run was trained on {trained['image_side']}")
-    return replace(dataset, mean=tuple(trained["mean"]), std=tuple(trained["std"]))
 
 
 def parse_arguments() -> argparse.Namespace:

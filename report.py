@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.errors import RunError, SettingsError
 from common.paths import PROJECT, RUNS
 from config.command_line import Parser, at_least_one, in_one_sentence
-from config.settings import Settings, SettingsError
+from config.settings import Settings
 from records.run_data import RunData
-from records.run_folder import RunError, newest_run
+from records.run_folder import newest_run
 
 if TYPE_CHECKING:
     from image_data.dataset import Dataset
@@ -78,8 +79,8 @@ def compare(runs: list[RunData], path: Path) -> None:
 
 def inspect(run: RunData, args: argparse.Namespace) -> Inspection | None:
     """Run the network over a split of the data. None, with a note, where the dataset or the weights are not there."""
+    from common.errors import DatasetError
     from dali_pipeline import Batches
-    from image_data.dataset import DatasetError
     from reports.pictures import Inspection
     from reports.predictions import mistakes, predict
 
@@ -101,8 +102,8 @@ def inspect(run: RunData, args: argparse.Namespace) -> Inspection | None:
 
 def load(run: RunData, split: str, args: argparse.Namespace) -> tuple[Dataset, Any, Any]:
     """The dataset as training normalised it, the network, its device. Raises DatasetError or RunError."""
-    from evaluate import check_same_classes, normalise_as_trained
     from image_data.dataset import Dataset
+    from inference.evaluation import check_same_classes, normalise_as_trained
     from inference.trained_model import load_model
     from parallel.process_group import pick_device
 
@@ -120,7 +121,8 @@ def load(run: RunData, split: str, args: argparse.Namespace) -> tuple[Dataset, A
 
 def attention_of(run: RunData, model: Any, dataset: Dataset, split: str, source: dict[str, Any]) -> tuple[Any, Any, list[str]] | str:
     """Some images from all over the split, their attention maps and classes; or why there are none."""
-    from reports.predictions import attention_maps, look_at, pixels_of
+    from image_data.pixels import pixels_of
+    from reports.predictions import attention_maps, look_at
 
     settings, labels = Settings.from_dict(run.facts["settings"]).model, dataset.splits[split].labels
     if settings.architecture != "vit":

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.options import add_data, add_settings, keep
 from benchmarks.lib.timing import alternate, machine, spread, synchronise
-from comparison.run_queue import visible_gpus
+from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, in_one_sentence
 from config.settings import resolve
 from optim.lr_schedule import Schedule
 from records.checkpoint_store import Checkpoints, Interval
-from records.run_folder import Progress, RunRecord, provenance
+from records.provenance import provenance
+from records.run_folder import Progress, RunRecord
 
 if TYPE_CHECKING:
     from dali_pipeline import Batches
@@ -42,7 +43,7 @@ def main() -> int:
     from image_data.dataset import Dataset
     from model import build_model
     from parallel.strategies import engine_class
-    from training.resume import facts_of
+    from training.run_facts import facts_of
 
     settings = resolve(args.preset, args.set, strategy=args.strategy)
     dataset = Dataset.open(args.data_dir)

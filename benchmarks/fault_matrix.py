@@ -31,9 +31,10 @@ from benchmarks.lib.faults import FAULTS, Round, TooLate, small_disk
 from benchmarks.lib.options import keep, some_of
 from benchmarks.lib.timing import machine
 from config.command_line import Parser, at_least_one
-from prepare_dataset import prepare
+from image_data.preparation.prepare import prepare
 from records.checkpoint_store import UNFINISHED
-from records.run_folder import RunRecord, provenance
+from records.provenance import provenance
+from records.run_folder import RunRecord
 
 # Dropout and augmentation are on, so that a resumed run has random numbers to get wrong; a part is held out, so that there is
 # a best checkpoint. 240 images make 3 steps an epoch.

@@ -24,10 +24,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.gpu_check_parts import FIRST, PARTS, Check, NotReached, Part, Skipped
 from benchmarks.lib.options import origin
+from common.errors import unknown
+from common.machine import visible_gpus
 from common.paths import PROJECT
-from comparison.run_queue import last_error, visible_gpus
+from common.text import last_error
 from config.command_line import Parser
-from config.settings import unknown
 
 MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
 

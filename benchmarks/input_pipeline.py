@@ -32,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
 from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS, Task, Unavailable
 from benchmarks.lib.options import add_data, add_reports, keep, origin, some_of
-from benchmarks.lib.timing import SETTLE_SECONDS, alternate, available_cores, cpu_seconds, machine, ratios, spread
-from comparison.run_queue import visible_gpus
+from benchmarks.lib.timing import SETTLE_SECONDS, alternate, cpu_seconds, machine, ratios, spread
+from common.errors import DatasetError
+from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, in_one_sentence
-from image_data.dataset import Dataset, DatasetError
+from image_data.dataset import Dataset
+from image_data.preparation.decoding import available_cores
 
 TOLERANCE = 0.1  # between the mean (and standard deviation) of a loader's output and ours, for a job without RandAugment
 

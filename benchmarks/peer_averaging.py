@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables  # noqa: E402
 from benchmarks.lib.options import add_reports, keep, origin, several  # noqa: E402
 from benchmarks.lib.timing import machine  # noqa: E402
+from common.errors import RunError
 from common.paths import PROJECT
 from config.command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
-from records.run_folder import RunError  # noqa: E402
 
 KINDS = {  # name: matchmaking and request seconds
     "torchft": (0.0, 0.0),

@@ -18,10 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import SettingsError, unknown
 from common.paths import PROJECT
-from comparison.experiment import cost  # noqa: E402
+from comparison.variant_costs import cost
 from config.command_line import Parser, in_one_sentence  # noqa: E402
-from config.settings import SettingsError, preset_names, resolve, unknown  # noqa: E402
+from config.settings import preset_names, resolve
 
 DOCUMENT = PROJECT / "docs" / "recipes.md"
 MARKS = re.compile(r"(<!-- plan -->\n).*?(<!-- end -->)", re.DOTALL)

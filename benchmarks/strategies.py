@@ -32,11 +32,13 @@ from benchmarks.lib import strategy_report
 from benchmarks.lib.link_model import Link
 from benchmarks.lib.options import add_data, add_settings, keep, origin, several, some_of
 from benchmarks.lib.process_groups import Failed, Fresh, Start, device_environment, run_group
-from benchmarks.lib.timing import alternate, available_cores, machine, ratios
-from comparison.run_queue import visible_gpus
+from benchmarks.lib.timing import alternate, machine, ratios
+from common.errors import DatasetError, SettingsError
+from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, in_one_sentence
-from config.settings import ParallelSettings, Settings, SettingsError, resolve
-from image_data.dataset import Dataset, DatasetError
+from config.settings import ParallelSettings, Settings, resolve
+from image_data.dataset import Dataset
+from image_data.preparation.decoding import available_cores
 
 WORKER = "benchmarks/lib/strategy_worker.py"
 ONE_PROCESS = "one process"  # plain PyTorch: what all others are compared with

@@ -24,12 +24,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.options import keep, origin  # noqa: E402
 from benchmarks.lib.timing import machine  # noqa: E402
+from common.text import duration
 from config.command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
 from config.settings import resolve  # noqa: E402
 from records.run_data import RunData  # noqa: E402
 from records.run_folder import RunRecord  # noqa: E402
 from reports.page import write_page  # noqa: E402
-from reports.style import duration  # noqa: E402
 from training.trackers import REDRAW_FACTOR, REDRAW_SECONDS, STEP_POINTS, Pictures, StepLosses, TensorBoard, Tracking  # noqa: E402
 from training.utilization import EVERY_SECONDS, Sampler  # noqa: E402
 

@@ -33,12 +33,15 @@ from benchmarks.lib import step_report
 from benchmarks.lib.options import add_data, add_reports, add_settings, keep, origin, some_of
 from benchmarks.lib.peak_flops import measured_flops, peak_flops
 from benchmarks.lib.process_groups import Failed, device_environment, free_port
-from benchmarks.lib.timing import alternate, available_cores, machine
+from benchmarks.lib.timing import alternate, machine
 from benchmarks.strategies import CASES, concerns
-from comparison.run_queue import visible_gpus
+from common.errors import DatasetError, SettingsError
+from common.machine import visible_gpus
+from config.catalog import table_names
 from config.command_line import Parser, at_least_one, in_one_sentence
-from config.settings import Settings, SettingsError, resolve, table_names
-from image_data.dataset import Dataset, DatasetError
+from config.settings import Settings, resolve
+from image_data.dataset import Dataset
+from image_data.preparation.decoding import available_cores
 
 STRATEGIES = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp")
 
@@ -198,7 +201,7 @@ def measured(contender: Contender) -> dict[str, Any]:
 def flops(contender: Contender, data_dir: Path) -> int:
     """Of one image's forward pass."""
     from benchmarks.lib.workload import Subject
-    from comparison.experiment import count_flops
+    from models.cost import count_flops
 
     subject = Subject(contender.settings(), data_dir)
     return count_flops(subject.build().eval(), subject.side, "cpu")

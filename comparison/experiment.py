@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config.settings import Settings, SettingsError, resolve, unknown
+from common.errors import SettingsError, unknown
+from config.settings import Settings, resolve
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,14 +55,6 @@ class Arm:
     idea: str
     overrides: list[str]
     settings: Settings
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a network costs, whatever machine it runs on."""
-
-    parameters: int
-    flops: int  # of one image's forward pass; a multiply-add counts as 2
 
 
 @dataclass(frozen=True)
@@ -208,52 +201,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[str]:
         path = f"{prefix}{key}"
         texts += _flatten(value, f"{path}.") if isinstance(value, dict) else [f"{path}={json.dumps(value, default=str)}"]
     return texts
-
-
-def costs(question: Question, num_classes: int, image_side: int) -> list[Cost]:
-    """Build every arm without memory for its weights, and count. Raises SettingsError that names the arm which cannot be."""
-    found = []
-    for arm in question.arms:
-        try:
-            found.append(cost(arm.settings, num_classes, arm.settings.image_side or image_side))
-        except SettingsError as error:
-            raise SettingsError(f"arm '{arm.name}': {error}") from None
-        except Exception as error:  # of a person's new part: whatever it is, better now than after hours of other arms
-            raise SettingsError(f"arm '{arm.name}' cannot be built: {type(error).__name__}: {error}") from error
-    return found
-
-
-def cost(settings: Settings, num_classes: int, image_side: int) -> Cost:
-    """Parameters, and FLOPs of a forward pass (matrix products and convolutions; the rest is not counted)."""
-    import torch
-
-    from image_data.augmentation import check
-    from model import build_model, count_parameters
-    from optim.lr_schedule import Schedule
-    from optim.optimizers import build_optimizer
-    from parallel.strategies import STRATEGIES
-
-    if settings.strategy not in STRATEGIES:
-        raise SettingsError(unknown("strategy", settings.strategy, list(STRATEGIES)))
-    Schedule(settings.schedule, total_steps=100)
-    check(settings.augmentation)
-    with torch.device("meta"):
-        model = build_model(settings.model, num_classes, image_side).eval()
-    build_optimizer(settings.engine["optimizer"], model, fused=False)
-    try:
-        flops = count_flops(model, image_side, "meta")
-    except Exception:  # a part that looks at values, which the meta device has not
-        flops = count_flops(build_model(settings.model, num_classes, image_side).eval(), image_side, "cpu")
-    return Cost(count_parameters(model), flops)
-
-
-def count_flops(model: Any, image_side: int, device: str) -> int:
-    """FLOPs of one image's forward pass as PyTorch counts them, a multiply-add as 2; attention in its plain form."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(torch.zeros(1, 3, image_side, image_side, device=device))
-    return counter.get_total_flops()

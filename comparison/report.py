@@ -16,10 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from comparison.experiment import Cost, Question
-from comparison.run_queue import Task, without_paths
+from common.files import write_atomically
+from common.text import without_paths
+from comparison.experiment import Question
+from comparison.run_queue import Task
 from comparison.significance import Difference, compare, power_note
-from records.run_folder import RunRecord, differences, provenance, write_atomically
+from config.differences import differences
+from models.cost import Cost
+from records.provenance import provenance
+from records.run_folder import RunRecord
 from reports.style import save
 from reports.variants import accuracy_against, arm_accuracy, arm_curves
 

@@ -7,7 +7,6 @@ from its checkpoint (that is `train.py`'s doing), and one of other settings is n
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import RunError, SettingsError
+from common.machine import visible_gpus
 from common.paths import PROJECT
-from config.settings import Settings, SettingsError
-from records.run_folder import RunError, RunRecord, differences
+from common.text import last_error
+from config.differences import differences
+from config.settings import Settings
+from records.run_folder import RunRecord
 
 LAUNCHER = PROJECT / "launch_local_train.sh"
 LOOK_SECONDS = 0.2  # between looks at the children
@@ -105,21 +108,6 @@ def slots(parallel: int | None) -> list[dict[str, str]]:
     return [{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} for _ in range(count)]
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that the launcher would use, found as it finds them: without loading PyTorch."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return []
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    except OSError:
-        return []
-    found = [str(i) for i in range(len(re.findall(r"^GPU ", listed, re.MULTILINE)))]
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not found or chosen is None:
-        return found
-    return [] if chosen.strip() in ("", "-1") else re.split(r"[ ,]+", chosen.strip())
-
-
 def launch(task: Task, environment: dict[str, str]) -> subprocess.Popen:
     """Start a run, in a session of its own: a Ctrl-C in the terminal is for us, and we tell the children once."""
     command = [str(LAUNCHER), *task.arguments]
@@ -198,15 +186,3 @@ def _problem(task: Task, code: int, stopping: bool) -> str | None:
     if code == 75:
         return "was stopped from outside, and saved; start the same comparison again to go on"
     return last_error(task.log.read_text(errors="replace") if task.log.exists() else "") or f"ended with exit code {code} and said nothing"
-
-
-def last_error(log: str) -> str | None:
-    """The last line of a log that names an error; else its last line. None for an empty log."""
-    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("Training failed")]
-    errors = [line for line in lines if re.match(r"error\b|[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return without_paths((errors or lines)[-1]) if lines else None
-
-
-def without_paths(text: str) -> str:
-    """A text with every path that is absolute, or goes up first, cut to its last part: reports are for other machines too."""
-    return re.sub(r"(?<![\w.:/])(?:/(?:[^\s/'\"]+/)+|(?:\.\./)+(?:[^\s/'\"]+/)*)", "", text)

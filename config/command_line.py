@@ -16,30 +16,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from config.optimizer_defaults import OPTIMIZER_PARAMS
-from config.settings import Settings, SettingsError, preset_names, resolve, table_names
-
-ELSEWHERE = {"learning_rate": "lr", "batch_size": "train_batch_size", "amp": "bf16"}  # what others call a setting
-TABLES = {  # setting -> the table that holds its names
-    "strategy": ("parallel/strategies.py", "STRATEGIES"),
-    "model.architecture": ("models/published/table.py", "ARCHITECTURES"),
-    "model.patch_embedding": ("models/patch_embedding.py", "PATCH_EMBEDDINGS"),
-    "model.position": ("models/patch_embedding.py", "POSITIONS"),
-    "model.pooling": ("models/patch_embedding.py", "POOLINGS"),
-    "model.block": ("model.py", "BLOCKS"),
-    "model.attention": ("models/attention.py", "ATTENTIONS"),
-    "model.feed_forward": ("models/feed_forward.py", "FEED_FORWARDS"),
-}
+from common.errors import UserError
+from config.catalog import names_of, setting_of, settings_like
+from config.settings import preset_names
 
 
 def in_one_sentence(main: Callable[[], int | None]) -> int:
     """Call a script's `main`; the errors of the person's making become one line on the screen. Returns the exit code."""
-    from image_data.dataset import DatasetError
-    from records.run_folder import RunError
-
     try:
         return main() or 0
-    except (SettingsError, DatasetError, RunError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -104,35 +90,6 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def names_of(path: str) -> list[str]:
-    """The names that a setting can have; empty where no table holds them."""
-    if path not in TABLES:
-        return []
-    names = list(table_names(*TABLES[path]))
-    return ["vit", *names, "timm:NAME"] if path == "model.architecture" else names
-
-
-def setting_paths(settings: Settings | None = None) -> list[str]:
-    """The path of every setting that `--set` takes, beside these settings; by default, whichever optimiser they name."""
-    def walk(tree: dict[str, Any], prefix: str) -> list[str]:
-        return [path for key, value in tree.items()
-                for path in (walk(value, f"{prefix}{key}.") if isinstance(value, dict) and not key.endswith("_options") else [f"{prefix}{key}"])]
-
-    tree = (settings or resolve(None, [])).as_dict()
-    if settings is None:
-        tree["engine"]["optimizer"]["params"] = {name: None for params in OPTIMIZER_PARAMS.values() for name in params}
-    return walk({**tree.pop("engine"), **tree}, "")
-
-
-def setting_of(name: str) -> str | None:
-    """The path of the setting that somebody meant who made an option of it: `lr`, `weight-decay`, `model.width`."""
-    name = name.replace("-", "_")
-    name = ELSEWHERE.get(name, name)
-    paths = setting_paths()
-    exact = [path for path in paths if path == name or path.endswith(f".{name}") or path == f"{name}.enabled"]
-    return exact[0] if exact else None
-
-
 def complete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell with what may stand at the cursor, and end the process."""
     import argcomplete
@@ -149,9 +106,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
     argcomplete.autocomplete(parser)
 
 
-def settings_like(prefix: str) -> list[str]:
-    """`path=` of every setting, or `path=name` where the path is complete and a table holds its names."""
-    path, equals, _ = prefix.partition("=")
-    if equals:
-        return [f"{path}={name}" for name in names_of(path)]
-    return [f"{path}=" for path in setting_paths()]
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options --preset and --set."""
+    parser.add_argument("--preset", metavar="NAME", help=f"start from it: {', '.join(preset_names())}, or a .toml file (default: none)")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting: model.width=192; repeat for more")

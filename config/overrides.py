@@ -5,20 +5,10 @@ Used by `config/settings.py`, which knows where a setting lives; nothing here im
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from typing import Any
 
-
-class SettingsError(ValueError):
-    """A setting is unknown, of the wrong type, or not usable; the message names it."""
-
-
-def unknown(kind: str, name: str, known: list[str]) -> str:
-    """The sentence for a name that a table does not hold, with the nearest one suggested."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown {kind} '{name}'{hint} (known: {', '.join(sorted(known))})"
+from common.errors import SettingsError, unknown
 
 
 def merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:

@@ -15,7 +15,6 @@ own parameters (`config/optimizer_defaults.py`). Nothing here imports PyTorch.
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import json
@@ -24,15 +23,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from common.paths import DS_CONFIG, PRESETS, PROJECT
+from common.errors import SettingsError, unknown
+from common.paths import DS_CONFIG, PRESETS
 from config.optimizer_defaults import OPTIMIZER_PARAMS
-from config.overrides import SettingsError, fit, merge_dataclass, merge_dict, unknown
+from config.overrides import fit, merge_dataclass, merge_dict
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
 
 
 @dataclass
@@ -192,31 +191,6 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
 def preset_names() -> list[str]:
     """The presets that come with the project."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
-
-
-def table_names(file: str, table: str) -> dict[str, str]:
-    """Names and first docstring lines of a table such as FEED_FORWARDS, read from the source without importing it.
-
-    Importing `models/feed_forward.py` would import PyTorch, which is too slow for `--help`.
-    """
-    tree = ast.parse((PROJECT / file).read_text(encoding="utf-8"))
-    docs = _first_lines(tree)
-    for node in tree.body:  # entries that the table's file imports from a file beside it
-        if isinstance(node, ast.ImportFrom) and node.module and (source := PROJECT / f"{node.module.replace('.', '/')}.py").is_file():
-            there = _first_lines(ast.parse(source.read_text(encoding="utf-8")))
-            docs.update({alias.asname or alias.name: there.get(alias.name, "") for alias in node.names})
-    for node in tree.body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
-        if any(getattr(target, "id", None) == table for target in targets):
-            entries = zip(node.value.keys, node.value.values, strict=True)
-            return {name.value: docs.get(getattr(part, "id", ""), getattr(part, "value", "")) for name, part in entries}
-    raise LookupError(f"{file} has no table {table}")
-
-
-def _first_lines(tree: ast.Module) -> dict[str, str]:
-    """First docstring line of every class and function at the top of a source file."""
-    named = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
-    return {node.name: (ast.get_docstring(node) or "").split("\n")[0] for node in named}
 
 
 def _read_engine_file() -> dict[str, Any]:

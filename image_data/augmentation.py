@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config.settings import AugmentationSettings, SettingsError, unknown
+from common.errors import SettingsError, unknown
+from config.settings import AugmentationSettings
 from image_data.auto_augment import AutoAugment, ColorJitter, Level, RandAugment, TrivialAugment, choose
 
 POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")

@@ -23,13 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import DatasetError
+
 FORMAT = 1
 LIST_FILES = {"train": "training_file_list.txt", "test": "test_file_list.txt"}
 DEFAULT = "cifar100"  # trained on where nothing else is named
-
-
-class DatasetError(ValueError):
-    """The dataset cannot be used; the message names the file and the mend."""
 
 
 def too_few(split: str, images: int, batch: int) -> DatasetError:

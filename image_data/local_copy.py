@@ -12,8 +12,9 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common.errors import DatasetError
 from common.progress import progress
-from image_data.dataset import LIST_FILES, Dataset, DatasetError
+from image_data.dataset import LIST_FILES, Dataset
 
 COPY_THREADS = 16  # small files: latency, not bandwidth, is what costs
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from image_data.dataset import DatasetError
+from common.errors import DatasetError
 
 
 class Resident:

@@ -11,9 +11,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from config.settings import Settings, SettingsError, resolve
+from common.errors import SettingsError
+from common.files import write_atomically
+from config.differences import differences
+from config.settings import Settings, resolve
 from inference.trained_model import WEIGHTS, Trained
-from records.run_folder import RunRecord, differences, write_atomically
+from records.run_folder import RunRecord
 
 
 def write_card(record: RunRecord) -> Path:
@@ -69,7 +72,8 @@ def num_parameters(trained: Trained) -> int:
     """Trainable ones, counted in a network without memory for its weights."""
     import torch
 
-    from model import build_model, count_parameters
+    from model import build_model
+    from models.cost import count_parameters
 
     with torch.device("meta"):
         return count_parameters(build_model(trained.settings.model, len(trained.classes), trained.side))

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.errors import RunError
 from image_data.dataset import Dataset
 from inference.predict_images import fit, read_image
 from inference.trained_model import Trained
-from records.run_folder import RunError
 
 CHECKED = 500  # images, spread over the test split
 TOLERANCE = 1e-3  # of the largest score; fp32 sums in another order differ by 1e-6

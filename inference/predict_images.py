@@ -24,11 +24,12 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
+from common.errors import RunError
+from common.files import write_atomically
 from common.progress import progress
 from image_data.preparation.decoding import available_cores, decode_image
 from image_data.preparation.image_tree import IMAGE_SUFFIXES
 from inference.trained_model import Trained
-from records.run_folder import RunError, write_atomically
 
 SHOWN = 5  # classes an image
 ENDINGS = IMAGE_SUFFIXES | {".gif", ".avif", ".tga", ".ico"}  # what is an image in a folder; a file named by itself may end as it likes

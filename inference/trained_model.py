@@ -16,9 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config.settings import Settings, unknown
+from common.errors import RunError, unknown
+from config.settings import Settings
 from image_data.augmentation import CENTRE_CROP
-from records.run_folder import RunError, RunRecord
+from records.run_folder import RunRecord
 
 if TYPE_CHECKING:
     import torch

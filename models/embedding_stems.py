@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.settings import SettingsError, unknown
+from common.errors import SettingsError, unknown
 from models.parts import Dimensions
 
 NORMS = {

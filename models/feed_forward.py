@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 from models.parts import Dimensions, make_part, part_options
 from models.tree_feed_forward import FFF, FFFFanOut
 

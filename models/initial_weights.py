@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 
 Weights = dict[str, Tensor]
 

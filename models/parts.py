@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from config.settings import SettingsError, unknown
+from common.errors import SettingsError, unknown
 
 
 @dataclass(frozen=True)

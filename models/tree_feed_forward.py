@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.settings import SettingsError, unknown
+from common.errors import SettingsError, unknown
 from models.parts import Dimensions
 
 

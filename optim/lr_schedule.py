@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from config.settings import ScheduleSettings, SettingsError, unknown
+from common.errors import SettingsError, unknown
+from config.settings import ScheduleSettings
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) float32, labels (B,) int64 with -1 for padding
 

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from config.settings import SettingsError, unknown
+from common.errors import SettingsError, unknown
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of an unused CUDA toolkit on a machine without a GPU
 

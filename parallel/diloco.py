@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from config.settings import ParallelSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import ParallelSettings
 
 
 def check_outer(chosen: ParallelSettings) -> None:

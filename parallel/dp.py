@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 from parallel.torch_engine import PlainEngine
 
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from config.settings import EmaSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import EmaSettings
 from optim.optimizers import averaged_weights
 from parallel.buffers import persistent_buffers
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config.settings import Settings, SettingsError
-from model import count_parameters
+from common.errors import SettingsError
+from config.settings import Settings
+from models.cost import count_parameters
 from optim.lr_schedule import Schedule
 from optim.optimizers import COUNT_STEPS, check_optimizer
 from parallel import process_group

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 from optim.accum_adam import AccumAdam
-from optim.optimizers import parameter_groups
+from optim.param_groups import parameter_groups
 from parallel import process_group
 from parallel.buffers import mean_over
 from parallel.multi_worker import WorkersEngine

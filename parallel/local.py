@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import process_group
+from parallel import tensor_transfer
 from parallel.buffers import mean_over
 from parallel.diloco import OuterStep, check_outer
 from parallel.multi_worker import WorkersEngine
@@ -52,4 +52,4 @@ class Engine(WorkersEngine):
             outer = {key: value for key, value in state.items() if key.startswith("outer/")}
             workers = {key: value for key, value in state.items() if key not in outer}
         super().scatter_state(workers)
-        self.outer.set_state(process_group.share(outer))
+        self.outer.set_state(tensor_transfer.share(outer))

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config.settings import SettingsError
-from parallel import process_group
+from common.errors import SettingsError
+from parallel import tensor_transfer
 from parallel.buffers import mean_over, persistent_buffers
 from parallel.torch_engine import PlainEngine
 
@@ -59,7 +59,7 @@ class WorkersEngine(PlainEngine):
     # --- every worker's state, under its number ------------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
-        states = process_group.collect(self.state_tensors(keep=True))
+        states = tensor_transfer.collect(self.state_tensors(keep=True))
         return None if states is None else {f"{rank}/{key}": t for rank, state in enumerate(states) for key, t in state.items()}
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
@@ -69,7 +69,7 @@ class WorkersEngine(PlainEngine):
             for key, tensor in state.items():
                 rank, _, rest = key.partition("/")
                 states[int(rank)][rest] = tensor
-        self.set_state_tensors(process_group.deal(states))
+        self.set_state_tensors(tensor_transfer.deal(states))
 
     def check_state(self, facts: dict[str, Any]) -> None:
         super().check_state(facts)

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from config.settings import Settings, SettingsError
-from parallel import engine, process_group, zero
+from common.errors import SettingsError
+from config.settings import Settings
+from parallel import engine, tensor_transfer, zero
 from parallel.batch_sizes import Batch
 from parallel.pipeline_stages import cut_layers, even_out
 from parallel.zero_state import gather, gather_weights, keys_of
@@ -144,11 +145,11 @@ class Engine(zero.Engine):
 
     def _joined(self, mine: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """What the stages of the first replica hold, on the main process; None elsewhere. Collective."""
-        states = process_group.collect(mine or {})
+        states = tensor_transfer.collect(mine or {})
         return None if states is None else {key: value for state in states for key, value in state.items()}
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
-        state = process_group.share(state)
+        state = tensor_transfer.share(state)
 
         def receive(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             return state[key].to(self.device, dtype)

@@ -11,8 +11,9 @@ import torch
 from deepspeed.runtime.utils import partition_balanced
 from torch import nn
 
-from config.settings import Settings, SettingsError, unknown
-from model import count_parameters
+from common.errors import SettingsError, unknown
+from config.settings import Settings
+from models.cost import count_parameters
 
 PARTITIONS = ("parameters", "uniform", "time")
 TIMED_PASSES = 3  # after one to warm up; the fastest counts

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -97,50 +96,19 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-State = dict[str, Tensor]
+def limit_waits(at_least: float = 0.0) -> None:
+    """Let a process wait HANG_SECONDS for the others in any exchange before it gives up, or `at_least` seconds if that is more.
 
+    A rank that hangs without dying is noticed by nothing else, and the groups that DeepSpeed makes wait for 10 to 30 minutes.
+    Without HANG_SECONDS (cluster/ sets it), or without other processes, PyTorch's own limits stay. Call it when all groups
+    are there.
+    """
+    import torch.distributed as dist
 
-def share(state: State | None) -> State:
-    """The main process's tensors, on the CPU of every process. Collective."""
-    if dist.get_world_size() == 1:
-        return state
-    box = [[(key, value.shape, value.dtype) for key, value in state.items()] if state is not None else None]
-    dist.broadcast_object_list(box, src=0, group=control_group())
-    shared = {}
-    for key, shape, dtype in box[0]:
-        shared[key] = state[key] if state is not None else torch.empty(shape, dtype=dtype)
-        dist.broadcast(shared[key], src=0, group=control_group())
-    return shared
-
-
-def collect(state: State) -> list[State] | None:
-    """The CPU tensors of every process, by rank, on the main process; None elsewhere. Collective."""
-    if dist.get_rank():
-        _send(state, 0)
-        return None
-    return [state, *(_receive(rank) for rank in range(1, dist.get_world_size()))]
-
-
-def deal(states: list[State] | None) -> State:
-    """The inverse of `collect`: to each process its own. Collective."""
-    if dist.get_rank():
-        return _receive(0)
-    for rank, state in enumerate(states):
-        if rank:
-            _send(state, rank)
-    return states[0]
-
-
-def _send(state: State, rank: int) -> None:
-    dist.send_object_list([[(key, value.shape, value.dtype) for key, value in state.items()]], rank, group=control_group())
-    for value in state.values():
-        dist.send(value, rank, group=control_group())
-
-
-def _receive(rank: int) -> State:
-    box: list = [None]
-    dist.recv_object_list(box, rank, group=control_group())
-    state = {key: torch.empty(shape, dtype=dtype) for key, shape, dtype in box[0]}
-    for value in state.values():
-        dist.recv(value, rank, group=control_group())
-    return state
+    limit = float(os.environ.get("HANG_SECONDS") or 0)
+    if not limit or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    c10d = dist.distributed_c10d
+    for group in list(c10d._world.pg_names):  # private, and the only way to reach the groups that DeepSpeed made
+        if isinstance(group, dist.ProcessGroup):
+            c10d._set_pg_timeout(timedelta(seconds=max(limit, at_least)), group)

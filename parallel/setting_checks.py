@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from config.settings import ParallelSettings, Settings, SettingsError
+from common.errors import SettingsError
+from config.settings import ParallelSettings, Settings
 from optim.optimizers import OWN_AVERAGE
 
 # The keys of ds_config.json that every strategy honours. `optimizer` is checked by the optimiser, which knows its own.

@@ -9,7 +9,6 @@ import os
 import re
 import socket
 from collections.abc import MutableMapping
-from datetime import timedelta
 
 FIRST_PORT, NUM_PORTS = 20000, 12000  # under 32768, so that no outgoing connection has taken it
 
@@ -69,34 +68,3 @@ def expand_nodes(text: str) -> list[str]:
             expanded = [name + choice for name in expanded for choice in choices]
         names += expanded
     return names
-
-
-def limit_waits(at_least: float = 0.0) -> None:
-    """Let a process wait HANG_SECONDS for the others in any exchange before it gives up, or `at_least` seconds if that is more.
-
-    A rank that hangs without dying is noticed by nothing else, and the groups that DeepSpeed makes wait for 10 to 30 minutes.
-    Without HANG_SECONDS (cluster/ sets it), or without other processes, PyTorch's own limits stay. Call it when all groups
-    are there.
-    """
-    import torch.distributed as dist
-
-    limit = float(os.environ.get("HANG_SECONDS") or 0)
-    if not limit or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    c10d = dist.distributed_c10d
-    for group in list(c10d._world.pg_names):  # private, and the only way to reach the groups that DeepSpeed made
-        if isinstance(group, dist.ProcessGroup):
-            c10d._set_pg_timeout(timedelta(seconds=max(limit, at_least)), group)
-
-
-def make_deterministic() -> None:
-    """Let PyTorch take, on a GPU, the kernels that give the same bits every time. Before anything has used the GPU.
-
-    Raises later, as a RuntimeError of PyTorch's, where a part of the network has no such kernel.
-    """
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False

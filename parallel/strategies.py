@@ -7,7 +7,7 @@ from importlib import import_module
 
 import torch
 
-from config.settings import SettingsError, unknown
+from common.errors import SettingsError, unknown
 from parallel.batch_sizes import Counts
 from parallel.engine import Engine
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from config.settings import SettingsError, unknown
+from common.errors import SettingsError, unknown
 
 Round = list[list[int]]  # groups of workers; each worker is in exactly one
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer, restore_counters, scalars_of
-from parallel import engine, process_group
+from parallel import engine, process_group, tensor_transfer
 from parallel.batch_sizes import Batch, BatchSizes
 from parallel.buffers import BufferKeeper, persistent_buffers
 from parallel.engine import build_seeded
@@ -142,7 +142,7 @@ class PlainEngine(engine.Engine):
         return self._full(named, keep=self.is_main)
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
-        self.set_state_tensors(process_group.share(state))
+        self.set_state_tensors(tensor_transfer.share(state))
 
     def state_tensors(self, keep: bool) -> dict[str, Tensor] | None:
         """The state of this process's model as full fp32 CPU tensors, None unless it is to keep them. Collective."""

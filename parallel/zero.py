@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config.settings import Settings, SettingsError
+from common.errors import SettingsError
+from config.settings import Settings
 from optim.lr_schedule import Schedule
 from optim.muon import Muon
 from optim.optimizers import WHOLE_NORMS, build_optimizer, restore_counters

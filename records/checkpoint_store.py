@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records.run_folder import RunError, flush_to_disk
+from common.errors import RunError
+from common.files import flush_to_disk, gigabytes, room_left, sum_of
 
 STATE, ENGINE, PROGRESS, SUMS = "state.safetensors", "engine.json", "progress.json", "SHA256SUMS"
 UNFINISHED, DAMAGED = "unfinished-", "damaged-"
@@ -199,15 +200,6 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def sum_of(path: Path) -> str:
-    """The SHA-256 digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # --- room ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,15 +209,3 @@ def room_needed(num_values: int, keep: int) -> int:
     A checkpoint holds `num_values` fp32 values, the weights are a third of them at most (Adam keeps two numbers a parameter).
     """
     return BYTES_A_VALUE * (num_values * (keep + 2) + num_values)
-
-
-def room_left(folder: Path) -> int:
-    """Bytes that may still be written where `folder` is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def gigabytes(count: int) -> str:
-    """A number of bytes for a person."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config.settings import resolve
+from common.files import read_lines
 from records.run_folder import RunRecord
 
 Series = tuple[list[float], list[float]]
@@ -58,22 +57,3 @@ class RunData:
         split = "test" if "test_accuracy" in last else "validation"
         of = "held-out" if split == "validation" else "test"
         return f"{self.name}: {100 * last[f'{split}_accuracy']:.2f}% {of} accuracy after {last['epoch']} epoch{'s' if last['epoch'] > 1 else ''}"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; a torn last one (power cut) is left out, a file that is not there is empty."""
-    lines = path.read_text().split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
-def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Dotted paths of a tree of settings, and their values."""
-    if not isinstance(tree, dict) or not tree:
-        return [(path, tree)]
-    return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
-
-
-def changed_settings(settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What is not the default: path, value, default (None for a setting that the defaults do not have)."""
-    defaults = dict(leaves(resolve(None, []).as_dict()))
-    return [(path, value, defaults.get(path)) for path, value in leaves(settings) if value != defaults.get(path)]

@@ -17,23 +17,16 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import socket
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from common.paths import PROJECT, RUNS
+from common.errors import RunError
+from common.files import write_atomically
+from common.paths import RUNS
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems that know no locks: nobody is kept out there
-
-
-class RunError(ValueError):
-    """The run cannot go on, or its folder cannot be used as asked; the message says why and what to do."""
 
 
 @dataclass
@@ -163,66 +156,9 @@ class RunRecord:
             self._lock = None
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a machine that loses power, sees the old content or the new, nothing between.
-
-    Raises:
-        RunError: it cannot be written; the old content is as it was.
-    """
-    temporary = path.with_name(path.name + ".unfinished")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunError(f"{os.path.relpath(path)} could not be written ({error.strerror}); what stood there before is untouched. "
-                       "Mend the disk and start again") from error
-
-
-def flush_to_disk(path: Path, forget: bool = False) -> None:
-    """Return when the disk has the file or folder; `forget` lets the next reader ask the disk rather than the memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if forget:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
 def newest_run(runs: Path) -> Path:
     """The run folder in `runs` whose metrics or start are the most recent. Raises RunError when there is none."""
     found = [path.parent for path in runs.glob("*/run.json")]
     if not found:
         raise RunError(f"there is no run in {runs} yet; start one with ./launch_local_train.sh")
     return max(found, key=lambda folder: max(file.stat().st_mtime for file in folder.glob("*.json*")))
-
-
-def provenance() -> dict[str, Any]:
-    """Command, commit and versions: what a reader needs to run this again."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True).stdout.strip()
-
-    packages = ("torch", "torchvision", "deepspeed", "torchft", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-        "versions": versions,
-    }
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two trees of settings, one readable text a leaf."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [text for key in sorted(old.keys() | new.keys())
-                for text in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
-    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]

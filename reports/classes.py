@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.text import shorten
 from reports.cifar100_superclasses import groups_of
-from reports.style import BLUE, ORANGE, finish, make_figure, set_title, shorten
+from reports.style import BLUE, ORANGE, finish, make_figure, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.text import shorten
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from records.run_data import RunData
-from reports.style import BLACK, BLUE, COLOURS, ORANGE, SKY, SPLITS, finish, make_figure, set_title, shorten, whole_epochs
+from reports.style import BLACK, BLUE, COLOURS, ORANGE, SKY, SPLITS, finish, make_figure, set_title, whole_epochs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,25 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reports.style import make_figure, set_title, shorten
+from common.text import shorten
+from reports.style import make_figure, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from reports.predictions import Mistake
 
 MISTAKES_A_ROW = 6
 MOST_BLOCKS = 6  # of a deep network, the first, the last and some between
-
-
-def pixels_of(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Normalised images (..., 3, S, S) as they look: uint8 (..., S, S, 3)."""
-    import torch
-
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
-    pixels = (images.float().cpu() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return pixels.movedim(-3, -1).numpy()
 
 
 def sheet(grid: np.ndarray) -> np.ndarray:

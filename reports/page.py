@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from common.files import write_atomically
 from common.paths import PROJECT
-from records.run_data import RunData, changed_settings, leaves
-from records.run_folder import write_atomically
+from common.text import duration
+from config.differences import changed_settings, leaves
+from records.run_data import RunData
 from reports.pictures import Inspection, Picture, pictures_of
-from reports.style import duration, embed
+from reports.style import embed
 
 CSS = PROJECT / "reports" / "page.css"
 FILES = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from config.settings import ModelSettings
-from models.patch_embedding import POOLINGS
-from reports.images import pixels_of
+from image_data.pixels import pixels_of
+from models.pooling import POOLINGS
 
 if TYPE_CHECKING:
     from dali_pipeline import Batches

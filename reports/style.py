@@ -67,20 +67,6 @@ def whole_epochs(axes: Any, last: float) -> None:
     axes.xaxis.get_major_locator().set_params(integer=last >= 2)
 
 
-def shorten(text: str, length: int) -> str:
-    """A name of at most `length` letters; the middle goes, because long names often differ at their ends."""
-    tail = (length - 1) // 3
-    return text if len(text) <= length else text[: length - 1 - tail] + "…" + text[len(text) - tail:]
-
-
-def duration(seconds: float) -> str:
-    """A span of time as people say it: 92 s, 15 min, 3 h 05 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def in_time_unit(seconds: list[float]) -> tuple[list[float], str]:
     """The same times in the unit that suits the longest of them, and its name."""
     longest = max(seconds, default=0.0)

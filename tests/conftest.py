@@ -14,7 +14,7 @@ from launching import STUB, fake
 from small_runs import TEST_PER_CLASS, TINY, TRAIN_PER_CLASS
 
 from common.paths import PROJECT
-from prepare_dataset import prepare
+from image_data.preparation.prepare import prepare
 from records.run_folder import RunRecord
 
 LONGEST = ("test_several_hosts.py", "test_peer_engine.py", "test_recipes.py", "test_documentation.py", "test_zero.py", "test_gossip.py",

@@ -12,9 +12,11 @@ from torch import nn
 
 import compare
 from common.paths import PROJECT
-from comparison.experiment import costs, read
-from comparison.run_queue import StopSignal, Task, last_error, run_all
+from common.text import last_error
+from comparison.experiment import read
+from comparison.run_queue import StopSignal, Task, run_all
 from comparison.time_budget import steps_for
+from comparison.variant_costs import costs
 from models import feed_forward as feedforward
 from records.run_folder import RunRecord
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from config.settings import AugmentationSettings, SettingsError
-from dali_pipeline import Batches, preview
-from image_data.dataset import Dataset, DatasetError
-from prepare_dataset import prepare
+from common.errors import DatasetError, SettingsError
+from config.settings import AugmentationSettings
+from dali_pipeline import Batches
+from image_data.dataset import Dataset
+from image_data.preparation.prepare import prepare
+from tools.preview_augmentation import preview
 
 SOURCES = ("resident", "files", "tensor")
 HEAVY = AugmentationSettings(policy="rand_augment", erasing=0.5, mixup=0.8, cutmix=1.0)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Done, launch, run
+from programs import launch, run
 from safetensors.torch import load_file, save_file
 from small_runs import TEST_PER_CLASS
 
-from prepare_dataset import prepare
+from benchmarks.lib.forked_programs import Done
+from image_data.preparation.prepare import prepare
 from records.run_folder import RunRecord
 
 NUM_TEST = 10 * TEST_PER_CLASS

@@ -22,8 +22,8 @@ from trees import WRITTEN, noise, refusal, save, tree_files, written
 
 from common.paths import PROJECT
 from image_data.preparation.drawn_shapes import SHAPES
-from image_data.preparation.image_tree import looks_like_jpeg
-from prepare_dataset import PrepareError, prepare
+from image_data.preparation.image_tree import PrepareError, looks_like_jpeg
+from image_data.preparation.prepare import prepare
 
 REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "data" / "cifar100.zip"))
 

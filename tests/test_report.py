@@ -22,11 +22,14 @@ from programs import run as run_script
 from small_runs import TEST_PER_CLASS
 
 import report
+from common.files import read_lines
+from common.text import duration, shorten
+from config.differences import changed_settings
 from config.settings import ModelSettings
 from model import build_model
 from models.attention import ATTENTIONS
-from models.patch_embedding import POOLINGS
-from records.run_data import RunData, changed_settings, read_lines
+from models.pooling import POOLINGS
+from records.run_data import RunData
 from records.run_folder import RunRecord
 from reports import classes, curves, images
 from reports import utilization as machine
@@ -34,7 +37,7 @@ from reports.cifar100_superclasses import SUPERCLASSES, groups_of
 from reports.page import page
 from reports.pictures import Inspection, pictures_of
 from reports.predictions import Predictions, attention_maps, attention_weights
-from reports.style import duration, in_time_unit, shorten
+from reports.style import in_time_unit
 
 CIFAR_100 = sorted(name for members in SUPERCLASSES.values() for name in members)
 

@@ -14,9 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.errors import RunError
 from common.paths import RESULTS
 from config.command_line import Parser, in_one_sentence
-from records.run_folder import RunError, RunRecord
+from records.run_folder import RunRecord
 
 
 def kept(record: RunRecord, note: str | None = None) -> dict[str, Any]:

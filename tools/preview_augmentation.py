@@ -6,19 +6,25 @@ Each row is a training image as it is, then as some epochs will show it.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from common.paths import DATA
 from config.command_line import Parser, at_least_one
-from config.settings import preset_names, resolve
+from config.settings import AugmentationSettings, preset_names, resolve
+from dali_pipeline import Batches
+from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
+from image_data.pixels import pixels_of
 
 
 def main() -> None:
     args = parse_arguments()
     settings = resolve(args.preset, args.set)
     dataset = Dataset.open(args.data_dir)
-    from dali_pipeline import preview
     from reports.images import image_grid
     from reports.style import save
 
@@ -40,3 +46,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=at_least_one, default=12, metavar="N", help="versions of each, the columns after the original (default: 12)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and augmentation (default: 0)")
     return parser.parse_args()
+
+
+def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: int, count: int, epochs: int, seed: int, source: str) -> np.ndarray:
+    """A grid of uint8 pixels (rows, columns, S, S, 3): `count` images, each as it is and as `epochs` epochs show it."""
+    train = dataset.splits["train"]
+    rows = np.linspace(0, len(train) - 1, count).astype(np.int64)
+    few = replace(dataset, splits={"train": train.take(rows)})
+    common = dict(batch_size=count, source=source, image_side=image_side)
+    columns = [next(iter(Batches(few, "train", **common).epoch()))[0]]
+    training = Batches(few, "train", seed=seed, augmentation=replace(augmentation, repeats=1), **common)
+    for epoch in range(epochs):
+        images = next(iter(training.epoch(epoch)))[0]
+        columns.append(images[torch.from_numpy(np.argsort(epoch_order(seed, epoch, count)))])
+    return pixels_of(torch.stack(columns, dim=1), dataset.mean, dataset.std)

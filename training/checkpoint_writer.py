@@ -15,11 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
+from common.errors import RunError
+from common.files import write_atomically
 from inference.trained_model import Trained
-from parallel.slurm import limit_waits
-from parallel.strategies import Engine
+from parallel.engine import Engine
+from parallel.process_group import limit_waits
 from records.checkpoint_store import ENGINE, PROGRESS, Checkpoints, Interval
-from records.run_folder import Progress, RunError, RunRecord, write_atomically
+from records.run_folder import Progress, RunRecord
 
 SAVE_SECONDS = 1800.0  # that a checkpoint may take before the processes that wait for it give up
 

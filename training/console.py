@@ -15,7 +15,7 @@ import time
 import warnings
 from typing import Any, TextIO
 
-from reports.style import duration
+from common.text import duration
 
 QUIET, NORMAL, VERBOSE = range(3)
 PULSE_SECONDS = 120.0  # between lines of a long epoch in a log file

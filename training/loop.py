@@ -16,19 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import RunError
+from config.differences import changed_settings
 from config.settings import Settings
 from dali_pipeline import Batches
 from image_data.dataset import Dataset
 from inference.model_card import write_card
-from parallel.slurm import limit_waits
-from parallel.strategies import Counts, Engine
+from parallel.batch_sizes import Counts
+from parallel.engine import Engine
+from parallel.process_group import limit_waits
 from records.checkpoint_store import Checkpoints
-from records.run_data import changed_settings
-from records.run_folder import Progress, RunError, RunRecord
+from records.run_folder import Progress, RunRecord
 from training.checkpoint_writer import Saver
 from training.console import QUIET, VERBOSE, Screen
 from training.non_finite import CURE, MOST_IN_A_ROW, NonFiniteLoss, StepWatch, describe, judge
-from training.resume import begin, conditions, facts_of, keep_validation_list
+from training.resume import begin, keep_validation_list
+from training.resume_conditions import conditions
+from training.run_facts import facts_of
 from training.trackers import Tracking, first_images, start_tracking
 
 FLUSH_SECONDS = 0.5  # between looks at the losses, which wait on the device until then

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config.settings import Settings, SettingsError
+from common.errors import SettingsError
+from config.settings import Settings
 from image_data.dataset import Dataset
 from optim.optimizers import build_optimizer
 from parallel import process_group
-from parallel.strategies import Engine
+from parallel.engine import Engine
 
 OutOfMemory = torch.cuda.OutOfMemoryError
 SHARE = 0.9  # of the free memory that a trial may take: engines, exchanges and data have their own needs

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.errors import RunError
+from common.files import write_atomically
 from dali_pipeline import Batches
 from image_data.batch_plan import Token
-from parallel.strategies import Engine
-from records.run_folder import Progress, RunError, write_atomically
+from parallel.engine import Engine
+from records.run_folder import Progress
 
 MOST_IN_A_ROW = 10  # steps skipped one after the other, before that is no accident
 CURE = "A lower optimizer.params.lr or a longer schedule.warmup_fraction usually cures it"

@@ -6,53 +6,17 @@ docs/resume.md has the table of what may change between a run and its resumption
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from common.paths import PROJECT
-from config.settings import Settings, SettingsError
-from image_data.dataset import DEFAULT, Dataset
-from parallel.strategies import Engine
-from records.checkpoint_store import ENGINE, STATE, Checkpoints, damage, gigabytes, read_facts, room_left, room_needed, step_of
-from records.run_folder import Progress, RunError, RunRecord, differences, provenance, write_atomically
-
-# What must be the same for a run to go on ...
-SAME = ("settings", "seed", "max_steps", "hold_out", "patience", "init_weights", "synthetic")
-# ... but for how the work is spread: the state is the same for all (an engine that cannot go on from another's refuses it by name).
-SPREAD = ("settings.strategy", "settings.parallel", "settings.engine.zero_optimization", "settings.engine.gradient_accumulation_steps")
-
-
-@dataclass(frozen=True)
-class Change:
-    """What it means when a run goes on under another condition; one that is not `accepted` needs --allow-inexact-resume."""
-
-    words: str
-    why: str
-    accepted: bool
-
-
-ROUNDING = "the same sums, rounded in another order"
-CHANGES = {  # by the key of `conditions`
-    "processes": Change("processes", f"{ROUNDING}; dropout draws other masks", True),
-    "micro_batch": Change("images a micro-batch", f"{ROUNDING}; dropout draws other masks, MixUp and CutMix other partners", True),
-    "strategy": Change("strategy", ROUNDING, True),
-    "stage": Change("ZeRO stage", ROUNDING, True),
-    "threads": Change("CPU threads", ROUNDING, True),
-    "device_name": Change("device", ROUNDING, True),
-    "torch": Change("PyTorch", "its kernels may round differently", True),
-    "commit": Change("commit of this project", "the code may compute something else", True),
-    "device": Change("kind of device", "another arithmetic, and dropout draws other masks", False),
-    "precision": Change("precision", "another arithmetic", False),
-    "deterministic": Change("--deterministic", "other kernels", False),
-    "source": Change("source of the images", "pixels differ by roundings of one level", False),
-}
-IMPLIED = {"device": ("threads", "device_name"), "strategy": ("stage",)}  # change with these, and need no sentence of their own
-BATCH_NORM = Change("images a micro-batch", "BatchNorm takes its statistics of each micro-batch", False)
+from common.errors import RunError
+from common.files import gigabytes, room_left, write_atomically
+from config.differences import differences
+from image_data.dataset import Dataset
+from records.checkpoint_store import ENGINE, STATE, Checkpoints, damage, read_facts, room_needed, step_of
+from records.run_folder import Progress, RunRecord
+from training.resume_conditions import SAME, SPREAD, comparable, compare
 
 
 @dataclass
@@ -71,74 +35,6 @@ class Start:
             facts = self.record.facts()
             facts.setdefault("changes", []).append({"after_step": step_of(self.checkpoint), "what": self.changed})
             self.record.create(facts)
-
-
-def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
-    """Under which conditions this process trains: a run that goes on under the same ones gives the same bits (on a GPU if deterministic)."""
-    on_gpu = engine.device.type == "cuda"
-    return {
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "micro_batch": engine.batch_sizes.micro,
-        "strategy": engine.name,
-        "stage": engine.settings.engine["zero_optimization"]["stage"] if engine.honours_deepspeed else None,
-        "threads": None if on_gpu else torch.get_num_threads(),
-        "device": "GPU" if on_gpu else "CPU",
-        "device_name": torch.cuda.get_device_name(engine.device) if on_gpu else cpu_name(),
-        "precision": engine.precision,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "source": source,
-        "torch": torch.__version__,
-        "commit": commit,
-    }
-
-
-def cpu_name() -> str:
-    """The model of this machine's processor: another one may choose other kernels."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple[list[str], list[str]]:
-    """Sentences for the changes of conditions that are accepted, and for those that are not."""
-    accepted, refused = [], []
-    changed = {key for key in CHANGES if key in old and old[key] != new[key]}
-    for key in (key for key in CHANGES if key in changed.difference(*(IMPLIED.get(cause, ()) for cause in changed))):
-        change = BATCH_NORM if key == "micro_batch" and batch_norm else CHANGES[key]
-        (accepted if change.accepted else refused).append(f"{change.words}: {old[key]} before, {new[key]} now ({change.why})")
-    return accepted, refused
-
-
-def facts_of(args: Any, preset: str, dataset: Dataset, engine: Engine, source: str, steps_per_epoch: int, total_steps: int) -> dict[str, Any]:
-    """What run.json holds of a run."""
-    return {
-        **provenance(),
-        "settings": engine.settings.as_dict(),
-        "preset": preset,
-        "seed": args.seed,
-        "max_steps": args.max_steps,
-        "hold_out": args.hold_out,
-        "patience": args.patience,
-        "init_weights": args.init_weights.name if args.init_weights else None,
-        "synthetic": args.synthetic,
-        "deterministic": args.deterministic,
-        "dataset": {
-            "name": Path(args.data_dir).name if args.data_dir else args.dataset or DEFAULT,
-            "folder": os.path.relpath(dataset.folder.resolve(), PROJECT),
-            "fingerprint": dataset.fingerprint, "classes": dataset.classes, "image_side": dataset.image_side,
-            "mean": dataset.mean, "std": dataset.std, "num_images": {name: len(split) for name, split in dataset.splits.items()},
-        },
-        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU",
-        "precision": engine.precision,
-        "num_parameters": engine.num_parameters,
-        "num_processes": engine.data_shard[1],
-        "source": source,
-        "batch": vars(engine.batch_sizes),
-        "steps_per_epoch": steps_per_epoch,
-        "total_steps": total_steps,
-    }
 
 
 def begin(args: Any, facts: dict[str, Any], new: dict[str, Any], state_values: int) -> Start:
@@ -238,16 +134,6 @@ def choose_folder(args: Any, facts: dict[str, Any]) -> tuple[RunRecord, list[str
             raise RunError(f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
                            "or --fresh to start over")
         number += 1
-
-
-def comparable(facts: dict[str, Any], key: str) -> Any:
-    """A fact of run.json; a run made before a setting existed had that setting's default."""
-    if key == "settings":
-        try:
-            return Settings.from_dict(facts["settings"]).as_dict()
-        except (SettingsError, TypeError, KeyError):
-            pass
-    return facts.get(key)
 
 
 def restore_facts(record: RunRecord) -> list[str]:

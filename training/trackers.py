@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from config.settings import SettingsError
-from records.run_data import RunData, read_lines
-from records.run_folder import RunError, write_atomically
+from common.errors import RunError, SettingsError
+from common.files import read_lines, write_atomically
+from records.run_data import RunData
 from training.console import QUIET, Screen
 from training.utilization import Sampler
 
@@ -277,7 +277,7 @@ def numbers_of(line: dict[str, Any]) -> dict[str, float]:
 
 def first_images(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """The first images of a batch (B, 3, S, S), as they look, in eight columns: uint8 (rows, columns, S, S, 3)."""
-    from reports.images import pixels_of
+    from image_data.pixels import pixels_of
 
     pixels = pixels_of(images[:LOOKED_AT], mean, std)
     columns = min(8, len(pixels))

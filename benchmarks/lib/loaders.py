@@ -28,10 +28,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.lib.loader_tasks import OURS, PADDING, Task, Unavailable
 from benchmarks.lib.timing import Look, Window, consume
+from common.errors import DatasetError, SettingsError
 from common.paths import PROJECT
-from config.settings import AugmentationSettings, SettingsError
+from config.settings import AugmentationSettings
 from dali_pipeline import Batches
-from image_data.dataset import Dataset, DatasetError
+from image_data.dataset import Dataset
 
 FFCV_LOADER = PROJECT / "benchmarks" / "lib" / "ffcv_loader.py"
 

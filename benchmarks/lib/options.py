@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from comparison.run_queue import without_paths
+from common.errors import unknown
+from common.text import without_paths
 from config.command_line import Parser
-from config.settings import unknown
-from records.run_folder import provenance
+from records.provenance import provenance
 
 Number = TypeVar("Number", int, float)
 

@@ -20,10 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.errors import DatasetError, SettingsError
 from common.paths import PROJECT
-from comparison.run_queue import last_error
-from config.settings import SettingsError
-from image_data.dataset import DatasetError
+from common.text import last_error
 
 GRACE_SECONDS = 5.0  # that the others get to end by themselves when one process has failed
 

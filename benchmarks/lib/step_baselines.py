@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from benchmarks.lib.step_breakdown import Marks
 from benchmarks.lib.timing import synchronise
 from benchmarks.lib.workload import SEED, Feed, Spent, Subject
-from model import count_parameters
+from models.cost import count_parameters
 from optim.lr_schedule import Schedule
 from parallel import process_group
-from parallel.engine import BatchSizes, build_seeded
+from parallel.batch_sizes import BatchSizes
+from parallel.engine import build_seeded
 
 TOTAL_STEPS = 100_000  # of the learning rate's course: it hardly moves while we measure
 

@@ -16,8 +16,8 @@ from benchmarks.lib.process_groups import keep_to
 from benchmarks.lib.step_baselines import PEERS, TOTAL_STEPS, Unavailable
 from benchmarks.lib.step_breakdown import Marks
 from benchmarks.lib.workload import Spent, Subject, Workload, memory_bytes, resident_bytes
-from config.settings import Settings, SettingsError
-from image_data.dataset import DatasetError
+from common.errors import DatasetError, SettingsError
+from config.settings import Settings
 
 
 class Ours:

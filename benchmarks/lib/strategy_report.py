@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.lib import tables
 from benchmarks.lib.link_model import Layout, Link, project, sent_by_process
 from benchmarks.lib.timing import Spread, spread
-from config.settings import SettingsError
+from common.errors import SettingsError
 
 if TYPE_CHECKING:
     from benchmarks.lib.communication_trace import Exchange

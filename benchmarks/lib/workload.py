@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.timing import synchronise
+from common.errors import DatasetError
 from config.settings import Settings
 from dali_pipeline import Batches, Synthetic, side_of
-from image_data.dataset import Dataset, DatasetError
+from image_data.dataset import Dataset
 from model import build_model
 from optim.lr_schedule import Schedule
-from parallel.engine import BatchSizes
-from parallel.strategies import Counts, Engine, engine_class
+from parallel.batch_sizes import BatchSizes, Counts
+from parallel.engine import Engine
+from parallel.strategies import engine_class
 
 SEED = 0
 

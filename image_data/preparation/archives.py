@@ -26,7 +26,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.progress import progress
-from image_data.preparation.image_tree import TEST_NAMES, PrepareError, is_hidden, listed
+from common.text import listed
+from image_data.preparation.image_tree import TEST_NAMES, PrepareError, is_hidden
 
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, RuntimeError, NotImplementedError)
 BATCHES = {  # folder in the archive: files of each split, file of the class names, key of the labels, key of the class names

@@ -16,13 +16,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from image_data.dataset import DatasetError
+from common.errors import DatasetError
+from common.text import listed
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".webp", ".jp2"}
 TEST_NAMES = ("test", "val", "validation")
 SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 CIFAR_SIDE = 32
-NAMES_SHOWN = 10
 
 
 class PrepareError(DatasetError):
@@ -38,13 +38,6 @@ class Tree:
     paths: dict[str, list[str]]
     labels: dict[str, list[int]]
     warnings: list[str]
-
-
-def listed(names: Iterable[object]) -> str:
-    """`'a', 'b' and 3 more`: up to ten names and a count of the rest."""
-    names = list(names)
-    shown = ", ".join(f"'{name}'" for name in names[:NAMES_SHOWN])
-    return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
 
 
 def is_hidden(name: str) -> bool:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.settings import ModelSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import ModelSettings
 from models.layers import DropPath, drop_path_rates, honours, init_linear
 
 DEPTH, HIDDEN_FACTOR, SQUEEZE = 12, 4, 4

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.settings import ModelSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import ModelSettings
 from models.layers import MLP, DropPath, drop_path_rates, honours
 
 HEAD_SIZE, HIDDEN_FACTOR = 32, 4

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from config.settings import ModelSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import ModelSettings
 from models.layers import honours
 
 

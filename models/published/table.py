@@ -7,14 +7,13 @@ line to ARCHITECTURES. torchvision and timm are imported only when a network of 
 
 from __future__ import annotations
 
-from config.settings import SettingsError, unknown
+from common.errors import SettingsError, unknown
 from models.layers import Architecture
 from models.published.cct import cct_7_3x1
 from models.published.dhvt import dhvt_s_2, dhvt_s_4, dhvt_t_2, dhvt_t_4
 from models.published.iformer import iformer_base, iformer_large, iformer_small
 from models.published.lenet import lenet
 from models.published.resnet import resnet18_cifar, resnet50
-from models.published.sl_vit import sl_vit
 from models.published.timm_models import timm_architecture
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -23,7 +22,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dhvt-t-2": dhvt_t_2,
     "dhvt-s-4": dhvt_s_4,
     "dhvt-s-2": dhvt_s_2,
-    "sl-vit": sl_vit,
     "iformer-small": iformer_small,
     "iformer-base": iformer_base,
     "iformer-large": iformer_large,

@@ -11,7 +11,8 @@ import sys
 
 from torch import Tensor, nn
 
-from config.settings import ModelSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import ModelSettings
 from models.layers import Architecture, honours
 
 

@@ -18,8 +18,7 @@ from types import ModuleType
 import psutil
 import torch.distributed as dist
 
-from config.settings import SettingsError
-from records.run_folder import RunError
+from common.errors import RunError, SettingsError
 
 DEFAULT_PORT = 29600
 HEARTBEAT_SECONDS = 5.0  # a peer whose heartbeats stay away for so long is gone

@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config.settings import Settings, SettingsError
+from common.errors import RunError, SettingsError
+from config.settings import Settings
 from optim.lr_schedule import Schedule
 from parallel import zero
+from parallel.batch_sizes import Batch
 from parallel.buffers import persistent_buffers
 from parallel.compile import FIRST_STEPS_SECONDS
 from parallel.diloco import OuterStep, check_outer
-from parallel.engine import Batch
 from parallel.peers.heartbeat import background
 from parallel.peers.link_cost import line_of_exchange
 from parallel.peers.membership import Member, Outcome, Standing
 from parallel.peers.rendezvous import Meeting
 from parallel.peers.setup import agreement, data_seed, join_command
-from records.run_folder import RunError
 
 POLL_SECONDS = 0.5  # between looks at whether an exchange is over, and whether the person wants to leave
 

@@ -25,13 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config.settings import SettingsError
+from common.errors import RunError, SettingsError
 from parallel.peers import heartbeat
 from parallel.peers.endpoint import Place, coordination, lighthouse_of, open_store
 from parallel.peers.heartbeat import Beat, background
 from parallel.peers.membership import Member, Outcome, Standing, choose_leader, ring_bytes
 from parallel.setting_checks import leaves
-from records.run_folder import RunError
 
 CONNECT_SECONDS = 20.0  # for the members of a quorum to connect with one another
 FOREVER = timedelta(days=365)

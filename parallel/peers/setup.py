@@ -8,7 +8,7 @@ import socket
 from hashlib import blake2b
 from typing import Any
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 from parallel.peers.endpoint import check_own, coordination, own_address, split_address
 from parallel.peers.rendezvous import Meeting
 from parallel.setting_checks import leaves

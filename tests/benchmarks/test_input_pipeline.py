@@ -17,7 +17,7 @@ from benchmarks import input_pipeline
 from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS
 from benchmarks.lib.loaders import loaders
 from benchmarks.lib.timing import alternate, ratios, spread
-from prepare_dataset import prepare
+from image_data.preparation.prepare import prepare
 
 PROGRAM = Path(input_pipeline.__file__)
 ROUNDS, BATCH, IMAGES = 2, 16, 100  # six whole batches an epoch, four images dropped

@@ -14,7 +14,7 @@ import pytest
 from programs import run
 
 from benchmarks import peer_averaging
-from records.run_folder import RunError
+from common.errors import RunError
 
 
 def test_both_evaluations_of_a_tree_and_an_mlp_take_turns(tmp_path):

@@ -19,7 +19,7 @@ from benchmarks import training_step
 from benchmarks.lib import step_report
 from benchmarks.lib.peak_flops import PEAKS, data_sheet, measured_flops
 from benchmarks.lib.step_breakdown import PARTS, Marks
-from comparison.experiment import count_flops
+from models.cost import count_flops
 
 STEPS, WARM_UP, ROUNDS = 2, 1, 2
 SAME_STEPS = ["ddp", "zero 1", "bare", "timm"]  # in fp32

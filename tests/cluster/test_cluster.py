@@ -27,7 +27,7 @@ from cluster.hostfile import HostfileError, parse
 from cluster.job import Limits, Plan
 from cluster.preflight import Meeting
 from cluster.remote import Host
-from parallel.slurm import limit_waits
+from parallel.process_group import limit_waits
 
 LAUNCH = "launch_distributed_train.sh"
 HOSTS = [Host("node1", 2), Host("node2", 2)]

@@ -21,7 +21,8 @@ from torch import nn
 import compare
 from benchmarks.lib.forked_programs import run_script
 from common.paths import PROJECT
-from comparison.run_queue import Task, without_paths
+from common.text import without_paths
+from comparison.run_queue import Task
 from image_data.dataset import Dataset
 from models import feed_forward as feedforward
 from records.run_folder import RunRecord

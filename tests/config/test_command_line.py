@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import PROJECT, clean_environment
+from programs import clean_environment
 
-from config.command_line import Parser, setting_of, setting_paths
+from common.paths import PROJECT
+from config.catalog import setting_of, setting_paths
+from config.command_line import Parser
 from config.settings import resolve
 from tools.list_settings import comments
 

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
+from common.errors import SettingsError, unknown
 from common.paths import PROJECT
-from config.settings import Settings, SettingsError, preset_names, resolve, table_names, unknown
+from config.catalog import table_names
+from config.settings import Settings, preset_names, resolve
 
 
 @pytest.fixture

@@ -16,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from documentation import ADDED, PAGES, PROJECT, Command, commands, inside, make_world, treatment
-from programs import Program, clean_environment
+from documentation import ADDED, PAGES, Command, commands, inside, make_world, treatment
+from programs import clean_environment
 
-import train
+from benchmarks.lib.forked_programs import Program
+from common.paths import PROJECT
+from config.catalog import table_names
 from config.settings import resolve
 from model import build_model
 from models import feed_forward as feedforward
+from training.arguments import parse_arguments
 
 COMMANDS = commands()
 
@@ -103,11 +106,11 @@ def test_training_would_start_with_these_settings(command, monkeypatch, new_idea
             return
         arguments = arguments if arguments[0].startswith("--") else arguments[1:]  # the name that runs begin with
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    args = train.parse_arguments()
+    args = parse_arguments()
     settings = resolve(args.preset or "cpu", args.set, epochs=args.epochs, strategy=args.strategy)
     with torch.device("meta"):
         build_model(settings.model, 10, settings.image_side or (64 if settings.model.architecture.startswith("timm") else 32))
-    assert settings.strategy in train.table_names("parallel/strategies.py", "STRATEGIES")
+    assert settings.strategy in table_names("parallel/strategies.py", "STRATEGIES")
 
 
 @those("parse")

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from benchmarks import recipe_costs
-from config.settings import PRESETS, preset_names, resolve
-from model import build_model, count_parameters
-from optim.optimizers import parameter_groups
-from train import parse_arguments
+from common.paths import PRESETS
+from config.settings import preset_names, resolve
+from model import build_model
+from models.cost import count_parameters
+from optim.param_groups import parameter_groups
+from training.arguments import parse_arguments
 
 RECIPES = ["speedrun", "100ep", "300ep", "1500ep", "cifar10", "cifar10-fast", "finetune", "imagenet-resnet50", "tutorial", "cpu"]
 TEXT = recipe_costs.DOCUMENT.read_text(encoding="utf-8")

@@ -19,11 +19,11 @@ from unittest import mock
 
 import pytest
 import torch
-from programs import Program
 from safetensors.torch import load_file
 from small_runs import copy_of
 
-from benchmarks.lib.forked_programs import PROJECT
+from benchmarks.lib.forked_programs import Program
+from common.paths import PROJECT
 from records.checkpoint_store import Checkpoints
 from records.run_folder import RunRecord
 

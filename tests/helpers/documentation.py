@@ -106,7 +106,7 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
     """A copy of the programs with the data, images, archives and runs that the pages speak of."""
     from trees import python_archive, save, tree_files
 
-    from prepare_dataset import prepare
+    from image_data.preparation.prepare import prepare
 
     shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "results", "data", "runs"))
     for name in ("cifar100", "cifar10", "shapes"):

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.forked_programs import ENVIRONMENT, LAUNCHED, LIMIT_SECONDS, PROJECT, Done, Program, start
+from benchmarks.lib.forked_programs import ENVIRONMENT, LAUNCHED, LIMIT_SECONDS, Done, Program, start
+from common.paths import PROJECT
 
 
 def run(script: str, *arguments: Any, code: int | None = 0, **environment: str) -> Done:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.settings import Settings, SettingsError, resolve
+from common.errors import SettingsError
+from config.settings import Settings, resolve
 from model import build_model
 from optim.lr_schedule import Schedule
 from optim.optimizers import averaged_weights, build_optimizer

@@ -19,7 +19,8 @@ from trees import member, python_archive, refusal
 from common.paths import PROJECT
 from image_data.dataset import Dataset
 from image_data.preparation import downloads as dataset_sources
-from prepare_dataset import PrepareError, prepare
+from image_data.preparation.image_tree import PrepareError
+from image_data.preparation.prepare import prepare
 
 # ---- archives ----
 
@@ -72,13 +73,13 @@ def test_a_damaged_archive_leaves_nothing(zipped, tmp_path, capsys):
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_works(zipped, tmp_path):
-    script = ("import os, signal, dataset_archives, prepare_dataset\n"
+    script = ("import os, signal\nfrom image_data.preparation import archives, prepare\n"
               "def stop(items, total, what, weigh=None):\n"
               "    for number, item in enumerate(items):\n"
               "        yield item\n"
               "        if number == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "dataset_archives.progress = stop\n"
-              f"prepare_dataset.prepare({str(tmp_path / 'out')!r}, archive={str(zipped)!r})\n")
+              "archives.progress = stop\n"
+              f"prepare.prepare({str(tmp_path / 'out')!r}, archive={str(zipped)!r})\n")
     result = subprocess.run([sys.executable, "-c", script], cwd=PROJECT)
     assert result.returncode == -signal.SIGKILL
     assert not Dataset.is_prepared(tmp_path / "out") and not (tmp_path / "out/images").exists()

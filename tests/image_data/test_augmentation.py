@@ -7,7 +7,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from config.settings import AugmentationSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import AugmentationSettings
 from image_data import auto_augment as policies
 from image_data import torch_backend
 from image_data.augmentation import ERASING, Augmentation, epoch_order, uniform

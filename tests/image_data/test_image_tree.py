@@ -13,7 +13,7 @@ from PIL import Image
 from trees import noise, refusal, save, tree_files
 
 from image_data.preparation.drawn_shapes import draw
-from prepare_dataset import prepare
+from image_data.preparation.prepare import prepare
 
 # ---- images that are converted, varied or broken ----
 

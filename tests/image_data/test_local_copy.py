@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import DatasetError
 from config.settings import AugmentationSettings
 from dali_pipeline import Batches, Synthetic
-from image_data.dataset import Dataset, DatasetError
+from image_data.dataset import Dataset
 from image_data.local_copy import stage
 
 

@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from programs import Done, run
+from programs import run
 from safetensors import safe_open
 from torch import nn
 
 import evaluate
+from benchmarks.lib.forked_programs import Done
+from common.errors import RunError
 from common.paths import PROJECT
 from config.settings import ModelSettings
 from image_data.dataset import Dataset
 from inference import onnx_export
 from inference.trained_model import Trained
 from model import TABLES, build_model
-from records.run_folder import RunError, RunRecord
+from records.run_folder import RunRecord
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

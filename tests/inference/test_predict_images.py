@@ -17,9 +17,9 @@ from programs import run
 
 from dali_pipeline import Batches
 from image_data.dataset import Dataset
+from image_data.preparation.prepare import prepare
 from inference.predict_images import fit, read_image
 from inference.trained_model import Trained
-from prepare_dataset import prepare
 from records.run_folder import RunRecord
 
 

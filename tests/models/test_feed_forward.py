@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from config.settings import SettingsError
-from model import count_parameters
-from models.feed_forward import FEED_FORWARDS, FFF, MLP, FFFFanOut, SoftMoE
+from common.errors import SettingsError
+from models.cost import count_parameters
+from models.feed_forward import FEED_FORWARDS, MLP, SoftMoE
 from models.parts import Dimensions, make_part
-from models.tree_feed_forward import EVALUATIONS, Tree
-from optim.optimizers import build_optimizer, parameter_groups
+from models.tree_feed_forward import EVALUATIONS, FFF, FFFFanOut, Tree
+from optim.optimizers import build_optimizer
+from optim.param_groups import parameter_groups
 
 TREES = [
     *[("fff", {"depth": depth}) for depth in (0, 1, 2, 5, 7)],

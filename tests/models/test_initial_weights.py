@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from config.settings import ModelSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import ModelSettings
 from models.initial_weights import load_initial_weights, resample_positions
 from models.published.table import find
 

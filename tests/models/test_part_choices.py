@@ -10,9 +10,11 @@ import torch
 from networks import CLASSES, TINY, images, tiny
 from torch import Tensor, nn
 
+from common.errors import SettingsError
 from common.paths import PROJECT
 from config import settings as settings_module
-from config.settings import SettingsError, resolve, table_names
+from config.catalog import table_names
+from config.settings import resolve
 from model import TABLES, build_layers
 from models.feed_forward import FEED_FORWARDS
 from models.parts import Dimensions, part_options

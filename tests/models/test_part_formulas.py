@@ -11,10 +11,13 @@ from networks import SIDE, dimensions, images, tiny, tokens
 from torch import Tensor, nn
 
 from config.settings import resolve
-from model import build_model, count_parameters
+from model import build_model
 from models.attention import Attention, HeadTokens, LocalitySelfAttention, MultiQuery, NormedAttention
+from models.cost import count_parameters
 from models.parts import make_part
-from models.patch_embedding import PATCH_EMBEDDINGS, POOLINGS, POSITIONS, Rotation
+from models.patch_embedding import PATCH_EMBEDDINGS
+from models.pooling import POOLINGS
+from models.position import POSITIONS, Rotation
 
 
 def test_shifted_patches_equal_the_pixels_of_five_shifted_images():

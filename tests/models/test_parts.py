@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from networks import CLASSES, SIDE, TINY, dimensions, images, tiny, tokens
 from torch import nn
 
-from config.settings import SettingsError
-from model import BLOCKS, TABLES, build_layers, build_model, count_parameters
+from common.errors import SettingsError
+from model import BLOCKS, TABLES, build_layers, build_model
 from models.attention import ATTENTIONS
+from models.cost import count_parameters
 from models.feed_forward import FEED_FORWARDS
 from models.parts import Dimensions, make_part
-from models.patch_embedding import POOLINGS, POSITIONS
-from optim.optimizers import parameter_groups
+from models.pooling import POOLINGS
+from models.position import POSITIONS
+from optim.param_groups import parameter_groups
 from parallel.buffers import normalise_in_fp32
 
 # Trainable parameters of the tiny network with that entry in place of TINY's own. A change here is a change of what runs

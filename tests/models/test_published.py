@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import SettingsError
 from common.paths import PROJECT
-from config.settings import ModelSettings, SettingsError
+from config.settings import ModelSettings
 from models.layers import DropPath
 from models.published.table import ARCHITECTURES, find
-from optim.optimizers import parameter_groups
+from optim.param_groups import parameter_groups
 
 # name, classes, image side, our count, the published figure in millions and its decimals, where it stands
 COUNTS = [

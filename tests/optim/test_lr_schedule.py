@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from config.settings import ScheduleSettings, SettingsError
+from common.errors import SettingsError
+from config.settings import ScheduleSettings
 from optim.lr_schedule import SCHEDULES, USED_BY, Schedule
 
 

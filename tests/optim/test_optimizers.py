@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import SettingsError
 from config.optimizer_defaults import OPTIMIZER_PARAMS
-from config.settings import ScheduleSettings, SettingsError, resolve
+from config.settings import ScheduleSettings, resolve
 from model import ARCHITECTURES, TABLES, build_model
 from optim import muon
 from optim.lr_schedule import Schedule
-from optim.optimizers import OPTIMIZERS, averaged_weights, build_optimizer, check_optimizer, describe_groups, parameter_groups, restore_counters
+from optim.optimizers import OPTIMIZERS, averaged_weights, build_optimizer, check_optimizer, describe_groups, restore_counters
+from optim.param_groups import parameter_groups
 
 DECAY = 0.05
 SMALL = ["model.width=32", "model.depth=2", "model.patch=8", "model.heads=2", "model.head_size=16"]

@@ -29,7 +29,7 @@ from reference import (
 )
 from torch import nn
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 from models.layers import DropPath
 from parallel import compile as compiling
 

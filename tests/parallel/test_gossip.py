@@ -30,7 +30,7 @@ from reference import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 
 SGD = ["optimizer.type=SGD", "optimizer.params.lr=0.05", "gradient_clipping=0.0"]
 ALONE = ["parallel.local_steps=1", "parallel.outer_lr=1.0", "parallel.outer_momentum=0.0"]

@@ -7,10 +7,11 @@ import os
 import psutil
 import pytest
 import torch
-from programs import Program, run_ranks
+from programs import run_ranks
 
+from benchmarks.lib.forked_programs import Program
 from parallel import process_group
-from parallel.slurm import make_deterministic
+from training.determinism import make_deterministic
 
 HERE = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 

@@ -19,7 +19,7 @@ import torch
 from peers import facts_for
 
 from benchmarks.lib.peer_averaging_worker import free_pair
-from config.settings import SettingsError
+from common.errors import RunError, SettingsError
 from parallel.diloco import OuterStep
 from parallel.peers import endpoint, heartbeat, rendezvous
 from parallel.peers.link_cost import enough_steps, lines_of_cost, seconds_over
@@ -28,7 +28,6 @@ from parallel.peers.rendezvous import Meeting
 from parallel.peers.setup import agreement, data_seed, join_command, meeting_of, peer_number
 from parallel.setting_checks import leaves
 from parallel.strategies import engine_class
-from records.run_folder import RunError
 
 if sys.version_info >= (3, 14) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
     pytest.skip("torchft is not to be had for this Python or this PyTorch", allow_module_level=True)

@@ -10,7 +10,7 @@ import torch
 from reference import perform, pretended_gpus, refusal, settings_for, with_batch_norm
 from torch import nn
 
-from config.settings import SettingsError
+from common.errors import SettingsError
 from parallel.setting_checks import refuse_unused
 
 REFUSED = {  # strategy and settings: what the sentence says

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Program, _check, free_port
+from programs import _check, free_port
 
-from config.settings import SettingsError
+from benchmarks.lib.forked_programs import Program
+from common.errors import SettingsError
 from parallel.topologies import TOPOLOGIES, mixing_matrix, rounds_of
 
 
@@ -56,7 +57,7 @@ def job_mixing(out: str) -> None:
     """A number a worker, through one period of rounds of every topology, over the groups that an engine makes."""
     import torch.distributed as dist
 
-    from parallel import process_group
+    from parallel import process_group, tensor_transfer
     from parallel.buffers import mean_over
     from parallel.gossip import join_groups
 
@@ -66,7 +67,7 @@ def job_mixing(out: str) -> None:
         value = torch.tensor([float(dist.get_rank() ** 2)])
         for group in join_groups(rounds_of(name, dist.get_world_size(), 2)):
             (value,) = mean_over([value], group)
-        results[name] = process_group.collect({"value": value})
+        results[name] = tensor_transfer.collect({"value": value})
     if dist.get_rank() == 0:
         torch.save(results, Path(out, "results"))
     dist.barrier()

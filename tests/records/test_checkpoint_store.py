@@ -14,10 +14,12 @@ import pytest
 import torch
 from small_runs import checkpoints
 
+from common.errors import RunError
+from common.files import write_atomically
 from records import checkpoint_store
 from records.checkpoint_store import Checkpoints, Interval, damage, read_facts, room_needed
-from records.run_folder import RunError, RunRecord, write_atomically
-from training import resume
+from records.run_folder import RunRecord
+from training import resume, resume_conditions
 
 STATE = {"weights/a": torch.arange(6.0).reshape(2, 3), "weights/b": torch.tensor(float("nan")), "scalars/step": torch.tensor(3)}
 FACTS = {"settings": {"a": 1}, "seed": 0, "max_steps": None, "hold_out": None, "preset": "x/tiny.toml", "total_steps": 8,
@@ -167,8 +169,8 @@ BEFORE = {"processes": 2, "micro_batch": 32, "strategy": "zero", "stage": 1, "th
      ["precision: fp32 before, autocast now", "--deterministic: False before, True now", "source of the images: tensor before, resident now"]),
 ])
 def test_each_change_of_conditions_has_its_sentence_and_verdict(now, batch_norm, accepted, refused):
-    assert BEFORE.keys() == resume.CHANGES.keys()
-    found = resume.compare(BEFORE, {**BEFORE, **now}, batch_norm)
+    assert BEFORE.keys() == resume_conditions.CHANGES.keys()
+    found = resume_conditions.compare(BEFORE, {**BEFORE, **now}, batch_norm)
     for sentences, starts in zip(found, (accepted, refused), strict=True):
         assert len(sentences) == len(starts) and all(text.startswith(start) for text, start in zip(sentences, starts, strict=True)), sentences
 

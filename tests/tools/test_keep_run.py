@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from records.run_folder import RunError, RunRecord
+from common.errors import RunError
+from records.run_folder import RunRecord
 from tools.keep_run import kept
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from config.settings import SettingsError, resolve
+from common.errors import SettingsError
+from config.settings import resolve
 from parallel.engine import Engine
 from training import micro_batch
 from training.micro_batch import MicroBatch, OutOfMemory, Trial, accumulation_for, largest_that_fits, sizes

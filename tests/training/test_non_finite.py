@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from programs import Program, run
+from programs import run
 from reference import batches, make_engine, perform, settings_for, with_batch_norm
 from safetensors.torch import load, load_file
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, checkpoints
 
-from benchmarks.lib.forked_programs import run_script
+from benchmarks.lib.forked_programs import Program, run_script
+from common.errors import RunError
 from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
 from records.checkpoint_store import Checkpoints, Interval
-from records.run_folder import Progress, RunError, RunRecord
+from records.run_folder import Progress, RunRecord
 from training.checkpoint_writer import Saver, Snapshot
 from training.non_finite import StepWatch, judge
 

@@ -11,13 +11,13 @@ import signal
 import subprocess
 
 import pytest
-from programs import Program, run, run_ranks, start
+from programs import run, run_ranks
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, assert_same_as, checkpoints, copy_of, results
 
-from benchmarks.lib.forked_programs import run_script
+from benchmarks.lib.forked_programs import Program, run_script, start
 from records.checkpoint_store import read_facts
 from records.run_folder import RunRecord
-from training.resume import CHANGES
+from training.resume_conditions import CHANGES
 
 LAST = f"step-{EPOCHS * STEPS_PER_EPOCH:08d}"
 

@@ -15,9 +15,9 @@ import programs
 import pytest
 import torch
 
-from config.settings import SettingsError
-from records.run_data import read_lines
-from records.run_folder import RunError, RunRecord
+from common.errors import RunError, SettingsError
+from common.files import read_lines
+from records.run_folder import RunRecord
 from training import trackers
 from training.trackers import StepLosses, TensorBoard, Tracking, Watcher, WeightsAndBiases, check_trackers, numbers_of
 
@@ -59,7 +59,7 @@ def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
     from config.settings import Settings
     from dali_pipeline import Batches
     from image_data.dataset import Dataset
-    from reports.images import pixels_of
+    from image_data.pixels import pixels_of
 
     found = events(unbroken.folder)
     (image,) = found.Images("first_batch")

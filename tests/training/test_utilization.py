@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from records.run_data import read_lines
+from common.files import read_lines
 from training.utilization import FILE, Gpus, Sampler
 
 

@@ -1,0 +1,28 @@
+"""Trees of settings compared: dotted paths, what differs, what is not the default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from config.settings import resolve
+
+
+def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Dotted paths of a tree of settings, and their values."""
+    if not isinstance(tree, dict) or not tree:
+        return [(path, tree)]
+    return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
+
+
+def changed_settings(settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What is not the default: path, value, default (None for a setting that the defaults do not have)."""
+    defaults = dict(leaves(resolve(None, []).as_dict()))
+    return [(path, value, defaults.get(path)) for path, value in leaves(settings) if value != defaults.get(path)]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two trees of settings, one readable text a leaf."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [text for key in sorted(old.keys() | new.keys())
+                for text in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]

@@ -1,0 +1,15 @@
+"""Pixels of normalized images."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+
+def pixels_of(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Normalised images (..., 3, S, S) as they look: uint8 (..., S, S, 3)."""
+    import torch
+
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    pixels = (images.float().cpu() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return pixels.movedim(-3, -1).numpy()

@@ -1,0 +1,52 @@
+"""From tokens (B, T, C) to one vector (B, C): a table of poolings."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.parts import Dimensions
+
+
+class ClassTokenPooling(nn.Module):
+    """The first token, a learnt one without a patch, speaks for the image (arXiv 2010.11929)."""
+
+    num_prefix = 1
+
+    def __init__(self, dims: Dimensions):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
+class MeanPooling(nn.Module):
+    """The mean of all tokens."""
+
+    num_prefix = 0
+
+    def __init__(self, dims: Dimensions):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
+
+
+class SequencePooling(nn.Module):
+    """A mean of all tokens by learnt weights: softmax of a linear score of each (arXiv 2104.05704, section 3.2)."""
+
+    num_prefix = 0
+
+    def __init__(self, dims: Dimensions):
+        super().__init__()
+        self.score = nn.Linear(dims.width, 1, bias=False)  # a bias would cancel in the softmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.score(x).softmax(dim=1)  # (B, T, 1)
+        return (weights.transpose(1, 2) @ x).squeeze(1)
+
+
+POOLINGS = {
+    "class_token": ClassTokenPooling,
+    "mean": MeanPooling,
+    "sequence": SequencePooling,
+}

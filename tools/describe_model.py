@@ -1,0 +1,45 @@
+"""Every part that has a name, or the layers and parameters of one network: `python model.py`."""
+
+from __future__ import annotations
+
+from config.command_line import Parser, add_settings, at_least_one
+from config.settings import resolve
+
+
+def describe_model() -> None:
+    """What `python model.py` does."""
+    parser = Parser("python model.py", "List the tables of parts, or describe one network.",
+                    example="python model.py --preset cpu --set model.feed_forward=geglu")
+    add_settings(parser)
+    parser.add_argument("--classes", type=at_least_one, default=100, metavar="K", help="number of classes (default: 100)")
+    parser.add_argument("--image-side", type=at_least_one, default=32, metavar="S", help="pixels along one side of an image (default: 32)")
+    parser.add_argument("--groups", action="store_true", help="show which parameters the optimiser treats alike, and how")
+    args = parser.parse_args()
+    from model import build_model  # after the arguments: it imports PyTorch
+    from models.cost import count_parameters
+
+    if args.preset is None and not args.set and not args.groups:
+        list_parts()
+        return
+    settings = resolve(args.preset, args.set)
+    model = build_model(settings.model, args.classes, args.image_side)
+    if args.groups:
+        from optim.optimizers import describe_groups
+
+        print(describe_groups(settings.engine["optimizer"], model))
+        return
+    for i, layer in enumerate(model):
+        print(f"{i:3} {type(layer).__name__:10} {count_parameters(layer):>12,} parameters")
+    print(f"    {'total':10} {count_parameters(model):>12,} parameters")
+
+
+def list_parts() -> None:
+    """Every table with its entries, their first lines and options."""
+    from model import TABLES
+    from models.parts import part_options
+
+    for kind, table in TABLES.items():
+        print(f"\nmodel.{kind}")
+        for name, part in table.items():
+            options = ", ".join(f"{k}={v!r}" for k, v in part_options(part).items()) if kind not in ("architecture", "block") else ""
+            print(f"  {name:12} {(part.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else ""))
