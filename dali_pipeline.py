@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from threading import Barrier
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,11 +36,15 @@ from torch import Tensor
 
 from common.errors import DatasetError, unknown
 from config.settings import AugmentationSettings
-from image_data.augmentation import Augmentation, epoch_order
-from image_data.batch_plan import OnDali, OnTensors, Token, Work
+from image_data.augmentation import Augmentation
+from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
 from image_data.dataset import Dataset, Split, too_few
-from image_data.mixup import Mixing, fill_rectangles
-from image_data.readers import Files, PaddedResident, Resident
+from image_data.mixup import Mixer, erase
+from image_data.readers import FileReader, PackedReader, PaddedPackedReader
+
+if TYPE_CHECKING:
+    from image_data.dali_backend import DaliBackend
+    from image_data.torch_backend import TorchBackend
 
 SOURCES = ("auto", "resident", "files", "tensor")
 AHEAD = 3  # batches that wait, finished or in the making, while the consumer works on one
@@ -89,27 +94,25 @@ class Batches:
         self.source = choose_source(source, self.split, self.side == dataset.image_side, self.device)
         self.wait_seconds = 0.0  # spent by the consumer of `epoch` waiting for batches, until somebody resets it
         settings = augmentation or AugmentationSettings(crop_padding=0, flip=0.0)
-        self.augmentation = Augmentation(settings, self.side, seed)
-        self.mixing = Mixing(settings, len(dataset.classes), self.side, seed)
         global_batch = batch_size * num_shards
         if self.training and len(self.split) < global_batch:
             raise too_few(split, len(self.split), global_batch)
         # Whole global batches in training; in evaluation the last one is filled up.
         self._num_batches = len(self.split) // global_batch if self.training else -(-len(self.split) // global_batch)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._labels = torch.from_numpy(self.split.labels).to(self.device)
-        if self.source == "files":
-            self.reader: Files | Resident = Files([dataset.root / path for path in self.split.paths], num_threads)
-        elif self.source == "tensor":
-            padding = settings.crop_padding if self.training and not settings.resized_crop else 0
-            self.reader = PaddedResident(self.split.pixels(), self.split.rows, self.device, padding)
-        else:
-            self.reader = Resident(self.split.pixels(), self.split.rows, self.device)
-        self._carrier = (OnTensors if self.source == "tensor" else OnDali)(self, num_threads)
-        # Tensor operations make whole batches at once, so several batches can be in the making; DALI has threads of its own.
+        reader = make_reader(self.source, dataset, self.split, self.device, num_threads,
+                             padding=settings.crop_padding if self.training and not settings.resized_crop else 0)
+        self._mixer = Mixer(settings, len(dataset.classes), self.side, seed)
+        sizes_of = reader.sizes if dataset.image_side is None and settings.resized_crop else None
+        self.planner = BatchPlanner(len(self.split), batch_size, shard, num_shards, seed,
+                                    Augmentation(settings, self.side, seed) if self.training else None, self._mixer, sizes_of)
+        spec = LoaderSpec(batch_size, self.side, dataset.image_side, dataset.mean, dataset.std, self.device, self.training,
+                          decode=self.source == "files", num_threads=num_threads)
+        self._backend = backend_class(self.source)(spec, self.planner, reader)
+        # Tensor operations make whole batches at once, so several batches can be in flight; DALI has threads of its own.
         self._worker = single_threaded_pool(num_threads if self.source == "tensor" and self.device.type == "cpu" else 1)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._asked: deque[tuple[Token, Future]] = deque()  # of the worker, in this order
+        self._requested: deque[tuple[BatchIndex, Future]] = deque()  # of the worker, in this order
 
     def __len__(self) -> int:
         """Batches an epoch, the same for every shard."""
@@ -120,7 +123,7 @@ class Batches:
         stop = len(self) if stop is None else stop
         for index in range(start, stop):
             began = time.perf_counter()
-            batch = self._take(Token(epoch, index, stop))
+            batch = self._next_ready(BatchIndex(epoch, index, stop))
             self.wait_seconds += time.perf_counter() - began
             yield batch
 
@@ -128,16 +131,20 @@ class Batches:
         """Stop reading ahead. A thread that is still at work when the process ends can abort it."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _take(self, token: Token) -> tuple[Tensor, Tensor]:
-        """The batch of `token`; the ones that will most likely follow are being made meanwhile."""
-        if self._asked and self._asked[0][0].place != token.place:  # after a resume, or back to the start of an evaluation
-            for _, future in self._asked:
+    def positions(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Positions in the split of the images of batches `start` to `stop` of an epoch: int64."""
+        return np.concatenate([self.planner.plan(BatchIndex(epoch, index, stop)).positions for index in range(start, stop)])
+
+    def _next_ready(self, batch: BatchIndex) -> tuple[Tensor, Tensor]:
+        """A finished batch; the ones that will most likely follow are being made meanwhile."""
+        if self._requested and self._requested[0][0].key != batch.key:  # after a resume, or back to the start of an evaluation
+            for _, future in self._requested:
                 future.cancel()
-            self._asked.clear()
-        while len(self._asked) <= AHEAD:
-            following = self._asked[-1][0].next(self.training) if self._asked else token
-            self._asked.append((following, self._worker.submit(self._make, following)))
-        images, labels, made = self._asked.popleft()[1].result()
+            self._requested.clear()
+        while len(self._requested) <= AHEAD:
+            following = self._requested[-1][0].next(self.training) if self._requested else batch
+            self._requested.append((following, self._worker.submit(self._produce, following)))
+        images, labels, made = self._requested.popleft()[1].result()
         if made is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(made)
@@ -145,49 +152,42 @@ class Batches:
             labels.record_stream(current)
         return images, labels
 
-    def _make(self, token: Token) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+    def _produce(self, batch: BatchIndex) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
         """One finished batch, and on a GPU the event after which it may be used; in the worker's thread."""
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            images, work = self._carrier.images(token)
-            positions = work.positions
-            labels = self._labels[torch.from_numpy(np.maximum(positions, 0)).to(self.device, non_blocking=True)]
-            if positions[-1] < 0:
-                labels = torch.where(torch.from_numpy(positions < 0).to(self.device), PADDING_LABEL, labels)
-            images, labels = self._finish(images, labels, work)
+            images, planned = self._backend.images(batch)
+            labels = self._labels[torch.from_numpy(planned.readable).to(self.device, non_blocking=True)]
+            if planned.positions[-1] < 0:
+                labels = torch.where(torch.from_numpy(planned.positions < 0).to(self.device), PADDING_LABEL, labels)
+            images, labels = self._mix_and_erase(images, labels, planned)
             return images, labels, self._stream.record_event() if self._stream is not None else None
 
-    def _finish(self, images: Tensor, labels: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-        """What is done on the batch on its device."""
-        plan, settings = work.plan, self.augmentation.settings
-        if plan is not None and plan.erased is not None and (settings.erasing_value == "pixel" or self.source == "tensor"):
-            noise = None
-            if settings.erasing_value == "pixel":
-                begin = work.token.index * self.num_shards + self.shard
-                noise = torch.Generator(self.device).manual_seed(hash((self.seed, work.token.epoch, begin)) & (2**63 - 1))
-            images = fill_rectangles(images, plan.erased, noise)
-        return self.mixing(images, labels, work.mix) if work.mix is not None else (images, labels)
+    def _mix_and_erase(self, images: Tensor, labels: Tensor, planned: PlannedBatch) -> tuple[Tensor, Tensor]:
+        """What happens to a finished batch on its device."""
+        if planned.augmentation is not None and planned.augmentation.erase_boxes is not None:
+            images = erase(images, planned.augmentation.erase_boxes, planned.erasing_noise)
+        return self._mixer(images, labels, planned.mixing) if planned.mixing is not None else (images, labels)
 
-    def prepare(self, token: Token, read: bool) -> Work:
-        """Plan what happens to the images of one batch and, if asked to, read them."""
-        begin = (token.index * self.num_shards + self.shard) * self.batch_size
-        if not self.training:
-            positions = np.arange(begin, begin + self.batch_size)
-            positions[positions >= len(self.split)] = -1
-            return Work(token, positions, self.reader.read(np.maximum(positions, 0)) if read else None, None, None)
-        order = self._order  # another thread may be at the next epoch already, and replace it
-        if order[0] != token.epoch:
-            order = self._order = (token.epoch, epoch_order(self.seed, token.epoch, len(self.split)))
-        repeats = self.augmentation.settings.repeats
-        positions = order[1][np.arange(begin, begin + self.batch_size) // repeats]
-        sizes = self.reader.sizes(positions) if self.dataset.image_side is None and self.augmentation.settings.resized_crop else None
-        plan = self.augmentation.plan(token.epoch, begin, self.batch_size, sizes)
-        mix = self.mixing.draw(token.epoch, begin, self.batch_size) if self.mixing.is_on else None
-        return Work(token, positions, self.reader.read(positions) if read else None, plan, mix)
 
-    def blame(self, work: Work, error: RuntimeError) -> None:
-        """Say which file a batch failed on. Raises DatasetError."""
-        self.reader.blame(np.maximum(work.positions, 0))
-        raise DatasetError(f"a batch could not be made: {str(error).splitlines()[0]}") from error
+def make_reader(source: str, dataset: Dataset, split: Split, device: torch.device, num_threads: int,
+                padding: int) -> FileReader | PackedReader:
+    """The reader of a source; `padding` is what a random crop needs on each side of an image, in pixels."""
+    if source == "files":
+        return FileReader([dataset.root / path for path in split.paths], num_threads)
+    if source == "tensor":
+        return PaddedPackedReader(split.pixels(), split.rows, device, padding)
+    return PackedReader(split.pixels(), split.rows, device)
+
+
+def backend_class(source: str) -> type[TorchBackend] | type[DaliBackend]:
+    """Who augments the images of a source. Imported when asked for: DALI and torchvision take seconds."""
+    if source == "tensor":
+        from image_data.torch_backend import TorchBackend
+
+        return TorchBackend
+    from image_data.dali_backend import DaliBackend
+
+    return DaliBackend
 
 
 def single_threaded_pool(num_threads: int) -> ThreadPoolExecutor:

@@ -253,10 +253,3 @@ def _merge(settings: Settings, tree: dict[str, Any], source: str = "") -> None:
             _merge(settings, {"engine": {key: value}}, source)
         else:
             raise SettingsError(source + unknown("setting", key, sorted(known | set(settings.engine))))
-
-
-if __name__ == "__main__":
-    from config.command_line import in_one_sentence
-    from tools.list_settings import describe_settings
-
-    raise SystemExit(in_one_sentence(describe_settings))

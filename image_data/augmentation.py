@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import SettingsError, unknown
 from config.settings import AugmentationSettings
-from image_data.auto_augment import AutoAugment, ColorJitter, Level, RandAugment, TrivialAugment, choose
+from image_data.auto_augment import AutoAugment, ColorJitter, OperationBatch, RandAugment, TrivialAugment, choose
 
 POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")
 # One stream of random numbers for each purpose, so that switching one augmentation on leaves the others' draws alone.
@@ -23,32 +23,32 @@ ATTEMPTS = 10  # at a random rectangle that fits, as in torchvision
 CENTRE_CROP = 256 / 224  # evaluation of images of any size: the shorter side is resized to this times the side asked for
 
 
-def stream(seed: int, epoch: int, purpose: int, counter: int = 0) -> np.random.Philox:
+def random_stream(seed: int, epoch: int, purpose: int, counter: int = 0) -> np.random.Philox:
     """The random stream of one purpose in one epoch, `counter` steps (of four 64-bit words) from its start."""
     return np.random.Philox(key=[seed, (epoch << 8) + purpose]).advance(counter)
 
 
-def uniform(seed: int, epoch: int, purpose: int, start: int, count: int, columns: int) -> np.ndarray:
+def uniform_rows(seed: int, epoch: int, purpose: int, start: int, count: int, columns: int) -> np.ndarray:
     """Rows `start` to `start + count` of uniform numbers: float64 (count, columns) in [0, 1); columns a multiple of 4."""
     # Raw words only: NumPy promises the words of a bit generator, not what its distributions make of them.
-    words = stream(seed, epoch, purpose, start * columns // 4).random_raw(count * columns)
+    words = random_stream(seed, epoch, purpose, start * columns // 4).random_raw(count * columns)
     return (words >> 11).reshape(count, columns) * 2.0**-53
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order in which an epoch visits the images: a permutation of 0..num_images-1, int64."""
-    return np.argsort(stream(seed, epoch, ORDER).random_raw(num_images), kind="stable")
+    return np.argsort(random_stream(seed, epoch, ORDER).random_raw(num_images), kind="stable")
 
 
 @dataclass(frozen=True)
-class Plan:
+class AugmentationPlan:
     """What happens to each image of a batch of B; every array has B rows. None: not at all."""
 
     flip: np.ndarray  # int32 (B,): 1 where the image is mirrored
-    corner: np.ndarray | None  # int32 (B, 2): upper left corner (y, x) of the crop, negative in the padding
-    part: np.ndarray | None  # float32 (B, 4): y0, x0, y1, x1 of the part to resize, as shares of the image's sides
-    levels: list[Level]  # operations on colours and shapes, one after the other
-    erased: np.ndarray | None  # int32 (B, 4): y0, x0, y1, x1 of the erased rectangle, pixels; all 0 where there is none
+    crop_offset: np.ndarray | None  # int32 (B, 2): upper left corner (y, x) of the crop, negative in the padding
+    crop_box: np.ndarray | None  # float32 (B, 4): y0, x0, y1, x1 of the part to resize, as shares of the image's sides
+    operations: list[OperationBatch]  # operations on colours and shapes, one after the other
+    erase_boxes: np.ndarray | None  # int32 (B, 4): y0, x0, y1, x1 of the erased rectangle, pixels; all 0 where there is none
 
 
 class Augmentation:
@@ -67,10 +67,10 @@ class Augmentation:
             self.policies.append((JITTER, ColorJitter(s.brightness, s.contrast, s.saturation)))
 
     @property
-    def num_levels(self) -> int:
-        return len(self.plan(0, 0, 1).levels)
+    def num_operations(self) -> int:
+        return len(self.plan(0, 0, 1).operations)
 
-    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None) -> Plan:
+    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None) -> AugmentationPlan:
         """The plan of positions `start` to `start + count`.
 
         Args:
@@ -79,21 +79,21 @@ class Augmentation:
         s = self.settings
 
         def draw(purpose: int, columns: int) -> np.ndarray:
-            return uniform(self.seed, epoch, purpose, start, count, columns)
+            return uniform_rows(self.seed, epoch, purpose, start, count, columns)
 
         u = draw(CROP, 4)
-        corner = part = None
+        crop_offset = crop_box = None
         if s.resized_crop:
-            part = resized_part(draw(RESIZED, 4 + 2 * ATTEMPTS), s.resized_crop_scale, s.resized_crop_ratio, sizes)
+            crop_box = resized_part(draw(RESIZED, 4 + 2 * ATTEMPTS), s.resized_crop_scale, s.resized_crop_ratio, sizes)
         elif s.crop_padding:
-            corner = np.ascontiguousarray(choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding)
-        return Plan(
-            flip=(u[:, 2] < s.flip).astype(np.int32), corner=corner, part=part,
-            levels=[level for purpose, policy in self.policies for level in policy.levels(draw(purpose, policy.num_draws))],
-            erased=self._erased(draw(ERASING, 4 + 2 * ATTEMPTS)) if s.erasing else None,
+            crop_offset = np.ascontiguousarray(choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding)
+        return AugmentationPlan(
+            flip=(u[:, 2] < s.flip).astype(np.int32), crop_offset=crop_offset, crop_box=crop_box,
+            operations=[operation for purpose, policy in self.policies for operation in policy.operations(draw(purpose, policy.num_draws))],
+            erase_boxes=self._erase_boxes(draw(ERASING, 4 + 2 * ATTEMPTS)) if s.erasing else None,
         )
 
-    def _erased(self, u: np.ndarray) -> np.ndarray:
+    def _erase_boxes(self, u: np.ndarray) -> np.ndarray:
         """Random erasing (arXiv 1708.04896): the first of ten rectangles that fits."""
         s, S = self.settings, self.side
         height, width = rectangles(u[:, 4:], S * S, s.erasing_scale, s.erasing_ratio)

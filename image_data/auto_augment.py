@@ -16,16 +16,16 @@ IDENTITY, WARP, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS, POSTERIZE, SOLARIZE, AUT
 
 
 @dataclass(frozen=True)
-class Level:
+class OperationBatch:
     """One operation for each of B images.
 
-    `value` means: a blending factor (BRIGHTNESS, COLOR, CONTRAST, SHARPNESS; 1 changes nothing), bits that stay
+    `magnitude` means: a blending factor (BRIGHTNESS, COLOR, CONTRAST, SHARPNESS; 1 changes nothing), bits that stay
     (POSTERIZE), the lowest inverted value 0..256 (SOLARIZE). `matrix` maps a point (x, y) of the result to the point of
     the source that it shows, in pixels with the origin at the image's upper left corner (WARP).
     """
 
     kind: np.ndarray  # int32 (B,)
-    value: np.ndarray  # float32 (B,)
+    magnitude: np.ndarray  # float32 (B,)
     matrix: np.ndarray  # float32 (B, 2, 3)
 
 
@@ -64,7 +64,7 @@ def linspace(start: float, stop: float, count: int) -> np.ndarray:
     return values.astype(np.float32).astype(np.float64)
 
 
-class Space:
+class OperationSpace:
     """Operations with `bins` magnitudes each; an operation is chosen by (name, bin, sign).
 
     `shear` and `color` are the greatest magnitudes of their families, `rotation` is in degrees, `translation` in pixels,
@@ -76,7 +76,7 @@ class Space:
         top = {"ShearX": shear, "ShearY": shear, "TranslateX": translation, "TranslateY": translation, "Rotate": rotation}
         # [operation, bin, sign]
         self.kind = np.zeros((len(names), bins, 2), np.int32)
-        self.value = np.zeros((len(names), bins, 2), np.float32)
+        self.magnitude = np.zeros((len(names), bins, 2), np.float32)
         self.matrix = np.tile(np.array([[1, 0, 0], [0, 1, 0]], np.float32), (len(names), bins, 2, 1, 1))
         for i, name in enumerate(names):
             for j in range(bins):
@@ -85,21 +85,21 @@ class Space:
                         self.kind[i, j, k] = WARP
                         self.matrix[i, j, k] = WARPS[name](sign * linspace(0, top[name], bins)[j], side)
                     elif name in BLENDS:
-                        self.kind[i, j, k], self.value[i, j, k] = BLENDS[name], 1 + sign * linspace(0, color, bins)[j]
+                        self.kind[i, j, k], self.magnitude[i, j, k] = BLENDS[name], 1 + sign * linspace(0, color, bins)[j]
             if name == "Posterize":
-                self.kind[i], self.value[i] = POSTERIZE, np.round(8 - linspace(0, posterize, bins))[:, None]
+                self.kind[i], self.magnitude[i] = POSTERIZE, np.round(8 - linspace(0, posterize, bins))[:, None]
             elif name == "Solarize":
-                self.kind[i], self.value[i] = SOLARIZE, (255 * linspace(1, 0, bins))[:, None]
+                self.kind[i], self.magnitude[i] = SOLARIZE, (255 * linspace(1, 0, bins))[:, None]
             elif name == "Invert":
-                self.kind[i], self.value[i] = SOLARIZE, 0
+                self.kind[i], self.magnitude[i] = SOLARIZE, 0
             elif name in ("AutoContrast", "Equalize"):
                 self.kind[i] = AUTOCONTRAST if name == "AutoContrast" else EQUALIZE
 
-    def level(self, operation: np.ndarray, bin: np.ndarray, negative: np.ndarray, applied: np.ndarray | None = None) -> Level:
-        """The level of B chosen operations; where `applied` is False, nothing happens."""
+    def batch(self, operation: np.ndarray, bin: np.ndarray, negative: np.ndarray, applied: np.ndarray | None = None) -> OperationBatch:
+        """B chosen operations; where `applied` is False, nothing happens."""
         at = operation, bin, negative.astype(np.int64)
         kind = self.kind[at] if applied is None else np.where(applied, self.kind[at], IDENTITY).astype(np.int32)
-        return Level(kind, self.value[at], self.matrix[at])
+        return OperationBatch(kind, self.magnitude[at], self.matrix[at])
 
 
 COMMON = ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
@@ -115,13 +115,13 @@ class RandAugment:
     """`ops` operations chosen evenly, all of one magnitude of 31 bins (arXiv 1909.13719)."""
 
     def __init__(self, side: int, ops: int, magnitude: int):
-        self.space = Space(["Identity", *COMMON], side, bins=31, shear=0.3, translation=150 / 331 * side, rotation=30, color=0.9, posterize=4)
+        self.space = OperationSpace(["Identity", *COMMON], side, bins=31, shear=0.3, translation=150 / 331 * side, rotation=30, color=0.9, posterize=4)
         self.ops, self.magnitude = ops, magnitude
         self.num_draws = 4 * ops  # of which two are used: the streams move in steps of four
 
-    def levels(self, u: np.ndarray) -> list[Level]:
+    def operations(self, u: np.ndarray) -> list[OperationBatch]:
         bin = np.full(len(u), self.magnitude)
-        return [self.space.level(choose(u[:, 4 * i], len(self.space.names)), bin, u[:, 4 * i + 1] < 0.5) for i in range(self.ops)]
+        return [self.space.batch(choose(u[:, 4 * i], len(self.space.names)), bin, u[:, 4 * i + 1] < 0.5) for i in range(self.ops)]
 
 
 class TrivialAugment:
@@ -130,10 +130,10 @@ class TrivialAugment:
     num_draws = 4
 
     def __init__(self, side: int):
-        self.space = Space(["Identity", *COMMON], side, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6)
+        self.space = OperationSpace(["Identity", *COMMON], side, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6)
 
-    def levels(self, u: np.ndarray) -> list[Level]:
-        return [self.space.level(choose(u[:, 0], len(self.space.names)), choose(u[:, 1], self.space.bins), u[:, 2] < 0.5)]
+    def operations(self, u: np.ndarray) -> list[OperationBatch]:
+        return [self.space.batch(choose(u[:, 0], len(self.space.names)), choose(u[:, 1], self.space.bins), u[:, 2] < 0.5)]
 
 
 class AutoAugment:
@@ -154,15 +154,15 @@ class AutoAugment:
     ]
 
     def __init__(self, side: int):
-        self.space = Space([*COMMON, "Invert"], side, bins=10, shear=0.3, translation=150 / 331 * side, rotation=30, color=0.9, posterize=4)
+        self.space = OperationSpace([*COMMON, "Invert"], side, bins=10, shear=0.3, translation=150 / 331 * side, rotation=30, color=0.9, posterize=4)
         index = self.space.names.index
         self.operation = np.array([[index(pair[0]), index(pair[3])] for pair in self.PAIRS])
         self.probability = np.array([[pair[1], pair[4]] for pair in self.PAIRS])
         self.bin = np.array([[pair[2], pair[5]] for pair in self.PAIRS])
 
-    def levels(self, u: np.ndarray) -> list[Level]:
+    def operations(self, u: np.ndarray) -> list[OperationBatch]:
         pair = choose(u[:, 0], len(self.PAIRS))
-        return [self.space.level(self.operation[pair, i], self.bin[pair, i], u[:, 1 + i] < 0.5, u[:, 3 + i] < self.probability[pair, i])
+        return [self.space.batch(self.operation[pair, i], self.bin[pair, i], u[:, 1 + i] < 0.5, u[:, 3 + i] < self.probability[pair, i])
                 for i in range(2)]
 
 
@@ -176,11 +176,11 @@ class ColorJitter:
         self.kinds = np.array([BRIGHTNESS, CONTRAST, COLOR])
         self.width = np.array([brightness, contrast, saturation])
 
-    def levels(self, u: np.ndarray) -> list[Level]:
+    def operations(self, u: np.ndarray) -> list[OperationBatch]:
         low, high = np.maximum(0, 1 - self.width), 1 + self.width
         factor = low + u[:, :3] * (high - low)
         order = np.argsort(u[:, 3:6], axis=1)
         matrix = np.tile(np.array([[1, 0, 0], [0, 1, 0]], np.float32), (len(u), 1, 1))
         rows = np.arange(len(u))
-        return [Level(np.where(self.width[order[:, i]] > 0, self.kinds[order[:, i]], IDENTITY).astype(np.int32),
+        return [OperationBatch(np.where(self.width[order[:, i]] > 0, self.kinds[order[:, i]], IDENTITY).astype(np.int32),
                       factor[rows, order[:, i]].astype(np.float32), matrix) for i in range(3)]

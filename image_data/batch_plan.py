@@ -1,138 +1,110 @@
-"""Who carries a plan out: the DALI graph, or whole-batch tensor operations. Both run in the thread that makes batches."""
+"""Which images are in a batch and what happens to each of them, decided before anything is read.
+
+    planned = planner.plan(BatchIndex(epoch=0, index=7, stop=390))
+
+A plan depends on (seed, epoch, index) alone. A reader then reads the images of a plan, a backend carries out its
+augmentation, and a `Mixer` mixes the finished batch.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from image_data.augmentation import Plan
-
-if TYPE_CHECKING:
-    from dali_pipeline import Batches
-
-PREFETCH = 2  # batches inside DALI at a time
+from image_data.augmentation import Augmentation, AugmentationPlan, epoch_order
+from image_data.mixup import Mixer, Mixing, erasing_noise
 
 
 @dataclass(frozen=True)
-class Token:
-    """One batch: which epoch, which place in it, and where the consumer will stop."""
+class BatchIndex:
+    """One batch: its epoch, its index there, and the index at which the consumer will stop."""
 
     epoch: int
     index: int
     stop: int
 
     @property
-    def place(self) -> tuple[int, int]:
+    def key(self) -> tuple[int, int]:
+        """What the images of the batch depend on."""
         return self.epoch, self.index
 
-    def next(self, training: bool) -> Token:
-        """What will most likely be asked for next: the following batch, then the start of the next epoch or pass."""
+    def next(self, training: bool) -> BatchIndex:
+        """The batch that will most likely be asked for next: the following one, then the first of the next epoch."""
         if self.index + 1 < self.stop:
-            return Token(self.epoch, self.index + 1, self.stop)
-        return Token(self.epoch + training, 0, self.stop)
+            return BatchIndex(self.epoch, self.index + 1, self.stop)
+        return BatchIndex(self.epoch + training, 0, self.stop)
 
 
 @dataclass(frozen=True)
-class Work:
-    """One batch on its way: positions in the split (-1: padding), what was read, and what is to happen to it."""
+class PlannedBatch:
+    """One batch of B images before they are read."""
 
-    token: Token
-    positions: np.ndarray
-    read: Any
-    plan: Plan | None
-    mix: tuple[np.ndarray, np.ndarray] | None
+    batch: BatchIndex
+    positions: np.ndarray  # int64 (B,): positions in the split; -1 is padding
+    augmentation: AugmentationPlan | None  # None: evaluation
+    erasing_noise: np.ndarray | None  # float32, for the pixels of all erased boxes; None: boxes become 0
+    mixing: Mixing | None
 
-
-class OnDali:
-    """Carries plans out by the DALI graph, which has PREFETCH batches in the making."""
-
-    def __init__(self, batches: Batches, num_threads: int):
-        from image_data.dali_backend import Graph  # DALI takes a second to import
-
-        self.batches, self.device = batches, batches.device
-        sample = batches.augmentation.plan(0, 0, 1)
-        training = batches.training
-        self.graph = Graph(
-            side=batches.side, source_side=batches.dataset.image_side, decode=batches.source == "files", training=training,
-            corner=training and sample.corner is not None, part=training and sample.part is not None,
-            num_levels=len(sample.levels) if training else 0,
-            erase=training and sample.erased is not None and batches.augmentation.settings.erasing_value == "zero",
-            mean=batches.dataset.mean, std=batches.dataset.std,
-        )
-        device_id = (self.device.index or 0) if self.device.type == "cuda" else None
-        self.pipeline = self.graph.build(batches.batch_size, num_threads, device_id, prefetch=PREFETCH)
-        self._inside: deque[Work] = deque()
-        self._num_fed = 0
-
-    def images(self, token: Token) -> tuple[Tensor, Work]:
-        """The images of the batch of `token`, while DALI works on the ones after it."""
-        while self._inside and self._inside[0].token.place != token.place:
-            self._output()  # read ahead for a consumer who went elsewhere
-        while len(self._inside) < PREFETCH:
-            self._feed(self._inside[-1].token.next(self.batches.training) if self._inside else token)
-        return self._output()
-
-    def _feed(self, token: Token) -> None:
-        work = self.batches.prepare(token, read=True)
-        for name, value in self._inputs(work).items():
-            self.pipeline.feed_input(name, value)
-        self._inside.append(work)
-        self._num_fed += 1
-        if self._num_fed >= PREFETCH:  # DALI's first run consumes a whole queue of inputs, every later one a single input
-            self.pipeline.schedule_run()
-
-    def _inputs(self, work: Work) -> dict[str, Any]:
-        inputs, plan = {"images": work.read}, work.plan
-        if plan is not None:
-            inputs["flip"] = plan.flip
-            if self.graph.corner:
-                inputs["corner"] = plan.corner
-            if self.graph.part:
-                inputs["part"] = plan.part
-            for i, level in enumerate(plan.levels):
-                inputs |= {f"kind{i}": level.kind, f"value{i}": level.value, f"matrix{i}": level.matrix}
-            if self.graph.erase:
-                box = plan.erased.astype(np.float32)
-                inputs |= {"erase_at": np.ascontiguousarray(box[:, :2]), "erase_size": box[:, 2:] - box[:, :2]}
-        return inputs
-
-    def _output(self) -> tuple[Tensor, Work]:
-        """The next batch out of DALI, copied to a tensor of our own: DALI reuses its buffers."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        work = self._inside.popleft()
-        try:
-            (output,) = self.pipeline.share_outputs()
-        except RuntimeError as error:
-            self.batches.blame(work, error)
-        side = self.batches.side
-        images = torch.empty(len(work.positions), 3, side, side, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
-        self.pipeline.release_outputs()
-        return images, work
+    @property
+    def readable(self) -> np.ndarray:
+        """`positions` with image 0 in place of padding: int64 (B,)."""
+        return np.maximum(self.positions, 0)
 
 
-class OnTensors:
-    """Carries plans out on whole tensors."""
+@dataclass(frozen=True)
+class LoaderSpec:
+    """What a backend must know of the batches that it makes."""
 
-    def __init__(self, batches: Batches, num_threads: int):
-        self.batches = batches
-        self.mean = 255 * torch.tensor(batches.dataset.mean, device=batches.device).view(3, 1, 1)
-        self.scale = 1 / (255 * torch.tensor(batches.dataset.std, device=batches.device).view(3, 1, 1))
+    batch_size: int  # images of this process, B
+    side: int  # pixels along one side of an image that the network sees, S
+    source_side: int | None  # pixels along one side of all stored images; None where they differ
+    mean: tuple[float, float, float]  # of each channel, in 0..1
+    std: tuple[float, float, float]
+    device: torch.device
+    training: bool
+    decode: bool  # the reader gives encoded files, not pixels
+    num_threads: int
 
-    def images(self, token: Token) -> tuple[Tensor, Work]:
-        """The images of the batch of `token`."""
-        from image_data.torch_backend import augment
 
-        work = self.batches.prepare(token, read=False)
-        corner = work.plan.corner if work.plan is not None else None
-        images = self.batches.reader.read_crops(np.maximum(work.positions, 0), corner)
-        if work.plan is not None:
-            images = augment(images, work.plan)
-        return images.float().sub_(self.mean).mul_(self.scale), work
+class BatchPlanner:
+    """Plans the batches of one split for one shard.
+
+    Args:
+        num_images: images of the split.
+        batch_size: images of a batch of this shard.
+        shard, num_shards: which part of each global batch is planned here.
+        seed: of the order, the augmentation and the mixing.
+        augmentation: None plans an evaluation: images in order, padded at the end.
+        mixer: draws MixUp and CutMix; used in training only.
+        sizes_of: height and width of the images at some positions, int64 (B, 2), where they differ and a crop needs them.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, shard: int, num_shards: int, seed: int, augmentation: Augmentation | None,
+                 mixer: Mixer | None = None, sizes_of: Callable[[np.ndarray], np.ndarray] | None = None):
+        self.num_images, self.batch_size, self.shard, self.num_shards, self.seed = num_images, batch_size, shard, num_shards, seed
+        self.augmentation, self.mixer, self.sizes_of = augmentation, mixer, sizes_of
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def plan(self, batch: BatchIndex) -> PlannedBatch:
+        """The plan of one batch."""
+        begin = (batch.index * self.num_shards + self.shard) * self.batch_size
+        rows = np.arange(begin, begin + self.batch_size)
+        if self.augmentation is None:
+            return PlannedBatch(batch, np.where(rows < self.num_images, rows, -1), None, None, None)
+        settings = self.augmentation.settings
+        positions = self._order_of(batch.epoch)[rows // settings.repeats]
+        plan = self.augmentation.plan(batch.epoch, begin, self.batch_size, self.sizes_of(positions) if self.sizes_of else None)
+        noise = None
+        if plan.erase_boxes is not None and settings.erasing_value == "pixel":
+            noise = erasing_noise(plan.erase_boxes, self.seed, batch.epoch, begin)
+        mixing = self.mixer.draw(batch.epoch, begin, self.batch_size) if self.mixer is not None and self.mixer.is_on else None
+        return PlannedBatch(batch, positions, plan, noise, mixing)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        order = self._order  # another thread may be at the next epoch already, and replace it
+        if order[0] != epoch:
+            order = self._order = (epoch, epoch_order(self.seed, epoch, self.num_images))
+        return order[1]

@@ -7,13 +7,86 @@ rounds where torchvision cuts off, so pixels may differ by one level, and its eq
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch import Tensor
 
+from common.errors import DatasetError
 from image_data.augmentation import CENTRE_CROP
 from image_data.auto_augment import AUTOCONTRAST, BRIGHTNESS, COLOR, CONTRAST, EQUALIZE, POSTERIZE, SHARPNESS, SOLARIZE, WARP
+from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
+from image_data.readers import FileReader, PackedReader
+
+PREFETCH = 2  # batches inside DALI at a time
+
+
+class DaliBackend:
+    """Makes batches by the DALI graph, which has PREFETCH of them in flight."""
+
+    def __init__(self, spec: LoaderSpec, planner: BatchPlanner, reader: PackedReader | FileReader):
+        self.spec, self.planner, self.reader = spec, planner, reader
+        fed = planner.augmentation.plan(0, 0, 1) if planner.augmentation is not None else None
+        self.graph = Graph(
+            side=spec.side, source_side=spec.source_side, decode=spec.decode, training=spec.training, mean=spec.mean, std=spec.std,
+            crop_offset=fed is not None and fed.crop_offset is not None, crop_box=fed is not None and fed.crop_box is not None,
+            num_operations=len(fed.operations) if fed is not None else 0,
+        )
+        device_id = (spec.device.index or 0) if spec.device.type == "cuda" else None
+        self.pipeline = self.graph.build(spec.batch_size, spec.num_threads, device_id, prefetch=PREFETCH)
+        self._in_flight: deque[PlannedBatch] = deque()
+        self._num_fed = 0
+
+    def images(self, batch: BatchIndex) -> tuple[Tensor, PlannedBatch]:
+        """The augmented and normalized images of a batch, float32 (B, 3, S, S), and its plan; DALI works on the next ones."""
+        while self._in_flight and self._in_flight[0].batch.key != batch.key:
+            self._output()  # read ahead for a consumer who went elsewhere
+        while len(self._in_flight) < PREFETCH:
+            self._feed(self._in_flight[-1].batch.next(self.spec.training) if self._in_flight else batch)
+        return self._output()
+
+    def _feed(self, batch: BatchIndex) -> None:
+        planned = self.planner.plan(batch)
+        for name, value in self._inputs(planned).items():
+            self.pipeline.feed_input(name, value)
+        self._in_flight.append(planned)
+        self._num_fed += 1
+        if self._num_fed >= PREFETCH:  # DALI's first run consumes a whole queue of inputs, every later one a single input
+            self.pipeline.schedule_run()
+
+    def _inputs(self, planned: PlannedBatch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"images": self.reader.read(planned.readable)}
+        plan = planned.augmentation
+        if plan is None:
+            return inputs
+        inputs["flip"] = plan.flip
+        if self.graph.crop_offset:
+            inputs["crop_offset"] = plan.crop_offset
+        if self.graph.crop_box:
+            inputs["crop_box"] = plan.crop_box
+        for i, operation in enumerate(plan.operations):
+            inputs |= {f"kind{i}": operation.kind, f"value{i}": operation.magnitude, f"matrix{i}": operation.matrix}
+        return inputs
+
+    def _output(self) -> tuple[Tensor, PlannedBatch]:
+        """The next batch out of DALI, copied to a tensor of our own: DALI reuses its buffers."""
+        planned = self._in_flight.popleft()
+        try:
+            (output,) = self.pipeline.share_outputs()
+        except RuntimeError as error:
+            self.reader.raise_for_unreadable(planned.readable)
+            raise DatasetError(f"a batch could not be made: {str(error).splitlines()[0]}") from error
+        device, side = self.spec.device, self.spec.side
+        images = torch.empty(len(planned.positions), 3, side, side, device=device)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
+        self.pipeline.release_outputs()
+        return images, planned
 
 
 @dataclass(frozen=True)
@@ -21,25 +94,23 @@ class Graph:
     """What a pipeline must do.
 
     `decode`: the input is encoded files, else pixels (H, W, 3). `source_side`: side of all source images, None where they
-    differ. `corner`, `part`, `num_levels`, `erase`: which fields of the plan will be fed (see `augmentation.Plan`).
+    differ. `crop_offset`, `crop_box`, `num_operations`: which fields of the plan will be fed (see `AugmentationPlan`).
     """
 
     side: int
     source_side: int | None
     decode: bool
     training: bool
-    corner: bool = False
-    part: bool = False
-    num_levels: int = 0
-    erase: bool = False
+    crop_offset: bool = False
+    crop_box: bool = False
+    num_operations: int = 0
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def build(self, batch_size: int, num_threads: int, device_id: int | None, prefetch: int):
         """A built pipeline with one output: float32 (B, 3, S, S), normalised. `device_id` None runs it on the CPU.
 
-        Its inputs are named `images` and, in training, `flip`, `corner`, `part`, `kind<i>`, `value<i>`, `matrix<i>`,
-        `erase_at` and `erase_size`.
+        Its inputs are named `images` and, in training, `flip`, `crop_offset`, `crop_box`, `kind<i>`, `value<i>` and `matrix<i>`.
         """
         pipeline = pipeline_def(enable_conditionals=True)(_graph)(
             self, device_id is not None, batch_size=batch_size, num_threads=num_threads, device_id=device_id,
@@ -55,9 +126,9 @@ def _graph(what: Graph, on_gpu: bool):
         images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
     else:
         images = fn.external_source(name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3)
-    if what.part:
-        part = fn.external_source(name="part", dtype=types.FLOAT, ndim=1)
-        images = fn.resize(images, roi_start=part[0:2], roi_end=part[2:4], roi_relative=True, size=[S, S],
+    if what.crop_box:
+        box = fn.external_source(name="crop_box", dtype=types.FLOAT, ndim=1)
+        images = fn.resize(images, roi_start=box[0:2], roi_end=box[2:4], roi_relative=True, size=[S, S],
                            interp_type=types.INTERP_LINEAR, antialias=True)
     elif what.source_side is None:
         size, corner = _centre(fn.peek_image_shape(encoded), S)
@@ -65,23 +136,19 @@ def _graph(what: Graph, on_gpu: bool):
         images = fn.slice(images, corner, [S, S], axes=(0, 1), normalized_anchor=False, normalized_shape=False)
     elif what.source_side != S:
         images = fn.resize(images, size=[S, S], interp_type=types.INTERP_LINEAR, antialias=True)
-    if what.corner:
-        corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+    if what.crop_offset:
+        corner = fn.external_source(name="crop_offset", dtype=types.INT32, ndim=1)
         images = fn.slice(images, corner, [S, S], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
                           out_of_bounds_policy="pad", fill_values=0)
     if what.training:
         images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0), vertical=0)
-    for i in range(what.num_levels):
+    for i in range(what.num_operations):
         kind = fn.external_source(name=f"kind{i}", dtype=types.INT32, ndim=0)
         value = fn.external_source(name=f"value{i}", dtype=types.FLOAT, ndim=0)
         matrix = fn.external_source(name=f"matrix{i}", dtype=types.FLOAT, ndim=2)
-        images = _level(images, kind, value, matrix, S, on_gpu)
+        images = _apply_operation(images, kind, value, matrix, S, on_gpu)
     images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
                                       mean=[255 * m for m in what.mean], std=[255 * s for s in what.std])
-    if what.erase:
-        at = fn.external_source(name="erase_at", dtype=types.FLOAT, ndim=1)
-        size = fn.external_source(name="erase_size", dtype=types.FLOAT, ndim=1)
-        images = fn.erase(images, anchor=at, shape=size, axis_names="HW", fill_value=0.0)
     return images
 
 
@@ -96,26 +163,26 @@ def _centre(shape, side):
     return size, fn.cast(half + odd * half_is_odd, dtype=types.INT32)  # halves go to the even neighbour
 
 
-def _level(images, kind, value, matrix, side, on_gpu):
+def _apply_operation(images, kind, value, matrix, side, on_gpu):
     """One operation an image, chosen by its `kind`; IDENTITY takes no branch."""
     factor = value.gpu() if on_gpu else value  # in arithmetic both sides must be on one device
     if kind == WARP:
         images = fn.warp_affine(images, matrix=matrix, inverse_map=True, fill_value=0, interp_type=types.INTERP_NN)
     elif kind == BRIGHTNESS:
-        images = _whole(images * factor)
+        images = _to_uint8(images * factor)
     elif kind == COLOR:
-        images = _whole(factor * images + (1.0 - factor) * _grey(images))
+        images = _to_uint8(factor * images + (1.0 - factor) * _grey(images))
     elif kind == CONTRAST:
-        images = _whole(factor * images + (1.0 - factor) * fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True))
+        images = _to_uint8(factor * images + (1.0 - factor) * fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True))
     elif kind == SHARPNESS:
         images = _sharpness(images, factor, side)
     elif kind == POSTERIZE:
         # Cutting off the lowest bits is rounding down to a multiple of 2 ** (8 - bits).
         step = 2.0 ** (8.0 - factor)
-        images = _whole(math.floor(images / step) * step)
+        images = _to_uint8(math.floor(images / step) * step)
     elif kind == SOLARIZE:
         keep = images < factor
-        images = _whole(keep * images + (keep ^ True) * (255.0 - images))
+        images = _to_uint8(keep * images + (keep ^ True) * (255.0 - images))
     elif kind == AUTOCONTRAST:
         images = _autocontrast(images)
     elif kind == EQUALIZE:
@@ -123,7 +190,7 @@ def _level(images, kind, value, matrix, side, on_gpu):
     return images
 
 
-def _whole(values):
+def _to_uint8(values):
     """Floats to pixels the way torchvision does: cut to 0..255, fractions dropped (DALI's own cast would round)."""
     return fn.cast(math.floor(values), dtype=types.UINT8)
 
@@ -141,7 +208,7 @@ def _sharpness(images, factor, side):
     inner[1:-1, 1:-1] = 1
     inner = types.Constant(inner)
     smooth = math.floor(FILTER_OPERATOR(images, kernel, dtype=types.FLOAT) + 0.5)
-    return _whole(images + inner * (1.0 - factor) * (smooth - images))
+    return _to_uint8(images + inner * (1.0 - factor) * (smooth - images))
 
 
 def _autocontrast(images):
@@ -150,7 +217,7 @@ def _autocontrast(images):
     high = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
     flat = high == low
     range_ = (fn.cast(high, dtype=types.FLOAT) - low) * (1 / 255) + flat
-    return _whole((fn.cast(images, dtype=types.FLOAT) - low * (flat ^ True)) / range_)
+    return _to_uint8((fn.cast(images, dtype=types.FLOAT) - low * (flat ^ True)) / range_)
 
 
 def _equalize(images, side):
@@ -162,11 +229,11 @@ def _equalize(images, side):
     """
     highest = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
     r_max = side**2 - fn.reductions.sum(fn.cast(images == highest, dtype=types.FLOAT), axes=[0, 1], keep_dims=True)
-    r = r_max * (255.0 - EQUALIZE_OPERATOR(_whole(255.0 - images))) * (1 / 255)
+    r = r_max * (255.0 - EQUALIZE_OPERATOR(_to_uint8(255.0 - images))) * (1 / 255)
     step = math.floor(r_max * (1 / 255) + 1e-4)
     too_few = step == 0
     spread = math.floor((r + math.floor(step * 0.5) + 0.5) / (step + too_few))
-    return _whole(math.min(spread, 255.0) * (too_few ^ True) + images * too_few)
+    return _to_uint8(math.min(spread, 255.0) * (too_few ^ True) + images * too_few)
 
 
 # DALI 2 moved these two out of its experimental module.

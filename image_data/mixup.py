@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from config.settings import AugmentationSettings
-from image_data.augmentation import MIXING, stream
+from image_data.augmentation import MIXING, NOISE, random_stream
 
 
-def fill_rectangles(images: Tensor, boxes: np.ndarray, noise: torch.Generator | None) -> Tensor:
-    """Paint each image's rectangle (y0, x0, y1, x1) with 0, the mean colour of normalised images, or with normal noise."""
+def erasing_noise(boxes: np.ndarray, seed: int, epoch: int, start: int) -> np.ndarray:
+    """Normal noise for every erased pixel of the images from position `start` of an epoch on: float32, channel by channel.
+
+    Each position has a random stream of its own, so its noise is the same for any number of shards.
+    """
+    parts = [np.empty(0, np.float32)]
+    for i in np.flatnonzero(boxes.any(axis=1)):
+        y0, x0, y1, x1 = boxes[i].tolist()
+        draws = np.random.Generator(random_stream(seed, epoch, NOISE, (start + int(i)) << 32))
+        parts.append(draws.standard_normal(3 * (y1 - y0) * (x1 - x0), dtype=np.float32))
+    return np.concatenate(parts)
+
+
+def erase(images: Tensor, boxes: np.ndarray, noise: np.ndarray | None) -> Tensor:
+    """Fill each image's box (y0, x0, y1, x1) with 0, the mean color of normalized images, or with the values of `noise`."""
     inside = inside_boxes(boxes, images.shape[-1], images.device)
-    paint = 0.0 if noise is None else torch.randn(images.shape, generator=noise, device=images.device)
-    return torch.where(inside, paint, images)
+    if noise is None:
+        return torch.where(inside, 0.0, images)
+    return images.masked_scatter(inside.expand_as(images), torch.from_numpy(noise).to(images.device, non_blocking=True))
 
 
 def inside_boxes(boxes: np.ndarray, side: int, device: torch.device) -> Tensor:
@@ -25,7 +41,15 @@ def inside_boxes(boxes: np.ndarray, side: int, device: torch.device) -> Tensor:
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
 
 
+@dataclass(frozen=True)
 class Mixing:
+    """How the images of a batch are mixed with their partners."""
+
+    share: np.ndarray  # float32 (B,): what stays of each image's label and, under MixUp, of its pixels
+    boxes: np.ndarray  # int32 (B, 4): y0, x0, y1, x1 of the partner's pixels under CutMix; all 0 where there are none
+
+
+class Mixer:
     """MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899), each image with its own share and box.
 
     An image's partner is the one at the mirrored place in the batch. The share that is left of an image is drawn from
@@ -40,11 +64,11 @@ class Mixing:
     def is_on(self) -> bool:
         return self.settings.mixup > 0 or self.settings.cutmix > 0
 
-    def draw(self, epoch: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """For `count` images from position `start`: the share that stays, float32 (B,), and CutMix boxes, int32 (B, 4)."""
+    def draw(self, epoch: int, start: int, count: int) -> Mixing:
+        """The mixing of `count` images from position `start` of an epoch."""
         s, S = self.settings, self.side
         # A stretch of the stream of its own for each start: Beta takes a number of words that is not known beforehand.
-        draws = np.random.Generator(stream(self.seed, epoch, MIXING, start << 32))
+        draws = np.random.Generator(random_stream(self.seed, epoch, MIXING, start << 32))
         mixed = draws.random(count) < s.mix_probability
         cut_share = s.cutmix_share if s.mixup and s.cutmix else float(s.cutmix > 0)
         cut = draws.random(count) < cut_share
@@ -55,12 +79,12 @@ class Mixing:
         box = np.where((cut & mixed)[:, None], np.stack([low[0], low[1], high[0], high[1]], axis=1), 0)
         area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
         share = np.where(cut, 1 - area / S**2, share)
-        return np.where(mixed, share, 1).astype(np.float32), box.astype(np.int32)
+        return Mixing(np.where(mixed, share, 1).astype(np.float32), box.astype(np.int32))
 
-    def __call__(self, images: Tensor, labels: Tensor, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) and labels (B,) -> mixed images and soft labels (B, K)."""
-        share = torch.from_numpy(drawn[0]).to(images.device, non_blocking=True)
-        boxes = drawn[1]
+        share = torch.from_numpy(mixing.share).to(images.device, non_blocking=True)
+        boxes = mixing.boxes
         partner = images.flip(0)
         is_cut = torch.from_numpy(boxes[:, 2] > boxes[:, 0]).to(images.device, non_blocking=True)
         # A CutMix image keeps its own pixels outside the box; only MixUp blends.

@@ -1,4 +1,4 @@
-"""Where the images of a batch come from: packed pixels in memory, or the files of the tree."""
+"""Read the images of a batch by position: packed pixels in memory, or the files of the tree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from common.errors import DatasetError
 
 
-class Resident:
+class PackedReader:
     """Packed pixels, uint8 (N, S, S, 3); on a GPU they live there and are gathered there."""
 
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
@@ -27,11 +27,11 @@ class Resident:
             return self.pixels[torch.from_numpy(rows).to(self.pixels.device, non_blocking=True)]
         return self.pixels[rows]
 
-    def blame(self, positions: np.ndarray) -> None:
+    def raise_for_unreadable(self, positions: np.ndarray) -> None:
         """Packed pixels were checked when they were written: there is no file to name."""
 
 
-class PaddedResident(Resident):
+class PaddedPackedReader(PackedReader):
     """Packed pixels with channels first and `padding` black pixels on each side: a random crop is one gather."""
 
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device, padding: int):
@@ -55,7 +55,7 @@ class PaddedResident(Resident):
         return torch.from_numpy(self.windows[at[0], :, at[1], at[2]])
 
 
-class Files:
+class FileReader:
     """Encoded files, read by a few threads; who decodes them is not our business."""
 
     def __init__(self, paths: list[Path], num_threads: int):
@@ -90,7 +90,7 @@ class Files:
         except (OSError, SyntaxError, ValueError) as error:
             raise DatasetError(f"{self.paths[position]} is broken ({error}); restore it, or run prepare_dataset.py --force") from None
 
-    def blame(self, positions: np.ndarray) -> None:
+    def raise_for_unreadable(self, positions: np.ndarray) -> None:
         """Find the file that could not be decoded, which DALI's message does not always name. Raises DatasetError."""
         from PIL import Image
 

@@ -12,19 +12,52 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from image_data.augmentation import Plan
-from image_data.auto_augment import AUTOCONTRAST, BRIGHTNESS, COLOR, CONTRAST, EQUALIZE, IDENTITY, POSTERIZE, SHARPNESS, SOLARIZE, WARP, Level
+from image_data.augmentation import AugmentationPlan
+from image_data.auto_augment import (
+    AUTOCONTRAST,
+    BRIGHTNESS,
+    COLOR,
+    CONTRAST,
+    EQUALIZE,
+    IDENTITY,
+    POSTERIZE,
+    SHARPNESS,
+    SOLARIZE,
+    WARP,
+    OperationBatch,
+)
+from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
+from image_data.readers import PaddedPackedReader
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G, B
 
 
-def augment(images: Tensor, plan: Plan) -> Tensor:
+class TorchBackend:
+    """Makes batches by operations on whole tensors."""
+
+    def __init__(self, spec: LoaderSpec, planner: BatchPlanner, reader: PaddedPackedReader):
+        self.planner, self.reader = planner, reader
+        # Computed on the CPU and copied: on a GPU the first batch, in a stream of its own, could overtake the arithmetic.
+        self.mean = (255 * torch.tensor(spec.mean).view(3, 1, 1)).to(spec.device)
+        self.scale = (1 / (255 * torch.tensor(spec.std).view(3, 1, 1))).to(spec.device)
+
+    def images(self, batch: BatchIndex) -> tuple[Tensor, PlannedBatch]:
+        """The augmented and normalized images of a batch, float32 (B, 3, S, S), and its plan."""
+        planned = self.planner.plan(batch)
+        plan = planned.augmentation
+        images = self.reader.read_crops(planned.readable, plan.crop_offset if plan is not None else None)
+        if plan is not None:
+            images = augment(images, plan)
+        return images.float().sub_(self.mean).mul_(self.scale), planned
+
+
+def augment(images: Tensor, plan: AugmentationPlan) -> Tensor:
     """Everything between the padded crop, which the reader makes, and normalisation."""
-    if plan.part is not None:
-        images = resized_crop(images, plan.part)
+    if plan.crop_box is not None:
+        images = resized_crop(images, plan.crop_box)
     images = flip(images, plan.flip)
-    for level in plan.levels:
-        images = apply_level(images, level)
+    for operation in plan.operations:
+        images = apply_operation(images, operation)
     return images
 
 
@@ -47,17 +80,17 @@ def resized_crop(images: Tensor, part: np.ndarray) -> Tensor:
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round_().to(torch.uint8)
 
 
-def apply_level(images: Tensor, level: Level) -> Tensor:
+def apply_operation(images: Tensor, operation: OperationBatch) -> Tensor:
     """One operation an image; images of one kind are worked on together."""
     images = images.clone()
-    for kind in np.unique(level.kind):
+    for kind in np.unique(operation.kind):
         if kind != IDENTITY:
-            rows = np.flatnonzero(level.kind == kind)
+            rows = np.flatnonzero(operation.kind == kind)
             at = to_device(rows, images)
             if kind == WARP:
-                images[at] = warp(images[at], to_device(level.matrix[rows], images))
+                images[at] = warp(images[at], to_device(operation.matrix[rows], images))
             else:
-                images[at] = OPERATIONS[kind](images[at], to_device(level.value[rows], images).view(-1, 1, 1, 1))
+                images[at] = OPERATIONS[kind](images[at], to_device(operation.magnitude[rows], images).view(-1, 1, 1, 1))
     return images
 
 

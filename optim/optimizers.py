@@ -15,9 +15,7 @@ from common.errors import SettingsError, unknown
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from optim.muon import Muon
-from optim.param_groups import parameter_groups
-
-Groups = list[dict[str, Any]]
+from optim.param_groups import Groups, parameter_groups
 
 
 def adamw(groups: Groups, **params: Any) -> torch.optim.Optimizer:

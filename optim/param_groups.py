@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from torch import nn
 
-from optim.optimizers import Groups
+Groups = list[dict[str, Any]]
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float, find_hidden: bool = False) -> Groups:

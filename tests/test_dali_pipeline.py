@@ -125,7 +125,7 @@ def test_leaving_an_epoch_early_loses_nothing(dataset):
 @pytest.mark.parametrize("prefetch", [1, 4])
 def test_reading_ahead_changes_nothing(dataset, prefetch, monkeypatch):
     expected = collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident"))
-    monkeypatch.setattr("image_data.batch_plan.PREFETCH", prefetch)
+    monkeypatch.setattr("image_data.dali_backend.PREFETCH", prefetch)
     monkeypatch.setattr("dali_pipeline.AHEAD", prefetch + 1)
     assert same(collect(Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident")), expected)
 

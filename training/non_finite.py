@@ -17,7 +17,6 @@ from torch import Tensor
 from common.errors import RunError
 from common.files import write_atomically
 from dali_pipeline import Batches
-from image_data.batch_plan import Token
 from parallel.engine import Engine
 from records.run_folder import Progress
 
@@ -36,7 +35,7 @@ class Bad:
     step: int
     index: int  # of the step in its epoch
     what: str
-    own: bool  # the loss of its own images is to blame, not only the gradient of all
+    own: bool  # the loss of its own images is to raise_for_unreadable, not only the gradient of all
 
 
 class StepWatch:
@@ -96,5 +95,4 @@ def images_of(training: Batches, epoch: int, start: int, stop: int) -> list[str]
     if training.source == "synthetic":
         return ["noise"]
     split, classes = training.split, training.dataset.classes
-    positions = [int(i) for k in range(start, stop) for i in training.prepare(Token(epoch, k, stop), read=False).positions]
-    return [f"{i}\t{split.paths[i]}\t{classes[split.labels[i]]}" for i in positions]
+    return [f"{i}\t{split.paths[i]}\t{classes[split.labels[i]]}" for i in training.positions(epoch, start, stop).tolist()]

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from common.errors import SettingsError
 from config.settings import AugmentationSettings
 from image_data import auto_augment as policies
 from image_data import torch_backend
-from image_data.augmentation import ERASING, Augmentation, epoch_order, uniform
-from image_data.mixup import Mixing, fill_rectangles
-from image_data.readers import PaddedResident
+from image_data.augmentation import ERASING, Augmentation, epoch_order, uniform_rows
+from image_data.mixup import Mixer, erase, erasing_noise
+from image_data.readers import PaddedPackedReader
 
 SIDE = 32
 NAMES = ["Identity", *policies.COMMON, "Invert"]
@@ -48,8 +47,8 @@ def torchvision_magnitude(space: dict, name: str, bins: int, bin: int, negative:
     return 0.0 if magnitudes is None else float(magnitudes[bin]) * (-1 if signed and negative else 1)
 
 
-def one_level(space: policies.Space, name: str, bin: int, negative: bool, count: int) -> policies.Level:
-    return space.level(np.full(count, space.names.index(name)), np.full(count, bin), np.full(count, negative))
+def one_operation(space: policies.OperationSpace, name: str, bin: int, negative: bool, count: int) -> policies.OperationBatch:
+    return space.batch(np.full(count, space.names.index(name)), np.full(count, bin), np.full(count, negative))
 
 
 SPACES = {
@@ -67,7 +66,7 @@ def test_tensor_operations_equal_torchvision(images, family, name):
     for bin in range(0, bins, 3):
         for negative in (False, True):
             expected = torchvision_reference(images, name, torchvision_magnitude(theirs, name, bins, bin, negative))
-            ours = torch_backend.apply_level(images, one_level(space, name, bin, negative, len(images)))
+            ours = torch_backend.apply_operation(images, one_operation(space, name, bin, negative, len(images)))
             difference = (ours.int() - expected.int()).abs()
             if name in ("Rotate", "ShearX", "ShearY"):  # a point on the border of two pixels may fall to either
                 assert (difference > 0).float().mean() < 0.08
@@ -82,11 +81,11 @@ def dali():
 
     from image_data.dali_backend import Graph
 
-    pipeline = Graph(side=SIDE, source_side=SIDE, decode=False, training=True, num_levels=1).build(64, 2, None, prefetch=1)
+    pipeline = Graph(side=SIDE, source_side=SIDE, decode=False, training=True, num_operations=1).build(64, 2, None, prefetch=1)
 
-    def apply(images: torch.Tensor, level: policies.Level) -> torch.Tensor:
+    def apply(images: torch.Tensor, operation: policies.OperationBatch) -> torch.Tensor:
         inputs = {"images": images.permute(0, 2, 3, 1).contiguous().numpy(), "flip": np.zeros(64, np.int32),
-                  "kind0": level.kind, "value0": level.value, "matrix0": level.matrix}
+                  "kind0": operation.kind, "value0": operation.magnitude, "matrix0": operation.matrix}
         for key, value in inputs.items():
             pipeline.feed_input(key, value)
         pipeline.schedule_run()
@@ -101,11 +100,11 @@ def dali():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dali_operations_equal_the_tensor_ones(images, dali, name):
-    space = policies.Space(NAMES, SIDE, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6)
+    space = policies.OperationSpace(NAMES, SIDE, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6)
     for bin in (0, 5, 13, 22, 30):
         for negative in (False, True):
-            level = one_level(space, name, bin, negative, 64)
-            difference = (dali(images, level).int() - torch_backend.apply_level(images, level).int()).abs()
+            operation = one_operation(space, name, bin, negative, 64)
+            difference = (dali(images, operation).int() - torch_backend.apply_operation(images, operation).int()).abs()
             if name in policies.WARPS:
                 assert (difference > 0).float().mean() < 0.05
             else:
@@ -137,10 +136,10 @@ def test_statistics_agree_with_torchvision(name):
     few = pictures(4)
     many = few.repeat(NUMBER // 4, 1, 1, 1)
     plan = Augmentation(settings, SIDE, seed=11).plan(0, 0, NUMBER)
-    reader = PaddedResident(many.permute(0, 2, 3, 1).numpy(), np.arange(NUMBER), torch.device("cpu"), settings.crop_padding)
-    ours = torch_backend.augment(reader.read_crops(np.arange(NUMBER), plan.corner), plan)
-    if plan.erased is not None:
-        ours = fill_rectangles(ours, plan.erased, None)
+    reader = PaddedPackedReader(many.permute(0, 2, 3, 1).numpy(), np.arange(NUMBER), torch.device("cpu"), settings.crop_padding)
+    ours = torch_backend.augment(reader.read_crops(np.arange(NUMBER), plan.crop_offset), plan)
+    if plan.erase_boxes is not None:
+        ours = erase(ours, plan.erase_boxes, None)
     torch.manual_seed(0)
     theirs = torch.stack([transform(image) for image in many])
     for statistic in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)), lambda x: (x == 0).float().mean((1, 2, 3)),
@@ -155,7 +154,7 @@ def test_statistics_agree_with_torchvision(name):
 def test_crops_and_flips_are_uniform():
     """All 81 corners and both directions are equally likely (chi squared, 161 degrees of freedom)."""
     plan = Augmentation(AugmentationSettings(), SIDE).plan(0, 0, 16_200)
-    cell = (plan.corner[:, 0] + 4) * 18 + (plan.corner[:, 1] + 4) * 2 + plan.flip
+    cell = (plan.crop_offset[:, 0] + 4) * 18 + (plan.crop_offset[:, 1] + 4) * 2 + plan.flip
     counts = np.bincount(cell, minlength=162)
     chi2 = ((counts - 100) ** 2 / 100).sum()
     assert len(counts) == 162 and 100 < chi2 < 235
@@ -163,7 +162,7 @@ def test_crops_and_flips_are_uniform():
 
 def test_erased_rectangles_follow_their_settings():
     settings = AugmentationSettings(erasing=0.25, erasing_scale=[0.1, 0.2], erasing_ratio=[0.5, 2.0])
-    boxes = Augmentation(settings, SIDE).plan(0, 0, 8000).erased
+    boxes = Augmentation(settings, SIDE).plan(0, 0, 8000).erase_boxes
     height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     erased = height > 0
     assert abs(erased.mean() - 0.25) < 0.02
@@ -173,17 +172,17 @@ def test_erased_rectangles_follow_their_settings():
 
 
 def test_draws_depend_on_the_position_alone():
-    whole = uniform(3, 5, ERASING, 0, 1000, 24)
-    assert np.array_equal(uniform(3, 5, ERASING, 417, 100, 24), whole[417:517])
-    assert not np.array_equal(uniform(3, 6, ERASING, 0, 1000, 24), whole)
-    assert not np.array_equal(uniform(4, 5, ERASING, 0, 1000, 24), whole)
+    whole = uniform_rows(3, 5, ERASING, 0, 1000, 24)
+    assert np.array_equal(uniform_rows(3, 5, ERASING, 417, 100, 24), whole[417:517])
+    assert not np.array_equal(uniform_rows(3, 6, ERASING, 0, 1000, 24), whole)
+    assert not np.array_equal(uniform_rows(4, 5, ERASING, 0, 1000, 24), whole)
     assert sorted(epoch_order(0, 0, 1001)) == list(range(1001))
 
 
 def test_the_words_of_the_stream_are_fixed():
     """Another NumPy must not change which batch comes when: these numbers were written down once."""
     assert epoch_order(0, 0, 8).tolist() == EXPECTED_ORDER
-    np.testing.assert_allclose(uniform(1, 2, ERASING, 3, 1, 4)[0], EXPECTED_DRAWS, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(uniform_rows(1, 2, ERASING, 3, 1, 4)[0], EXPECTED_DRAWS, rtol=0, atol=1e-12)
 
 
 EXPECTED_ORDER = [0, 2, 1, 5, 4, 3, 6, 7]
@@ -191,17 +190,17 @@ EXPECTED_DRAWS = [0.452406180005242, 0.33425340218616495, 0.7167133977174408, 0.
 
 
 def mixed(settings: AugmentationSettings, count: int = 4000):
-    mixing = Mixing(settings, 10, SIDE, seed=0)
-    share, boxes = mixing.draw(0, 0, count)
-    return mixing, share, boxes
+    mixer = Mixer(settings, 10, SIDE, seed=0)
+    return mixer, mixer.draw(0, 0, count)
 
 
 def test_mixup_blends_images_and_labels_alike():
-    mixing, share, boxes = mixed(AugmentationSettings(mixup=0.8))
+    mixer, mixing = mixed(AugmentationSettings(mixup=0.8))
+    share, boxes = mixing.share, mixing.boxes
     assert not boxes.any() and abs(share.mean() - 0.5) < 0.02
     assert abs(share.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.005, "the variance of Beta(0.8, 0.8)"
     images, labels = torch.randn(4000, 3, 4, 4), torch.arange(4000) % 10
-    out, soft = mixing(images, labels, (share, boxes))
+    out, soft = mixer(images, labels, mixing)
     weight = torch.from_numpy(share)
     torch.testing.assert_close(out, images * weight[:, None, None, None] + images.flip(0) * (1 - weight)[:, None, None, None])
     hard = torch.nn.functional.one_hot(labels, 10).float()
@@ -209,10 +208,11 @@ def test_mixup_blends_images_and_labels_alike():
 
 
 def test_cutmix_labels_follow_the_pixels():
-    mixing, share, boxes = mixed(AugmentationSettings(cutmix=1.0))
+    mixer, mixing = mixed(AugmentationSettings(cutmix=1.0))
+    share = mixing.share
     labels = torch.arange(4000) % 10
     images = labels.float().view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE).contiguous()
-    out, soft = mixing(images, labels, (share, boxes))
+    out, soft = mixer(images, labels, mixing)
     differs = labels != labels.flip(0)
     own_pixels = (out == images).float().mean((1, 2, 3))
     torch.testing.assert_close(own_pixels[differs], torch.from_numpy(share)[differs])
@@ -225,29 +225,30 @@ def test_cutmix_labels_follow_the_pixels():
 
 def test_mixing_shares():
     both = AugmentationSettings(mixup=0.8, cutmix=1.0, mix_probability=0.6, cutmix_share=0.25)
-    _, share, boxes = mixed(both)
-    cut = boxes[:, 2] > boxes[:, 0]
+    mixing = mixed(both)[1]
+    share, cut = mixing.share, mixing.boxes[:, 2] > mixing.boxes[:, 0]
     assert abs((share < 1).mean() - 0.6) < 0.04
     assert abs(cut.mean() - 0.15) < 0.03
-    assert Mixing(AugmentationSettings(), 10, SIDE, 0).is_on is False
+    assert Mixer(AugmentationSettings(), 10, SIDE, 0).is_on is False
 
 
-def test_noise_fills_the_rectangles_and_nothing_else():
+def test_noise_fills_the_boxes_and_nothing_else():
     images = torch.full((2, 3, 8, 8), 5.0)
     boxes = np.array([[2, 3, 6, 5], [0, 0, 0, 0]])
-    out = fill_rectangles(images, boxes, torch.Generator().manual_seed(0))
+    out = erase(images, boxes, erasing_noise(boxes, seed=0, epoch=0, start=0))
     assert (out[0, :, 2:6, 3:5] != 5).all() and (out == 5).sum() == images.numel() - 3 * 4 * 2
-    assert torch.equal(out, fill_rectangles(images, boxes, torch.Generator().manual_seed(0)))
+    assert (erase(images, boxes, None)[0, :, 2:6, 3:5] == 0).all()
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    (dict(crop_padding=-1), "crop_padding must not be negative"),
-    (dict(erasing_value="noise"), "unknown augmentation.erasing_value 'noise'"),
-    (dict(resized_crop_scale=[0.5]), "resized_crop_scale is a range"),
-    (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale is a range"),
-    (dict(rand_augment_magnitude=31), "rand_augment_magnitude lies between 0 and 30"),
-    (dict(repeats=0), "repeats are at least 1"),
-])
-def test_settings_out_of_range_are_named(change, sentence):
-    with pytest.raises(SettingsError, match=sentence):
-        Augmentation(AugmentationSettings(**change), SIDE)
+def test_noise_depends_on_the_position_in_the_epoch_alone():
+    """The boxes of four images at once, and two by two as two shards have them."""
+    boxes = np.array([[0, 0, 4, 4], [1, 2, 3, 8], [0, 0, 0, 0], [2, 2, 6, 6]])
+    images = torch.zeros(4, 3, 8, 8)
+    whole = erase(images, boxes, erasing_noise(boxes, seed=3, epoch=5, start=100))
+    halves = [erase(images[i : i + 2], boxes[i : i + 2], erasing_noise(boxes[i : i + 2], 3, 5, 100 + i)) for i in (0, 2)]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole[0, :, :4, :4], whole[3, :, 2:6, 2:6]), "two positions have noise of their own"
+    for seed, epoch, start in ((4, 5, 100), (3, 6, 100), (3, 5, 101)):
+        assert not torch.equal(whole[0], erase(images, boxes, erasing_noise(boxes, seed, epoch, start))[0])
+    inside = whole[0, :, :4, :4]
+    assert abs(inside.mean()) < 0.5 and 0.7 < inside.std() < 1.3
