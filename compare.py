@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.paths import DATA, PROJECT, RESULTS, RUNS
+from common.stop_signal import StopSignal
 from comparison.experiment import Arm, Question, read
-from comparison.run_queue import StopSignal, Task, launch, refuse_others, run_all, slots
+from comparison.run_queue import Task, launch, refuse_others, run_all, slots
 from comparison.significance import power_note
 from comparison.time_budget import calibrate
 from config.command_line import Parser, at_least_one, in_one_sentence
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from models.cost import Cost
@@ -104,7 +105,7 @@ def look_at_data(question: Question, args: argparse.Namespace) -> Data:
 def data_of_runs(runs: Path, args: argparse.Namespace) -> Data:
     """The same from the runs themselves: a report needs no dataset. Raises RunError when there is no run."""
     for path in sorted(runs.glob("*/run.json")):
-        facts = RunRecord(path.parent).facts()["dataset"]
+        facts = RunFolder(path.parent).facts()["dataset"]
         folder = (args.data_dir or PROJECT / facts["folder"]).resolve()
         return Data(folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"])
     raise RunError(f"there is no run in {os.path.relpath(runs)} to report on; leave out --report-only")

@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from threading import Barrier
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from common.errors import DatasetError, unknown
-from config.settings import AugmentationSettings
+from config.catalog import SOURCES
+from config.settings import AugmentationSettings, Settings
 from image_data.augmentation import Augmentation
 from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
 from image_data.dataset import Dataset, Split, too_few
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from image_data.dali_backend import DaliBackend
     from image_data.torch_backend import TorchBackend
 
-SOURCES = ("auto", "resident", "files", "tensor")
 AHEAD = 3  # batches that wait, finished or in the making, while the consumer works on one
 PADDING_LABEL = -1  # of the rows that fill up the last batches of an evaluation
 
@@ -167,6 +167,25 @@ class Batches:
         if planned.augmentation is not None and planned.augmentation.erase_boxes is not None:
             images = erase(images, planned.augmentation.erase_boxes, planned.erasing_noise)
         return self._mixer(images, labels, planned.mixing) if planned.mixing is not None else (images, labels)
+
+
+def make_batches(dataset: Dataset, settings: Settings, data_shard: tuple[int, int], batch_size: int, seed: int, device: torch.device,
+                 source: str, synthetic: bool, closing: ExitStack) -> tuple[Batches | Synthetic, dict[str, Batches]]:
+    """The training batches of a run and those of every other split, by its name; `closing` ends their threads.
+
+    Args:
+        data_shard: which of how many parts of each global batch is read here.
+        batch_size: images of a micro-batch of this process.
+        synthetic: train on one fixed random batch.
+    """
+    shard, num_shards = data_shard
+    common = dict(batch_size=batch_size, shard=shard, num_shards=num_shards, device=device, source=source, image_side=settings.image_side)
+    batches = {"train": Batches(dataset, "train", seed=seed, augmentation=settings.augmentation, **common)}
+    batches |= {name: Batches(dataset, name, **common) for name in dataset.splits if name != "train"}
+    for made in batches.values():
+        closing.callback(made.close)
+    training = batches.pop("train")
+    return Synthetic(training) if synthetic else training, batches
 
 
 def make_reader(source: str, dataset: Dataset, split: Split, device: torch.device, num_threads: int,

@@ -24,6 +24,7 @@ import numpy as np
 from common.errors import RunError, SettingsError
 from common.files import write_atomically
 from common.paths import RUNS
+from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, in_one_sentence
 from inference.evaluation import describe, evaluate, open_dataset
 from inference.trained_model import WEIGHTS, Trained
@@ -159,7 +160,7 @@ def parse_arguments() -> argparse.Namespace:
     count.add_argument("--split", default="test", choices=["test", "validation"],
                        help="what to evaluate: test, or the validation part that the run held out (default: test)")
     count.add_argument("--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)")
-    count.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"],
+    count.add_argument("--source", default="auto", choices=SOURCES,
                        help="how images are read: packed through DALI, files through DALI, packed through PyTorch (default: auto)")
     count.add_argument("--per-class", action="store_true", help="show every class (default: the ten worst and the ten best)")
     count.add_argument("--json", type=Path, metavar="FILE", help="write the report here too (default: evaluation_<split>.json in the run folder)")

@@ -20,6 +20,7 @@ import numpy as np
 
 from common.errors import RunError, SettingsError
 from common.paths import PROJECT, RUNS
+from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, in_one_sentence
 from config.settings import Settings
 from records.run_data import RunData
@@ -145,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)")
     parser.add_argument("--batch-size", type=at_least_one, default=500, metavar="N",
                         help="images at a time; no influence on the result (default: 500)")
-    parser.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"], help="how images are read (default: auto)")
+    parser.add_argument("--source", default="auto", choices=SOURCES, help="how images are read (default: auto)")
     parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)")
     return parser.parse_args()
 

@@ -28,7 +28,7 @@ from config.settings import resolve
 from optim.lr_schedule import Schedule
 from records.checkpoint_store import Checkpoints, Interval
 from records.provenance import provenance
-from records.run_folder import Progress, RunRecord
+from records.run_folder import Progress, RunFolder
 
 if TYPE_CHECKING:
     from dali_pipeline import Batches
@@ -58,7 +58,7 @@ def main() -> int:
     run = argparse.Namespace(**flags, **dict.fromkeys(("max_steps", "hold_out", "patience", "init_weights")))
     facts = facts_of(run, args.preset, dataset, engine, training.source, steps_per_epoch, total_steps=10**9)
     with tempfile.TemporaryDirectory(dir=args.runs_dir) as folder:
-        record = RunRecord(Path(folder))
+        record = RunFolder(Path(folder))
         record.create(facts)
         measured = measure(engine, training, record, args)
     training.close()
@@ -67,11 +67,11 @@ def main() -> int:
     return 0
 
 
-def measure(engine: Any, training: Batches, record: RunRecord, args: argparse.Namespace) -> dict[str, Any]:
+def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every turn, of every checkpoint's two parts, and the size of one."""
-    from training.checkpoint_writer import Saver
+    from training.checkpoint_writer import CheckpointWriter
 
-    saver = Saver(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
+    saver = CheckpointWriter(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
     stream = endless(training)
     waited: list[float] = []
 

@@ -34,7 +34,7 @@ from config.command_line import Parser, at_least_one
 from image_data.preparation.prepare import prepare
 from records.checkpoint_store import UNFINISHED
 from records.provenance import provenance
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 # Dropout and augmentation are on, so that a resumed run has random numbers to get wrong; a part is held out, so that there is
 # a best checkpoint. 240 images make 3 steps an epoch.
@@ -73,7 +73,7 @@ class Outcome:
     lost: str | None
 
 
-def run_round(fault: str, seed: int, work: Path, words: list[str], undisturbed: RunRecord, seconds: float, operations: int) -> Outcome:
+def run_round(fault: str, seed: int, work: Path, words: list[str], undisturbed: RunFolder, seconds: float, operations: int) -> Outcome:
     """One round in a folder of its own, which stays when the round is lost."""
     draw = random.Random(seed)
     for _ in range(MOST_STARTS):
@@ -99,7 +99,7 @@ def run_round(fault: str, seed: int, work: Path, words: list[str], undisturbed: 
     return Outcome(fault, seed, 0, False, f"struck too late {MOST_STARTS} times")
 
 
-def difference(record: RunRecord, undisturbed: RunRecord) -> str | None:
+def difference(record: RunFolder, undisturbed: RunFolder) -> str | None:
     """What is not the same to the bit in two finished runs."""
     for name in ("weights.safetensors", "best.safetensors"):
         if (record.folder / name).read_bytes() != (undisturbed.folder / name).read_bytes():
@@ -147,7 +147,7 @@ def make_scene(work: Path) -> list[str]:
     return ["--preset", str(work / "tiny.toml"), "--data-dir", str(work / "shapes"), *FLAGS]
 
 
-def run_undisturbed(work: Path, words: list[str]) -> tuple[RunRecord, float, int]:
+def run_undisturbed(work: Path, words: list[str]) -> tuple[RunFolder, float, int]:
     """The run to compare with, the seconds that it trained and saved, and its file operations."""
     now = Round(work / "undisturbed", [*words, "--runs-dir", str(work / "undisturbed")], 0.0, 0, random.Random(0))
     program = now.begin()

@@ -119,7 +119,7 @@ def unlike(job: dict[str, Any]) -> list[str]:
     return [name for name, output in outputs.items() if any(abs(a - b) > TOLERANCE for a, b in zip(output, first, strict=True))]
 
 
-def judge(goal: Goal, report: dict[str, Any]) -> dict[str, Any] | None:
+def check_finite(goal: Goal, report: dict[str, Any]) -> dict[str, Any] | None:
     """Whether the fastest of ours reaches a goal; None for a goal of another device or job."""
     if goal.device != report["settings"]["device"].partition(":")[0] or goal.job not in report["jobs"]:
         return None
@@ -244,7 +244,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"batch_size": options.batch_size, "images_per_epoch": num_batches * options.batch_size, "side": dataset.image_side,
                 "rounds": options.rounds, "threads": options.threads, "device": str(device), "turn_seconds": options.turn_seconds}
     report = {**origin(), "machine": where, "settings": settings, "jobs": jobs}
-    report["goals"] = [verdict for goal in GOALS if (verdict := judge(goal, report))]
+    report["goals"] = [verdict for goal in GOALS if (verdict := check_finite(goal, report))]
     return report
 
 

@@ -28,7 +28,7 @@ from common.text import duration
 from config.command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
 from config.settings import resolve  # noqa: E402
 from records.run_data import RunData  # noqa: E402
-from records.run_folder import RunRecord  # noqa: E402
+from records.run_folder import RunFolder  # noqa: E402
 from reports.page import write_page  # noqa: E402
 from training.trackers import REDRAW_FACTOR, REDRAW_SECONDS, STEP_POINTS, Pictures, StepLosses, TensorBoard, Tracking  # noqa: E402
 from training.utilization import EVERY_SECONDS, Sampler  # noqa: E402
@@ -54,7 +54,7 @@ def main() -> None:
     found = {**origin(), "machine": machine(), "seconds": pieces, "times": times, "epochs": args.epochs, "epoch_seconds": args.epoch_seconds,
              "share": share}
     if args.run:
-        found["share_of_run"] = share_of(RunRecord(args.run).metrics())
+        found["share_of_run"] = share_of(RunFolder(args.run).metrics())
         print(f"{args.run.name}: {100 * found['share_of_run']:.2f}% of its training and evaluation, by its own tracking_seconds")
     keep((args.json, json.dumps(found, indent=1) + "\n"))
 
@@ -94,9 +94,9 @@ def measure(folder: Path, epochs: int) -> dict[str, float]:
     return pieces
 
 
-def made_up(folder: Path, epochs: int) -> tuple[RunRecord, dict, list[dict]]:
+def made_up(folder: Path, epochs: int) -> tuple[RunFolder, dict, list[dict]]:
     """A run folder with the numbers that such a run has."""
-    record = RunRecord(folder)
+    record = RunFolder(folder)
     facts = {"settings": {**resolve("cpu", []).as_dict(), "epochs": epochs},
              "steps_per_epoch": STEPS_PER_EPOCH, "total_steps": epochs * STEPS_PER_EPOCH,
              "dataset": {"name": "made up", "classes": [f"class {i}" for i in range(100)], "fingerprint": "none", "num_images": {"train": 50_000}},

@@ -24,7 +24,7 @@ from comparison.significance import Difference, compare, power_note
 from config.differences import differences
 from models.cost import Cost
 from records.provenance import provenance
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 from reports.style import save
 from reports.variants import accuracy_against, arm_accuracy, arm_curves
 
@@ -77,7 +77,7 @@ def load(task: Task, seed: int, final: bool) -> Run | None:
     """The run of a task, if it is finished."""
     if task.state() != "finished":
         return None
-    record = RunRecord(task.folder)
+    record = RunFolder(task.folder)
     lines = [{key: value for key, value in line.items() if final or not key.startswith("test_")} for line in record.metrics()]
     return Run(seed, record.facts(), lines)
 

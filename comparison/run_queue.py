@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import RunError, SettingsError
+from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.machine import visible_gpus
 from common.paths import PROJECT
+from common.stop_signal import StopSignal
 from common.text import last_error
 from config.differences import differences
 from config.settings import Settings
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 LAUNCHER = PROJECT / "launch_local_train.sh"
 LOOK_SECONDS = 0.2  # between looks at the children
@@ -40,7 +40,7 @@ class Task:
 
     def state(self) -> str:
         """"new", "unfinished", "finished", or what differs between the run that is there and this one."""
-        record = RunRecord(self.folder)
+        record = RunFolder(self.folder)
         if not record.exists:
             return "new"
         facts = record.facts()
@@ -79,23 +79,9 @@ def refuse_others(tasks: list[Task], redo: bool) -> None:
         if not redo:
             raise RunError(f"{os.path.relpath(task.folder)} holds a run of other settings ({state}); give --redo-changed to set such runs "
                            "aside and make them anew, or another --runs-dir")
-        RunRecord(task.folder).set_aside()
+        RunFolder(task.folder).rename_aside()
         if task.log.exists():
             task.log.rename(task.log.with_name(f"{task.log.name}.old"))
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked for an end; a second Ctrl-C does not wait for the children."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
 
 
 def slots(parallel: int | None) -> list[dict[str, str]]:
@@ -183,6 +169,6 @@ def _problem(task: Task, code: int, stopping: bool) -> str | None:
     """Why a run that ended has not finished; None where it has, or was told to stop."""
     if stopping or (code == 0 and task.state() == "finished"):
         return None
-    if code == 75:
+    if code == EXIT_STOPPED:
         return "was stopped from outside, and saved; start the same comparison again to go on"
     return last_error(task.log.read_text(errors="replace") if task.log.exists() else "") or f"ended with exit code {code} and said nothing"

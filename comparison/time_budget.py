@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from comparison.experiment import Arm, Question
 from comparison.run_queue import Task
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 SHORT_STEPS, LEAST_LONG_STEPS = 20, 100
 LONG_SHARE = 0.1  # of the budget: what the second run is to take
@@ -49,5 +49,5 @@ def _long_steps(seconds: float, short: Task) -> int:
 
 
 def _measured(task: Task) -> tuple[int, float]:
-    lines = RunRecord(task.folder).metrics()
+    lines = RunFolder(task.folder).metrics()
     return lines[-1]["step"], sum(line["training_seconds"] for line in lines)

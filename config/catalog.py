@@ -9,6 +9,7 @@ from common.paths import PROJECT
 from config.optimizer_defaults import OPTIMIZER_PARAMS
 from config.settings import Settings, resolve
 
+SOURCES = ("auto", "resident", "files", "tensor")  # of images
 ELSEWHERE = {"learning_rate": "lr", "batch_size": "train_batch_size", "amp": "bf16"}  # what others call a setting
 TABLES = {  # setting -> the table that holds its names
     "strategy": ("parallel/strategies.py", "STRATEGIES"),

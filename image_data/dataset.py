@@ -117,6 +117,13 @@ class Dataset:
             splits=splits,
         )
 
+    def steps_per_epoch(self, global_batch: int) -> int:
+        """Whole global batches in the training split. Raises DatasetError where there is not even one."""
+        steps = len(self.splits["train"]) // global_batch
+        if not steps:
+            raise too_few("train", len(self.splits["train"]), global_batch)
+        return steps
+
     def hold_out(self, fraction: float) -> Dataset:
         """Move a stratified `fraction` of each class from `train` to a new split `validation`.
 

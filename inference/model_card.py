@@ -16,10 +16,10 @@ from common.files import write_atomically
 from config.differences import differences
 from config.settings import Settings, resolve
 from inference.trained_model import WEIGHTS, Trained
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 
-def write_card(record: RunRecord) -> Path:
+def write_card(record: RunFolder) -> Path:
     """Write the card, and return its path."""
     path = record.folder / "README.md"
     write_atomically(path, card(Trained.open(record.folder), record.metrics()))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import RunError, unknown
 from config.settings import Settings
 from image_data.augmentation import CENTRE_CROP
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +32,13 @@ WEIGHTS = "weights.safetensors"
 class Trained:
     """What a run left behind, as far as using its network goes."""
 
-    record: RunRecord
+    record: RunFolder
     facts: dict[str, Any]  # of run.json
 
     @classmethod
     def open(cls, folder: str | Path) -> Trained:
         """Read a run folder. Raises RunError when it is none."""
-        record = RunRecord(Path(folder))
+        record = RunFolder(Path(folder))
         return cls(record, record.facts())
 
     @property

@@ -19,6 +19,7 @@ from common.errors import SettingsError, unknown
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of an unused CUDA toolkit on a machine without a GPU
 
+LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 CHOICES = ("auto", "on", "off", *GRAPHS)
 FIRST_STEPS_SECONDS = 1800.0  # that they may take on a host that has not compiled this network before, while another one has
@@ -46,7 +47,7 @@ def choose(setting: str, device: torch.device, refusal: str | None, graphs_refus
     if trouble and setting != "auto":
         raise SettingsError(f"compile={setting}: torch.compile does not work on this machine ({trouble}); compile=off trains without")
     if trouble and os.environ.get("RANK", "0") == "0":
-        print(f"compile   off, because torch.compile does not work on this machine ({trouble})", flush=True)
+        LOGGER.warning("compile   off, because torch.compile does not work on this machine (%s)", trouble)
     return "off" if trouble else "on" if setting == "auto" else setting
 
 

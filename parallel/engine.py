@@ -263,9 +263,9 @@ class Engine(Averaging, Messages, ABC):
             dist.all_reduce(loss_sum)
         return Counts(*counts.tolist(), loss_sum.item())
 
-    def close(self) -> None:
-        """Wait for the others and leave the process group."""
-        if dist.is_initialized():
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group: wait for the others, unless this process `failed` and they may never come."""
+        if dist.is_initialized() and not failed:
             process_group.leave()
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def leave() -> None:
     """Wait for the others and leave the process group: one that leaves early can abort the ones that are still leaving."""
     dist.barrier(control_group())  # of Gloo: NCCL's would guess this process's GPU, and warn that it does
     dist.destroy_process_group()
+    control_group.cache_clear()
 
 
 def loopback_store(limit: timedelta) -> dist.Store | None:

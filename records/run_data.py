@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_lines
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 Series = tuple[list[float], list[float]]
 
@@ -26,7 +26,7 @@ class RunData:
     @classmethod
     def read(cls, folder: Path) -> RunData:
         """Raises RunError for a folder that holds no run."""
-        record = RunRecord(folder)
+        record = RunFolder(folder)
         return cls(record.folder.resolve().name, record.folder, record.facts(), record.metrics(),
                    read_lines(record.folder / "steps.jsonl"), read_lines(record.folder / "utilisation.jsonl"))
 

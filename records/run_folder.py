@@ -50,7 +50,7 @@ class Progress:
     finished: bool = False  # no step is left to make
 
 
-class RunRecord:
+class RunFolder:
     """One run folder, written by the main process only."""
 
     def __init__(self, folder: Path):
@@ -76,7 +76,7 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "run.json", json.dumps(facts, indent=2))
 
-    def set_aside(self) -> Path:
+    def rename_aside(self) -> Path:
         """Rename the folder to make room for a fresh run; nothing is deleted. Returns the new name.
 
         Raises:

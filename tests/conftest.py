@@ -15,7 +15,7 @@ from small_runs import TEST_PER_CLASS, TINY, TRAIN_PER_CLASS
 
 from common.paths import PROJECT
 from image_data.preparation.prepare import prepare
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 LONGEST = ("test_several_hosts.py", "test_peer_engine.py", "test_recipes.py", "test_documentation.py", "test_zero.py", "test_gossip.py",
            "test_optimizers_by_strategy.py")
@@ -56,10 +56,10 @@ def training(shapes, tiny, runs) -> list:
 
 
 @pytest.fixture(scope="session")
-def unbroken(training, runs) -> RunRecord:
+def unbroken(training, runs) -> RunFolder:
     """A finished run of all epochs, in one process, which nothing disturbed. Not to be changed: copy it."""
     programs.run("train.py", *training, "--name", "unbroken")
-    return RunRecord(runs / "unbroken")
+    return RunFolder(runs / "unbroken")
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from torch import nn
 
 import compare
 from common.paths import PROJECT
+from common.stop_signal import StopSignal
 from common.text import last_error
 from comparison.experiment import read
-from comparison.run_queue import StopSignal, Task, run_all
+from comparison.run_queue import Task, run_all
 from comparison.time_budget import steps_for
 from comparison.variant_costs import costs
 from models import feed_forward as feedforward
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 QUESTIONS = sorted((PROJECT / "experiments").glob("*.toml"))
 
@@ -127,7 +128,7 @@ def test_the_order_is_random_and_the_same_every_time(ask, invented):
 
 def test_finished_runs_are_reused_and_unfinished_ones_go_on(ask, invented, tmp_path):
     assert ask()[0] == 0 and len(invented.started) == 4
-    newest = RunRecord(tmp_path / "runs" / "gates" / "gated-seed1").newest_checkpoint()
+    newest = RunFolder(tmp_path / "runs" / "gates" / "gated-seed1").newest_checkpoint()
     newest.rename(newest.with_name("step-00000003"))
     invented.started.clear()
     code, out, _ = ask(COMMON + ARMS, "--seeds", "3")
@@ -225,7 +226,7 @@ def test_a_budget_in_seconds_becomes_steps_for_each_arm(ask, invented, tmp_path)
     text = COMMON.replace("steps = 6", "seconds = 60") + ARMS
     assert "speed is measured first" in ask(text, "--dry-run")[1] and not invented.started
     assert ask(text)[0] == 0
-    steps = {arm: RunRecord(tmp_path / "runs" / "gates" / f"{arm}-seed1").facts()["max_steps"] for arm in ("plain", "gated")}
+    steps = {arm: RunFolder(tmp_path / "runs" / "gates" / f"{arm}-seed1").facts()["max_steps"] for arm in ("plain", "gated")}
     assert steps == {"plain": round(59.5 * 2000 / 64), "gated": round(59.5 * 500 / 64)}
     text, data = report(tmp_path)
     assert all(arm["unequal"] == [] for arm in data["arms"].values()) and "60 seconds" in text

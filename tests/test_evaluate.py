@@ -17,15 +17,15 @@ from small_runs import TEST_PER_CLASS
 
 from benchmarks.lib.forked_programs import Done
 from image_data.preparation.prepare import prepare
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 NUM_TEST = 10 * TEST_PER_CLASS
 
 
 @pytest.fixture
-def trained(unbroken, tmp_path) -> RunRecord:
+def trained(unbroken, tmp_path) -> RunFolder:
     """A copy of the finished run, to be spoilt; without the checkpoints, which evaluation must not need."""
-    return RunRecord(shutil.copytree(unbroken.folder, tmp_path / "runs" / "trained", ignore=shutil.ignore_patterns("state")))
+    return RunFolder(shutil.copytree(unbroken.folder, tmp_path / "runs" / "trained", ignore=shutil.ignore_patterns("state")))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_without_a_run_it_takes_the_newest(trained, report):
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def refusal(record: RunRecord, *arguments) -> str:
+def refusal(record: RunFolder, *arguments) -> str:
     """The one sentence on the screen."""
     done = run("evaluate.py", record.folder, *arguments, code=1)
     assert done.err.startswith("error: ") and done.err.count("\n") == 1 and done.out == ""
@@ -202,4 +202,4 @@ def test_weights_that_are_not_there_are_answered_with_those_that_are(trained):
 def test_no_run_at_all(tmp_path):
     (tmp_path / "stray").mkdir()
     assert "there is no run in" in run("evaluate.py", "--runs-dir", tmp_path, code=1).err
-    assert "stray is not a run folder (no run.json)" in refusal(RunRecord(tmp_path / "stray"))
+    assert "stray is not a run folder (no run.json)" in refusal(RunFolder(tmp_path / "stray"))

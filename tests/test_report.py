@@ -30,7 +30,7 @@ from model import build_model
 from models.attention import ATTENTIONS
 from models.pooling import POOLINGS
 from records.run_data import RunData
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 from reports import classes, curves, images
 from reports import utilization as machine
 from reports.cifar100_superclasses import SUPERCLASSES, groups_of
@@ -48,10 +48,10 @@ def done(unbroken) -> RunData:
 
 
 @pytest.fixture(scope="module")
-def copied(unbroken, tmp_path_factory) -> RunRecord:
+def copied(unbroken, tmp_path_factory) -> RunFolder:
     """The finished run, in a folder that may be written to."""
     folder = tmp_path_factory.mktemp("reported") / "mine"
-    return RunRecord(Path(shutil.copytree(unbroken.folder, folder, ignore=shutil.ignore_patterns("state", "report.html"))))
+    return RunFolder(Path(shutil.copytree(unbroken.folder, folder, ignore=shutil.ignore_patterns("state", "report.html"))))
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def test_several_runs_in_one_picture(copied, tmp_path):
 
 def test_what_cannot_be_reported_is_refused_by_name(copied, tmp_path):
     assert "is not a run folder" in run_script("report.py", tmp_path, code=1).err
-    empty = RunRecord(tmp_path / "empty")
+    empty = RunFolder(tmp_path / "empty")
     empty.create(copied.facts())
     assert run_script("report.py", empty.folder, code=1).err == f"error: {empty.folder} has no finished epoch yet\n"
     assert "--out is for several runs" in run_script("report.py", copied.folder, "--out", "a.png", code=1).err

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, TEST_PER_CLASS, TRAIN_PER_CLASS, checkpoints, copy_of, results
 
 from image_data.dataset import Dataset
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 NUM_TEST = 10 * TEST_PER_CLASS
 
@@ -70,11 +70,11 @@ def test_only_the_last_two_checkpoints_are_kept(unbroken):
 def test_max_steps_end_a_run_in_the_middle_of_an_epoch_and_fresh_sets_the_old_one_aside(training, runs):
     for more in ([], ["--fresh"]):
         run("train.py", *training, "--name", "short", "--max-steps", 6, *more)
-        lines = RunRecord(runs / "short").metrics()
+        lines = RunFolder(runs / "short").metrics()
         assert [(line["epoch"], line["step"], line["test_seen"]) for line in lines] == [(1, 4, NUM_TEST), (2, 6, NUM_TEST)]
         assert lines[-1]["learning_rate"] == pytest.approx(3e-3 * 0.01)
-    old = RunRecord(runs / "short.old-1")
-    assert results(old) == results(RunRecord(runs / "short")) and old.newest_checkpoint().name == "step-00000006"
+    old = RunFolder(runs / "short.old-1")
+    assert results(old) == results(RunFolder(runs / "short")) and old.newest_checkpoint().name == "step-00000006"
 
 
 # --- a held-out part ----------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_max_steps_end_a_run_in_the_middle_of_an_epoch_and_fresh_sets_the_old_on
 
 def test_a_held_out_part_chooses_and_the_test_split_waits_for_the_end(training, runs, shapes):
     run("train.py", *training, "--name", "held-out", "--hold-out", 0.2, "--epochs", 4)
-    record = RunRecord(runs / "held-out")
+    record = RunFolder(runs / "held-out")
     listed = [line.split("\t") for line in (record.folder / "validation_file_list.txt").read_text().splitlines()]
     held = Dataset.open(shapes).hold_out(0.2)
     assert [path for path, _ in listed] == held.splits["validation"].paths and len(listed) == 0.2 * 10 * TRAIN_PER_CLASS
@@ -118,7 +118,7 @@ def test_a_dataset_that_is_not_there_yet_is_prepared_from_an_archive(tiny, shape
             archive.write(image, image.relative_to(shapes / "images"))
     run("train.py", "--preset", tiny, "--runs-dir", tmp_path, "--data-dir", tmp_path / "mine", "--archive", tmp_path / "mine.zip",
         "--name", "new", "--max-steps", 1, "--set", "train_batch_size=4")
-    assert RunRecord(tmp_path / "new").facts()["dataset"]["num_images"] == {"train": 12, "test": 12}  # four classes of three
+    assert RunFolder(tmp_path / "new").facts()["dataset"]["num_images"] == {"train": 12, "test": 12}  # four classes of three
 
 
 def test_a_tree_in_the_data_dir_is_prepared_where_it_lies(tiny, shapes, tmp_path):
@@ -127,17 +127,17 @@ def test_a_tree_in_the_data_dir_is_prepared_where_it_lies(tiny, shapes, tmp_path
         shutil.copy(image, copy)
     run("train.py", "--preset", tiny, "--runs-dir", tmp_path, "--data-dir", tmp_path / "pets", "--name", "new", "--max-steps", 1,
         "--set", "train_batch_size=4")
-    assert RunRecord(tmp_path / "new").facts()["dataset"]["name"] == "pets"
+    assert RunFolder(tmp_path / "new").facts()["dataset"]["name"] == "pets"
 
 
 # --- several processes --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def on_two(training, runs) -> RunRecord:
+def on_two(training, runs) -> RunFolder:
     """Two processes of DeepSpeed's launcher, stopped in the second epoch; without dropout, which differs by process."""
     launch(2, "train.py", *training, "--name", "on-two", "--set", "model.dropout=0.0", "--max-steps", 8, "--stop-at", 6, code=STOPPED)
-    return RunRecord(runs / "on-two")
+    return RunFolder(runs / "on-two")
 
 
 def test_two_processes_count_every_test_image_once(on_two, training, runs):
@@ -154,7 +154,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_for_two(on_two, trainin
     run("train.py", *training, "--name", "on-one", *fixed)
     moved = copy_of(on_two, runs / "two-to-one")
     assert "resuming  after step 6 of 8" in run("train.py", *training, "--name", "two-to-one", *fixed).out
-    one, two = results(RunRecord(runs / "on-one")), results(moved)
+    one, two = results(RunFolder(runs / "on-one")), results(moved)
     assert [line["step"] for line in two] == [4, 8]
     for a, b in zip(one, two, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import RunError
 from common.paths import RESULTS
 from config.command_line import Parser, in_one_sentence
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 
-def kept(record: RunRecord, note: str | None = None) -> dict[str, Any]:
+def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
     """The content of the file to keep. Raises RunError for a folder that holds no run or no finished epoch."""
     facts, metrics = record.facts(), record.metrics()
     if not metrics:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--note", metavar="TEXT", help="what a reader of the figures must know (default: nothing)")
     args = parser.parse_args()
-    content = kept(RunRecord(args.run), args.note)
+    content = kept(RunFolder(args.run), args.note)
     RESULTS / "runs".mkdir(parents=True, exist_ok=True)
     path = RESULTS / "runs" / f"{args.run.resolve().name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,8 +1,6 @@
-"""What there is to choose from, before anything is trained.
+"""Every setting: its path, its value, what it means.
 
-    python model.py                                            # every part that has a name
-    python model.py --preset cpu --set model.depth=6           # layers and parameters of one network
-    python config/settings.py --preset cpu                            # every setting: its path, its value, what it means
+    python train.py --list-settings --preset cpu
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from typing import Any
 
 from common.paths import PROJECT
 from config.catalog import TABLES, names_of, setting_paths
-from config.command_line import Parser, add_settings
 from config.settings import resolve
 
 # What stands neither in a comment of config/settings.py nor in a table.
@@ -35,13 +32,9 @@ MEANINGS = {
 }
 
 
-def describe_settings() -> None:
-    """What `python config/settings.py` does."""
-    parser = Parser("python config/settings.py", "List every setting that --set takes: path, value, meaning.",
-                    example="python config/settings.py --preset cpu")
-    add_settings(parser)
-    args = parser.parse_args()
-    settings = resolve(args.preset, args.set)
+def list_settings(preset: str | None, overrides: list[str]) -> int:
+    """Print the path, the value and the meaning of every setting, as `python train.py --list-settings` does."""
+    settings = resolve(preset, overrides)
     tree: dict[str, Any] = settings.as_dict()
     tree |= tree.pop("engine")
     meanings = MEANINGS | comments() | {path: ", ".join(names_of(path)) for path in TABLES}
@@ -57,6 +50,7 @@ def describe_settings() -> None:
         else:
             value, meaning = _shown(_value(tree, path)), meanings.get(path, "")
         print(f"  {path:42} {value:16} {meaning}".rstrip())
+    return 0
 
 
 def _value(tree: Any, path: str) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from common.paths import DATA
+from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one
 from config.settings import AugmentationSettings, preset_names, resolve
 from dali_pipeline import Batches
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=DATA / "cifar100", metavar="DIR", help="prepared dataset (default: data/cifar100)")
     parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(preset_names())}, or a .toml file (default: none)")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting: augmentation.flip=0; repeat for more")
-    parser.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"],
+    parser.add_argument("--source", default="auto", choices=SOURCES,
                         help="packed pixels through DALI, files through DALI, packed pixels through PyTorch (default: auto)")
     parser.add_argument("--images", type=at_least_one, default=16, metavar="N", help="different images, each a row (default: 16)")
     parser.add_argument("--epochs", type=at_least_one, default=12, metavar="N", help="versions of each, the columns after the original (default: 12)")

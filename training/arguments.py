@@ -6,9 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-from common.errors import EXIT_STOPPED
+from common.errors import EXIT_STOPPED, SettingsError
 from common.paths import RUNS
-from config.catalog import table_names
+from config.catalog import SOURCES, table_names
 from config.command_line import Parser, at_least_one
 from config.settings import preset_names
 from records.checkpoint_store import Interval
@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
         example="python train.py --preset cpu --epochs 2 --set model.feed_forward=geglu --set optimizer.params.lr=5e-4",
         notes=f"strategies (--strategy NAME):\n{listed('parallel/strategies.py', 'STRATEGIES')}\n\n"
               f"feed-forwards (--set model.feed_forward=NAME):\n{listed('models/feed_forward.py', 'FEED_FORWARDS')}\n\n"
-              "every part that has a name: python model.py; every setting with its default and unit: python config/settings.py",
+              "every part that has a name: python model.py; every setting with its default and unit: python train.py --list-settings",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=["cifar100", "cifar10", "shapes"], help="what to prepare (default: cifar100)")
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--archive", type=Path, metavar="FILE", help="prepare from this zip or tar (default: download)")
     data.add_argument("--hold-out", type=float, metavar="FRACTION",
                       help="train without this part of each class, for example 0.1, and report accuracy on it (default: none)")
-    data.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"],
+    data.add_argument("--source", default="auto", choices=SOURCES,
                       help="packed pixels through DALI, image files through DALI, or packed pixels through PyTorch "
                            "(default: auto: packed pixels where there are any, through PyTorch on a CPU)")
     data.add_argument("--stage-to", type=Path, metavar="DIR",
@@ -83,11 +83,15 @@ def parse_arguments() -> argparse.Namespace:
     seen.add_argument("--wandb", nargs="?", const="", metavar="PROJECT",
                       help="tell Weights & Biases too (needs: pip install wandb; WANDB_MODE=offline keeps it on this disk; default: no)")
     how_much = seen.add_mutually_exclusive_group()
-    how_much.add_argument("--quiet", dest="screen", action="store_const", const=QUIET, default=NORMAL, help="print the result only")
-    how_much.add_argument("--verbose", dest="screen", action="store_const", const=VERBOSE,
+    how_much.add_argument("--quiet", dest="verbosity", action="store_const", const=QUIET, default=NORMAL, help="print the result only")
+    how_much.add_argument("--verbose", dest="verbosity", action="store_const", const=VERBOSE,
                           help="print settings that are not the defaults, more of every epoch, and what libraries say")
+    what.add_argument("--list-settings", action="store_true", help="print every setting that --set takes, with its value and meaning, and exit")
     budget.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher may add it
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.patience and not args.hold_out:
+        raise SettingsError("--patience waits for a better accuracy on a held-out part, and there is none; give --hold-out 0.1")
+    return args
 
 
 def micro_batch(text: str) -> str:

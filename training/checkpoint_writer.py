@@ -21,7 +21,7 @@ from inference.trained_model import Trained
 from parallel.engine import Engine
 from parallel.process_group import limit_waits
 from records.checkpoint_store import ENGINE, PROGRESS, Checkpoints, Interval
-from records.run_folder import Progress, RunRecord
+from records.run_folder import Progress, RunFolder
 
 SAVE_SECONDS = 1800.0  # that a checkpoint may take before the processes that wait for it give up
 
@@ -38,10 +38,10 @@ class Snapshot:
     seconds: float  # that training waited for it
 
 
-class Saver:
+class CheckpointWriter:
     """Takes snapshots of a run and writes them, one after the other."""
 
-    def __init__(self, engine: Engine, interval: Interval, conditions: dict[str, Any], record: RunRecord | None, checkpoints: Checkpoints | None):
+    def __init__(self, engine: Engine, interval: Interval, conditions: dict[str, Any], record: RunFolder | None, checkpoints: Checkpoints | None):
         """`record` and `checkpoints` on the main process."""
         self.engine, self.interval, self.conditions = engine, interval, conditions
         self.record, self.checkpoints = record, checkpoints
@@ -50,19 +50,19 @@ class Saver:
         self._writing: Future | None = None
         self._last = (engine.step, time.monotonic())
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the interval is over."""
         step, moment = self._last
         return self.engine.step - step >= self.interval.steps or time.monotonic() - moment >= self.interval.seconds
 
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether writing has ended in an error, which the next `snapshot` or `settle` will raise."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def snapshot(self, progress: Progress, weights: dict[str, Callable[[], dict[str, Tensor] | None]] | None = None) -> Snapshot:
+    def take_snapshot(self, progress: Progress, weights: dict[str, Callable[[], dict[str, Tensor] | None]] | None = None) -> Snapshot:
         """The state as it is, and what else goes into files of their own, by their names: how to gather it. Collective."""
         began = time.perf_counter()
-        self.settle()
+        self.wait()
         loss_sums = self.engine.from_all(progress.loss_sum)
         tensors = self.engine.gather_state()
         gathered = {gather: gather() for gather in (weights or {}).values()}  # once, where it goes into two files
@@ -96,7 +96,7 @@ class Saver:
             write_atomically(self.record.folder / name, save(weights, metadata=about))
         self.checkpoints.write(snapshot.step, snapshot.tensors, texts, best_step)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Return when nothing is being written any more. Collective; the others wait longer for a disk than for one another's steps.
 
         Raises:

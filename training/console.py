@@ -13,16 +13,20 @@ import os
 import sys
 import time
 import warnings
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from common.text import duration
+from config.differences import changed_settings
+
+if TYPE_CHECKING:
+    from parallel.engine import Engine
 
 QUIET, NORMAL, VERBOSE = range(3)
-PULSE_SECONDS = 120.0  # between lines of a long epoch in a log file
+HEARTBEAT_LINE_SECONDS = 120.0  # between lines of a long epoch in a log file
 BOLD, DIM, GREEN, YELLOW = "1", "2", "32", "33"
 
 
-class Screen:
+class Console:
     """The lines of one run. In a process that is not the main one it says nothing."""
 
     def __init__(self, level: int = NORMAL, is_main: bool = True, out: TextIO | None = None, bars: TextIO | None = None):
@@ -31,6 +35,9 @@ class Screen:
         self.out, self.bars = out or sys.stdout, bars or sys.stderr
         self.colours = use_colours(self.out)
         self.clock = Clock()
+        logger = logging.getLogger("engine")
+        logger.handlers, logger.propagate = [ConsoleHandler(self)], False
+        logger.setLevel(logging.INFO)
 
     def paint(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self.colours else text
@@ -40,16 +47,32 @@ class Screen:
         if self.is_main and self.level >= level:
             print(text, file=self.out, flush=True)
 
-    def fact(self, label: str, text: str, level: int = NORMAL) -> None:
+    def print_field(self, label: str, text: str, level: int = NORMAL) -> None:
         """A line of the head: `model     vit, ...`."""
         self.say(f"{self.paint(f'{label:9}', DIM)} {text}", level)
 
-    def bar(self, epoch: int, done: int, total: int, batch: int) -> Bar | Pulse:
+    def print_run(self, folder: str, facts: dict[str, Any], side: int, engine: Engine) -> None:
+        """The head of a run: where it writes, what it trains, on what, and what differs from the defaults."""
+        dataset, model, sizes = facts["dataset"], facts["settings"]["model"], engine.batch_sizes
+        parts = f", {model['attention']} attention, {model['feed_forward']} feed-forward" if model["architecture"] == "vit" else ""
+        images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
+        self.print_field("run", folder)
+        self.print_field("data", f"{dataset['folder']}: {len(dataset['classes'])} classes, {side} x {side} pixels, {images}; {facts['source']} source")
+        self.print_field("model", f"{model['architecture']}{parts}: {engine.num_parameters:,} parameters")
+        self.print_field("batch", f"{sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x {sizes.shards} processes; "
+                                  f"{facts['steps_per_epoch']} steps an epoch, {facts['total_steps']:,} in all")
+        self.print_field("engine", f"{facts['settings']['strategy']} on {facts['device']}, {engine.describe()}")
+        for path, value, default in changed_settings(facts["settings"]):
+            self.print_field("setting", f"{path} = {value} (default: {default})", VERBOSE)
+        if engine.step:
+            self.print_field("resuming", f"after step {engine.step:,} of {facts['total_steps']:,}")
+
+    def bar(self, epoch: int, done: int, total: int, batch: int) -> Bar | LogHeartbeat:
         """What shows the way through an epoch of `total` steps of `batch` images, `done` of them made already."""
         shown = self.level > QUIET
         if shown and is_terminal(self.bars):
             return Bar(self, epoch, done, total, batch)
-        return Pulse(self, epoch, done, total, shown)
+        return LogHeartbeat(self, epoch, done, total, shown)
 
     def epoch(self, line: dict[str, Any], splits: list[str], last_epoch: int) -> None:
         """The line of an epoch, from its numbers in metrics.jsonl."""
@@ -60,7 +83,7 @@ class Screen:
             *(self._accuracy(line, split) for split in splits),
             f"{line['images_per_second']:>7,.0f} images/s",
             f"{duration(line['training_seconds']):>6}",
-            self._wait(100 * line["data_wait_seconds"] / line["training_seconds"]),
+            self._wait(100 * line["data_wait_seconds"] / (line["training_seconds"] or 1.0)),
             *([f"left {duration(left):>7}"] if left else []),
         ]))
         self.say(self.paint("      " + "  ".join([
@@ -89,6 +112,17 @@ class Screen:
                  f"after {epochs}; see {folder}/report.html", QUIET)
 
 
+class ConsoleHandler(logging.Handler):
+    """Shows what engines log as lines of the console, so that --quiet silences them too."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.say(record.getMessage())
+
+
 class Clock:
     """How long the rest of a run takes, from how long its steps took so far in this process, evaluation and all."""
 
@@ -107,12 +141,12 @@ class Clock:
 class Bar:
     """A progress bar over the images of an epoch, with the time that is left of the epoch and of the run."""
 
-    def __init__(self, screen: Screen, epoch: int, done: int, total: int, batch: int):
+    def __init__(self, console: Console, epoch: int, done: int, total: int, batch: int):
         from tqdm import tqdm
 
-        self.clock, self.batch = screen.clock, batch
+        self.clock, self.batch = console.clock, batch
         self.bar = tqdm(total=total * batch, initial=done * batch, desc=f"epoch {epoch}", unit=" images", unit_scale=True, leave=False,
-                        dynamic_ncols=True, file=screen.bars)
+                        dynamic_ncols=True, file=console.bars)
 
     def __enter__(self) -> Bar:
         return self
@@ -129,27 +163,27 @@ class Bar:
         self.bar.update(self.batch)
 
 
-class Pulse:
+class LogHeartbeat:
     """In place of a bar where there is no terminal: a line every two minutes, so that a log file shows that the run is alive."""
 
-    def __init__(self, screen: Screen, epoch: int, done: int, total: int, shown: bool):
-        self.screen, self.epoch, self.done, self.total, self.shown = screen, epoch, done, total, shown
+    def __init__(self, console: Console, epoch: int, done: int, total: int, shown: bool):
+        self.console, self.epoch, self.done, self.total, self.shown = console, epoch, done, total, shown
         self.said = time.monotonic()
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> LogHeartbeat:
         return self
 
     def __exit__(self, *error: Any) -> None:
         pass
 
     def loss(self, value: float) -> None:
-        if self.shown and time.monotonic() - self.said > PULSE_SECONDS:
+        if self.shown and time.monotonic() - self.said > HEARTBEAT_LINE_SECONDS:
             self.said = time.monotonic()
-            self.screen.say(f"  in epoch {self.epoch}: step {self.done} of {self.total}, train loss {value:.3f}, "
-                            f"left {duration(self.screen.clock.seconds_left())}")
+            self.console.say(f"  in epoch {self.epoch}: step {self.done} of {self.total}, train loss {value:.3f}, "
+                            f"left {duration(self.console.clock.seconds_left())}")
 
     def advance(self) -> None:
-        self.screen.clock.step += 1
+        self.console.clock.step += 1
         self.done += 1
 
 
@@ -162,7 +196,7 @@ def use_colours(stream: TextIO) -> bool:
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
-def tell_all() -> None:
+def show_library_logs() -> None:
     """For --verbose: let libraries tell their story too. To be called when they are imported, which sets their own levels."""
     logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.INFO)

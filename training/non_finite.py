@@ -20,8 +20,8 @@ from dali_pipeline import Batches
 from parallel.engine import Engine
 from records.run_folder import Progress
 
-MOST_IN_A_ROW = 10  # steps skipped one after the other, before that is no accident
-CURE = "A lower optimizer.params.lr or a longer schedule.warmup_fraction usually cures it"
+MAX_CONSECUTIVE_SKIPS = 10  # steps skipped one after the other, before that is no accident
+HINT = "A lower optimizer.params.lr or a longer schedule.warmup_fraction usually cures it"
 
 
 class NonFiniteLoss(RunError):
@@ -29,7 +29,7 @@ class NonFiniteLoss(RunError):
 
 
 @dataclass(frozen=True)
-class Bad:
+class NonFiniteStep:
     """What one process saw of a bad step."""
 
     step: int
@@ -38,11 +38,11 @@ class Bad:
     own: bool  # the loss of its own images is to raise_for_unreadable, not only the gradient of all
 
 
-class StepWatch:
+class LossMonitor:
     """The steps of one process that nobody has looked at yet."""
 
     def __init__(self) -> None:
-        self.bad: Bad | None = None  # the first one
+        self.bad: NonFiniteStep | None = None  # the first one
         self.in_a_row = 0  # steps that were skipped
         self._noted: list[tuple[int, int, Tensor, Tensor | None]] = []  # step, its index in the epoch, loss, gradient's norm
 
@@ -50,7 +50,7 @@ class StepWatch:
         """Take note of an optimiser step, the `index`-th of its epoch."""
         self._noted.append((step, index, loss, grad_norm))
 
-    def look(self) -> list[tuple[int, float]]:
+    def collect(self) -> list[tuple[int, float]]:
         """Wait for the device, and return the steps noted since the last time, each with its loss."""
         if not self._noted:
             return []
@@ -59,18 +59,18 @@ class StepWatch:
         losses = torch.stack(on_device).tolist()
         norms = [0.0] * len(losses) if norms[0] is None else torch.stack(norms).tolist()
         for step, index, loss, norm in zip(steps, places, losses, norms, strict=True):
-            self.bad = self.bad or judge(step, index, loss, norm)
+            self.bad = self.bad or check_finite(step, index, loss, norm)
         return list(zip(steps, losses, strict=True))
 
 
-def judge(step: int, index: int, loss: float, norm: float) -> Bad | None:
+def check_finite(step: int, index: int, loss: float, norm: float) -> NonFiniteStep | None:
     """What to say of a step with these figures, if anything."""
     if not math.isfinite(loss):
-        return Bad(step, index, f"the loss is {loss}", own=True)
-    return None if math.isfinite(norm) else Bad(step, index, f"the gradient's norm is {norm}", own=False)
+        return NonFiniteStep(step, index, f"the loss is {loss}", own=True)
+    return None if math.isfinite(norm) else NonFiniteStep(step, index, f"the gradient's norm is {norm}", own=False)
 
 
-def describe(engine: Engine, bad: Bad | None, training: Batches, progress: Progress, folder: Path | None) -> tuple[Bad, str]:
+def describe(engine: Engine, bad: NonFiniteStep | None, training: Batches, progress: Progress, folder: Path | None) -> tuple[NonFiniteStep, str]:
     """The first of the processes' bad steps, and a sentence about its images, which are listed in `folder`. Collective.
 
     `bad` is what this process saw, `folder` the run folder on the main process; the text is empty elsewhere.

@@ -14,22 +14,23 @@ from common.errors import RunError
 from common.files import gigabytes, room_left, write_atomically
 from config.differences import differences
 from image_data.dataset import Dataset
+from parallel.engine import Engine
 from records.checkpoint_store import ENGINE, STATE, Checkpoints, damage, read_facts, room_needed, step_of
-from records.run_folder import Progress, RunRecord
+from records.run_folder import Progress, RunFolder
 from training.resume_conditions import SAME, SPREAD, comparable, compare
 
 
 @dataclass
-class Start:
+class ResumePoint:
     """Where a run starts, on the main process: its folder, and the checkpoint it goes on from, if there is one."""
 
-    record: RunRecord
+    record: RunFolder
     checkpoint: Path | None
     progress: Progress
-    said: list[str]  # for the person: what was damaged, what will not be the same to the bit
+    messages: list[str]  # for the screen: what was damaged, what will not be the same to the bit
     changed: list[str] = field(default_factory=list)  # conditions that are other ones than those of the checkpoint
 
-    def keep_changes(self) -> None:
+    def save_changes(self) -> None:
         """Write into run.json what is not the same from here on, for whoever reads the run's figures."""
         if self.changed:
             facts = self.record.facts()
@@ -37,8 +38,19 @@ class Start:
             self.record.create(facts)
 
 
-def begin(args: Any, facts: dict[str, Any], new: dict[str, Any], state_values: int) -> Start:
-    """Find or make the run folder, and say where the run goes on. For the main process.
+@dataclass(frozen=True)
+class FolderOptions:
+    """Where a run writes, and what it may find there."""
+
+    runs_dir: Path
+    name: str | None
+    fresh: bool
+    keep_checkpoints: int
+    allow_inexact_resume: bool
+
+
+def find_resume_point(options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], state_values: int) -> ResumePoint:
+    """Find or make the run folder, and say where the run resumes. For the main process.
 
     Args:
         facts: what run.json is to hold.
@@ -48,30 +60,57 @@ def begin(args: Any, facts: dict[str, Any], new: dict[str, Any], state_values: i
     Raises:
         RunError: the folder cannot be used as asked, its checkpoints are lost, or going on would not be the same training.
     """
-    record, said = choose_folder(args, facts)
+    record, messages = choose_folder(options.runs_dir, options.name, options.fresh, facts)
     if not record.exists:
-        check_room(record.folder, room_needed(state_values, args.keep_checkpoints), args)
+        check_room(record.folder, room_needed(state_values, options.keep_checkpoints), options)
         record.lock()
         record.create(facts)
-        return Start(record, None, Progress(), said)
+        return ResumePoint(record, None, Progress(), messages)
     record.lock()
-    checkpoint, damaged = Checkpoints(record.folder / "state", args.keep_checkpoints).newest()
-    said += damaged
+    checkpoint, damaged = Checkpoints(record.folder / "state", options.keep_checkpoints).newest()
+    messages += damaged
     if checkpoint is None:
         epochs = len(record.metrics())
         if epochs > 1:  # more than the first, whose line is written before its checkpoint
             lost = "; ".join([f"{os.path.relpath(record.folder)} has {epochs} finished epochs, but no checkpoint that is whole", *damaged])
             raise RunError(f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), or from its weights with --init-weights")
         record.write_metrics("")  # of a run that was killed before its first checkpoint
-        return Start(record, None, Progress(), said)
-    check_room(record.folder, sum(file.stat().st_size for file in checkpoint.iterdir()) * 3 // 2, args)
-    changed = check_conditions(record, checkpoint, new, args.allow_inexact_resume)
-    said += [f"from step {step_of(checkpoint):,} on not the same to the bit as an unbroken run: {text}" for text in changed]
+        return ResumePoint(record, None, Progress(), messages)
+    check_room(record.folder, sum(file.stat().st_size for file in checkpoint.iterdir()) * 3 // 2, options)
+    changed = check_conditions(record, checkpoint, new, options.allow_inexact_resume)
+    messages += [f"from step {step_of(checkpoint):,} on not the same to the bit as an unbroken run: {text}" for text in changed]
     record.write_metrics((checkpoint / "metrics.jsonl").read_text())
-    return Start(record, checkpoint, RunRecord.read_progress(checkpoint), said, changed)
+    return ResumePoint(record, checkpoint, RunFolder.read_progress(checkpoint), messages, changed)
 
 
-def check_conditions(record: RunRecord, checkpoint: Path, new: dict[str, Any], allowed: bool) -> list[str]:
+def start_or_resume(engine: Engine, options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], dataset: Dataset) -> ResumePoint | None:
+    """Find or make the run folder and load its newest checkpoint if it has one; None in all but the main process. Collective.
+
+    Raises:
+        RunError: as `find_resume_point`; the other processes end.
+    """
+    point = problem = None
+    if engine.is_main:
+        try:
+            point = find_resume_point(options, facts, new, engine.state_values())
+            keep_validation_list(point.record.folder, dataset)
+        except (RunError, OSError) as error:
+            problem = str(error)
+    raise_on_all_ranks(engine, problem)
+    if engine.from_main(point is not None and point.checkpoint is not None):
+        engine.load(point.checkpoint if point else Path())
+    if point:
+        point.save_changes()
+    return point
+
+
+def raise_on_all_ranks(engine: Engine, problem: str | None) -> None:
+    """Where the main process has a problem, end all of them; it says what the problem is. Collective."""
+    if problem := engine.from_main(problem):
+        raise RunError(problem) if engine.is_main else SystemExit(1)
+
+
+def check_conditions(record: RunFolder, checkpoint: Path, new: dict[str, Any], allowed: bool) -> list[str]:
     """What will not be the same to the bit from here on. Raises RunError where it would be another training, unless `allowed`."""
     from safetensors import safe_open
 
@@ -84,13 +123,13 @@ def check_conditions(record: RunRecord, checkpoint: Path, new: dict[str, Any], a
     return [*accepted, *refused]
 
 
-def check_room(folder: Path, needed: int, args: Any) -> None:
+def check_room(folder: Path, needed: int, options: FolderOptions) -> None:
     """Raises RunError when the disk of the run folder cannot take what will be written."""
     left = room_left(folder)
     if left < needed:
-        raise RunError(f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of {os.path.relpath(args.runs_dir)} "
+        raise RunError(f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of {os.path.relpath(options.runs_dir)} "
                        f"has {gigabytes(left)} left; make room, choose another --runs-dir, or keep fewer than --keep-checkpoints "
-                       f"{args.keep_checkpoints}")
+                       f"{options.keep_checkpoints}")
 
 
 def keep_validation_list(folder: Path, dataset: Dataset) -> None:
@@ -103,7 +142,7 @@ def keep_validation_list(folder: Path, dataset: Dataset) -> None:
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
-def choose_folder(args: Any, facts: dict[str, Any]) -> tuple[RunRecord, list[str]]:
+def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str, Any]) -> tuple[RunFolder, list[str]]:
     """The folder of this run: the one that is to go on, or a new one; and what there is to say of it.
 
     A name that was given must be new, or hold a run of the same settings. Without a name, the first of `base`, `base-2`,
@@ -114,29 +153,29 @@ def choose_folder(args: Any, facts: dict[str, Any]) -> tuple[RunRecord, list[str
     """
     number = 1
     while True:
-        base = args.name or f"{Path(facts['preset']).stem}-{facts['dataset']['name']}-seed{args.seed}"
-        record = RunRecord(args.runs_dir / (base if number == 1 else f"{base}-{number}"))
-        said = restore_facts(record)
-        if args.fresh and number == 1 and record.exists:
-            said = [f"the run that was there is now {record.set_aside().name}"]
+        base = name or f"{Path(facts['preset']).stem}-{facts['dataset']['name']}-seed{facts['seed']}"
+        record = RunFolder(runs_dir / (base if number == 1 else f"{base}-{number}"))
+        messages = restore_facts(record)
+        if fresh and number == 1 and record.exists:
+            messages = [f"the run that was there is now {record.rename_aside().name}"]
         if not record.exists:
-            return record, said
+            return record, messages
         old = record.facts()
         changed = [text for key in SAME for text in differences(comparable(old, key), comparable(facts, key), key) if not text.startswith(SPREAD)]
         changed += differences(old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint")
         finished = record.is_finished()
         if not changed and not finished:
-            return record, said
+            return record, messages
         where = os.path.relpath(record.folder)
-        if args.name and changed:
+        if name and changed:
             raise RunError(f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, or --fresh to start over")
-        if args.name:
+        if name:
             raise RunError(f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
                            "or --fresh to start over")
         number += 1
 
 
-def restore_facts(record: RunRecord) -> list[str]:
+def restore_facts(record: RunFolder) -> list[str]:
     """Where run.json is lost or damaged, take it from the newest whole checkpoint."""
     try:
         record.facts()

@@ -1,35 +1,48 @@
-"""What run.json holds of a run."""
+"""What run.json holds of a run: what was asked, of which data, on which machine."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.paths import PROJECT
-from image_data.dataset import DEFAULT, Dataset
+from image_data.dataset import Dataset
 from parallel.engine import Engine
 from records.provenance import provenance
 
 
-def facts_of(args: Any, preset: str, dataset: Dataset, engine: Engine, source: str, steps_per_epoch: int, total_steps: int) -> dict[str, Any]:
-    """What run.json holds of a run."""
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user asks of a run beside its settings; each is recorded under its name."""
+
+    preset: str
+    seed: int
+    max_steps: int | None
+    hold_out: float | None  # share of the training split that the validation split takes
+    patience: int | None  # epochs without better validation accuracy after which the run ends
+    init_weights: str | None  # name of the file
+    synthetic: bool
+    deterministic: bool
+
+
+def facts_of(options: RunOptions, dataset: Dataset, folder: Path, engine: Engine, source: str, steps_per_epoch: int,
+             total_steps: int) -> dict[str, Any]:
+    """The content of run.json.
+
+    Args:
+        folder: of the prepared dataset as the user gave it, of which `dataset` may be a copy on a local disk.
+    """
     return {
         **provenance(),
         "settings": engine.settings.as_dict(),
-        "preset": preset,
-        "seed": args.seed,
-        "max_steps": args.max_steps,
-        "hold_out": args.hold_out,
-        "patience": args.patience,
-        "init_weights": args.init_weights.name if args.init_weights else None,
-        "synthetic": args.synthetic,
-        "deterministic": args.deterministic,
+        **asdict(options),
         "dataset": {
-            "name": Path(args.data_dir).name if args.data_dir else args.dataset or DEFAULT,
-            "folder": os.path.relpath(dataset.folder.resolve(), PROJECT),
+            "name": folder.name,
+            "folder": os.path.relpath(folder.resolve(), PROJECT),
             "fingerprint": dataset.fingerprint, "classes": dataset.classes, "image_side": dataset.image_side,
             "mean": dataset.mean, "std": dataset.std, "num_images": {name: len(split) for name, split in dataset.splits.items()},
         },

@@ -24,7 +24,7 @@ import numpy as np
 from common.errors import RunError, SettingsError
 from common.files import read_lines, write_atomically
 from records.run_data import RunData
-from training.console import QUIET, Screen
+from training.console import QUIET, Console
 from training.utilization import Sampler
 
 STEP_POINTS = 1000  # of the training loss by step, over a run: more could not be told apart in a picture
@@ -242,7 +242,7 @@ class Tracking:
         self._tell(lambda watcher: watcher.close(failed=error is not None))
 
 
-def start_tracking(folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, screen: Screen) -> Tracking:
+def start_tracking(folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, screen: Console) -> Tracking:
     """The watchers of a run that goes on after `step`; in the main process.
 
     Args:

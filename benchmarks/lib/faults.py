@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.forked_programs import Done, Program, run_script
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 STOPPED = 75  # exit code of a run that was told to stop, and saved
 DISK_MB = 6
@@ -41,8 +41,8 @@ class Round:
     random: random.Random
 
     @property
-    def record(self) -> RunRecord:
-        return RunRecord(self.folder / "run")
+    def record(self) -> RunFolder:
+        return RunFolder(self.folder / "run")
 
     def begin(self, plan: tuple[int, str, float] | None = None) -> Program:
         """Start the run, with a `plan` for `strike_inside`."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from common.errors import unknown
 from common.text import without_paths
+from config.catalog import SOURCES
 from config.command_line import Parser
 from records.provenance import provenance
 
@@ -28,7 +29,7 @@ def add_data(parser: Parser, source: bool = True) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", type=Path, default=Path("data/cifar100"), metavar="DIR", help="a prepared dataset (default: %(default)s)")
     if source:
-        group.add_argument("--source", default="auto", choices=["auto", "resident", "files", "tensor"], help="as of train.py (default: auto)")
+        group.add_argument("--source", default="auto", choices=SOURCES, help="as of train.py (default: auto)")
     return group
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import DatasetError
+from common.paths import DATA
 from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
 from image_data.preparation.archives import unpack
 from image_data.preparation.decoding import SplitFacts, available_cores, decode_image, decode_split, decoder, first_side, mean_and_std
@@ -35,6 +37,7 @@ from image_data.preparation.image_tree import (
 
 PACK_LIMIT_GIB = 8.0
 JPEG_SAMPLE = 1000  # training images looked at for traces of JPEG
+PREPARED_FROM = "prepared_from.json"  # beside dataset.json: the archive or dataset that it was made from
 OURS = ".unpacked"  # an empty file that marks <data-dir>/images as made by this script, which may then replace it
 
 
@@ -82,6 +85,46 @@ def prepare(data_dir: str | Path | None = None, dataset: str | None = None, arch
     return ready
 
 
+def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | None) -> Path:
+    """The folder of a prepared dataset, prepared if need be; the first process of each host does that, the others wait.
+
+    Raises:
+        DatasetError: a folder of the user's own that holds neither a dataset nor a tree, and no word on what to put there;
+            or an archive or a dataset that a prepared folder was not made from, and that would be ignored.
+    """
+    folder = Path(data_dir or DATA / (dataset or DEFAULT))
+    if not Dataset.is_prepared(folder):
+        if data_dir and not (archive or dataset or (folder / "train").is_dir()):
+            raise DatasetError(f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/; check the path, "
+                               "or say with --archive FILE or --dataset NAME what to put there")
+        prepare(folder, dataset=None if archive else dataset, archive=archive)
+    elif archive or (data_dir and dataset):
+        _refuse_another_source(folder, dataset, archive)
+    return folder
+
+
+def _refuse_another_source(folder: Path, dataset: str | None, archive: Path | None) -> None:
+    """Raises DatasetError where `folder` is known to be prepared from something else than what was given."""
+    option, given = ("--archive", archive) if archive else ("--dataset", dataset)
+    if archive and not archive.is_file():
+        raise DatasetError(f"--archive {archive} does not exist; check the path, or leave it out: {folder} is prepared already")
+    try:
+        made_from = json.loads((folder / PREPARED_FROM).read_text())
+    except (OSError, ValueError):  # prepared before this was written down
+        print(f"note: {folder} is prepared already, so {option} {given} was not read; prepare_dataset.py --force reads it again")
+        return
+    if made_from != _source(dataset, archive, None):
+        raise DatasetError(f"{folder} was prepared from {next(iter(made_from.values()))}, and {option} {given} would be ignored; "
+                           "choose another --data-dir, or prepare it anew with prepare_dataset.py --force")
+
+
+def _source(dataset: str | None, archive: str | Path | None, root: str | Path | None) -> dict[str, str | int]:
+    """What a folder is prepared from, as far as another machine could tell."""
+    if archive is not None:
+        return {"archive": Path(archive).name, "bytes": os.path.getsize(archive)}
+    return {"root": Path(root).name} if root is not None else {"dataset": dataset or DEFAULT}
+
+
 def _make(folder: Path, dataset: str | None, archive: str | Path | None, root: str | Path | None, shapes: dict[str, int] | None,
           workers: int, skip_broken: bool, pack_limit_gib: float) -> None:
     partial = folder / ".partial"
@@ -92,6 +135,7 @@ def _make(folder: Path, dataset: str | None, archive: str | Path | None, root: s
         survey = _survey(tree, partial, workers, skip_broken, pack_limit_gib)
         for warning in (*tree.warnings, *survey.warnings):
             print(f"warning: {warning}", file=sys.stderr)
+        (folder / PREPARED_FROM).write_text(json.dumps(_source(dataset, archive, root)) + "\n")
         _write(folder, partial, tree, survey)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,7 @@ single one has trained. So a late one takes over the count, and all end together
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -35,6 +36,8 @@ from parallel.peers.rendezvous import Meeting
 from parallel.peers.setup import agreement, data_seed, join_command
 
 POLL_SECONDS = 0.5  # between looks at whether an exchange is over, and whether the person wants to leave
+
+LOGGER = logging.getLogger("engine")
 
 
 class Engine(zero.Engine):
@@ -75,7 +78,7 @@ class Engine(zero.Engine):
         """`peers` of the last exchange, `outer_steps` made in all, and what that exchange took in waiting, seconds and bytes sent."""
         return self.facts
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self.is_main:
             self.meeting.close()
         super().close()
@@ -271,4 +274,4 @@ class Engine(zero.Engine):
 
     def say(self, text: str) -> None:
         if self.is_main:
-            print(text, flush=True)
+            LOGGER.info(text)

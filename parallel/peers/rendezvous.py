@@ -14,6 +14,7 @@ unpickles what it is sent. Its lighthouse and the client of it are enough, becau
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from parallel.peers.heartbeat import Beat, background
 from parallel.peers.membership import Member, Outcome, Standing, choose_leader, ring_bytes
 from parallel.setting_checks import leaves
 
+LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
 CONNECT_SECONDS = 20.0  # for the members of a quorum to connect with one another
 FOREVER = timedelta(days=365)
 
@@ -48,7 +50,7 @@ class Meeting:
     """
 
     def __init__(self, address: str, port: int, join: str | None, number: int, patience_seconds: float = 120.0,
-                 say: Callable[[str], None] = print):
+                 say: Callable[[str], None] = LOGGER.info):
         self.address, self.port, self.join, self.number, self.patience_seconds, self.say = address, port, join, number, patience_seconds, say
         self.id = uuid.uuid4().hex
         self.beats: dict[str, Beat] = {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import socket
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError
@@ -20,25 +20,26 @@ OWN_FLAGS = {"--host-peers": 1, "--join": 1, "--peer-address": 1, "--preset": 1,
              "--fresh": 0, "--link-gbps": 1, "--step-seconds": 1, "--local_rank": 1, "--strategy": 1}
 
 
-def meeting_of(args: argparse.Namespace, patience_seconds: float) -> Meeting | None:
-    """The meeting that the flags ask for; None without any.
+def meeting_of(host_peers: str | None, join: str | None, peer_address: str | None, runs_dir: Path, name: str | None,
+               patience_seconds: float) -> Meeting | None:
+    """The meeting that the flags of these names ask for; None without any.
 
     Raises:
         SettingsError: flags that do not go together, an address that is not this machine's, or torchft is missing.
     """
-    if not (args.host_peers or args.join):
-        if args.peer_address:
+    if not (host_peers or join):
+        if peer_address:
             raise SettingsError("--peer-address says where a peer listens: give --host-peers or --join with it")
         return None
-    if args.host_peers and args.join:
+    if host_peers and join:
         raise SettingsError("--host-peers starts a run of peers and --join enters one: give one of them")
     coordination()
-    if args.host_peers:
-        address, port = split_address(args.host_peers, "--host-peers")
+    if host_peers:
+        address, port = split_address(host_peers, "--host-peers")
         return Meeting(check_own(address, "--host-peers"), port, None, number=0, patience_seconds=patience_seconds)
-    there, port = split_address(args.join, "--join")
-    address = own_address(there) if not args.peer_address else check_own(split_address(args.peer_address, "--peer-address")[0], "--peer-address")
-    number = peer_number(socket.gethostname(), f"{args.runs_dir}/{args.name}")
+    there, port = split_address(join, "--join")
+    address = own_address(there) if not peer_address else check_own(split_address(peer_address, "--peer-address")[0], "--peer-address")
+    number = peer_number(socket.gethostname(), f"{runs_dir}/{name}")
     return Meeting(address, port, f"{there}:{port}", number, patience_seconds)
 
 

@@ -11,13 +11,13 @@ from programs import run
 
 from benchmarks.fault_matrix import as_table, difference, make_scene, may_mount, run_round, run_undisturbed
 from benchmarks.lib.faults import FAULTS
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 
 class Scene(NamedTuple):
     folder: object
     words: list
-    undisturbed: RunRecord
+    undisturbed: RunFolder
     seconds: float
     operations: int
 
@@ -51,7 +51,7 @@ def test_a_run_survives_every_fault(scene, fault):
 @pytest.mark.parametrize(("name", "said"), [("weights.safetensors", "weights.safetensors differs"), ("best.safetensors", "best.safetensors differs"),
                                             ("metrics.jsonl", "metrics.jsonl differs")])
 def test_a_single_bit_is_noticed(scene, tmp_path, name, said):
-    copy = RunRecord(shutil.copytree(scene.undisturbed.folder, tmp_path / "copy"))
+    copy = RunFolder(shutil.copytree(scene.undisturbed.folder, tmp_path / "copy"))
     assert difference(copy, scene.undisturbed) is None
     path = copy.folder / name
     content = path.read_text().replace('"test_correct": ', '"test_correct": 1').encode() if name == "metrics.jsonl" else path.read_bytes()[:-1] + b"x"

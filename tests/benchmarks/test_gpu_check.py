@@ -20,7 +20,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.lib.gpu_check_parts import CIFAR100_ACCURACY, PARTS, Check, NotReached, Part, Skipped, train_figures
 from config.settings import Settings
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 PROJECT = Path(gpu_check.__file__).resolve().parent
 
@@ -126,7 +126,7 @@ def test_the_list_names_every_part(capsys):
 
 def test_the_training_part_wants_its_accuracy_and_the_same_count_twice(unbroken, shapes, tmp_path):
     """With the run of the other tests in place of its own."""
-    last = RunRecord(unbroken.folder).metrics()[-1]
+    last = RunFolder(unbroken.folder).metrics()[-1]
     (tmp_path / "run").symlink_to(unbroken.folder)
     check = Check(tmp_path, 0, False, shapes, None)
     for counted, message in ((last["test_correct"], None), (last["test_correct"] + 5, "evaluate.py")):

@@ -25,7 +25,7 @@ from common.text import without_paths
 from comparison.run_queue import Task
 from image_data.dataset import Dataset
 from models import feed_forward as feedforward
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 # --- what a report says -------------------------------------------------------------------------------------------
 
@@ -154,9 +154,9 @@ def test_ctrl_c_lets_the_runs_save_and_they_go_on(tmp_path, tiny, shapes):
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=60)
     (metrics,) = tmp_path.glob("runs/gates/*/metrics.jsonl")
-    record = RunRecord(metrics.parent)
+    record = RunFolder(metrics.parent)
     assert child.returncode == 75 and "stopping: 1 run(s) save first" in out and "start the same comparison again" in out, out
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in below)
     assert "and saved; start the same run again" in metrics.parent.with_name(f"{metrics.parent.name}.log").read_text()
     saved = int(record.newest_checkpoint().name.removeprefix("step-"))
-    assert saved >= 4 and RunRecord.read_progress(record.newest_checkpoint()).epoch >= 1
+    assert saved >= 4 and RunFolder.read_progress(record.newest_checkpoint()).epoch >= 1

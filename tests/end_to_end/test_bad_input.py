@@ -25,7 +25,7 @@ from small_runs import copy_of
 from benchmarks.lib.forked_programs import Program
 from common.paths import PROJECT
 from records.checkpoint_store import Checkpoints
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def scene(tmp_path_factory, shapes, unbroken) -> Path:
     return place
 
 
-def unfinished(record: RunRecord, name: str) -> None:
+def unfinished(record: RunFolder, name: str) -> None:
     """Leave a run whose only checkpoint lies before its end, and is changed as the name says."""
     shutil.rmtree(record.folder / "state" / "step-00000048")
     (folder,) = (record.folder / "state").iterdir()
@@ -212,7 +212,7 @@ def test_a_mistake_gets_one_sentence(said, name):
 def test_no_mistake_made_a_run_or_ran_code_or_harmed_what_was_there(said, scene, unbroken):
     assert not (scene / "runs" / "mistaken").exists() and not (scene / "executed").exists() and not (scene / "new").exists()
     for name in ("changed", "other-network", "other-classes", "gossiped", "from-a-gpu"):
-        record = RunRecord(scene / "runs" / name)
+        record = RunFolder(scene / "runs" / name)
         assert record.newest_checkpoint().name == "step-00000044" and record.facts() == unbroken.facts()
         assert (record.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
 

@@ -7,7 +7,7 @@ import torch
 from programs import on_gpu
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, assert_same_as
 
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -20,7 +20,7 @@ def test_a_deterministic_run_goes_on_with_the_same_bits(shapes, tiny, tmp_path, 
     assert on_gpu(*common, "--name", "stopped", "--stop-at", 5 * STEPS_PER_EPOCH + 1, "--checkpoint-every", "2steps").returncode == STOPPED
     done = on_gpu(*common, "--name", "stopped")
     assert done.returncode == 0 and f"resuming  after step {5 * STEPS_PER_EPOCH + 1} of {EPOCHS * STEPS_PER_EPOCH}" in done.stdout, done.stderr
-    assert_same_as(RunRecord(tmp_path / "stopped"), RunRecord(tmp_path / "unbroken"))
+    assert_same_as(RunFolder(tmp_path / "stopped"), RunFolder(tmp_path / "unbroken"))
 
 
 def test_from_the_gpu_to_the_cpu_only_when_allowed(shapes, tiny, tmp_path):
@@ -44,4 +44,4 @@ def test_the_largest_micro_batch_is_found_and_too_large_a_one_is_told_with_the_o
     assert full.returncode == 1 and "the GPU has no room for 256 images at once, but for " in full.stderr, full.stderr
     done = on_gpu(*common, "--micro-batch", "auto")
     assert done.returncode == 0 and "the largest that the GPU has room for" in done.stdout, done.stderr
-    assert RunRecord(tmp_path / "wide").facts()["batch"]["total"] == 256
+    assert RunFolder(tmp_path / "wide").facts()["batch"]["total"] == 256

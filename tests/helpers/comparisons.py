@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from comparison.run_queue import Task
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 COMMON = 'question = "Is a gate better?"\npreset = "tiny.toml"\nsteps = 6\nseeds = 2\n'
 ARMS = """
@@ -63,7 +63,7 @@ def write_run(task: Task, accuracy: float, images_per_second: float, changed: di
         "batch": {"total": batch}, "steps_per_epoch": 270 // batch, "total_steps": steps, "commit": "abc", "uncommitted_changes": False,
         "device": "CPU", "num_processes": 1, "versions": {"torch": "2"}, **changed,
     }
-    record = RunRecord(task.folder)
+    record = RunFolder(task.folder)
     record.create(facts)
     seconds = 0.5 + steps * batch / images_per_second
     line = {"epoch": 1, "step": steps, "training_seconds": seconds, "images_per_second": steps * batch / seconds,

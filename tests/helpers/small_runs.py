@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 # Dropout and augmentation are on, so that a resumed run has random numbers to get wrong. 300 images make 4 steps an epoch.
 TINY = """
@@ -33,20 +33,20 @@ STOPPED = 75  # exit code of a run that was told to stop, and saved
 # Bit-identical means: the bytes of weights.safetensors, and every number of metrics.jsonl that is not a time.
 
 
-def results(record: RunRecord) -> list[dict]:
+def results(record: RunFolder) -> list[dict]:
     """The lines of metrics.jsonl without what a clock measured."""
     measured = ("_seconds", "_per_second", "_gib")
     return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
 
 
-def assert_same_as(record: RunRecord, unbroken: RunRecord) -> None:
+def assert_same_as(record: RunFolder, unbroken: RunFolder) -> None:
     assert results(record) == results(unbroken)
     assert (record.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
 
 
-def checkpoints(record: RunRecord) -> list[str]:
+def checkpoints(record: RunFolder) -> list[str]:
     return sorted(path.name for path in (record.folder / "state").iterdir())
 
 
-def copy_of(record: RunRecord, folder: Path) -> RunRecord:
-    return RunRecord(shutil.copytree(record.folder, folder))
+def copy_of(record: RunFolder, folder: Path) -> RunFolder:
+    return RunFolder(shutil.copytree(record.folder, folder))

@@ -26,7 +26,7 @@ from image_data.dataset import Dataset
 from inference import onnx_export
 from inference.trained_model import Trained
 from model import TABLES, build_model
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -133,7 +133,7 @@ def test_every_entry_of_every_table_exports(kind, name, tmp_path, exported):
 # --- the model card -----------------------------------------------------------------------------------------------
 
 
-def text_of(record: RunRecord) -> str:
+def text_of(record: RunFolder) -> str:
     return (record.folder / "README.md").read_text()
 
 
@@ -154,7 +154,7 @@ def test_the_head_of_the_card_is_yaml_that_hubs_read(unbroken):
 
 
 def test_an_evaluation_of_other_weights_is_told_apart(exported):
-    record = RunRecord(shutil.copytree(exported[1].record.folder, exported[1].record.folder.with_name("other")))
+    record = RunFolder(shutil.copytree(exported[1].record.folder, exported[1].record.folder.with_name("other")))
     shutil.copy(record.folder / "weights.safetensors", record.folder / "best.safetensors")
     run("evaluate.py", record.folder, "--weights", "best.safetensors")
     assert "| `best.safetensors` |" in text_of(record) and "# other\n" in text_of(record)

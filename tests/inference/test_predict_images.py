@@ -20,17 +20,17 @@ from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
 from inference.predict_images import fit, read_image
 from inference.trained_model import Trained
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def trained(unbroken, tmp_path_factory) -> RunRecord:
+def trained(unbroken, tmp_path_factory) -> RunFolder:
     """The finished run on a machine that does not have its dataset."""
     folder = Path(shutil.copytree(unbroken.folder, tmp_path_factory.mktemp("runs") / "trained", ignore=shutil.ignore_patterns("state")))
     facts = json.loads((folder / "run.json").read_text())
     facts["dataset"]["folder"] = "data/that/is/elsewhere"
     (folder / "run.json").write_text(json.dumps(facts))
-    return RunRecord(folder)
+    return RunFolder(folder)
 
 
 def rows(text: str) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
             photograph(height, width, seed=10 * i + j).save(path)
     dataset = prepare(root=tmp_path, workers=1)
     facts = {"settings": {"image_side": image_side}, "dataset": {"image_side": dataset.image_side, "mean": dataset.mean, "std": dataset.std}}
-    trained = Trained(RunRecord(tmp_path), facts)
+    trained = Trained(RunFolder(tmp_path), facts)
     test = dataset.splits["test"]
     batches = Batches(replace(dataset, splits={"test": test}), "test", len(test), source="files", image_side=image_side)
     (theirs, _), = batches.epoch()

@@ -24,7 +24,7 @@ from parallel.peers import endpoint
 from parallel.peers.membership import ring_bytes
 from parallel.peers.rendezvous import Meeting
 from parallel.strategies import engine_class
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 if sys.version_info >= (3, 14) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
     pytest.skip("torchft is not to be had for this Python or this PyTorch", allow_module_level=True)
@@ -203,7 +203,7 @@ def test_one_is_killed_one_comes_late_one_leaves_and_the_run_goes_on(training, r
         _check(program.end(), 0)
     assert first.end().code == -signal.SIGKILL
     assert bytes_of(runs, "peer-b") == bytes_of(runs, "peer-c") != bytes_of(runs, "peer-a")
-    lines = {name: RunRecord(runs / name).metrics() for name in ("peer-b", "peer-c")}
+    lines = {name: RunFolder(runs / name).metrics() for name in ("peer-b", "peer-c")}
     assert lines["peer-b"][-1]["train_loss"] < lines["peer-b"][0]["train_loss"] - 0.2
     for name in lines:
         last = lines[name][-1]
@@ -216,7 +216,7 @@ def test_one_is_killed_one_comes_late_one_leaves_and_the_run_goes_on(training, r
 def load_state(run: Path) -> dict:
     from safetensors.torch import load_file
 
-    return load_file(RunRecord(run).newest_checkpoint() / "state.safetensors")
+    return load_file(RunFolder(run).newest_checkpoint() / "state.safetensors")
 
 
 def test_a_peer_that_waits_to_be_let_in_can_be_stopped(training):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_runs import TEST_PER_CLASS
 
 from parallel.strategies import STRATEGIES
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 
 def start(training: list, processes: int, name: str, strategy: str, *arguments: str, code: int = 0) -> str:
@@ -30,7 +30,7 @@ def start(training: list, processes: int, name: str, strategy: str, *arguments: 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("zero", "dp")])  # zero: test_train.py
 def test_two_processes_train_and_evaluate_agrees(training, runs, strategy):
     start(training, 2, strategy, strategy)
-    record = RunRecord(runs / strategy)
+    record = RunFolder(runs / strategy)
     lines = record.metrics()
     assert [line["step"] for line in lines] == [4, 6] and lines[-1]["test_seen"] == 10 * TEST_PER_CLASS
     done = programs.run("evaluate.py", record.folder, "--json", record.folder / "report.json")
@@ -47,12 +47,12 @@ def test_two_processes_train_and_evaluate_agrees(training, runs, strategy):
 @pytest.mark.parametrize("strategy", ["local", "pipeline"])
 def test_two_processes_that_are_stopped_go_on_with_the_same_bits(training, runs, strategy):
     """With dropout, within an epoch and between two outer steps; after the test above, whose run was not stopped."""
-    unbroken = RunRecord(runs / strategy)
+    unbroken = RunFolder(runs / strategy)
     if not unbroken.exists:
         start(training, 2, strategy, strategy)
     start(training, 2, f"{strategy}-stopped", strategy, "--stop-at", "2", code=75)
     start(training, 2, f"{strategy}-stopped", strategy)
-    stopped = RunRecord(runs / f"{strategy}-stopped")
+    stopped = RunFolder(runs / f"{strategy}-stopped")
     assert (stopped.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
     assert [line["test_loss"] for line in stopped.metrics()] == [line["test_loss"] for line in unbroken.metrics()]
 

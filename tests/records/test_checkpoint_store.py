@@ -18,7 +18,7 @@ from common.errors import RunError
 from common.files import write_atomically
 from records import checkpoint_store
 from records.checkpoint_store import Checkpoints, Interval, damage, read_facts, room_needed
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 from training import resume, resume_conditions
 
 STATE = {"weights/a": torch.arange(6.0).reshape(2, 3), "weights/b": torch.tensor(float("nan")), "scalars/step": torch.tensor(3)}
@@ -31,7 +31,7 @@ def texts(step: int, finished: bool = False) -> dict[str, str]:
             "run.json": json.dumps(FACTS), "metrics.jsonl": ""}
 
 
-def store(record: RunRecord, keep: int = 2) -> Checkpoints:
+def store(record: RunFolder, keep: int = 2) -> Checkpoints:
     return Checkpoints(record.folder / "state", keep)
 
 
@@ -39,7 +39,7 @@ def store(record: RunRecord, keep: int = 2) -> Checkpoints:
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
-    record = RunRecord(tmp_path)
+    record = RunFolder(tmp_path)
     for step in (2, 4, 6, 8):
         store(record).write(step, STATE, texts(step), best_step=2)
     assert checkpoints(record) == ["step-00000002", "step-00000006", "step-00000008"]
@@ -48,7 +48,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
 
 
 def test_sums_are_those_of_sha256sum(tmp_path):
-    store(RunRecord(tmp_path)).write(2, STATE, texts(2))
+    store(RunFolder(tmp_path)).write(2, STATE, texts(2))
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "state" / "step-00000002", check=True, capture_output=True)
 
 
@@ -65,7 +65,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "deleted"])
 @pytest.mark.parametrize("name", ["state.safetensors", "engine.json", "progress.json", "run.json", "SHA256SUMS"])
 def test_whatever_is_harmed_is_seen_and_the_one_before_serves(tmp_path, harm, name):
-    record = RunRecord(tmp_path)
+    record = RunFolder(tmp_path)
     for step in (2, 4):
         store(record).write(step, STATE, texts(step))
     harm(tmp_path / "state" / "step-00000004" / name)
@@ -77,7 +77,7 @@ def test_whatever_is_harmed_is_seen_and_the_one_before_serves(tmp_path, harm, na
 
 
 def test_a_file_too_many_is_seen(tmp_path):
-    record = RunRecord(tmp_path)
+    record = RunFolder(tmp_path)
     store(record).write(2, STATE, texts(2))
     (tmp_path / "state" / "step-00000002" / "more.json").write_text("{}")
     assert damage(tmp_path / "state" / "step-00000002") == "more.json is not in SHA256SUMS"
@@ -103,7 +103,7 @@ def operations(monkeypatch, fail_at: int) -> list[str]:
 
 @pytest.mark.parametrize("fail_at", range(1, 14))
 def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monkeypatch, fail_at):
-    record = RunRecord(tmp_path)
+    record = RunFolder(tmp_path)
     store(record, keep=1).write(2, STATE, texts(2))
     done = operations(monkeypatch, fail_at)
     with pytest.raises(RunError, match=r"the checkpoint after step 4 could not be written \(No space left on device: .* are free in .*; "
@@ -120,15 +120,15 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monke
 def test_a_disk_that_gives_back_other_bytes_is_noticed_when_writing(tmp_path, monkeypatch):
     import safetensors.torch
 
-    store(RunRecord(tmp_path)).write(2, STATE, texts(2))
+    store(RunFolder(tmp_path)).write(2, STATE, texts(2))
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: {**STATE, "weights/a": STATE["weights/a"] + 1e-6})
     with pytest.raises(RunError, match="gives back other bytes than were written to it"):
-        store(RunRecord(tmp_path)).write(4, STATE, texts(4))
-    assert checkpoints(RunRecord(tmp_path)) == ["step-00000002"]
+        store(RunFolder(tmp_path)).write(4, STATE, texts(4))
+    assert checkpoints(RunFolder(tmp_path)) == ["step-00000002"]
 
 
 def test_only_the_last_damaged_ones_fill_the_disk(tmp_path):
-    record = RunRecord(tmp_path)
+    record = RunFolder(tmp_path)
     for step in range(2, 12, 2):
         store(record).write(step, STATE, texts(step))
         (tmp_path / "state" / f"unfinished-step-{step + 1:08d}").mkdir()
@@ -178,7 +178,7 @@ def test_each_change_of_conditions_has_its_sentence_and_verdict(now, batch_norm,
 # --- the run folder -----------------------------------------------------------------------------------------------
 
 
-def choice(runs_dir: Path, facts: dict = FACTS, name: str | None = None, fresh: bool = False) -> RunRecord:
+def choice(runs_dir: Path, facts: dict = FACTS, name: str | None = None, fresh: bool = False) -> RunFolder:
     return resume.choose_folder(SimpleNamespace(runs_dir=runs_dir, name=name, fresh=fresh, seed=facts["seed"]), facts)[0]
 
 
@@ -206,11 +206,11 @@ def test_a_name_that_holds_another_run_is_refused_by_what_differs(tmp_path, chan
     with pytest.raises(RunError, match=sentence):
         choice(tmp_path, {**FACTS, **changed}, name="mine")
     assert choice(tmp_path, {**FACTS, **changed}, name="mine", fresh=True).folder == tmp_path / "mine"
-    assert RunRecord(tmp_path / "mine.old-1").facts() == FACTS and not (tmp_path / "mine").exists()
+    assert RunFolder(tmp_path / "mine.old-1").facts() == FACTS and not (tmp_path / "mine").exists()
 
 
 def test_a_run_folder_without_a_readable_run_json_is_named_or_mended(tmp_path):
-    record = RunRecord(tmp_path / "mine")
+    record = RunFolder(tmp_path / "mine")
     with pytest.raises(RunError, match="mine is not a run folder"):
         record.facts()
     record.create(FACTS)
@@ -222,12 +222,12 @@ def test_a_run_folder_without_a_readable_run_json_is_named_or_mended(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    first, second = RunRecord(tmp_path / "mine"), RunRecord(tmp_path / "mine")
+    first, second = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "mine")
     first.lock()
     with pytest.raises(RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait for its end, stop it"):
         second.lock()
     with pytest.raises(RunError, match="is in use"):
-        RunRecord(tmp_path / "mine").set_aside()
+        RunFolder(tmp_path / "mine").rename_aside()
     first.unlock()
     second.lock()
 
@@ -235,7 +235,7 @@ def test_one_process_at_a_time(tmp_path):
 def test_a_runs_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"file/mine cannot be written \(Not a directory\); choose another --runs-dir"):
-        RunRecord(tmp_path / "file" / "mine").lock()
+        RunFolder(tmp_path / "file" / "mine").lock()
 
 
 def test_a_disk_that_is_mounted_read_only_is_named(tmp_path):
@@ -245,7 +245,7 @@ def test_a_disk_that_is_mounted_read_only_is_named(tmp_path):
         pytest.skip("may not mount a disk here")
     try:
         with pytest.raises(RunError, match=r"disk/mine cannot be written \(Read-only file system\); choose another --runs-dir"):
-            RunRecord(disk / "mine").lock()
+            RunFolder(disk / "mine").lock()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -264,7 +264,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_metrics_never_end_in_half_a_line(tmp_path):
-    record = RunRecord(tmp_path)
+    record = RunFolder(tmp_path)
     for epoch in (1, 2):
         record.append_metrics({"epoch": epoch})
         assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")

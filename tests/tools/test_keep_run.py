@@ -7,12 +7,12 @@ import json
 import pytest
 
 from common.errors import RunError
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 from tools.keep_run import kept
 
 
 def test_paths_of_the_machine_are_cut_and_figures_kept(tmp_path):
-    record = RunRecord(tmp_path / "mine")
+    record = RunFolder(tmp_path / "mine")
     record.create({"command": ["train.py", "--archive", "/home/me/cifar100.zip", "--seed", "3"], "commit": "abc",
                    "dataset": {"folder": "data/x", "classes": ["a"], "fingerprint": "sha256:1"}})
     with pytest.raises(RunError, match="no finished epoch"):

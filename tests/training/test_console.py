@@ -10,9 +10,9 @@ import sys
 import programs
 import pytest
 
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 from training import console
-from training.console import NORMAL, QUIET, VERBOSE, Screen
+from training.console import NORMAL, QUIET, VERBOSE, Console
 
 LINE = {"epoch": 3, "step": 30, "learning_rate": 1e-3, "train_loss": 3.3484, "images_per_second": 562.6, "training_seconds": 88.732,
         "data_wait_seconds": 0.4436, "memory_gib": 1.456, "tracking_seconds": 0.02, "test_loss": 3.0, "test_accuracy": 0.256,
@@ -40,7 +40,7 @@ def out(monkeypatch) -> io.StringIO:
 
 
 def test_the_line_of_an_epoch_has_its_numbers(out, now):
-    shown = Screen(out=out)
+    shown = Console(out=out)
     shown.clock.start(0, 100)
     shown.clock.step, now[0] = 30, 1180.0
     shown.epoch(LINE, ["test"], 10)
@@ -50,7 +50,7 @@ def test_the_line_of_an_epoch_has_its_numbers(out, now):
 
 def test_lines_stand_under_one_another(out, now):
     """Column by column: what is a letter in one line is no digit in the next."""
-    shown = Screen(out=out)
+    shown = Console(out=out)
     shown.clock.start(0, 100)
     changed = {"epoch": 10, "train_loss": 0.123, "test_accuracy": 1.0, "test_correct": 10000, "images_per_second": 51_000.0,
                "training_seconds": 3.0, "data_wait_seconds": 0.9}
@@ -63,13 +63,13 @@ def test_lines_stand_under_one_another(out, now):
 
 
 def test_averaged_and_trained_weights_stand_side_by_side(out):
-    Screen(out=out).epoch({**LINE, "test_raw_accuracy": 0.2444}, ["test"], 10)
+    Console(out=out).epoch({**LINE, "test_raw_accuracy": 0.2444}, ["test"], 10)
     assert "test accuracy  25.60%  (2560/10000), trained weights  24.44%" in out.getvalue()
 
 
 @pytest.mark.parametrize(("level", "is_main", "lines"), [(QUIET, True, 1), (NORMAL, True, 3), (VERBOSE, True, 4), (VERBOSE, False, 0)])
 def test_how_much_is_said(out, level, is_main, lines):
-    shown = Screen(level, is_main, out)
+    shown = Console(level, is_main, out)
     shown.fact("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
     shown.result(LINE, "runs/mine")
@@ -86,7 +86,7 @@ def test_colours_are_for_terminals(out, monkeypatch, stream, environment, colour
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     to = stream()
-    shown = Screen(out=to)
+    shown = Console(out=to)
     shown.fact("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
     assert ("\033[" in to.getvalue()) == coloured
@@ -96,7 +96,7 @@ def test_colours_are_for_terminals(out, monkeypatch, stream, environment, colour
 def test_a_long_wait_for_data_is_marked(out):
     terminal = Terminal()
     for wait in (1.0, 20.0):
-        Screen(out=terminal).epoch({**LINE, "data_wait_seconds": wait}, ["test"], 10)
+        Console(out=terminal).epoch({**LINE, "data_wait_seconds": wait}, ["test"], 10)
     assert [f"\033[{console.YELLOW}m" in line for line in terminal.getvalue().splitlines()] == [False, True]
 
 
@@ -111,7 +111,7 @@ def test_the_time_left_comes_from_the_steps_of_this_process(now):
 
 
 def test_a_log_file_gets_a_line_every_two_minutes_of_a_long_epoch(out, now):
-    shown = Screen(out=out, bars=io.StringIO())
+    shown = Console(out=out, bars=io.StringIO())
     shown.clock.start(0, 100)
     with shown.bar(epoch=1, done=0, total=50, batch=64) as bar:
         for _ in range(9):
@@ -126,7 +126,7 @@ def test_a_log_file_gets_a_line_every_two_minutes_of_a_long_epoch(out, now):
 
 def test_a_terminal_gets_a_bar_with_the_time_left(out, now, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    shown = Screen(out=out, bars=Terminal())
+    shown = Console(out=out, bars=Terminal())
     shown.clock.start(0, 100)
     with shown.bar(epoch=2, done=10, total=50, batch=64) as bar:
         now[0] += 10
@@ -135,7 +135,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left(out, now, monkeypatch):
         bar.bar.refresh()
     assert "epoch 2:  22%" in shown.bars.getvalue() and "loss 2.500, run done in 16 min" in shown.bars.getvalue()
     assert out.getvalue() == ""
-    quiet = Screen(QUIET, out=out, bars=Terminal())
+    quiet = Console(QUIET, out=out, bars=Terminal())
     with quiet.bar(1, 0, 50, 64) as bar:
         bar.advance()
     assert quiet.bars.getvalue() == ""
@@ -148,7 +148,7 @@ def test_quiet_prints_the_result_and_nothing_else(training, runs):
     done = subprocess.run(command, cwd=programs.PROJECT, env=environment, text=True, capture_output=True, timeout=programs.LIMIT_SECONDS)
     assert re.fullmatch(r"done      test accuracy [\d.]+% \(\d+/70\) after 1 epoch; see \S+/quiet/report\.html\n", done.stdout), done
     assert done.stderr == "" and not (runs / "quiet" / "tensorboard").exists()
-    assert (runs / "quiet" / "report.html").is_file() and len(RunRecord(runs / "quiet").metrics()) == 1
+    assert (runs / "quiet" / "report.html").is_file() and len(RunFolder(runs / "quiet").metrics()) == 1
 
 
 def test_verbose_names_what_is_not_the_default(training):

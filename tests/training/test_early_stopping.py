@@ -9,12 +9,12 @@ import torch
 from programs import run
 from safetensors.torch import load_file
 
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 
 STOPPED = 75
 
 
-def without_clock(record: RunRecord) -> list[dict]:
+def without_clock(record: RunFolder) -> list[dict]:
     measured = ("_seconds", "_per_second", "_gib")
     return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
 
@@ -23,12 +23,12 @@ def without_clock(record: RunRecord) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def averaged(training, runs) -> RunRecord:
+def averaged(training, runs) -> RunFolder:
     run("train.py", *training, "--name", "averaged", "--epochs", 4, "--hold-out", 0.2, "--set", "ema.decay=0.8")
-    return RunRecord(runs / "averaged")
+    return RunFolder(runs / "averaged")
 
 
-def evaluated(record: RunRecord, weights: str, split: str) -> dict:
+def evaluated(record: RunFolder, weights: str, split: str) -> dict:
     run("evaluate.py", record.folder, "--weights", weights, "--split", split, "--json", record.folder / "report.json")
     return json.loads((record.folder / "report.json").read_text())
 
@@ -53,7 +53,7 @@ def test_a_run_with_an_average_that_is_stopped_and_resumed_equals_one_that_was_n
     same = ["train.py", *training, "--name", "averaged-stopped", "--epochs", 4, "--hold-out", 0.2, "--set", "ema.decay=0.8"]
     run(*same, "--stop-at", 5, code=STOPPED)
     run(*same)
-    stopped = RunRecord(runs / "averaged-stopped")
+    stopped = RunFolder(runs / "averaged-stopped")
     assert without_clock(stopped) == without_clock(averaged)
     for file in ("weights.safetensors", "raw_weights.safetensors", "best.safetensors"):
         assert (stopped.folder / file).read_bytes() == (averaged.folder / file).read_bytes()
@@ -67,7 +67,7 @@ STANDING_STILL = ["--hold-out", 0.2, "--epochs", 9, "--patience", 3, "--set", "o
 
 def test_a_run_that_does_not_get_better_ends_and_says_so(training, runs):
     done = run("train.py", *training, "--name", "impatient", *STANDING_STILL)
-    record = RunRecord(runs / "impatient")
+    record = RunFolder(runs / "impatient")
     *early, last = record.metrics()
     assert last["epoch"] == 4 and last["ended_early"] is True and not any("ended_early" in line for line in early)
     assert "test_accuracy" in last and not any("test_accuracy" in line for line in early)  # looked at once, at the end
@@ -81,9 +81,9 @@ def test_its_patience_survives_a_stop(training, runs):
     """Stopped while it waits: what it waited before counts."""
     same = ["train.py", *training, "--name", "impatient-stopped", *STANDING_STILL]
     run(*same, "--stop-at", 10, code=STOPPED)
-    assert RunRecord(runs / "impatient-stopped").metrics()[-1]["epoch"] == 3
+    assert RunFolder(runs / "impatient-stopped").metrics()[-1]["epoch"] == 3
     run(*same)
-    assert [line["epoch"] for line in RunRecord(runs / "impatient-stopped").metrics()] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in RunFolder(runs / "impatient-stopped").metrics()] == [1, 2, 3, 4]
 
 
 def test_patience_needs_a_held_out_part(training):

@@ -19,9 +19,9 @@ from common.errors import RunError
 from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
 from records.checkpoint_store import Checkpoints, Interval
-from records.run_folder import Progress, RunRecord
-from training.checkpoint_writer import Saver, Snapshot
-from training.non_finite import StepWatch, judge
+from records.run_folder import Progress, RunFolder
+from training.checkpoint_writer import CheckpointWriter, Snapshot
+from training.non_finite import LossMonitor, check_finite
 
 BAD_STEP = 3  # of the engines, counted from 1
 ENGINES = {
@@ -106,7 +106,7 @@ def test_the_gradients_norm_shows_a_bad_step_without_being_asked(on_two, name):
 
 
 def test_losses_are_looked_at_late_and_the_first_bad_step_is_found():
-    watch = StepWatch()
+    watch = LossMonitor()
     for i, (loss, norm) in enumerate(((2.0, 1.0), (1.5, 1.0), (1.0, math.inf), (math.nan, math.nan))):
         watch.add(10 + i, i, torch.tensor(loss), torch.tensor(norm))
         assert watch.bad is None  # nobody waits for the device yet
@@ -115,17 +115,17 @@ def test_losses_are_looked_at_late_and_the_first_bad_step_is_found():
 
 
 def test_every_loss_is_given_once_and_one_may_be_to_blame():
-    watch = StepWatch()
+    watch = LossMonitor()
     watch.add(1, 0, torch.tensor(2.0), None)
     watch.add(2, 1, torch.tensor(1.5), None)
     assert watch.look() == [(1, 2.0), (2, 1.5)] and watch.look() == [] and watch.bad is None
-    assert judge(7, 6, math.nan, math.nan).what == "the loss is nan" and judge(7, 6, 1.0, 1.0) is None
+    assert check_finite(7, 6, math.nan, math.nan).what == "the loss is nan" and check_finite(7, 6, 1.0, 1.0) is None
 
 
 def test_a_state_that_is_not_a_number_is_never_saved(tmp_path):
-    record = RunRecord(tmp_path)
+    record = RunFolder(tmp_path)
     record.create({})
-    saver = Saver(SimpleNamespace(step=4, any=bool), Interval(), {}, record, Checkpoints(tmp_path / "state", 2))
+    saver = CheckpointWriter(SimpleNamespace(step=4, any=bool), Interval(), {}, record, Checkpoints(tmp_path / "state", 2))
     weights = {"a": torch.tensor([1.0, math.nan])}
     saver.write(Snapshot(4, {"weights/a": weights["a"]}, {}, {"weights.safetensors": weights}, [0.0], 0.0), Progress())
     with pytest.raises(RunError, match="weights/a is not a number after step 4, so this state is not saved; the last checkpoint is untouched"):
@@ -159,7 +159,7 @@ def test_a_bad_step_stops_the_run_with_its_images_and_can_be_skipped(training, r
     done = Program(poisoned_train, (1, 2, *words), {}).end()
     assert done.code == 1 and f"error: the loss is nan at optimiser step {bad_step}; the last checkpoint is untouched" in done.err
     assert "--skip-bad-steps" in done.err and "Traceback" not in done.err
-    record = RunRecord(runs / "poisoned")
+    record = RunFolder(runs / "poisoned")
     assert record.newest_checkpoint().name == f"step-{bad_step - 1:08d}"
     train = Dataset.open(shapes).splits["train"]
     due = epoch_order(0, 1, len(train))[2 * 64 : 3 * 64]
@@ -176,7 +176,7 @@ def test_a_bad_step_stops_the_run_with_its_images_and_can_be_skipped(training, r
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(training, runs):
     exploding = [*training, "--name", "exploding", "--set", "optimizer.params.lr=1e30", "--set", "schedule.warmup_fraction=0.0"]
     run("train.py", *exploding, "--stop-at", 1, code=STOPPED)
-    record = RunRecord(runs / "exploding")
+    record = RunFolder(runs / "exploding")
     before = (record.newest_checkpoint() / "state.safetensors").read_bytes()
     done = run("train.py", *exploding, code=1)
     assert "error: the loss is nan at optimiser step 2; the last checkpoint is untouched" in done.err and "Traceback" not in done.err

@@ -16,14 +16,14 @@ from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, assert_same_as, checkpo
 
 from benchmarks.lib.forked_programs import Program, run_script, start
 from records.checkpoint_store import read_facts
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 from training.resume_conditions import CHANGES
 
 LAST = f"step-{EPOCHS * STEPS_PER_EPOCH:08d}"
 
 
 def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(training, runs, unbroken):
-    record = RunRecord(runs / "stopped")
+    record = RunFolder(runs / "stopped")
     said = ""
     for step in (1, 6, 2 * STEPS_PER_EPOCH):  # the first step, in the middle of an epoch, the last of an epoch
         said = run("train.py", *training, "--name", "stopped", "--stop-at", step, code=STOPPED).out
@@ -44,12 +44,12 @@ def test_two_optimisers_in_one_keep_their_counts_over_several_stops(training, ru
     for step in (2, 4, 6):
         run("train.py", *words, "--name", f"muon-stopped-{strategy}", "--stop-at", step, code=STOPPED)
     run("train.py", *words, "--name", f"muon-stopped-{strategy}")
-    assert_same_as(RunRecord(runs / f"muon-stopped-{strategy}"), RunRecord(runs / f"muon-{strategy}"))
+    assert_same_as(RunFolder(runs / f"muon-stopped-{strategy}"), RunFolder(runs / f"muon-{strategy}"))
 
 
 def test_checkpoints_on_the_way_change_nothing_and_cost_no_training_time(training, runs, unbroken):
     run("train.py", *training, "--name", "often", "--checkpoint-every", "1step", "--keep-checkpoints", 3)
-    record = RunRecord(runs / "often")
+    record = RunFolder(runs / "often")
     assert_same_as(record, unbroken)
     assert checkpoints(record) == ["step-00000046", "step-00000047", LAST]
     assert all(line["checkpoint_seconds"] > 0 for line in record.metrics())
@@ -62,7 +62,7 @@ def test_sigterm_saves_and_the_run_goes_on(training, runs, unbroken):
     program.send(signal.SIGTERM)
     done = program.end()
     assert done.code == STOPPED, done.text
-    record = RunRecord(runs / "told-to-stop")
+    record = RunFolder(runs / "told-to-stop")
     step = int(record.newest_checkpoint().name.removeprefix("step-"))
     assert 2 * STEPS_PER_EPOCH <= step < EPOCHS * STEPS_PER_EPOCH and f"stopped after step {step} and saved" in done.out
     assert f"resuming  after step {step}" in run("train.py", *training, "--name", "told-to-stop").out
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken)
     program.send(signal.SIGKILL)
     done = program.end()
     assert done.code == -signal.SIGKILL, done.text
-    record = RunRecord(runs / "killed")
+    record = RunFolder(runs / "killed")
     step = int(record.newest_checkpoint().name.removeprefix("step-"))
     # What a power cut may leave besides: a checkpoint that was being written, a line and a file that were not whole.
     for left in (record.folder / "state").glob("unfinished-*"):
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(training, runs, unbroken):
-    record = RunRecord(runs / "killed-early")
+    record = RunFolder(runs / "killed-early")
     record.create(unbroken.facts())
     record.append_metrics(unbroken.metrics()[0])  # written just before the checkpoint that is not there
     said = run("train.py", *training, "--name", "killed-early", "--stop-at", STEPS_PER_EPOCH + 1, code=STOPPED).out
@@ -153,7 +153,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_room_lets_it_go_on(trainin
             pass
     done = program.end()
     assert done.code == 1 and "No space left on device" in done.err and "mend the disk" in done.err.lower() and "Traceback" not in done.err
-    record = RunRecord(small_disk / "full")
+    record = RunFolder(small_disk / "full")
     whole = record.newest_checkpoint()
     assert whole is not None and not list((record.folder / "state").glob("unfinished-*"))
     (small_disk / "ballast").unlink()
@@ -167,7 +167,7 @@ def test_a_write_that_fails_in_the_background_ends_the_run_with_a_sentence(train
     assert done.code == 1 and "error: the checkpoint after step 3 could not be written (File too large" in done.err
     assert "there is none before it; mend the disk and start the same run again" in done.err and "Traceback" not in done.err
     run("train.py", *words)
-    assert_same_as(RunRecord(runs / "too-large"), unbroken)
+    assert_same_as(RunFolder(runs / "too-large"), unbroken)
 
 
 # --- under other conditions ---------------------------------------------------------------------------------------
@@ -200,10 +200,10 @@ def test_two_processes_go_on_with_the_same_bits_and_one_with_a_note(training, ru
     common = [str(word) for word in (*training, "--max-steps", 8, "--checkpoint-every", "3steps")]
     run_ranks(2, ranked, *common, "--name", "pair")
     run_ranks(2, ranked, *common, "--name", "pair-stopped", "--stop-at", "6")
-    stopped = RunRecord(runs / "pair-stopped")
+    stopped = RunFolder(runs / "pair-stopped")
     alone = copy_of(stopped, runs / "pair-to-one")
     run_ranks(2, ranked, *common, "--name", "pair-stopped")
-    assert_same_as(stopped, RunRecord(runs / "pair"))
+    assert_same_as(stopped, RunFolder(runs / "pair"))
     said = run("train.py", *common, "--name", "pair-to-one").out
     assert "note      from step 6 on not the same to the bit as an unbroken run: processes: 2 before, 1 now (the same sums" in said
     assert "dropout draws other masks" in said and "images a micro-batch: 32 before, 64 now" in said
@@ -218,6 +218,6 @@ def test_two_runs_into_one_folder_are_kept_apart_and_a_kill_frees_it(training, r
     assert first.process.is_alive()
     first.send(signal.SIGKILL)
     first.end()
-    RunRecord(runs / "locked").lock()
+    RunFolder(runs / "locked").lock()
 
 

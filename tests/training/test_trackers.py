@@ -17,7 +17,7 @@ import torch
 
 from common.errors import RunError, SettingsError
 from common.files import read_lines
-from records.run_folder import RunRecord
+from records.run_folder import RunFolder
 from training import trackers
 from training.trackers import StepLosses, TensorBoard, Tracking, Watcher, WeightsAndBiases, check_trackers, numbers_of
 
@@ -99,7 +99,7 @@ def test_events_of_epochs_that_are_trained_again_are_purged(tmp_path):
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_what_an_unbroken_one_does(training, runs, unbroken):
-    record = RunRecord(runs / "went-back")
+    record = RunFolder(runs / "went-back")
     programs.run("train.py", *training, "--name", "went-back", "--stop-at", 7, code=75)
     programs.run("train.py", *training, "--name", "went-back", "--stop-at", 10, code=75)
     shutil.rmtree(record.folder / "state" / "step-00000010")

@@ -1,0 +1,81 @@
+"""From an engine that stands to a run that can take its next step: folder, checkpoint, console lines, logging."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import RunError
+from dali_pipeline import Batches, Synthetic
+from image_data.dataset import Dataset
+from parallel.engine import Engine
+from records.checkpoint_store import Checkpoints, Interval
+from records.run_folder import Progress, RunFolder
+from training.checkpoint_writer import CheckpointWriter
+from training.console import Console
+from training.resume import FolderOptions, raise_on_all_ranks, start_or_resume
+from training.resume_conditions import conditions
+from training.run_facts import RunOptions, facts_of
+from training.trackers import Tracking, first_images, start_tracking
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """When a run saves and who is told of it."""
+
+    checkpoint_every: Interval
+    tensorboard: bool
+    wandb: str | None  # project at Weights & Biases, "" for its default; None for none
+
+
+@dataclass
+class StartedRun:
+    """What the training loop works on beside the engine and the batches."""
+
+    progress: Progress
+    writer: CheckpointWriter
+    tracking: Tracking
+    record: RunFolder | None  # on the main process
+
+
+def start_run(engine: Engine, options: RunOptions, folder: FolderOptions, logging: LoggingOptions, dataset: Dataset, data_folder: Path,
+              training: Batches | Synthetic, steps_per_epoch: int, total_steps: int, console: Console) -> StartedRun:
+    """Find or make the run folder, load its newest checkpoint if it has one, and say what is trained. Collective.
+
+    Args:
+        data_folder: of the prepared dataset as the user gave it; `dataset` may be a copy on a local disk.
+
+    Raises:
+        RunError: the folder cannot be used as asked.
+    """
+    facts = facts_of(options, dataset, data_folder, engine, training.source, steps_per_epoch, total_steps)
+    now = conditions(engine, training.source, facts["commit"])
+    point = start_or_resume(engine, folder, facts, now, dataset)
+    record = point.record if point else None
+    progress = engine.from_main(point and point.progress)
+    progress.loss_sum = engine.own_value(progress.loss_sums)
+    checkpoints = Checkpoints(record.folder / "state", folder.keep_checkpoints) if record else None
+    writer = CheckpointWriter(engine, logging.checkpoint_every, now, record, checkpoints)
+    if record:
+        console.print_run(os.path.relpath(record.folder), facts, training.side, engine)
+    for text in point.messages if point else ():
+        console.print_field("note", text)
+    tracking = _start_tracking(engine, record, facts, logging, console)
+    if not engine.step:
+        tracking.first_batch(lambda: first_images(next(training.epoch(0, 0, 1))[0], dataset.mean, dataset.std))
+    engine.begin(facts)
+    return StartedRun(progress, writer, tracking, record)
+
+
+def _start_tracking(engine: Engine, record: RunFolder | None, facts: dict[str, Any], logging: LoggingOptions, console: Console) -> Tracking:
+    """Collective, because a logger that cannot be started ends all processes."""
+    tracking, problem = Tracking([]), None
+    if record:
+        try:
+            tracking = start_tracking(record.folder, facts, engine.step, logging.tensorboard, logging.wandb, console)
+        except (RunError, OSError) as error:
+            problem = str(error)
+    raise_on_all_ranks(engine, problem)
+    return tracking
