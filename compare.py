@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.paths import DATA, PROJECT, RESULTS, RUNS
 from common.stop_signal import StopSignal
-from comparison.experiment import Arm, Question, read
-from comparison.run_queue import Task, launch, refuse_others, run_all, slots
+from comparison.experiment import Experiment, Variant, read
+from comparison.run_queue import PlannedRun, check_existing_runs, device_slots, launch, run_all
 from comparison.significance import power_note
 from comparison.time_budget import calibrate
-from config.command_line import Parser, at_least_one, in_one_sentence
+from config.command_line import Parser, at_least_one, run_cli
 from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -51,25 +51,25 @@ class Data:
 
 def main() -> int:
     args = parse_arguments()
-    question = read(args.experiment, args.size, args.seeds, args.set, args.final)
-    if args.shard and question.budget == "seconds":
+    experiment = read(args.experiment, args.size, args.seeds, args.set, args.final)
+    if args.shard and experiment.budget == "seconds":
         raise SettingsError("a budget in seconds cannot be shared out: the arms' speeds must be measured in a row on one machine; leave out --shard")
-    runs = args.runs_dir.resolve() / question.name
-    data = data_of_runs(runs, args) if args.report_only else look_at_data(question, args)
+    runs = args.runs_dir.resolve() / experiment.name
+    data = data_of_runs(runs, args) if args.report_only else dataset_facts(experiment, args)
     from comparison.variant_costs import costs  # after the arguments: it imports PyTorch
 
-    of_arms = costs(question, data.num_classes, data.image_side)
-    print_plan(question, of_arms)
+    costs = costs(experiment, data.num_classes, data.image_side)
+    print_plan(experiment, costs)
     stop = StopSignal()
 
-    def run(tasks: list[Task]) -> dict[str, str]:
+    def run(tasks: list[PlannedRun]) -> dict[str, str]:
         if args.dry_run or args.report_only:
             return {}
-        refuse_others(tasks, args.redo_changed)
-        return run_all(tasks, slots(args.parallel), stop, launch)
+        check_existing_runs(tasks, args.redo_changed)
+        return run_all(tasks, device_slots(args.parallel), stop, launch)
 
-    tasks, failures = plan(question, data, runs, run)
-    mine = share(question, tasks, args.shard)
+    tasks, failures = plan(experiment, data, runs, run)
+    mine = share(experiment, tasks, args.shard)
     if args.dry_run:
         print_runs(mine)
         return 0
@@ -82,23 +82,23 @@ def main() -> int:
             print(f"missing: {name}: {reason}", file=sys.stderr)
         print(f"this shard is done; {len(left)} run(s) of others are not: the last shard reports, or --report-only")
         return 1 if failures else 0
-    return report(question, of_arms, tasks, failures, args)
+    return report(experiment, costs, tasks, failures, args)
 
 
-def look_at_data(question: Question, args: argparse.Namespace) -> Data:
-    """The dataset of the question, prepared if need be (not for a plan alone)."""
+def dataset_facts(experiment: Experiment, args: argparse.Namespace) -> Data:
+    """The dataset of the experiment, prepared if need be (not for a plan alone)."""
     from image_data.dataset import Dataset
     from image_data.preparation.prepare import prepare
 
-    folder = (args.data_dir or DATA / question.dataset).resolve()
+    folder = (args.data_dir or DATA / experiment.dataset).resolve()
     if not Dataset.is_prepared(folder):
         if args.dry_run:
             print(f"note: {os.path.relpath(folder)} is not prepared yet; the plan is for a dataset of CIFAR's size")
-            return Data(folder, round(50_000 * (1 - question.hold_out)), 100 if question.dataset == "cifar100" else 10, 32, None)
-        prepare(folder, dataset=question.dataset)
+            return Data(folder, round(50_000 * (1 - experiment.hold_out)), 100 if experiment.dataset == "cifar100" else 10, 32, None)
+        prepare(folder, dataset=experiment.dataset)
     dataset = Dataset.open(folder)
-    if question.hold_out:
-        dataset = dataset.hold_out(question.hold_out)
+    if experiment.hold_out:
+        dataset = dataset.hold_out(experiment.hold_out)
     return Data(folder, len(dataset.splits["train"]), len(dataset.classes), dataset.image_side or 0, dataset.fingerprint)
 
 
@@ -111,31 +111,31 @@ def data_of_runs(runs: Path, args: argparse.Namespace) -> Data:
     raise RunError(f"there is no run in {os.path.relpath(runs)} to report on; leave out --report-only")
 
 
-def plan(question: Question, data: Data, runs: Path,
-         run: Callable[[list[Task]], dict[str, str]]) -> tuple[dict[tuple[str, int], Task], dict[str, str]]:
+def plan(experiment: Experiment, data: Data, runs: Path,
+         run: Callable[[list[PlannedRun]], dict[str, str]]) -> tuple[dict[tuple[str, int], PlannedRun], dict[str, str]]:
     """The runs, by arm and seed, in the random order they are made in; and what failed on the way to know their lengths.
 
     `run` makes the calibration runs that a budget in seconds needs.
     """
     steps: dict[str, int | None]
     failures: dict[str, str] = {}
-    if question.budget == "seconds":
-        steps, failures = calibrate(question, lambda arm, name, count: make_task(question, arm, 0, data, runs / name, count), run)
+    if experiment.budget == "seconds":
+        steps, failures = calibrate(experiment, lambda arm, name, count: make_task(experiment, arm, 0, data, runs / name, count), run)
     else:
-        steps = dict.fromkeys([arm.name for arm in question.arms], int(question.amount) if question.budget == "steps" else None)
-    order = question.tasks()
-    random.Random(question.name).shuffle(order)
-    return {(arm.name, seed): make_task(question, arm, seed, data, runs / f"{arm.name}-seed{seed}", steps[arm.name])
+        steps = dict.fromkeys([arm.name for arm in experiment.variants], int(experiment.budget_amount) if experiment.budget == "steps" else None)
+    order = experiment.tasks()
+    random.Random(experiment.name).shuffle(order)
+    return {(arm.name, seed): make_task(experiment, arm, seed, data, runs / f"{arm.name}-seed{seed}", steps[arm.name])
             for arm, seed in order if arm.name in steps}, failures
 
 
-def share(question: Question, tasks: dict[tuple[str, int], Task], shard: tuple[int, int] | None) -> dict[tuple[str, int], Task]:
+def share(experiment: Experiment, tasks: dict[tuple[str, int], PlannedRun], shard: tuple[int, int] | None) -> dict[tuple[str, int], PlannedRun]:
     """The I-th of N shares of the runs: dealt out seed by seed, nearly equally many to each, and every run to exactly one.
 
     The deal begins one arm later with each seed, lest one machine make all runs of an arm: speeds are compared as well.
     """
     number, count = shard or (1, 1)
-    arms = [arm.name for arm in question.arms]
+    arms = [arm.name for arm in experiment.variants]
 
     def place(arm: str, seed: int) -> int:
         return seed * len(arms) + (arms.index(arm) + seed) % len(arms)
@@ -143,39 +143,39 @@ def share(question: Question, tasks: dict[tuple[str, int], Task], shard: tuple[i
     return {key: task for key, task in tasks.items() if place(*key) % count == number - 1}
 
 
-def make_task(question: Question, arm: Arm, seed: int, data: Data, folder: Path, steps: int | None) -> Task:
+def make_task(experiment: Experiment, arm: Variant, seed: int, data: Data, folder: Path, steps: int | None) -> PlannedRun:
     """One run of train.py. `steps` None: the budget is in epochs."""
     batch = arm.settings.engine["train_batch_size"]
     if data.num_train < batch:
         raise SettingsError(f"arm '{arm.name}': train_batch_size={batch} is more than the {data.num_train} training images")
-    epochs = -(-steps // (data.num_train // batch)) if steps else int(question.amount)
+    epochs = -(-steps // (data.num_train // batch)) if steps else int(experiment.budget_amount)
     settings = replace(arm.settings, epochs=epochs)
-    hold_out = question.hold_out or None
+    hold_out = experiment.hold_out or None
     expected = {"settings": settings.as_dict(), "seed": seed, "max_steps": steps, "hold_out": hold_out, "fingerprint": data.fingerprint}
-    words = ["--preset", question.preset, "--data-dir", data.folder, "--runs-dir", folder.parent, "--name", folder.name, "--seed", seed,
+    words = ["--preset", experiment.preset, "--data-dir", data.folder, "--runs-dir", folder.parent, "--name", folder.name, "--seed", seed,
              "--epochs", epochs]
     words += ["--max-steps", steps] if steps else []
     words += ["--hold-out", hold_out] if hold_out else []
     words += [word for text in arm.overrides for word in ("--set", text)]
-    return Task(folder.name, folder, [str(word) for word in words], expected)
+    return PlannedRun(folder.name, folder, [str(word) for word in words], expected)
 
 
-def report(question: Question, of_arms: list[Cost], tasks: dict[tuple[str, int], Task], failures: dict[str, str],
+def report(experiment: Experiment, costs: list[Cost], tasks: dict[tuple[str, int], PlannedRun], failures: dict[str, str],
            args: argparse.Namespace) -> int:
     """Write the report and say the answers. Returns the exit code: 1 when runs are missing from it."""
-    from comparison.report import arm_results, write
+    from comparison.report import variant_results, write
 
-    results = arm_results(question, of_arms, tasks, args.final)
+    results = variant_results(experiment, costs, tasks, args.final)
     finished = {(arm.name, run.seed) for arm in results for run in arm.runs}
     missing = dict(failures)
-    for arm, seed in question.tasks():
+    for arm, seed in experiment.tasks():
         if (arm.name, seed) not in finished:
             missing.setdefault(f"{arm.name}-seed{seed}", "is not finished")
     for name, reason in missing.items():
         print(f"missing: {name}: {reason}", file=sys.stderr)
     if not finished:
         raise RunError("no run is finished, so there is nothing to report")
-    path = write(question, results, missing, args.results_dir / question.name, args.final, command(args))
+    path = write(experiment, results, missing, args.results_dir / experiment.name, args.final, command(args))
     text = path.read_text()
     print("\n" + text[text.index("## Answer"):text.index("\n|")].replace("**", "").replace("\\*", "*") + f"\nreport    {os.path.relpath(path)}")
     return 1 if missing else 0
@@ -190,20 +190,20 @@ def command(args: argparse.Namespace) -> str:
     return shlex.join(words + (["--final"] if args.final else []))
 
 
-def print_plan(question: Question, of_arms: list[Cost]) -> None:
-    first = question.arms[0].settings
-    print(f"question  {question.sentence}")
-    print(f"runs      {len(question.arms)} arms x {question.seeds} seeds, {question.amount:g} {question.budget} each, "
-          f"preset {Path(question.preset).stem}, batch {first.engine['train_batch_size']}; compared on "
-          + (f"{100 * question.hold_out:g}% of train, held out" if question.hold_out else "the test split"))
-    width = max(len(arm.name) for arm in question.arms)
-    for arm, cost in zip(question.arms, of_arms, strict=True):
+def print_plan(experiment: Experiment, costs: list[Cost]) -> None:
+    first = experiment.variants[0].settings
+    print(f"question  {experiment.question}")
+    print(f"runs      {len(experiment.variants)} arms x {experiment.seeds} seeds, {experiment.budget_amount:g} {experiment.budget} each, "
+          f"preset {Path(experiment.preset).stem}, batch {first.engine['train_batch_size']}; compared on "
+          + (f"{100 * experiment.hold_out:g}% of train, held out" if experiment.hold_out else "the test split"))
+    width = max(len(arm.name) for arm in experiment.variants)
+    for arm, cost in zip(experiment.variants, costs, strict=True):
         print(f"  {arm.name:{width}}  {cost.parameters:>12,} parameters  {cost.flops / 1e6:>9,.1f} MFLOPs  {arm.idea}")
-    if note := power_note(question.seeds, len(question.arms)):
+    if note := power_note(experiment.seeds, len(experiment.variants)):
         print(f"note: {note}")
 
 
-def print_runs(tasks: dict[tuple[str, int], Task]) -> None:
+def print_runs(tasks: dict[tuple[str, int], PlannedRun]) -> None:
     """For a dry run: the order, what is there already, and one command."""
     for i, task in enumerate(tasks.values(), 1):
         print(f"{i:4} {task.name}: {task.state()}")
@@ -250,4 +250,4 @@ def one_of_many(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_sentence(main))
+    sys.exit(run_cli(main))

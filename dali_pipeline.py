@@ -17,10 +17,10 @@ function of (seed, epoch, k), whatever was read before it and however far the pi
 from __future__ import annotations
 
 if __name__ == "__main__":  # before PyTorch and DALI are imported: --help and mistyped settings answer at once
-    from config.command_line import in_one_sentence
+    from config.command_line import run_cli
     from tools.preview_augmentation import main
 
-    raise SystemExit(in_one_sentence(main))
+    raise SystemExit(run_cli(main))
 
 import time
 from collections import deque

@@ -25,9 +25,9 @@ from common.errors import RunError, SettingsError
 from common.files import write_atomically
 from common.paths import RUNS
 from config.catalog import SOURCES
-from config.command_line import Parser, at_least_one, in_one_sentence
+from config.command_line import Parser, at_least_one, run_cli
 from inference.evaluation import describe, evaluate, open_dataset
-from inference.trained_model import WEIGHTS, Trained
+from inference.trained_model import WEIGHTS, TrainedModel
 from records.run_folder import newest_run
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ USED = {
 
 def main() -> int:
     args = parse_arguments()
-    trained = Trained.open(args.run or newest_run(args.runs_dir))
+    trained = TrainedModel.open(args.run or newest_run(args.runs_dir))
     if args.predict:
         return predict_images(trained, args)
     if args.export:
@@ -51,14 +51,14 @@ def main() -> int:
     return evaluate_run(trained, args)
 
 
-def evaluate_run(trained: Trained, args: argparse.Namespace) -> int:
+def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
     """Count, and write and print the report."""
     from dali_pipeline import Batches
-    from parallel.process_group import join, leave
+    from parallel.process_group import destroy_process_group, init_process_group
 
     record, facts = trained.record, trained.facts
     dataset = open_dataset(trained, args.data_dir)
-    device = join()
+    device = init_process_group()
     which, of_how_many = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     is_main = which == 0
     if args.split == "validation":
@@ -78,12 +78,12 @@ def evaluate_run(trained: Trained, args: argparse.Namespace) -> int:
         facts = {"run": record.folder.name, "split": args.split, "weights": args.weights, "precision": precision, "epochs": len(record.metrics())}
         report = facts | describe(result, dataset.classes)
         print_report(report, args.per_class)
-        keep(trained, report, result["confusion"], args.json)
-    leave()
+        save_report(trained, report, result["confusion"], args.json)
+    destroy_process_group()
     return 0
 
 
-def keep(trained: Trained, report: dict[str, Any], confusion: np.ndarray, also: Path | None) -> None:
+def save_report(trained: TrainedModel, report: dict[str, Any], confusion: np.ndarray, also: Path | None) -> None:
     """Write what an evaluation found into the run folder: report, picture, model card."""
     from inference.model_card import write_card
     from reports.classes import confusion as draw_confusion
@@ -98,7 +98,7 @@ def keep(trained: Trained, report: dict[str, Any], confusion: np.ndarray, also: 
     write_card(trained.record)
 
 
-def predict_images(trained: Trained, args: argparse.Namespace) -> int:
+def predict_images(trained: TrainedModel, args: argparse.Namespace) -> int:
     """Show what the network sees in the images of --predict. Returns the exit code: 1 when one of them could not be read."""
     from inference.predict_images import predict
     from parallel.process_group import pick_device
@@ -108,7 +108,7 @@ def predict_images(trained: Trained, args: argparse.Namespace) -> int:
     return min(1, predict(trained, network, args.predict, args.batch_size, precision == "autocast", args.output))
 
 
-def export_network(trained: Trained, args: argparse.Namespace) -> int:
+def export_network(trained: TrainedModel, args: argparse.Namespace) -> int:
     """Write the network in the format of --export."""
     from common.errors import DatasetError
     from inference.model_card import write_card
@@ -186,4 +186,4 @@ def refuse_unused(parser: Parser, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_sentence(main))
+    sys.exit(run_cli(main))

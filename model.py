@@ -15,10 +15,10 @@ B images, T tokens, C width, H heads, D head size, F hidden size, P patch, K cla
 from __future__ import annotations
 
 if __name__ == "__main__":  # before PyTorch is imported: --help and mistyped settings answer at once
-    from config.command_line import in_one_sentence
+    from config.command_line import run_cli
     from tools.describe_model import describe_model
 
-    raise SystemExit(in_one_sentence(describe_model))
+    raise SystemExit(run_cli(describe_model))
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,13 +32,13 @@ from common.errors import SettingsError, unknown
 from config.settings import ModelSettings
 from models.attention import ATTENTIONS
 from models.feed_forward import FEED_FORWARDS
-from models.layers import Architecture, DropPath, honours
+from models.layers import Architecture, DropPath, uses_settings
 from models.parts import Dimensions, make_part
 from models.patch_embedding import PATCH_EMBEDDINGS
 from models.pooling import POOLINGS
 from models.position import POSITIONS
 from models.published.table import ARCHITECTURES as PUBLISHED
-from models.published.table import find
+from models.published.table import get_architecture
 
 
 class Embed(nn.Module):
@@ -59,25 +59,25 @@ class Embed(nn.Module):
         return self.dropout(self.position(x)).contiguous()  # stages send it over a wire, which wants it contiguous
 
 
-class Branch(nn.Module):
-    """One residual step, (B, T, C) -> (B, T, C): x + share * drop_path(scale * part(norm(x))).
+class ResidualBranch(nn.Module):
+    """One residual step, (B, T, C) -> (B, T, C): x + residual_scale * drop_path(scale * part(norm(x))).
 
     `layer_scale` is the initial value of `scale`, a learnt factor for each channel (arXiv 2103.17239); 0 leaves it out.
     """
 
-    def __init__(self, dims: Dimensions, drop_path: float, layer_scale: float, part: nn.Module, share: float = 1.0):
+    def __init__(self, dims: Dimensions, drop_path: float, layer_scale: float, part: nn.Module, residual_scale: float = 1.0):
         super().__init__()
         self.norm = nn.LayerNorm(dims.width)
         self.part = part
         self.scale = nn.Parameter(torch.full((dims.width,), float(layer_scale))) if layer_scale else None
-        self.share = share
+        self.residual_scale = residual_scale
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.part(self.norm(x))
         if self.scale is not None:
             y = y * self.scale
-        return torch.add(x, self.drop_path(y), alpha=self.share)
+        return torch.add(x, self.drop_path(y), alpha=self.residual_scale)
 
 
 class Block(nn.Sequential):
@@ -85,23 +85,23 @@ class Block(nn.Sequential):
 
 
 # The functions of BLOCKS make the branches of one block: `branch` wraps a part, the other two make a new part at each call.
-Wrap = Callable[..., Branch]
-Make = Callable[[], nn.Module]
+WrapBranch = Callable[..., ResidualBranch]
+MakePart = Callable[[], nn.Module]
 
 
-def pre_norm(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
+def pre_norm(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
     """Attention, then a feed-forward (arXiv 2010.11929)."""
     return {"attention": branch(attention()), "feed_forward": branch(feed_forward())}
 
 
-def pair(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
+def pair(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
     """Attention, then two feed-forwards; at equal parameters each has half the hidden size."""
     return {"attention": branch(attention()), "first": branch(feed_forward()), "second": branch(feed_forward())}
 
 
-def macaron(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
+def macaron(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
     """A feed-forward before attention and one after, each counting half (arXiv 1906.02762); at equal parameters as `pair`."""
-    return {"before": branch(feed_forward(), share=0.5), "attention": branch(attention()), "after": branch(feed_forward(), share=0.5)}
+    return {"before": branch(feed_forward(), residual_scale=0.5), "attention": branch(attention()), "after": branch(feed_forward(), residual_scale=0.5)}
 
 
 BLOCKS = {
@@ -152,14 +152,14 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
         return make_part(FEED_FORWARDS, "feed_forward", s.feed_forward, dims, s.feed_forward_options)
 
     def block(i: int) -> Block:
-        branch = partial(Branch, dims, s.drop_path * i / max(1, s.depth - 1), s.layer_scale)
+        branch = partial(ResidualBranch, dims, s.drop_path * i / max(1, s.depth - 1), s.layer_scale)
         return Block(OrderedDict(BLOCKS[s.block](branch, attention, feed_forward)))
 
     blocks = [block(i) for i in range(s.depth)]
     return [Embed(dims, patches, position), *blocks, Head(dims, make_part(POOLINGS, "pooling", s.pooling, dims, {}))]
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def sl_vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """SL-ViT: the vit with SPT and LSA in its published size; 2.75 M parameters (arXiv 2112.13492).
 
@@ -219,16 +219,16 @@ def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> 
     Raises:
         SettingsError: an unknown name, a size that does not fit, or a setting that this architecture would not use.
     """
-    build = find(settings.architecture, ARCHITECTURES)
-    honoured = getattr(build, "honours", None)  # None: all of them
+    build = get_architecture(settings.architecture, ARCHITECTURES)
+    used = getattr(build, "used_settings", None)  # None: all of them
     for field in fields(ModelSettings):
         chosen, default = getattr(settings, field.name), getattr(ModelSettings(), field.name)
-        if honoured is not None and field.name not in {"architecture", *honoured} and chosen != default:
+        if used is not None and field.name not in {"architecture", *used} and chosen != default:
             raise SettingsError(f"model.architecture={settings.architecture} would not use model.{field.name}={chosen}: "
-                                f"its name fixes everything but {', '.join(sorted(honoured)) or 'nothing'}")
+                                f"its name fixes everything but {', '.join(sorted(used)) or 'nothing'}")
     layers = build(settings, num_classes, image_side)
     if len(layers) > 1:  # a network in one layer marks its own
-        layers[0].is_edge = layers[-1].is_edge = True
+        layers[0].is_input_or_output_layer = layers[-1].is_input_or_output_layer = True
     return layers
 
 

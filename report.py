@@ -21,14 +21,14 @@ import numpy as np
 from common.errors import RunError, SettingsError
 from common.paths import PROJECT, RUNS
 from config.catalog import SOURCES
-from config.command_line import Parser, at_least_one, in_one_sentence
+from config.command_line import Parser, at_least_one, run_cli
 from config.settings import Settings
 from records.run_data import RunData
 from records.run_folder import newest_run
 
 if TYPE_CHECKING:
     from image_data.dataset import Dataset
-    from reports.pictures import Inspection
+    from reports.pictures import SplitAnalysis
 
 NUM_MISTAKES = 24
 NUM_ATTENTION = 5  # images whose attention is drawn
@@ -49,7 +49,7 @@ def main() -> None:
         draw(runs[0], None if args.quick else inspect(runs[0], args))
 
 
-def draw(run: RunData, seen: Inspection | None) -> None:
+def draw(run: RunData, seen: SplitAnalysis | None) -> None:
     """Write the page and the pictures of one run."""
     from reports.page import write_page
     from reports.pictures import pictures_of
@@ -78,11 +78,11 @@ def compare(runs: list[RunData], path: Path) -> None:
     print(f"picture   {os.path.relpath(save(several(runs, names), path))}")
 
 
-def inspect(run: RunData, args: argparse.Namespace) -> Inspection | None:
+def inspect(run: RunData, args: argparse.Namespace) -> SplitAnalysis | None:
     """Run the network over a split of the data. None, with a note, where the dataset or the weights are not there."""
     from common.errors import DatasetError
     from dali_pipeline import Batches
-    from reports.pictures import Inspection
+    from reports.pictures import SplitAnalysis
     from reports.predictions import mistakes, predict
 
     split = args.split or ("validation" if run.facts["hold_out"] else "test")
@@ -97,7 +97,7 @@ def inspect(run: RunData, args: argparse.Namespace) -> Inspection | None:
     batches = Batches(dataset, split, args.batch_size, **source)
     found = predict(model, batches, run.facts["precision"] == "autocast")
     batches.close()
-    return Inspection(split, found.confusion(len(dataset.classes)), float(found.loss.mean()),
+    return SplitAnalysis(split, found.confusion(len(dataset.classes)), float(found.loss.mean()),
                       mistakes(found, dataset, split, NUM_MISTAKES, **source), attention_of(run, model, dataset, split, source))
 
 
@@ -122,16 +122,16 @@ def load(run: RunData, split: str, args: argparse.Namespace) -> tuple[Dataset, A
 
 def attention_of(run: RunData, model: Any, dataset: Dataset, split: str, source: dict[str, Any]) -> tuple[Any, Any, list[str]] | str:
     """Some images from all over the split, their attention maps and classes; or why there are none."""
-    from image_data.pixels import pixels_of
-    from reports.predictions import attention_maps, look_at
+    from image_data.pixels import denormalize
+    from reports.predictions import attention_maps, load_images
 
     settings, labels = Settings.from_dict(run.facts["settings"]).model, dataset.splits[split].labels
     if settings.architecture != "vit":
         return f"Attention is drawn for the architecture vit only; this run is a {settings.architecture}."
     chosen = np.unique(np.linspace(0, len(labels) - 1, NUM_ATTENTION).astype(int))
-    images = look_at(dataset, split, chosen, **source)
+    images = load_images(dataset, split, chosen, **source)
     maps = attention_maps(model, settings, images, run.facts["precision"] == "autocast")
-    return pixels_of(images, dataset.mean, dataset.std), maps, [dataset.classes[labels[at]] for at in chosen]
+    return denormalize(images, dataset.mean, dataset.std), maps, [dataset.classes[labels[at]] for at in chosen]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -152,4 +152,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_sentence(main))
+    sys.exit(run_cli(main))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.options import add_data, add_settings, keep
 from benchmarks.lib.timing import alternate, machine, spread, synchronise
 from common.machine import visible_gpus
-from config.command_line import Parser, at_least_one, in_one_sentence
+from config.command_line import Parser, at_least_one, run_cli
 from config.settings import resolve
 from optim.lr_schedule import Schedule
 from records.checkpoint_store import Checkpoints, Interval
@@ -155,4 +155,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_sentence(main))
+    sys.exit(run_cli(main))

@@ -1,4 +1,4 @@
-"""Averaging over peers that die and come late: our exchange (torchft's lighthouse, Gloo) against hivemind's, on this machine.
+"""WeightAveraging over peers that die and come late: our exchange (torchft's lighthouse, Gloo) against hivemind's, on this machine.
 
     python benchmarks/peer_averaging.py --hivemind-python hivemind/bin/python                    both, 2 and 3 peers: 5 minutes
     python benchmarks/peer_averaging.py --systems torchft --rounds 5 --pairs 2                   a quick look at ours
@@ -41,7 +41,7 @@ from benchmarks.lib.options import add_reports, keep, origin, several  # noqa: E
 from benchmarks.lib.timing import machine  # noqa: E402
 from common.errors import RunError
 from common.paths import PROJECT
-from config.command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
+from config.command_line import Parser, at_least_one, run_cli  # noqa: E402
 
 KINDS = {  # name: matchmaking and request seconds
     "torchft": (0.0, 0.0),
@@ -204,7 +204,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     """Two tables."""
     sizes = [name for name in next(iter(report["results"].values())) if name != "churn"]
     times = "; ".join(f"`{kind}`: matchmaking {matching:g} s, requests {request:g} s" for kind, (matching, request) in KINDS.items() if matching)
-    lines = ["# Averaging over peers", "",
+    lines = ["# WeightAveraging over peers", "",
              f"{report['parameters']:,} parameters, about {report['step_seconds']} s of training between two exchanges, {report['rounds']} exchanges "
              f"a peer, {report['repeats']} turn(s); {report['machine']['cpu']}, {report['machine']['cores']} cores. {tables.made_by(report)}", "",
              *([f"{report['hivemind']}. {times}.", ""] if report["hivemind"] else []),
@@ -228,7 +228,7 @@ def middle(values: list[float | None]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("python benchmarks/peer_averaging.py", "Averaging over peers that die and come late: ours (torchft) against hivemind's.",
+    parser = Parser("python benchmarks/peer_averaging.py", "WeightAveraging over peers that die and come late: ours (torchft) against hivemind's.",
                     example="python benchmarks/peer_averaging.py --systems torchft --rounds 5 --pairs 2")
     what = parser.add_argument_group("what is compared")
     what.add_argument("--systems", type=lambda text: text.split(";"), default=list(KINDS), metavar="A;B",
@@ -253,7 +253,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    return in_one_sentence(lambda: measure_and_report(options))
+    return run_cli(lambda: measure_and_report(options))
 
 
 def measure_and_report(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.errors import SettingsError, unknown
 from common.paths import PROJECT
 from comparison.variant_costs import cost
-from config.command_line import Parser, in_one_sentence  # noqa: E402
+from config.command_line import Parser, run_cli  # noqa: E402
 from config.settings import preset_names, resolve
 
 DOCUMENT = PROJECT / "docs" / "recipes.md"
@@ -152,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_sentence(main))
+    sys.exit(run_cli(main))

@@ -35,7 +35,7 @@ from benchmarks.lib.process_groups import Failed, Fresh, Start, device_environme
 from benchmarks.lib.timing import alternate, machine, ratios
 from common.errors import DatasetError, SettingsError
 from common.machine import visible_gpus
-from config.command_line import Parser, at_least_one, in_one_sentence
+from config.command_line import Parser, at_least_one, run_cli
 from config.settings import ParallelSettings, Settings, resolve
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
@@ -120,7 +120,7 @@ def concerns(override: str, strategy: str) -> bool:
     group, _, name = override.partition("=")[0].strip().partition(".")
     if group == "parallel" and name in {field.name for field in fields(ParallelSettings)}:
         return name in engine_class(strategy).honours
-    return group != "zero_optimization" or engine_class(strategy).honours_deepspeed
+    return group != "zero_optimization" or engine_class(strategy).uses_full_ds_config
 
 
 class Turn:
@@ -237,7 +237,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, start: Start = Fresh) -> int:
     options = parse_arguments(arguments)
-    return in_one_sentence(lambda: measure_and_report(options, start))
+    return run_cli(lambda: measure_and_report(options, start))
 
 
 def measure_and_report(options: argparse.Namespace, start: Start) -> int:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.options import keep, origin  # noqa: E402
 from benchmarks.lib.timing import machine  # noqa: E402
 from common.text import duration
-from config.command_line import Parser, at_least_one, in_one_sentence  # noqa: E402
+from config.command_line import Parser, at_least_one, run_cli  # noqa: E402
 from config.settings import resolve  # noqa: E402
 from records.run_data import RunData  # noqa: E402
 from records.run_folder import RunFolder  # noqa: E402
@@ -142,4 +142,4 @@ def share_of(metrics: list[dict]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_sentence(main))
+    sys.exit(run_cli(main))

@@ -38,7 +38,7 @@ from benchmarks.strategies import CASES, concerns
 from common.errors import DatasetError, SettingsError
 from common.machine import visible_gpus
 from config.catalog import table_names
-from config.command_line import Parser, at_least_one, in_one_sentence
+from config.command_line import Parser, at_least_one, run_cli
 from config.settings import Settings, resolve
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
@@ -277,7 +277,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None, context: Any = None) -> int:
     options = parse_arguments(arguments)
-    return in_one_sentence(lambda: measure_and_report(options, context or multiprocessing.get_context("spawn")))
+    return run_cli(lambda: measure_and_report(options, context or multiprocessing.get_context("spawn")))
 
 
 def measure_and_report(options: argparse.Namespace, context: Any) -> int:

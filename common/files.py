@@ -42,7 +42,7 @@ def flush_to_disk(path: Path, forget: bool = False) -> None:
         os.close(descriptor)
 
 
-def sum_of(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """The SHA-256 digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -48,7 +48,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One of the things compared. `overrides` are the texts `path=value` that `train.py --set` gets."""
 
     name: str
@@ -58,26 +58,26 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Question:
+class Experiment:
     """An experiment file at one of its sizes."""
 
     name: str  # of the file, with the size
-    sentence: str
+    question: str
     preset: str
     dataset: str
     seeds: int
     hold_out: float
     budget: str  # epochs, steps or seconds
-    amount: float
-    arms: list[Arm]
+    budget_amount: float
+    variants: list[Variant]
 
-    def tasks(self) -> list[tuple[Arm, int]]:
+    def tasks(self) -> list[tuple[Variant, int]]:
         """Every arm with every seed."""
-        return [(arm, seed) for arm in self.arms for seed in range(self.seeds)]
+        return [(arm, seed) for arm in self.variants for seed in range(self.seeds)]
 
 
 def read(path: Path, size: str | None = None, seeds: int | None = None, overrides: list[str] | None = None,
-         final: bool = False) -> Question:
+         final: bool = False) -> Experiment:
     """Read an experiment file.
 
     Args:
@@ -111,8 +111,8 @@ def read(path: Path, size: str | None = None, seeds: int | None = None, override
     preset = facts["preset"]
     if preset.endswith(".toml"):  # a file beside this one, or one given by its whole path
         preset = str((path.parent / preset).resolve())
-    arms = _read_arms(path, tree.get("arms", []), at_size.get("arms", {}), preset, common)
-    return Question(name, facts["question"], preset, facts["dataset"], facts["seeds"], float(facts["hold_out"]), budget, amount, arms)
+    arms = _read_variants(path, tree.get("arms", []), at_size.get("arms", {}), preset, common)
+    return Experiment(name, facts["question"], preset, facts["dataset"], facts["seeds"], float(facts["hold_out"]), budget, amount, arms)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
                             "(0 only with --final, which reports the test split)")
 
 
-def _read_arms(path: Path, arms: Any, at_size: dict[str, Any], preset: str, common: list[str]) -> list[Arm]:
+def _read_variants(path: Path, arms: Any, at_size: dict[str, Any], preset: str, common: list[str]) -> list[Variant]:
     if not isinstance(arms, list) or len(arms) < 2:
         raise SettingsError(f"{path.name}: a comparison needs at least two [[arms]]")
     names = [arm.get("name") for arm in arms]
@@ -168,7 +168,7 @@ def _read_arms(path: Path, arms: Any, at_size: dict[str, Any], preset: str, comm
     for name in at_size:
         if name not in names:
             raise SettingsError(f"{path.name}: " + unknown("arm", name, names))
-    read = [_read_arm(path, arm, at_size.get(arm["name"], {}), preset, common) for arm in arms]
+    read = [_read_variant(path, arm, at_size.get(arm["name"], {}), preset, common) for arm in arms]
     for i, arm in enumerate(read):
         for other in read[:i]:
             if arm.settings == other.settings:
@@ -176,7 +176,7 @@ def _read_arms(path: Path, arms: Any, at_size: dict[str, Any], preset: str, comm
     return read
 
 
-def _read_arm(path: Path, arm: dict[str, Any], at_size: dict[str, Any], preset: str, common: list[str]) -> Arm:
+def _read_variant(path: Path, arm: dict[str, Any], at_size: dict[str, Any], preset: str, common: list[str]) -> Variant:
     where = f"{path.name}, arm '{arm['name']}': "
     if not isinstance(arm.get("idea"), str):
         raise SettingsError(f"{where}say in one sentence what the idea is (idea = \"...\")")
@@ -186,7 +186,7 @@ def _read_arm(path: Path, arm: dict[str, Any], at_size: dict[str, Any], preset: 
             raise SettingsError(f"{where}{key} is the same for all arms; set it for the whole question")
     overrides = common + _flatten(own) + _flatten(at_size)
     try:
-        return Arm(arm["name"], arm["idea"], overrides, resolve(preset, overrides))
+        return Variant(arm["name"], arm["idea"], overrides, resolve(preset, overrides))
     except SettingsError as error:
         message = str(error)
         for text in overrides:

@@ -30,7 +30,7 @@ LOOK_SECONDS = 0.2  # between looks at the children
 
 
 @dataclass(frozen=True)
-class Task:
+class PlannedRun:
     """One run to be made. `expected` are the facts that its run.json must hold to count as this run."""
 
     name: str
@@ -66,7 +66,7 @@ def _comparable(key: str, facts: dict[str, Any]) -> Any:
     return facts[key]
 
 
-def refuse_others(tasks: list[Task], redo: bool) -> None:
+def check_existing_runs(tasks: list[PlannedRun], redo: bool) -> None:
     """Make sure that every folder is free or holds this very run.
 
     Raises:
@@ -84,7 +84,7 @@ def refuse_others(tasks: list[Task], redo: bool) -> None:
             task.log.rename(task.log.with_name(f"{task.log.name}.old"))
 
 
-def slots(parallel: int | None) -> list[dict[str, str]]:
+def device_slots(parallel: int | None) -> list[dict[str, str]]:
     """What to add to the environment of the first, second ... of the runs that go on at once; its length is how many do."""
     gpus = visible_gpus()
     count = parallel or max(1, len(gpus))
@@ -94,7 +94,7 @@ def slots(parallel: int | None) -> list[dict[str, str]]:
     return [{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} for _ in range(count)]
 
 
-def launch(task: Task, environment: dict[str, str]) -> subprocess.Popen:
+def launch(task: PlannedRun, environment: dict[str, str]) -> subprocess.Popen:
     """Start a run, in a session of its own: a Ctrl-C in the terminal is for us, and we tell the children once."""
     command = [str(LAUNCHER), *task.arguments]
     if shutil.which("setpriv"):  # should we be killed, the kernel tells the launcher, which lets the run save
@@ -104,8 +104,8 @@ def launch(task: Task, environment: dict[str, str]) -> subprocess.Popen:
                                 env={**os.environ, "NUM_PROCS": "1", "PYTHON": sys.executable, **environment})
 
 
-def run_all(tasks: list[Task], environments: list[dict[str, str]], stop: StopSignal,
-            start: Callable[[Task, dict[str, str]], Any]) -> dict[str, str]:
+def run_all(tasks: list[PlannedRun], environments: list[dict[str, str]], stop: StopSignal,
+            start: Callable[[PlannedRun, dict[str, str]], Any]) -> dict[str, str]:
     """Make every run that is not finished, in the order given; `start` is `launch`, or gives another thing with poll and terminate.
 
     Returns the runs that failed, by name, each with the last error it printed. When `stop` is asked for, the children are told
@@ -116,7 +116,7 @@ def run_all(tasks: list[Task], environments: list[dict[str, str]], stop: StopSig
     done = len(tasks) - len(waiting)
     if done:
         _say(f"{done} of {len(tasks)} runs are finished already")
-    running: dict[int, tuple[Task, Any, float]] = {}  # by slot
+    running: dict[int, tuple[PlannedRun, Any, float]] = {}  # by slot
     spent: list[float] = []
     told = False
     try:
@@ -153,7 +153,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _line(done: int, total: int, what: str, running: dict[int, Any], waiting: list[Task], spent: list[float], at_once: int) -> str:
+def _line(done: int, total: int, what: str, running: dict[int, Any], waiting: list[PlannedRun], spent: list[float], at_once: int) -> str:
     """A line of progress: how many are done, what has just happened, and about how long the rest takes."""
     if not running and not waiting:
         return f"[{done}/{total}] {what}"
@@ -165,7 +165,7 @@ def _line(done: int, total: int, what: str, running: dict[int, Any], waiting: li
     return f"[{done}/{total}] {what}; about {left / 60:.0f} min left" if left >= 90 else f"[{done}/{total}] {what}; about {left:.0f} s left"
 
 
-def _problem(task: Task, code: int, stopping: bool) -> str | None:
+def _problem(task: PlannedRun, code: int, stopping: bool) -> str | None:
     """Why a run that ended has not finished; None where it has, or was told to stop."""
     if stopping or (code == 0 and task.state() == "finished"):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.errors import SettingsError, unknown
-from comparison.experiment import Question
+from comparison.experiment import Experiment
 from config.settings import Settings
 from image_data.augmentation import check
 from model import build_model
@@ -15,10 +15,10 @@ from optim.optimizers import build_optimizer
 from parallel.strategies import STRATEGIES
 
 
-def costs(question: Question, num_classes: int, image_side: int) -> list[Cost]:
+def costs(experiment: Experiment, num_classes: int, image_side: int) -> list[Cost]:
     """Build every arm without memory for its weights, and count. Raises SettingsError that names the arm which cannot be."""
     found = []
-    for arm in question.arms:
+    for arm in experiment.variants:
         try:
             found.append(cost(arm.settings, num_classes, arm.settings.image_side or image_side))
         except SettingsError as error:

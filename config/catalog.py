@@ -10,8 +10,8 @@ from config.optimizer_defaults import OPTIMIZER_PARAMS
 from config.settings import Settings, resolve
 
 SOURCES = ("auto", "resident", "files", "tensor")  # of images
-ELSEWHERE = {"learning_rate": "lr", "batch_size": "train_batch_size", "amp": "bf16"}  # what others call a setting
-TABLES = {  # setting -> the table that holds its names
+ALIASES = {"learning_rate": "lr", "batch_size": "train_batch_size", "amp": "bf16"}  # what others call a setting
+NAME_TABLES = {  # setting -> the table that holds its names
     "strategy": ("parallel/strategies.py", "STRATEGIES"),
     "model.architecture": ("models/published/table.py", "ARCHITECTURES"),
     "model.patch_embedding": ("models/patch_embedding.py", "PATCH_EMBEDDINGS"),
@@ -25,9 +25,9 @@ TABLES = {  # setting -> the table that holds its names
 
 def names_of(path: str) -> list[str]:
     """The names that a setting can have; empty where no table holds them."""
-    if path not in TABLES:
+    if path not in NAME_TABLES:
         return []
-    names = list(table_names(*TABLES[path]))
+    names = list(table_names(*NAME_TABLES[path]))
     return ["vit", "sl-vit", *names, "timm:NAME"] if path == "model.architecture" else names
 
 
@@ -46,7 +46,7 @@ def setting_paths(settings: Settings | None = None) -> list[str]:
 def setting_of(name: str) -> str | None:
     """The path of the setting that somebody meant who made an option of it: `lr`, `weight-decay`, `model.width`."""
     name = name.replace("-", "_")
-    name = ELSEWHERE.get(name, name)
+    name = ALIASES.get(name, name)
     paths = setting_paths()
     exact = [path for path in paths if path == name or path.endswith(f".{name}") or path == f"{name}.enabled"]
     return exact[0] if exact else None

@@ -21,7 +21,7 @@ from config.catalog import names_of, setting_of, settings_like
 from config.settings import preset_names
 
 
-def in_one_sentence(main: Callable[[], int | None]) -> int:
+def run_cli(main: Callable[[], int | None]) -> int:
     """Call a script's `main`; the errors of the person's making become one line on the screen. Returns the exit code."""
     try:
         return main() or 0
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         if "_ARGCOMPLETE" in os.environ and not self.is_completing:  # the shell asks, after a Tab
             self.is_completing = True  # in the course of which it parses
-            complete(self)
+            autocomplete(self)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -90,7 +90,7 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def complete(parser: argparse.ArgumentParser) -> None:
+def autocomplete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell with what may stand at the cursor, and end the process."""
     import argcomplete
 

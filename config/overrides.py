@@ -31,7 +31,7 @@ def merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:
                 raise SettingsError(f"{source}{path}.{key} is a group; give one of its members, for example {path}.{key}.name=value")
             setattr(target, key, {**current, **value})
         else:
-            setattr(target, key, fit(current, value, f"{source}{path}.{key}"))
+            setattr(target, key, coerce(current, value, f"{source}{path}.{key}"))
 
 
 def merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> None:
@@ -45,10 +45,10 @@ def merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> Non
                 raise SettingsError(f"{source}{where} is a group; its members are {', '.join(target[key])}")
             merge_dict(target[key], value, source, where)
         else:
-            target[key] = fit(target[key], value, f"{source}{where}")
+            target[key] = coerce(target[key], value, f"{source}{where}")
 
 
-def fit(current: Any, value: Any, where: str) -> Any:
+def coerce(current: Any, value: Any, where: str) -> Any:
     """`value` as the type of `current`; an int fits where a float stands, nothing else changes type."""
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -26,7 +26,7 @@ from typing import Any
 from common.errors import SettingsError, unknown
 from common.paths import DS_CONFIG, PRESETS
 from config.optimizer_defaults import OPTIMIZER_PARAMS
-from config.overrides import fit, merge_dataclass, merge_dict
+from config.overrides import coerce, merge_dataclass, merge_dict
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -248,7 +248,7 @@ def _merge(settings: Settings, tree: dict[str, Any], source: str = "") -> None:
             if dataclasses.is_dataclass(current):
                 merge_dataclass(current, value, source, key)
             else:
-                setattr(settings, key, fit(current, value, f"{source}{key}"))
+                setattr(settings, key, coerce(current, value, f"{source}{key}"))
         elif key in settings.engine:
             _merge(settings, {"engine": {key: value}}, source)
         else:

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 
-def pixels_of(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """Normalised images (..., 3, S, S) as they look: uint8 (..., S, S, 3)."""
     import torch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.paths import PROJECT
-from inference.trained_model import Trained
+from inference.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from image_data.dataset import Dataset
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHOWN_CONFUSIONS = 10
 
 
-def open_dataset(trained: Trained, folder: Path | None) -> Dataset:
+def open_dataset(trained: TrainedModel, folder: Path | None) -> Dataset:
     """The dataset of the run, or the one in `folder`, to be normalised as in training. Raises DatasetError where it does not fit."""
     from image_data.dataset import Dataset
 

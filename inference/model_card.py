@@ -15,25 +15,25 @@ from common.errors import SettingsError
 from common.files import write_atomically
 from config.differences import differences
 from config.settings import Settings, resolve
-from inference.trained_model import WEIGHTS, Trained
+from inference.trained_model import WEIGHTS, TrainedModel
 from records.run_folder import RunFolder
 
 
 def write_card(record: RunFolder) -> Path:
     """Write the card, and return its path."""
     path = record.folder / "README.md"
-    write_atomically(path, card(Trained.open(record.folder), record.metrics()))
+    write_atomically(path, card(TrainedModel.open(record.folder), record.metrics()))
     return path
 
 
-def card(trained: Trained, metrics: list[dict[str, Any]]) -> str:
+def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     """The text of the card."""
     results = accuracies(trained, metrics)
     return "\n\n".join([head(trained, results), f"# {trained.name}\n\n{what(trained)}", "## Accuracy\n\n" + accuracy_table(results, metrics),
                         "## Training\n\n" + training(trained, metrics), "## Use\n\n" + use(trained)]) + "\n"
 
 
-def accuracies(trained: Trained, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def accuracies(trained: TrainedModel, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is known of the accuracy: evaluations of the newest weights, and else what training said after its last epoch."""
     found = []
     for split in ("test", "validation"):
@@ -47,7 +47,7 @@ def accuracies(trained: Trained, metrics: list[dict[str, Any]]) -> list[dict[str
     return found
 
 
-def head(trained: Trained, results: list[dict[str, Any]]) -> str:
+def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
     """What programs read: JSON is YAML."""
     dataset = trained.facts["dataset"]["name"]
     measured = [{"type": "accuracy", "name": f"top-1 accuracy on {result['split']} (%)", "value": round(100 * result["accuracy"], 2)}
@@ -58,7 +58,7 @@ def head(trained: Trained, results: list[dict[str, Any]]) -> str:
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in lines.items()), "---"])
 
 
-def what(trained: Trained) -> str:
+def what(trained: TrainedModel) -> str:
     """One paragraph."""
     model = trained.settings.model
     parts = f": {model.patch_embedding} patches of {model.patch}, {model.depth} blocks of width {model.width}, {model.attention} attention, " \
@@ -68,7 +68,7 @@ def what(trained: Trained) -> str:
             f"`{trained.facts['dataset']['name']}` ({shown}) apart in images of {trained.side} x {trained.side} pixels.")
 
 
-def num_parameters(trained: Trained) -> int:
+def num_parameters(trained: TrainedModel) -> int:
     """Trainable ones, counted in a network without memory for its weights."""
     import torch
 
@@ -87,7 +87,7 @@ def accuracy_table(results: list[dict[str, Any]], metrics: list[dict[str, Any]])
     return "\n".join(["| split | top 1 | top 5 | loss | weights |", "|---|---|---|---|---|", *rows, "", note])
 
 
-def training(trained: Trained, metrics: list[dict[str, Any]]) -> str:
+def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     """How the weights came about, and what to type to get them again."""
     facts = trained.facts
     dataset, engine = facts["dataset"], facts["settings"]["engine"]
@@ -123,7 +123,7 @@ def shorter(word: str) -> str:
     return Path(word).name if Path(word).is_absolute() else word
 
 
-def use(trained: Trained) -> str:
+def use(trained: TrainedModel) -> str:
     """Commands, and five lines of Python; tests/test_model_card.py runs them."""
     folder = f"runs/{trained.name}"
     return f"""`{WEIGHTS}` holds plain fp32 tensors. From the project's folder, with its environment:
@@ -135,9 +135,9 @@ python evaluate.py {folder} --export onnx
 
 ```python
 from predict import fit, read_image
-from trained import Trained
+from trained import TrainedModel
 
-trained = Trained.open("{folder}")
+trained = TrainedModel.open("{folder}")
 pixels = fit(read_image("image.png"), trained)[None]
 print(trained.classes[trained.network()(trained.normalise(pixels)).argmax()])
 ```
@@ -154,9 +154,9 @@ scores = session.run(None, {{"images": numpy.array(image)[None]}})[0]
 print(json.loads(session.get_modelmeta().custom_metadata_map["classes"])[scores.argmax()])
 ```
 
-What the network saw: {trained.preparation}; scaled to 0..1, minus the mean {numbers(trained, "mean")}, divided by {numbers(trained, "std")}.
+What the network saw: {trained.preprocessing_text}; scaled to 0..1, minus the mean {numbers(trained, "mean")}, divided by {numbers(trained, "std")}.
 The exported graph takes the pixels (uint8, B x {trained.side} x {trained.side} x 3) and does the scaling itself."""
 
 
-def numbers(trained: Trained, name: str) -> str:
+def numbers(trained: TrainedModel, name: str) -> str:
     return ", ".join(f"{value:.4f}" for value in trained.facts["dataset"][name])

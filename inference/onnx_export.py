@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from common.errors import RunError
 from image_data.dataset import Dataset
 from inference.predict_images import fit, read_image
-from inference.trained_model import Trained
+from inference.trained_model import TrainedModel
 
 CHECKED = 500  # images, spread over the test split
 TOLERANCE = 1e-3  # of the largest score; fp32 sums in another order differ by 1e-6
@@ -33,7 +33,7 @@ LARGEST = 2**31 - 2**24  # bytes of weights: an ONNX file ends at 2 GiB
 class FromPixels(nn.Module):
     """A network with what comes before it: uint8 (B, S, S, 3) -> float32 (B, K)."""
 
-    def __init__(self, network: nn.Module, trained: Trained):
+    def __init__(self, network: nn.Module, trained: TrainedModel):
         super().__init__()
         self.network = network
         for name in ("mean", "std"):
@@ -43,7 +43,7 @@ class FromPixels(nn.Module):
         return self.network((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
 
 
-def export(trained: Trained, weights: str, output: Path, dataset: Dataset | None) -> None:
+def export(trained: TrainedModel, weights: str, output: Path, dataset: Dataset | None) -> None:
     """Write `output`, and say how far it is from PyTorch on test images of `dataset`, or on noise where there is none.
 
     Raises:
@@ -100,7 +100,7 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-def pixels_to_check(trained: Trained, dataset: Dataset | None) -> tuple[np.ndarray, str]:
+def pixels_to_check(trained: TrainedModel, dataset: Dataset | None) -> tuple[np.ndarray, str]:
     """Pixels uint8 (B, S, S, 3), and what they are."""
     if dataset is None:
         return np.random.default_rng(0).integers(0, 256, (32, trained.side, trained.side, 3), dtype=np.uint8), "images of noise (no dataset here)"

@@ -29,15 +29,15 @@ from common.files import write_atomically
 from common.progress import progress
 from image_data.preparation.decoding import available_cores, decode_image
 from image_data.preparation.image_tree import IMAGE_SUFFIXES
-from inference.trained_model import Trained
+from inference.trained_model import TrainedModel
 
 SHOWN = 5  # classes an image
 ENDINGS = IMAGE_SUFFIXES | {".gif", ".avif", ".tga", ".ico"}  # what is an image in a folder; a file named by itself may end as it likes
 
-Guesses = list[tuple[str, float]]  # class and probability, the likeliest first
+Predictions = list[tuple[str, float]]  # class and probability, the likeliest first
 
 
-def predict(trained: Trained, network: nn.Module, names: list[Path], batch_size: int, autocast: bool, output: Path | None) -> int:
+def predict(trained: TrainedModel, network: nn.Module, names: list[Path], batch_size: int, autocast: bool, output: Path | None) -> int:
     """Show the likeliest classes of the images in `names` (files and folders). Returns how many could not be read."""
     paths = find_images(names)
     as_table = output is not None or any(name.is_dir() for name in names)
@@ -61,11 +61,11 @@ def predict(trained: Trained, network: nn.Module, names: list[Path], batch_size:
     return unread
 
 
-def guesses(trained: Trained, network: nn.Module, paths: list[Path], batch_size: int, autocast: bool) -> Iterator[tuple[Path, Guesses | str]]:
+def guesses(trained: TrainedModel, network: nn.Module, paths: list[Path], batch_size: int, autocast: bool) -> Iterator[tuple[Path, Predictions | str]]:
     """For each path, in order, the likeliest classes; or why it cannot be read."""
     first = next(network.parameters())
 
-    def pixels_of(path: Path) -> np.ndarray | str:
+    def denormalize(path: Path) -> np.ndarray | str:
         try:
             return fit(read_image(path), trained)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files
@@ -74,9 +74,9 @@ def guesses(trained: Trained, network: nn.Module, paths: list[Path], batch_size:
     with ThreadPoolExecutor(available_cores()) as pool, torch.inference_mode():
         remaining = iter(paths)
         while batch := list(islice(remaining, batch_size)):
-            pixels = dict(zip(batch, pool.map(pixels_of, batch), strict=True))
+            pixels = dict(zip(batch, pool.map(denormalize, batch), strict=True))
             whole = [image for image in pixels.values() if not isinstance(image, str)]
-            likeliest: Iterator[Guesses] = iter(())
+            likeliest: Iterator[Predictions] = iter(())
             if whole:
                 images = trained.normalise(torch.from_numpy(np.stack(whole)).to(first.device)).to(first.dtype)
                 with torch.autocast(first.device.type, torch.bfloat16, enabled=autocast):
@@ -85,18 +85,18 @@ def guesses(trained: Trained, network: nn.Module, paths: list[Path], batch_size:
                 yield path, image if isinstance(image, str) else next(likeliest)
 
 
-def top(scores: torch.Tensor, classes: list[str]) -> list[Guesses]:
+def top(scores: torch.Tensor, classes: list[str]) -> list[Predictions]:
     """The likeliest classes of each row of scores (B, K)."""
     values, labels = scores.softmax(1).topk(min(SHOWN, len(classes)))
     return [[(classes[label], value) for label, value in zip(*row, strict=True)] for row in zip(labels.tolist(), values.tolist(), strict=True)]
 
 
-def fit(pixels: np.ndarray, trained: Trained) -> np.ndarray:
+def fit(pixels: np.ndarray, trained: TrainedModel) -> np.ndarray:
     """An image uint8 (height, width, 3) as evaluation shows it to the network: (S, S, 3)."""
-    if min(pixels.shape[:2]) == trained.shorter == trained.side and pixels.shape[0] == pixels.shape[1]:
+    if min(pixels.shape[:2]) == trained.resize_side == trained.side and pixels.shape[0] == pixels.shape[1]:
         return pixels
     image = torch.tensor(pixels).permute(2, 0, 1)
-    image = tv.center_crop(tv.resize(image, [trained.shorter], antialias=True), [trained.side, trained.side])
+    image = tv.center_crop(tv.resize(image, [trained.resize_side], antialias=True), [trained.side, trained.side])
     return image.permute(1, 2, 0).contiguous().numpy()
 
 
@@ -123,7 +123,7 @@ def find_images(names: list[Path]) -> list[Path]:
     return list(found)
 
 
-def table(rows: list[tuple[Path, Guesses]], shown: int) -> str:
+def table(rows: list[tuple[Path, Predictions]], shown: int) -> str:
     """Predictions as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

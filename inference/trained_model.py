@@ -1,6 +1,6 @@
 """The network of a run, ready to use, from its folder alone: no dataset, no DeepSpeed, no particular number of processes.
 
-    trained = Trained.open("runs/mine")
+    trained = TrainedModel.open("runs/mine")
     network = trained.network()                        # evaluation mode
     scores = network(trained.normalise(pixels))        # uint8 (B, S, S, 3) -> float32 (B, K)
     print(trained.classes[scores[0].argmax()])
@@ -29,14 +29,14 @@ WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """What a run left behind, as far as using its network goes."""
 
     record: RunFolder
     facts: dict[str, Any]  # of run.json
 
     @classmethod
-    def open(cls, folder: str | Path) -> Trained:
+    def open(cls, folder: str | Path) -> TrainedModel:
         """Read a run folder. Raises RunError when it is none."""
         record = RunFolder(Path(folder))
         return cls(record, record.facts())
@@ -59,14 +59,14 @@ class Trained:
         return self.facts["settings"]["image_side"] or self.facts["dataset"]["image_side"]
 
     @property
-    def shorter(self) -> int:
+    def resize_side(self) -> int:
         """Pixels that the shorter side of an image is resized to; the middle S x S of that is what the network sees."""
         return self.side if self.facts["dataset"]["image_side"] else round(self.side * CENTRE_CROP)
 
     @property
-    def preparation(self) -> str:
+    def preprocessing_text(self) -> str:
         """The same for people."""
-        return f"RGB, the shorter side resized to {self.shorter} pixels (bilinear, antialiased), the middle {self.side} x {self.side} of it cut out"
+        return f"RGB, the shorter side resized to {self.resize_side} pixels (bilinear, antialiased), the middle {self.side} x {self.side} of it cut out"
 
     def network(self, weights: str = WEIGHTS, device: torch.device | str = "cpu", precision: str = "fp32") -> nn.Module:
         """The network with the weights of a file of the run folder, in evaluation mode: (B, 3, S, S) -> (B, K).
@@ -85,7 +85,7 @@ class Trained:
         """What a file of weights says of itself, so that it can leave its folder."""
         facts, dataset = self.facts, self.facts["dataset"]
         kept = {"model": facts["settings"]["model"], "classes": self.classes, "image_side": self.side, "mean": dataset["mean"], "std": dataset["std"],
-                "preparation": self.preparation, "dataset": dataset["name"], "dataset_fingerprint": dataset["fingerprint"], "commit": facts["commit"]}
+                "preparation": self.preprocessing_text, "dataset": dataset["name"], "dataset_fingerprint": dataset["fingerprint"], "commit": facts["commit"]}
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
 
     def normalise(self, pixels: Any) -> Tensor:

@@ -56,7 +56,7 @@ class ResidualStem(nn.Module):
             steps += [NORMS[norm](before), nn.GELU(), nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)]
         self.steps = nn.Sequential(*steps)
         for step in steps[1:]:
-            step.is_edge = False  # only the first convolution reads the images; Muon may train the others
+            step.is_input_or_output_layer = False  # only the first convolution reads the images; Muon may train the others
 
     def forward(self, images: Tensor) -> Tensor:
         return self.steps(images).flatten(2).transpose(1, 2)

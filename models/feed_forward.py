@@ -30,7 +30,7 @@ from models.tree_feed_forward import FFF, FFFFanOut
 class MLP(nn.Module):
     """Two linear maps with GELU between; hidden 0 means 4 C (arXiv 2010.11929)."""
 
-    matrices = 2  # of C x F weights: what Mix, Chain and Pair size their members by; a class that names none has 2
+    num_matrices = 2  # of C x F weights: what Mix, Chain and Pair size their members by; a class that names none has 2
 
     def __init__(self, dims: Dimensions, hidden: int = 0):
         super().__init__()
@@ -46,7 +46,7 @@ class MLP(nn.Module):
 class GEGLU(nn.Module):
     """A linear map gated by the GELU of another; hidden 0 means 8/3 C, the MLP's parameter count (arXiv 2002.05202)."""
 
-    matrices = 3
+    num_matrices = 3
     gate = staticmethod(F.gelu)
 
     def __init__(self, dims: Dimensions, hidden: int = 0):
@@ -100,9 +100,9 @@ class SoftMoE(nn.Module):
     hidden 0 means 4 C in each expert; slots 0 means T / experts for each, so that all together cost one MLP's time.
     """
 
-    matrices = 8  # with 4 experts
+    num_matrices = 8  # with 4 experts
     no_weight_decay = {"bias_expand", "bias_contract"}
-    hidden_matrices = {"expand", "contract"}  # one an expert
+    muon_matrices = {"expand", "contract"}  # one an expert
 
     def __init__(self, dims: Dimensions, hidden: int = 0, experts: int = 4, slots: int = 0):
         super().__init__()
@@ -134,9 +134,9 @@ class Pair(nn.Module):
 
     def __init__(self, dims: Dimensions, kind: str = "mlp", hidden: int = 0):
         super().__init__()
-        self.first = sized(kind, dims, hidden, 0.5)
+        self.first = build_at_share(kind, dims, hidden, 0.5)
         self.norm = nn.LayerNorm(dims.width)
-        self.second = sized(kind, dims, hidden, 0.5)
+        self.second = build_at_share(kind, dims, hidden, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.first(x)
@@ -153,8 +153,8 @@ class Mix(nn.Module):
 
     def __init__(self, dims: Dimensions, first: str = "mlp", second: str = "geglu", hidden: int = 0, share: float = 0.5):
         super().__init__()
-        self.first = sized(first, dims, hidden, share)
-        self.second = sized(second, dims, hidden, 1 - share)
+        self.first = build_at_share(first, dims, hidden, share)
+        self.second = build_at_share(second, dims, hidden, 1 - share)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first(x) + self.second(x)
@@ -165,22 +165,22 @@ class Chain(nn.Module):
 
     def __init__(self, dims: Dimensions, first: str = "mlp", second: str = "geglu", hidden: int = 0, share: float = 0.5):
         super().__init__()
-        self.first = sized(first, dims, hidden, share)
+        self.first = build_at_share(first, dims, hidden, share)
         self.norm = nn.LayerNorm(dims.width)
-        self.second = sized(second, dims, hidden, 1 - share)
+        self.second = build_at_share(second, dims, hidden, 1 - share)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.norm(self.first(x)))
 
 
-def sized(kind: str, dims: Dimensions, hidden: int, share: float) -> nn.Module:
+def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn.Module:
     """A feed-forward with `share` of the parameters of an MLP of `hidden` (0: 4 C), where its kind has an option `hidden`."""
     if not 0 < share < 1:
         raise SettingsError(f"feed_forward_options.share must lie between 0 and 1, not {share}")
     options = {}
     if kind in FEED_FORWARDS and "hidden" in part_options(FEED_FORWARDS[kind]):
-        of_one_matrix = share * MLP.matrices * (hidden or 4 * dims.width)
-        options["hidden"] = max(1, round(of_one_matrix / getattr(FEED_FORWARDS[kind], "matrices", MLP.matrices)))
+        of_one_matrix = share * MLP.num_matrices * (hidden or 4 * dims.width)
+        options["hidden"] = max(1, round(of_one_matrix / getattr(FEED_FORWARDS[kind], "num_matrices", MLP.num_matrices)))
     return make_part(FEED_FORWARDS, "feed_forward", kind, dims, options)
 
 

@@ -35,8 +35,8 @@ def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
     """
     path = Path(path)
     stored = read_weights(path)
-    weights = in_our_names(model, stored, path)
-    ours, theirs, head, tables = model.state_dict(), their_names(model), head_names(model), position_names(model)
+    weights = to_our_names(model, stored, path)
+    ours, theirs, head, tables = model.state_dict(), external_names(model), head_names(model), position_names(model)
     fitting: Weights = {}
     replaced, resampled, misfits = [], [], []
     for name in ours.keys() & weights.keys():
@@ -108,13 +108,13 @@ def read_torch_file(path: Path) -> Any:
         raise SettingsError(f"--init-weights {path} is neither safetensors (by that suffix) nor a file of torch.save: {error}") from error
 
 
-def in_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
+def to_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
     """Tensors named as in `model.state_dict()`, where they can be.
 
-    A layer that wraps a library's module says how the two name their tensors: `original_prefix = (ours, theirs)`.
+    A layer that wraps a library's module says how the two name their tensors: `name_prefixes = (ours, theirs)`.
     One that can do more (other image sides, other dialects) has `adapt_weights`, from their names to their names.
     """
-    theirs = their_names(model)
+    theirs = external_names(model)
     weights = {theirs.get(name, name): tensor for name, tensor in weights.items()}
     for layer in model:
         if hasattr(layer, "adapt_weights"):
@@ -126,12 +126,12 @@ def in_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
     return {ours.get(name, name): tensor for name, tensor in weights.items()}
 
 
-def their_names(model: nn.Sequential) -> dict[str, str]:
+def external_names(model: nn.Sequential) -> dict[str, str]:
     """Our name -> the library's name, for every tensor of a wrapped module."""
     names = {}
     for i, layer in model.named_children():
-        if hasattr(layer, "original_prefix"):
-            our_prefix, their_prefix = layer.original_prefix
+        if hasattr(layer, "name_prefixes"):
+            our_prefix, their_prefix = layer.name_prefixes
             names.update({f"{i}.{name}": their_prefix + name.removeprefix(our_prefix) for name in layer.state_dict()})
     return names
 
@@ -147,7 +147,7 @@ def head_names(model: nn.Sequential) -> set[str]:
 def position_names(model: nn.Sequential) -> set[str]:
     """Tables of our own layers that may hold a vector a token; a library's own are left to `adapt_weights`."""
     tables = {f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "no_weight_decay", ())}
-    return tables - their_names(model).keys()
+    return tables - external_names(model).keys()
 
 
 def resample_positions(table: Tensor, shape: torch.Size) -> Tensor | None:

@@ -13,11 +13,11 @@ from config.settings import ModelSettings
 Architecture = Callable[[ModelSettings, int, int], list[nn.Module]]  # settings, number of classes K, image side S -> layers
 
 
-def honours(*names: str) -> Callable[[Architecture], Architecture]:
-    """Mark an architecture with the fields of ModelSettings that it reads (`.honours`); its name fixes all the others."""
+def uses_settings(*names: str) -> Callable[[Architecture], Architecture]:
+    """Mark an architecture with the fields of ModelSettings that it reads (`used_settings`); its name fixes all the others."""
 
     def mark(build: Architecture) -> Architecture:
-        build.honours = frozenset(names)
+        build.used_settings = frozenset(names)
         return build
 
     return mark

@@ -15,7 +15,7 @@ from config.settings import ScheduleSettings
 
 
 @dataclass(frozen=True)
-class Course:
+class Timeline:
     """A run in optimiser steps: `warmup` of them first, the final factor reached at step `last` and held to the end."""
 
     total: int
@@ -27,39 +27,39 @@ class Course:
         return min(1.0, (step - self.warmup) / max(1, self.last - self.warmup))
 
 
-def cosine(step: int, course: Course, settings: ScheduleSettings) -> float:
+def cosine(step: int, course: Timeline, settings: ScheduleSettings) -> float:
     """Half a cosine from 1 down to final_factor (arXiv 1608.03983)."""
     return settings.final_factor + (1 - settings.final_factor) * (1 + math.cos(math.pi * course.progress(step))) / 2
 
 
-def linear(step: int, course: Course, settings: ScheduleSettings) -> float:
+def linear(step: int, course: Timeline, settings: ScheduleSettings) -> float:
     """A straight line from 1 down to final_factor."""
     return 1 - (1 - settings.final_factor) * course.progress(step)
 
 
-def constant(step: int, course: Course, settings: ScheduleSettings) -> float:
+def constant(step: int, course: Timeline, settings: ScheduleSettings) -> float:
     """1 throughout."""
     return 1.0
 
 
-def trapezoid(step: int, course: Course, settings: ScheduleSettings) -> float:
+def trapezoid(step: int, course: Timeline, settings: ScheduleSettings) -> float:
     """1 until the cool-down, which falls in a straight line to final_factor (arXiv 2106.04560, 2405.18392)."""
     cooldown = round(settings.cooldown_fraction * course.total)
     fallen = min(1.0, max(0.0, (step - (course.last - cooldown)) / max(1, cooldown)))
     return 1 - (1 - settings.final_factor) * fallen
 
 
-def stairs(step: int, course: Course, settings: ScheduleSettings) -> float:
+def step_decay(step: int, course: Timeline, settings: ScheduleSettings) -> float:
     """Times milestone_factor at each of the milestones, which are shares of the whole run (arXiv 1512.03385)."""
     return settings.milestone_factor ** sum(step >= round(milestone * course.total) for milestone in settings.milestones)
 
 
-SCHEDULES: dict[str, Callable[[int, Course, ScheduleSettings], float]] = {
+SCHEDULES: dict[str, Callable[[int, Timeline, ScheduleSettings], float]] = {
     "cosine": cosine,
     "linear": linear,
     "constant": constant,
     "trapezoid": trapezoid,
-    "step": stairs,
+    "step": step_decay,
 }
 # The settings that some shapes use, and which; all use those of the warm-up.
 USED_BY = {
@@ -86,7 +86,7 @@ class Schedule:
         check(settings)
         self.shape, self.settings, self.total = SCHEDULES[settings.shape], settings, total_steps
         warmup, hold = round(settings.warmup_fraction * total_steps), round(settings.hold_fraction * total_steps)
-        self.course = Course(total_steps, warmup, total_steps - 1 - hold)
+        self.course = Timeline(total_steps, warmup, total_steps - 1 - hold)
 
     def __call__(self, step: int) -> float:
         course, start = self.course, self.settings.warmup_start_factor

@@ -23,7 +23,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen by
 NEWTON_SCHULZ_STEPS = 5
 
 
-class Cut(ABC):
+class MatrixSharding(ABC):
     """How a tensor that the optimiser updates in this process holds parts of whole parameters."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Cut(ABC):
         """This process's part of them."""
 
 
-class Uncut(Cut):
+class Unsharded(MatrixSharding):
     """A tensor that is a parameter."""
 
     def whole(self, part: Tensor) -> list[Tensor]:
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
     """Groups with `hidden` true are trained by Muon, the others by AdamW.
 
     Attributes:
-        cuts: how the tensors of the hidden groups hold matrices, by tensor; a tensor that is not here is a whole one.
+        shardings: how the tensors of the hidden groups hold matrices, by tensor; a tensor that is not here is a whole one.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, matrix_lr_factor: float, momentum: float,
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         if not 0 <= momentum < 1 or matrix_lr_factor <= 0:
             raise ValueError(f"momentum={momentum} and matrix_lr_factor={matrix_lr_factor}: it needs 0 <= momentum < 1, and a factor above 0")
         super().__init__(params, dict(lr=lr, momentum=momentum, matrix_lr_factor=matrix_lr_factor, weight_decay=weight_decay))
-        self.cuts: dict[Tensor, Cut] = {}
+        self.shardings: dict[Tensor, MatrixSharding] = {}
         # It shares the groups (the same dictionaries) and the state, so an engine that exchanges parameters sees one optimiser.
         rest = [group for group in self.param_groups if not group["hidden"]]
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused) if rest else None
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_hidden(self, group: dict[str, Any]) -> None:
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
-        cuts = [self.cuts.get(tensor, Uncut()) for tensor in tensors]
+        cuts = [self.shardings.get(tensor, Unsharded()) for tensor in tensors]
         matrices = [cut.whole(self._direction(tensor, group["momentum"])) for tensor, cut in zip(tensors, cuts, strict=True)]
         steps = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor]))
         for tensor, cut, of_tensor in zip(tensors, cuts, matrices, strict=True):

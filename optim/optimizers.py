@@ -80,9 +80,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Lion": lion,
 }
 FUSED = ("AdamW", "Adam", "SGD", "Muon")  # have a form that updates all parameters in one kernel
-WHOLE_NORMS = ("Lamb",)  # look at the norm of whole parameters, so they must not be handed pieces
-COUNT_STEPS = ("Lamb", "AdamWScheduleFree")  # count steps themselves, so a step must not be left out (see `restore_counters`)
-OWN_AVERAGE = ("AdamWScheduleFree",)  # keep an average of the weights, and evaluate that
+NEEDS_FULL_TENSORS = ("Lamb",)  # look at the norm of whole parameters, so they must not be handed pieces
+COUNTS_OWN_STEPS = ("Lamb", "AdamWScheduleFree")  # count steps themselves, so a step must not be left out (see `restore_counters`)
+AVERAGES_WEIGHTS = ("AdamWScheduleFree",)  # keep an average of the weights, and evaluate that
 
 
 def build_optimizer(config: dict[str, Any], model: nn.Module, fused: bool) -> torch.optim.Optimizer:
@@ -112,7 +112,7 @@ def describe_groups(config: dict[str, Any], model: nn.Module) -> str:
     rows = [("trained by", "rate", "decay", "tensors", "parameters", "such as")]
     for group in build_optimizer(config, model, fused=False).param_groups:
         by = "AdamW" if config["type"] == "Muon" and not group["hidden"] else config["type"]
-        rate = group["base_lr"] * (config["params"]["matrix_lr_factor"] if group.get("hidden") else 1)
+        rate = group["initial_lr"] * (config["params"]["matrix_lr_factor"] if group.get("hidden") else 1)
         members = group["params"]
         shown = ", ".join(names[id(parameter)] for parameter in members[:3]) + (", ..." if len(members) > 3 else "")
         rows.append((by, f"{rate:g}", f"{group['weight_decay']:g}", str(len(members)), f"{sum(p.numel() for p in members):,}", shown))
@@ -129,7 +129,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) ->
     Schedule-free training moves y = (1 - beta) z + beta x and evaluates x. The package's own `eval()` turns y into x in
     place and `train()` back, which rounds; here the caller keeps y, so that an evaluation leaves no trace in the training.
     """
-    if type(optimizer).__name__ not in OWN_AVERAGE:
+    if type(optimizer).__name__ not in AVERAGES_WEIGHTS:
         return None
     beta = optimizer.defaults["betas"][0]
     with torch.no_grad():
@@ -154,23 +154,23 @@ def restore_counters(optimizer: torch.optim.Optimizer, step: int, schedule: Sche
 
     It follows from the step and the learning rates, so it is no part of a checkpoint.
     """
-    for group in optimizer.param_groups if step and type(optimizer).__name__ in COUNT_STEPS else ():
+    for group in optimizer.param_groups if step and type(optimizer).__name__ in COUNTS_OWN_STEPS else ():
         if type(optimizer).__name__ == "Lamb":
             group["step"] = torch.tensor(float(step))
         else:
             group["k"], group["lr_max"], group["weight_sum"] = step, -1.0, 0.0
             for done in range(step):  # the same sums in the same order, hence the same bits
-                group["lr_max"] = max(group["base_lr"] * schedule(done), group["lr_max"])
+                group["lr_max"] = max(group["initial_lr"] * schedule(done), group["lr_max"])
                 group["weight_sum"] += group["lr_max"] ** group["weight_lr_power"]
 
 
-def check_optimizer(settings: Settings, strategy: str, no_own_average: str | None = None) -> None:
-    """Raises SettingsError where the optimiser does not go with the other settings; `no_own_average`: why not with this strategy."""
+def check_optimizer(settings: Settings, strategy: str, own_average_refusal: str | None = None) -> None:
+    """Raises SettingsError where the optimiser does not go with the other settings; `own_average_refusal`: why not with this strategy."""
     name = settings.engine["optimizer"]["type"]
-    if name not in OWN_AVERAGE:
+    if name not in AVERAGES_WEIGHTS:
         return
-    if no_own_average:
-        raise SettingsError(f"strategy {strategy} does not go with optimizer.type={name}: {no_own_average}")
+    if own_average_refusal:
+        raise SettingsError(f"strategy {strategy} does not go with optimizer.type={name}: {own_average_refusal}")
     if settings.ema.decay:
         raise SettingsError(f"optimizer.type={name} keeps an average of the weights itself; leave ema.decay at 0")
     if settings.schedule.shape != "constant":

@@ -15,11 +15,11 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
 
     Vectors and scalars (norms, biases, temperatures) do not decay. A module may say more about its own parameters:
     `no_weight_decay`, a set of names, and `learning_rate_factors`, a dictionary from name to factor.
-    Each group carries its `base_lr`, which the schedule multiplies.
+    Each group carries its `initial_lr`, which the schedule multiplies.
 
     Hidden are the weights of linear maps and of convolutions that mix channels, but for those of modules marked
-    `is_edge`, which read the images or give the scores (a part of one that does neither says `is_edge = False`). A module that
-    holds matrices of its own names them in `hidden_matrices`.
+    `is_input_or_output_layer`, which read the images or give the scores (a part of one that does neither says `is_input_or_output_layer = False`). A module that
+    holds matrices of its own names them in `muon_matrices`.
     """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     grouped: set[int] = set()  # a parameter may belong to several modules
@@ -33,18 +33,18 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
                 hidden = find_hidden and id(module) not in edges and _is_matrix(module, name)
                 groups[hidden, weight_decay if decays else 0.0, factor].append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor, "base_lr": learning_rate * factor,
+        {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor, "initial_lr": learning_rate * factor,
          **({"hidden": hidden} if find_hidden else {})}
         for (hidden, decay, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-def _marked(model: nn.Module, is_edge: bool) -> set[int]:
-    """All modules inside those that say `is_edge` in so many words, by id."""
-    return {id(inner) for module in model.modules() if getattr(module, "is_edge", None) is is_edge for inner in module.modules()}
+def _marked(model: nn.Module, is_input_or_output_layer: bool) -> set[int]:
+    """All modules inside those that say `is_input_or_output_layer` in so many words, by id."""
+    return {id(inner) for module in model.modules() if getattr(module, "is_input_or_output_layer", None) is is_input_or_output_layer for inner in module.modules()}
 
 
 def _is_matrix(module: nn.Module, name: str) -> bool:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return name == "weight" and module.groups == 1  # a depthwise kernel mixes no channels
-    return name == "weight" if isinstance(module, nn.Linear) else name in getattr(module, "hidden_matrices", ())
+    return name == "weight" if isinstance(module, nn.Linear) else name in getattr(module, "muon_matrices", ())

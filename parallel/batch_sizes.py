@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) float32, labels (B,) int64 
 
 
 @dataclass(frozen=True)
-class Counts:
+class EvalCounts:
     """Exact sums over a split, over all processes."""
 
     correct: int

@@ -46,7 +46,7 @@ def _forward_in_fp32(module: _BatchNorm, x: Tensor) -> Tensor:
         module._parameters.update(own)
 
 
-class BufferKeeper:
+class BufferSnapshot:
     """Brings a model's buffers back to what they were before a step: BatchNorm notes its statistics in the forward pass."""
 
     def __init__(self, model: nn.Module):
@@ -62,7 +62,7 @@ class BufferKeeper:
             buffer.copy_(before)
 
 
-class SharedBuffers:
+class SyncedBuffers:
     """Keeps a model's floating-point buffers equal in all processes that train it.
 
     Each process normalises by the statistics of its own images and notes them in its running mean and variance. Their

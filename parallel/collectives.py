@@ -11,14 +11,14 @@ from torch import Tensor
 from parallel import process_group
 
 
-class Messages:
-    """The part of an Engine that asks and tells all processes. Every method but `own_share` is collective."""
+class Collectives:
+    """The part of an Engine that asks and tells all processes. Every method but `own_value` is collective."""
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any process. Collective."""
-        return self.any_of(flag)[0]
+        return self.any_flags(flag)[0]
 
-    def any_of(self, *flags: bool) -> list[bool]:
+    def any_flags(self, *flags: bool) -> list[bool]:
         """Which of the flags hold on any process, in one message. Collective."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return list(flags)
@@ -34,7 +34,7 @@ class Messages:
             return value.item() / dist.get_world_size()
         return value.item()
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The main process's value, on every process. Collective."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return value
@@ -42,12 +42,12 @@ class Messages:
         dist.broadcast_object_list(box, src=0, group=process_group.control_group())
         return box[0]
 
-    def from_all(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on every process. Collective."""
-        return process_group.from_all(value)
+        return process_group.all_gather_objects(value)
 
-    def own_share(self, values: list[float]) -> float:
-        """This process's own of what `from_all` once gave, or the mean when there were more or fewer processes then."""
+    def own_value(self, values: list[float]) -> float:
+        """This process's own of what `all_gather_objects` once gave, or the mean when there were more or fewer processes then."""
         if len(values) == dist.get_world_size():
             return values[dist.get_rank()]
         return sum(values) / max(1, len(values))

@@ -7,18 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from parallel.buffers import SharedBuffers
-from parallel.torch_engine import PlainEngine
+from parallel.buffers import SyncedBuffers
+from parallel.torch_engine import TorchEngine
 
 
-class Engine(PlainEngine):
+class Engine(TorchEngine):
     """Data parallel by all-reduce, overlapped with the backward pass."""
 
     name = "ddp"
-    no_graphs = None
+    cuda_graph_refusal = None
 
-    def spread(self, model: nn.Module) -> nn.Module:
-        self.shared_buffers = SharedBuffers(model)
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        self.shared_buffers = SyncedBuffers(model)
         if self.data_shard[1] == 1:
             return model  # nothing to exchange: no copies of gradients in buckets either
         device = [self.device] if self.device.type == "cuda" else None

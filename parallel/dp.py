@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import SettingsError
-from parallel.torch_engine import PlainEngine
+from parallel.torch_engine import TorchEngine
 
 
 class InPrecision(nn.Module):
@@ -30,12 +30,12 @@ class InPrecision(nn.Module):
             return self.network(images)
 
 
-class Engine(PlainEngine):
+class Engine(TorchEngine):
     """All GPUs of this machine in one process."""
 
     name = "dp"
-    tries_whole = False  # a micro-batch is shared by several GPUs
-    no_compile = "DataParallel copies the network to every GPU in every step"
+    fits_one_device = False  # a micro-batch is shared by several GPUs
+    compile_refusal = "DataParallel copies the network to every GPU in every step"
 
     def __init__(self, *arguments, **keywords):
         num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
@@ -47,7 +47,7 @@ class Engine(PlainEngine):
         self.num_gpus = num_gpus
         super().__init__(*arguments, **keywords)
 
-    def spread(self, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
         return nn.DataParallel(InPrecision(model, self._precision), device_ids=list(range(self.num_gpus)))
 
     def prepare_step(self, optimizer: torch.optim.Optimizer) -> None:

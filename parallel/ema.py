@@ -49,10 +49,10 @@ class WeightAverage:
             average.copy_(tensor)
 
 
-class Averaging:
+class WeightAveraging:
     """The part of an engine that keeps the average, and puts it in the place of the weights while they are evaluated.
 
-    The engine has `masters`, `network`, `refresh` and the number of its `step`.
+    The engine has `master_weights`, `network`, `refresh` and the number of its `step`.
     """
 
     average: WeightAverage | None = None
@@ -60,36 +60,36 @@ class Averaging:
     def start_average(self, settings: EmaSettings) -> None:
         """When network and optimiser stand. Raises SettingsError."""
         if settings.decay:
-            self.average = WeightAverage(settings, self._averaged_tensors())
+            self.ema = WeightAverage(settings, self._averaged_tensors())
 
     def end_step(self) -> None:
         """The average follows the optimiser step that was just counted."""
-        if self.average is not None:
-            self.average.update(self.step - 1)
+        if self.ema is not None:
+            self.ema.update(self.step - 1)
 
     def _averaged_tensors(self) -> list[Tensor]:
-        return [*self.masters()[1], *(buffer for buffer in persistent_buffers(self.network()).values() if buffer.is_floating_point())]
+        return [*self.master_weights()[1], *(buffer for buffer in persistent_buffers(self.network()).values() if buffer.is_floating_point())]
 
     @contextmanager
-    def evaluated(self, raw: bool = False) -> Iterator[None]:
+    def evaluation_weights(self, raw: bool = False) -> Iterator[None]:
         """The average in place of the weights that are trained, which come back bit for bit. Collective."""
         tensors = self._averaged_tensors()
-        average = None if raw else self.average.averages if self.average is not None else averaged_weights(*self.masters())
+        average = None if raw else self.ema.values if self.ema is not None else averaged_weights(*self.master_weights())
         if average is None:
             yield
             return
         own = [tensor.detach().clone() for tensor in tensors]
-        self._replace(tensors, average)
+        self._swap_in(tensors, average)
         try:
             yield
         finally:
-            self._replace(tensors, own)
+            self._swap_in(tensors, own)
 
     @torch.no_grad()
-    def _replace(self, tensors: list[Tensor], values: list[Tensor]) -> None:
+    def _swap_in(self, tensors: list[Tensor], values: list[Tensor]) -> None:
         for tensor, value in zip(tensors, values, strict=False):  # an optimiser's own average has no buffers
             tensor.copy_(value)
-        self.refresh()
+        self.sync_from_masters()
 
 
 def local(tensor: Tensor) -> Tensor:

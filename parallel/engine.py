@@ -22,17 +22,17 @@ from common.errors import SettingsError
 from config.settings import Settings
 from models.cost import count_parameters
 from optim.lr_schedule import Schedule
-from optim.optimizers import COUNT_STEPS, check_optimizer
+from optim.optimizers import COUNTS_OWN_STEPS, check_optimizer
 from parallel import process_group
-from parallel.batch_sizes import Batch, BatchSizes, Counts
+from parallel.batch_sizes import Batch, BatchSizes, EvalCounts
 from parallel.buffers import persistent_buffers
-from parallel.collectives import Messages
+from parallel.collectives import Collectives
 from parallel.compile import FIRST_STEPS, Compiled, choose
-from parallel.ema import Averaging
-from parallel.setting_checks import misfit, refuse_network, refuse_unused
+from parallel.ema import WeightAveraging
+from parallel.setting_checks import check_network_settings, check_unused_settings, describe_mismatch
 
 
-class Engine(Averaging, Messages, ABC):
+class Engine(WeightAveraging, Collectives, ABC):
     """One strategy at work on one model.
 
     Attributes:
@@ -46,26 +46,26 @@ class Engine(Averaging, Messages, ABC):
         shapes: of the whole model's parameters and persistent buffers.
         grad_norm: of the last step, before clipping, on the device; None where the strategy does not know it.
         skipped: whether the last step's update was left out (see `skip_bad_steps`).
-        honours: the settings of the group `parallel` that this strategy uses; others are refused.
-        honours_deepspeed: whether every key of `ds_config.json` reaches DeepSpeed, or only those of `checks.PLAIN_KEYS` count.
-        state_kind: states of one kind go on under every strategy of that kind.
-        tries_whole: whether a process holds the whole network, so that a trial of it on one GPU says what fits.
+        used_settings: the settings of the group `parallel` that this strategy uses; others are refused.
+        uses_full_ds_config: whether every key of `ds_config.json` reaches DeepSpeed, or only those of `checks.PLAIN_KEYS` count.
+        checkpoint_kind: states of one kind go on under every strategy of that kind.
+        fits_one_device: whether a process holds the whole network, so that a trial of it on one GPU says what fits.
         precision: how `forward` computes, for those who evaluate the weights elsewhere: fp32, bf16 (weights and all) or autocast.
         average: the moving average of the weights that is evaluated and handed over, None where `ema.decay` is 0.
         first_steps: steps after a start that compile or warm up, and say nothing of the speed.
     """
 
     name: str
-    honours: frozenset[str] = frozenset()
-    honours_deepspeed = False
-    state_kind = "one model"
+    used_settings: frozenset[str] = frozenset()
+    uses_full_ds_config = False
+    checkpoint_kind = "one model"
     precision = "fp32"
-    tries_whole = True
-    no_compile: str | None = None  # why this strategy cannot use torch.compile
-    no_graphs: str | None = "this strategy cannot record CUDA graphs; ddp can"
-    no_channels_last: str | None = None
-    no_average: str | None = None  # why ema.decay would not do what it says
-    no_own_average: str | None = None  # nor an optimiser that averages the weights itself
+    fits_one_device = True
+    compile_refusal: str | None = None  # why this strategy cannot use torch.compile
+    cuda_graph_refusal: str | None = "this strategy cannot record CUDA graphs; ddp can"
+    channels_last_refusal: str | None = None
+    ema_refusal: str | None = None  # why ema.decay would not do what it says
+    own_average_refusal: str | None = None  # nor an optimiser that averages the weights itself
 
     data_shard: tuple[int, int]
     is_main: bool
@@ -76,11 +76,11 @@ class Engine(Averaging, Messages, ABC):
 
     def __init__(self, settings: Settings, schedule: Schedule, seed: int):
         """Raises SettingsError for a setting that this strategy would not use."""
-        refuse_unused(self.name, settings, self.honours, self.honours_deepspeed)
-        check_optimizer(settings, self.name, self.no_own_average)
-        for is_set, refusal in ((settings.channels_last, self.no_channels_last), (settings.ema.decay, self.no_average)):
+        check_unused_settings(self.name, settings, self.used_settings, self.uses_full_ds_config)
+        check_optimizer(settings, self.name, self.own_average_refusal)
+        for is_set, refusal in ((settings.channels_last, self.channels_last_refusal), (settings.ema.decay, self.ema_refusal)):
             if is_set and refusal:
-                raise SettingsError(f"strategy {self.name} would not use {'ema.decay' if refusal is self.no_average else 'channels_last'}: {refusal}")
+                raise SettingsError(f"strategy {self.name} would not use {'ema.decay' if refusal is self.ema_refusal else 'channels_last'}: {refusal}")
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
         self.grad_norm: Tensor | None = None
@@ -96,7 +96,7 @@ class Engine(Averaging, Messages, ABC):
         """Parts that a global batch is cut into when `world_size` processes train."""
         return world_size
 
-    def count_up(self, model: nn.Module) -> None:
+    def record_shapes(self, model: nn.Module) -> None:
         """Note the size and the shapes of the whole model, before it is spread over processes."""
         self.num_parameters = count_parameters(model)
         tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
@@ -118,7 +118,7 @@ class Engine(Averaging, Messages, ABC):
     def refuse_own_count(self) -> None:
         """Raises SettingsError for an optimiser whose count of its steps a skipped one would put out."""
         name = self.settings.engine["optimizer"]["type"]
-        if name in COUNT_STEPS:
+        if name in COUNTS_OWN_STEPS:
             raise SettingsError(f"--skip-bad-steps: optimizer.type={name} counts its steps itself, and a skipped one would put that out; "
                                 "leave the flag out, or take another optimiser")
 
@@ -131,7 +131,7 @@ class Engine(Averaging, Messages, ABC):
         """A few words for the screen: precision, stage, whatever this strategy has."""
 
     @abstractmethod
-    def masters(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    def master_weights(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         """The optimiser, and the fp32 tensors that it updates in this process: parameters, or what this process holds of them."""
 
     @abstractmethod
@@ -144,8 +144,8 @@ class Engine(Averaging, Messages, ABC):
         return list(network) if isinstance(network, nn.Sequential) else [network]
 
     @abstractmethod
-    def refresh(self) -> None:
-        """Let the network's parameters follow `masters`, which were changed. Collective."""
+    def sync_from_masters(self) -> None:
+        """Let the network's parameters follow `master_weights`, which were changed. Collective."""
 
     @abstractmethod
     def gather_state(self) -> dict[str, Tensor] | None:
@@ -172,17 +172,17 @@ class Engine(Averaging, Messages, ABC):
 
         `raw`: of the weights that are trained, whether or not there is an average of them.
         """
-        with self.evaluated(raw):
+        with self.evaluation_weights(raw):
             return self.gather_weights()
 
     # --- what every strategy does alike -----------------------------------------------------------------------------
 
-    def ready(self) -> None:
+    def finish_setup(self) -> None:
         """Called once, when network and optimiser stand: what averages and compiles. Raises SettingsError."""
         network, settings = self.network(), self.settings
-        refuse_network(network, settings)
+        check_network_settings(network, settings)
         self.start_average(settings.ema)
-        mode = choose(settings.compile, self.device, self.no_compile, self.no_graphs)
+        mode = choose(settings.compile, self.device, self.compile_refusal, self.cuda_graph_refusal)
         self.compiled = Compiled(network, self.layers(), mode)
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0
 
@@ -192,7 +192,7 @@ class Engine(Averaging, Messages, ABC):
         features = {f"compile {mode}": mode != "off", "channels last": settings.channels_last, f"ema {settings.ema.decay}": settings.ema.decay}
         return "".join(f", {feature}" for feature, is_on in features.items() if is_on)
 
-    def feed(self, images: Tensor) -> Tensor:
+    def to_model_input(self, images: Tensor) -> Tensor:
         """Images as the network takes them."""
         return images.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else images
 
@@ -202,7 +202,7 @@ class Engine(Averaging, Messages, ABC):
 
     def state_facts(self) -> dict[str, Any]:
         """What `load` has to know of a state; the content of `engine.json`."""
-        return {"step": self.step, "kind": self.state_kind, "processes": dist.get_world_size()}
+        return {"step": self.step, "kind": self.checkpoint_kind, "processes": dist.get_world_size()}
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads into an existing folder, with nothing around it; a run has `training/checkpoint_writer.py` for that. Collective."""
@@ -220,34 +220,34 @@ class Engine(Averaging, Messages, ABC):
         facts, state, problem = {}, None, None
         if self.is_main:
             facts = json.loads((folder / "engine.json").read_text())
-        facts = self.from_main(facts)
+        facts = self.broadcast_object(facts)
         self.check_state(facts)
         if self.is_main:
             state = load_file(folder / "state.safetensors")
-            problem = misfit(state, self.shapes)
-        if problem := self.from_main(problem):
+            problem = describe_mismatch(state, self.shapes)
+        if problem := self.broadcast_object(problem):
             raise SettingsError(problem)
         self.step = facts["step"]
         self.scatter_state(state)
 
     def check_state(self, facts: dict[str, Any]) -> None:
         """Refuse a state that was not made for this strategy; `facts` is what `engine.json` holds. Raises SettingsError."""
-        kind = facts.get("kind", self.state_kind)
-        if kind != self.state_kind:
-            raise SettingsError(f"the checkpoint holds the state of {kind}, strategy {self.name} has that of {self.state_kind}; "
+        kind = facts.get("kind", self.checkpoint_kind)
+        if kind != self.checkpoint_kind:
+            raise SettingsError(f"the checkpoint holds the state of {kind}, strategy {self.name} has that of {self.checkpoint_kind}; "
                                 "start from its weights.safetensors instead, with --init-weights")
 
-    def count(self, batches: Iterator[Batch], raw: bool = False) -> Counts:
+    def evaluate(self, batches: Iterator[Batch], raw: bool = False) -> EvalCounts:
         """Correct, top-5 correct, seen images and summed loss over the batches of all processes; padding is left out.
 
-        Counts the average if there is one, or with `raw` the weights that are trained all the same.
+        EvalCounts the average if there is one, or with `raw` the weights that are trained all the same.
         """
         self.compiled.use(training=False)
-        with self.evaluated(raw):
+        with self.evaluation_weights(raw):
             return self._count(batches)
 
     @torch.no_grad()
-    def _count(self, batches: Iterator[Batch]) -> Counts:
+    def _count(self, batches: Iterator[Batch]) -> EvalCounts:
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for images, labels in batches:
@@ -261,12 +261,12 @@ class Engine(Averaging, Messages, ABC):
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(counts)
             dist.all_reduce(loss_sum)
-        return Counts(*counts.tolist(), loss_sum.item())
+        return EvalCounts(*counts.tolist(), loss_sum.item())
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group: wait for the others, unless this process `failed` and they may never come."""
         if dist.is_initialized() and not failed:
-            process_group.leave()
+            process_group.destroy_process_group()
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a micro-batch, in fp32."""
@@ -276,7 +276,7 @@ class Engine(Averaging, Messages, ABC):
         """Set the learning rate and the random state that optimiser step `self.step` must have."""
         factor = self.schedule(self.step)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["initial_lr"] * factor
         # Dropout is a function of (seed, process, step), so a resumed run draws what the unbroken one would have drawn.
         torch.manual_seed(((self.seed * 1_000_003 + self.random_stream()) * 1_000_000_007 + self.step) % 2**63)
 

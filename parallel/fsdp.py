@@ -11,13 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from optim.muon import Cut, Muon
-from parallel.buffers import SharedBuffers
-from parallel.setting_checks import refuse_scalars
-from parallel.torch_engine import PlainEngine
+from optim.muon import MatrixSharding, Muon
+from parallel.buffers import SyncedBuffers
+from parallel.setting_checks import check_no_scalar_parameters
+from parallel.torch_engine import TorchEngine
 
 
-class Rows(Cut):
+class RowSharding(MatrixSharding):
     """A parameter whose rows are shared out."""
 
     def __init__(self, parameter: DTensor):
@@ -30,15 +30,15 @@ class Rows(Cut):
         return DTensor.from_local(whole[0], self.mesh, [Replicate()], run_check=False).redistribute(placements=self.placements)
 
 
-class Engine(PlainEngine):
+class Engine(TorchEngine):
     """Data parallel with sharded parameters, gradients and optimiser; one layer is whole at a time."""
 
     name = "fsdp"
-    no_graphs = "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow; ddp can"
+    cuda_graph_refusal = "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow; ddp can"
 
-    def spread(self, model: nn.Module) -> nn.Module:
-        refuse_scalars(model, "fully_shard")
-        self.shared_buffers = SharedBuffers(model)
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        check_no_scalar_parameters(model, "fully_shard")
+        self.shared_buffers = SyncedBuffers(model)
         mesh = init_device_mesh(self.device.type, (self.data_shard[1],))
         for layer in model:
             fully_shard(layer, mesh=mesh)
@@ -47,7 +47,7 @@ class Engine(PlainEngine):
     def make_optimizer(self) -> torch.optim.Optimizer:
         optimizer = super().make_optimizer()
         if isinstance(optimizer, Muon):
-            optimizer.cuts = {p: Rows(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+            optimizer.shardings = {p: RowSharding(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
         return optimizer
 
     def accumulating(self, last: bool) -> AbstractContextManager:
@@ -57,10 +57,10 @@ class Engine(PlainEngine):
     def finish_step(self) -> None:
         self.shared_buffers.average()
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def unshard(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def cut(self, value: Tensor, like: Tensor) -> Tensor:
+    def shard(self, value: Tensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor):
-            return super().cut(value, like)
+            return super().shard(value, like)
         return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)

@@ -17,16 +17,16 @@ from optim.accum_adam import AccumAdam
 from optim.param_groups import parameter_groups
 from parallel import process_group
 from parallel.buffers import mean_over
-from parallel.multi_worker import WorkersEngine
+from parallel.multi_worker import MultiWorkerEngine
 from parallel.topologies import Round, rounds_of
 
 
-class Engine(WorkersEngine):
+class Engine(MultiWorkerEngine):
     """A worker that averages with its group of the current round after every step."""
 
     name = "gossip"
-    honours = frozenset({"topology", "moment_steps"})
-    state_kind = "one worker a process, for gossip"
+    used_settings = frozenset({"topology", "moment_steps"})
+    checkpoint_kind = "one worker a process, for gossip"
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)

@@ -12,15 +12,15 @@ from torch import Tensor
 from parallel import tensor_transfer
 from parallel.buffers import mean_over
 from parallel.diloco import OuterStep, check_outer
-from parallel.multi_worker import WorkersEngine
+from parallel.multi_worker import MultiWorkerEngine
 
 
-class Engine(WorkersEngine):
+class Engine(MultiWorkerEngine):
     """A worker that meets the others after every `parallel.local_steps` steps."""
 
     name = "local"
-    honours = frozenset({"local_steps", "outer_lr", "outer_momentum"})
-    state_kind = "one worker a process, for local"
+    used_settings = frozenset({"local_steps", "outer_lr", "outer_momentum"})
+    checkpoint_kind = "one worker a process, for local"
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -52,4 +52,4 @@ class Engine(WorkersEngine):
             outer = {key: value for key, value in state.items() if key.startswith("outer/")}
             workers = {key: value for key, value in state.items() if key not in outer}
         super().scatter_state(workers)
-        self.outer.set_state(tensor_transfer.share(outer))
+        self.outer.set_state(tensor_transfer.broadcast_tensors(outer))

@@ -18,14 +18,14 @@ from torch import Tensor
 from common.errors import SettingsError
 from parallel import tensor_transfer
 from parallel.buffers import mean_over, persistent_buffers
-from parallel.torch_engine import PlainEngine
+from parallel.torch_engine import TorchEngine
 
 
-class WorkersEngine(PlainEngine):
+class MultiWorkerEngine(TorchEngine):
     """A worker with its own model and optimiser; `finish_step` says what it exchanges, and when."""
 
-    no_own_average = "the workers exchange the weights that are trained, and not the average that would be evaluated"
-    no_graphs = None
+    own_average_refusal = "the workers exchange the weights that are trained, and not the average that would be evaluated"
+    cuda_graph_refusal = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -42,9 +42,9 @@ class WorkersEngine(PlainEngine):
                 tensor.copy_(mine)
 
     @contextmanager
-    def evaluated(self, raw: bool = False) -> Iterator[None]:
+    def evaluation_weights(self, raw: bool = False) -> Iterator[None]:
         """The mean of the workers' averages is the average of their mean."""
-        with super().evaluated(raw), self.averaged():
+        with super().evaluation_weights(raw), self.averaged():
             yield
 
     def state_values(self) -> int:
@@ -59,7 +59,7 @@ class WorkersEngine(PlainEngine):
     # --- every worker's state, under its number ------------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
-        states = tensor_transfer.collect(self.state_tensors(keep=True))
+        states = tensor_transfer.gather_tensors(self.state_tensors(keep=True))
         return None if states is None else {f"{rank}/{key}": t for rank, state in enumerate(states) for key, t in state.items()}
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
@@ -69,7 +69,7 @@ class WorkersEngine(PlainEngine):
             for key, tensor in state.items():
                 rank, _, rest = key.partition("/")
                 states[int(rank)][rest] = tensor
-        self.set_state_tensors(tensor_transfer.deal(states))
+        self.set_state_tensors(tensor_transfer.scatter_tensors(states))
 
     def check_state(self, facts: dict[str, Any]) -> None:
         super().check_state(facts)

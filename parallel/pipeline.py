@@ -49,9 +49,9 @@ class Engine(zero.Engine):
     """Stages x replicas; the main process is the first stage of the first replica."""
 
     name = "pipeline"
-    honours = frozenset({"stages", "partition"})
-    tries_whole = False
-    no_channels_last = "what goes from stage to stage over the wire is contiguous"
+    used_settings = frozenset({"stages", "partition"})
+    fits_one_device = False
+    channels_last_refusal = "what goes from stage to stage over the wire is contiguous"
 
     @classmethod
     def num_shards(cls, settings: Settings, world_size: int) -> int:
@@ -79,7 +79,7 @@ class Engine(zero.Engine):
         return dist.get_rank()  # stages must not repeat one another's dropout masks
 
     def start(self, model: nn.Sequential, config: dict[str, Any]) -> None:
-        cuts = cut_layers(model, self.settings, self.batch_sizes.micro, self.device, self.from_main)
+        cuts = cut_layers(model, self.settings, self.batch_sizes.micro, self.device, self.broadcast_object)
         self.cuts, self.shape = cuts, None
         self.groups_needed = max(len(self._groups(model, stage)) for stage in range(self.num_stages))
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there; Stages asks for it
@@ -106,7 +106,7 @@ class Engine(zero.Engine):
         # Every stage takes them all, so that the readers of a replica stay in step.
         micro_batches = [next(batches) for _ in range(self.batch_sizes.accumulation)]
         self._expect(micro_batches[0][0])
-        loss = self.engine.train_batch(iter([(self.feed(images), labels) for images, labels in micro_batches]))
+        loss = self.engine.train_batch(iter([(self.to_model_input(images), labels) for images, labels in micro_batches]))
         self.note_norm()  # not at stage 0, where a bad gradient shows in the next step's loss
         self.shared_buffers.average()
         self.step += 1
@@ -121,7 +121,7 @@ class Engine(zero.Engine):
         self._expect(images)
         nobody = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         self.engine.total_loss = None  # it would add these scores to the last step's loss
-        _, scores = self.engine.eval_batch(iter([(self.feed(images), nobody)]), return_logits=True, compute_loss=False, reduce_output=None,
+        _, scores = self.engine.eval_batch(iter([(self.to_model_input(images), nobody)]), return_logits=True, compute_loss=False, reduce_output=None,
                                            bcast_loss=False, num_micro_batches=1)
         return scores  # of the last stage; None in the others
 
@@ -145,11 +145,11 @@ class Engine(zero.Engine):
 
     def _joined(self, mine: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         """What the stages of the first replica hold, on the main process; None elsewhere. Collective."""
-        states = tensor_transfer.collect(mine or {})
+        states = tensor_transfer.gather_tensors(mine or {})
         return None if states is None else {key: value for state in states for key, value in state.items()}
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
-        state = tensor_transfer.share(state)
+        state = tensor_transfer.broadcast_tensors(state)
 
         def receive(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             return state[key].to(self.device, dtype)

@@ -19,7 +19,7 @@ PARTITIONS = ("parameters", "uniform", "time")
 TIMED_PASSES = 3  # after one to warm up; the fastest counts
 
 
-def cut_layers(model: nn.Sequential, settings: Settings, batch_size: int, device: torch.device, from_main: Callable[[Any], Any]) -> list[int]:
+def cut_layers(model: nn.Sequential, settings: Settings, batch_size: int, device: torch.device, broadcast_object: Callable[[Any], Any]) -> list[int]:
     """The first layer of each stage, and the number of layers at the end; the same in all processes. Collective.
 
     Raises:
@@ -36,7 +36,7 @@ def cut_layers(model: nn.Sequential, settings: Settings, batch_size: int, device
     if method == "time":
         # One process measures: every process would find other cuts.
         main = torch.distributed.get_rank() == 0
-        weights = from_main(layer_microseconds(model, batch_size, settings.image_side, device) if main else None)
+        weights = broadcast_object(layer_microseconds(model, batch_size, settings.image_side, device) if main else None)
     cuts = [int(cut) for cut in partition_balanced(weights, stages)]
     for stage, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
         if not any(count_parameters(layer) for layer in model[start:stop]):

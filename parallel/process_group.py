@@ -37,7 +37,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda", local_rank())
 
 
-def join(timeout_seconds: float = 600) -> torch.device:
+def init_process_group(timeout_seconds: float = 600) -> torch.device:
     """Join the process group that a launcher described in the environment; alone, make a group of one.
 
     Returns the device of this process. The backend is NCCL on GPUs and Gloo on CPUs. Where all processes are on this machine
@@ -61,7 +61,7 @@ def join(timeout_seconds: float = 600) -> torch.device:
     return device
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Wait for the others and leave the process group: one that leaves early can abort the ones that are still leaving."""
     dist.barrier(control_group())  # of Gloo: NCCL's would guess this process's GPU, and warn that it does
     dist.destroy_process_group()
@@ -88,9 +88,9 @@ def control_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 
-def from_all(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """Every process's value, by rank, on every process; joins them first. Collective."""
-    join()
+    init_process_group()
     values: list[Any] = [value] * dist.get_world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value, group=control_group())

@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 
 from common.errors import SettingsError, unknown
-from parallel.batch_sizes import Counts
+from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 
 STRATEGIES = {
@@ -32,7 +32,7 @@ MODULES = {
 PEER_MODULES = {"local": "parallel.peers.engine"}  # may also run as jobs of their own that meet over a network
 WITH_DEEPSPEED = ("zero", "pipeline")
 
-__all__ = ["STRATEGIES", "Counts", "Engine", "engine_class"]
+__all__ = ["STRATEGIES", "EvalCounts", "Engine", "engine_class"]
 
 
 def engine_class(name: str, peers: bool = False) -> type[Engine]:

@@ -11,7 +11,7 @@ from parallel.process_group import control_group
 State = dict[str, Tensor]
 
 
-def share(state: State | None) -> State:
+def broadcast_tensors(state: State | None) -> State:
     """The main process's tensors, on the CPU of every process. Collective."""
     if dist.get_world_size() == 1:
         return state
@@ -24,7 +24,7 @@ def share(state: State | None) -> State:
     return shared
 
 
-def collect(state: State) -> list[State] | None:
+def gather_tensors(state: State) -> list[State] | None:
     """The CPU tensors of every process, by rank, on the main process; None elsewhere. Collective."""
     if dist.get_rank():
         _send(state, 0)
@@ -32,7 +32,7 @@ def collect(state: State) -> list[State] | None:
     return [state, *(_receive(rank) for rank in range(1, dist.get_world_size()))]
 
 
-def deal(states: list[State] | None) -> State:
+def scatter_tensors(states: list[State] | None) -> State:
     """The inverse of `collect`: to each process its own. Collective."""
     if dist.get_rank():
         return _receive(0)

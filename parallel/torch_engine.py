@@ -20,11 +20,11 @@ from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer, restore_counters, scalars_of
 from parallel import engine, process_group, tensor_transfer
 from parallel.batch_sizes import Batch, BatchSizes
-from parallel.buffers import BufferKeeper, persistent_buffers
+from parallel.buffers import BufferSnapshot, persistent_buffers
 from parallel.engine import build_seeded
 
 
-class PlainEngine(engine.Engine):
+class TorchEngine(engine.Engine):
     """One process of a strategy that is a PyTorch module and a PyTorch optimiser."""
 
     def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int):
@@ -34,7 +34,7 @@ class PlainEngine(engine.Engine):
             SettingsError: a combination that would not train as asked.
         """
         super().__init__(settings, schedule, seed)
-        self.device = process_group.join()
+        self.device = process_group.init_process_group()
         self.data_shard = (dist.get_rank(), dist.get_world_size())
         self.is_main = dist.get_rank() == 0
         self.bf16 = settings.engine["bf16"]["enabled"]
@@ -42,18 +42,18 @@ class PlainEngine(engine.Engine):
         self.clipping = settings.engine["gradient_clipping"]
         self.batch_sizes = BatchSizes.derive(settings.engine, dist.get_world_size())
         self.model = build_seeded(build, seed).to(self.device)
-        self.count_up(self.model)
-        self.spread_model = self.spread(self.model)
+        self.record_shapes(self.model)
+        self.spread_model = self.wrap_model(self.model)
         # By the names of the plain model; where `spread` shards the parameters, these are the shards.
         self.parameters = dict(self.model.named_parameters())
         self.trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         self.optimizer = self.make_optimizer()
-        self.keeper: BufferKeeper | None = None  # only where bad steps are skipped
-        self.ready()
+        self.keeper: BufferSnapshot | None = None  # only where bad steps are skipped
+        self.finish_setup()
 
     # --- what a strategy may say --------------------------------------------------------------------------------
 
-    def spread(self, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
         """The module that a training step calls; `model` itself stays the one that is evaluated and saved."""
         return model
 
@@ -67,11 +67,11 @@ class PlainEngine(engine.Engine):
     def finish_step(self) -> None:
         """Called after every optimiser step, when `self.step` counts it."""
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def unshard(self, tensor: Tensor) -> Tensor:
         """The full tensor of what may be a shard. Collective."""
         return tensor
 
-    def cut(self, value: Tensor, like: Tensor) -> Tensor:
+    def shard(self, value: Tensor, like: Tensor) -> Tensor:
         """The part of a full tensor that this process keeps of `like`, on its device. Collective."""
         return value.to(like.device, like.dtype, copy=True)
 
@@ -89,12 +89,12 @@ class PlainEngine(engine.Engine):
             images, labels = next(batches)
             with self.accumulating(last=i == accumulation - 1):
                 with self._precision():
-                    scores = self.spread_model(self.feed(images))
+                    scores = self.spread_model(self.to_model_input(images))
                 loss = self.loss(scores, labels)
                 (loss / accumulation).backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
-        self.grad_norm = self.whole(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
+        self.grad_norm = self.unshard(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
         # Looking at them makes the device wait: only where the person asked for it.
         self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
         if self.skipped:
@@ -110,20 +110,20 @@ class PlainEngine(engine.Engine):
 
     def skip_bad_steps(self) -> None:
         self.refuse_own_count()
-        self.keeper = BufferKeeper(self.model)
+        self.keeper = BufferSnapshot(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
         self.model.eval()
         with self._precision():
-            return self.model(self.feed(images))
+            return self.model(self.to_model_input(images))
 
     def network(self) -> nn.Module:
         return self.model
 
-    def masters(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    def master_weights(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         return self.optimizer, self.trainable
 
-    def refresh(self) -> None:
+    def sync_from_masters(self) -> None:
         """The network's parameters are what the optimiser updates."""
 
     def _precision(self) -> AbstractContextManager:
@@ -142,7 +142,7 @@ class PlainEngine(engine.Engine):
         return self._full(named, keep=self.is_main)
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
-        self.set_state_tensors(tensor_transfer.share(state))
+        self.set_state_tensors(tensor_transfer.broadcast_tensors(state))
 
     def state_tensors(self, keep: bool) -> dict[str, Tensor] | None:
         """The state of this process's model as full fp32 CPU tensors, None unless it is to keep them. Collective."""
@@ -161,13 +161,13 @@ class PlainEngine(engine.Engine):
         """The moving averages by the names of what they average."""
         trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         floating = [name for name, buffer in persistent_buffers(self.model).items() if buffer.is_floating_point()]
-        return dict(zip([*trained, *floating], self.average.averages, strict=True)) if self.average is not None else {}
+        return dict(zip([*trained, *floating], self.ema.values, strict=True)) if self.ema is not None else {}
 
     def _full(self, named: dict[str, Tensor], keep: bool) -> dict[str, Tensor] | None:
         """What may be shards as full CPU tensors, one after the other; None unless they are to be kept. Collective."""
         state: dict[str, Tensor] = {}
         for key, tensor in named.items():
-            full = self.whole(tensor.detach())
+            full = self.unshard(tensor.detach())
             if keep:
                 state[key] = full.to("cpu", copy=True).contiguous()
         return state if keep else None
@@ -180,17 +180,17 @@ class PlainEngine(engine.Engine):
         # fused optimisers keep their scalars on the device, the others on the CPU
         place = self.device if any(group.get("fused") for group in self.optimizer.param_groups) else "cpu"
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.cut(state[f"weights/{name}"], parameter))
+            parameter.copy_(self.shard(state[f"weights/{name}"], parameter))
             values = {kind: state[f"optimizer/{kind}/{name}"] for kind in kinds if f"optimizer/{kind}/{name}" in state}
             if values:
-                filled = {kind: self.cut(value, parameter) for kind, value in values.items()}
+                filled = {kind: self.shard(value, parameter) for kind, value in values.items()}
                 self.optimizer.state[parameter] = {**filled, **{key: value.to(place, copy=True) for key, value in scalars.items()}}
         for name, buffer in persistent_buffers(self.model).items():
             buffer.copy_(state[f"weights/{name}"])
         restore_counters(self.optimizer, self.step, self.schedule)
         averages = self._averages()
         if averages and not any(key.startswith("ema/") for key in state):
-            self.average.restart()
+            self.ema.restart()
         else:
             for name, average in averages.items():
-                average.copy_(self.cut(state[f"ema/{name}"], average))
+                average.copy_(self.shard(state[f"ema/{name}"], average))

@@ -16,14 +16,14 @@ from common.errors import SettingsError
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from optim.muon import Muon
-from optim.optimizers import WHOLE_NORMS, build_optimizer, restore_counters
+from optim.optimizers import NEEDS_FULL_TENSORS, build_optimizer, restore_counters
 from parallel import engine as contract
 from parallel import process_group
 from parallel.batch_sizes import Batch, BatchSizes
-from parallel.buffers import BufferKeeper, SharedBuffers, normalise_in_fp32
+from parallel.buffers import BufferSnapshot, SyncedBuffers, normalise_in_fp32
 from parallel.engine import build_seeded
-from parallel.setting_checks import refuse_scalars
-from parallel.zero_muon import cuts_of
+from parallel.setting_checks import check_no_scalar_parameters
+from parallel.zero_muon import shardings_of
 from parallel.zero_state import OptimizerParts, Receive, gather, gather_weights, keys_of, scatter
 
 # PyTorch warns of an unused CUDA toolkit, and DeepSpeed tells the story of every start; neither is news to the person.
@@ -40,7 +40,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not
 
 
 @contextmanager
-def unasked() -> Iterator[None]:
+def skip_norm_check() -> Iterator[None]:
     """Stages 1 and 2 do not ask the GPU whether the norm is finite, once a step and once a group, each time waiting for it.
 
     They would leave out the update. A norm that is not finite ends the run as it is, as soon as it is looked at (`training/non_finite.py`).
@@ -57,7 +57,7 @@ class Engine(contract.Engine):
     """Data parallel by DeepSpeed: stage 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too."""
 
     name = "zero"
-    honours_deepspeed = True
+    uses_full_ds_config = True
 
     def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int):
         """`build` makes the model; it is called with the same random state in every process.
@@ -66,7 +66,7 @@ class Engine(contract.Engine):
             SettingsError: a combination that would not train as asked.
         """
         super().__init__(settings, schedule, seed)
-        self.device = process_group.join()
+        self.device = process_group.init_process_group()
         if self.device.type == "cpu":
             # Only inference_all_reduce uses this op, and compiling it at start-up takes a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -79,15 +79,15 @@ class Engine(contract.Engine):
         self.data_shard = self.place()
         self.batch_sizes = BatchSizes.derive(config, self.data_shard[1])
         model = build_seeded(build, seed).to(self.device)
-        refuse_scalars(model, "DeepSpeed")
-        self.count_up(model)
+        check_no_scalar_parameters(model, "DeepSpeed")
+        self.record_shapes(model)
         if self.bf16:
             normalise_in_fp32(model)
         self.start(model, config)
-        self.parts = OptimizerParts.of(self.stage, self.optimizer)
+        self.parts = OptimizerParts.from_wrapper(self.stage, self.optimizer)
         if isinstance(self.parts.inner, Muon) and self.stage:
-            self.parts.inner.cuts = cuts_of(self.stage, self.optimizer)
-        self.ready()
+            self.parts.inner.shardings = shardings_of(self.stage, self.optimizer)
+        self.finish_setup()
 
     def check_engine(self, config: dict[str, Any]) -> None:
         """Raises SettingsError for keys of `ds_config.json` that do not go together."""
@@ -97,7 +97,7 @@ class Engine(contract.Engine):
             # DeepSpeed's stage 0 bf16 wrapper makes an empty optimiser step first, which spoils Adam's bias correction.
             raise SettingsError("bf16 needs zero_optimization.stage 1, 2 or 3 (stage 1 costs nothing on one process)")
         optimizer, offload = config["optimizer"]["type"], config["zero_optimization"]["offload_optimizer"]["device"]
-        if optimizer in WHOLE_NORMS and self.stage:
+        if optimizer in NEEDS_FULL_TENSORS and self.stage:
             raise SettingsError(f"optimizer.type={optimizer} looks at the norm of each parameter, and zero_optimization.stage={self.stage} hands it "
                                 "pieces of many; take stage 0, or strategy ddp")
         if offload not in ("none", "cpu"):
@@ -108,7 +108,7 @@ class Engine(contract.Engine):
             raise SettingsError("optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer cannot keep them off")
         if self.stage == 3:
             # PyTorch 2.11 and DeepSpeed 0.19.8: the gradients of compiled layers are missing, without a word.
-            self.no_compile = "zero_optimization.stage=3 loses the gradients of compiled layers; stages 0 to 2 and fsdp do not"
+            self.compile_refusal = "zero_optimization.stage=3 loses the gradients of compiled layers; stages 0 to 2 and fsdp do not"
 
     def place(self) -> tuple[int, int]:
         """This process's `data_shard`."""
@@ -122,8 +122,8 @@ class Engine(contract.Engine):
         if self.bf16 and self.stage < 3:
             # In bf16 it looks for infinities gradient by gradient, some kernels each, and then in the norm of all, which shows the same.
             self.optimizer.check_overflow = lambda partition_gradients: None
-        self.shared_buffers = SharedBuffers(self.engine.module, self.replicas())
-        self.keeper: BufferKeeper | None = None  # only where bad steps are skipped
+        self.shared_buffers = SyncedBuffers(self.engine.module, self.replicas())
+        self.keeper: BufferSnapshot | None = None  # only where bad steps are skipped
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         config = self.settings.engine
@@ -160,11 +160,11 @@ class Engine(contract.Engine):
         losses = []
         for i in range(self.batch_sizes.accumulation):
             images, labels = next(batches)
-            loss = self.loss(self.engine(self.feed(images)), labels)
+            loss = self.loss(self.engine(self.to_model_input(images)), labels)
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
                 self.grad_norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), math.inf).detach()
-            with nullcontext() if self.keeper else unasked():
+            with nullcontext() if self.keeper else skip_norm_check():
                 self.engine.step()
             losses.append(loss.detach())
         self.note_norm()
@@ -188,22 +188,22 @@ class Engine(contract.Engine):
         self.refuse_own_count()
         if self.stage == 0:
             raise SettingsError("--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates without looking")
-        self.keeper = BufferKeeper(self.engine.module)
+        self.keeper = BufferSnapshot(self.engine.module)
 
     def forward(self, images: Tensor) -> Tensor:
         self.engine.eval()
-        return self.engine(self.feed(images))
+        return self.engine(self.to_model_input(images))
 
-    def feed(self, images: Tensor) -> Tensor:
-        return super().feed(images.bfloat16() if self.bf16 else images)
+    def to_model_input(self, images: Tensor) -> Tensor:
+        return super().to_model_input(images.bfloat16() if self.bf16 else images)
 
     def network(self) -> nn.Module:
         return self.engine.module
 
-    def masters(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    def master_weights(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         return self.parts.inner, self.parts.updated
 
-    def refresh(self) -> None:
+    def sync_from_masters(self) -> None:
         self.parts.refresh()
 
     def describe(self) -> str:
@@ -216,7 +216,7 @@ class Engine(contract.Engine):
         return plain_names(gather_weights(self.network(), self.parts, keep=self.is_main))
 
     def averages(self) -> list[Tensor]:
-        return self.average.averages if self.average is not None else []
+        return self.ema.values if self.ema is not None else []
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         device = torch.device(self.engine.device)
@@ -226,13 +226,13 @@ class Engine(contract.Engine):
             dist.broadcast(value, src=0)
             return value
 
-        self.put(*self.from_main(None if state is None else keys_of(state)), receive)
+        self.put(*self.broadcast_object(None if state is None else keys_of(state)), receive)
 
-    def put(self, keys: set[str], scalars: dict[str, Tensor], receive: Receive) -> None:
+    def load_tensors(self, keys: set[str], scalars: dict[str, Tensor], receive: Receive) -> None:
         """Fill this process's part of the state in; `receive` gives the full tensor of a key. Collective."""
         averaged = scatter(self.network(), self.parts, self.averages(), keys, scalars, receive)
-        if self.average is not None and not averaged:
-            self.average.restart()
+        if self.ema is not None and not averaged:
+            self.ema.restart()
         restore_counters(self.parts.inner, self.step, self.schedule)
 
 

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim.muon import Cut
+from optim.muon import MatrixSharding
 
 
-class Consecutive(Cut):
+class FlatSharding(MatrixSharding):
     """Stages 1 and 2: a parameter group laid end to end, and cut into equal shares, the last filled up with zeros."""
 
     def __init__(self, members: Sequence[nn.Parameter], share: int, group: dist.ProcessGroup):
@@ -34,7 +34,7 @@ class Consecutive(Cut):
         return torch.cat([mine, mine.new_zeros(self.share - len(mine))])
 
 
-class Interleaved(Cut):
+class PerParameterSharding(MatrixSharding):
     """Stage 3: every parameter cut into equal shares, the last filled up with zeros; a process's shares laid end to end."""
 
     def __init__(self, members: Sequence[nn.Parameter], group: dist.ProcessGroup):
@@ -60,11 +60,11 @@ def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     return parts.view(-1, part.numel())
 
 
-def cuts_of(stage: int, wrapper: Any) -> dict[Tensor, Cut]:
+def shardings_of(stage: int, wrapper: Any) -> dict[Tensor, MatrixSharding]:
     """The cut of each flat tensor that DeepSpeed's `wrapper` has its optimiser update."""
     if stage == 3:
-        return {flat: Interleaved(members, wrapper._get_sub_group_process_group(i))
+        return {flat: PerParameterSharding(members, wrapper._get_sub_group_process_group(i))
                 for i, (flat, members) in enumerate(zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True))}
     # zero_optimization.round_robin_gradients would order them otherwise; ds_config.json does not have it
-    return {flat: Consecutive(members, flat.numel(), wrapper.real_dp_process_group[i])
+    return {flat: FlatSharding(members, flat.numel(), wrapper.real_dp_process_group[i])
             for i, (flat, members) in enumerate(zip(wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups, strict=True))}

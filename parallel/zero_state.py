@@ -43,7 +43,7 @@ class OptimizerParts:
     members: list[list[nn.Parameter]]
 
     @classmethod
-    def of(cls, stage: int, optimizer: Any) -> OptimizerParts:
+    def from_wrapper(cls, stage: int, optimizer: Any) -> OptimizerParts:
         if stage == 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             return cls(stage, None, optimizer, parameters, [[p] for p in parameters])
@@ -73,18 +73,18 @@ class OptimizerParts:
                 self.inner.state[tensor] = {**{key: torch.zeros_like(tensor.data) for key in keys[members[0]]}, **filled}
 
     @contextmanager
-    def lent(self, averages: Sequence[Tensor]) -> Iterator[None]:
+    def with_ema_as_state(self, averages: Sequence[Tensor]) -> Iterator[None]:
         """With the averages of `updated` (none, or one each) among the optimiser's states, where DeepSpeed can gather them."""
         for tensor, average in zip(self.updated, averages, strict=False):
             self.inner.state[tensor][AVERAGE] = average
-        self._link()
+        self._relink_states()
         try:
             yield
         finally:
             for tensor, _ in zip(self.updated, averages, strict=False):
                 del self.inner.state[tensor][AVERAGE]
 
-    def _link(self) -> None:
+    def _relink_states(self) -> None:
         """Let `safe_get_*` and `safe_set_*` see the optimiser's states.
 
         Stages 1 and 2 link them after the first step of the first parameter group, when the other groups have none yet.
@@ -125,7 +125,7 @@ class OptimizerParts:
             safe_set_full_fp32_param(parameter, value)
         parameter.copy_(value)
 
-    def refresh(self) -> None:
+    def sync_from_masters(self) -> None:
         """Let the network's parameters follow their masters, as after an optimiser step. Collective."""
         if self.stage in (1, 2):
             self.wrapper.update_lp_params()
@@ -157,7 +157,7 @@ def gather_weights(network: nn.Module, parts: OptimizerParts, keep: bool) -> dic
 def gather(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor], keep: bool) -> dict[str, Tensor] | None:
     """See `Engine.gather_state`; `averages` are those of the tensors that are updated, then of the floating-point buffers."""
     state = gather_weights(network, parts, keep) or {}
-    with parts.lent(averages):
+    with parts.with_ema_as_state(averages):
         keys = parts.keys_by_parameter()
         for name, parameter in network.named_parameters():
             for key in keys.get(parameter, ()):
@@ -199,7 +199,7 @@ def scatter(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor
     found = {parameter: [kind for kind in kinds if _path(kind, name) in keys] for name, parameter in parameters.items()}
     parts.create(found, scalars)
     averaged = any(key.startswith(f"{AVERAGE}/") for key in keys)
-    with parts.lent(averages):
+    with parts.with_ema_as_state(averages):
         for name, parameter in parameters.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor in the parameter's place
             parts.set_master(parameter, receive(f"weights/{name}", shape, torch.float32))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunError
-from common.files import flush_to_disk, gigabytes, room_left, sum_of
+from common.files import flush_to_disk, gigabytes, room_left, sha256_of
 
 STATE, ENGINE, PROGRESS, SUMS = "state.safetensors", "engine.json", "progress.json", "SHA256SUMS"
 UNFINISHED, DAMAGED = "unfinished-", "damaged-"
@@ -87,7 +87,7 @@ class Checkpoints:
             save_file(tensors, unfinished / STATE)
             for name, text in texts.items():
                 (unfinished / name).write_text(text)
-            prove(unfinished, tensors, texts)
+            verify_written(unfinished, tensors, texts)
             if final.exists():  # of the same step, as when a run is stopped twice there
                 final.rename(self.folder / f"{UNFINISHED}replaced")
             unfinished.rename(final)
@@ -119,21 +119,21 @@ class Checkpoints:
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def newest(self) -> tuple[Path | None, list[str]]:
+    def newest_intact(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, after setting aside what is not; and a sentence for each that was."""
         said = []
         shutil.rmtree(self.folder / f"{UNFINISHED}replaced", ignore_errors=True)
         for path in sorted(self.folder.glob(f"{UNFINISHED}*")):
             name = path.name.removeprefix(UNFINISHED)
-            said.append(f"the run ended while {name} was being written; what there is of it is now state/{self._set_aside(path, name)}")
+            said.append(f"the run ended while {name} was being written; what there is of it is now state/{self._rename_aside(path, name)}")
         for path in reversed(self.all()):
-            problem = damage(path)
+            problem = find_damage(path)
             if problem is None:
                 return path, said
-            said.append(f"{path.name} is damaged ({problem}); it is now state/{self._set_aside(path, path.name)}")
+            said.append(f"{path.name} is damaged ({problem}); it is now state/{self._rename_aside(path, path.name)}")
         return None, said
 
-    def _set_aside(self, path: Path, name: str) -> str:
+    def _rename_aside(self, path: Path, name: str) -> str:
         number, aside = 1, self.folder / f"{DAMAGED}{name}"
         while aside.exists():
             number += 1
@@ -150,7 +150,7 @@ def read_facts(folder: Path, name: str) -> dict[str, Any]:
 # --- sums ---------------------------------------------------------------------------------------------------------
 
 
-def prove(folder: Path, tensors: dict[str, Any], texts: dict[str, str]) -> None:
+def verify_written(folder: Path, tensors: dict[str, Any], texts: dict[str, str]) -> None:
     """Flush a checkpoint to the disk, compare what the disk gives back with what was meant, and write its sums. Raises OSError."""
     import torch
     from safetensors.torch import load_file
@@ -158,7 +158,7 @@ def prove(folder: Path, tensors: dict[str, Any], texts: dict[str, str]) -> None:
     sums = {}
     for name in (STATE, *texts):
         flush_to_disk(folder / name, forget=True)
-        sums[name] = sum_of(folder / name)
+        sums[name] = sha256_of(folder / name)
     stored = load_file(folder / STATE)
     same = stored.keys() == tensors.keys() and all(torch.equal(_bits(stored[key]), _bits(tensors[key])) for key in tensors)
     if not same or any(sums[name] != hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()):
@@ -175,7 +175,7 @@ def _bits(tensor: Any) -> Any:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every byte is as it was written."""
     try:
         *lines, rest = (folder / SUMS).read_text().split("\n")
@@ -193,7 +193,7 @@ def damage(folder: Path) -> str | None:
         if name not in sums:
             return f"{name} is not in {SUMS}"
         try:
-            if sum_of(folder / name) != sums[name]:
+            if sha256_of(folder / name) != sums[name]:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name}: {error.strerror}"
@@ -203,7 +203,7 @@ def damage(folder: Path) -> str | None:
 # --- room ---------------------------------------------------------------------------------------------------------
 
 
-def room_needed(num_values: int, keep: int) -> int:
+def disk_space_needed(num_values: int, keep: int) -> int:
     """Bytes that a run's checkpoints and weights may come to: `keep`, the best, and one in the making; the weights thrice.
 
     A checkpoint holds `num_values` fp32 values, the weights are a third of them at most (Adam keeps two numbers a parameter).

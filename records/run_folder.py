@@ -106,7 +106,7 @@ class RunFolder:
         self.metrics_text = text
 
     def newest_checkpoint(self) -> Path | None:
-        """The folder of the newest finished checkpoint; whether it is undamaged, `Checkpoints.newest` knows."""
+        """The folder of the newest finished checkpoint; whether it is undamaged, `Checkpoints.newest_intact` knows."""
         found = sorted((self.folder / "state").glob("step-*"))
         return found[-1] if found else None
 

@@ -18,7 +18,7 @@ MISTAKES_A_ROW = 6
 MOST_BLOCKS = 6  # of a deep network, the first, the last and some between
 
 
-def sheet(grid: np.ndarray) -> np.ndarray:
+def tile(grid: np.ndarray) -> np.ndarray:
     """Images uint8 (rows, columns, S, S, 3) side by side on white: uint8 (height, width, 3)."""
     rows, columns, S = grid.shape[:3]
     gap = max(1, S // 16)
@@ -30,7 +30,7 @@ def image_grid(grid: np.ndarray, title: str) -> Figure:
     """A grid of images, uint8 (rows, columns, S, S, 3)."""
     rows, columns = grid.shape[:2]
     figure, ((axes,),) = make_figure(0.7 * columns, 0.7 * rows + 0.4)
-    axes.imshow(sheet(grid), interpolation="nearest")
+    axes.imshow(tile(grid), interpolation="nearest")
     axes.set_axis_off()
     set_title(figure, title)
     return figure

@@ -15,7 +15,7 @@ from common.paths import PROJECT
 from common.text import duration
 from config.differences import changed_settings, leaves
 from records.run_data import RunData
-from reports.pictures import Inspection, Picture, pictures_of
+from reports.pictures import Picture, SplitAnalysis, pictures_of
 from reports.style import embed
 
 CSS = PROJECT / "reports" / "page.css"
@@ -36,14 +36,14 @@ COLUMNS = [  # of the table of epochs: key in metrics.jsonl, head, factor, digit
 ]
 
 
-def write_page(run: RunData, seen: Inspection | None = None, pictures: list[Picture] | None = None) -> Path:
+def write_page(run: RunData, seen: SplitAnalysis | None = None, pictures: list[Picture] | None = None) -> Path:
     """Write `report.html` into the run folder. `pictures`: those of `pictures_of`, where they are made already."""
     path = run.folder / "report.html"
     write_atomically(path, page(run, seen, pictures_of(run, seen) if pictures is None else pictures))
     return path
 
 
-def page(run: RunData, seen: Inspection | None, pictures: list[Picture]) -> str:
+def page(run: RunData, seen: SplitAnalysis | None, pictures: list[Picture]) -> str:
     """The page's text."""
     sections = {"Pictures": "".join(map(_figure, pictures)) + _notes(seen), "Every epoch": _epochs(run)}
     if seen:
@@ -93,7 +93,7 @@ def _figure(picture: Picture) -> str:
     return f'<figure><img alt="{escape(title)}" src="{embed(picture.figure)}">{caption}</figure>\n'
 
 
-def _notes(seen: Inspection | None) -> str:
+def _notes(seen: SplitAnalysis | None) -> str:
     if seen is None:
         return ('<p class="faint">Classes, mistakes and attention need the dataset: <code>python report.py</code> with this run\'s folder '
                 "adds them.</p>")
@@ -116,7 +116,7 @@ def _epochs(run: RunData) -> str:
     return _table([head for _, head, _, _ in shown], rows, numbers=True)
 
 
-def _classes(run: RunData, seen: Inspection) -> str:
+def _classes(run: RunData, seen: SplitAnalysis) -> str:
     names, matrix = run.facts["dataset"]["classes"], seen.confusion
     counts, correct = matrix.sum(axis=1), np.diag(matrix)
     wrong = matrix - np.diag(correct)

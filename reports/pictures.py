@@ -24,7 +24,7 @@ MACHINE = ("A sample every two seconds, of the machine of the main process; time
 
 
 @dataclass(frozen=True)
-class Inspection:
+class SplitAnalysis:
     """What the network made of a split, image by image.
 
     `attention`: the arguments of `images.attention` but the title, or a sentence that says why there is none.
@@ -50,7 +50,7 @@ class Picture:
     caption: str
 
 
-def pictures_of(run: RunData, seen: Inspection | None) -> list[Picture]:
+def pictures_of(run: RunData, seen: SplitAnalysis | None) -> list[Picture]:
     """Every picture that this run has; those of the data only with `seen`."""
     found = [Picture("curves", curves.training(run), TRAINING), Picture("speed", curves.speed(run), SPEED)] if run.metrics else []
     if run.samples:
@@ -59,7 +59,7 @@ def pictures_of(run: RunData, seen: Inspection | None) -> list[Picture]:
     return found + (_of_data(run, seen) if seen else [])
 
 
-def _of_data(run: RunData, seen: Inspection) -> list[Picture]:
+def _of_data(run: RunData, seen: SplitAnalysis) -> list[Picture]:
     names = run.facts["dataset"]["classes"]
     of = "the held-out part" if seen.split == "validation" else "the test split"
     title = f"{run.name}: {100 * seen.accuracy:.2f}% on {of}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from config.settings import ModelSettings
-from image_data.pixels import pixels_of
+from image_data.pixels import denormalize
 from models.pooling import POOLINGS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def scores_of(model: nn.Module, images: Tensor, autocast: bool) -> Tensor:
         return model(images.to(next(model.parameters()).dtype)).float()
 
 
-def look_at(dataset: Dataset, split: str, positions: np.ndarray, **source: Any) -> Tensor:
+def load_images(dataset: Dataset, split: str, positions: np.ndarray, **source: Any) -> Tensor:
     """The images at these positions of a split, as the network sees them: (N, 3, S, S)."""
     from dali_pipeline import Batches
 
@@ -87,7 +87,7 @@ def mistakes(found: Predictions, dataset: Dataset, split: str, count: int, **sou
     positions = found.worst(count)
     if not len(positions):
         return []
-    pixels = pixels_of(look_at(dataset, split, positions, **source), dataset.mean, dataset.std)
+    pixels = denormalize(load_images(dataset, split, positions, **source), dataset.mean, dataset.std)
     return [Mistake(pixels[i], dataset.splits[split].paths[at], dataset.classes[found.labels[at]], dataset.classes[found.predicted[at]],
                     float(found.probability[at]), float(found.loss[at])) for i, at in enumerate(positions)]
 
@@ -98,7 +98,7 @@ def attention_maps(model: nn.Module, settings: ModelSettings, images: Tensor, au
     For the architecture `vit`, whose tokens are known. It is the mean over the heads of what the class token looks at or, where
     there is none, of what the patches look at.
     """
-    with Looks() as looks:
+    with AttentionRecorder() as looks:
         scores_of(model, images, autocast)
     grid, prefix = images.shape[-1] // settings.patch, POOLINGS[settings.pooling].num_prefix
     patches = slice(prefix, prefix + grid**2)  # a class token stands before them, head tokens after them
@@ -107,7 +107,7 @@ def attention_maps(model: nn.Module, settings: ModelSettings, images: Tensor, au
     return (maps / maps.mean(dim=-1, keepdim=True)).unflatten(-1, (grid, grid)).cpu().numpy()
 
 
-class Looks(TorchFunctionMode):
+class AttentionRecorder(TorchFunctionMode):
     """While it is active: keeps the weights (B, H, T, T) of every scaled dot product attention that is computed."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 UNITS = {"parameters": "parameters (millions)"}
 
 
-def arm_accuracy(accuracies: dict[str, list[float]], title: str, label: str) -> Figure:
+def variant_accuracy(accuracies: dict[str, list[float]], title: str, label: str) -> Figure:
     """Every seed's accuracy as a dot, mean and standard deviation beside it, one row an arm; the first arm's mean as a line."""
     figure, ((axes,),) = make_figure(8, 1.4 + 0.42 * len(accuracies))
     for row, values in enumerate(accuracies.values()):
@@ -50,7 +50,7 @@ def accuracy_against(arms: dict[str, dict[str, Any]], title: str, label: str) ->
     return figure
 
 
-def arm_curves(curves: dict[str, tuple[list[float], list[list[float]]]], title: str, label: str) -> Figure:
+def variant_curves(curves: dict[str, tuple[list[float], list[list[float]]]], title: str, label: str) -> Figure:
     """Accuracy over the epochs: a panel for each arm, mean and ± sd of its seeds, with the first arm in black beside it.
 
     `curves`: arm -> epochs, and the accuracies there, one list a seed.

@@ -96,7 +96,7 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
     from comparisons import ARMS, COMMON
 
     import compare
-    from config.command_line import in_one_sentence
+    from config.command_line import run_cli
 
     (tmp_path / "tiny.toml").write_text(tiny.read_text())
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
         (tmp_path / "gates.toml").write_text(text)
         monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "gates.toml"), "--data-dir", str(shapes),
                                           "--runs-dir", str(tmp_path / "runs"), "--results-dir", str(tmp_path / "results"), *words])
-        code = in_one_sentence(compare.main)
+        code = run_cli(compare.main)
         said = capsys.readouterr()
         return code, said.out, said.err
 

@@ -15,7 +15,7 @@ from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from common.text import last_error
 from comparison.experiment import read
-from comparison.run_queue import Task, run_all
+from comparison.run_queue import PlannedRun, run_all
 from comparison.time_budget import steps_for
 from comparison.variant_costs import costs
 from models import feed_forward as feedforward
@@ -30,25 +30,25 @@ QUESTIONS = sorted((PROJECT / "experiments").glob("*.toml"))
 @pytest.mark.parametrize("size", ["small", "full"])
 @pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
 def test_every_question_can_be_asked_at_both_sizes(path, size):
-    question = read(path, size)
-    found = costs(question, num_classes=100, image_side=32)
-    assert len(found) == len(question.arms) and all(cost.parameters > 0 and cost.flops > 0 for cost in found)
+    experiment = read(path, size)
+    found = costs(experiment, num_classes=100, image_side=32)
+    assert len(found) == len(experiment.variants) and all(cost.parameters > 0 and cost.flops > 0 for cost in found)
     if size == "full":  # the first system's network, and seeds that can show something
-        assert all(cost.parameters == 4_417_608 for arm, cost in zip(question.arms, found, strict=True) if arm.name == "mlp")
-        assert compare.power_note(question.seeds, len(question.arms)) is None
+        assert all(cost.parameters == 4_417_608 for arm, cost in zip(experiment.variants, found, strict=True) if arm.name == "mlp")
+        assert compare.power_note(experiment.seeds, len(experiment.variants)) is None
 
 
 def test_all_eight_ideas_are_in_one_question():
-    arms = {arm.name for arm in read(PROJECT / "experiments" / "eight-ideas.toml").arms}
+    arms = {arm.name for arm in read(PROJECT / "experiments" / "eight-ideas.toml").variants}
     ideas = [path for path in QUESTIONS if "recipe" not in path.name]
-    others = {arm.name for path in ideas for arm in read(path).arms} - {"fff-mask"}  # which is fff
+    others = {arm.name for path in ideas for arm in read(path).variants} - {"fff-mask"}  # which is fff
     assert len(ideas) == 9 and arms == others
 
 
 def test_flops_are_those_of_the_products():
     """An MLP's hidden neuron costs one product in and one out for each of the 16 tokens, each C multiply-adds of 2."""
-    question = read(PROJECT / "experiments" / "hidden-size.toml", "small")
-    usual, small = costs(question, 100, 32)
+    experiment = read(PROJECT / "experiments" / "hidden-size.toml", "small")
+    usual, small = costs(experiment, 100, 32)
     assert usual.flops - small.flops == 3 * (4 * 96 - 256) * 16 * 96 * 2 * 2
     assert usual.parameters - small.parameters == 3 * (4 * 96 - 256) * (2 * 96 + 1)
 
@@ -77,7 +77,7 @@ def test_flops_are_those_of_the_products():
     (COMMON + "schedule.shape = \"cosin\"\n" + ARMS, "arm 'plain': unknown schedule.shape 'cosin'"),
     (COMMON + "train_batch_size = 512\n" + ARMS, "train_batch_size=512 is more than the 270 training images"),
     (COMMON + ARMS + "[sizes.small]\narms.gatd.model.width = 3\n", "unknown arm 'gatd'; did you mean 'gated'?"),
-    ("question = ", "gates.toml is not valid TOML"),
+    ("experiment = ", "gates.toml is not valid TOML"),
 ])
 def test_a_mistake_ends_everything_before_the_first_run(ask, invented, tmp_path, text, sentence):
     code, _, err = ask(text)
@@ -206,7 +206,7 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_starts_no_more(tmp_path
             os.kill(os.getpid(), signal.SIGTERM)
         return children[-1]
 
-    tasks = [Task(f"run{i}", tmp_path / f"run{i}", [], {}) for i in range(3)]
+    tasks = [PlannedRun(f"run{i}", tmp_path / f"run{i}", [], {}) for i in range(3)]
     assert run_all(tasks, [{}, {}], stop, start) == {} and stop.number == signal.SIGTERM
     assert [child.told for child in children] == [1, 1]
 

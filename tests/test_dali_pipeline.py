@@ -82,7 +82,7 @@ def test_ten_thousand_test_images_are_counted_exactly(dataset, num_images, num_s
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 def test_an_epoch_shows_each_image_at_most_once_in_one_order(dataset, num_shards):
-    """Interleaved, the shards give the order of a single shard; the images are told apart by their pixels."""
+    """PerParameterSharding, the shards give the order of a single shard; the images are told apart by their pixels."""
     plain = AugmentationSettings(crop_padding=0, flip=0.0)
     micro = 24 // num_shards
     shards = [collect(Batches(dataset, "train", micro, s, num_shards, seed=5, augmentation=plain, source="tensor")) for s in range(num_shards)]

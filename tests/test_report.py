@@ -35,7 +35,7 @@ from reports import classes, curves, images
 from reports import utilization as machine
 from reports.cifar100_superclasses import SUPERCLASSES, groups_of
 from reports.page import page
-from reports.pictures import Inspection, pictures_of
+from reports.pictures import SplitAnalysis, pictures_of
 from reports.predictions import Predictions, attention_maps, attention_weights
 from reports.style import in_time_unit
 
@@ -55,7 +55,7 @@ def copied(unbroken, tmp_path_factory) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def seen(done, shapes) -> Inspection:
+def seen(done, shapes) -> SplitAnalysis:
     args = SimpleNamespace(split=None, data_dir=shapes, weights="weights.safetensors", batch_size=16, source="auto")
     return report.inspect(done, args)
 
@@ -345,7 +345,7 @@ def test_names_cannot_break_the_page(done):
     facts = json.loads(json.dumps(done.facts))
     facts["dataset"]["classes"] = ["<script>alert(1)</script>", "a & b", *facts["dataset"]["classes"][2:]]
     run = replace(done, name="<img src=x>", facts=facts)
-    found = Inspection("test", some_confusion(10), 1.0, [], "none")
+    found = SplitAnalysis("test", some_confusion(10), 1.0, [], "none")
     text = page(run, found, pictures_of(run, found))
     assert_stands_alone(text, run.folder)
     assert "&lt;script&gt;" in text and "a &amp; b" in text and "<title>&lt;img" in text

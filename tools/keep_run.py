@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import RunError
 from common.paths import RESULTS
-from config.command_line import Parser, in_one_sentence
+from config.command_line import Parser, run_cli
 from records.run_folder import RunFolder
 
 
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(in_one_sentence(main))
+    sys.exit(run_cli(main))

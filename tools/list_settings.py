@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from common.paths import PROJECT
-from config.catalog import TABLES, names_of, setting_paths
+from config.catalog import NAME_TABLES, names_of, setting_paths
 from config.settings import resolve
 
 # What stands neither in a comment of config/settings.py nor in a table.
@@ -37,7 +37,7 @@ def list_settings(preset: str | None, overrides: list[str]) -> int:
     settings = resolve(preset, overrides)
     tree: dict[str, Any] = settings.as_dict()
     tree |= tree.pop("engine")
-    meanings = MEANINGS | comments() | {path: ", ".join(names_of(path)) for path in TABLES}
+    meanings = MEANINGS | comments() | {path: ", ".join(names_of(path)) for path in NAME_TABLES}
     group = None
     for path in sorted(setting_paths(settings), key=lambda path: "." in path):  # those without a group first
         head = path.partition(".")[0] if "." in path else ""

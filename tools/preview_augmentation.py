@@ -19,7 +19,7 @@ from config.settings import AugmentationSettings, preset_names, resolve
 from dali_pipeline import Batches
 from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
-from image_data.pixels import pixels_of
+from image_data.pixels import denormalize
 
 
 def main() -> None:
@@ -60,4 +60,4 @@ def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: in
     for epoch in range(epochs):
         images = next(iter(training.epoch(epoch)))[0]
         columns.append(images[torch.from_numpy(np.argsort(epoch_order(seed, epoch, count)))])
-    return pixels_of(torch.stack(columns, dim=1), dataset.mean, dataset.std)
+    return denormalize(torch.stack(columns, dim=1), dataset.mean, dataset.std)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import RunError
 from common.files import write_atomically
-from inference.trained_model import Trained
+from inference.trained_model import TrainedModel
 from parallel.engine import Engine
 from parallel.process_group import limit_waits
 from records.checkpoint_store import ENGINE, PROGRESS, Checkpoints, Interval
@@ -63,7 +63,7 @@ class CheckpointWriter:
         """The state as it is, and what else goes into files of their own, by their names: how to gather it. Collective."""
         began = time.perf_counter()
         self.wait()
-        loss_sums = self.engine.from_all(progress.loss_sum)
+        loss_sums = self.engine.all_gather_objects(progress.loss_sum)
         tensors = self.engine.gather_state()
         gathered = {gather: gather() for gather in (weights or {}).values()}  # once, where it goes into two files
         self._last = (self.engine.step, time.monotonic())
@@ -90,7 +90,7 @@ class CheckpointWriter:
         if spoilt:
             raise RunError(f"{spoilt} is not a number after step {snapshot.step:,}, so this state is not saved; the last checkpoint is untouched")
         # One entry: safetensors writes several in an order of chance, and equal weights are to be equal files.
-        about = {"trained": json.dumps(Trained.open(self.record.folder).metadata)}
+        about = {"trained": json.dumps(TrainedModel.open(self.record.folder).metadata)}
         # The weights first: a run whose last checkpoint is there is finished, and must have them.
         for name, weights in snapshot.weights.items():
             write_atomically(self.record.folder / name, save(weights, metadata=about))

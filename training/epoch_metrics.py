@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from parallel.batch_sizes import Counts
+from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 from records.run_folder import Progress
 
 
-def epoch_line(engine: Engine, progress: Progress, results: dict[str, tuple[Counts, float]], tracking_seconds: float,
+def epoch_line(engine: Engine, progress: Progress, results: dict[str, tuple[EvalCounts, float]], tracking_seconds: float,
                ended_early: bool) -> dict[str, Any]:
     """Everything that is known of an epoch before its checkpoint is taken. Collective.
 

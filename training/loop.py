@@ -17,7 +17,7 @@ from common.stop_signal import StopSignal
 from config.settings import Settings
 from dali_pipeline import Batches, Synthetic
 from inference.model_card import write_card
-from parallel.batch_sizes import Counts
+from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 from parallel.process_group import limit_waits
 from records.run_folder import Progress
@@ -122,7 +122,7 @@ class Loop:
                     bar.loss(progress.loss_sum / max(1, progress.num_losses))
                 bar.advance()
                 stop_here = self.stop.requested or (stop_at is not None and before < stop_at <= engine.step)
-                stopping, *others = engine.any_of(stop_here, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None)
+                stopping, *others = engine.any_flags(stop_here, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None)
                 pause = stopping or any(others) or engine.step != before + 1  # carried on by others
             self._collect_losses()
             progress.training_seconds += time.perf_counter() - began
@@ -180,7 +180,7 @@ class Loop:
             progress.best_accuracy, progress.best_step = best, engine.step
         line = epoch_line(engine, progress, results, self.tracking.take_seconds(), ends_early)
         names = ["weights.safetensors", *(["best.safetensors"] if is_best else [])]
-        raw = {"raw_weights.safetensors": partial(engine.weights, raw=True)} if engine.average is not None else {}
+        raw = {"raw_weights.safetensors": partial(engine.weights, raw=True)} if engine.ema is not None else {}
         snapshot = self.writer.take_snapshot(progress, {**dict.fromkeys(names, engine.weights), **raw})
         line["checkpoint_seconds"] = round(progress.checkpoint_seconds + snapshot.seconds, 3)
         self.console.epoch(line, [name for name in results if not name.endswith("_raw")], -(-self.total_steps // self.steps_per_epoch))
@@ -193,12 +193,12 @@ class Loop:
         if ends_early:
             self.console.say(f"ended early: no better validation accuracy than {100 * best:.2f}% for {waited} epochs (--patience {self.patience})")
 
-    def _evaluate(self, split: str) -> dict[str, tuple[Counts, float]]:
+    def _evaluate(self, split: str) -> dict[str, tuple[EvalCounts, float]]:
         """What counts, by the name of the split: the averaged weights where there is an average, and then the trained ones as `<split>_raw`."""
         results = {}
-        for name, raw in [(split, False), *([(f"{split}_raw", True)] if self.engine.average is not None else [])]:
+        for name, raw in [(split, False), *([(f"{split}_raw", True)] if self.engine.ema is not None else [])]:
             began = time.perf_counter()
-            results[name] = self.engine.count(self.evaluation[split].epoch(), raw=raw), time.perf_counter() - began
+            results[name] = self.engine.evaluate(self.evaluation[split].epoch(), raw=raw), time.perf_counter() - began
         return results
 
     # --- files ----------------------------------------------------------------------------------------------------

@@ -47,12 +47,12 @@ class MicroBatch:
         return f"micro     {size} images at once, the largest that the GPU has room for" if asked == "auto" else ""
 
     def _find(self) -> int:
-        if not self.engine.tries_whole:
+        if not self.engine.fits_one_device:
             raise SettingsError("--micro-batch auto tries the whole network on one GPU, which this strategy does not put there; give a number")
         if process_group.pick_device().type != "cuda":
             raise SettingsError("--micro-batch auto asks a GPU what it has room for, and there is none here; give a number, or leave it out")
         possible = sizes(self.total, self.shards)
-        found = min(process_group.from_all(largest_that_fits(possible, self.new_trial().fits) or 0))
+        found = min(process_group.all_gather_objects(largest_that_fits(possible, self.new_trial().fits) or 0))
         free_memory()
         if not found:
             raise SettingsError(no_room(1, possible, None))

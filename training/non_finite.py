@@ -75,12 +75,12 @@ def describe(engine: Engine, bad: NonFiniteStep | None, training: Batches, progr
 
     `bad` is what this process saw, `folder` the run folder on the main process; the text is empty elsewhere.
     """
-    seen = [other for other in engine.from_all(bad) if other is not None]
+    seen = [other for other in engine.all_gather_objects(bad) if other is not None]
     first = min(seen, key=lambda other: (other.step, not other.own))
     blamed = bad is not None and bad.step == first.step and bad.own == first.own
     index, accumulation = first.index, engine.batch_sizes.accumulation
     names = images_of(training, progress.epoch, index * accumulation, (index + 1) * accumulation) if blamed else []
-    names = [name for of_process in engine.from_all(names) for name in of_process]
+    names = [name for of_process in engine.all_gather_objects(names) for name in of_process]
     if folder is None:
         return first, ""
     path = folder / "bad_steps" / f"step-{first.step:08d}.txt"

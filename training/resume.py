@@ -15,9 +15,9 @@ from common.files import gigabytes, room_left, write_atomically
 from config.differences import differences
 from image_data.dataset import Dataset
 from parallel.engine import Engine
-from records.checkpoint_store import ENGINE, STATE, Checkpoints, damage, read_facts, room_needed, step_of
+from records.checkpoint_store import ENGINE, STATE, Checkpoints, disk_space_needed, find_damage, read_facts, step_of
 from records.run_folder import Progress, RunFolder
-from training.resume_conditions import SAME, SPREAD, comparable, compare
+from training.resume_conditions import MAY_DIFFER, MUST_MATCH, comparable, compare
 
 
 @dataclass
@@ -62,12 +62,12 @@ def find_resume_point(options: FolderOptions, facts: dict[str, Any], new: dict[s
     """
     record, messages = choose_folder(options.runs_dir, options.name, options.fresh, facts)
     if not record.exists:
-        check_room(record.folder, room_needed(state_values, options.keep_checkpoints), options)
+        check_room(record.folder, disk_space_needed(state_values, options.keep_checkpoints), options)
         record.lock()
         record.create(facts)
         return ResumePoint(record, None, Progress(), messages)
     record.lock()
-    checkpoint, damaged = Checkpoints(record.folder / "state", options.keep_checkpoints).newest()
+    checkpoint, damaged = Checkpoints(record.folder / "state", options.keep_checkpoints).newest_intact()
     messages += damaged
     if checkpoint is None:
         epochs = len(record.metrics())
@@ -97,7 +97,7 @@ def start_or_resume(engine: Engine, options: FolderOptions, facts: dict[str, Any
         except (RunError, OSError) as error:
             problem = str(error)
     raise_on_all_ranks(engine, problem)
-    if engine.from_main(point is not None and point.checkpoint is not None):
+    if engine.broadcast_object(point is not None and point.checkpoint is not None):
         engine.load(point.checkpoint if point else Path())
     if point:
         point.save_changes()
@@ -106,7 +106,7 @@ def start_or_resume(engine: Engine, options: FolderOptions, facts: dict[str, Any
 
 def raise_on_all_ranks(engine: Engine, problem: str | None) -> None:
     """Where the main process has a problem, end all of them; it says what the problem is. Collective."""
-    if problem := engine.from_main(problem):
+    if problem := engine.broadcast_object(problem):
         raise RunError(problem) if engine.is_main else SystemExit(1)
 
 
@@ -146,7 +146,7 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
     """The folder of this run: the one that is to go on, or a new one; and what there is to say of it.
 
     A name that was given must be new, or hold a run of the same settings. Without a name, the first of `base`, `base-2`,
-    ... that is new or holds an unfinished run of the same settings. Only the strategy may change (see SPREAD).
+    ... that is new or holds an unfinished run of the same settings. Only the strategy may change (see MAY_DIFFER).
 
     Raises:
         RunError: the named folder holds another run, or a finished one.
@@ -161,7 +161,7 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
         if not record.exists:
             return record, messages
         old = record.facts()
-        changed = [text for key in SAME for text in differences(comparable(old, key), comparable(facts, key), key) if not text.startswith(SPREAD)]
+        changed = [text for key in MUST_MATCH for text in differences(comparable(old, key), comparable(facts, key), key) if not text.startswith(MAY_DIFFER)]
         changed += differences(old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint")
         finished = record.is_finished()
         if not changed and not finished:
@@ -181,7 +181,7 @@ def restore_facts(record: RunFolder) -> list[str]:
         record.facts()
     except RunError:
         for path in reversed(Checkpoints(record.folder / "state", 1).all()):
-            if damage(path) is None:
+            if find_damage(path) is None:
                 write_atomically(record.folder / "run.json", (path / "run.json").read_text())
                 return [f"run.json was lost or damaged, and is restored from {path.name}"]
     return []

@@ -14,11 +14,11 @@ from config.settings import Settings
 from parallel.engine import Engine
 
 # What must be the same for a run to go on ...
-SAME = ("settings", "seed", "max_steps", "hold_out", "patience", "init_weights", "synthetic")
+MUST_MATCH = ("settings", "seed", "max_steps", "hold_out", "patience", "init_weights", "synthetic")
 
 
 # ... but for how the work is spread: the state is the same for all (an engine that cannot go on from another's refuses it by name).
-SPREAD = ("settings.strategy", "settings.parallel", "settings.engine.zero_optimization", "settings.engine.gradient_accumulation_steps")
+MAY_DIFFER = ("settings.strategy", "settings.parallel", "settings.engine.zero_optimization", "settings.engine.gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ CHANGES = {  # by the key of `conditions`
 }
 
 
-IMPLIED = {"device": ("threads", "device_name"), "strategy": ("stage",)}  # change with these, and need no sentence of their own
+IMPLIED_CHANGES = {"device": ("threads", "device_name"), "strategy": ("stage",)}  # change with these, and need no sentence of their own
 BATCH_NORM = Change("images a micro-batch", "BatchNorm takes its statistics of each micro-batch", False)
 
 
@@ -58,7 +58,7 @@ def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "micro_batch": engine.batch_sizes.micro,
         "strategy": engine.name,
-        "stage": engine.settings.engine["zero_optimization"]["stage"] if engine.honours_deepspeed else None,
+        "stage": engine.settings.engine["zero_optimization"]["stage"] if engine.uses_full_ds_config else None,
         "threads": None if on_gpu else torch.get_num_threads(),
         "device": "GPU" if on_gpu else "CPU",
         "device_name": torch.cuda.get_device_name(engine.device) if on_gpu else cpu_name(),
@@ -74,7 +74,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple
     """Sentences for the changes of conditions that are accepted, and for those that are not."""
     accepted, refused = [], []
     changed = {key for key in CHANGES if key in old and old[key] != new[key]}
-    for key in (key for key in CHANGES if key in changed.difference(*(IMPLIED.get(cause, ()) for cause in changed))):
+    for key in (key for key in CHANGES if key in changed.difference(*(IMPLIED_CHANGES.get(cause, ()) for cause in changed))):
         change = BATCH_NORM if key == "micro_batch" and batch_norm else CHANGES[key]
         (accepted if change.accepted else refused).append(f"{change.words}: {old[key]} before, {new[key]} now ({change.why})")
     return accepted, refused

@@ -54,7 +54,7 @@ def start_run(engine: Engine, options: RunOptions, folder: FolderOptions, loggin
     now = conditions(engine, training.source, facts["commit"])
     point = start_or_resume(engine, folder, facts, now, dataset)
     record = point.record if point else None
-    progress = engine.from_main(point and point.progress)
+    progress = engine.broadcast_object(point and point.progress)
     progress.loss_sum = engine.own_value(progress.loss_sums)
     checkpoints = Checkpoints(record.folder / "state", folder.keep_checkpoints) if record else None
     writer = CheckpointWriter(engine, logging.checkpoint_every, now, record, checkpoints)

@@ -37,7 +37,7 @@ REDRAW_SECONDS = 30.0  # at least, between redrawings of curves.png
 REDRAW_FACTOR = 300  # and at least so many times what one takes: a third of a per cent
 
 
-class Watcher:
+class Tracker:
     """Something that is told how a run goes. Each of its methods may be left out."""
 
     def batch(self, pixels: np.ndarray) -> None:
@@ -64,7 +64,7 @@ def pass_over_full_disks() -> None:
     threading.excepthook = hook
 
 
-class TensorBoard(Watcher):
+class TensorBoard(Tracker):
     """Event files in <run>/tensorboard/. Events of steps that a resumed run makes again are purged."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], step: int):
@@ -94,7 +94,7 @@ class TensorBoard(Watcher):
         self.writer.close()
 
 
-class WeightsAndBiases(Watcher):
+class WeightsAndBiases(Tracker):
     """A run at Weights & Biases; a resumed run goes on with the same one, and what it was told already is not told again."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], step: int, project: str | None, silent: bool):
@@ -112,26 +112,26 @@ class WeightsAndBiases(Watcher):
             raise RunError(f"Weights & Biases says '{str(error).splitlines()[0]}'; WANDB_MODE=offline keeps the numbers on this disk") from error
         self.image = wandb.Image
 
-    def _tell(self, step: int, numbers: dict[str, Any]) -> None:
+    def _notify(self, step: int, numbers: dict[str, Any]) -> None:
         if step >= self.run.step:  # it refuses to go back; a step that is made again has the numbers that it had
             self.run.log(numbers, step=step)
 
     def batch(self, pixels: np.ndarray) -> None:
         from reports.images import sheet
 
-        self._tell(0, {"first_batch": self.image(sheet(pixels))})
+        self._notify(0, {"first_batch": self.image(sheet(pixels))})
 
     def loss(self, step: int, mean: float, steps: int) -> None:
-        self._tell(step, {"step_loss": mean})
+        self._notify(step, {"step_loss": mean})
 
     def epoch(self, line: dict[str, Any]) -> None:
-        self._tell(line["step"], numbers_of(line))
+        self._notify(line["step"], numbers_of(line))
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
 
-class StepLosses(Watcher):
+class StepLosses(Tracker):
     """steps.jsonl: {"step": 40, "steps": 12, "step_loss": 4.21}, for a picture of training inside an epoch."""
 
     def __init__(self, folder: Path, step: int):
@@ -144,7 +144,7 @@ class StepLosses(Watcher):
             file.write(json.dumps({"step": step, "steps": steps, "step_loss": mean}) + "\n")
 
 
-class Pictures(Watcher):
+class Pictures(Tracker):
     """curves.png while the run goes on, report.html at its end."""
 
     def __init__(self, folder: Path):
@@ -179,7 +179,7 @@ class Tracking:
     A picture is not worth a run: a watcher that cannot write (a full disk) is given up, with a note, and the run goes on.
     """
 
-    def __init__(self, watchers: list[Watcher], sampler: Sampler | None = None, total_steps: int = 0, say: Callable[[str], None] = print,
+    def __init__(self, watchers: list[Tracker], sampler: Sampler | None = None, total_steps: int = 0, say: Callable[[str], None] = print,
                  seconds: float = 0.0):
         """`seconds` is what it has cost to make the watchers."""
         self.watchers, self.sampler, self.say = watchers, sampler, say
@@ -189,7 +189,7 @@ class Tracking:
         self._seconds = seconds
         self._sampled = 0.0  # of the sampler's seconds, those that were told
 
-    def _tell(self, what: Callable[[Watcher], None]) -> None:
+    def _notify(self, what: Callable[[Tracker], None]) -> None:
         began = time.perf_counter()
         for watcher in list(self.watchers):
             try:
@@ -201,9 +201,9 @@ class Tracking:
 
     def first_batch(self, pixels: Callable[[], np.ndarray]) -> None:
         """Show what the network will see; `pixels` makes it, where somebody wants it."""
-        if any(type(watcher).batch is not Watcher.batch for watcher in self.watchers):
+        if any(type(watcher).batch is not Tracker.batch for watcher in self.watchers):
             shown = pixels()
-            self._tell(lambda watcher: watcher.batch(shown))
+            self._notify(lambda watcher: watcher.batch(shown))
 
     def losses(self, losses: list[tuple[int, float]]) -> None:
         """Steps, in their order, with the training loss of each; they are told on as means, STEP_POINTS or so in a run.
@@ -221,10 +221,10 @@ class Tracking:
                 self._told = step
 
     def _tell_loss(self, step: int, mean: float, steps: int) -> None:
-        self._tell(lambda watcher: watcher.loss(step, mean, steps))
+        self._notify(lambda watcher: watcher.loss(step, mean, steps))
 
     def epoch(self, line: dict[str, Any]) -> None:
-        self._tell(lambda watcher: watcher.epoch(line))
+        self._notify(lambda watcher: watcher.epoch(line))
 
     def take_seconds(self) -> float:
         """What watching has cost since the last call."""
@@ -239,7 +239,7 @@ class Tracking:
     def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
         if self.sampler:
             self.sampler.stop()
-        self._tell(lambda watcher: watcher.close(failed=error is not None))
+        self._notify(lambda watcher: watcher.close(failed=error is not None))
 
 
 def start_tracking(folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, screen: Console) -> Tracking:
@@ -252,7 +252,7 @@ def start_tracking(folder: Path, facts: dict[str, Any], step: int, tensorboard: 
         RunError: Weights & Biases cannot be used.
     """
     began = time.perf_counter()
-    watchers: list[Watcher] = [StepLosses(folder, step)]
+    watchers: list[Tracker] = [StepLosses(folder, step)]
     if tensorboard:
         watchers.append(TensorBoard(folder, facts, step))
     if wandb is not None:
@@ -277,9 +277,9 @@ def numbers_of(line: dict[str, Any]) -> dict[str, float]:
 
 def first_images(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """The first images of a batch (B, 3, S, S), as they look, in eight columns: uint8 (rows, columns, S, S, 3)."""
-    from image_data.pixels import pixels_of
+    from image_data.pixels import denormalize
 
-    pixels = pixels_of(images[:LOOKED_AT], mean, std)
+    pixels = denormalize(images[:LOOKED_AT], mean, std)
     columns = min(8, len(pixels))
     rows = len(pixels) // columns
     return pixels[: rows * columns].reshape(rows, columns, *pixels.shape[1:])

@@ -193,7 +193,7 @@ def train(run: str, plan: tuple[int, str, float] | None, *command: str) -> None:
 
 @dataclass
 class Operations:
-    """Counts what Python does to files in a folder, and lets one operation be the last, or fail."""
+    """EvalCounts what Python does to files in a folder, and lets one operation be the last, or fail."""
 
     folder: str
     number: int

@@ -54,11 +54,11 @@ class Network:
 def meet_torchft(meeting: Path, network: Network, group: int, matchmaking: float, request: float) -> Callable[[], None]:
     """Our exchange; there is no outer step, so the outer state is empty."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from parallel.peers.membership import Standing
-    from parallel.peers.rendezvous import Meeting
+    from parallel.peers.membership import PeerState
+    from parallel.peers.rendezvous import PeerGroup
 
     join = meeting.read_text() if meeting.exists() else None
-    peer = Meeting("127.0.0.1", 0 if join else free_pair(), join, os.getpid(), say=lambda text: None)
+    peer = PeerGroup("127.0.0.1", 0 if join else free_pair(), join, os.getpid(), say=lambda text: None)
     peer.open({})
     if not join:
         meeting.write_text(peer.place.text)
@@ -66,7 +66,7 @@ def meet_torchft(meeting: Path, network: Network, group: int, matchmaking: float
 
     def exchange(share: float = 1.0) -> None:
         nonlocal rounds
-        outcome = peer.exchange(Standing(rounds, rounds, share, network.flat, torch.zeros(2 * len(network.flat))), entering=share == 0)
+        outcome = peer.exchange(PeerState(rounds, rounds, share, network.flat, torch.zeros(2 * len(network.flat))), joining=share == 0)
         network.flat.copy_(outcome.mean)
         rounds = outcome.count + 1
 

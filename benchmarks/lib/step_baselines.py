@@ -43,7 +43,7 @@ class Bare:
     def __init__(self, subject: Subject, request: dict[str, Any]):
         self.settings = subject.settings
         config = self.settings.engine
-        self.device = process_group.join()
+        self.device = process_group.init_process_group()
         self.sizes = BatchSizes.derive(config, request["processes"])
         self.feed = Feed(subject, self.sizes, int(os.environ["RANK"]), self.device, request["source"], request["synthetic"])
         self.bf16, self.clipping = config["bf16"]["enabled"], config["gradient_clipping"]

@@ -23,7 +23,7 @@ from dali_pipeline import Batches, Synthetic, side_of
 from image_data.dataset import Dataset
 from model import build_model
 from optim.lr_schedule import Schedule
-from parallel.batch_sizes import BatchSizes, Counts
+from parallel.batch_sizes import BatchSizes, EvalCounts
 from parallel.engine import Engine
 from parallel.strategies import engine_class
 
@@ -111,11 +111,11 @@ class Workload:
         synchronise(self.engine.device)
         return Spent(time.perf_counter() - began, self.feed.batches.wait_seconds), losses
 
-    def count(self) -> Counts:
+    def count(self) -> EvalCounts:
         """Correct images of the test split, as an epoch's end counts them. Collective."""
         engine = self.engine
         evaluation = self.subject.batches("test", engine.batch_sizes, engine.data_shard[0], engine.device, self.source)
-        counts = engine.count(evaluation.epoch())
+        counts = engine.evaluate(evaluation.epoch())
         evaluation.close()
         return counts
 
@@ -136,5 +136,5 @@ def memory_bytes(device: torch.device, before: int) -> int:
     return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
-def facts_of(counts: Counts) -> dict[str, Any]:
+def facts_of(counts: EvalCounts) -> dict[str, Any]:
     return {"correct": counts.correct, "seen": counts.seen, "loss": counts.loss}

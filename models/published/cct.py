@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.settings import ModelSettings
-from models.layers import MLP, DropPath, drop_path_rates, honours, init_linear
+from models.layers import MLP, DropPath, drop_path_rates, init_linear, uses_settings
 
 WIDTH, DEPTH, HEADS, HIDDEN = 256, 7, 4, 512
 
@@ -76,7 +76,7 @@ class Head(nn.Module):
         return self.classify((weights * x).sum(dim=1))
 
 
-@honours("dropout", "drop_path")
+@uses_settings("dropout", "drop_path")
 def cct_7_3x1(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """CCT-7/3x1: convolutional tokenizer, 7 blocks, sequence pooling; 3.8 M parameters (arXiv 2104.05704)."""
     layers = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
-from models.layers import DropPath, drop_path_rates, honours, init_linear
+from models.layers import DropPath, drop_path_rates, init_linear, uses_settings
 
 DEPTH, HIDDEN_FACTOR, SQUEEZE = 12, 4, 4
 EPSILON = 1e-6  # of every LayerNorm, as in the authors' code
@@ -150,25 +150,25 @@ def dhvt(width: int, heads: int, patch: int, settings: ModelSettings, num_classe
     return layers
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def dhvt_t_4(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """DHVT-T/4: hybrid of convolution and attention with head tokens, patch 4; 6.0 M parameters (arXiv 2210.05958)."""
     return dhvt(192, 4, 4, settings, num_classes, image_side)
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def dhvt_t_2(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """DHVT-T/2: as DHVT-T/4, patch 2; 5.8 M parameters (arXiv 2210.05958)."""
     return dhvt(192, 4, 2, settings, num_classes, image_side)
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def dhvt_s_4(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """DHVT-S/4: twice as wide, 8 heads, patch 4; 23.4 M parameters (arXiv 2210.05958)."""
     return dhvt(384, 8, 4, settings, num_classes, image_side)
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def dhvt_s_2(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """DHVT-S/2: twice as wide, 8 heads, patch 2; 22.8 M parameters (arXiv 2210.05958)."""
     return dhvt(384, 8, 2, settings, num_classes, image_side)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
-from models.layers import MLP, DropPath, drop_path_rates, honours
+from models.layers import MLP, DropPath, drop_path_rates, uses_settings
 
 HEAD_SIZE, HIDDEN_FACTOR = 32, 4
 EPSILON = 1e-6  # of every LayerNorm, as in the authors' code
@@ -185,21 +185,21 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def iformer_small(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """iFormer-S: convolution, max-pooling and attention side by side; 19.9 M parameters (arXiv 2205.12956)."""
     heads = [[1] * 3, [3] * 3, [7] * 4 + [9] * 5, [11] * 3]
     return iformer([96, 192, 320, 384], heads, settings, num_classes, image_side)
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def iformer_base(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """iFormer-B: 30 blocks; 47.9 M parameters (arXiv 2205.12956)."""
     heads = [[1] * 4, [3] * 6, [8] * 7 + [10] * 7, [15] * 6]
     return iformer([96, 192, 384, 512], heads, settings, num_classes, image_side)
 
 
-@honours("drop_path")
+@uses_settings("drop_path")
 def iformer_large(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """iFormer-L: 36 blocks; 86.6 M parameters (arXiv 2205.12956)."""
     heads = [[1] * 4, [3] * 6, [10] * 9 + [12] * 9, [19] * 8]

@@ -9,10 +9,10 @@ from torch import nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
-from models.layers import honours
+from models.layers import uses_settings
 
 
-@honours()
+@uses_settings()
 def lenet(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """LeNet of the DeepSpeed tutorial: two 5x5 convolutions, three linear maps; 62,006 parameters at 10 classes and 32 pixels.
 

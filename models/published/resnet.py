@@ -1,6 +1,6 @@
 """Residual networks (arXiv 1512.03385) from torchvision: ResNet-50 as it is, ResNet-18 with the stem that suits 32-pixel images.
 
-The layers are torchvision's own modules, cut into stem, blocks and head. `original_prefix` on each layer says how
+The layers are torchvision's own modules, cut into stem, blocks and head. `name_prefixes` on each layer says how
 torchvision names its tensors, so that its weight files load (see `models/initial_weights.py`).
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
-from models.layers import honours
+from models.layers import uses_settings
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet
@@ -29,7 +29,7 @@ def in_layers(network: ResNet) -> list[nn.Module]:
         named += [(f"{group}.{name}.", block) for name, block in getattr(network, group).named_children()]
     named.append(("", head))
     for prefix, layer in named:
-        layer.original_prefix = ("", prefix)  # our tensors "<name>" are torchvision's "<prefix><name>"
+        layer.name_prefixes = ("", prefix)  # our tensors "<name>" are torchvision's "<prefix><name>"
     return [layer for _, layer in named]
 
 
@@ -42,13 +42,13 @@ def torchvision_models() -> ModuleType:
     return models
 
 
-@honours()
+@uses_settings()
 def resnet50(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """ResNet-50 of torchvision, made for 224 pixels; 25.6 M parameters at 1000 classes (arXiv 1512.03385)."""
     return in_layers(torchvision_models().resnet50(weights=None, num_classes=num_classes))
 
 
-@honours()
+@uses_settings()
 def resnet18_cifar(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """ResNet-18 of torchvision with a 3x3 stem that keeps the side, no max-pooling; 11.2 M parameters (arXiv 1512.03385)."""
     network = torchvision_models().resnet18(weights=None, num_classes=num_classes)

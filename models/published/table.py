@@ -1,7 +1,7 @@
 """Published networks by name. Each is a function (settings, number of classes, image side) -> list of layers.
 
 Every layer maps one tensor to one tensor; stem, each block, head, wherever the network allows. The name fixes the sizes;
-which settings a network reads all the same stands in its attribute `honours`. To add one, write a file here and add a
+which settings a network reads all the same stands in its attribute `used_settings`. To add one, write a file here and add a
 line to ARCHITECTURES. torchvision and timm are imported only when a network of theirs is built.
 """
 
@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 TIMM_PREFIX = "timm:"
 
 
-def find(name: str, table: dict[str, Architecture] = ARCHITECTURES) -> Architecture:
+def get_architecture(name: str, table: dict[str, Architecture] = ARCHITECTURES) -> Architecture:
     """The architecture `name` of `table`, or timm's model for `timm:NAME`. Raises SettingsError for an unknown name."""
     if name.startswith(TIMM_PREFIX):
         return timm_architecture(name.removeprefix(TIMM_PREFIX))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
-from models.layers import Architecture, honours
+from models.layers import Architecture, uses_settings
 
 
 class TimmNetwork(nn.Module):
     """Images (B, 3, S, S) -> class scores (B, K), by a model of timm."""
 
-    original_prefix = ("network.", "")  # our tensors "network.<name>" are timm's "<name>"
+    name_prefixes = ("network.", "")  # our tensors "network.<name>" are timm's "<name>"
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -36,7 +36,7 @@ class TimmNetwork(nn.Module):
                 owner.no_weight_decay = {*getattr(owner, "no_weight_decay", ()), name}
         reads_images = next(module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
         for edge in (reads_images, *self.head_modules()):
-            edge.is_edge = True
+            edge.is_input_or_output_layer = True
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -55,7 +55,7 @@ class TimmNetwork(nn.Module):
 def timm_architecture(name: str) -> Architecture:
     """The architecture function of timm's model `name`."""
 
-    @honours("drop_path")
+    @uses_settings("drop_path")
     def build(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
         return [TimmNetwork(create(name, settings.drop_path, num_classes, image_side))]
 

@@ -84,7 +84,7 @@ def open_store(place: str, seconds: float) -> dist.Store:
     return dist.TCPStore(address, int(port), None, False, timedelta(seconds=seconds), wait_for_workers=False)
 
 
-class Place:
+class Endpoint:
     """What this peer listens with; `text` is how others name it.
 
     Args:

@@ -31,8 +31,8 @@ from parallel.compile import FIRST_STEPS_SECONDS
 from parallel.diloco import OuterStep, check_outer
 from parallel.peers.heartbeat import background
 from parallel.peers.link_cost import line_of_exchange
-from parallel.peers.membership import Member, Outcome, Standing
-from parallel.peers.rendezvous import Meeting
+from parallel.peers.membership import ExchangeResult, Member, PeerState
+from parallel.peers.rendezvous import PeerGroup
 from parallel.peers.setup import agreement, data_seed, join_command
 
 POLL_SECONDS = 0.5  # between looks at whether an exchange is over, and whether the person wants to leave
@@ -44,11 +44,11 @@ class Engine(zero.Engine):
     """One peer."""
 
     name = "local"
-    honours = frozenset({"local_steps", "outer_lr", "outer_momentum", "patience_seconds"})
-    no_average = "peers that come and go would each average only what they saw themselves"
-    no_own_average = "the peers exchange the weights that are trained, and not the average that would be evaluated"
+    used_settings = frozenset({"local_steps", "outer_lr", "outer_momentum", "patience_seconds"})
+    ema_refusal = "peers that come and go would each average only what they saw themselves"
+    own_average_refusal = "the peers exchange the weights that are trained, and not the average that would be evaluated"
 
-    def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int, meeting: Meeting):
+    def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int, meeting: PeerGroup):
         """As of `zero`; `meeting` is used by the main process only.
 
         Raises:
@@ -93,7 +93,7 @@ class Engine(zero.Engine):
                 self.meeting.open(agreement(facts, self.num_parameters))
             except (RunError, SettingsError) as error:
                 problem = str(error)
-        self._raise(self.from_main(problem))
+        self._raise(self.broadcast_object(problem))
         self._make_outer()
         if self.is_main:
             self.say(f"peers     this one listens at {self.meeting.place.text}; another joins with")
@@ -101,7 +101,7 @@ class Engine(zero.Engine):
             if self.meeting.join:
                 self.say("peers     waiting for the others' next exchange")
         if self.meeting.join or self.alone >= self.local_steps:  # the latter: stopped while it waited for an exchange
-            self._exchange(entering=self.meeting.join is not None)
+            self._exchange(joining=self.meeting.join is not None)
         self.began = time.monotonic()
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
@@ -117,7 +117,7 @@ class Engine(zero.Engine):
         self.meeting.touch()
         return super().forward(images)
 
-    def _exchange(self, entering: bool = False) -> None:
+    def _exchange(self, joining: bool = False) -> None:
         """Meet the others, make the outer step, and stand where they stand. Collective.
 
         Told to stop while it waits, the peer leaves without the exchange; resumed, it meets the others before anything else.
@@ -127,19 +127,19 @@ class Engine(zero.Engine):
         if self.is_main:
             sound = bool(torch.isfinite(values).all())  # a peer whose weights are lost does not spoil the others'
             share = min(1.0, self.alone / self.local_steps) if sound else 0.0
-            standing = Standing(self.outer_steps, self.step, share, values, self._outer_vector())
-            future = background(self.meeting.exchange, standing, entering)
+            standing = PeerState(self.outer_steps, self.step, share, values, self._outer_vector())
+            future = background(self.meeting.exchange, standing, joining)
         if not self._wait(future):
             if self.is_main:
                 self.meeting.leave()
                 self.say("peers     left without the exchange that it was waiting for")
             return
-        outcome: Outcome | None = future.result() if future else None
+        outcome: ExchangeResult | None = future.result() if future else None
         if outcome is not None:
             values = self._outer_step(outcome)
             self._tell(outcome, worked_seconds)
         self._scatter(values)
-        self.outer_steps, self.step, self.facts = self.from_main((self.outer_steps, self.step, self.facts))
+        self.outer_steps, self.step, self.facts = self.broadcast_object((self.outer_steps, self.step, self.facts))
         self.alone, self.began = 0, time.monotonic()
 
     def _wait(self, future: Future | None) -> bool:
@@ -151,7 +151,7 @@ class Engine(zero.Engine):
                 done = future.done()
                 problem = str(future.exception()) if done and isinstance(future.exception(), RunError) else None
             # The other processes wait here only, and never for longer than a moment: no time limit of theirs can strike.
-            done, problem = self.from_main((done, problem))
+            done, problem = self.broadcast_object((done, problem))
             self._raise(problem)
             if done:
                 return True
@@ -183,7 +183,7 @@ class Engine(zero.Engine):
         self.outer.set_state({f"outer/{kind}/{name}": next(parts).view_as(anchor)
                               for kind in ("anchor", "momentum") for name, anchor in self.outer.anchor.items()})
 
-    def _outer_step(self, outcome: Outcome) -> Tensor:
+    def _outer_step(self, outcome: ExchangeResult) -> Tensor:
         """The values that every peer goes on from."""
         if outcome.outer is not None:
             self._set_outer_vector(outcome.outer)
@@ -198,7 +198,7 @@ class Engine(zero.Engine):
         self.step = min(self.outer_steps * self.local_steps, self.schedule.total)
         return torch.cat([*values, buffers])
 
-    def _tell(self, outcome: Outcome, worked_seconds: float) -> None:
+    def _tell(self, outcome: ExchangeResult, worked_seconds: float) -> None:
         """Facts for the epoch's line, and on the screen who came and who went."""
         self.facts = {"peers": len(outcome.members), "outer_steps": self.outer_steps, "exchange_wait_seconds": round(outcome.wait_seconds, 3),
                       "exchange_seconds": round(outcome.seconds, 3), "exchange_bytes": outcome.num_bytes}
@@ -270,7 +270,7 @@ class Engine(zero.Engine):
             self.outer = OuterStep({name: state[f"outer/anchor/{name}"] for name in trained}, chosen.outer_lr, chosen.outer_momentum)
             self.outer.set_state(state)
             self.outer_steps, self.alone = state["outer/progress"].tolist()
-        self.outer_steps, self.alone = self.from_main((self.outer_steps, self.alone))
+        self.outer_steps, self.alone = self.broadcast_object((self.outer_steps, self.alone))
 
     def say(self, text: str) -> None:
         if self.is_main:

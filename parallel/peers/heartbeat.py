@@ -15,7 +15,7 @@ BEAT_SECONDS = 0.5  # between heartbeats
 SILENT_SECONDS = 4.0  # a lighthouse that has not answered for so long is given up for the next
 
 
-class Beat(threading.Thread):
+class Heartbeat(threading.Thread):
     """Tells one lighthouse that this peer is alive, and notes whether it answers."""
 
     def __init__(self, place: str, peer: str, is_alive: Callable[[], bool]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Standing:
+class PeerState:
     """What a peer brings to an exchange.
 
     Attributes:
@@ -51,7 +51,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExchangeResult:
     """What an exchange gave: `mean` (N,) is the same bits for every member.
 
     Attributes:

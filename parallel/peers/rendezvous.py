@@ -28,9 +28,9 @@ from torch import Tensor
 
 from common.errors import RunError, SettingsError
 from parallel.peers import heartbeat
-from parallel.peers.endpoint import Place, coordination, lighthouse_of, open_store
-from parallel.peers.heartbeat import Beat, background
-from parallel.peers.membership import Member, Outcome, Standing, choose_leader, ring_bytes
+from parallel.peers.endpoint import Endpoint, coordination, lighthouse_of, open_store
+from parallel.peers.heartbeat import Heartbeat, background
+from parallel.peers.membership import ExchangeResult, Member, PeerState, choose_leader, ring_bytes
 from parallel.setting_checks import leaves
 
 LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
@@ -38,7 +38,7 @@ CONNECT_SECONDS = 20.0  # for the members of a quorum to connect with one anothe
 FOREVER = timedelta(days=365)
 
 
-class Meeting:
+class PeerGroup:
     """This peer among the others. `exchange` is called by one thread at a time.
 
     Args:
@@ -53,8 +53,8 @@ class Meeting:
                  say: Callable[[str], None] = LOGGER.info):
         self.address, self.port, self.join, self.number, self.patience_seconds, self.say = address, port, join, number, patience_seconds, say
         self.id = uuid.uuid4().hex
-        self.beats: dict[str, Beat] = {}
-        self.place: Place | None = None
+        self.beats: dict[str, Heartbeat] = {}
+        self.place: Endpoint | None = None
         self._touched = time.monotonic()
         self._exchanging = False
 
@@ -67,18 +67,18 @@ class Meeting:
             RunError: nobody answers, or the port is in use.
             SettingsError: this peer's facts differ from the run's.
         """
-        places = self._introduce(facts) if self.join else []
-        self.place = Place(self.address, self.port, fixed=self.join is None, patience_seconds=self.patience_seconds)
+        places = self._handshake(facts) if self.join else []
+        self.place = Endpoint(self.address, self.port, fixed=self.join is None, patience_seconds=self.patience_seconds)
         self.since = time.time()
         self.device = dist.ProcessGroupGloo.create_device(hostname=self.address)
         self.home = places[0] if places else self.place.text
         self.place.store.set("facts", json.dumps(facts))
-        self._know(places)
+        self._update_endpoints(places)
         deadline = time.monotonic() + 2 * heartbeat.SILENT_SECONDS
         while not self.beats[self.home].answers and time.monotonic() < deadline:
             time.sleep(0.02)  # from here on the others wait for this peer: the lighthouse has heard of it (unless home is gone)
 
-    def _introduce(self, facts: dict[str, Any]) -> list[str]:
+    def _handshake(self, facts: dict[str, Any]) -> list[str]:
         """Where the run meets. Raises as `open` does."""
         try:
             store = open_store(self.join, 10.0)
@@ -94,7 +94,7 @@ class Meeting:
             raise SettingsError(f"this peer does not fit the run at {self.join}: {'; '.join(apart[:5])}{more}")
         return places
 
-    def _know(self, places: list[str]) -> None:
+    def _update_endpoints(self, places: list[str]) -> None:
         """From now on meet at the first of these places that answers: home first, and this peer's own at the latest."""
         self.places = list(dict.fromkeys([self.home, *places, self.place.text]))
         self.place.store.set("places", json.dumps(self.places))
@@ -103,7 +103,7 @@ class Meeting:
         for place in self.places:
             # At all of them: so each lighthouse knows who must be waited for, should the meeting move there.
             if place not in self.beats:
-                self.beats[place] = Beat(place, self.id, self._is_alive)
+                self.beats[place] = Heartbeat(place, self.id, self._is_alive)
                 self.beats[place].start()
 
     def touch(self, seconds: float = 0.0) -> None:
@@ -128,18 +128,18 @@ class Meeting:
 
     # --- an exchange ----------------------------------------------------------------------------------------------
 
-    def exchange(self, standing: Standing, entering: bool = False) -> Outcome:
+    def exchange(self, standing: PeerState, joining: bool = False) -> ExchangeResult:
         """Average with everyone who is there, however often it takes; alone, the outcome is what was brought.
 
         Raises:
-            RunError: `entering` a run, and nobody is left to take it from.
+            RunError: `joining` a run, and nobody is left to take it from.
         """
         began = time.monotonic()
         self._exchanging = True
         try:
             while True:
                 members, name = self._assemble(standing)
-                if entering and len(members) == 1:
+                if joining and len(members) == 1:
                     if time.monotonic() - began > self.patience_seconds:
                         raise RunError(f"the peer at {self.join} is gone, and no other was met: start this one with --host-peers to go on alone")
                     time.sleep(heartbeat.BEAT_SECONDS)
@@ -152,14 +152,14 @@ class Meeting:
                     self.say(f"peers     an exchange of {len(members)} broke off ({reason}); again, with whoever is there")
                     continue
                 leader = choose_leader(members)
-                self._know([member.place for member in sorted(members, key=lambda member: (member.since, member.id))])
-                return Outcome(mean, worked, leader.count, leader.step, outer, members, assembled - began,
+                self._update_endpoints([member.place for member in sorted(members, key=lambda member: (member.since, member.id))])
+                return ExchangeResult(mean, worked, leader.count, leader.step, outer, members, assembled - began,
                                time.monotonic() - assembled, ring_bytes(len(mean), len(members)))
         finally:
             self._exchanging = False
             self.touch()
 
-    def _assemble(self, standing: Standing) -> tuple[list[Member], str]:
+    def _assemble(self, standing: PeerState) -> tuple[list[Member], str]:
         """The members of the next exchange, in an order that all know, and its name, which no other exchange has."""
         mark = standing.mark()
         while True:
@@ -185,13 +185,13 @@ class Meeting:
                 return place
         return self.place.text
 
-    def _ask(self, place: str, standing: Standing, mark: str) -> Any:
+    def _ask(self, place: str, standing: PeerState, mark: str) -> Any:
         client = coordination().LighthouseClient(lighthouse_of(place), connect_timeout=timedelta(seconds=heartbeat.SILENT_SECONDS))
         about = {"number": self.number, "since": self.since, "step": standing.step, "share": standing.share, "mark": mark}
         return client.quorum(self.id, timeout=FOREVER, address="", store_address=self.place.text, step=standing.count, world_size=1,
                              shrink_only=False, data=about)
 
-    def _average(self, standing: Standing, members: list[Member], name: str) -> tuple[Tensor, bool, Tensor | None]:
+    def _average(self, standing: PeerState, members: list[Member], name: str) -> tuple[Tensor, bool, Tensor | None]:
         """The mean, whether anybody had worked, and the leader's outer state where this peer needs it.
 
         Raises:
@@ -207,7 +207,7 @@ class Meeting:
         outer = None
         if len(members) > 1:
             group = self._connect(leader.place, name, mine, len(members))
-            outer = self._put_right(group, standing, members, leader, mine)
+            outer = self._sync_outer_state(group, standing, members, leader, mine)
             self._sum(group, mean)
             self._sum(group, torch.ones(1))  # everyone has the mean: nobody keeps what another could not get
         return mean / sum(shares), worked, outer
@@ -217,7 +217,7 @@ class Meeting:
         options._devices, options._timeout = [self.device], timedelta(seconds=CONNECT_SECONDS)
         return dist.ProcessGroupGloo(dist.PrefixStore(name, open_store(place, CONNECT_SECONDS)), rank, size, options)
 
-    def _put_right(self, group: dist.ProcessGroupGloo, standing: Standing, members: list[Member], leader: Member, mine: int) -> Tensor | None:
+    def _sync_outer_state(self, group: dist.ProcessGroupGloo, standing: PeerState, members: list[Member], leader: Member, mine: int) -> Tensor | None:
         """Send the outer state to those who stand elsewhere than the leader, or receive it."""
         patience, leads = timedelta(seconds=self.patience_seconds), members.index(leader)
         if mine == leads:

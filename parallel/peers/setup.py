@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import SettingsError
 from parallel.peers.endpoint import check_own, coordination, own_address, split_address
-from parallel.peers.rendezvous import Meeting
+from parallel.peers.rendezvous import PeerGroup
 from parallel.setting_checks import leaves
 
 # What may differ between peers: how each spreads its own work, and at which precision. Memory and GPUs differ.
@@ -21,7 +21,7 @@ OWN_FLAGS = {"--host-peers": 1, "--join": 1, "--peer-address": 1, "--preset": 1,
 
 
 def meeting_of(host_peers: str | None, join: str | None, peer_address: str | None, runs_dir: Path, name: str | None,
-               patience_seconds: float) -> Meeting | None:
+               patience_seconds: float) -> PeerGroup | None:
     """The meeting that the flags of these names ask for; None without any.
 
     Raises:
@@ -36,11 +36,11 @@ def meeting_of(host_peers: str | None, join: str | None, peer_address: str | Non
     coordination()
     if host_peers:
         address, port = split_address(host_peers, "--host-peers")
-        return Meeting(check_own(address, "--host-peers"), port, None, number=0, patience_seconds=patience_seconds)
+        return PeerGroup(check_own(address, "--host-peers"), port, None, number=0, patience_seconds=patience_seconds)
     there, port = split_address(join, "--join")
     address = own_address(there) if not peer_address else check_own(split_address(peer_address, "--peer-address")[0], "--peer-address")
     number = peer_number(socket.gethostname(), f"{runs_dir}/{name}")
-    return Meeting(address, port, f"{there}:{port}", number, patience_seconds)
+    return PeerGroup(address, port, f"{there}:{port}", number, patience_seconds)
 
 
 def peer_number(host: str, name: str) -> int:

@@ -22,7 +22,7 @@ import compare
 from benchmarks.lib.forked_programs import run_script
 from common.paths import PROJECT
 from common.text import without_paths
-from comparison.run_queue import Task
+from comparison.run_queue import PlannedRun
 from image_data.dataset import Dataset
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder
@@ -86,7 +86,7 @@ def test_a_report_has_no_path_of_this_machine(ask, invented, tmp_path, shapes):
 class Forked:
     """A run of train.py as a fork with PyTorch in memory, and perhaps with a new feed-forward."""
 
-    def __init__(self, task: Task, environment: dict[str, str]):
+    def __init__(self, task: PlannedRun, environment: dict[str, str]):
         self.program = programs.Program(train_with_new_entry, tuple(task.arguments), {})
         self.log = task.log
 

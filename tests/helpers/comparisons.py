@@ -1,11 +1,11 @@
-"""What the tests of compare.py share: a small question, and runs that are made up: their folders are written at once."""
+"""What the tests of compare.py share: a small experiment, and runs that are made up: their folders are written at once."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from comparison.run_queue import Task
+from comparison.run_queue import PlannedRun
 from records.run_folder import RunFolder
 
 COMMON = 'question = "Is a gate better?"\npreset = "tiny.toml"\nsteps = 6\nseeds = 2\n'
@@ -28,7 +28,7 @@ class Invented:
         self.started: list[str] = []
         self.accuracy, self.facts, self.speed, self.fails = {}, {}, {}, {}
 
-    def __call__(self, task: Task, environment: dict[str, str]) -> Ended:
+    def __call__(self, task: PlannedRun, environment: dict[str, str]) -> Ended:
         self.started.append(task.name)
         for arm, message in self.fails.items():
             if task.name.startswith(arm):
@@ -51,7 +51,7 @@ class Ended:
         raise AssertionError("nothing was to be stopped")
 
 
-def write_run(task: Task, accuracy: float, images_per_second: float, changed: dict, done: bool = True) -> None:
+def write_run(task: PlannedRun, accuracy: float, images_per_second: float, changed: dict, done: bool = True) -> None:
     """The folder of a run of 300 images in batches of 64, 30 of them held out."""
     expected = task.expected
     batch = expected["settings"]["engine"]["train_batch_size"]

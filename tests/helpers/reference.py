@@ -81,7 +81,7 @@ def plain_loop(settings: Settings, soft: bool = False, build: Callable[[], nn.Mo
     average, losses = {name: value.clone() for name, value in model.state_dict().items()}, []
     for step, (images, labels) in enumerate(zip(*data(soft), strict=True)):
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * schedule(step)
+            group["lr"] = group["initial_lr"] * schedule(step)
         loss = F.cross_entropy(model(images), labels, label_smoothing=settings.loss.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -157,7 +157,7 @@ def go_on(strategy: str, overrides: list[str], folder: Path, soft: bool = False)
 
 
 def counts_of(engine, raw: bool = False) -> tuple[int, int, int, float]:
-    """Counts over all images, dealt out to the shards, with a last batch that is filled up and not of the training's size."""
+    """EvalCounts over all images, dealt out to the shards, with a last batch that is filled up and not of the training's size."""
     (images, labels), (which, of) = data(), engine.data_shard
     images, labels = images.flatten(0, 1), labels.flatten(0, 1)
     size = 7 if of == 1 else 3
@@ -167,7 +167,7 @@ def counts_of(engine, raw: bool = False) -> tuple[int, int, int, float]:
     mine = [slice((i * of + which) * size, (i * of + which + 1) * size) for i in range(rounds)]
     # rows beyond the end repeat the first image: if they counted, the sums would show it
     source = torch.cat([images, images[:1].expand(len(padded) - len(images), -1, -1, -1)])
-    counts = engine.count(((source[part], padded[part]) for part in mine), raw=raw)
+    counts = engine.evaluate(((source[part], padded[part]) for part in mine), raw=raw)
     return counts.correct, counts.correct_top5, counts.seen, counts.loss_sum
 
 

@@ -24,7 +24,7 @@ from common.paths import PROJECT
 from config.settings import ModelSettings
 from image_data.dataset import Dataset
 from inference import onnx_export
-from inference.trained_model import Trained
+from inference.trained_model import TrainedModel
 from model import TABLES, build_model
 from records.run_folder import RunFolder
 
@@ -32,13 +32,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def exported(unbroken, tmp_path_factory) -> tuple[Done, Trained]:
+def exported(unbroken, tmp_path_factory) -> tuple[Done, TrainedModel]:
     """What an export says, and the run it is of."""
     folder = shutil.copytree(unbroken.folder, tmp_path_factory.mktemp("exported") / "runs" / "mine", ignore=shutil.ignore_patterns("state"))
-    return run("evaluate.py", folder, "--export", "onnx"), Trained.open(folder)
+    return run("evaluate.py", folder, "--export", "onnx"), TrainedModel.open(folder)
 
 
-def session(trained: Trained):
+def session(trained: TrainedModel):
     return onnxruntime.InferenceSession(trained.record.folder / "model.onnx")
 
 
@@ -93,12 +93,12 @@ class Dice(nn.Module):
         return x + torch.rand_like(x)
 
 
-def with_part(trained: Trained, part: nn.Module) -> Trained:
+def with_part(trained: TrainedModel, part: nn.Module) -> TrainedModel:
     """The same run, but one layer of its network is replaced."""
     network = trained.network()
     network[1] = part
 
-    class Changed(Trained):
+    class Changed(TrainedModel):
         def network(self, *_):
             return network
 

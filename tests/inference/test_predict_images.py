@@ -19,7 +19,7 @@ from dali_pipeline import Batches
 from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
 from inference.predict_images import fit, read_image
-from inference.trained_model import Trained
+from inference.trained_model import TrainedModel
 from records.run_folder import RunFolder
 
 
@@ -114,7 +114,7 @@ def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
             photograph(height, width, seed=10 * i + j).save(path)
     dataset = prepare(root=tmp_path, workers=1)
     facts = {"settings": {"image_side": image_side}, "dataset": {"image_side": dataset.image_side, "mean": dataset.mean, "std": dataset.std}}
-    trained = Trained(RunFolder(tmp_path), facts)
+    trained = TrainedModel(RunFolder(tmp_path), facts)
     test = dataset.splits["test"]
     batches = Batches(replace(dataset, splits={"test": test}), "test", len(test), source="files", image_side=image_side)
     (theirs, _), = batches.epoch()

@@ -16,12 +16,12 @@ from torch import nn
 from common.errors import SettingsError
 from config.settings import ModelSettings
 from models.initial_weights import load_initial_weights, resample_positions
-from models.published.table import find
+from models.published.table import get_architecture
 
 
 def build(name: str = "cct-7-3x1", num_classes: int = 100, image_side: int = 32, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(*find(name)(ModelSettings(architecture=name), num_classes, image_side))
+    return nn.Sequential(*get_architecture(name)(ModelSettings(architecture=name), num_classes, image_side))
 
 
 def same(a: nn.Module, b: nn.Module, but: tuple[str, ...] = ()) -> bool:

@@ -18,7 +18,7 @@ from common.errors import SettingsError
 from common.paths import PROJECT
 from config.settings import ModelSettings
 from models.layers import DropPath
-from models.published.table import ARCHITECTURES, find
+from models.published.table import ARCHITECTURES, get_architecture
 from optim.param_groups import parameter_groups
 
 # name, classes, image side, our count, the published figure in millions and its decimals, where it stands
@@ -46,7 +46,7 @@ SMALL = ["cct-7-3x1", "dhvt-t-4", "dhvt-t-2", "sl-vit", "iformer-small", "resnet
 def build(name: str, num_classes: int = 100, image_side: int = 32, **settings) -> nn.Sequential:
     torch.manual_seed(0)
     settings = ModelSettings(architecture=name, **settings)
-    return nn.Sequential(*find(name)(settings, num_classes, image_side))
+    return nn.Sequential(*get_architecture(name)(settings, num_classes, image_side))
 
 
 def count(model: nn.Module) -> int:
@@ -76,7 +76,7 @@ def test_every_architecture_has_a_published_count():
 def test_layers_pass_one_contiguous_tensor_on(name):
     with torch.device("meta"):
         x = torch.zeros(2, 3, 32, 32)
-        for layer in find(name)(ModelSettings(architecture=name), 100, 32):
+        for layer in get_architecture(name)(ModelSettings(architecture=name), 100, 32):
             x = layer(x)
             assert isinstance(x, torch.Tensor) and x.is_contiguous(), type(layer)
     assert x.shape == (2, 100)
@@ -148,9 +148,9 @@ def test_positions_and_class_tokens_do_not_decay(name):
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "timm:any"])
 def test_honoured_settings_exist_and_change_something(name):
-    honoured = find(name).honours
-    assert honoured <= {field.name for field in dataclasses.fields(ModelSettings)}
-    if name in SMALL and "drop_path" in honoured:
+    used = get_architecture(name).used_settings
+    assert used <= {field.name for field in dataclasses.fields(ModelSettings)}
+    if name in SMALL and "drop_path" in used:
         torch.manual_seed(0)
         model = build(name, drop_path=0.9).train()
         kept = [module.keep.item() for module in model.modules() if isinstance(module, DropPath)]
@@ -167,7 +167,7 @@ def test_dropout_of_cct_acts_in_training_only():
 
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(SettingsError, match="did you mean 'dhvt-t-4'"):
-        find("dhvt-t4")
+        get_architecture("dhvt-t4")
 
 
 def test_importing_the_table_imports_no_library_of_models():

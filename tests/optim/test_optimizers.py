@@ -69,7 +69,7 @@ def test_a_layer_may_name_what_does_not_decay_and_what_learns_slower():
     groups = settings_of(nn.Sequential(TreeLayer(), nn.Linear(3, 3)), lr=2.0)
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
         "0.root": (0.5, DECAY), "0.leaf": (2.0, DECAY), "0.anchor": (2.0, 0.0), "1.weight": (2.0, DECAY), "1.bias": (2.0, 0.0)}
-    assert all(group["base_lr"] == group["lr"] for group in groups.values())
+    assert all(group["initial_lr"] == group["lr"] for group in groups.values())
 
 
 def test_a_factor_slows_what_the_optimiser_does():
@@ -103,7 +103,7 @@ def test_the_optimiser_is_the_one_that_is_named_with_its_settings(name):
     assert type(optimizer).__name__ == name
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
     for group in optimizer.param_groups:
-        assert group["lr"] == group["base_lr"] == 0.1
+        assert group["lr"] == group["initial_lr"] == 0.1
         assert name == "SGD" or group.get("hidden") or group["betas"] == (0.8, 0.9)
 
 
@@ -160,7 +160,7 @@ def test_muon_gets_hidden_matrices_and_nothing_else(choice):
     assert hidden and all(p.ndim >= 2 and not NOT_A_WEIGHT.search(name) for name, p in hidden.items())
     last = f"{len(model) - 1}."
     if len(model) > 1:  # the first layer reads the images, the last gives the scores
-        inner = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "is_edge", None) is False)
+        inner = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "is_input_or_output_layer", None) is False)
         assert not any(name.startswith(("0.", last)) and not name.startswith(inner) for name in hidden)
     else:
         assert not any("head" in name or "patch_embed" in name for name in hidden)
@@ -302,7 +302,7 @@ def test_what_an_optimiser_counts_for_a_group_follows_from_the_step(name):
     stepped, restored = (build_optimizer(config, layer, fused=False) for _ in range(2))
     for step in range(9):
         for group in stepped.param_groups:
-            group["lr"] = group["base_lr"] * schedule(step)
+            group["lr"] = group["initial_lr"] * schedule(step)
         for parameter in layer.parameters():
             parameter.grad = torch.ones_like(parameter)
         stepped.step()

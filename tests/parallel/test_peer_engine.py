@@ -22,7 +22,7 @@ from benchmarks.lib.forked_programs import Program, start
 from benchmarks.lib.peer_averaging_worker import free_pair
 from parallel.peers import endpoint
 from parallel.peers.membership import ring_bytes
-from parallel.peers.rendezvous import Meeting
+from parallel.peers.rendezvous import PeerGroup
 from parallel.strategies import engine_class
 from records.run_folder import RunFolder
 
@@ -41,7 +41,7 @@ AVERAGING = ["optimizer.type=SGD", "gradient_clipping=0.0", "parallel.local_step
 
 
 def peer_engine(settings, port: int, join: str | None = None, number: int = 0):
-    meeting = Meeting(HERE, port, join, number, patience_seconds=20.0)
+    meeting = PeerGroup(HERE, port, join, number, patience_seconds=20.0)
     return make_engine_of(partial(engine_class("local", peers=True), meeting=meeting), settings)
 
 
@@ -159,7 +159,7 @@ def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_
     for step, (images, labels) in enumerate(zip(*data(), strict=True)):
         seen = slice(0, BATCH // 2) if step == 0 else slice(0, BATCH)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * schedule(step)
+            group["lr"] = group["initial_lr"] * schedule(step)
         optimizer.zero_grad()
         F.cross_entropy(model(images[seen]), labels[seen]).backward()
         optimizer.step()

@@ -20,7 +20,7 @@ def meet() -> None:
     """Join, exchange something in every group, and look at what this process listens on."""
     import torch.distributed as dist
 
-    process_group.join()
+    process_group.init_process_group()
     total = torch.ones(3)
     dist.all_reduce(total)
     dist.all_reduce(total, group=process_group.control_group())

@@ -23,8 +23,8 @@ from common.errors import RunError, SettingsError
 from parallel.diloco import OuterStep
 from parallel.peers import endpoint, heartbeat, rendezvous
 from parallel.peers.link_cost import enough_steps, lines_of_cost, seconds_over
-from parallel.peers.membership import Member, Standing, choose_leader, ring_bytes
-from parallel.peers.rendezvous import Meeting
+from parallel.peers.membership import Member, PeerState, choose_leader, ring_bytes
+from parallel.peers.rendezvous import PeerGroup
 from parallel.peers.setup import agreement, data_seed, join_command, meeting_of, peer_number
 from parallel.setting_checks import leaves
 from parallel.strategies import engine_class
@@ -51,12 +51,12 @@ def quick(monkeypatch):
 @pytest.fixture
 def circle(quick):
     """Make peers that meet: `circle(n)` gives n of them, `circle(1, join)` one more, with `port` a first one at that port."""
-    opened: list[Meeting] = []
+    opened: list[PeerGroup] = []
 
-    def make(count: int, join: Meeting | None = None, port: int | None = None, facts: dict | None = None, patience: float = 5.0) -> list[Meeting]:
+    def make(count: int, join: PeerGroup | None = None, port: int | None = None, facts: dict | None = None, patience: float = 5.0) -> list[PeerGroup]:
         for _ in range(count):
             first = join or (opened[0] if opened and port is None else None)
-            meeting = Meeting(HERE, port or free_pair(), first.place.text if first else None, len(opened), patience, say=lambda text: None)
+            meeting = PeerGroup(HERE, port or free_pair(), first.place.text if first else None, len(opened), patience, say=lambda text: None)
             meeting.open(facts or {"seed": 0})
             opened.append(meeting)
         return opened[-count:]
@@ -66,11 +66,11 @@ def circle(quick):
         meeting.leave()
 
 
-def standing(value: float, count: int = 3, share: float = 1.0, outer: float = 7.0) -> Standing:
-    return Standing(count, 4 * count, share, torch.full((5,), value), torch.full((10,), outer))
+def standing(value: float, count: int = 3, share: float = 1.0, outer: float = 7.0) -> PeerState:
+    return PeerState(count, 4 * count, share, torch.full((5,), value), torch.full((10,), outer))
 
 
-def exchange(meetings: list[Meeting], standings: list[Standing]) -> list:
+def exchange(meetings: list[PeerGroup], standings: list[PeerState]) -> list:
     """All of them at once."""
     with ThreadPoolExecutor(len(meetings)) as pool:
         return [future.result(LIMIT_SECONDS) for future in
@@ -161,7 +161,7 @@ def test_a_peer_that_joins_is_not_left_alone_unasked(circle):
     (late,) = circle(1, patience=1.5)
     first.close()
     with pytest.raises(RunError, match="is gone, and no other was met: start this one with --host-peers"):
-        late.exchange(standing(1.0), entering=True)
+        late.exchange(standing(1.0), joining=True)
 
 
 def member(count: int, mark: str, since: float) -> Member:
@@ -192,7 +192,7 @@ def test_nobody_there_and_a_port_in_use(circle):
     with pytest.raises(RunError, match=rf"port {first.port} or {first.port + 1} of {HERE} is in use.*--host-peers {HERE}:PORT"):
         circle(1, port=first.port)
     with pytest.raises(RunError, match=rf"no peer answers at {HERE}:9"):
-        Meeting(HERE, free_pair(), f"{HERE}:9", 1).open({})
+        PeerGroup(HERE, free_pair(), f"{HERE}:9", 1).open({})
 
 
 def flags(**given) -> Namespace:

@@ -11,7 +11,7 @@ from reference import perform, pretended_gpus, refusal, settings_for, with_batch
 from torch import nn
 
 from common.errors import SettingsError
-from parallel.setting_checks import refuse_unused
+from parallel.setting_checks import check_unused_settings
 
 REFUSED = {  # strategy and settings: what the sentence says
     ("ddp", ("zero_optimization.stage=2",)): "strategy ddp would not use zero_optimization.stage=2",
@@ -90,8 +90,8 @@ def test_a_key_of_ds_config_that_only_deepspeed_knows_is_refused_by_name():
     settings = settings_for()
     settings.engine["fp16"] = {"enabled": True}
     with pytest.raises(SettingsError, match="strategy ddp would not use fp16.enabled=True of ds_config.json"):
-        refuse_unused("ddp", settings, frozenset(), honours_deepspeed=False)
-    refuse_unused("zero", settings, frozenset(), honours_deepspeed=True)
+        check_unused_settings("ddp", settings, frozenset(), uses_full_ds_config=False)
+    check_unused_settings("zero", settings, frozenset(), uses_full_ds_config=True)
     del settings.engine["gradient_clipping"]
     with pytest.raises(SettingsError, match="lacks gradient_clipping"):
-        refuse_unused("zero", settings, frozenset(), honours_deepspeed=True)
+        check_unused_settings("zero", settings, frozenset(), uses_full_ds_config=True)

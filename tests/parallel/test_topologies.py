@@ -61,13 +61,13 @@ def job_mixing(out: str) -> None:
     from parallel.buffers import mean_over
     from parallel.gossip import join_groups
 
-    process_group.join()
+    process_group.init_process_group()
     results = {}
     for name in TOPOLOGIES:
         value = torch.tensor([float(dist.get_rank() ** 2)])
         for group in join_groups(rounds_of(name, dist.get_world_size(), 2)):
             (value,) = mean_over([value], group)
-        results[name] = tensor_transfer.collect({"value": value})
+        results[name] = tensor_transfer.gather_tensors({"value": value})
     if dist.get_rank() == 0:
         torch.save(results, Path(out, "results"))
     dist.barrier()

@@ -17,7 +17,7 @@ from small_runs import checkpoints
 from common.errors import RunError
 from common.files import write_atomically
 from records import checkpoint_store
-from records.checkpoint_store import Checkpoints, Interval, damage, read_facts, room_needed
+from records.checkpoint_store import Checkpoints, Interval, disk_space_needed, find_damage, read_facts
 from records.run_folder import RunFolder
 from training import resume, resume_conditions
 
@@ -69,8 +69,8 @@ def test_whatever_is_harmed_is_seen_and_the_one_before_serves(tmp_path, harm, na
     for step in (2, 4):
         store(record).write(step, STATE, texts(step))
     harm(tmp_path / "state" / "step-00000004" / name)
-    newest, said = store(record).newest()
-    assert newest.name == "step-00000002" and damage(newest) is None and read_facts(newest, "progress.json")["epoch"] == 2
+    newest, said = store(record).newest_intact()
+    assert newest.name == "step-00000002" and find_damage(newest) is None and read_facts(newest, "progress.json")["epoch"] == 2
     assert len(said) == 1 and said[0].startswith("step-00000004 is damaged (") and said[0].endswith("it is now state/damaged-step-00000004")
     assert name == "SHA256SUMS" or name in said[0]
     assert checkpoints(record) == ["damaged-step-00000004", "step-00000002"]
@@ -80,7 +80,7 @@ def test_a_file_too_many_is_seen(tmp_path):
     record = RunFolder(tmp_path)
     store(record).write(2, STATE, texts(2))
     (tmp_path / "state" / "step-00000002" / "more.json").write_text("{}")
-    assert damage(tmp_path / "state" / "step-00000002") == "more.json is not in SHA256SUMS"
+    assert find_damage(tmp_path / "state" / "step-00000002") == "more.json is not in SHA256SUMS"
 
 
 def operations(monkeypatch, fail_at: int) -> list[str]:
@@ -111,8 +111,8 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monke
         store(record, keep=1).write(4, STATE, texts(4))
     monkeypatch.undo()
     assert len(done) == fail_at
-    newest, said = store(record).newest()
-    assert newest.name in ("step-00000002", "step-00000004") and damage(newest) is None and not said
+    newest, said = store(record).newest_intact()
+    assert newest.name in ("step-00000002", "step-00000004") and find_damage(newest) is None and not said
     store(record, keep=1).write(4, STATE, texts(4))
     assert checkpoints(record) == ["step-00000004"]
 
@@ -132,7 +132,7 @@ def test_only_the_last_damaged_ones_fill_the_disk(tmp_path):
     for step in range(2, 12, 2):
         store(record).write(step, STATE, texts(step))
         (tmp_path / "state" / f"unfinished-step-{step + 1:08d}").mkdir()
-        _, said = store(record).newest()
+        _, said = store(record).newest_intact()
         assert f"the run ended while step-{step + 1:08d} was being written" in said[0]
     store(record).write(12, STATE, texts(12))
     assert [name for name in checkpoints(record) if "damaged" in name] == ["damaged-step-00000009", "damaged-step-00000011"]
@@ -275,7 +275,7 @@ def test_metrics_never_end_in_half_a_line(tmp_path):
 
 def test_room_is_looked_for_before_the_start(tmp_path, monkeypatch):
     args = SimpleNamespace(runs_dir=tmp_path, keep_checkpoints=2)
-    resume.check_room(tmp_path / "new", room_needed(1000, 2), args)
+    resume.check_room(tmp_path / "new", disk_space_needed(1000, 2), args)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     with pytest.raises(RunError, match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room"):
-        resume.check_room(tmp_path / "new", room_needed(1_000_000, 2), args)
+        resume.check_room(tmp_path / "new", disk_space_needed(1_000_000, 2), args)

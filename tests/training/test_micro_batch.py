@@ -82,8 +82,8 @@ def test_the_advice_names_what_fits(room, sentence):
 def test_auto_takes_the_smallest_of_what_the_gpus_have_room_for(monkeypatch):
     chosen = MicroBatch(Engine, settings(), lambda: Hungry(40), dataset(), 8)
     chosen.new_trial = lambda: Trial(lambda: Hungry(40), settings(), dataset(), 8, torch.device("cpu"))
-    monkeypatch.setattr(micro_batch.processes, "pick_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(micro_batch.processes, "from_all", lambda value: [value, 16])  # another process has less
+    monkeypatch.setattr(micro_batch.process_group, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(micro_batch.process_group, "all_gather_objects", lambda value: [value, 16])  # another process has less
     assert "16 images at once" in chosen.choose("auto")
     assert chosen.settings.engine["gradient_accumulation_steps"] == 4
     assert chosen.choose("8") == "" and chosen.settings.engine["gradient_accumulation_steps"] == 8

@@ -57,7 +57,7 @@ def job(out: str) -> None:
             stream, skipped, states = poisoned(engine), [], []
             for _ in range(BAD_STEP + 2):
                 engine.train_batch(stream)
-                skipped.append(engine.from_all(engine.skipped))
+                skipped.append(engine.all_gather_objects(engine.skipped))
                 states.append(engine.gather_state())
             results[name + kind] = {"skipped": skipped, "states": states, "step": engine.step}
     for name, (strategy, overrides) in SEEN.items():
@@ -66,7 +66,7 @@ def job(out: str) -> None:
         for _ in range(BAD_STEP):
             engine.train_batch(stream)
             norms.append(float(engine.grad_norm))
-        results[f"seen by {name}"] = engine.from_all((norms, engine.skipped))
+        results[f"seen by {name}"] = engine.all_gather_objects((norms, engine.skipped))
     if os.environ["RANK"] == "0":
         torch.save(results, Path(out, "results"))
     dist.barrier()

@@ -19,7 +19,7 @@ from common.errors import RunError, SettingsError
 from common.files import read_lines
 from records.run_folder import RunFolder
 from training import trackers
-from training.trackers import StepLosses, TensorBoard, Tracking, Watcher, WeightsAndBiases, check_trackers, numbers_of
+from training.trackers import StepLosses, TensorBoard, Tracker, Tracking, WeightsAndBiases, check_trackers, numbers_of
 
 FACTS = {"settings": {"epochs": 3}, "command": ["train.py", "--name", "x"], "commit": "abc", "versions": {"torch": "2"}, "preset": "tiny", "seed": 0,
          "dataset": {"name": "shapes"}, "device": "CPU"}
@@ -59,7 +59,7 @@ def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
     from config.settings import Settings
     from dali_pipeline import Batches
     from image_data.dataset import Dataset
-    from image_data.pixels import pixels_of
+    from image_data.pixels import denormalize
 
     found = events(unbroken.folder)
     (image,) = found.Images("first_batch")
@@ -67,7 +67,7 @@ def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
     dataset = Dataset.open(shapes)
     settings = Settings.from_dict(unbroken.facts()["settings"])
     batches = Batches(dataset, "train", 64, seed=0, augmentation=settings.augmentation)
-    first = pixels_of(next(batches.epoch(0))[0], dataset.mean, dataset.std)
+    first = denormalize(next(batches.epoch(0))[0], dataset.mean, dataset.std)
     batches.close()
     S, gap = 32, 2
     assert sheet.shape == (8 * (S + gap), 8 * (S + gap), 3)
@@ -188,7 +188,7 @@ def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_pat
 # --- all watchers -------------------------------------------------------------------------------------------------
 
 
-class Listener(Watcher):
+class Listener(Tracker):
     def __init__(self):
         self.heard = []
 
