@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS, PlannedRun, Unavailable
+from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS, Task, Unavailable
 from benchmarks.lib.options import add_data, add_reports, keep, origin, some_of
 from benchmarks.lib.timing import SETTLE_SECONDS, alternate, cpu_seconds, machine, ratios, spread
 from common.errors import DatasetError
@@ -71,7 +71,7 @@ class Turn:
     cpu_us_per_image: float
 
 
-def measure(dataset: Dataset, task: PlannedRun, makers: dict[str, Callable], rounds: int, turn_seconds: float) -> dict[str, Any]:
+def measure(dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: int, turn_seconds: float) -> dict[str, Any]:
     """One job: what every loader did in every round, and why the others did not."""
     made, warm, skipped = {}, {}, {}
     for name in makers:
@@ -235,7 +235,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     makers = {name: maker for name, maker in loaders(options.ffcv_python).items() if name in options.loaders}
     jobs = {}
     for job in options.jobs:
-        task = PlannedRun(job, options.batch_size, num_batches, options.threads, device)
+        task = Task(job, options.batch_size, num_batches, options.threads, device)
         jobs[job] = measure(dataset, task, makers, options.rounds, options.turn_seconds)
         jobs[job]["unlike"] = unlike(jobs[job]) if job == "crop" else []
     where = machine(device)

@@ -78,9 +78,9 @@ class TensorBoard(Tracker):
                 self.writer.add_text(name, as_markdown(facts[name]), 0)
 
     def batch(self, pixels: np.ndarray) -> None:
-        from reports.images import sheet
+        from reports.images import tile
 
-        self.writer.add_image("first_batch", sheet(pixels), 0, dataformats="HWC")
+        self.writer.add_image("first_batch", tile(pixels), 0, dataformats="HWC")
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         self.writer.add_scalar("step_loss", mean, step)
@@ -117,9 +117,9 @@ class WeightsAndBiases(Tracker):
             self.run.log(numbers, step=step)
 
     def batch(self, pixels: np.ndarray) -> None:
-        from reports.images import sheet
+        from reports.images import tile
 
-        self._notify(0, {"first_batch": self.image(sheet(pixels))})
+        self._notify(0, {"first_batch": self.image(tile(pixels))})
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         self._notify(step, {"step_loss": mean})

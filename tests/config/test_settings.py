@@ -148,13 +148,13 @@ def test_a_parameter_that_the_optimiser_does_not_have_is_refused(overrides, sent
 def test_ds_config_json_is_the_home_of_the_default_optimiser(tmp_path, monkeypatch):
     from config import settings
 
-    engine = json.loads(settings.ENGINE_FILE.read_text())
-    monkeypatch.setattr(settings, "ENGINE_FILE", tmp_path / "ds_config.json")
+    engine = json.loads(settings.DS_CONFIG.read_text())
+    monkeypatch.setattr(settings, "DS_CONFIG", tmp_path / "ds_config.json")
     engine["optimizer"] = {"type": "SGD", "params": {"lr": 0.3}}
-    settings.ENGINE_FILE.write_text(json.dumps(engine))
+    settings.DS_CONFIG.write_text(json.dumps(engine))
     assert resolve(None, []).engine["optimizer"] == {"type": "SGD", "params": {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}}
     engine["optimizer"]["params"]["betas"] = [0.9, 0.99]
-    settings.ENGINE_FILE.write_text(json.dumps(engine))
+    settings.DS_CONFIG.write_text(json.dumps(engine))
     with pytest.raises(SettingsError, match="ds_config.json: unknown setting 'optimizer.params.betas'"):
         resolve(None, [])
 
