@@ -43,7 +43,7 @@ def main() -> int:
     from image_data.dataset import Dataset
     from model import build_model
     from parallel.strategies import engine_class
-    from training.run_facts import facts_of
+    from training.run_facts import RunOptions, facts_of
 
     settings = resolve(args.preset, args.set, strategy=args.strategy)
     dataset = Dataset.open(args.data_dir)
@@ -54,9 +54,8 @@ def main() -> int:
     training = Batches(dataset, "train", engine.batch_sizes.micro, which, of_how_many, augmentation=settings.augmentation, device=engine.device,
                        image_side=settings.image_side)
     steps_per_epoch = len(training) // engine.batch_sizes.accumulation
-    flags = {"seed": 0, "synthetic": False, "deterministic": False, "data_dir": args.data_dir}
-    run = argparse.Namespace(**flags, **dict.fromkeys(("max_steps", "hold_out", "patience", "init_weights")))
-    facts = facts_of(run, args.preset, dataset, engine, training.source, steps_per_epoch, total_steps=10**9)
+    options = RunOptions(args.preset, seed=0, max_steps=None, hold_out=None, patience=None, init_weights=None, synthetic=False, deterministic=False)
+    facts = facts_of(options, dataset, dataset.folder, engine, training.source, steps_per_epoch, total_steps=10**9)
     with tempfile.TemporaryDirectory(dir=args.runs_dir) as folder:
         record = RunFolder(Path(folder))
         record.create(facts)
@@ -81,17 +80,17 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
         for i in range(args.steps):
             engine.train_batch(stream)
             if saves and i == args.steps // 2:
-                snapshot = saver.snapshot(Progress(), {"weights.safetensors": engine.weights})
+                snapshot = saver.take_snapshot(Progress(), {"weights.safetensors": engine.weights})
                 saver.write(snapshot, Progress())
                 waited.append(snapshot.seconds)
         synchronise(engine.device)
         return time.perf_counter() - began
 
     def write_alone() -> float:
-        snapshot = saver.snapshot(Progress(), {"weights.safetensors": engine.weights})
+        snapshot = saver.take_snapshot(Progress(), {"weights.safetensors": engine.weights})
         began = time.perf_counter()
         saver.write(snapshot, Progress())
-        saver.settle()
+        saver.wait()
         return time.perf_counter() - began
 
     turn(True)

@@ -95,7 +95,7 @@ class Row:
         """A setting of `[parallel]` where the strategy has one of this name."""
         from parallel.strategies import engine_class
 
-        return getattr(self.settings.parallel, name) if name in engine_class(self.case.strategy).honours else otherwise
+        return getattr(self.settings.parallel, name) if name in engine_class(self.case.strategy).used_settings else otherwise
 
 
 def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
@@ -119,7 +119,7 @@ def concerns(override: str, strategy: str) -> bool:
 
     group, _, name = override.partition("=")[0].strip().partition(".")
     if group == "parallel" and name in {field.name for field in fields(ParallelSettings)}:
-        return name in engine_class(strategy).honours
+        return name in engine_class(strategy).used_settings
     return group != "zero_optimization" or engine_class(strategy).uses_full_ds_config
 
 

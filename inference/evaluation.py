@@ -30,25 +30,19 @@ def open_dataset(trained: TrainedModel, folder: Path | None) -> Dataset:
 def evaluate(model: Any, batches: Any, num_classes: int, device: Any, autocast: bool, show: bool) -> dict[str, Any]:
     """Sums over the split, over all processes: `confusion` int64 (K, K) with rows true, `top5` int, `loss_sum` float."""
     import torch
-    import torch.distributed as dist
-    import torch.nn.functional as F
     from tqdm import tqdm
 
+    from models.classification_metrics import ClassificationCounts
+
     dtype = next(model.parameters()).dtype
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    top5 = torch.zeros((), dtype=torch.int64, device=device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    counts = ClassificationCounts(device, num_classes)
     precision = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
     with torch.inference_mode(), precision:
         for images, labels in tqdm(batches.epoch(), total=len(batches), unit="batch", leave=False, disable=not show):
-            scores, real = model(images.to(dtype)).float(), labels >= 0
-            best = scores.topk(min(5, num_classes)).indices
-            confusion += torch.bincount((labels * num_classes + best[:, 0])[real], minlength=num_classes**2)
-            top5 += (best == labels[:, None]).sum()
-            loss_sum += F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum").double()
-    for total in (confusion, top5, loss_sum):
-        dist.all_reduce(total)
-    return {"confusion": confusion.view(num_classes, num_classes).cpu().numpy(), "top5": top5.item(), "loss_sum": loss_sum.item()}
+            counts.add(model(images.to(dtype)), labels)
+    counts.reduce()
+    confusion = counts.confusion.view(num_classes, num_classes).cpu().numpy()
+    return {"confusion": confusion, "top5": int(counts.counts[1]), "loss_sum": counts.loss_sum.item()}
 
 
 def describe(result: dict[str, Any], classes: list[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class WeightAverage:
         if not 0 < settings.decay < 1:
             raise SettingsError(f"ema.decay must lie between 0 (off) and 1, not {settings.decay}")
         self.settings, self.tensors = settings, list(tensors)
-        self.averages = [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
+        self.values = [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
 
     def decay(self, step: int) -> float:
         """Share of the average that stays when `step` updates have been made before this one.
@@ -40,22 +40,22 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights as they are after `step` + 1 optimiser steps."""
         current = [local(tensor.detach()).to(torch.float32) for tensor in self.tensors]
-        torch._foreach_lerp_([local(average) for average in self.averages], current, 1 - self.decay(step))
+        torch._foreach_lerp_([local(average) for average in self.values], current, 1 - self.decay(step))
 
     @torch.no_grad()
     def restart(self) -> None:
         """Begin anew from the weights as they are: for a state that holds no average."""
-        for average, tensor in zip(self.averages, self.tensors, strict=True):
+        for average, tensor in zip(self.values, self.tensors, strict=True):
             average.copy_(tensor)
 
 
 class WeightAveraging:
     """The part of an engine that keeps the average, and puts it in the place of the weights while they are evaluated.
 
-    The engine has `master_weights`, `network`, `refresh` and the number of its `step`.
+    The engine has `master_weights`, `network`, `sync_from_masters` and the number of its `step`.
     """
 
-    average: WeightAverage | None = None
+    ema: WeightAverage | None = None
 
     def start_average(self, settings: EmaSettings) -> None:
         """When network and optimiser stand. Raises SettingsError."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from config.settings import Settings
+from models.classification_metrics import ClassificationCounts
 from models.cost import count_parameters
 from optim.lr_schedule import Schedule
 from optim.optimizers import COUNTS_OWN_STEPS, check_optimizer
@@ -240,7 +241,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     def evaluate(self, batches: Iterator[Batch], raw: bool = False) -> EvalCounts:
         """Correct, top-5 correct, seen images and summed loss over the batches of all processes; padding is left out.
 
-        EvalCounts the average if there is one, or with `raw` the weights that are trained all the same.
+        Evaluates the average if there is one, or with `raw` the weights that are trained all the same.
         """
         self.compiled.use(training=False)
         with self.evaluation_weights(raw):
@@ -248,20 +249,13 @@ class Engine(WeightAveraging, Collectives, ABC):
 
     @torch.no_grad()
     def _count(self, batches: Iterator[Batch]) -> EvalCounts:
-        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        counts = ClassificationCounts(self.device)
         for images, labels in batches:
             scores = self.forward(images)
-            if scores is None:
-                continue
-            real, scores = labels >= 0, scores.float()
-            top5 = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-            counts += torch.stack([top5[:, 0].sum(), top5.any(dim=1).sum(), real.sum()])
-            loss_sum += F.cross_entropy(scores, labels, ignore_index=-1, reduction="sum").double()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(counts)
-            dist.all_reduce(loss_sum)
-        return EvalCounts(*counts.tolist(), loss_sum.item())
+            if scores is not None:
+                counts.add(scores, labels)
+        counts.reduce()
+        return EvalCounts(*counts.counts.tolist(), counts.loss_sum.item())
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group: wait for the others, unless this process `failed` and they may never come."""

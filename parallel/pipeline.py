@@ -154,4 +154,4 @@ class Engine(zero.Engine):
         def receive(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             return state[key].to(self.device, dtype)
 
-        self.put(*keys_of(state), receive)
+        self.load_tensors(*keys_of(state), receive)

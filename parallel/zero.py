@@ -204,7 +204,7 @@ class Engine(contract.Engine):
         return self.parts.inner, self.parts.updated
 
     def sync_from_masters(self) -> None:
-        self.parts.refresh()
+        self.parts.sync_from_masters()
 
     def describe(self) -> str:
         return f"stage {self.stage}, {'bf16' if self.bf16 else 'fp32'}{self.features()}"
@@ -226,7 +226,7 @@ class Engine(contract.Engine):
             dist.broadcast(value, src=0)
             return value
 
-        self.put(*self.broadcast_object(None if state is None else keys_of(state)), receive)
+        self.load_tensors(*self.broadcast_object(None if state is None else keys_of(state)), receive)
 
     def load_tensors(self, keys: set[str], scalars: dict[str, Tensor], receive: Receive) -> None:
         """Fill this process's part of the state in; `receive` gives the full tensor of a key. Collective."""

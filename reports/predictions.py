@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from config.settings import ModelSettings
 from image_data.pixels import denormalize
+from models.classification_metrics import image_results
 from models.pooling import POOLINGS
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ def predict(model: nn.Module, batches: Batches, autocast: bool) -> Predictions:
     """Run the network over a split. Batches hold the images in the order of the list and are padded with the label -1."""
     parts: list[tuple[Tensor, ...]] = []
     for images, labels in batches.epoch():
-        scores, real = scores_of(model, images, autocast), labels >= 0
-        probability, predicted = scores.softmax(dim=1).max(dim=1)
-        losses = F.cross_entropy(scores, labels, ignore_index=-1, reduction="none")
-        parts.append(tuple(part[real].cpu() for part in (labels, predicted, probability, losses)))
+        parts.append(tuple(part.cpu() for part in image_results(scores_of(model, images, autocast), labels)))
     return Predictions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 

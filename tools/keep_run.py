@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--note", metavar="TEXT", help="what a reader of the figures must know (default: nothing)")
     args = parser.parse_args()
     content = kept(RunFolder(args.run), args.note)
-    RESULTS / "runs".mkdir(parents=True, exist_ok=True)
+    (RESULTS / "runs").mkdir(parents=True, exist_ok=True)
     path = RESULTS / "runs" / f"{args.run.resolve().name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote results/runs/{path.name}")
