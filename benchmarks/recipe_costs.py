@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import SettingsError, unknown
 from common.paths import PROJECT
-from comparison.variant_costs import cost
 from config.command_line import Parser, run_cli  # noqa: E402
 from config.settings import preset_names, resolve
 
@@ -99,6 +98,8 @@ def plan(name: str, peak: float = PEAK) -> Plan:
         raise SettingsError(unknown("recipe", name, list(AIMS)))
     aim, settings = AIMS[name], resolve(name, [])
     data = DATASETS[aim.dataset]
+    from comparison.variant_costs import cost  # not with the file, so that --help answers at once
+
     counted = cost(settings, data.num_classes, settings.image_side or data.image_side)
     batch = settings.engine["train_batch_size"]
     steps = settings.epochs * (data.num_train // batch)

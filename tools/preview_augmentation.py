@@ -10,16 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common.paths import DATA
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one
 from config.settings import AugmentationSettings, preset_names, resolve
-from dali_pipeline import Batches
 from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
-from image_data.pixels import denormalize
 
 
 def main() -> None:
@@ -51,6 +48,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: int, count: int, epochs: int, seed: int, source: str) -> np.ndarray:
     """A grid of uint8 pixels (rows, columns, S, S, 3): `count` images, each as it is and as `epochs` epochs show it."""
+    import torch  # not with the file, so that --help answers at once
+
+    from dali_pipeline import Batches
+    from image_data.pixels import denormalize
+
     train = dataset.splits["train"]
     rows = np.linspace(0, len(train) - 1, count).astype(np.int64)
     few = replace(dataset, splits={"train": train.take(rows)})

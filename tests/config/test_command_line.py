@@ -19,7 +19,7 @@ from tools.list_settings import comments
 
 PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 # What persons start. The programs of the folders that have no Parser are started by others, with arguments of their own.
-SCRIPTS = sorted(str(path.relative_to(PROJECT)) for path in (*PROJECT.glob("*.py"), *PROJECT.glob("benchmarks/*.py"), *PROJECT.glob("cluster/*.py"))
+SCRIPTS = sorted(str(path.relative_to(PROJECT)) for path in (*PROJECT.glob("*.py"), *PROJECT.glob("benchmarks/*.py"), *PROJECT.glob("cluster/*.py"), *PROJECT.glob("tools/*.py"))
                  if PROGRAM.search(text := path.read_text()) and (path.parent == PROJECT or "Parser(" in text))
 # What takes a second or more to import; --help must do without.
 HEAVY = ("torch", "torchvision", "deepspeed", "nvidia", "timm", "matplotlib", "onnx")
@@ -92,17 +92,17 @@ def test_settings_are_found_by_their_last_name_and_exist():
     assert setting_of("nonsuch") is None
 
 
-# --- python config/settings.py ------------------------------------------------------------------------------------------
+# --- python train.py --list-settings -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [[], ["--preset", "cpu"], ["--set", "model.feed_forward=fff"], ["--set", "optimizer.type=SGD"]], ids=str)
 def test_the_list_of_settings_is_whole_and_can_be_typed_back(arguments):
-    done = without_heavy_imports("config/settings.py", *arguments)
+    done = without_heavy_imports("train.py", "--list-settings", *arguments)
     listed = dict(re.findall(r"^  ([\w.]+)\s+(\[.*?\]|\S+)", done.stdout, re.MULTILINE))
     shown = {path for path in listed if not path.endswith(".NAME")}
     expected = setting_paths(resolve(arguments[1] if "--preset" in arguments else None, arguments[1:] if "--set" in arguments else []))
     assert {path for path in expected if not path.endswith("_options")} == shown, done.stderr
-    typed = without_heavy_imports("config/settings.py", *(word for path in sorted(shown, key=lambda path: path.endswith("options.hidden"))
+    typed = without_heavy_imports("train.py", "--list-settings", *(word for path in sorted(shown, key=lambda path: path.endswith("options.hidden"))
                                                    if listed[path] != "-" for word in ("--set", f"{path}={listed[path]}")))
     assert typed.stdout == done.stdout, typed.stderr
 

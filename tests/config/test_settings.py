@@ -201,5 +201,5 @@ def test_the_sentence_for_an_unknown_name_lists_the_known_ones():
 
 
 def test_a_mistyped_setting_is_answered_without_loading_pytorch():
-    code = "import sys, settings; sys.exit(any(name.split('.')[0] in ('torch', 'deepspeed') for name in sys.modules))"
+    code = "import sys, config.settings; sys.exit(any(name.split('.')[0] in ('torch', 'deepspeed') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=60).returncode == 0

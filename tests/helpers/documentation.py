@@ -27,7 +27,7 @@ from pathlib import Path
 from common.paths import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-RUN = ("model.py", "config/settings.py", "evaluate.py", "prepare_dataset.py", "compare.py", "dali_pipeline.py", "tools/keep_run.py", "report.py",
+RUN = ("model.py", "evaluate.py", "prepare_dataset.py", "compare.py", "dali_pipeline.py", "tools/keep_run.py", "report.py",
        "tools/update_docs.py")
 LAUNCHERS = ("./launch_local_train.sh", "./launch_distributed_train.sh", "sbatch")
 FOREIGN = ("source", "sudo", "apt-get", "ssh", "ssh-keygen", "ssh-copy-id", "tensorboard", "pip", "git", "cd", "docker", "srun", "export", "wandb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shutil
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from common.paths import PROJECT
-from config import settings as settings_module
+from config import catalog
 from config.catalog import table_names
 from config.settings import resolve
 from model import TABLES, build_layers
@@ -97,18 +98,19 @@ def test_a_new_class_and_one_line_are_all_it_takes(monkeypatch, tmp_path):
 
     source = (PROJECT / "models/feed_forward.py").read_text()
     source = source.replace("FEED_FORWARDS = {", 'class Mine(nn.Module):\n    """Mine alone."""\n\n\nFEED_FORWARDS = {\n    "mine": Mine,')
+    (tmp_path / "models").mkdir()
     (tmp_path / "models/feed_forward.py").write_text(source)
-    shutil.copy(PROJECT / "models/tree_feed_forward.py", tmp_path)
-    monkeypatch.setattr(settings_module, "PROJECT", tmp_path)
+    shutil.copy(PROJECT / "models/tree_feed_forward.py", tmp_path / "models")
+    monkeypatch.setattr(catalog, "PROJECT", tmp_path)
     assert table_names("models/feed_forward.py", "FEED_FORWARDS")["mine"] == "Mine alone."
 
 
 @pytest.mark.parametrize(("file", "table"), [
     ("models/feed_forward.py", "FEED_FORWARDS"), ("models/attention.py", "ATTENTIONS"), ("models/patch_embedding.py", "PATCH_EMBEDDINGS"),
-    ("models/patch_embedding.py", "POSITIONS"), ("models/patch_embedding.py", "POOLINGS"), ("model.py", "BLOCKS"),
+    ("models/position.py", "POSITIONS"), ("models/pooling.py", "POOLINGS"), ("model.py", "BLOCKS"),
 ])
 def test_the_help_shows_every_entry_with_its_first_line(file, table):
-    module = __import__(file.removesuffix(".py"))
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     shown = table_names(file, table)
     assert shown == {name: part.__doc__.splitlines()[0] for name, part in getattr(module, table).items()}
     assert all(shown.values())

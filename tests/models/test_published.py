@@ -17,11 +17,14 @@ from torch import nn
 from common.errors import SettingsError
 from common.paths import PROJECT
 from config.settings import ModelSettings
+from model import sl_vit
 from models.layers import DropPath
-from models.published.table import ARCHITECTURES, get_architecture
+from models.published.table import ARCHITECTURES as PUBLISHED
+from models.published.table import get_architecture
 from optim.param_groups import parameter_groups
 
 # name, classes, image side, our count, the published figure in millions and its decimals, where it stands
+ARCHITECTURES = {"sl-vit": sl_vit, **PUBLISHED}
 COUNTS = [
     ("cct-7-3x1", 10, 32, 3_760_139, "3.760", "README of SHI-Labs/Compact-Transformers (CIFAR-10)"),
     ("cct-7-3x1", 100, 32, 3_783_269, "3.78", "the same network with 100 classes"),
@@ -46,7 +49,7 @@ SMALL = ["cct-7-3x1", "dhvt-t-4", "dhvt-t-2", "sl-vit", "iformer-small", "resnet
 def build(name: str, num_classes: int = 100, image_side: int = 32, **settings) -> nn.Sequential:
     torch.manual_seed(0)
     settings = ModelSettings(architecture=name, **settings)
-    return nn.Sequential(*get_architecture(name)(settings, num_classes, image_side))
+    return nn.Sequential(*get_architecture(name, ARCHITECTURES)(settings, num_classes, image_side))
 
 
 def count(model: nn.Module) -> int:
@@ -76,7 +79,7 @@ def test_every_architecture_has_a_published_count():
 def test_layers_pass_one_contiguous_tensor_on(name):
     with torch.device("meta"):
         x = torch.zeros(2, 3, 32, 32)
-        for layer in get_architecture(name)(ModelSettings(architecture=name), 100, 32):
+        for layer in get_architecture(name, ARCHITECTURES)(ModelSettings(architecture=name), 100, 32):
             x = layer(x)
             assert isinstance(x, torch.Tensor) and x.is_contiguous(), type(layer)
     assert x.shape == (2, 100)
@@ -148,7 +151,7 @@ def test_positions_and_class_tokens_do_not_decay(name):
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "timm:any"])
 def test_honoured_settings_exist_and_change_something(name):
-    used = get_architecture(name).used_settings
+    used = get_architecture(name, ARCHITECTURES).used_settings
     assert used <= {field.name for field in dataclasses.fields(ModelSettings)}
     if name in SMALL and "drop_path" in used:
         torch.manual_seed(0)
@@ -171,7 +174,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_importing_the_table_imports_no_library_of_models():
-    code = "import json, sys, architectures; print(json.dumps([m for m in ('timm', 'torchvision') if m in sys.modules]))"
+    code = "import json, sys, models.published.table; print(json.dumps([m for m in ('timm', 'torchvision') if m in sys.modules]))"
     out = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == []
 

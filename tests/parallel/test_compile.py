@@ -56,7 +56,7 @@ def captured() -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> dict:
-    return perform(tmp_path_factory.mktemp("captured") / "on-2", 2, reference.job, {}, {}, ["test_compile:captured"])
+    return perform(tmp_path_factory.mktemp("captured") / "on-2", 2, reference.job, {}, {}, ["tests.parallel.test_compile:captured"])
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def really_compiled() -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_compiled_layers_train_as_plain_ones_do_and_a_resumed_run_has_the_same_bits(tmp_path):
-    found = perform(tmp_path / "on-1", 1, reference.job, {}, {}, ["test_compile:really_compiled"])
+    found = perform(tmp_path / "on-1", 1, reference.job, {}, {}, ["tests.parallel.test_compile:really_compiled"])
     assert found["compiled"]["losses"] == pytest.approx(found["plain"]["losses"], abs=1e-5)
     assert largest_difference(found["compiled"]["weights"], found["plain"]["weights"]) < 1e-5
     assert found["dropout"]["losses"] != found["compiled"]["losses"]

@@ -66,7 +66,7 @@ def on_two(folder) -> dict:
     cases = {engine: [strategy, [*RECIPES["clipped"], *EMA, *overrides], {"look": True}] for engine, (strategy, overrides) in ENGINES.items()}
     cases |= {"bf16": ["zero", ["bf16.enabled=true", "zero_optimization.stage=2", *EMA], {}]}
     cases = dict(sorted(cases.items(), key=lambda case: "zero_optimization.stage=3" in case[1][1]))
-    return perform(folder / "on-2", 2, reference.job, cases, {}, ["test_averages:moving"])
+    return perform(folder / "on-2", 2, reference.job, cases, {}, ["tests.parallel.test_ema:moving"])
 
 
 @pytest.fixture(scope="module")
@@ -147,5 +147,5 @@ def test_the_decay_warms_up_or_does_not():
     weights += 1
     for step in range(3):
         cold.update(step)
-    assert cold.averages[0].tolist() == [1 - 0.75**3] * 2
+    assert cold.values[0].tolist() == [1 - 0.75**3] * 2
     assert STEPS > SAVED_AT

@@ -135,7 +135,7 @@ def on_one(folder) -> dict:
     """One process: a pipeline of one stage is still a pipeline."""
     cases = {f"{engine} {recipe}": [strategy, RECIPES[recipe] + (["parallel.stages=1"] if strategy == "pipeline" else []), {}]
              for engine, (strategy, _) in ENGINES.items() for recipe in ("clipped", "accumulated, clipped")}
-    return perform(folder / "on-1", 1, reference.job, cases, {}, ["test_engines:dp_case"])
+    return perform(folder / "on-1", 1, reference.job, cases, {}, ["tests.parallel.test_engines:dp_case"])
 
 
 # From (processes, engine) to (processes, engine)
@@ -162,7 +162,7 @@ def on_two(folder, on_one) -> dict:
     cases["pipeline stage 0 plain"] = ["pipeline", [*RECIPES["plain"], "zero_optimization.stage=0"], {}]
     cases["pipeline 1 x 2 accumulated, clipped"] = ["pipeline", [*RECIPES["accumulated, clipped"], "parallel.stages=1"], {}]
     return perform(folder / "on-2", 2, reference.job, cases, moves_to(2, folder),
-                   [f"test_engines:{cases}" for cases in ("batch_norm_cases", "bf16_cases", "cut_cases")])
+                   [f"tests.parallel.test_engines:{cases}" for cases in ("batch_norm_cases", "bf16_cases", "cut_cases")])
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def refusals() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> dict[str, str]:
-    return perform(tmp_path_factory.mktemp("refusals") / "on-2", 2, reference.job, {}, {}, ["test_engine_refusals:refusals"])
+    return perform(tmp_path_factory.mktemp("refusals") / "on-2", 2, reference.job, {}, {}, ["tests.parallel.test_setting_checks:refusals"])
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case[0]}: {' '.join(case[1])}")
