@@ -3,7 +3,6 @@
 #   ./launch_distributed_train.sh [--check] [--sync] [--measure] [--restarts N] [--hang-seconds S] [arguments of train.py]
 #   HOSTFILE=path        another hostfile than the one beside this script
 #   MASTER_ADDR, MASTER_PORT  where all processes meet (default: an address of the first host that the others reach, a free port)
-#   LAUNCHER=pdsh        start the hosts with DeepSpeed's own runner, which needs pdsh and survives less
 #   DRY_RUN=1            print what each host would run; reach no host, install nothing
 # Every machine needs the project and its environment at the same path (--sync copies them).
 set -euo pipefail
@@ -20,8 +19,4 @@ python3 "$here/cluster/hostfile.py" "$hostfile" >/dev/null || exit 2
 . "$here/environment/setup.sh"
 
 # 3. The hosts. exec: a signal to this script is then a signal to the one that ends the ranks on all machines.
-if [ "${LAUNCHER:-}" = pdsh ]; then
-    if command -v pdsh >/dev/null; then . "$here/cluster/pdsh.sh"; fi
-    say "pdsh is not installed (apt-get install pdsh): going on by plain SSH, which needs nothing else."
-fi
 exec "$PYTHON" "$here/cluster/run_hosts.py" --hostfile "$hostfile" "$@"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.files import write_atomically
+from common.machine import cpu_name
 from common.text import without_paths
 from comparison.experiment import Experiment
 from comparison.run_queue import PlannedRun
@@ -288,12 +288,3 @@ def _caveats(experiment: Experiment, report: dict[str, Any], results: list[Varia
     lines.append(f"Commit {', '.join(commit[:12] for commit in report['commits'])}{dirty}; {versions}; "
                  f"dataset {report['dataset']['name']} {report['dataset']['fingerprint'][:19]}.")
     return [f"- {line}" for line in lines]
-
-
-def cpu_name() -> str:
-    """The processor's model."""
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()

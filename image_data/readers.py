@@ -11,6 +11,8 @@ from torch import Tensor
 
 from common.errors import DatasetError
 
+EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # values for which decoders turn an image by 90 degrees
+
 
 class PackedReader:
     """Packed pixels, uint8 (N, S, S, 3); on a GPU they live there and are gathered there."""
@@ -77,7 +79,7 @@ class FileReader:
         return encoded
 
     def sizes(self, positions: np.ndarray) -> np.ndarray:
-        """Height and width of the images at `positions`, from their headers: int64 (B, 2)."""
+        """Height and width of the images at `positions` as they are decoded, from their headers: int64 (B, 2)."""
         return np.array(list(self._pool.map(self._size_of, positions)))
 
     def _size_of(self, position: int) -> tuple[int, int]:
@@ -86,7 +88,7 @@ class FileReader:
         try:
             with Image.open(self.paths[position]) as image:
                 width, height = image.size
-                return height, width
+                return (width, height) if image.getexif().get(EXIF_ORIENTATION, 1) in SIDEWAYS else (height, width)
         except (OSError, SyntaxError, ValueError) as error:
             raise DatasetError(f"{self.paths[position]} is broken ({error}); restore it, or run prepare_dataset.py --force") from None
 

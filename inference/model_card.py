@@ -11,10 +11,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from common.errors import SettingsError
 from common.files import write_atomically
-from config.differences import differences
-from config.settings import Settings, resolve
+from config.differences import changed_settings
 from inference.trained_model import WEIGHTS, TrainedModel
 from records.run_folder import RunFolder
 
@@ -103,19 +101,9 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
         "started from": facts["init_weights"] or "random weights",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
-    changed = "\n".join(changed_settings(facts))
+    changed = "\n".join(f"{path.removeprefix('engine.')}={value!r}" for path, value, _ in changed_settings(facts["settings"]) if value is not None)
     table = "\n".join([f"| {name} | {value} |" for name, value in lines.items()])
     return f"| | |\n|---|---|\n{table}\n\nSettings that differ from the defaults (`run.json` has all of them):\n\n```\n{changed}\n```"
-
-
-def changed_settings(facts: dict[str, Any]) -> list[str]:
-    """`path=value` of every setting of the run that the defaults do not have."""
-    try:
-        default = resolve(None, []).as_dict()
-    except SettingsError:
-        return []
-    changed = differences(default, Settings.from_dict(facts["settings"]).as_dict())
-    return [f"{text.split(' was ')[0].removeprefix('engine.')}={text.rsplit(', is ', 1)[1]}" for text in changed if not text.endswith(", is None")]
 
 
 def shorter(word: str) -> str:
@@ -134,8 +122,8 @@ python evaluate.py {folder} --export onnx
 ```
 
 ```python
-from predict import fit, read_image
-from trained import TrainedModel
+from inference.predict_images import fit, read_image
+from inference.trained_model import TrainedModel
 
 trained = TrainedModel.open("{folder}")
 pixels = fit(read_image("image.png"), trained)[None]

@@ -8,7 +8,7 @@ has no gradient of its own; a neuron learns from the tokens that come through it
 Two evaluations give the same result and the same gradients (`evaluation`):
     mask    compute every neuron, then set to 0 those off the path: two large products, work that grows with the tree
     path    gather the rows of the visited neurons level by level: work that grows with depth, but two rows moved a token and neuron
-Which is faster where: `python benchmarks/tree_evaluation.py`. At width 512 that was the path from about 1,000 neurons on for one
+Which is faster where was measured at commit 5db9433 (results/LOG.md): at width 512 the path from about 1,000 neurons on for one
 CPU core; for a GPU (H200) from 1,000 to 4,000 on in evaluation, and hardly ever in training. The two agree to rounding, so a
 token whose score is 0 to the last digit may take the other branch; on a GPU, `path` adds up gradients in no fixed order.
 """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from config.differences import leaves
 from config.settings import ParallelSettings, Settings
 from optim.optimizers import AVERAGES_WEIGHTS
 
@@ -32,13 +31,6 @@ def check_unused_settings(strategy: str, settings: Settings, used_settings: froz
         known = any(path == key or path.startswith(f"{key}.") for key in PLAIN_KEYS)
         if not known and not (path in NEUTRAL and value == NEUTRAL[path]):
             raise SettingsError(f"strategy {strategy} would not use {path}={value} of ds_config.json; zero does")
-
-
-def leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every leaf of nested dictionaries."""
-    for key, value in tree.items():
-        where = f"{path}.{key}" if path else key
-        yield from leaves(value, where) if isinstance(value, dict) else [(where, value)]
 
 
 def check_no_scalar_parameters(model: nn.Module, who: str) -> None:

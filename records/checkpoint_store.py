@@ -25,7 +25,7 @@ from common.errors import RunError
 from common.files import flush_to_disk, gigabytes, room_left, sha256_of
 
 STATE, ENGINE, PROGRESS, SUMS = "state.safetensors", "engine.json", "progress.json", "SHA256SUMS"
-UNFINISHED, DAMAGED = "unfinished-", "damaged-"
+UNFINISHED, REPLACED, DAMAGED = "unfinished-", "replaced-", "damaged-"
 KEEP_DAMAGED = 2  # set aside, for a look
 BYTES_A_VALUE = 4  # fp32
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -80,7 +80,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         final = self.folder / step_name(step)
-        unfinished = self.folder / f"{UNFINISHED}{final.name}"
+        unfinished, replaced = self.folder / f"{UNFINISHED}{final.name}", self.folder / f"{REPLACED}{final.name}"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -88,11 +88,12 @@ class Checkpoints:
             for name, text in texts.items():
                 (unfinished / name).write_text(text)
             verify_written(unfinished, tensors, texts)
-            if final.exists():  # of the same step, as when a run is stopped twice there
-                final.rename(self.folder / f"{UNFINISHED}replaced")
+            if final.exists():  # of the same step, as when a run is stopped twice there; put back if the next line is not reached
+                final.rename(replaced)
             unfinished.rename(final)
             flush_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
+            self._put_back_replaced()
             shutil.rmtree(unfinished, ignore_errors=True)  # half of a checkpoint is of no use, and may fill the disk
             raise RunError(f"the checkpoint after step {step:,} could not be written ({self._reason(error)}); {self._what_is_left()}") from error
         self._prune(best_step)
@@ -102,7 +103,7 @@ class Checkpoints:
         for path in self.all():
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.folder / f"{UNFINISHED}replaced", ignore_errors=True)
+        self._put_back_replaced()
         for path in sorted(self.folder.glob(f"{DAMAGED}*"), key=lambda path: path.stat().st_mtime)[:-KEEP_DAMAGED]:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -122,7 +123,8 @@ class Checkpoints:
     def newest_intact(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, after setting aside what is not; and a sentence for each that was."""
         said = []
-        shutil.rmtree(self.folder / f"{UNFINISHED}replaced", ignore_errors=True)
+        shutil.rmtree(self.folder / f"{UNFINISHED}replaced", ignore_errors=True)  # as earlier versions named it
+        self._put_back_replaced()
         for path in sorted(self.folder.glob(f"{UNFINISHED}*")):
             name = path.name.removeprefix(UNFINISHED)
             said.append(f"the run ended while {name} was being written; what there is of it is now state/{self._rename_aside(path, name)}")
@@ -132,6 +134,15 @@ class Checkpoints:
                 return path, said
             said.append(f"{path.name} is damaged ({problem}); it is now state/{self._rename_aside(path, path.name)}")
         return None, said
+
+    def _put_back_replaced(self) -> None:
+        """Where a checkpoint was moved out of the way and its successor did not get its name, give the name back."""
+        for path in self.folder.glob(f"{REPLACED}*"):
+            final = self.folder / path.name.removeprefix(REPLACED)
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(final)
 
     def _rename_aside(self, path: Path, name: str) -> str:
         number, aside = 1, self.folder / f"{DAMAGED}{name}"

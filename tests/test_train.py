@@ -181,3 +181,22 @@ def test_a_process_that_dies_takes_the_job_down(training):
         for process in [*ranks, psutil.Process(job.pid)] if job.poll() is None else ranks:
             if process.is_running():
                 process.kill()
+
+
+def test_the_folder_that_was_given_is_recorded_not_its_copy(training, shapes, tmp_path, runs):
+    programs.run("train.py", *training, "--name", "staged", "--max-steps", 1, "--stage-to", tmp_path / "local")
+    folder = RunFolder(runs / "staged").facts()["dataset"]["folder"]
+    assert (PROJECT / folder).resolve() == shapes.resolve() and next((tmp_path / "local").iterdir()).is_dir()
+
+
+def test_an_archive_beside_prepared_data_is_refused_unless_the_data_came_from_it(tiny, zipped, tmp_path):
+    common = ["--preset", tiny, "--data-dir", tmp_path / "pets", "--runs-dir", tmp_path / "runs", "--max-steps", 1, "--set", "train_batch_size=2"]
+    programs.run("train.py", *common, "--archive", zipped, "--name", "a")
+    programs.run("train.py", *common, "--archive", zipped, "--name", "b")
+    other = shutil.copy(zipped, tmp_path / "other.zip")
+    assert "was prepared from pets.zip, and --archive" in programs.run("train.py", *common, "--archive", other, "--name", "c", code=1).err
+    assert "was prepared from pets.zip, and --dataset shapes" in programs.run("train.py", *common, "--dataset", "shapes", "--name", "c", code=1).err
+    assert "--archive /none.zip does not exist" in programs.run("train.py", *common, "--archive", "/none.zip", "--name", "c", code=1).err
+    (tmp_path / "pets" / "prepared_from.json").unlink()  # as earlier versions left it
+    assert "was not read" in programs.run("train.py", *common, "--archive", other, "--name", "d").out
+

@@ -27,11 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import RunError, SettingsError
+from config.differences import leaves
 from parallel.peers import heartbeat
 from parallel.peers.endpoint import Endpoint, coordination, lighthouse_of, open_store
 from parallel.peers.heartbeat import Heartbeat, background
 from parallel.peers.membership import ExchangeResult, Member, PeerState, choose_leader, ring_bytes
-from parallel.setting_checks import leaves
 
 LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
 CONNECT_SECONDS = 20.0  # for the members of a quorum to connect with one another

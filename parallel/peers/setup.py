@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError
+from config.differences import leaves
 from parallel.peers.endpoint import check_own, coordination, own_address, split_address
 from parallel.peers.rendezvous import PeerGroup
-from parallel.setting_checks import leaves
 
 # What may differ between peers: how each spreads its own work, and at which precision. Memory and GPUs differ.
 FREE = ("strategy", "engine.zero_optimization", "engine.bf16", "engine.gradient_accumulation_steps", "parallel.patience_seconds")

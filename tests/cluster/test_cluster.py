@@ -11,9 +11,7 @@ import base64
 import json
 import os
 import re
-import shutil
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -103,23 +101,6 @@ def test_hosts_that_do_not_answer_are_named_with_the_mend(cluster):
     assert result.returncode == 3
     assert "First: me@node1 refuses the key.\n    Mend: give it yours: ssh-copy-id me@node1" in result.stderr
     assert "Then:  node2 does not answer.\n    Mend: look whether it is on" in result.stderr
-
-
-def test_pdsh_gets_arguments_that_survive_the_other_machines_shell_and_is_not_needed(cluster, tmp_path):
-    """pdsh joins its arguments, puts %% back to %, and the remote shell takes the line apart: train.py must see what was typed."""
-    target = cluster.rename(tmp_path / "repo")
-    for tool in ("bash", "dirname", "readlink", "realpath", "python3"):
-        (tmp_path / "bin" / tool).symlink_to(sys.executable if tool == "python3" else shutil.which(tool))
-    result = run(target, LAUNCH, LAUNCHER="pdsh", PATH=str(tmp_path / "bin"))
-    assert result.returncode == 3 and "apt-get install pdsh" in result.stderr and "refuses the key" in result.stderr
-    fake(target, "ssh", 'if [ "$1" = -G ]; then echo "hostname ${2#*@}.lan"; fi')
-    fake(target, "pdsh", f'printf "%s\\n" "$@" > {tmp_path}/pdsh.log')
-    awkward = [*AWKWARD, "100%n", "a\\ b `x` $y", "back\\slash"]
-    result = run(target, LAUNCH, *awkward, LAUNCHER="pdsh")
-    assert result.returncode == 0, result.stderr
-    line = (tmp_path / "pdsh.log").read_text().replace("\n", " ").split(str(target / "train.py"))[1].replace("%%", "%")
-    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
-    assert words.split("\0")[:-1] == awkward
 
 
 # --- what the ranks are told, and who is to blame -----------------------------------------------------------------------------

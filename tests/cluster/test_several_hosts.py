@@ -213,16 +213,6 @@ def test_ranks_of_a_killed_launcher_save_and_end(cluster):
     process.communicate()
 
 
-@pytest.mark.skipif(not shutil.which("pdsh"), reason="needs pdsh")
-def test_deepspeeds_own_runner_starts_all_ranks_with_the_same_arguments(cluster):
-    process = launch(cluster, {"box1": 1, "box2": 1}, *AWKWARD, "leave", LAUNCHER="pdsh")
-    code, out = end(process)
-    assert code == 0, out
-    for rank in range(2):
-        _, arguments, environment = json.loads((cluster.out / f"started{rank}").read_text())
-        assert arguments == [*AWKWARD, "leave"] and environment["WORLD_SIZE"] == "2"
-
-
 # --- the real train.py --------------------------------------------------------------------------------------------------------
 
 def rank_of(mark, rank):

@@ -1,6 +1,8 @@
-"""Facts of a run that a peer announces."""
+"""Facts of a run that a peer announces, and ports for it to listen at."""
 
 from __future__ import annotations
+
+import socket
 
 from config.settings import resolve
 
@@ -9,3 +11,15 @@ def facts_for(*overrides: str) -> dict:
     return {"command": ["train.py", "--host-peers", "10.0.0.1", "--set", "a=1", "--name=x", "--fresh", "--epochs", "3"], "preset": "cpu",
             "settings": resolve(None, list(overrides)).as_dict(), "dataset": {"fingerprint": "f"}, "seed": 0, "max_steps": None, "hold_out": None,
             "init_weights": None, "synthetic": False, "steps_per_epoch": 4, "total_steps": 8}
+
+
+def free_pair() -> int:
+    """A port that is free, and the one after it too."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            try:
+                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
+                return one.getsockname()[1]
+            except OSError:
+                continue

@@ -13,13 +13,12 @@ from pathlib import Path
 import programs
 import pytest
 import torch
-from peers import facts_for
+from peers import facts_for, free_pair
 from programs import _check
 from reference import BATCH, SAVED_AT, STEPS, data, largest_difference, make_engine, network, settings_for, train
 from torch.nn import functional as F
 
 from benchmarks.lib.forked_programs import Program, start
-from benchmarks.lib.peer_averaging_worker import free_pair
 from parallel.peers import endpoint
 from parallel.peers.membership import ring_bytes
 from parallel.peers.rendezvous import PeerGroup

@@ -52,3 +52,20 @@ def deterministic() -> None:
 def test_deterministic_kernels_are_asked_for_and_what_has_none_is_refused():
     done = Program(deterministic, (), {}).end()
     assert done.code == 0, done.text
+
+
+def test_a_group_that_was_left_is_not_used_again():
+    """Two engines one after the other in a process: the second makes groups of its own."""
+    done = Program(make_two_groups, (), {}).end()
+    assert done.code == 0, done.text
+
+
+def make_two_groups() -> None:
+    from parallel import process_group
+
+    for _ in range(2):
+        process_group.init_process_group()
+        assert process_group.all_gather_objects(3) == [3]
+        process_group.control_group()
+        process_group.destroy_process_group()
+

@@ -16,17 +16,16 @@ from datetime import timedelta
 import programs
 import pytest
 import torch
-from peers import facts_for
+from peers import facts_for, free_pair
 
-from benchmarks.lib.peer_averaging_worker import free_pair
 from common.errors import RunError, SettingsError
+from config.differences import leaves
 from parallel.diloco import OuterStep
 from parallel.peers import endpoint, heartbeat, rendezvous
 from parallel.peers.link_cost import enough_steps, lines_of_cost, seconds_over
 from parallel.peers.membership import Member, PeerState, choose_leader, ring_bytes
 from parallel.peers.rendezvous import PeerGroup
 from parallel.peers.setup import agreement, data_seed, join_command, meeting_of, peer_number
-from parallel.setting_checks import leaves
 from parallel.strategies import engine_class
 
 if sys.version_info >= (3, 14) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):

@@ -279,3 +279,32 @@ def test_room_is_looked_for_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     with pytest.raises(RunError, match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room"):
         resume.check_room(tmp_path / "new", disk_space_needed(1_000_000, 2), args)
+
+
+@pytest.mark.parametrize("fail_at", range(1, 30))
+def test_a_checkpoint_of_the_same_step_is_replaced_without_a_moment_in_which_none_is_whole(tmp_path, monkeypatch, fail_at):
+    """A process that is killed at any operation while it writes step 2 again: the next start finds a whole step 2."""
+    record = RunFolder(tmp_path)
+    store(record, keep=1).write(2, STATE, texts(2))
+
+    class Killed(BaseException):
+        pass
+
+    done = []
+    with monkeypatch.context() as patch:
+        for target, name in ((checkpoint_store, "flush_to_disk"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree")):
+            def counted(*arguments, function=getattr(target, name), **keywords):
+                done.append(function)
+                if len(done) == fail_at:
+                    raise Killed
+                return function(*arguments, **keywords)
+
+            patch.setattr(target, name, counted)
+        try:
+            store(record, keep=1).write(2, STATE, texts(2))
+        except Killed:
+            pass
+    newest, _ = store(record).newest_intact()
+    assert newest is not None and newest.name == "step-00000002" and find_damage(newest) is None
+    assert not list((tmp_path / "state").glob("replaced-*"))
+    assert fail_at < 29 or len(done) < fail_at, "the last operations were never interrupted: raise the range"

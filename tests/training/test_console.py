@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import subprocess
 import sys
 
 import programs
 import pytest
+import torch
 
+from parallel.process_group import pick_device
 from records.run_folder import RunFolder
+from train import default_preset
 from training import console
 from training.console import NORMAL, QUIET, VERBOSE, Console
 
@@ -156,3 +160,30 @@ def test_verbose_names_what_is_not_the_default(training):
     assert "setting   model.width = 32 (default: 512)" in out and "      learning rate " in out
     refused = programs.run("train.py", *training, "--quiet", "--verbose", code=2)
     assert "not allowed with" in refused.err
+
+
+def test_an_epoch_that_took_no_time_divides_by_nothing():
+    out = io.StringIO()
+    Console(out=out).epoch({**LINE, "training_seconds": 0.0, "data_wait_seconds": 0.0, "images_per_second": 0.0}, ["test"], 10)
+    assert "data wait  0.0%" in out.getvalue()
+
+
+@pytest.mark.parametrize(("level", "shown"), [(QUIET, ""), (NORMAL, "compile   off, because it does not work\n")])
+def test_quiet_silences_what_engines_say(level, shown):
+    out = io.StringIO()
+    Console(level, out=out)
+    logging.getLogger("engine").warning("compile   off, because %s", "it does not work")
+    assert out.getvalue() == shown
+    Console(level, is_main=False, out=out)
+    logging.getLogger("engine").info("peers     of a process that is not the main one")
+    assert out.getvalue() == shown
+
+
+def test_the_preset_is_that_of_the_device_that_will_be_used(monkeypatch):
+    """DS_ACCELERATOR=cpu on a machine with a GPU."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    out = io.StringIO()
+    assert default_preset(pick_device().type, Console(out=out)) == "cpu" and "because there is no GPU" in out.getvalue()
+    assert default_preset("cuda", Console(out=out)) == "spt-lsa"
+
