@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import count_parameters
+from muon import Muon
 from optimizers import COUNT_STEPS, check_optimizer
 from parallel import processes
 from parallel.average import Averaging
@@ -182,6 +183,8 @@ class Engine(Averaging, Messages, ABC):
         self.start_average(settings.ema)
         mode = choose(settings.compile, self.device, self.no_compile, self.no_graphs)
         self.compiled = Compiled(network, self.layers(), mode)
+        if isinstance(optimizer := self.masters()[0], Muon):
+            optimizer.compiled = mode != "off"
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0
 
     def features(self) -> str:
