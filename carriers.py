@@ -123,8 +123,8 @@ class OnTensors:
 
     def __init__(self, batches: Batches, num_threads: int):
         self.batches = batches
-        # Computed on the CPU: a kernel launched here could still be running when the thread that makes batches reads its result in
-        # another stream. The copy of a few numbers is there when `to` returns.
+        # Computed on the CPU: a kernel launched here could still be at work when the thread that makes batches reads its
+        # result in another stream. The copy of a few numbers is there when `to` returns.
         self.mean = (255 * torch.tensor(batches.dataset.mean).view(3, 1, 1)).to(batches.device)
         self.scale = (1 / (255 * torch.tensor(batches.dataset.std).view(3, 1, 1))).to(batches.device)
 

@@ -1,21 +1,21 @@
-"""The inside of a convolution MLP as one Triton kernel: GELU, depthwise 3x3 convolution, GELU, shortcut (ConvMLP in feedforward.py).
+"""The inside of a convolution MLP as one Triton kernel: GELU, depthwise 3x3 convolution, GELU, shortcut.
 
     h = gelu(x)        y = h + gelu(conv(h) + bias)        prefix tokens, which have no place on the grid: y = h
 
-It is bound by memory, so what counts is how often the tensors of F channels cross it. A program takes a few images, BLOCK
-channels and a strip of columns (all of them up to WHOLE), and walks down the rows with three rows of h in registers: every
-element is read once and its GELU computed once. Bytes an element in bf16:
+It is bound by memory, so what counts is how often the tensors of F channels cross it. A program takes a few images,
+BLOCK channels and a strip of columns (all of them up to WHOLE), and walks down the rows with three rows of h in
+registers: every element is read once and its GELU computed once. Bytes an element in bf16:
 
     forward    4    x in, y out; nothing but x is saved
-    backward   6    x and dy in, dx out; conv(h), its GELU's derivative dz and the gradient of h stay in registers
+    backward   6    x and dy in, dx out; conv(h), dz (its gradient) and the gradient of h stay in registers
 
-Two kernels with dz between them would need 14 backward. Weight and bias gradients are summed in registers over a program's
-images, written once (5 % more bytes on a grid of 8, 1 % on one of 16) and added up by PyTorch: no atomics, the same bits every
-time. Arithmetic is fp32 whatever the tensors are; the error function is Abramowitz and Stegun's 7.1.26, exact to 1.5e-7, which
-costs half of the library's and shares its exponential with the derivative.
+Two kernels with dz between them would need 14 backward. The gradients of weight and bias are summed in registers over
+a program's images, written once (5 % more bytes on a grid of 8, 1 % on one of 16) and added up by PyTorch: no atomics,
+the same bits every time. Arithmetic is fp32 whatever the tensors are; the error function is Abramowitz and Stegun's
+7.1.26, exact to 1.5e-7, which costs half of the library's and shares its exponential with the derivative.
 
-DEPTHWISE_KERNEL=off in the environment, or `set_enabled(False)`, takes the PyTorch path everywhere. With TRITON_INTERPRET=1,
-set before Triton is imported, the kernels run on a CPU, slowly.
+DEPTHWISE_KERNEL=off in the environment, or `set_enabled(False)`, takes the PyTorch path everywhere. With
+TRITON_INTERPRET=1, set before Triton is imported, the kernels run on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ except ImportError:  # on a machine without it the PyTorch path is all there is
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WHOLE = 16  # columns of the widest grid that a program takes whole
 STRIP = 8  # columns of a wider one that it takes at a time; those beside them are computed twice
-PIXELS = 512  # about so many a program walks over backward, so that its sums of weight gradients are few bytes beside them
+PIXELS = 512  # about so many a program walks over backward: its sums of weight gradients are few bytes beside them
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _enabled = os.environ.get("DEPTHWISE_KERNEL", "on") != "off"
 
 
 def set_enabled(enabled: bool) -> None:
-    """Whether the kernel is used where it can be; from the next forward pass on, in compiled layers too (they compile again)."""
+    """Whether the kernel is used where it can be, from the next forward on; compiled layers keep a version of each."""
     global _enabled
     _enabled = enabled
 
@@ -65,7 +65,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -
 
 
 def plain_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
-    """Gradients of `plain` for x, weight and bias: written out, because autograd does not look inside an operator of one's own."""
+    """Gradients of `plain` for x, weight and bias: autograd does not look inside an operator of one's own."""
 
     def image_of(tokens: Tensor) -> Tensor:
         return tokens[:, num_prefix:].transpose(1, 2).unflatten(2, (grid, grid))
@@ -73,7 +73,17 @@ def plain_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: in
     h, kernel = image_of(F.gelu(x)), weight.to(x.dtype)
     z = F.conv2d(h, kernel, bias.to(x.dtype), padding=1, groups=len(weight))
     dz = torch.ops.aten.gelu_backward(image_of(dy), z)
-    dh, dweight, dbias = torch.ops.aten.convolution_backward(dz, h, kernel, [len(bias)], [1, 1], [1, 1], [1, 1], False, [0, 0], len(weight), [True] * 3)
+    how = (
+        [len(bias)],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        len(bias),
+        [True] * 3,
+    )  # stride, padding, dilation; groups
+    dh, dweight, dbias = torch.ops.aten.convolution_backward(dz, h, kernel, *how)
     through = torch.cat([dy[:, :num_prefix], dy[:, num_prefix:] + dh.flatten(2).transpose(1, 2)], dim=1)
     dx = torch.ops.aten.gelu_backward(through, x)
     return [gradient.to(like.dtype).contiguous() for gradient, like in ((dx, x), (dweight, weight), (dbias, bias))]
@@ -91,7 +101,9 @@ if triton is not None:
         density = tl.exp2(x * x * -0.7213475204444817)
         root = tl.rsqrt(tl.fma(tl.abs(x), 0.23164189, 1.0))  # 0.3275911 / sqrt(2); its square instead of a division
         t = root * root
-        series = tl.fma(t, tl.fma(t, tl.fma(t, tl.fma(t, 0.5307027145, -0.7265760135), 0.7107068705), -0.142248368), 0.127414796)
+        series = tl.fma(
+            t, tl.fma(t, tl.fma(t, tl.fma(t, 0.5307027145, -0.7265760135), 0.7107068705), -0.142248368), 0.127414796
+        )
         tail = series * t * density
         return tl.where(x >= 0, 1.0 - tail, tail), density
 
@@ -120,7 +132,9 @@ if triton is not None:
         return tl.load(pointers + (row * G + column) * CHANNELS, mask=inside, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _loaded(row, first, pointers, mask, COUNT: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr):
+    def _loaded(
+        row, first, pointers, mask, COUNT: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr
+    ):
         """A row in fp32: COUNT columns from `first` on."""
         values = ()
         for j in tl.static_range(COUNT):
@@ -149,7 +163,17 @@ if triton is not None:
         return activated, slopes
 
     @triton.jit
-    def _store(row, first, values, pointers, mask, COUNT: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr):
+    def _store(
+        row,
+        first,
+        values,
+        pointers,
+        mask,
+        COUNT: tl.constexpr,
+        G: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        PAD: tl.constexpr,
+    ):
         """A row of COUNT columns from `first` on, those outside of the image left out."""
         for j in tl.static_range(COUNT):
             inside = mask
@@ -183,8 +207,20 @@ if triton is not None:
         return total
 
     @triton.jit
-    def _forward_kernel(x, weight, bias, y, B, PREFIX: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
-                        STRIPS: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr):
+    def _forward_kernel(
+        x,
+        weight,
+        bias,
+        y,
+        B,
+        PREFIX: tl.constexpr,
+        G: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        STRIPS: tl.constexpr,
+        IMAGES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         PAD: tl.constexpr = 0 if STRIPS == 1 else 1
         BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
         WIDTH: tl.constexpr = COLUMNS + 2 * PAD
@@ -217,9 +253,23 @@ if triton is not None:
                 here = below
 
     @triton.jit
-    def _backward_kernel(x, weight, bias, dy, dx, sums, B, PREFIX: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
-                         STRIPS: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr):
-        """dx; and in sums (programs of one block of channels, 10, CHANNELS) what a program's pixels add to the gradients of weight and bias.
+    def _backward_kernel(
+        x,
+        weight,
+        bias,
+        dy,
+        dx,
+        sums,
+        B,
+        PREFIX: tl.constexpr,
+        G: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        STRIPS: tl.constexpr,
+        IMAGES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """dx; and in sums (programs of a block of channels, 10, CHANNELS) a program's part of the other gradients.
 
         At row r: h of row r + 1, then dz of row r, which is the last that row r - 1 of dx waits for.
         """
@@ -249,7 +299,9 @@ if triton is not None:
             outputs = dx + start + PREFIX * CHANNELS + channels
             above = _zeros(WIDTH, BLOCK)
             slopes_above = _zeros(COLUMNS, BLOCK)
-            here, slopes = _activated_with_slopes(_loaded(0, first - 2 * PAD, patches, mask, WIDTH, G, CHANNELS, PAD), WIDTH, 2 * PAD)
+            here, slopes = _activated_with_slopes(
+                _loaded(0, first - 2 * PAD, patches, mask, WIDTH, G, CHANNELS, PAD), WIDTH, 2 * PAD
+            )
             earlier = _zeros(COLUMNS, BLOCK)  # gradient of h in row r - 1, all but what comes from dz of row r
             current = _zeros(COLUMNS, BLOCK)  # in row r, what comes from dz of row r - 1
             for row in range(G):
@@ -307,7 +359,7 @@ if triton is not None:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the work is cut: a program takes `block` channels, in `warps` of 32 threads, `columns` of the grid and `images` images."""
+    """How the work is cut: a program's channels, warps of 32 threads, columns of the grid, and images."""
 
     block: int
     warps: int
@@ -324,32 +376,58 @@ class Launch:
 
 
 def launch(batch: int, grid: int, backward: bool) -> Launch:
-    """One channel a thread, so that the rows fit into registers; forward, where they are fewer, two. Looked at by reading, not tried out."""
+    """One channel a thread, so that the rows fit into registers; forward, where they are fewer, two. Not yet timed."""
     columns = grid if grid <= WHOLE else STRIP
     images = max(1, min(batch, (PIXELS if backward else 128) // grid**2))
     return Launch(64, 2 if backward else 1, columns, images)
 
 
-def run_forward(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int, how: Launch | None = None) -> Tensor:
+def run_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int, how: Launch | None = None
+) -> Tensor:
     """y of contiguous tensors, by the kernel."""
     B, _, channels = x.shape
     how = how or launch(B, grid, backward=False)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _forward_kernel[how.programs(B, grid, channels)[1],](x, weight, bias, y, B, PREFIX=num_prefix, G=grid, CHANNELS=channels,
-                                                             **how.constants(grid), num_warps=how.warps)
+        _forward_kernel[how.programs(B, grid, channels)[1],](
+            x,
+            weight,
+            bias,
+            y,
+            B,
+            PREFIX=num_prefix,
+            G=grid,
+            CHANNELS=channels,
+            **how.constants(grid),
+            num_warps=how.warps,
+        )
     return y
 
 
-def run_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int, how: Launch | None = None) -> list[Tensor]:
+def run_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int, how: Launch | None = None
+) -> list[Tensor]:
     """Gradients of x, weight and bias for contiguous tensors, by the kernel."""
     B, _, channels = x.shape
     how = how or launch(B, grid, backward=True)
     of_a_block, programs = how.programs(B, grid, channels)
     dx, sums = torch.empty_like(x), torch.empty(of_a_block, 10, channels, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _backward_kernel[programs,](x, weight, bias, dy, dx, sums, B, PREFIX=num_prefix, G=grid, CHANNELS=channels,
-                                    **how.constants(grid), num_warps=how.warps)
+        _backward_kernel[programs,](
+            x,
+            weight,
+            bias,
+            dy,
+            dx,
+            sums,
+            B,
+            PREFIX=num_prefix,
+            G=grid,
+            CHANNELS=channels,
+            **how.constants(grid),
+            num_warps=how.warps,
+        )
     total = sums.sum(0)
     return [dx, total[:9].T.reshape(weight.shape).to(weight.dtype, copy=True), total[9].to(bias.dtype, copy=True)]
 
@@ -363,7 +441,9 @@ def trouble(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler behind the compiler: whatever it is
-        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        text = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        )
         print(f"kernel    off, because Triton does not work on this machine ({text})", flush=True)
         return text
     return None
@@ -396,7 +476,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Te
 def conv_gelu_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
     """Gradients of x, weight and bias."""
     if runs_on(x):
-        return run_backward(x.contiguous(), weight.contiguous(), bias.contiguous(), dy.to(x.dtype).contiguous(), grid, num_prefix)
+        return run_backward(
+            x.contiguous(), weight.contiguous(), bias.contiguous(), dy.to(x.dtype).contiguous(), grid, num_prefix
+        )
     return plain_backward(x, weight, bias, dy.to(x.dtype), grid, num_prefix)
 
 

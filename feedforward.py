@@ -92,7 +92,7 @@ class ConvMLP(nn.Module):
 class Neighbours(nn.Conv2d):
     """The inside of a ConvMLP: GELU, a depthwise 3x3 convolution with GELU, and the shortcut around it.
 
-    It is a convolution that does more, so that the weights are used by the module that owns them: ZeRO gathers them for that.
+    A convolution that does more, so that the weights are used by the module that owns them: ZeRO gathers them for that.
     """
 
     def __init__(self, channels: int):

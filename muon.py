@@ -99,11 +99,13 @@ class Muon(torch.optim.Optimizer):
         for tensor in tensors:
             if "momentum_buffer" not in self.state[tensor]:
                 self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
-        means, gradients = [self.state[tensor]["momentum_buffer"] for tensor in tensors], [tensor.grad for tensor in tensors]
+        means = [self.state[tensor]["momentum_buffer"] for tensor in tensors]
+        gradients = [tensor.grad for tensor in tensors]
         if all_plain([*means, *gradients]):
             torch._foreach_lerp_(means, gradients, 1 - momentum)
             return list(torch._foreach_lerp(gradients, means, momentum))
-        return [gradient.lerp(mean.lerp_(gradient, 1 - momentum), momentum) for mean, gradient in zip(means, gradients, strict=True)]
+        pairs = zip(means, gradients, strict=True)
+        return [gradient.lerp(mean.lerp_(gradient, 1 - momentum), momentum) for mean, gradient in pairs]
 
 
 def all_plain(tensors: Sequence[Tensor]) -> bool:

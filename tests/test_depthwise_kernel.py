@@ -1,5 +1,5 @@
-"""The kernel inside ConvMLP against PyTorch's operations in float64. On a CPU by Triton's interpreter, in a process of its own,
-because TRITON_INTERPRET has to be set before Triton is imported; on a GPU compiled.
+"""The kernel inside ConvMLP against PyTorch's operations in float64. On a CPU by Triton's interpreter, in a process of
+its own, because TRITON_INTERPRET has to be set before Triton is imported; on a GPU compiled.
 
 Run: python -m pytest tests/test_depthwise_kernel.py, and with -m gpu on a GPU
 """
@@ -37,9 +37,10 @@ CASES = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW = "wider than a program takes whole"
 # What compiles in a second or two each, and one of each larger kind.
-ON_GPU = [*((name, kind) for name in CASES for kind in DTYPES if CASES[name][1] <= 3), ("the grid of speedrun", "bf16"), ("strips", "bf16")]
+ON_GPU = [(name, kind) for name in CASES for kind in DTYPES if CASES[name][1] <= 3]
+ON_GPU += [("the grid of speedrun", "bf16"), ("strips", "bf16")]
 INTERPRETED = [(name, kind) for name in CASES for kind in DTYPES if (name, kind) != (SLOW, "bf16")]
-# Of the largest value: arithmetic is fp32, and bf16 rounds only the results; the interpreter does not round, it cuts off.
+# Of the largest value: arithmetic is fp32, and bf16 rounds only the results; the interpreter cuts off instead.
 TOLERANCES = {"fp32": 3e-6, "bf16": 4e-3, "bf16, interpreted": 8e-3}
 NAMES = ("y", "dx", "dweight", "dbias")
 
@@ -67,12 +68,18 @@ def reference(tensors: list[Tensor], place: tuple[int, int]) -> list[Tensor]:
 
 def errors(found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
     """The largest difference, as a share of the largest value."""
-    return {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, a, b in zip(NAMES, found, expected, strict=True)}
+    return {
+        name: ((a.double() - b).abs().max() / b.abs().max()).item()
+        for name, a, b in zip(NAMES, found, expected, strict=True)
+    }
 
 
 def by_kernel(tensors: list[Tensor], place: tuple[int, int], how: Launch | None) -> list[Tensor]:
     x, weight, bias, dy = tensors
-    return [depthwise_kernel.run_forward(x, weight, bias, *place, how), *depthwise_kernel.run_backward(x, weight, bias, dy, *place, how)]
+    return [
+        depthwise_kernel.run_forward(x, weight, bias, *place, how),
+        *depthwise_kernel.run_backward(x, weight, bias, dy, *place, how),
+    ]
 
 
 # --- in the interpreter's process -------------------------------------------------------------------------------------
@@ -80,7 +87,10 @@ def by_kernel(tensors: list[Tensor], place: tuple[int, int], how: Launch | None)
 
 def network(channels: int = 12) -> ConvMLP:
     torch.manual_seed(1)
-    return ConvMLP(Dimensions(num_classes=10, image_side=6, patch=2, width=8, depth=1, heads=1, head_size=8, num_prefix=1, dropout=0.0), hidden=channels)
+    sizes = dict(
+        num_classes=10, image_side=6, patch=2, width=8, depth=1, heads=1, head_size=8, num_prefix=1, dropout=0.0
+    )
+    return ConvMLP(Dimensions(**sizes), hidden=channels)
 
 
 def gradients_of(part: nn.Module, forward, x: Tensor) -> list[Tensor]:
@@ -113,16 +123,29 @@ def interpreted() -> dict:
     plain = gradients_of(part, part, x)
     with torch.autocast("cpu", torch.bfloat16):
         plain_autocast = gradients_of(part, part, x)
-    found |= {"module": largest(by_kernel_, plain), "compiled": largest(compiled, by_kernel_),
-              "autocast": max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(autocast, plain_autocast, strict=True))}
+    found |= {
+        "module": largest(by_kernel_, plain),
+        "compiled": largest(compiled, by_kernel_),
+        "autocast": max(
+            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(autocast, plain_autocast, strict=True)
+        ),
+    }
     return found
 
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
     environment.pop("DEPTHWISE_KERNEL", None)
-    done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -168,18 +191,26 @@ def test_without_triton_the_operator_is_pytorchs_operations():
 
 def test_the_kernel_is_chosen_on_a_gpu_alone_and_can_be_turned_off(monkeypatch):
     monkeypatch.setattr(depthwise_kernel, "triton", object())
-    for dtype, device, expected in ((torch.bfloat16, "cuda", True), (torch.float64, "cuda", False), (torch.float32, "cpu", False)):
+    for dtype, device, expected in (
+        (torch.bfloat16, "cuda", True),
+        (torch.float64, "cuda", False),
+        (torch.float32, "cpu", False),
+    ):
         x = type("Tokens", (), {"device": torch.device(device), "dtype": dtype})()
         assert depthwise_kernel.usable(x) is expected
     depthwise_kernel.set_enabled(False)
     try:
-        assert not depthwise_kernel.usable(type("Tokens", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})())
+        assert not depthwise_kernel.usable(
+            type("Tokens", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()
+        )
     finally:
         depthwise_kernel.set_enabled(True)
 
 
 def test_the_names_of_the_state_are_those_of_a_convolution():
-    assert list(network().state_dict()) == [f"{part}.{name}" for part in ("expand", "neighbours", "contract") for name in ("weight", "bias")]
+    assert list(network().state_dict()) == [
+        f"{part}.{name}" for part in ("expand", "neighbours", "contract") for name in ("weight", "bias")
+    ]
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
