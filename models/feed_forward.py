@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from models import depthwise_kernel
 from models.parts import Dimensions, make_part, part_options
 from models.tree_feed_forward import FFF, FFFFanOut
 
@@ -80,16 +81,27 @@ class ConvMLP(nn.Module):
         hidden = hidden or 4 * dims.width
         self.num_prefix, self.grid = dims.num_prefix, dims.grid
         self.expand = nn.Linear(dims.width, hidden)
-        self.neighbours = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
+        self.neighbours = Neighbours(hidden)
         self.contract = nn.Linear(hidden, dims.width)
         self.dropout = nn.Dropout(dims.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.expand(x))
-        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        image = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, F, S/P, S/P)
-        patches = patches + F.gelu(self.neighbours(image)).flatten(2).transpose(1, 2)
-        return self.dropout(self.contract(self.dropout(torch.cat([prefix, patches], dim=1))))
+        return self.dropout(self.contract(self.dropout(self.neighbours(self.expand(x), self.grid, self.num_prefix))))
+
+
+class Neighbours(nn.Conv2d):
+    """The inside of a ConvMLP: GELU, a depthwise 3x3 convolution with GELU, and the shortcut around it.
+
+    A convolution that does more, so that the weights are used by the module that owns them: ZeRO gathers them for that.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor, grid: int, num_prefix: int) -> Tensor:
+        if depthwise_kernel.usable(x):
+            return depthwise_kernel.conv_gelu(x, self.weight, self.bias, grid, num_prefix)
+        return depthwise_kernel.plain(x, self.weight, self.bias, grid, num_prefix)
 
 
 class SoftMoE(nn.Module):

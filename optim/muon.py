@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Muon(torch.optim.Optimizer):
 
     Attributes:
         shardings: how the tensors of the hidden groups hold matrices, by tensor; a tensor that is not here is a whole one.
+        compiled: whether the iteration is compiled; an engine that compiles the network on a GPU sets it.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, matrix_lr_factor: float, momentum: float,
@@ -58,6 +60,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"momentum={momentum} and matrix_lr_factor={matrix_lr_factor}: it needs 0 <= momentum < 1, and a factor above 0")
         super().__init__(params, dict(lr=lr, momentum=momentum, matrix_lr_factor=matrix_lr_factor, weight_decay=weight_decay))
         self.shardings: dict[Tensor, MatrixSharding] = {}
+        self.compiled = False
         # It shares the groups (the same dictionaries) and the state, so an engine that exchanges parameters sees one optimiser.
         rest = [group for group in self.param_groups if not group["hidden"]]
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused) if rest else None
@@ -75,23 +78,42 @@ class Muon(torch.optim.Optimizer):
 
     def _step_hidden(self, group: dict[str, Any]) -> None:
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+        if not tensors:
+            return
         cuts = [self.shardings.get(tensor, Unsharded()) for tensor in tensors]
-        matrices = [cut.whole(self._direction(tensor, group["momentum"])) for tensor, cut in zip(tensors, cuts, strict=True)]
-        steps = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor]))
-        for tensor, cut, of_tensor in zip(tensors, cuts, matrices, strict=True):
-            step = cut.part([next(steps) for _ in of_tensor])
-            tensor.mul_(1 - group["lr"] * group["weight_decay"])
-            tensor.add_(step, alpha=-group["lr"] * group["matrix_lr_factor"])
+        directions = self._directions(tensors, group["momentum"])
+        matrices = [cut.whole(direction) for direction, cut in zip(directions, cuts, strict=True)]
+        made = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor], self.compiled))
+        steps = [cut.part([next(made) for _ in of_tensor]) for cut, of_tensor in zip(cuts, matrices, strict=True)]
+        decay, rate = 1 - group["lr"] * group["weight_decay"], -group["lr"] * group["matrix_lr_factor"]
+        if all_plain([*tensors, *steps]):
+            torch._foreach_mul_(tensors, decay)
+            torch._foreach_add_(tensors, steps, alpha=rate)
+            return
+        for tensor, step in zip(tensors, steps, strict=True):
+            tensor.mul_(decay)
+            tensor.add_(step, alpha=rate)
 
-    def _direction(self, tensor: Tensor, momentum: float) -> Tensor:
-        state = self.state[tensor]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(tensor)
-        mean = state["momentum_buffer"].lerp_(tensor.grad, 1 - momentum)
-        return tensor.grad.lerp(mean, momentum)
+    def _directions(self, tensors: list[Tensor], momentum: float) -> list[Tensor]:
+        """The momentum follows the gradients; Nesterov's mixture of both."""
+        for tensor in tensors:
+            if "momentum_buffer" not in self.state[tensor]:
+                self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
+        means = [self.state[tensor]["momentum_buffer"] for tensor in tensors]
+        gradients = [tensor.grad for tensor in tensors]
+        if all_plain([*means, *gradients]):
+            torch._foreach_lerp_(means, gradients, 1 - momentum)
+            return list(torch._foreach_lerp(gradients, means, momentum))
+        pairs = zip(means, gradients, strict=True)
+        return [gradient.lerp(mean.lerp_(gradient, 1 - momentum), momentum) for mean, gradient in pairs]
 
 
-def orthogonalise(tensors: list[Tensor]) -> list[Tensor]:
+def all_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether one kernel may update them all: plain tensors of a GPU. On a CPU it would be a loop, too."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda for tensor in tensors)
+
+
+def orthogonalise(tensors: list[Tensor], compiled: bool = False) -> list[Tensor]:
     """Each matrix U S V^T as about U V^T, times 0.2 sqrt(max(rows, columns)).
 
     Of (N, rows, columns) every one of the N is a matrix, and a kernel (out, in, k, k) is one of (out, in k k). Matrices of
@@ -105,7 +127,8 @@ def orthogonalise(tensors: list[Tensor]) -> list[Tensor]:
         batches[(*stack.shape[1:], stack.device)].append(i)
     steps: list[Tensor] = [torch.empty(0)] * len(tensors)
     for (_, longer, device), members in batches.items():
-        batch = newton_schulz(torch.cat([lying[i] for i in members]), working_dtype(device))
+        iterate = compiled_newton_schulz() if compiled and device.type == "cuda" else newton_schulz
+        batch = iterate(torch.cat([lying[i] for i in members]), working_dtype(device))
         scaled = (0.2 * longer**0.5 * batch).to(tensors[0].dtype)
         for i, step in zip(members, scaled.split([len(lying[i]) for i in members]), strict=True):
             steps[i] = (step.mT if tall[i] else step).reshape(tensors[i].shape)
@@ -126,3 +149,9 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+@cache
+def compiled_newton_schulz() -> Callable[[Tensor, torch.dtype], Tensor]:
+    """One compilation for each shape of a stack; the element-wise work between the products is one kernel then."""
+    return torch.compile(newton_schulz, dynamic=False)

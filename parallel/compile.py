@@ -20,6 +20,7 @@ from common.errors import SettingsError, unknown
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of an unused CUDA toolkit on a machine without a GPU
 
 LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
+ALIGNMENT = 16  # bytes, of the widest load
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 CHOICES = ("auto", "on", "off", *GRAPHS)
 FIRST_STEPS_SECONDS = 1800.0  # that they may take on a host that has not compiled this network before, while another one has
@@ -76,6 +77,12 @@ class Compiled:
         # Gradients are ready layer by layer already; PyTorch would cut every layer again at the buckets of DistributedDataParallel.
         torch._dynamo.config.optimize_ddp = mode in GRAPHS
         options = {"mode": mode} if mode in GRAPHS else {}
+        if any(parameter.data_ptr() % ALIGNMENT for parameter in network.parameters() if parameter.is_cuda and parameter.numel()):
+            # ZeRO's parameters are pieces of one buffer, at any offset. PyTorch 2.11 looks at the alignment of the layer that
+            # it compiles and lets alike layers share the result, whose wide loads then fail ("misaligned address").
+            import torch._inductor.config
+
+            torch._inductor.config.triton.divisible_by_16 = False
         self.forwards = {layer: torch.compile(layer.forward, dynamic=False, **options) for layer in layers}
 
     def use(self, training: bool) -> None:

@@ -23,6 +23,7 @@ from config.settings import Settings
 from models.classification_metrics import ClassificationCounts
 from models.cost import count_parameters
 from optim.lr_schedule import Schedule
+from optim.muon import Muon
 from optim.optimizers import COUNTS_OWN_STEPS, check_optimizer
 from parallel import process_group
 from parallel.batch_sizes import Batch, BatchSizes, EvalCounts
@@ -185,6 +186,8 @@ class Engine(WeightAveraging, Collectives, ABC):
         self.start_average(settings.ema)
         mode = choose(settings.compile, self.device, self.compile_refusal, self.cuda_graph_refusal)
         self.compiled = Compiled(network, self.layers(), mode)
+        if isinstance(optimizer := self.master_weights()[0], Muon):
+            optimizer.compiled = mode != "off"
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0
 
     def features(self) -> str:

@@ -34,6 +34,8 @@ def pick_device() -> torch.device:
     torch.cuda.set_device(local_rank())
     # PyTorch would compute convolutions, and these alone, with 10 bits of mantissa: who wants speed takes bf16, and fp32 is fp32.
     torch.backends.cudnn.allow_tf32 = False
+    # Sizes are fixed, so cuDNN may try its algorithms once. Which one wins may differ from run to run: --deterministic does without.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return torch.device("cuda", local_rank())
 
 

@@ -1,0 +1,501 @@
+"""The inside of a convolution MLP as one Triton kernel: GELU, depthwise 3x3 convolution, GELU, shortcut.
+
+    h = gelu(x)        y = h + gelu(conv(h) + bias)        prefix tokens, which have no place on the grid: y = h
+
+It is bound by memory, so what counts is how often the tensors of F channels cross it. A program takes a few images,
+BLOCK channels and a strip of columns (all of them up to WHOLE), and walks down the rows with three rows of h in
+registers: every element is read once and its GELU computed once. Bytes an element in bf16:
+
+    forward    4    x in, y out; nothing but x is saved
+    backward   6    x and dy in, dx out; conv(h), dz (its gradient) and the gradient of h stay in registers
+
+Two kernels with dz between them would need 14 backward. The gradients of weight and bias are summed in registers over
+a program's images, written once (5 % more bytes on a grid of 8, 1 % on one of 16) and added up by PyTorch: no atomics,
+the same bits every time. Arithmetic is fp32 whatever the tensors are; the error function is Abramowitz and Stegun's
+7.1.26, exact to 1.5e-7, which costs half of the library's and shares its exponential with the derivative.
+
+DEPTHWISE_KERNEL=off in the environment, or `set_enabled(False)`, takes the PyTorch path everywhere. With
+TRITON_INTERPRET=1, set before Triton is imported, the kernels run on a CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # on a machine without it the PyTorch path is all there is
+    triton = None
+
+LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WHOLE = 16  # columns of the widest grid that a program takes whole
+STRIP = 8  # columns of a wider one that it takes at a time; those beside them are computed twice
+PIXELS = 512  # about so many a program walks over backward: its sums of weight gradients are few bytes beside them
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_enabled = os.environ.get("DEPTHWISE_KERNEL", "on") != "off"
+
+
+def set_enabled(enabled: bool) -> None:
+    """Whether the kernel is used where it can be, from the next forward on; compiled layers keep a version of each."""
+    global _enabled
+    _enabled = enabled
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernel is used for tokens x: on a GPU, with Triton there."""
+    on_device = x.device.type == "cuda" and torch.version.hip is None or INTERPRETED and x.device.type == "cpu"
+    return _enabled and triton is not None and on_device and x.dtype in DTYPES
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
+    """The same by PyTorch's operations; weight and bias of x's type, or under autocast."""
+    x = F.gelu(x)
+    prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
+    image = patches.transpose(1, 2).unflatten(2, (grid, grid))  # (B, F, S/P, S/P)
+    convolved = F.conv2d(image, weight, bias, padding=1, groups=len(weight))
+    patches = patches + F.gelu(convolved).flatten(2).transpose(1, 2)
+    return torch.cat([prefix, patches], dim=1)
+
+
+def plain_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
+    """Gradients of `plain` for x, weight and bias: autograd does not look inside an operator of one's own."""
+
+    def image_of(tokens: Tensor) -> Tensor:
+        return tokens[:, num_prefix:].transpose(1, 2).unflatten(2, (grid, grid))
+
+    h, kernel = image_of(F.gelu(x)), weight.to(x.dtype)
+    z = F.conv2d(h, kernel, bias.to(x.dtype), padding=1, groups=len(weight))
+    dz = torch.ops.aten.gelu_backward(image_of(dy), z)
+    how = (
+        [len(bias)],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        len(bias),
+        [True] * 3,
+    )  # stride, padding, dilation; groups
+    dh, dweight, dbias = torch.ops.aten.convolution_backward(dz, h, kernel, *how)
+    through = torch.cat([dy[:, :num_prefix], dy[:, num_prefix:] + dh.flatten(2).transpose(1, 2)], dim=1)
+    dx = torch.ops.aten.gelu_backward(through, x)
+    return [gradient.to(like.dtype).contiguous() for gradient, like in ((dx, x), (dweight, weight), (dbias, bias))]
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+# A row is a tuple of vectors of BLOCK channels, one a column, so that a shift by a column is another name and no work.
+# PAD is 0 for a whole grid, whose border is known when the kernel is compiled, and 1 for a strip of it.
+
+if triton is not None:
+
+    @triton.jit
+    def _gaussian(x):
+        """P(N(0, 1) < x), and exp(-x^2 / 2)."""
+        density = tl.exp2(x * x * -0.7213475204444817)
+        root = tl.rsqrt(tl.fma(tl.abs(x), 0.23164189, 1.0))  # 0.3275911 / sqrt(2); its square instead of a division
+        t = root * root
+        series = tl.fma(
+            t, tl.fma(t, tl.fma(t, tl.fma(t, 0.5307027145, -0.7265760135), 0.7107068705), -0.142248368), 0.127414796
+        )
+        tail = series * t * density
+        return tl.where(x >= 0, 1.0 - tail, tail), density
+
+    @triton.jit
+    def _gelu(x):
+        below, _ = _gaussian(x)
+        return x * below
+
+    @triton.jit
+    def _slope(x):
+        """The derivative of GELU."""
+        below, density = _gaussian(x)
+        return tl.fma(x * 0.3989422804014327, density, below)
+
+    @triton.jit
+    def _gelu_and_slope(x):
+        below, density = _gaussian(x)
+        return x * below, tl.fma(x * 0.3989422804014327, density, below)
+
+    @triton.jit
+    def _load(row, column, pointers, mask, G: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr):
+        """BLOCK channels of a pixel in fp32, 0 outside of the image; `pointers` are those of row 0, column 0."""
+        inside = mask & (row < G)
+        if PAD > 0:
+            inside = inside & (column >= 0) & (column < G)
+        return tl.load(pointers + (row * G + column) * CHANNELS, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _loaded(
+        row, first, pointers, mask, COUNT: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr
+    ):
+        """A row in fp32: COUNT columns from `first` on."""
+        values = ()
+        for j in tl.static_range(COUNT):
+            values = values + (_load(row, first + j, pointers, mask, G, CHANNELS, PAD),)
+        return values
+
+    @triton.jit
+    def _activated(values, COUNT: tl.constexpr):
+        """h of a row."""
+        activated = ()
+        for j in tl.static_range(COUNT):
+            activated = activated + (_gelu(values[j]),)
+        return activated
+
+    @triton.jit
+    def _activated_with_slopes(values, COUNT: tl.constexpr, EDGE: tl.constexpr):
+        """h of a row, and GELU's derivative in all but EDGE columns at either end."""
+        activated, slopes = (), ()
+        for j in tl.static_range(COUNT):
+            if j >= EDGE and j < COUNT - EDGE:
+                value, slope = _gelu_and_slope(values[j])
+                slopes = slopes + (slope,)
+            else:
+                value = _gelu(values[j])
+            activated = activated + (value,)
+        return activated, slopes
+
+    @triton.jit
+    def _store(
+        row,
+        first,
+        values,
+        pointers,
+        mask,
+        COUNT: tl.constexpr,
+        G: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        PAD: tl.constexpr,
+    ):
+        """A row of COUNT columns from `first` on, those outside of the image left out."""
+        for j in tl.static_range(COUNT):
+            inside = mask
+            if PAD > 0:
+                inside = mask & (first + j < G)
+            tl.store(pointers + (row * G + first + j) * CHANNELS, values[j].to(pointers.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+        values = ()
+        for _ in tl.static_range(COUNT):
+            values = values + (tl.zeros([BLOCK], tl.float32),)
+        return values
+
+    @triton.jit
+    def _weights(weight, channels, mask):
+        values = ()
+        for k in tl.static_range(9):
+            values = values + (tl.load(weight + channels * 9 + k, mask=mask, other=0.0).to(tl.float32),)
+        return values
+
+    @triton.jit
+    def _convolved(above, here, below, weights, bias, at: tl.constexpr, COUNT: tl.constexpr):
+        """conv(h) + bias at column `at` of three rows of COUNT columns."""
+        total = bias
+        for kx in tl.static_range(3):
+            if at + kx - 1 >= 0 and at + kx - 1 < COUNT:
+                total = tl.fma(weights[kx], above[at + kx - 1], total)
+                total = tl.fma(weights[3 + kx], here[at + kx - 1], total)
+                total = tl.fma(weights[6 + kx], below[at + kx - 1], total)
+        return total
+
+    @triton.jit
+    def _forward_kernel(
+        x,
+        weight,
+        bias,
+        y,
+        B,
+        PREFIX: tl.constexpr,
+        G: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        STRIPS: tl.constexpr,
+        IMAGES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        PAD: tl.constexpr = 0 if STRIPS == 1 else 1
+        BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+        WIDTH: tl.constexpr = COLUMNS + 2 * PAD
+        program = tl.program_id(0)
+        channels = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        strip = program // BLOCKS % STRIPS
+        begin = program // (BLOCKS * STRIPS) * IMAGES
+        exists, first = channels < CHANNELS, strip * COLUMNS
+        w = _weights(weight, channels, exists)
+        b = tl.load(bias + channels, mask=exists, other=0.0).to(tl.float32)
+        for i in range(IMAGES):
+            image = begin + i
+            mask = exists & (image < B)
+            start = image.to(tl.int64) * ((PREFIX + G * G) * CHANNELS)
+            for p in range(PREFIX):
+                at = start + p * CHANNELS + channels
+                value = _gelu(tl.load(x + at, mask=mask & (strip == 0), other=0.0).to(tl.float32))
+                tl.store(y + at, value.to(y.dtype.element_ty), mask=mask & (strip == 0))
+            patches = x + start + PREFIX * CHANNELS + channels
+            outputs = y + start + PREFIX * CHANNELS + channels
+            above = _zeros(WIDTH, BLOCK)
+            here = _activated(_loaded(0, first - PAD, patches, mask, WIDTH, G, CHANNELS, PAD), WIDTH)
+            for row in range(G):
+                below = _activated(_loaded(row + 1, first - PAD, patches, mask, WIDTH, G, CHANNELS, PAD), WIDTH)
+                values = ()
+                for j in tl.static_range(COLUMNS):
+                    values = values + (here[j + PAD] + _gelu(_convolved(above, here, below, w, b, j + PAD, WIDTH)),)
+                _store(row, first, values, outputs, mask, COLUMNS, G, CHANNELS, PAD)
+                above = here
+                here = below
+
+    @triton.jit
+    def _backward_kernel(
+        x,
+        weight,
+        bias,
+        dy,
+        dx,
+        sums,
+        B,
+        PREFIX: tl.constexpr,
+        G: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        STRIPS: tl.constexpr,
+        IMAGES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """dx; and in sums (programs of a block of channels, 10, CHANNELS) a program's part of the other gradients.
+
+        At row r: h of row r + 1, then dz of row r, which is the last that row r - 1 of dx waits for.
+        """
+        PAD: tl.constexpr = 0 if STRIPS == 1 else 1
+        BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+        WIDTH: tl.constexpr = COLUMNS + 4 * PAD  # of h; dz has COLUMNS + 2 PAD columns, dx COLUMNS
+        MIDDLE: tl.constexpr = COLUMNS + 2 * PAD
+        program = tl.program_id(0)
+        channels = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        strip = program // BLOCKS % STRIPS
+        begin = program // (BLOCKS * STRIPS) * IMAGES
+        exists, first = channels < CHANNELS, strip * COLUMNS
+        w = _weights(weight, channels, exists)
+        b = tl.load(bias + channels, mask=exists, other=0.0).to(tl.float32)
+        gradients = _zeros(10, BLOCK)  # nine weights and the bias
+        for i in range(IMAGES):
+            image = begin + i
+            mask = exists & (image < B)
+            start = image.to(tl.int64) * ((PREFIX + G * G) * CHANNELS)
+            for p in range(PREFIX):
+                at = start + p * CHANNELS + channels
+                value = _slope(tl.load(x + at, mask=mask & (strip == 0), other=0.0).to(tl.float32))
+                value *= tl.load(dy + at, mask=mask & (strip == 0), other=0.0).to(tl.float32)
+                tl.store(dx + at, value.to(dx.dtype.element_ty), mask=mask & (strip == 0))
+            patches = x + start + PREFIX * CHANNELS + channels
+            incoming = dy + start + PREFIX * CHANNELS + channels
+            outputs = dx + start + PREFIX * CHANNELS + channels
+            above = _zeros(WIDTH, BLOCK)
+            slopes_above = _zeros(COLUMNS, BLOCK)
+            here, slopes = _activated_with_slopes(
+                _loaded(0, first - 2 * PAD, patches, mask, WIDTH, G, CHANNELS, PAD), WIDTH, 2 * PAD
+            )
+            earlier = _zeros(COLUMNS, BLOCK)  # gradient of h in row r - 1, all but what comes from dz of row r
+            current = _zeros(COLUMNS, BLOCK)  # in row r, what comes from dz of row r - 1
+            for row in range(G):
+                given = _loaded(row, first - PAD, incoming, mask, MIDDLE, G, CHANNELS, PAD)
+                values = _loaded(row + 1, first - 2 * PAD, patches, mask, WIDTH, G, CHANNELS, PAD)
+                below, slopes_below = _activated_with_slopes(values, WIDTH, 2 * PAD)
+                dz = ()
+                for j in tl.static_range(MIDDLE):
+                    dz = dz + (given[j] * _slope(_convolved(above, here, below, w, b, j + PAD, WIDTH)),)
+                # gradients of weight and bias: of the strip's own columns alone
+                totals = ()
+                for k in tl.static_range(9):
+                    total = gradients[k]
+                    for j in tl.static_range(COLUMNS):
+                        if j + 2 * PAD + k % 3 - 1 >= 0 and j + 2 * PAD + k % 3 - 1 < WIDTH:
+                            if k < 3:
+                                total = tl.fma(dz[j + PAD], above[j + 2 * PAD + k % 3 - 1], total)
+                            elif k < 6:
+                                total = tl.fma(dz[j + PAD], here[j + 2 * PAD + k % 3 - 1], total)
+                            else:
+                                total = tl.fma(dz[j + PAD], below[j + 2 * PAD + k % 3 - 1], total)
+                    totals = totals + (total,)
+                total = gradients[9]
+                for j in tl.static_range(COLUMNS):
+                    total += dz[j + PAD]
+                gradients = totals + (total,)
+                # gradient of h: dz at column c reaches column c + kx - 1 of the row ky - 1 below
+                finished, next_earlier, next_current = (), (), ()
+                for j in tl.static_range(COLUMNS):
+                    up = earlier[j]
+                    same = current[j] + given[j + PAD]
+                    down = tl.zeros([BLOCK], tl.float32)
+                    for kx in tl.static_range(3):
+                        if j + PAD + 1 - kx >= 0 and j + PAD + 1 - kx < MIDDLE:
+                            up = tl.fma(w[kx], dz[j + PAD + 1 - kx], up)
+                            same = tl.fma(w[3 + kx], dz[j + PAD + 1 - kx], same)
+                            down = tl.fma(w[6 + kx], dz[j + PAD + 1 - kx], down)
+                    finished = finished + (up * slopes_above[j],)
+                    next_earlier = next_earlier + (same,)
+                    next_current = next_current + (down,)
+                _store(row - 1, first, finished, outputs, mask & (row > 0), COLUMNS, G, CHANNELS, PAD)
+                earlier, current = next_earlier, next_current
+                above, here = here, below
+                slopes_above, slopes = slopes, slopes_below
+            last = ()
+            for j in tl.static_range(COLUMNS):
+                last = last + (earlier[j] * slopes_above[j],)
+            _store(G - 1, first, last, outputs, mask, COLUMNS, G, CHANNELS, PAD)
+        for k in tl.static_range(10):
+            tl.store(sums + (program // BLOCKS * 10 + k) * CHANNELS + channels, gradients[k], mask=exists)
+
+
+# --- how they are started ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the work is cut: a program's channels, warps of 32 threads, columns of the grid, and images."""
+
+    block: int
+    warps: int
+    columns: int
+    images: int
+
+    def constants(self, grid: int) -> dict[str, int]:
+        return dict(COLUMNS=self.columns, STRIPS=-(-grid // self.columns), IMAGES=self.images, BLOCK=self.block)
+
+    def programs(self, batch: int, grid: int, channels: int) -> tuple[int, int]:
+        """Of one block of channels, and of all."""
+        of_a_block = -(-batch // self.images) * -(-grid // self.columns)
+        return of_a_block, of_a_block * -(-channels // self.block)
+
+
+def launch(batch: int, grid: int, backward: bool) -> Launch:
+    """One channel a thread, so that the rows fit into registers; forward, where they are fewer, two. Not yet timed."""
+    columns = grid if grid <= WHOLE else STRIP
+    images = max(1, min(batch, (PIXELS if backward else 128) // grid**2))
+    return Launch(64, 2 if backward else 1, columns, images)
+
+
+def run_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int, how: Launch | None = None
+) -> Tensor:
+    """y of contiguous tensors, by the kernel."""
+    B, _, channels = x.shape
+    how = how or launch(B, grid, backward=False)
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _forward_kernel[how.programs(B, grid, channels)[1],](
+            x,
+            weight,
+            bias,
+            y,
+            B,
+            PREFIX=num_prefix,
+            G=grid,
+            CHANNELS=channels,
+            **how.constants(grid),
+            num_warps=how.warps,
+        )
+    return y
+
+
+def run_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int, how: Launch | None = None
+) -> list[Tensor]:
+    """Gradients of x, weight and bias for contiguous tensors, by the kernel."""
+    B, _, channels = x.shape
+    how = how or launch(B, grid, backward=True)
+    of_a_block, programs = how.programs(B, grid, channels)
+    dx, sums = torch.empty_like(x), torch.empty(of_a_block, 10, channels, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _backward_kernel[programs,](
+            x,
+            weight,
+            bias,
+            dy,
+            dx,
+            sums,
+            B,
+            PREFIX=num_prefix,
+            G=grid,
+            CHANNELS=channels,
+            **how.constants(grid),
+            num_warps=how.warps,
+        )
+    total = sums.sum(0)
+    return [dx, total[:9].T.reshape(weight.shape).to(weight.dtype, copy=True), total[9].to(bias.dtype, copy=True)]
+
+
+@cache
+def trouble(device: torch.device) -> str | None:
+    """Why the kernels do not run on this device, such as a missing C compiler; None where they do."""
+    try:
+        x, weight, bias = (torch.ones(shape, device=device) for shape in ((1, 4, 16), (16, 1, 3, 3), (16,)))
+        run_backward(x, weight, bias, run_forward(x, weight, bias, 2, 0), 2, 0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the compiler behind the compiler: whatever it is
+        text = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        )
+        LOGGER.warning("kernel    off, because Triton does not work on this machine (%s)", text)
+        return text
+    return None
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernel runs on x, and not PyTorch's operations in its place."""
+    possible = x.device.type == "cuda" or INTERPRETED and x.device.type == "cpu"
+    return triton is not None and possible and x.dtype in DTYPES and x.numel() > 0 and trouble(x.device) is None
+
+
+@torch.library.custom_op("vision_transformers::conv_gelu", mutates_args=())
+def conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
+    """h + GELU(conv(h) + bias) of h = GELU(x).
+
+    Args:
+        x: tokens (B, num_prefix + grid^2, F), weight: (F, 1, 3, 3), bias: (F,).
+    """
+    if runs_on(x):
+        return run_forward(x.contiguous(), weight.contiguous(), bias.contiguous(), grid, num_prefix)
+    return plain(x, weight.to(x.dtype), bias.to(x.dtype), grid, num_prefix).contiguous()
+
+
+@conv_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("vision_transformers::conv_gelu_backward", mutates_args=())
+def conv_gelu_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
+    """Gradients of x, weight and bias."""
+    if runs_on(x):
+        return run_backward(
+            x.contiguous(), weight.contiguous(), bias.contiguous(), dy.to(x.dtype).contiguous(), grid, num_prefix
+        )
+    return plain_backward(x, weight, bias, dy.to(x.dtype), grid, num_prefix)
+
+
+@conv_gelu_backward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, weight, bias)]
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.grid, ctx.num_prefix = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, dy: Tensor) -> tuple:
+    return (*conv_gelu_backward(*ctx.saved_tensors, dy, ctx.grid, ctx.num_prefix), None, None)
+
+
+conv_gelu.register_autograd(_gradients, setup_context=_save)
