@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedding_stems import ResidualStem
+from embedding_stems import PoolStem, ResidualStem
 from parts import Dimensions
 from settings import SettingsError
 
@@ -81,6 +81,7 @@ PATCH_EMBEDDINGS = {
     "spt": ShiftedPatches,
     "conv_stem": ConvolutionStem,
     "residual_stem": ResidualStem,
+    "pool_stem": PoolStem,
 }
 
 

@@ -1,6 +1,6 @@
-"""A patch embedding with residual convolutions: a short convolutional network before the transformer.
+"""Patch embeddings with residual convolutions: a short convolutional network before the transformer.
 
-The other patch embeddings, and the table that names this one, are in `embedding.py`.
+The other patch embeddings, and the table that names these, are in `embedding.py`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convolutions import NORMS, ConvolveNorm, ResidualPair, check_norm
 from parts import Dimensions
-from settings import SettingsError, unknown
-
-NORMS = {
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(1, channels),
-}
+from settings import SettingsError
 
 
 class Residual(nn.Module):
@@ -32,6 +28,15 @@ class Residual(nn.Module):
         return x + y
 
 
+def count_halvings(name: str, patch: int, first: int, blocks: int) -> int:
+    """How often the side is halved until a patch is one pixel. Raises SettingsError for sizes that make no such stem."""
+    halvings = patch.bit_length() - 1
+    if patch != 2**halvings or halvings < 1 or first < 1 or blocks < 0:
+        raise SettingsError(f"patch_embedding={name}: model.patch must be a power of 2 from 2 up, first at least 1 and blocks at "
+                            f"least 0, not patch={patch}, first={first}, blocks={blocks}")
+    return halvings
+
+
 class ResidualStem(nn.Module):
     """A 3x3 convolution to `first` channels, then, until one pixel is one token, residual blocks and a halving, channels doubling.
 
@@ -43,17 +48,38 @@ class ResidualStem(nn.Module):
 
     def __init__(self, dims: Dimensions, first: int = 64, blocks: int = 1, norm: str = "batch"):
         super().__init__()
-        halvings = dims.patch.bit_length() - 1
-        if dims.patch != 2**halvings or halvings < 1 or first < 1 or blocks < 0:
-            raise SettingsError(f"patch_embedding=residual_stem: model.patch must be a power of 2 from 2 up, first at least 1 and blocks at "
-                                f"least 0, not patch={dims.patch}, first={first}, blocks={blocks}")
-        if norm not in NORMS:
-            raise SettingsError("patch_embedding=residual_stem: " + unknown("norm", norm, list(NORMS)))
+        halvings = count_halvings("residual_stem", dims.patch, first, blocks)
+        check_norm("patch_embedding=residual_stem", norm)
         channels = [*(first << i for i in range(halvings)), dims.width]
         steps: list[nn.Module] = [nn.Conv2d(3, first, kernel_size=3, padding=1, bias=False)]
         for before, after in zip(channels, channels[1:], strict=False):
             steps += [Residual(before, norm) for _ in range(blocks)]
             steps += [NORMS[norm](before), nn.GELU(), nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)]
+        self.steps = nn.Sequential(*steps)
+        for step in steps[1:]:
+            step.is_edge = False  # only the first convolution reads the images; Muon may train the others
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.steps(images).flatten(2).transpose(1, 2)
+
+
+class PoolStem(nn.Module):
+    """A 3x3 convolution to `first` channels, then convolutions with 2x2 max-pooling until one pixel is one token, the last to C.
+
+    `blocks` residual pairs stand between two poolings, where there are twice, four times ... `first` channels. Every convolution
+    has a norm and ReLU after it, as in the residual networks that train fastest (KellerJordan/cifar10-airbench has GELU).
+    `norm` as in `residual_stem`. Written for processors without matrix units to spare: few channels at full side.
+    """
+
+    def __init__(self, dims: Dimensions, first: int = 32, blocks: int = 1, norm: str = "batch"):
+        super().__init__()
+        halvings = count_halvings("pool_stem", dims.patch, first, blocks)
+        check_norm("patch_embedding=pool_stem", norm)
+        channels = [first, *(first << i for i in range(1, halvings)), dims.width]
+        steps: list[nn.Module] = [ConvolveNorm(3, first, norm)]
+        for before, after in zip(channels, channels[1:], strict=False):
+            steps += [ResidualPair(before, norm) for _ in range(blocks)] if before != first else []
+            steps.append(ConvolveNorm(before, after, norm, pool=True))
         self.steps = nn.Sequential(*steps)
         for step in steps[1:]:
             step.is_edge = False  # only the first convolution reads the images; Muon may train the others

@@ -13,7 +13,7 @@ To try an idea, write one class here and add one line to FEED_FORWARDS at the en
 
 It then trains with `--set model.feed_forward=mine --set model.feed_forward_options.hidden=384`, and the help, the tests
 and `compare.py` know it. An option `hidden` of 0 stands for the field's usual size, which the class docstring names.
-The trees (FFF) are in `feedforward_trees.py`. Two feed-forwards a block, macaron or one after the other: `--set model.block=`.
+The trees (FFF) are in `feedforward_trees.py`, dense convolutions in `convolutions.py`. A class that says `own_norm = True` gets no LayerNorm before it. Two feed-forwards a block, macaron or one after the other: `--set model.block=`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convolutions import ResidualConvolution
 from feedforward_trees import FFF, FFFFanOut
 from parts import Dimensions, make_part, part_options
 from settings import SettingsError
@@ -192,6 +193,7 @@ FEED_FORWARDS = {
     "mix": Mix,
     "chain": Chain,
     "conv_mlp": ConvMLP,
+    "residual_conv": ResidualConvolution,
     "soft_moe": SoftMoE,
     "fff": FFF,
     "fff_fan_out": FFFFanOut,

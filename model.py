@@ -59,12 +59,13 @@ class Embed(nn.Module):
 class Branch(nn.Module):
     """One residual step, (B, T, C) -> (B, T, C): x + share * drop_path(scale * part(norm(x))).
 
+    A part with `own_norm` normalises itself: there is no norm before it.
     `layer_scale` is the initial value of `scale`, a learnt factor for each channel (arXiv 2103.17239); 0 leaves it out.
     """
 
     def __init__(self, dims: Dimensions, drop_path: float, layer_scale: float, part: nn.Module, share: float = 1.0):
         super().__init__()
-        self.norm = nn.LayerNorm(dims.width)
+        self.norm = nn.Identity() if getattr(part, "own_norm", False) else nn.LayerNorm(dims.width)
         self.part = part
         self.scale = nn.Parameter(torch.full((dims.width,), float(layer_scale))) if layer_scale else None
         self.share = share

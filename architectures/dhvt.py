@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures.layers import DropPath, drop_path_rates, honours, init_linear
+from attention import attend
 from settings import ModelSettings, SettingsError
 
 DEPTH, HIDDEN_FACTOR, SQUEEZE = 12, 4, 4
@@ -76,7 +77,7 @@ class HeadTokenAttention(nn.Module):
         tokens = self.head_norm(self.head_token(means).view(B, self.heads, self.heads, -1))
         x = torch.cat([x, F.gelu(tokens).flatten(2) + self.head_positions], dim=1)
         q, k, v = self.qkv(x).view(B, T + self.heads, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T + H, D) each
-        x = self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T + self.heads, C))
+        x = self.project(attend(q, k, v).transpose(1, 2).reshape(B, T + self.heads, C))
         class_token, patches, head_tokens = x.split([1, T - 1, self.heads], dim=1)
         return torch.cat([class_token + head_tokens.mean(dim=1, keepdim=True), patches], dim=1)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from architectures.layers import MLP, DropPath, drop_path_rates, honours
+from attention import attend
 from settings import ModelSettings, SettingsError
 
 HEAD_SIZE, HIDDEN_FACTOR = 32, 4
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         """(B, C, h, h) -> (B, C, h, h)."""
         B, C, h, _ = x.shape
         q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).view(B, h * h, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, h h, D)
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, h, h)
+        return attend(q, k, v).transpose(2, 3).reshape(B, C, h, h)
 
 
 class InceptionMixer(nn.Module):
