@@ -17,7 +17,7 @@ from settings import AugmentationSettings, SettingsError, unknown
 
 POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")
 # One stream of random numbers for each purpose, so that switching one augmentation on leaves the others' draws alone.
-ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE = range(8)
+ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE, PHASE = range(9)
 ATTEMPTS = 10  # at a random rectangle that fits, as in torchvision
 CENTRE_CROP = 256 / 224  # evaluation of images of any size: the shorter side is resized to this times the side asked for
 
@@ -37,6 +37,24 @@ def uniform(seed: int, epoch: int, purpose: int, start: int, count: int, columns
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order in which an epoch visits the images: a permutation of 0..num_images-1, int64."""
     return np.argsort(stream(seed, epoch, ORDER).random_raw(num_images), kind="stable")
+
+
+def flip_randomly(u: np.ndarray, probability: float, seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """Each time anew."""
+    return u < probability
+
+
+def flip_alternating(u: np.ndarray, probability: float, seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """Each image in every second epoch, and which of the two is its own: no image is seen twice in a row as it was (airbench94)."""
+    phase = stream(seed, 0, PHASE).random_raw(int(images.max()) + 1)[images] >> 63
+    return (phase + epoch) % 2 == 1
+
+
+# Uniform numbers (B,), augmentation.flip, seed, epoch, positions of the images in the split (B,) -> whether each is mirrored.
+FLIPS = {
+    "random": flip_randomly,
+    "alternating": flip_alternating,
+}
 
 
 @dataclass(frozen=True)
@@ -69,10 +87,11 @@ class Augmentation:
     def num_levels(self) -> int:
         return len(self.plan(0, 0, 1).levels)
 
-    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None) -> Plan:
-        """The plan of positions `start` to `start + count`.
+    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None, images: np.ndarray | None = None) -> Plan:
+        """The plan of positions `start` to `start + count` of an epoch.
 
         Args:
+            images: int (count,), which images of the split these are, where the epoch has an order of its own; else those at the positions.
             sizes: int (count, 2), height and width of each image, where they differ; else all are `side`.
         """
         s = self.settings
@@ -81,13 +100,14 @@ class Augmentation:
             return uniform(self.seed, epoch, purpose, start, count, columns)
 
         u = draw(CROP, 4)
+        images = np.arange(start, start + count) if images is None else images
         corner = part = None
         if s.resized_crop:
             part = resized_part(draw(RESIZED, 4 + 2 * ATTEMPTS), s.resized_crop_scale, s.resized_crop_ratio, sizes)
         elif s.crop_padding:
             corner = np.ascontiguousarray(choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding)
         return Plan(
-            flip=(u[:, 2] < s.flip).astype(np.int32), corner=corner, part=part,
+            flip=FLIPS[s.flip_mode](u[:, 2], s.flip, self.seed, epoch, images).astype(np.int32), corner=corner, part=part,
             levels=[level for purpose, policy in self.policies for level in policy.levels(draw(purpose, policy.num_draws))],
             erased=self._erased(draw(ERASING, 4 + 2 * ATTEMPTS)) if s.erasing else None,
         )
@@ -143,6 +163,10 @@ def check(s: AugmentationSettings) -> None:
     """Refuse settings outside their range. Raises SettingsError."""
     if s.policy not in POLICIES:
         raise SettingsError(unknown("augmentation.policy", s.policy, list(POLICIES)))
+    if s.flip_mode not in FLIPS:
+        raise SettingsError(unknown("augmentation.flip_mode", s.flip_mode, list(FLIPS)))
+    if s.flip_mode == "alternating" and s.flip != AugmentationSettings().flip:
+        raise SettingsError(f"augmentation.flip_mode=alternating would not use augmentation.flip={s.flip}; flip_mode=random would")
     if s.erasing_value not in ("zero", "pixel"):
         raise SettingsError(unknown("augmentation.erasing_value", s.erasing_value, ["zero", "pixel"]))
     for name in ("flip", "erasing", "mix_probability", "cutmix_share"):

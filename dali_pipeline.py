@@ -181,7 +181,7 @@ class Batches:
         repeats = self.augmentation.settings.repeats
         positions = order[1][np.arange(begin, begin + self.batch_size) // repeats]
         sizes = self.reader.sizes(positions) if self.dataset.image_side is None and self.augmentation.settings.resized_crop else None
-        plan = self.augmentation.plan(token.epoch, begin, self.batch_size, sizes)
+        plan = self.augmentation.plan(token.epoch, begin, self.batch_size, sizes, positions)
         mix = self.mixing.draw(token.epoch, begin, self.batch_size) if self.mixing.is_on else None
         return Work(token, positions, self.reader.read(positions) if read else None, plan, mix)
 

@@ -10,6 +10,9 @@ from dataclasses import fields
 from typing import Any
 
 
+SEVERAL_TYPES = {"bf16.enabled": (False, True, "autocast", "auto")}  # settings that take these values, of more than one type
+
+
 class SettingsError(ValueError):
     """A setting is unknown, of the wrong type, or not usable; the message names it."""
 
@@ -54,6 +57,11 @@ def merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> Non
             if not isinstance(value, dict):
                 raise SettingsError(f"{source}{where} is a group; its members are {', '.join(target[key])}")
             merge_dict(target[key], value, source, where)
+        elif where in SEVERAL_TYPES:
+            if not any(type(value) is type(choice) and value == choice for choice in SEVERAL_TYPES[where]):
+                words = ", ".join(choice for choice in SEVERAL_TYPES[where] if isinstance(choice, str))
+                raise SettingsError(f"{source}{where} must be of type bool, or one of {words} (now {target[key]!r}), not {value!r}")
+            target[key] = value
         else:
             target[key] = fit(target[key], value, f"{source}{where}")
 

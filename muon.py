@@ -50,6 +50,7 @@ class Muon(torch.optim.Optimizer):
 
     Attributes:
         cuts: how the tensors of the hidden groups hold matrices, by tensor; a tensor that is not here is a whole one.
+        working_dtype: in which the iteration computes; None: bf16 on a GPU, as its author has it, and fp32 on a CPU.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, matrix_lr_factor: float, momentum: float,
@@ -58,6 +59,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"momentum={momentum} and matrix_lr_factor={matrix_lr_factor}: it needs 0 <= momentum < 1, and a factor above 0")
         super().__init__(params, dict(lr=lr, momentum=momentum, matrix_lr_factor=matrix_lr_factor, weight_decay=weight_decay))
         self.cuts: dict[Tensor, Cut] = {}
+        self.working_dtype: torch.dtype | None = None
         # It shares the groups (the same dictionaries) and the state, so an engine that exchanges parameters sees one optimiser.
         rest = [group for group in self.param_groups if not group["hidden"]]
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused) if rest else None
@@ -77,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
         cuts = [self.cuts.get(tensor, Uncut()) for tensor in tensors]
         matrices = [cut.whole(self._direction(tensor, group["momentum"])) for tensor, cut in zip(tensors, cuts, strict=True)]
-        steps = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor]))
+        steps = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor], self.working_dtype))
         for tensor, cut, of_tensor in zip(tensors, cuts, matrices, strict=True):
             step = cut.part([next(steps) for _ in of_tensor])
             tensor.mul_(1 - group["lr"] * group["weight_decay"])
@@ -91,11 +93,11 @@ class Muon(torch.optim.Optimizer):
         return tensor.grad.lerp(mean, momentum)
 
 
-def orthogonalise(tensors: list[Tensor]) -> list[Tensor]:
+def orthogonalise(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Each matrix U S V^T as about U V^T, times 0.2 sqrt(max(rows, columns)).
 
     Of (N, rows, columns) every one of the N is a matrix, and a kernel (out, in, k, k) is one of (out, in k k). Matrices of
-    one shape go through the iteration together, a tall one lying on its side.
+    one shape go through the iteration together, a tall one lying on its side. `dtype` as Muon's `working_dtype`.
     """
     stacks = [tensor if tensor.ndim == 3 else tensor.flatten(1)[None] for tensor in tensors]
     tall = [stack.shape[1] > stack.shape[2] for stack in stacks]
@@ -105,7 +107,7 @@ def orthogonalise(tensors: list[Tensor]) -> list[Tensor]:
         batches[(*stack.shape[1:], stack.device)].append(i)
     steps: list[Tensor] = [torch.empty(0)] * len(tensors)
     for (_, longer, device), members in batches.items():
-        batch = newton_schulz(torch.cat([lying[i] for i in members]), working_dtype(device))
+        batch = newton_schulz(torch.cat([lying[i] for i in members]), dtype or working_dtype(device))
         scaled = (0.2 * longer**0.5 * batch).to(tensors[0].dtype)
         for i, step in zip(members, scaled.split([len(lying[i]) for i in members]), strict=True):
             steps[i] = (step.mT if tall[i] else step).reshape(tensors[i].shape)
@@ -113,7 +115,7 @@ def orthogonalise(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """bf16, as its author has it; on a CPU fp32, which is faster there."""
+    """bf16, as its author has it; on a CPU fp32, which is faster on most."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

@@ -48,6 +48,8 @@ def main() -> int:
     from parallel import engine_class
     from parallel.environment import make_deterministic, rank_environment
     from parallel.peers.start import meeting_of
+    from parallel.precision import settle
+    from parallel.processes import pick_device
     from staging import stage
     from trackers import check_trackers
 
@@ -80,6 +82,8 @@ def main() -> int:
 
     meeting = meeting_of(args, settings.parallel.patience_seconds)
     engine_type = engine_class(settings.strategy, peers=meeting is not None)
+    if line := settle(settings, engine_type, pick_device()):
+        screen.fact("precision", line)
     if args.screen == VERBOSE:
         tell_all()
     micro_batch = MicroBatch(engine_type, settings, build, dataset, side)

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import count_parameters
+from muon import Muon
 from optimizers import COUNT_STEPS, check_optimizer
-from parallel import processes
+from parallel import precision, processes
 from parallel.average import Averaging
 from parallel.buffers import persistent_buffers
 from parallel.checks import misfit, refuse_network, refuse_unused
-from parallel.compiling import FIRST_STEPS, Compiled, choose
+from parallel.compiling import CPU_IMAGES, FIRST_STEPS, Compiled, choose
 from parallel.counts import Batch, BatchSizes, Counts
 from parallel.messages import Messages
 from schedule import Schedule
@@ -58,6 +59,7 @@ class Engine(Averaging, Messages, ABC):
     state_kind = "one model"
     precision = "fp32"
     tries_whole = True
+    no_autocast: str | None = None  # why this strategy cannot compute by torch.autocast
     no_compile: str | None = None  # why this strategy cannot use torch.compile
     no_graphs: str | None = "this strategy cannot record CUDA graphs; ddp can"
     no_channels_last: str | None = None
@@ -79,6 +81,7 @@ class Engine(Averaging, Messages, ABC):
         for is_set, refusal in ((settings.channels_last, self.no_channels_last), (settings.ema.decay, self.no_average)):
             if is_set and refusal:
                 raise SettingsError(f"strategy {self.name} would not use {'ema.decay' if refusal is self.no_average else 'channels_last'}: {refusal}")
+        precision.settle(settings, type(self), processes.pick_device())
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
         self.grad_norm: Tensor | None = None
@@ -180,8 +183,12 @@ class Engine(Averaging, Messages, ABC):
         network, settings = self.network(), self.settings
         refuse_network(network, settings)
         self.start_average(settings.ema)
-        mode = choose(settings.compile, self.device, self.no_compile, self.no_graphs)
-        self.compiled = Compiled(network, self.layers(), mode)
+        optimizer, images = self.masters()[0], self.schedule.total * self.batch_sizes.total
+        if isinstance(optimizer, Muon) and self.precision != "fp32" and precision.fast_bf16(self.device):
+            optimizer.working_dtype = torch.bfloat16
+        pays_on_cpu = self.precision != "fp32" and images >= CPU_IMAGES
+        mode = choose(settings.compile, self.device, self.no_compile, self.no_graphs, pays_on_cpu)
+        self.compiled = Compiled(network, self.layers(), mode, or_plain=settings.compile == "auto" and self.device.type == "cpu")
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0
 
     def features(self) -> str:

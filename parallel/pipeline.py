@@ -50,6 +50,7 @@ class Engine(zero.Engine):
 
     honours = frozenset({"stages", "partition"})
     tries_whole = False
+    no_autocast = "strategy pipeline has DeepSpeed's bf16 alone, with weights and all"
     no_channels_last = "what goes from stage to stage over the wire is contiguous"
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -71,8 +71,8 @@ class Engine(contract.Engine):
         self.is_main = dist.get_rank() == 0
         config = settings.engine
         self.stage = config["zero_optimization"]["stage"]
-        self.bf16 = config["bf16"]["enabled"]
-        self.precision = "bf16" if self.bf16 else "fp32"
+        self.bf16, self.autocast = config["bf16"]["enabled"] is True, config["bf16"]["enabled"] == "autocast"
+        self.precision = "bf16" if self.bf16 else "autocast" if self.autocast else "fp32"
         self.check_engine(config)
         self.data_shard = self.place()
         self.batch_sizes = BatchSizes.derive(config, self.data_shard[1])
@@ -142,6 +142,7 @@ class Engine(contract.Engine):
         zero.setdefault("reduce_bucket_size", min(500_000_000, self.num_parameters))
         return {
             **config,
+            "bf16": {**config["bf16"], "enabled": self.bf16},
             "zero_optimization": zero,
             "train_micro_batch_size_per_gpu": self.batch_sizes.micro,
             "zero_allow_untested_optimizer": True,
@@ -158,7 +159,9 @@ class Engine(contract.Engine):
         losses = []
         for i in range(self.batch_sizes.accumulation):
             images, labels = next(batches)
-            loss = self.loss(self.engine(self.feed(images)), labels)
+            with self._precision():
+                scores = self.engine(self.feed(images))
+            loss = self.loss(scores, labels)
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
                 self.grad_norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), math.inf).detach()
@@ -190,7 +193,11 @@ class Engine(contract.Engine):
 
     def forward(self, images: Tensor) -> Tensor:
         self.engine.eval()
-        return self.engine(self.feed(images))
+        with self._precision():
+            return self.engine(self.feed(images))
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def feed(self, images: Tensor) -> Tensor:
         return super().feed(images.bfloat16() if self.bf16 else images)
@@ -205,7 +212,8 @@ class Engine(contract.Engine):
         self.parts.refresh()
 
     def describe(self) -> str:
-        return f"stage {self.stage}, {'bf16' if self.bf16 else 'fp32'}{self.features()}"
+        words = {"bf16": "bf16 weights and all", "autocast": "bf16", "fp32": "fp32"}
+        return f"stage {self.stage}, {words[self.precision]}{self.features()}"
 
     def gather_state(self) -> dict[str, Tensor] | None:
         return gather(self.network(), self.parts, self.averages(), keep=self.is_main)
