@@ -48,7 +48,7 @@ def main() -> int:
     from parallel import engine_class
     from parallel.environment import make_deterministic, rank_environment
     from parallel.peers.start import meeting_of
-    from parallel.precision import settle
+    from parallel.precision import choose as choose_precision
     from parallel.processes import pick_device
     from staging import stage
     from trackers import check_trackers
@@ -82,7 +82,7 @@ def main() -> int:
 
     meeting = meeting_of(args, settings.parallel.patience_seconds)
     engine_type = engine_class(settings.strategy, peers=meeting is not None)
-    if line := settle(settings, engine_type, pick_device()):
+    if line := choose_precision(settings.engine["bf16"]["enabled"], engine_type.no_autocast, pick_device())[1]:
         screen.fact("precision", line)
     if args.screen == VERBOSE:
         tell_all()

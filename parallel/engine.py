@@ -51,6 +51,7 @@ class Engine(Averaging, Messages, ABC):
         tries_whole: whether a process holds the whole network, so that a trial of it on one GPU says what fits.
         precision: how `forward` computes, for those who evaluate the weights elsewhere: fp32, bf16 (weights and all) or autocast.
         average: the moving average of the weights that is evaluated and handed over, None where `ema.decay` is 0.
+        bf16_enabled: what the setting of that name comes to here: false, true or autocast.
         first_steps: steps after a start that compile or warm up, and say nothing of the speed.
     """
 
@@ -81,7 +82,7 @@ class Engine(Averaging, Messages, ABC):
         for is_set, refusal in ((settings.channels_last, self.no_channels_last), (settings.ema.decay, self.no_average)):
             if is_set and refusal:
                 raise SettingsError(f"strategy {self.name} would not use {'ema.decay' if refusal is self.no_average else 'channels_last'}: {refusal}")
-        precision.settle(settings, type(self), processes.pick_device())
+        self.bf16_enabled, _ = precision.choose(settings.engine["bf16"]["enabled"], self.no_autocast, processes.pick_device())
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
         self.grad_norm: Tensor | None = None

@@ -38,7 +38,7 @@ class PlainEngine(contract.Engine):
         self.device = processes.join()
         self.data_shard = (dist.get_rank(), dist.get_world_size())
         self.is_main = dist.get_rank() == 0
-        self.bf16 = bool(settings.engine["bf16"]["enabled"])
+        self.bf16 = bool(self.bf16_enabled)
         self.precision = "autocast" if self.bf16 else "fp32"
         self.clipping = settings.engine["gradient_clipping"]
         self.batch_sizes = BatchSizes.derive(settings.engine, dist.get_world_size())

@@ -5,41 +5,39 @@
     autocast   fp32 weights and torch.autocast, with every strategy but pipeline
     auto       autocast where the device multiplies bf16 faster than fp32, else false
 
-What auto comes to depends on the device alone, never on how busy it is: a run that goes on computes as it began.
+What auto comes to depends on the device alone, never on how busy it is, and stands in `run.json` as `precision`: a run that
+goes on computes as it began, or is refused.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from settings import Settings, SettingsError
-
-if TYPE_CHECKING:
-    from parallel.engine import Engine
+from settings import SettingsError
 
 FLAGS = ("amx_bf16", "avx512_bf16")  # of processors whose matrix products in bf16 take two to four times less time than in fp32
 
 
-def settle(settings: Settings, engine_type: type[Engine], device: torch.device) -> str | None:
-    """Put what auto comes to in its place. Returns the sentence for the screen, None where nothing was left open.
+def choose(setting: bool | str, no_autocast: str | None, device: torch.device) -> tuple[bool | str, str | None]:
+    """What `bf16.enabled` comes to: false, true or autocast; and the sentence for the screen, None where nothing was left open.
+
+    Args:
+        no_autocast: why the strategy has no autocast, None where it does.
 
     Raises:
         SettingsError: autocast, for a strategy that has none.
     """
-    enabled = settings.engine["bf16"]["enabled"]
-    if enabled == "autocast" and engine_type.no_autocast:
-        raise SettingsError(f"bf16.enabled=autocast: {engine_type.no_autocast}")
-    if enabled != "auto":
-        return None
-    reason = None if engine_type.no_autocast else fast_bf16(device)
-    settings.engine["bf16"]["enabled"] = "autocast" if reason else False
+    if setting == "autocast" and no_autocast:
+        raise SettingsError(f"bf16.enabled=autocast: {no_autocast}")
+    if setting != "auto":
+        return setting, None
+    reason = None if no_autocast else fast_bf16(device)
     if reason:
-        return f"bf16, because there is {reason} (--set bf16.enabled=false chooses fp32)"
-    return f"fp32, because {engine_type.no_autocast or 'the device is not faster in bf16'} (--set bf16.enabled=true chooses bf16)"
+        return "autocast", f"bf16, because there is {reason} (--set bf16.enabled=false chooses fp32)"
+    return False, f"fp32, because {no_autocast or 'the device is not faster in bf16'} (--set bf16.enabled=true chooses bf16)"
 
 
 def fast_bf16(device: torch.device) -> str | None:

@@ -71,7 +71,7 @@ class Engine(contract.Engine):
         self.is_main = dist.get_rank() == 0
         config = settings.engine
         self.stage = config["zero_optimization"]["stage"]
-        self.bf16, self.autocast = config["bf16"]["enabled"] is True, config["bf16"]["enabled"] == "autocast"
+        self.bf16, self.autocast = self.bf16_enabled is True, self.bf16_enabled == "autocast"
         self.precision = "bf16" if self.bf16 else "autocast" if self.autocast else "fp32"
         self.check_engine(config)
         self.data_shard = self.place()
