@@ -102,10 +102,16 @@ def macaron(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.M
     return {"before": branch(feed_forward(), share=0.5), "attention": branch(attention()), "after": branch(feed_forward(), share=0.5)}
 
 
+def no_attention(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
+    """A feed-forward alone, to see what attention gives; tokens then meet in the feed-forward, the stem and the pooling only."""
+    return {"feed_forward": branch(feed_forward())}
+
+
 BLOCKS = {
     "pre_norm": pre_norm,
     "pair": pair,
     "macaron": macaron,
+    "no_attention": no_attention,
 }
 
 

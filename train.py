@@ -25,6 +25,8 @@ from screen import NORMAL, QUIET, VERBOSE, Screen, tell_all
 from settings import Settings, SettingsError, preset_names, resolve, table_names
 
 if TYPE_CHECKING:
+    import torch
+
     from dataset import Dataset
     from loop import StopRequest
     from parallel import Engine
@@ -60,10 +62,9 @@ def main() -> int:
     if args.deterministic:
         make_deterministic()
     screen = Screen(args.screen, is_main=os.environ.get("RANK", "0") == "0")
-    preset = args.preset or ("spt-lsa" if torch.cuda.is_available() else "cpu")
-    if not args.preset:
-        screen.fact("preset", f"{preset}, because there is {'a' if torch.cuda.is_available() else 'no'} GPU (--preset NAME chooses another: "
-                              f"{', '.join(preset_names())})")
+    preset, why = (args.preset, "") if args.preset else default_preset(pick_device())
+    if why:
+        screen.fact("preset", f"{preset}, because {why} (--preset NAME chooses another: {', '.join(preset_names())})")
     check_trackers(args.tensorboard, args.wandb)
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
     dataset = Dataset.open(prepare(args))
@@ -135,6 +136,17 @@ def train(args: argparse.Namespace, preset: str, settings: Settings, dataset: Da
     return 0 if finished else EXIT_STOPPED
 
 
+def default_preset(device: torch.device) -> tuple[str, str]:
+    """What is trained where no preset is named, and why."""
+    from parallel.precision import fast_bf16
+
+    if device.type == "cuda":
+        return "spt-lsa", "there is a GPU"
+    if fast_bf16(device):
+        return "cpu", "there is no GPU"
+    return "cpu-fp32", "there is no GPU, and the processor is not faster in bf16"
+
+
 def prepare(args: argparse.Namespace) -> Path:
     """The folder of the prepared dataset; the first process of each host prepares it, the others wait.
 
@@ -178,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--synthetic", action="store_true", help="train on one fixed batch of noise: the speed of everything but the data")
     what = parser.add_argument_group("what to train")
     what.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(preset_names())}, or a .toml file "
-                                       "(default: cpu without a GPU, else spt-lsa)")
+                                       "(default: cpu or cpu-fp32 without a GPU, else spt-lsa)")
     what.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; repeat for more")
     what.add_argument("--init-weights", type=Path, metavar="FILE",
                       help="start from these weights, safetensors or a plain state_dict (default: at random)")
