@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,11 +32,20 @@ for name in ("torch.utils.cpp_extension", "DeepSpeed"):
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It knows a handful of optimisers; ours are tested with it in tests/test_parallel_optimizers.py.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+
+
+def import_muon_uncompiled() -> None:
+    """DeepSpeed looks whether an optimiser is its own Muon, and compiles that one when it imports it: a second at every start for nothing."""
+    decorate, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    with suppress(ImportError):  # versions before 0.18 have none
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    compiler.compile = decorate
 
 
 @contextmanager
@@ -114,6 +124,7 @@ class Engine(contract.Engine):
 
     def start(self, model: nn.Module, config: dict[str, Any]) -> None:
         """Hand the model to DeepSpeed."""
+        import_muon_uncompiled()
         optimizer = self.make_optimizer(model)
         deepspeed.utils.groups.mpu = None  # a global that a pipeline leaves behind, in a process that makes one engine after another
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
