@@ -9,7 +9,6 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
-
 SEVERAL_TYPES = {"bf16.enabled": (False, True, "autocast", "auto")}  # settings that take these values, of more than one type
 
 

@@ -139,7 +139,7 @@ class Settings:
     epochs: int = 100
     strategy: str = "zero"
     image_side: int = 0  # pixels the network sees; 0 is the dataset's own side
-    compile: str = "auto"  # torch.compile: auto (on for GPUs, and for long runs in bf16 on CPUs), on, off, reduce-overhead, max-autotune (the last two with CUDA graphs)
+    compile: str = "auto"  # torch.compile: auto, on, off, or with CUDA graphs: reduce-overhead, max-autotune
     channels_last: bool = False  # images in memory with their channels side by side, which convolutions on GPUs prefer
     model: ModelSettings = field(default_factory=ModelSettings)
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)

@@ -38,9 +38,7 @@ EXIT_STOPPED = 75  # told to stop, and saved: start again to go on
 
 
 def main() -> int:
-    args = parse_arguments()
-    import torch  # after the arguments, so that --help and mistyped settings answer at once
-
+    args = parse_arguments()  # before PyTorch is imported, so that --help and mistyped settings answer at once
     from dali_pipeline import side_of
     from dataset import Dataset
     from init_weights import load_initial_weights

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plan  # noqa: E402
 
-RECIPES = ["speedrun", "100ep", "300ep", "1500ep", "cifar10", "cifar10-fast", "finetune", "imagenet-resnet50", "tutorial", "cpu", "cpu-quick", "cpu-fp32"]
+RECIPES = ["speedrun", "100ep", "300ep", "1500ep", "cifar10", "cifar10-fast", "finetune", "imagenet-resnet50", "tutorial",
+           "cpu", "cpu-quick", "cpu-fp32"]
 TEXT = plan.DOCUMENT.read_text(encoding="utf-8")
 # What a processor must be spared: the side of the images, and one network of 88 M parameters.
 SMALLER = {
