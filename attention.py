@@ -16,15 +16,17 @@ from settings import SettingsError, unknown
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V of queries, keys and values (B, H, T, D); `mask` (T, T) is true where a token may look.
+    """softmax(Q K^T / sqrt(D)) V of (B, H, T, D) each; `mask` (T, T) is true where a token may look.
 
     PyTorch's fused kernel, except in bf16 on a CPU, where that kernel takes longer than fp32 does.
     """
-    form = explicit_attention if v.device.type == "cpu" and v.dtype == torch.bfloat16 else F.scaled_dot_product_attention
+    explicit = v.device.type == "cpu" and v.dtype == torch.bfloat16
+    form = explicit_attention if explicit else F.scaled_dot_product_attention
     return form(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
+                       dropout_p: float = 0.0) -> Tensor:
     """The same as two matrix products with a softmax between."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if attn_mask is not None:

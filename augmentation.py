@@ -45,12 +45,12 @@ def flip_randomly(u: np.ndarray, probability: float, seed: int, epoch: int, imag
 
 
 def flip_alternating(u: np.ndarray, probability: float, seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
-    """Each image in every second epoch, and which of the two is its own: no image is seen twice in a row as it was (airbench94)."""
+    """Each image in every second epoch, so that no two epochs in a row show it the same way (airbench94)."""
     phase = stream(seed, 0, PHASE).random_raw(int(images.max()) + 1)[images] >> 63
     return (phase + epoch) % 2 == 1
 
 
-# Uniform numbers (B,), augmentation.flip, seed, epoch, positions of the images in the split (B,) -> whether each is mirrored.
+# Uniform numbers (B,), augmentation.flip, seed, epoch, which images of the split (B,) -> whether each is mirrored.
 FLIPS = {
     "random": flip_randomly,
     "alternating": flip_alternating,
@@ -87,11 +87,12 @@ class Augmentation:
     def num_levels(self) -> int:
         return len(self.plan(0, 0, 1).levels)
 
-    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None, images: np.ndarray | None = None) -> Plan:
+    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None,
+             images: np.ndarray | None = None) -> Plan:
         """The plan of positions `start` to `start + count` of an epoch.
 
         Args:
-            images: int (count,), which images of the split these are, where the epoch has an order of its own; else those at the positions.
+            images: int (count,), which images of the split these are; None: those at the positions.
             sizes: int (count, 2), height and width of each image, where they differ; else all are `side`.
         """
         s = self.settings
@@ -107,7 +108,8 @@ class Augmentation:
         elif s.crop_padding:
             corner = np.ascontiguousarray(choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding)
         return Plan(
-            flip=FLIPS[s.flip_mode](u[:, 2], s.flip, self.seed, epoch, images).astype(np.int32), corner=corner, part=part,
+            flip=FLIPS[s.flip_mode](u[:, 2], s.flip, self.seed, epoch, images).astype(np.int32),
+            corner=corner, part=part,
             levels=[level for purpose, policy in self.policies for level in policy.levels(draw(purpose, policy.num_draws))],
             erased=self._erased(draw(ERASING, 4 + 2 * ATTEMPTS)) if s.erasing else None,
         )
@@ -166,7 +168,8 @@ def check(s: AugmentationSettings) -> None:
     if s.flip_mode not in FLIPS:
         raise SettingsError(unknown("augmentation.flip_mode", s.flip_mode, list(FLIPS)))
     if s.flip_mode == "alternating" and s.flip != AugmentationSettings().flip:
-        raise SettingsError(f"augmentation.flip_mode=alternating would not use augmentation.flip={s.flip}; flip_mode=random would")
+        raise SettingsError(f"augmentation.flip_mode=alternating would not use augmentation.flip={s.flip}; "
+                            "flip_mode=random would")
     if s.erasing_value not in ("zero", "pixel"):
         raise SettingsError(unknown("augmentation.erasing_value", s.erasing_value, ["zero", "pixel"]))
     for name in ("flip", "erasing", "mix_probability", "cutmix_share"):

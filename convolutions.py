@@ -1,6 +1,6 @@
-"""Dense 3x3 convolutions with a norm and ReLU: the feed-forward made of them, and what a patch embedding shares with it.
+"""Dense 3x3 convolutions with a norm and ReLU: the feed-forward made of them, and what a stem shares with it.
 
-Maps of tokens (B, T, C), read as images (B, C, h, h), have their channels side by side in memory, which is how a CPU takes
+Tokens (B, T, C), read as images (B, C, h, h), have their channels side by side in memory, which is how a CPU takes
 convolutions fastest, so neither direction copies anything.
 """
 
@@ -26,7 +26,7 @@ def check_norm(part: str, norm: str) -> None:
 
 
 class ConvolveNorm(nn.Module):
-    """3x3 convolution, then 2x2 max-pooling where asked for, norm, ReLU: (B, A, h, h) -> (B, A', h, h) or (B, A', h/2, h/2)."""
+    """3x3 convolution, with `pool` 2x2 max-pooling, norm, ReLU: (B, A, h, h) -> (B, A', h, h) or (B, A', h/2, h/2)."""
 
     def __init__(self, before: int, after: int, norm: str, pool: bool = False):
         super().__init__()
@@ -50,11 +50,12 @@ class ResidualPair(nn.Sequential):
 
 
 class ResidualConvolution(nn.Module):
-    """Two dense 3x3 convolutions over the token grid, each with a norm and ReLU after it (arXiv 1512.03385); hidden 0 means C.
+    """Two dense 3x3 convolutions over the token grid, each with a norm and ReLU (arXiv 1512.03385); hidden 0 means C.
 
-    It brings its own norms, so a block puts none before it; the block's sum is its shortcut. Class tokens have no place on the
-    grid and pass by, so with pooling=class_token the convolutions of the last block reach no score. `norm` is "batch", which
-    learns fastest, or "group": a GroupNorm of one group, for which an image does not depend on its batch mates in training.
+    It brings its own norms, so a block puts none before it; the block's sum is its shortcut. Class tokens have no place
+    on the grid and pass by, so with pooling=class_token the convolutions of the last block reach no score. `norm` is
+    "batch", which learns fastest, or "group": a GroupNorm of one group, for which an image does not depend on its batch
+    mates in training.
     """
 
     matrices = 18  # of C x F weights

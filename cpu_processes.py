@@ -1,8 +1,10 @@
-"""How many processes train on this machine's processor: `python cpu_processes.py [arguments of train.py]` prints the number and why.
+"""How many processes train on this machine's processor: prints the number and why, for the launcher.
 
-Two processes with half of the cores each train 1.1 to 1.2 times as fast as one with all of them, because they never wait for
-one another within a layer. They do where the strategy gives the same training in either number and the batch can be halved. The
-launcher asks when NUM_PROCS does not say; nothing here imports PyTorch.
+    python cpu_processes.py [arguments of train.py]
+
+Two processes with half of the cores each were 1.17 times as fast as one with both of two cores: they wait for one
+another once a step, not in every layer. That is taken where the strategy gives the same training in either number and
+the batch can be halved. NUM_PROCS decides otherwise; nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ import sys
 
 from settings import Settings, SettingsError, resolve
 
-SAME_IN_ANY_NUMBER = ("zero", "ddp")  # strategies that are meant for it on a CPU; with the others the number is part of the question
+SAME_IN_ANY_NUMBER = ("zero", "ddp")  # with the other strategies the number is part of the question
 
 
 def choose(settings: Settings, num_cores: int) -> tuple[int, str]:
     """The number of processes, and a word on why for the screen."""
-    parts = 2 * settings.engine["gradient_accumulation_steps"]
+    batch, parts = settings.engine["train_batch_size"], 2 * settings.engine["gradient_accumulation_steps"]
     refusals = {
         "there is one core": num_cores < 2,
         f"{num_cores} cores are not two equal halves": num_cores % 2,
-        f"strategy {settings.strategy} is started with as many as NUM_PROCS says": settings.strategy not in SAME_IN_ANY_NUMBER,
-        f"a batch of {settings.engine['train_batch_size']} is not two equal halves": settings.engine["train_batch_size"] % parts,
+        f"strategy {settings.strategy} takes as many as NUM_PROCS says": settings.strategy not in SAME_IN_ANY_NUMBER,
+        f"a batch of {batch} is not two equal halves": batch % parts,
     }
     for reason, holds in refusals.items():
         if holds:

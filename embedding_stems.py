@@ -30,7 +30,7 @@ class Residual(nn.Module):
 
 
 def count_halvings(name: str, patch: int, first: int, blocks: int) -> int:
-    """How often the side is halved until a patch is one pixel. Raises SettingsError for sizes that make no such stem."""
+    """How often the side is halved until a patch is one pixel. Raises SettingsError for sizes that make no stem."""
     halvings = patch.bit_length() - 1
     if patch != 2**halvings or halvings < 1 or first < 1 or blocks < 0:
         raise SettingsError(f"patch_embedding={name}: model.patch must be a power of 2 from 2 up, first at least 1 and blocks at "
@@ -65,11 +65,11 @@ class ResidualStem(nn.Module):
 
 
 class PoolStem(nn.Module):
-    """A 3x3 convolution to `first` channels, then convolutions with 2x2 max-pooling until one pixel is one token, the last to C.
+    """A 3x3 convolution to `first` channels, then ones with 2x2 max-pooling until a pixel is a token, the last to C.
 
-    `blocks` residual pairs stand between two poolings, where there are twice, four times ... `first` channels. Every convolution
-    has a norm and ReLU after it, as in the residual networks that train fastest (KellerJordan/cifar10-airbench has GELU).
-    `norm` as in `residual_stem`. Made for CPUs: few channels at full side, and side by side in memory from the start.
+    `blocks` residual pairs stand between two poolings, where there are twice, four times ... `first` channels. Every
+    convolution has a norm and ReLU after it. `norm` as in `residual_stem`. Made for CPUs: few channels at full side,
+    and side by side in memory from the start.
     """
 
     def __init__(self, dims: Dimensions, first: int = 32, blocks: int = 1, norm: str = "batch"):

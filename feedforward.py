@@ -13,8 +13,8 @@ To try an idea, write one class here and add one line to FEED_FORWARDS at the en
 
 It then trains with `--set model.feed_forward=mine --set model.feed_forward_options.hidden=384`, and the help, the tests
 and `compare.py` know it. An option `hidden` of 0 stands for the field's usual size, which the class docstring names.
-The trees (FFF) are in `feedforward_trees.py`, dense convolutions in `convolutions.py`. A class that says `own_norm = True`
-gets no LayerNorm before it. Two feed-forwards a block, macaron or one after the other: `--set model.block=`.
+The trees (FFF) are in `feedforward_trees.py`, dense convolutions in `convolutions.py`. A class that says
+`own_norm = True` gets no LayerNorm before it. Two feed-forwards a block, macaron or in a row: `--set model.block=`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import difflib
 from dataclasses import fields
 from typing import Any
 
-SEVERAL_TYPES = {"bf16.enabled": (False, True, "autocast", "auto")}  # settings that take these values, of more than one type
+SEVERAL_TYPES = {"bf16.enabled": (False, True, "autocast", "auto")}  # settings whose values have more than one type
 
 
 class SettingsError(ValueError):
@@ -59,7 +59,8 @@ def merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> Non
         elif where in SEVERAL_TYPES:
             if not any(type(value) is type(choice) and value == choice for choice in SEVERAL_TYPES[where]):
                 words = ", ".join(choice for choice in SEVERAL_TYPES[where] if isinstance(choice, str))
-                raise SettingsError(f"{source}{where} must be of type bool, or one of {words} (now {target[key]!r}), not {value!r}")
+                raise SettingsError(f"{source}{where} must be of type bool, or one of {words} (now {target[key]!r}), "
+                                    f"not {value!r}")
             target[key] = value
         else:
             target[key] = fit(target[key], value, f"{source}{where}")

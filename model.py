@@ -103,7 +103,7 @@ def macaron(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.M
 
 
 def no_attention(branch: Wrap, attention: Make, feed_forward: Make) -> dict[str, nn.Module]:
-    """A feed-forward alone, to see what attention gives; tokens then meet in the feed-forward, the stem and the pooling only."""
+    """A feed-forward alone, to see what attention gives: tokens meet in convolutions and in the pooling only."""
     return {"feed_forward": branch(feed_forward())}
 
 

@@ -104,7 +104,7 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; torchvision's, which is imported here because it takes a second that most runs can do without."""
+    """Stretch each channel to 0..255; torchvision's, imported here because it takes a second that most runs can save."""
     from torchvision.transforms.v2 import functional
 
     return functional.autocontrast(images)

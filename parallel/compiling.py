@@ -21,12 +21,13 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it war
 
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 CHOICES = ("auto", "on", "off", *GRAPHS)
-CPU_IMAGES = 200_000  # of a run that gains more on a CPU, in bf16, than the half minute that compiling takes; in fp32 there is no gain
+CPU_IMAGES = 200_000  # of a run in bf16 on a CPU that gains more than the half minute it takes; fp32 gains nothing
 FIRST_STEPS_SECONDS = 1800.0  # that they may take on a host that has not compiled this network before, while another one has
 FIRST_STEPS = {"off": 1, "on": 2, **dict.fromkeys(GRAPHS, 4)}  # that compile, warm up or record, and do not count as training time
 
 
-def choose(setting: str, device: torch.device, refusal: str | None, graphs_refusal: str | None, pays_on_cpu: bool = False) -> str:
+def choose(setting: str, device: torch.device, refusal: str | None, graphs_refusal: str | None,
+           pays_on_cpu: bool = False) -> str:
     """What `compile` comes to: off, on, or one of GRAPHS.
 
     Args:

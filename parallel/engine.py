@@ -82,7 +82,8 @@ class Engine(Averaging, Messages, ABC):
         for is_set, refusal in ((settings.channels_last, self.no_channels_last), (settings.ema.decay, self.no_average)):
             if is_set and refusal:
                 raise SettingsError(f"strategy {self.name} would not use {'ema.decay' if refusal is self.no_average else 'channels_last'}: {refusal}")
-        self.bf16_enabled, _ = precision.choose(settings.engine["bf16"]["enabled"], self.no_autocast, processes.pick_device())
+        device, enabled = processes.pick_device(), settings.engine["bf16"]["enabled"]
+        self.bf16_enabled, _ = precision.choose(enabled, self.no_autocast, device)
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
         self.grad_norm: Tensor | None = None
@@ -189,7 +190,8 @@ class Engine(Averaging, Messages, ABC):
             optimizer.working_dtype = torch.bfloat16
         pays_on_cpu = self.precision != "fp32" and images >= CPU_IMAGES
         mode = choose(settings.compile, self.device, self.no_compile, self.no_graphs, pays_on_cpu)
-        self.compiled = Compiled(network, self.layers(), mode, or_plain=settings.compile == "auto" and self.device.type == "cpu")
+        or_plain = settings.compile == "auto" and self.device.type == "cpu"
+        self.compiled = Compiled(network, self.layers(), mode, or_plain)
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0
 
     def features(self) -> str:

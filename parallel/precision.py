@@ -5,8 +5,8 @@
     autocast   fp32 weights and torch.autocast, with every strategy but pipeline
     auto       autocast where the device multiplies bf16 faster than fp32, else false
 
-What auto comes to depends on the device alone, never on how busy it is, and stands in `run.json` as `precision`: a run that
-goes on computes as it began, or is refused.
+What auto comes to depends on the device alone, never on how busy it is, and stands in `run.json` as `precision`: a run
+that goes on computes as it began, or is refused.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 
 from settings import SettingsError
 
-FLAGS = ("amx_bf16", "avx512_bf16")  # of processors whose matrix products in bf16 take two to four times less time than in fp32
+FLAGS = ("amx_bf16", "avx512_bf16")  # of processors that multiply matrices two to four times faster in bf16
 
 
 def choose(setting: bool | str, no_autocast: str | None, device: torch.device) -> tuple[bool | str, str | None]:
-    """What `bf16.enabled` comes to: false, true or autocast; and the sentence for the screen, None where nothing was left open.
+    """What `bf16.enabled` comes to: false, true or autocast; and a sentence for the screen, None where it was clear.
 
     Args:
         no_autocast: why the strategy has no autocast, None where it does.
@@ -37,7 +37,8 @@ def choose(setting: bool | str, no_autocast: str | None, device: torch.device) -
     reason = None if no_autocast else fast_bf16(device)
     if reason:
         return "autocast", f"bf16, because there is {reason} (--set bf16.enabled=false chooses fp32)"
-    return False, f"fp32, because {no_autocast or 'the device is not faster in bf16'} (--set bf16.enabled=true chooses bf16)"
+    why = no_autocast or "the device is not faster in bf16"
+    return False, f"fp32, because {why} (--set bf16.enabled=true chooses bf16)"
 
 
 def fast_bf16(device: torch.device) -> str | None:

@@ -41,7 +41,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not
 
 
 def import_muon_uncompiled() -> None:
-    """DeepSpeed looks whether an optimiser is its own Muon, and compiles that one when it imports it: a second at every start for nothing."""
+    """DeepSpeed asks whether an optimiser is its own Muon, which it compiles on import: a second at every start."""
     decorate, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
     with suppress(ImportError):  # versions before 0.18 have none
         import_module("deepspeed.runtime.zero.muon.original_muon")

@@ -143,7 +143,7 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is():
     ([], "ddp", 16, 2, "half of the 16 cores"),
     ([], None, 1, 1, "there is one core"),
     ([], None, 3, 1, "3 cores are not two equal halves"),
-    ([], "gossip", 2, 1, "strategy gossip is started with as many as NUM_PROCS says"),
+    ([], "gossip", 2, 1, "strategy gossip takes as many as NUM_PROCS says"),
     (["train_batch_size=3"], None, 2, 1, "a batch of 3"),
     (["train_batch_size=6", "gradient_accumulation_steps=2"], None, 2, 1, "a batch of 6"),
 ])
