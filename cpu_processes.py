@@ -1,6 +1,4 @@
-"""How many processes train on this machine's processor: prints the number and why, for the launcher.
-
-    python cpu_processes.py [arguments of train.py]
+"""How many processes train on this machine's processor: `main` prints the number and why, for the launcher.
 
 Two processes with half of the cores each were 1.17 times as fast as one with both of two cores: they wait for one
 another once a step, not in every layer. That is taken where the strategy gives the same training in either number and
@@ -12,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 
 from settings import Settings, SettingsError, resolve
 
@@ -49,7 +46,3 @@ def main() -> None:
         except (SettingsError, SystemExit):
             number, reason = 1, "one process"
     print(number, reason)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

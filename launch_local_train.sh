@@ -34,7 +34,8 @@ if [ "${DS_ACCELERATOR:-}" != cpu ]; then
 fi
 num_procs=${NUM_PROCS:-${#devices[@]}}
 if [ -z "${NUM_PROCS:-}" ] && [ ${#devices[@]} -eq 0 ]; then
-    read -r num_procs why < <("$PYTHON" "$here/cpu_processes.py" "$@" 2>/dev/null || echo "1 one process")
+    choose='import cpu_processes; cpu_processes.main()'
+    read -r num_procs why < <(PYTHONPATH=$here "$PYTHON" -c "$choose" "$@" 2>/dev/null || echo "1 one process")
     say "No GPU found: training on the CPU, $why (NUM_PROCS chooses another number)."
 elif [ ${#devices[@]} -eq 0 ]; then
     say "No GPU found: training on the CPU."

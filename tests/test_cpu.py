@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-import programs
 import pytest
 import reference
 import torch
@@ -153,8 +152,10 @@ def test_two_processes_where_they_are_faster_and_train_the_same(overrides, strat
 
 
 @pytest.mark.parametrize(("words", "number"), [(["--strategy", "dp"], "1"), (["--no-such-option"], "1"), (["--micro-batch", "auto"], "1")])
-def test_the_launcher_gets_a_number_whatever_the_arguments(words, number):
-    assert programs.run("cpu_processes.py", *words).out.split()[0] == number
+def test_the_launcher_gets_a_number_whatever_the_arguments(monkeypatch, capsys, words, number):
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    cpu_processes.main()
+    assert capsys.readouterr().out.split()[0] == number
 
 
 # --- the preset ---------------------------------------------------------------------------------------------------------
