@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on this machine: on every GPU in it, or on the CPU when there is none. All arguments go to train.py.
 #   ./launch_local_train.sh [arguments of train.py]
-#   NUM_PROCS=2            number of processes (default: one a GPU; one on the CPU)
+#   NUM_PROCS=2            number of processes (default: one a GPU; on the CPU what is faster, see training/cpu_processes.py)
 #   CUDA_VISIBLE_DEVICES=  which GPUs; empty: none          DS_ACCELERATOR=cpu  the CPU although there are GPUs
 #   MASTER_PORT=29500      where the processes meet (default: a free port)
 #   DRY_RUN=1              print the command, run nothing, install nothing
@@ -32,7 +32,14 @@ if [ "${DS_ACCELERATOR:-}" != cpu ]; then
         done
     fi
 fi
-num_procs=${NUM_PROCS:-$((${#devices[@]} > 0 ? ${#devices[@]} : 1))}
+num_procs=${NUM_PROCS:-${#devices[@]}}
+if [ -z "${NUM_PROCS:-}" ] && [ ${#devices[@]} -eq 0 ]; then
+    choose='from training.cpu_processes import main; main()'
+    read -r num_procs why < <(PYTHONPATH=$here "$PYTHON" -c "$choose" "$@" 2>/dev/null || echo "1 one process")
+    say "No GPU found: training on the CPU, $why (NUM_PROCS chooses another number)."
+elif [ ${#devices[@]} -eq 0 ]; then
+    say "No GPU found: training on the CPU."
+fi
 [[ $num_procs =~ ^[1-9][0-9]*$ ]] || { say "NUM_PROCS must be a whole number of at least 1, not '$num_procs'."; exit 2; }
 
 environment=()
@@ -42,7 +49,6 @@ if [ ${#devices[@]} -eq 0 ]; then
     threads=$(($(env -u OMP_NUM_THREADS nproc) / num_procs))
     # Threads that wait must not spin: on cores that others want too, two of them were five times slower.
     environment=(env DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
-    say "No GPU found: training on the CPU."
 elif ((num_procs > ${#devices[@]})); then
     say "NUM_PROCS=$num_procs, but only ${#devices[@]} GPU(s) can be used: each process needs one of its own."
     exit 2

@@ -62,12 +62,13 @@ class Embed(nn.Module):
 class ResidualBranch(nn.Module):
     """One residual step, (B, T, C) -> (B, T, C): x + residual_scale * drop_path(scale * part(norm(x))).
 
+    A part with `own_norm` normalises itself: there is no norm before it.
     `layer_scale` is the initial value of `scale`, a learnt factor for each channel (arXiv 2103.17239); 0 leaves it out.
     """
 
     def __init__(self, dims: Dimensions, drop_path: float, layer_scale: float, part: nn.Module, residual_scale: float = 1.0):
         super().__init__()
-        self.norm = nn.LayerNorm(dims.width)
+        self.norm = nn.Identity() if getattr(part, "own_norm", False) else nn.LayerNorm(dims.width)
         self.part = part
         self.scale = nn.Parameter(torch.full((dims.width,), float(layer_scale))) if layer_scale else None
         self.residual_scale = residual_scale
@@ -104,10 +105,16 @@ def macaron(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> 
     return {"before": branch(feed_forward(), residual_scale=0.5), "attention": branch(attention()), "after": branch(feed_forward(), residual_scale=0.5)}
 
 
+def no_attention(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
+    """A feed-forward alone, to see what attention gives: tokens meet in convolutions and in the pooling only."""
+    return {"feed_forward": branch(feed_forward())}
+
+
 BLOCKS = {
     "pre_norm": pre_norm,
     "pair": pair,
     "macaron": macaron,
+    "no_attention": no_attention,
 }
 
 

@@ -21,6 +21,7 @@ from training.arguments import parse_arguments
 from training.console import VERBOSE, Console, show_library_logs
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "communicator was aborted")
@@ -44,6 +45,7 @@ def main() -> int:
     from parallel.compile import FIRST_STEPS_SECONDS
     from parallel.peers.link_cost import lines_of_cost
     from parallel.peers.setup import meeting_of
+    from parallel.precision import choose as choose_precision
     from parallel.process_group import limit_waits, pick_device
     from parallel.slurm import rank_environment
     from parallel.strategies import engine_class
@@ -65,7 +67,7 @@ def main() -> int:
     check_trackers(args.tensorboard, args.wandb)
 
     # 2. The settings, the data and the network
-    preset = args.preset or default_preset(pick_device().type, console)
+    preset = args.preset or default_preset(pick_device(), console)
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
     folder = find_or_prepare(args.data_dir, args.dataset, args.archive)
     dataset = Dataset.open(folder)
@@ -84,6 +86,8 @@ def main() -> int:
     # 3. The engine that spreads the training over processes, and the batches that feed it
     meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, settings.parallel.patience_seconds)
     engine_type = engine_class(settings.strategy, peers=meeting is not None)
+    if line := choose_precision(settings.engine["bf16"]["enabled"], engine_type.autocast_refusal, pick_device())[1]:
+        console.print_field("precision", line)
     micro_batch = MicroBatch(engine_type, settings, build, dataset, side)
     if args.micro_batch and (line := micro_batch.choose(args.micro_batch)):
         console.say(line)
@@ -115,10 +119,17 @@ def main() -> int:
     raise RunError(micro_batch.advice())
 
 
-def default_preset(device: str, console: Console) -> str:
-    """The preset for the device that will be used, "cuda" or "cpu", where none was asked for."""
-    preset, has = ("spt-lsa", "a") if device == "cuda" else ("cpu", "no")
-    console.print_field("preset", f"{preset}, because there is {has} GPU (--preset NAME chooses another: {', '.join(preset_names())})")
+def default_preset(device: torch.device, console: Console) -> str:
+    """The preset for the device that will be used, where none was asked for."""
+    from parallel.precision import fast_bf16
+
+    if device.type == "cuda":
+        preset, why = "spt-lsa", "there is a GPU"
+    elif fast_bf16(device):
+        preset, why = "cpu", "there is no GPU"
+    else:
+        preset, why = "cpu-fp32", "there is no GPU, and the processor is not faster in bf16"
+    console.print_field("preset", f"{preset}, because {why} (--preset NAME chooses another: {', '.join(preset_names())})")
     return preset
 
 

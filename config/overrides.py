@@ -10,6 +10,8 @@ from typing import Any
 
 from common.errors import SettingsError, unknown
 
+SEVERAL_TYPES = {"bf16.enabled": (False, True, "autocast", "auto")}  # settings whose values have more than one type
+
 
 def merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:
     """Put a tree of overrides into a group of settings; `source` begins the sentence of a refusal."""
@@ -44,6 +46,12 @@ def merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> Non
             if not isinstance(value, dict):
                 raise SettingsError(f"{source}{where} is a group; its members are {', '.join(target[key])}")
             merge_dict(target[key], value, source, where)
+        elif where in SEVERAL_TYPES:
+            if not any(type(value) is type(choice) and value == choice for choice in SEVERAL_TYPES[where]):
+                words = ", ".join(choice for choice in SEVERAL_TYPES[where] if isinstance(choice, str))
+                raise SettingsError(f"{source}{where} must be of type bool, or one of {words} (now {target[key]!r}), "
+                                    f"not {value!r}")
+            target[key] = value
         else:
             target[key] = coerce(target[key], value, f"{source}{where}")
 

@@ -68,6 +68,7 @@ class AugmentationSettings:
     resized_crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width by height
     crop_padding: int = 4  # pixels of black added on each side before a random crop back to the image side
     flip: float = 0.5  # probability of a horizontal flip
+    flip_mode: str = "random"  # random, or alternating: each image in every second epoch, half of them in the first
     policy: str = "none"  # none, rand_augment, trivial_augment, auto_augment (the CIFAR policy)
     rand_augment_ops: int = 2  # operations an image
     rand_augment_magnitude: int = 9  # bin 0..30
@@ -135,7 +136,7 @@ class Settings:
     epochs: int = 100
     strategy: str = "zero"
     image_side: int = 0  # pixels the network sees; 0 is the dataset's own side
-    compile: str = "auto"  # torch.compile: auto (on for GPUs), on, off, reduce-overhead, max-autotune (the last two with CUDA graphs)
+    compile: str = "auto"  # torch.compile: auto, on, off, or with CUDA graphs: reduce-overhead, max-autotune
     channels_last: bool = False  # images in memory with their channels side by side, which convolutions on GPUs prefer
     model: ModelSettings = field(default_factory=ModelSettings)
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)

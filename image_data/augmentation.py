@@ -18,7 +18,7 @@ from image_data.auto_augment import AutoAugment, ColorJitter, OperationBatch, Ra
 
 POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")
 # One stream of random numbers for each purpose, so that switching one augmentation on leaves the others' draws alone.
-ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE = range(8)
+ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE, PHASE = range(9)
 ATTEMPTS = 10  # at a random rectangle that fits, as in torchvision
 CENTRE_CROP = 256 / 224  # evaluation of images of any size: the shorter side is resized to this times the side asked for
 
@@ -38,6 +38,24 @@ def uniform_rows(seed: int, epoch: int, purpose: int, start: int, count: int, co
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order in which an epoch visits the images: a permutation of 0..num_images-1, int64."""
     return np.argsort(random_stream(seed, epoch, ORDER).random_raw(num_images), kind="stable")
+
+
+def flip_randomly(u: np.ndarray, probability: float, seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """Each time anew."""
+    return u < probability
+
+
+def flip_alternating(u: np.ndarray, probability: float, seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
+    """Each image in every second epoch, so that no two epochs in a row show it the same way (airbench94)."""
+    phase = random_stream(seed, 0, PHASE).random_raw(int(images.max()) + 1)[images] >> 63
+    return (phase + epoch) % 2 == 1
+
+
+# Uniform numbers (B,), augmentation.flip, seed, epoch, which images of the split (B,) -> whether each is mirrored.
+FLIPS = {
+    "random": flip_randomly,
+    "alternating": flip_alternating,
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +88,12 @@ class Augmentation:
     def num_operations(self) -> int:
         return len(self.plan(0, 0, 1).operations)
 
-    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None) -> AugmentationPlan:
-        """The plan of positions `start` to `start + count`.
+    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None,
+             images: np.ndarray | None = None) -> AugmentationPlan:
+        """The plan of positions `start` to `start + count` of an epoch.
 
         Args:
+            images: int (count,), which images of the split these are; None: those at the positions.
             sizes: int (count, 2), height and width of each image, where they differ; else all are `side`.
         """
         s = self.settings
@@ -82,13 +102,15 @@ class Augmentation:
             return uniform_rows(self.seed, epoch, purpose, start, count, columns)
 
         u = draw(CROP, 4)
+        images = np.arange(start, start + count) if images is None else images
         crop_offset = crop_box = None
         if s.resized_crop:
             crop_box = resized_part(draw(RESIZED, 4 + 2 * ATTEMPTS), s.resized_crop_scale, s.resized_crop_ratio, sizes)
         elif s.crop_padding:
             crop_offset = np.ascontiguousarray(choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding)
         return AugmentationPlan(
-            flip=(u[:, 2] < s.flip).astype(np.int32), crop_offset=crop_offset, crop_box=crop_box,
+            flip=FLIPS[s.flip_mode](u[:, 2], s.flip, self.seed, epoch, images).astype(np.int32),
+            crop_offset=crop_offset, crop_box=crop_box,
             operations=[operation for purpose, policy in self.policies for operation in policy.operations(draw(purpose, policy.num_draws))],
             erase_boxes=self._erase_boxes(draw(ERASING, 4 + 2 * ATTEMPTS)) if s.erasing else None,
         )
@@ -144,6 +166,11 @@ def check(s: AugmentationSettings) -> None:
     """Refuse settings outside their range. Raises SettingsError."""
     if s.policy not in POLICIES:
         raise SettingsError(unknown("augmentation.policy", s.policy, list(POLICIES)))
+    if s.flip_mode not in FLIPS:
+        raise SettingsError(unknown("augmentation.flip_mode", s.flip_mode, list(FLIPS)))
+    if s.flip_mode == "alternating" and s.flip != AugmentationSettings().flip:
+        raise SettingsError(f"augmentation.flip_mode=alternating would not use augmentation.flip={s.flip}; "
+                            "flip_mode=random would")
     if s.erasing_value not in ("zero", "pixel"):
         raise SettingsError(unknown("augmentation.erasing_value", s.erasing_value, ["zero", "pixel"]))
     for name in ("flip", "erasing", "mix_probability", "cutmix_share"):

@@ -96,7 +96,7 @@ class BatchPlanner:
             return PlannedBatch(batch, np.where(rows < self.num_images, rows, -1), None, None, None)
         settings = self.augmentation.settings
         positions = self._order_of(batch.epoch)[rows // settings.repeats]
-        plan = self.augmentation.plan(batch.epoch, begin, self.batch_size, self.sizes_of(positions) if self.sizes_of else None)
+        plan = self.augmentation.plan(batch.epoch, begin, self.batch_size, self.sizes_of(positions) if self.sizes_of else None, positions)
         noise = None
         if plan.erase_boxes is not None and settings.erasing_value == "pixel":
             noise = erasing_noise(plan.erase_boxes, self.seed, batch.epoch, begin)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from image_data.augmentation import AugmentationPlan
 from image_data.auto_augment import (
@@ -137,6 +136,20 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(images >= threshold, 255 - images, images)
 
 
+def autocontrast(images: Tensor, _: Tensor) -> Tensor:
+    """Stretch each channel to 0..255; torchvision's, imported here because it takes a second that most runs can save."""
+    from torchvision.transforms.v2 import functional
+
+    return functional.autocontrast(images)
+
+
+def equalize(images: Tensor, _: Tensor) -> Tensor:
+    """Spread each channel's histogram evenly; torchvision's."""
+    from torchvision.transforms.v2 import functional
+
+    return functional.equalize(images)
+
+
 OPERATIONS = {
     BRIGHTNESS: lambda images, factor: blend(images, 0.0, factor),
     COLOR: lambda images, factor: blend(images, grey(images), factor),
@@ -144,6 +157,6 @@ OPERATIONS = {
     SHARPNESS: sharpness,
     POSTERIZE: posterize,
     SOLARIZE: solarize,
-    AUTOCONTRAST: lambda images, _: tv.autocontrast(images),
-    EQUALIZE: lambda images, _: tv.equalize(images),
+    AUTOCONTRAST: autocontrast,
+    EQUALIZE: equalize,
 }

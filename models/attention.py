@@ -15,6 +15,26 @@ from common.errors import SettingsError, unknown
 from models.parts import Dimensions
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V of (B, H, T, D) each; `mask` (T, T) is true where a token may look.
+
+    PyTorch's fused kernel, except in bf16 on a CPU, where that kernel takes longer than fp32 does.
+    """
+    explicit = v.device.type == "cpu" and v.dtype == torch.bfloat16
+    form = explicit_attention if explicit else F.scaled_dot_product_attention
+    return form(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
+                       dropout_p: float = 0.0) -> Tensor:
+    """The same as two matrix products with a softmax between."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = scores.softmax(dim=-1).to(v.dtype)  # under autocast the softmax is in float32
+    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with softmax over scaled dot products (arXiv 1706.03762)."""
 
@@ -40,7 +60,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, H, T, D) each -> (B, H, T, D); `mask` (T, T) is true where a token may look."""
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms, temperatures and rotations give float32
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return attend(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
 class LocalitySelfAttention(Attention):

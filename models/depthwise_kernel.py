@@ -378,10 +378,15 @@ class Launch:
 
 
 def launch(batch: int, grid: int, backward: bool) -> Launch:
-    """One channel a thread, so that the rows fit into registers; forward, where they are fewer, two. Not yet timed."""
+    """One channel a thread, so that the rows fit into registers; forward on a wide grid, two.
+
+    The fastest of the cuts that were tried on an H200 (results/LOG.md): 768 channels on grids of 8 and 16.
+    """
     columns = grid if grid <= WHOLE else STRIP
-    images = max(1, min(batch, (PIXELS if backward else 128) // grid**2))
-    return Launch(64, 2 if backward else 1, columns, images)
+    narrow = grid <= 8
+    if not backward:
+        return Launch(32 if narrow else 64, 1, columns, max(1, min(batch, 128 // grid**2)))
+    return Launch(64, 2, columns, max(1, min(batch, (PIXELS // 2 if narrow else PIXELS) // grid**2)))
 
 
 def run_forward(

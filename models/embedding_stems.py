@@ -1,20 +1,17 @@
-"""A patch embedding with residual convolutions: a short convolutional network before the transformer.
+"""Patch embeddings with residual convolutions: a short convolutional network before the transformer.
 
-The other patch embeddings, and the table that names this one, are in `models/patch_embedding.py`.
+The other patch embeddings, and the table that names these, are in `models/patch_embedding.py`.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
+from models.convolutions import NORMS, ConvolveNorm, ResidualPair, check_norm
 from models.parts import Dimensions
-
-NORMS = {
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(1, channels),
-}
 
 
 class Residual(nn.Module):
@@ -32,6 +29,15 @@ class Residual(nn.Module):
         return x + y
 
 
+def count_halvings(name: str, patch: int, first: int, blocks: int) -> int:
+    """How often the side is halved until a patch is one pixel. Raises SettingsError for sizes that make no stem."""
+    halvings = patch.bit_length() - 1
+    if patch != 2**halvings or halvings < 1 or first < 1 or blocks < 0:
+        raise SettingsError(f"patch_embedding={name}: model.patch must be a power of 2 from 2 up, first at least 1 and blocks at "
+                            f"least 0, not patch={patch}, first={first}, blocks={blocks}")
+    return halvings
+
+
 class ResidualStem(nn.Module):
     """A 3x3 convolution to `first` channels, then, until one pixel is one token, residual blocks and a halving, channels doubling.
 
@@ -43,12 +49,8 @@ class ResidualStem(nn.Module):
 
     def __init__(self, dims: Dimensions, first: int = 64, blocks: int = 1, norm: str = "batch"):
         super().__init__()
-        halvings = dims.patch.bit_length() - 1
-        if dims.patch != 2**halvings or halvings < 1 or first < 1 or blocks < 0:
-            raise SettingsError(f"patch_embedding=residual_stem: model.patch must be a power of 2 from 2 up, first at least 1 and blocks at "
-                                f"least 0, not patch={dims.patch}, first={first}, blocks={blocks}")
-        if norm not in NORMS:
-            raise SettingsError("patch_embedding=residual_stem: " + unknown("norm", norm, list(NORMS)))
+        halvings = count_halvings("residual_stem", dims.patch, first, blocks)
+        check_norm("patch_embedding=residual_stem", norm)
         channels = [*(first << i for i in range(halvings)), dims.width]
         steps: list[nn.Module] = [nn.Conv2d(3, first, kernel_size=3, padding=1, bias=False)]
         for before, after in zip(channels, channels[1:], strict=False):
@@ -60,3 +62,28 @@ class ResidualStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.steps(images).flatten(2).transpose(1, 2)
+
+
+class PoolStem(nn.Module):
+    """A 3x3 convolution to `first` channels, then ones with 2x2 max-pooling until a pixel is a token, the last to C.
+
+    `blocks` residual pairs stand between two poolings, where there are twice, four times ... `first` channels. Every
+    convolution has a norm and ReLU after it. `norm` as in `residual_stem`. Made for CPUs: few channels at full side,
+    and side by side in memory from the start.
+    """
+
+    def __init__(self, dims: Dimensions, first: int = 32, blocks: int = 1, norm: str = "batch"):
+        super().__init__()
+        halvings = count_halvings("pool_stem", dims.patch, first, blocks)
+        check_norm("patch_embedding=pool_stem", norm)
+        channels = [first, *(first << i for i in range(1, halvings)), dims.width]
+        steps: list[nn.Module] = [ConvolveNorm(3, first, norm)]
+        for before, after in zip(channels, channels[1:], strict=False):
+            steps += [ResidualPair(before, norm) for _ in range(blocks)] if before != first else []
+            steps.append(ConvolveNorm(before, after, norm, pool=True))
+        self.steps = nn.Sequential(*steps)
+        for step in steps[1:]:
+            step.is_input_or_output_layer = False  # only the first convolution reads the images; Muon may train the others
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.steps(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)

@@ -13,7 +13,8 @@ To try an idea, write one class here and add one line to FEED_FORWARDS at the en
 
 It then trains with `--set model.feed_forward=mine --set model.feed_forward_options.hidden=384`, and the help, the tests
 and `compare.py` know it. An option `hidden` of 0 stands for the field's usual size, which the class docstring names.
-The trees (FFF) are in `models/tree_feed_forward.py`. Two feed-forwards a block, macaron or one after the other: `--set model.block=`.
+The trees (FFF) are in `models/tree_feed_forward.py`, dense convolutions in `models/convolutions.py`. A class that says
+`own_norm = True` gets no LayerNorm before it. Two feed-forwards a block, macaron or in a row: `--set model.block=`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from models import depthwise_kernel
+from models.convolutions import ResidualConvolution
 from models.parts import Dimensions, make_part, part_options
 from models.tree_feed_forward import FFF, FFFFanOut
 
@@ -204,6 +206,7 @@ FEED_FORWARDS = {
     "mix": Mix,
     "chain": Chain,
     "conv_mlp": ConvMLP,
+    "residual_conv": ResidualConvolution,
     "soft_moe": SoftMoE,
     "fff": FFF,
     "fff_fan_out": FFFFanOut,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import SettingsError
-from models.embedding_stems import ResidualStem
+from models.embedding_stems import PoolStem, ResidualStem
 from models.parts import Dimensions
 
 
@@ -81,4 +81,5 @@ PATCH_EMBEDDINGS = {
     "spt": ShiftedPatches,
     "conv_stem": ConvolutionStem,
     "residual_stem": ResidualStem,
+    "pool_stem": PoolStem,
 }

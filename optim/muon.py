@@ -52,6 +52,7 @@ class Muon(torch.optim.Optimizer):
     Attributes:
         shardings: how the tensors of the hidden groups hold matrices, by tensor; a tensor that is not here is a whole one.
         compiled: whether the iteration is compiled; an engine that compiles the network on a GPU sets it.
+        working_dtype: in which the iteration computes; None: bf16 on a GPU, as its author has it, and fp32 on a CPU.
     """
 
     def __init__(self, params: list[dict[str, Any]], lr: float, matrix_lr_factor: float, momentum: float,
@@ -61,6 +62,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, matrix_lr_factor=matrix_lr_factor, weight_decay=weight_decay))
         self.shardings: dict[Tensor, MatrixSharding] = {}
         self.compiled = False
+        self.working_dtype: torch.dtype | None = None
         # It shares the groups (the same dictionaries) and the state, so an engine that exchanges parameters sees one optimiser.
         rest = [group for group in self.param_groups if not group["hidden"]]
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused) if rest else None
@@ -83,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         cuts = [self.shardings.get(tensor, Unsharded()) for tensor in tensors]
         directions = self._directions(tensors, group["momentum"])
         matrices = [cut.whole(direction) for direction, cut in zip(directions, cuts, strict=True)]
-        made = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor], self.compiled))
+        made = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor], self.compiled, self.working_dtype))
         steps = [cut.part([next(made) for _ in of_tensor]) for cut, of_tensor in zip(cuts, matrices, strict=True)]
         decay, rate = 1 - group["lr"] * group["weight_decay"], -group["lr"] * group["matrix_lr_factor"]
         if all_plain([*tensors, *steps]):
@@ -113,11 +115,11 @@ def all_plain(tensors: Sequence[Tensor]) -> bool:
     return all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda for tensor in tensors)
 
 
-def orthogonalise(tensors: list[Tensor], compiled: bool = False) -> list[Tensor]:
+def orthogonalise(tensors: list[Tensor], compiled: bool = False, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Each matrix U S V^T as about U V^T, times 0.2 sqrt(max(rows, columns)).
 
     Of (N, rows, columns) every one of the N is a matrix, and a kernel (out, in, k, k) is one of (out, in k k). Matrices of
-    one shape go through the iteration together, a tall one lying on its side.
+    one shape go through the iteration together, a tall one lying on its side. `dtype` as Muon's `working_dtype`.
     """
     stacks = [tensor if tensor.ndim == 3 else tensor.flatten(1)[None] for tensor in tensors]
     tall = [stack.shape[1] > stack.shape[2] for stack in stacks]
@@ -128,7 +130,7 @@ def orthogonalise(tensors: list[Tensor], compiled: bool = False) -> list[Tensor]
     steps: list[Tensor] = [torch.empty(0)] * len(tensors)
     for (_, longer, device), members in batches.items():
         iterate = compiled_newton_schulz() if compiled and device.type == "cuda" else newton_schulz
-        batch = iterate(torch.cat([lying[i] for i in members]), working_dtype(device))
+        batch = iterate(torch.cat([lying[i] for i in members]), dtype or working_dtype(device))
         scaled = (0.2 * longer**0.5 * batch).to(tensors[0].dtype)
         for i, step in zip(members, scaled.split([len(lying[i]) for i in members]), strict=True):
             steps[i] = (step.mT if tall[i] else step).reshape(tensors[i].shape)
@@ -136,7 +138,7 @@ def orthogonalise(tensors: list[Tensor], compiled: bool = False) -> list[Tensor]
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """bf16, as its author has it; on a CPU fp32, which is faster there."""
+    """bf16, as its author has it; on a CPU fp32, which is faster on most."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

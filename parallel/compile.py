@@ -23,22 +23,25 @@ LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
 ALIGNMENT = 16  # bytes, of the widest load
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 CHOICES = ("auto", "on", "off", *GRAPHS)
+CPU_IMAGES = 200_000  # of a run in bf16 on a CPU that gains more than the half minute it takes; fp32 gains nothing
 FIRST_STEPS_SECONDS = 1800.0  # that they may take on a host that has not compiled this network before, while another one has
 FIRST_STEPS = {"off": 1, "on": 2, **dict.fromkeys(GRAPHS, 4)}  # that compile, warm up or record, and do not count as training time
 
 
-def choose(setting: str, device: torch.device, refusal: str | None, graphs_refusal: str | None) -> str:
+def choose(setting: str, device: torch.device, refusal: str | None, graphs_refusal: str | None,
+           pays_on_cpu: bool = False) -> str:
     """What `compile` comes to: off, on, or one of GRAPHS.
 
     Args:
         refusal: why the strategy cannot compile at all, graphs_refusal: why it cannot record CUDA graphs; None where it can.
+        pays_on_cpu: whether the run is one that gains by it on a CPU; asked for by name, it is compiled all the same.
 
     Raises:
         SettingsError: asked for by name, and not possible here.
     """
     if setting not in CHOICES:
         raise SettingsError(unknown("compile", setting, list(CHOICES)))
-    if setting == "off" or setting == "auto" and (refusal or device.type != "cuda"):
+    if setting == "off" or setting == "auto" and (refusal or device.type != "cuda" and not pays_on_cpu):
         return "off"
     if setting in GRAPHS:
         refusal = refusal or graphs_refusal or (None if device.type == "cuda" else "CUDA graphs need a GPU")
@@ -65,7 +68,8 @@ def trouble_with(device: torch.device) -> str | None:
 class Compiled:
     """The compiled forwards of a network's layers, put in place for training and taken out for evaluation."""
 
-    def __init__(self, network: nn.Module, layers: list[nn.Module], mode: str):
+    def __init__(self, network: nn.Module, layers: list[nn.Module], mode: str, or_plain: bool = False):
+        """`or_plain`: a layer that the compiler fails at, or cannot make sense of, runs as it is."""
         self.mode, self.forwards = mode, {}
         if mode == "off":
             return
@@ -76,6 +80,7 @@ class Compiled:
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(layers))
         # Gradients are ready layer by layer already; PyTorch would cut every layer again at the buckets of DistributedDataParallel.
         torch._dynamo.config.optimize_ddp = mode in GRAPHS
+        torch._dynamo.config.suppress_errors = or_plain
         options = {"mode": mode} if mode in GRAPHS else {}
         if any(parameter.data_ptr() % ALIGNMENT for parameter in network.parameters() if parameter.is_cuda and parameter.numel()):
             # ZeRO's parameters are pieces of one buffer, at any offset. PyTorch 2.11 looks at the alignment of the layer that

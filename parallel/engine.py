@@ -25,11 +25,11 @@ from models.cost import count_parameters
 from optim.lr_schedule import Schedule
 from optim.muon import Muon
 from optim.optimizers import COUNTS_OWN_STEPS, check_optimizer
-from parallel import process_group
+from parallel import precision, process_group
 from parallel.batch_sizes import Batch, BatchSizes, EvalCounts
 from parallel.buffers import persistent_buffers
 from parallel.collectives import Collectives
-from parallel.compile import FIRST_STEPS, Compiled, choose
+from parallel.compile import CPU_IMAGES, FIRST_STEPS, Compiled, choose
 from parallel.ema import WeightAveraging
 from parallel.setting_checks import check_network_settings, check_unused_settings, describe_mismatch
 
@@ -54,6 +54,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         fits_one_device: whether a process holds the whole network, so that a trial of it on one GPU says what fits.
         precision: how `forward` computes, for those who evaluate the weights elsewhere: fp32, bf16 (weights and all) or autocast.
         average: the moving average of the weights that is evaluated and handed over, None where `ema.decay` is 0.
+        bf16_enabled: what the setting of that name comes to here: false, true or autocast.
         first_steps: steps after a start that compile or warm up, and say nothing of the speed.
     """
 
@@ -63,6 +64,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     checkpoint_kind = "one model"
     precision = "fp32"
     fits_one_device = True
+    autocast_refusal: str | None = None  # why this strategy cannot compute by torch.autocast
     compile_refusal: str | None = None  # why this strategy cannot use torch.compile
     cuda_graph_refusal: str | None = "this strategy cannot record CUDA graphs; ddp can"
     channels_last_refusal: str | None = None
@@ -83,6 +85,8 @@ class Engine(WeightAveraging, Collectives, ABC):
         for is_set, refusal in ((settings.channels_last, self.channels_last_refusal), (settings.ema.decay, self.ema_refusal)):
             if is_set and refusal:
                 raise SettingsError(f"strategy {self.name} would not use {'ema.decay' if refusal is self.ema_refusal else 'channels_last'}: {refusal}")
+        device, enabled = process_group.pick_device(), settings.engine["bf16"]["enabled"]
+        self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, device)
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
         self.grad_norm: Tensor | None = None
@@ -184,9 +188,14 @@ class Engine(WeightAveraging, Collectives, ABC):
         network, settings = self.network(), self.settings
         check_network_settings(network, settings)
         self.start_average(settings.ema)
-        mode = choose(settings.compile, self.device, self.compile_refusal, self.cuda_graph_refusal)
-        self.compiled = Compiled(network, self.layers(), mode)
-        if isinstance(optimizer := self.master_weights()[0], Muon):
+        optimizer, images = self.master_weights()[0], self.schedule.total * self.batch_sizes.total
+        if isinstance(optimizer, Muon) and self.precision != "fp32" and precision.fast_bf16(self.device):
+            optimizer.working_dtype = torch.bfloat16
+        pays_on_cpu = self.precision != "fp32" and images >= CPU_IMAGES
+        mode = choose(settings.compile, self.device, self.compile_refusal, self.cuda_graph_refusal, pays_on_cpu)
+        or_plain = settings.compile == "auto" and self.device.type == "cpu"
+        self.compiled = Compiled(network, self.layers(), mode, or_plain)
+        if isinstance(optimizer, Muon):
             optimizer.compiled = mode != "off"
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0
 

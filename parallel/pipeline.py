@@ -51,6 +51,7 @@ class Engine(zero.Engine):
     name = "pipeline"
     used_settings = frozenset({"stages", "partition"})
     fits_one_device = False
+    autocast_refusal = "strategy pipeline has DeepSpeed's bf16 alone, with weights and all"
     channels_last_refusal = "what goes from stage to stage over the wire is contiguous"
 
     @classmethod

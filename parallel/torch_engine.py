@@ -37,7 +37,7 @@ class TorchEngine(engine.Engine):
         self.device = process_group.init_process_group()
         self.data_shard = (dist.get_rank(), dist.get_world_size())
         self.is_main = dist.get_rank() == 0
-        self.bf16 = settings.engine["bf16"]["enabled"]
+        self.bf16 = bool(self.bf16_enabled)
         self.precision = "autocast" if self.bf16 else "fp32"
         self.clipping = settings.engine["gradient_clipping"]
         self.batch_sizes = BatchSizes.derive(settings.engine, dist.get_world_size())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,11 +33,20 @@ for name in ("torch.utils.cpp_extension", "DeepSpeed"):
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It knows a handful of optimisers; ours are tested with it in tests/parallel/test_optimizers_by_strategy.py.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+
+
+def import_muon_uncompiled() -> None:
+    """DeepSpeed asks whether an optimiser is its own Muon, which it compiles on import: a second at every start."""
+    decorate, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    with suppress(ImportError):  # versions before 0.18 have none
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    compiler.compile = decorate
 
 
 @contextmanager
@@ -73,8 +83,8 @@ class Engine(contract.Engine):
         self.is_main = dist.get_rank() == 0
         config = settings.engine
         self.stage = config["zero_optimization"]["stage"]
-        self.bf16 = config["bf16"]["enabled"]
-        self.precision = "bf16" if self.bf16 else "fp32"
+        self.bf16, self.autocast = self.bf16_enabled is True, self.bf16_enabled == "autocast"
+        self.precision = "bf16" if self.bf16 else "autocast" if self.autocast else "fp32"
         self.check_engine(config)
         self.data_shard = self.place()
         self.batch_sizes = BatchSizes.derive(config, self.data_shard[1])
@@ -116,6 +126,7 @@ class Engine(contract.Engine):
 
     def start(self, model: nn.Module, config: dict[str, Any]) -> None:
         """Hand the model to DeepSpeed."""
+        import_muon_uncompiled()
         optimizer = self.make_optimizer(model)
         deepspeed.utils.groups.mpu = None  # a global that a pipeline leaves behind, in a process that makes one engine after another
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
@@ -144,6 +155,7 @@ class Engine(contract.Engine):
         zero.setdefault("reduce_bucket_size", min(500_000_000, self.num_parameters))
         return {
             **config,
+            "bf16": {**config["bf16"], "enabled": self.bf16},
             "zero_optimization": zero,
             "train_micro_batch_size_per_gpu": self.batch_sizes.micro,
             "zero_allow_untested_optimizer": True,
@@ -160,7 +172,9 @@ class Engine(contract.Engine):
         losses = []
         for i in range(self.batch_sizes.accumulation):
             images, labels = next(batches)
-            loss = self.loss(self.engine(self.to_model_input(images)), labels)
+            with self._precision():
+                scores = self.engine(self.to_model_input(images))
+            loss = self.loss(scores, labels)
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
                 self.grad_norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), math.inf).detach()
@@ -192,7 +206,11 @@ class Engine(contract.Engine):
 
     def forward(self, images: Tensor) -> Tensor:
         self.engine.eval()
-        return self.engine(self.to_model_input(images))
+        with self._precision():
+            return self.engine(self.to_model_input(images))
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def to_model_input(self, images: Tensor) -> Tensor:
         return super().to_model_input(images.bfloat16() if self.bf16 else images)
@@ -207,7 +225,8 @@ class Engine(contract.Engine):
         self.parts.sync_from_masters()
 
     def describe(self) -> str:
-        return f"stage {self.stage}, {'bf16' if self.bf16 else 'fp32'}{self.features()}"
+        words = {"bf16": "bf16 weights and all", "autocast": "bf16", "fp32": "fp32"}
+        return f"stage {self.stage}, {words[self.precision]}{self.features()}"
 
     def gather_state(self) -> dict[str, Tensor] | None:
         return gather(self.network(), self.parts, self.averages(), keep=self.is_main)

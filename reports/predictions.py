@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,8 @@ def attention_maps(model: nn.Module, settings: ModelSettings, images: Tensor, au
     For the architecture `vit`, whose tokens are known. It is the mean over the heads of what the class token looks at or, where
     there is none, of what the patches look at.
     """
+    if images.device.type == "cpu":  # in fp32, where attention is the one function that AttentionRecorder sees
+        model, autocast = copy.deepcopy(model).float(), False
     with AttentionRecorder() as looks:
         scores_of(model, images, autocast)
     grid, prefix = images.shape[-1] // settings.patch, POOLINGS[settings.pooling].num_prefix

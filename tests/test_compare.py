@@ -46,11 +46,11 @@ def test_all_eight_ideas_are_in_one_question():
 
 
 def test_flops_are_those_of_the_products():
-    """An MLP's hidden neuron costs one product in and one out for each of the 16 tokens, each C multiply-adds of 2."""
+    """An MLP's hidden neuron costs one product in and one out for each of the 64 tokens, each C multiply-adds of 2."""
     experiment = read(PROJECT / "experiments" / "hidden-size.toml", "small")
     usual, small = costs(experiment, 100, 32)
-    assert usual.flops - small.flops == 3 * (4 * 96 - 256) * 16 * 96 * 2 * 2
-    assert usual.parameters - small.parameters == 3 * (4 * 96 - 256) * (2 * 96 + 1)
+    assert usual.flops - small.flops == 2 * (4 * 128 - 256) * 64 * 128 * 2 * 2
+    assert usual.parameters - small.parameters == 2 * (4 * 128 - 256) * (2 * 128 + 1)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from PIL import Image
 from common.errors import DatasetError, SettingsError
 from config.settings import AugmentationSettings
 from dali_pipeline import Batches
+from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
 from tools.preview_augmentation import preview
@@ -135,6 +136,24 @@ def test_repeated_augmentation_shows_each_image_several_times(dataset):
     images, labels = next(iter(batches.epoch()))
     assert torch.equal(labels[0::3], labels[1::3]) and torch.equal(labels[0::3], labels[2::3])
     assert not torch.equal(images[0::3], images[1::3])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_alternating_flips_follow_the_image_through_the_epochs(dataset, source):
+    """Two epochs show every image once as it is and once mirrored, wherever their orders put it."""
+    few = replace(dataset, splits={"train": dataset.splits["train"].take(np.arange(40))})
+    plain = AugmentationSettings(crop_padding=0, flip=0.0)
+    known = next(iter(Batches(few, "train", 40, augmentation=plain, source=source).epoch(0)))[0]
+    known = known[torch.from_numpy(np.argsort(epoch_order(0, 0, 40)))]
+    batches = Batches(few, "train", 40, augmentation=AugmentationSettings(crop_padding=0, flip_mode="alternating"), source=source)
+    seen = []
+    for epoch in (0, 1):
+        images = next(iter(batches.epoch(epoch)))[0][torch.from_numpy(np.argsort(epoch_order(0, epoch, 40)))]
+        as_it_is, mirrored = (torch.isclose(images, them, atol=1e-5).flatten(1).all(dim=1) for them in (known, known.flip(-1)))
+        assert (as_it_is | mirrored).all()
+        seen.append(mirrored)
+    assert torch.equal(seen[0], ~seen[1]) and 0 < seen[0].sum() < 40
+    batches.close()
 
 
 def test_trees_of_any_size_train_and_evaluate(tmp_path):

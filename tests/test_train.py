@@ -15,6 +15,7 @@ from programs import launch, run
 from safetensors.torch import load_file
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, TEST_PER_CLASS, TRAIN_PER_CLASS, checkpoints, copy_of, results
 
+from common.paths import PROJECT
 from image_data.dataset import Dataset
 from records.run_folder import RunFolder
 

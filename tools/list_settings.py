@@ -26,7 +26,7 @@ MEANINGS = {
     "optimizer.params.nesterov": "step from where the momentum leads",
     "optimizer.params.matrix_lr_factor": "of the rate, for the matrices that Muon trains",
     "optimizer.params.weight_decay": "of matrices and filters; biases, norms, positions and class tokens have none",
-    "bf16.enabled": "compute in bfloat16, keep fp32 weights",
+    "bf16.enabled": "compute in bfloat16, keep fp32 weights; autocast: zero too; auto: where the device is faster",
     "zero_optimization.stage": "what the processes share: 0 nothing, 1 optimiser states, 2 and gradients, 3 and weights",
     "zero_optimization.offload_optimizer.device": "none, or cpu: where the optimiser's states live",
 }

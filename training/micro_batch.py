@@ -136,7 +136,7 @@ class Trial:
     def _step(self, micro: int) -> None:
         images = torch.randn(micro, 3, self.side, self.side, device=self.device)
         labels = torch.arange(micro, device=self.device) % self.num_classes
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.engine["bf16"]["enabled"]):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.settings.engine["bf16"]["enabled"])):
             scores = self.model(images)
         F.cross_entropy(scores.float(), labels).backward()
         self.optimizer.step()

@@ -42,6 +42,7 @@ CHANGES = {  # by the key of `conditions`
     "commit": Change("commit of this project", "the code may compute something else", True),
     "device": Change("kind of device", "another arithmetic, and dropout draws other masks", False),
     "precision": Change("precision", "another arithmetic", False),
+    "compile": Change("torch.compile", "compiled kernels round differently", True),
     "deterministic": Change("--deterministic", "other kernels", False),
     "source": Change("source of the images", "pixels differ by roundings of one level", False),
 }
@@ -63,6 +64,7 @@ def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
         "device": "GPU" if on_gpu else "CPU",
         "device_name": torch.cuda.get_device_name(engine.device) if on_gpu else cpu_name(),
         "precision": engine.precision,
+        "compile": engine.compiled.mode,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "source": source,
         "torch": torch.__version__,

@@ -46,7 +46,7 @@ class Bare:
         self.device = process_group.init_process_group()
         self.sizes = BatchSizes.derive(config, request["processes"])
         self.feed = Feed(subject, self.sizes, int(os.environ["RANK"]), self.device, request["source"], request["synthetic"])
-        self.bf16, self.clipping = config["bf16"]["enabled"], config["gradient_clipping"]
+        self.bf16, self.clipping = bool(config["bf16"]["enabled"]), config["gradient_clipping"]
         if config["optimizer"]["type"] != "AdamW":
             raise Unavailable(f"this peer uses AdamW, not {config['optimizer']['type']}")
         self.network = build_seeded(subject.build, SEED).to(self.device)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.settings import ModelSettings
+from models.attention import attend
 from models.layers import MLP, DropPath, drop_path_rates, init_linear, uses_settings
 
 WIDTH, DEPTH, HEADS, HIDDEN = 256, 7, 4, 512
@@ -57,7 +58,7 @@ class Block(nn.Module):
         """Multi-head self-attention."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x = attend(q, k, v, dropout=self.dropout if self.training else 0.0)
         return self.project(x.transpose(1, 2).reshape(B, T, C))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
+from models.attention import attend
 from models.layers import DropPath, drop_path_rates, init_linear, uses_settings
 
 DEPTH, HIDDEN_FACTOR, SQUEEZE = 12, 4, 4
@@ -77,7 +78,7 @@ class HeadTokenAttention(nn.Module):
         tokens = self.head_norm(self.head_token(means).view(B, self.heads, self.heads, -1))
         x = torch.cat([x, F.gelu(tokens).flatten(2) + self.head_positions], dim=1)
         q, k, v = self.qkv(x).view(B, T + self.heads, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T + H, D) each
-        x = self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T + self.heads, C))
+        x = self.project(attend(q, k, v).transpose(1, 2).reshape(B, T + self.heads, C))
         class_token, patches, head_tokens = x.split([1, T - 1, self.heads], dim=1)
         return torch.cat([class_token + head_tokens.mean(dim=1, keepdim=True), patches], dim=1)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
+from models.attention import attend
 from models.layers import MLP, DropPath, drop_path_rates, uses_settings
 
 HEAD_SIZE, HIDDEN_FACTOR = 32, 4
@@ -81,7 +82,7 @@ class Attention(nn.Module):
         """(B, C, h, h) -> (B, C, h, h)."""
         B, C, h, _ = x.shape
         q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).view(B, h * h, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, h h, D)
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, h, h)
+        return attend(q, k, v).transpose(2, 3).reshape(B, C, h, h)
 
 
 class InceptionMixer(nn.Module):

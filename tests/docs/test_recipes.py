@@ -23,7 +23,8 @@ from models.cost import count_parameters
 from optim.param_groups import parameter_groups
 from training.arguments import parse_arguments
 
-RECIPES = ["speedrun", "100ep", "300ep", "1500ep", "cifar10", "cifar10-fast", "finetune", "imagenet-resnet50", "tutorial", "cpu"]
+RECIPES = ["speedrun", "100ep", "300ep", "1500ep", "cifar10", "cifar10-fast", "finetune", "imagenet-resnet50", "tutorial",
+           "cpu", "cpu-quick", "cpu-fp32"]
 TEXT = recipe_costs.DOCUMENT.read_text(encoding="utf-8")
 # What a processor must be spared: the side of the images, and one network of 88 M parameters.
 SMALLER = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from common.errors import SettingsError
 from config.settings import AugmentationSettings
 from image_data import auto_augment as policies
 from image_data import torch_backend
@@ -160,6 +161,21 @@ def test_crops_and_flips_are_uniform():
     assert len(counts) == 162 and 100 < chi2 < 235
 
 
+def test_alternating_flips_mirror_each_image_in_every_second_epoch():
+    """A function of (seed, epoch, image): whatever the place of the image in the epoch, and half of the images in each."""
+    alternating = Augmentation(AugmentationSettings(flip_mode="alternating"), SIDE, seed=5)
+    images = np.arange(4000)
+    flips = [alternating.plan(epoch, 0, 4000, images=images).flip for epoch in range(4)]
+    assert np.array_equal(flips[0], 1 - flips[1]) and np.array_equal(flips[0], flips[2]) and np.array_equal(flips[1], flips[3])
+    assert abs(flips[0].mean() - 0.5) < 0.03
+    some = np.array([7, 3999, 7, 12])
+    assert alternating.plan(2, 100, 4, images=some).flip.tolist() == flips[0][some].tolist()
+    other = Augmentation(AugmentationSettings(flip_mode="alternating"), SIDE, seed=6).plan(0, 0, 4000, images=images).flip
+    assert 0.4 < (other != flips[0]).mean() < 0.6
+    random = Augmentation(AugmentationSettings(), SIDE, seed=5).plan(0, 0, 4000)
+    assert np.array_equal(random.corner, alternating.plan(0, 0, 4000).corner), "the other draws stay as they are"
+
+
 def test_erased_rectangles_follow_their_settings():
     settings = AugmentationSettings(erasing=0.25, erasing_scale=[0.1, 0.2], erasing_ratio=[0.5, 2.0])
     boxes = Augmentation(settings, SIDE).plan(0, 0, 8000).erase_boxes
@@ -252,3 +268,18 @@ def test_noise_depends_on_the_position_in_the_epoch_alone():
         assert not torch.equal(whole[0], erase(images, boxes, erasing_noise(boxes, seed, epoch, start))[0])
     inside = whole[0, :, :4, :4]
     assert abs(inside.mean()) < 0.5 and 0.7 < inside.std() < 1.3
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (dict(crop_padding=-1), "crop_padding must not be negative"),
+    (dict(erasing_value="noise"), "unknown augmentation.erasing_value 'noise'"),
+    (dict(resized_crop_scale=[0.5]), "resized_crop_scale is a range"),
+    (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale is a range"),
+    (dict(rand_augment_magnitude=31), "rand_augment_magnitude lies between 0 and 30"),
+    (dict(repeats=0), "repeats are at least 1"),
+    (dict(flip_mode="alternate"), "unknown augmentation.flip_mode 'alternate'; did you mean 'alternating'"),
+    (dict(flip_mode="alternating", flip=0.25), "alternating would not use augmentation.flip=0.25"),
+])
+def test_settings_out_of_range_are_named(change, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        Augmentation(AugmentationSettings(**change), SIDE)

@@ -68,11 +68,11 @@ def test_values_that_cannot_work_are_refused_by_name(changes, said):
 
 
 def test_options_reach_the_parts_from_the_command_line():
-    settings = resolve("cpu", ["model.attention=multi_query", "model.attention_options.kv_heads=2", "model.position=rotary",
+    settings = resolve("cpu-quick", ["model.attention=multi_query", "model.attention_options.kv_heads=2", "model.position=rotary",
                                "model.position_options.base=50", "model.layer_scale=1e-4"])
     block = build_layers(settings.model, 10, 32)[1]
     assert block.attention.part.kv_heads == 2 and block.attention.scale[0].item() == pytest.approx(1e-4)
-    angle = 50 ** -(1 / 8)  # second frequency of head_size 32, first row
+    angle = 50 ** -(1 / 16)  # second frequency of head_size 64, first row
     assert block.attention.part.rotate.sin[8, 1].item() == pytest.approx(math.sin(angle), rel=1e-5)
 
 

@@ -30,13 +30,13 @@ from parallel.buffers import normalise_in_fp32
 # Trainable parameters of the tiny network with that entry in place of TINY's own. A change here is a change of what runs
 # recorded so far mean: make it on purpose.
 PARAMETERS = {
-    "patch_embedding": {"linear": 7_655, "spt": 11_207, "conv_stem": 8_271, "residual_stem": 470_695},
+    "patch_embedding": {"linear": 7_655, "spt": 11_207, "conv_stem": 8_271, "residual_stem": 470_695, "pool_stem": 109_591},
     "position": {"learned": 11_207, "sin_cos": 10_935, "rotary": 10_935, "none": 10_935},
-    "block": {"pre_norm": 11_207, "pair": 15_527, "macaron": 15_527},
+    "block": {"pre_norm": 11_207, "pair": 15_527, "macaron": 15_527, "no_attention": 9_061},
     "attention": {"softmax": 11_205, "lsa": 11_207, "qk_norm": 11_237, "head_tokens": 11_589, "multi_query": 10_693},
     "feed_forward": {
         "mlp": 11_207, "geglu": 11_283, "swiglu": 11_283, "pair": 11_303, "mix": 11_227, "chain": 11_291,
-        "conv_mlp": 12_487, "soft_moe": 24_489, "fff": 23_781, "fff_fan_out": 29_391,
+        "conv_mlp": 12_487, "residual_conv": 16_231, "soft_moe": 24_489, "fff": 23_781, "fff_fan_out": 29_391,
     },
     "pooling": {"class_token": 11_207, "mean": 11_175, "sequence": 11_191},
 }

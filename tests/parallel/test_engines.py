@@ -70,13 +70,16 @@ def batch_norm_cases() -> dict[str, dict]:
     return results
 
 
+AUTOCAST = {"zero autocast": ("zero", ["bf16.enabled=autocast"])}
+
+
 def bf16_cases() -> dict[str, dict]:
     import torch.distributed as dist
 
     def settings(more: list[str]) -> list[str]:
         return ["gradient_clipping=0.0", "bf16.enabled=true", *more]
 
-    in_bf16 = {**ENGINES, **WORKERS}
+    in_bf16 = {**ENGINES, **WORKERS, **AUTOCAST}
     with TemporaryDirectory() as folder:
         folder = Path(processes_main(folder))
         results = {f"bf16 {name}": train_and_save(strategy, settings(more), folder / name) for name, (strategy, more) in in_bf16.items()}
@@ -234,7 +237,12 @@ def test_a_state_goes_on_under_another_strategy_with_another_number_of_processes
         assert largest_difference(result["weights"], unbroken["weights"]) == 0
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, *WORKERS])
+def test_zero_by_autocast_trains_as_ddp_does(on_two):
+    """fp32 weights in both, so they differ by the rounding of single products alone."""
+    assert on_two["bf16 zero autocast"]["losses"] == pytest.approx(on_two["bf16 ddp"]["losses"], abs=2e-3)
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, *WORKERS, *AUTOCAST])
 def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(on_two, plain, engine):
     result, expected = on_two[f"bf16 {engine}"], plain["plain"]["losses"]
     close = 0.05 if engine in ENGINES else 0.2  # workers step on their own gradients, in fp32 too

@@ -179,7 +179,7 @@ def test_each_change_of_conditions_has_its_sentence_and_verdict(now, batch_norm,
 
 
 def choice(runs_dir: Path, facts: dict = FACTS, name: str | None = None, fresh: bool = False) -> RunFolder:
-    return resume.choose_folder(SimpleNamespace(runs_dir=runs_dir, name=name, fresh=fresh, seed=facts["seed"]), facts)[0]
+    return resume.choose_folder(runs_dir, name, fresh, facts)[0]
 
 
 def test_without_a_name_a_run_goes_on_where_one_of_the_same_settings_is_unfinished(tmp_path):
@@ -274,7 +274,7 @@ def test_metrics_never_end_in_half_a_line(tmp_path):
 
 
 def test_room_is_looked_for_before_the_start(tmp_path, monkeypatch):
-    args = SimpleNamespace(runs_dir=tmp_path, keep_checkpoints=2)
+    args = resume.FolderOptions(tmp_path, None, False, keep_checkpoints=2, allow_inexact_resume=False)
     resume.check_room(tmp_path / "new", disk_space_needed(1000, 2), args)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     with pytest.raises(RunError, match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room"):
@@ -291,15 +291,18 @@ def test_a_checkpoint_of_the_same_step_is_replaced_without_a_moment_in_which_non
         pass
 
     done = []
+
+    def interrupted(function):
+        def counted(*arguments, **keywords):
+            done.append(function)
+            if len(done) == fail_at:
+                raise Killed
+            return function(*arguments, **keywords)
+        return counted
+
     with monkeypatch.context() as patch:
         for target, name in ((checkpoint_store, "flush_to_disk"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree")):
-            def counted(*arguments, function=getattr(target, name), **keywords):
-                done.append(function)
-                if len(done) == fail_at:
-                    raise Killed
-                return function(*arguments, **keywords)
-
-            patch.setattr(target, name, counted)
+            patch.setattr(target, name, interrupted(getattr(target, name)))
         try:
             store(record, keep=1).write(2, STATE, texts(2))
         except Killed:

@@ -74,7 +74,7 @@ def test_averaged_and_trained_weights_stand_side_by_side(out):
 @pytest.mark.parametrize(("level", "is_main", "lines"), [(QUIET, True, 1), (NORMAL, True, 3), (VERBOSE, True, 4), (VERBOSE, False, 0)])
 def test_how_much_is_said(out, level, is_main, lines):
     shown = Console(level, is_main, out)
-    shown.fact("run", "runs/mine")
+    shown.print_field("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
     shown.result(LINE, "runs/mine")
     assert len(out.getvalue().splitlines()) == lines
@@ -91,7 +91,7 @@ def test_colours_are_for_terminals(out, monkeypatch, stream, environment, colour
         monkeypatch.setenv(name, value)
     to = stream()
     shown = Console(out=to)
-    shown.fact("run", "runs/mine")
+    shown.print_field("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
     assert ("\033[" in to.getvalue()) == coloured
     assert "test accuracy  25.60%" in re.sub(r"\033\[\d+m", "", to.getvalue())
@@ -184,6 +184,6 @@ def test_the_preset_is_that_of_the_device_that_will_be_used(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     out = io.StringIO()
-    assert default_preset(pick_device().type, Console(out=out)) == "cpu" and "because there is no GPU" in out.getvalue()
-    assert default_preset("cuda", Console(out=out)) == "spt-lsa"
+    assert default_preset(pick_device(), Console(out=out)).startswith("cpu") and "because there is no GPU" in out.getvalue()
+    assert default_preset(torch.device("cuda"), Console(out=out)) == "spt-lsa"
 
