@@ -210,7 +210,7 @@ def bf16_runs() -> dict[str, dict]:
     import torch.distributed as dist
 
 
-    join()
+    init_process_group()
     words = [*SMALL, "train_batch_size=8", "bf16.enabled=autocast"]
     results = {}
     for strategy in ("zero", "ddp"):
