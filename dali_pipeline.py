@@ -100,14 +100,37 @@ class Batches:
         # Whole global batches in training; in evaluation the last one is filled up.
         self._num_batches = len(self.split) // global_batch if self.training else -(-len(self.split) // global_batch)
         self._labels = torch.from_numpy(self.split.labels).to(self.device)
-        reader = make_reader(self.source, dataset, self.split, self.device, num_threads,
-                             padding=settings.crop_padding if self.training and not settings.resized_crop else 0)
+        reader = make_reader(
+            self.source,
+            dataset,
+            self.split,
+            self.device,
+            num_threads,
+            padding=settings.crop_padding if self.training and not settings.resized_crop else 0,
+        )
         self._mixer = Mixer(settings, len(dataset.classes), self.side, seed)
         sizes_of = reader.sizes if dataset.image_side is None and settings.resized_crop else None
-        self.planner = BatchPlanner(len(self.split), batch_size, shard, num_shards, seed,
-                                    Augmentation(settings, self.side, seed) if self.training else None, self._mixer, sizes_of)
-        spec = LoaderSpec(batch_size, self.side, dataset.image_side, dataset.mean, dataset.std, self.device, self.training,
-                          decode=self.source == "files", num_threads=num_threads)
+        self.planner = BatchPlanner(
+            len(self.split),
+            batch_size,
+            shard,
+            num_shards,
+            seed,
+            Augmentation(settings, self.side, seed) if self.training else None,
+            self._mixer,
+            sizes_of,
+        )
+        spec = LoaderSpec(
+            batch_size,
+            self.side,
+            dataset.image_side,
+            dataset.mean,
+            dataset.std,
+            self.device,
+            self.training,
+            decode=self.source == "files",
+            num_threads=num_threads,
+        )
         self._backend = backend_class(self.source)(spec, self.planner, reader)
         # Tensor operations make whole batches at once, so several batches can be in flight; DALI has threads of its own.
         self._worker = single_threaded_pool(num_threads if self.source == "tensor" and self.device.type == "cpu" else 1)
@@ -133,11 +156,15 @@ class Batches:
 
     def positions(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Positions in the split of the images of batches `start` to `stop` of an epoch: int64."""
-        return np.concatenate([self.planner.plan(BatchIndex(epoch, index, stop)).positions for index in range(start, stop)])
+        return np.concatenate(
+            [self.planner.plan(BatchIndex(epoch, index, stop)).positions for index in range(start, stop)]
+        )
 
     def _next_ready(self, batch: BatchIndex) -> tuple[Tensor, Tensor]:
         """A finished batch; the ones that will most likely follow are being made meanwhile."""
-        if self._requested and self._requested[0][0].key != batch.key:  # after a resume, or back to the start of an evaluation
+        if (
+            self._requested and self._requested[0][0].key != batch.key
+        ):  # after a resume, or back to the start of an evaluation
             for _, future in self._requested:
                 future.cancel()
             self._requested.clear()
@@ -169,8 +196,17 @@ class Batches:
         return self._mixer(images, labels, planned.mixing) if planned.mixing is not None else (images, labels)
 
 
-def make_batches(dataset: Dataset, settings: Settings, data_shard: tuple[int, int], batch_size: int, seed: int, device: torch.device,
-                 source: str, synthetic: bool, closing: ExitStack) -> tuple[Batches | Synthetic, dict[str, Batches]]:
+def make_batches(
+    dataset: Dataset,
+    settings: Settings,
+    data_shard: tuple[int, int],
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    source: str,
+    synthetic: bool,
+    closing: ExitStack,
+) -> tuple[Batches | Synthetic, dict[str, Batches]]:
     """The training batches of a run and those of every other split, by its name; `closing` ends their threads.
 
     Args:
@@ -179,7 +215,14 @@ def make_batches(dataset: Dataset, settings: Settings, data_shard: tuple[int, in
         synthetic: train on one fixed random batch.
     """
     shard, num_shards = data_shard
-    common = dict(batch_size=batch_size, shard=shard, num_shards=num_shards, device=device, source=source, image_side=settings.image_side)
+    common = dict(
+        batch_size=batch_size,
+        shard=shard,
+        num_shards=num_shards,
+        device=device,
+        source=source,
+        image_side=settings.image_side,
+    )
     batches = {"train": Batches(dataset, "train", seed=seed, augmentation=settings.augmentation, **common)}
     batches |= {name: Batches(dataset, name, **common) for name in dataset.splits if name != "train"}
     for made in batches.values():
@@ -188,8 +231,9 @@ def make_batches(dataset: Dataset, settings: Settings, data_shard: tuple[int, in
     return Synthetic(training) if synthetic else training, batches
 
 
-def make_reader(source: str, dataset: Dataset, split: Split, device: torch.device, num_threads: int,
-                padding: int) -> FileReader | PackedReader:
+def make_reader(
+    source: str, dataset: Dataset, split: Split, device: torch.device, num_threads: int, padding: int
+) -> FileReader | PackedReader:
     """The reader of a source; `padding` is what a random crop needs on each side of an image, in pixels."""
     if source == "files":
         return FileReader([dataset.root / path for path in split.paths], num_threads)
@@ -235,7 +279,9 @@ def side_of(dataset: Dataset, image_side: int) -> int:
     """Pixels the network sees. Raises DatasetError where nothing says how many."""
     side = image_side or dataset.image_side
     if not side:
-        raise DatasetError(f"the images of {dataset.folder} differ in size; say what the network is to see with --set image_side=128")
+        raise DatasetError(
+            f"the images of {dataset.folder} differ in size; say what the network is to see with --set image_side=128"
+        )
     return side
 
 
@@ -247,7 +293,9 @@ def choose_source(source: str, split: Split, own_side: bool, device: torch.devic
         packed = "tensor" if device.type == "cpu" and own_side else "resident"
         return packed if split.packed is not None else "files"
     if source == "tensor" and not own_side:
-        raise DatasetError("the tensor source does not resize: use --source resident or files, or leave image_side alone")
+        raise DatasetError(
+            "the tensor source does not resize: use --source resident or files, or leave image_side alone"
+        )
     return source
 
 

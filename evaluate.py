@@ -67,15 +67,35 @@ def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
         dataset = dataset.hold_out(facts["hold_out"])
     precision = args.precision or facts["precision"]
     model = trained.network(args.weights, device, precision)
-    batches = Batches(dataset, args.split, args.batch_size, which, of_how_many, device=device, source=args.source,
-                      image_side=facts["settings"]["image_side"])
+    batches = Batches(
+        dataset,
+        args.split,
+        args.batch_size,
+        which,
+        of_how_many,
+        device=device,
+        source=args.source,
+        image_side=facts["settings"]["image_side"],
+    )
     if is_main and dataset.fingerprint != facts["dataset"]["fingerprint"]:
         print("note: this is not the dataset that the run was trained on (its fingerprint differs)", file=sys.stderr)
-    result = evaluate(model, batches, len(dataset.classes), device, autocast=precision == "autocast",
-                      show=is_main and sys.stderr.isatty())
+    result = evaluate(
+        model,
+        batches,
+        len(dataset.classes),
+        device,
+        autocast=precision == "autocast",
+        show=is_main and sys.stderr.isatty(),
+    )
     batches.close()
     if is_main:
-        facts = {"run": record.folder.name, "split": args.split, "weights": args.weights, "precision": precision, "epochs": len(record.metrics())}
+        facts = {
+            "run": record.folder.name,
+            "split": args.split,
+            "weights": args.weights,
+            "precision": precision,
+            "epochs": len(record.metrics()),
+        }
         report = facts | describe(result, dataset.classes)
         print_report(report, args.per_class)
         save_report(trained, report, result["confusion"], args.json)
@@ -90,7 +110,10 @@ def save_report(trained: TrainedModel, report: dict[str, Any], confusion: np.nda
     from reports.style import save
 
     folder, split = trained.record.folder, report["split"]
-    save(draw_confusion(confusion, trained.classes, f"{folder.name}: {100 * report['accuracy']:.2f}% on {split}"), folder / f"confusion_{split}.png")
+    save(
+        draw_confusion(confusion, trained.classes, f"{folder.name}: {100 * report['accuracy']:.2f}% on {split}"),
+        folder / f"confusion_{split}.png",
+    )
     text = json.dumps(report, indent=2)
     write_atomically(folder / f"evaluation_{split}.json", text)
     if also:
@@ -145,31 +168,82 @@ def print_report(report: dict[str, Any], all_classes: bool) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("python evaluate.py [run]", "Exact accuracy of a run; or what its network sees in images; or its network as one file.",
-                    example="python evaluate.py runs/mine --batch-size 1000 --json result.json\n"
-                            "python evaluate.py runs/mine --predict photos/ --output photos.csv\n"
-                            "python evaluate.py runs/mine --export onnx")
+    parser = Parser(
+        "python evaluate.py [run]",
+        "Exact accuracy of a run; or what its network sees in images; or its network as one file.",
+        example="python evaluate.py runs/mine --batch-size 1000 --json result.json\n"
+        "python evaluate.py runs/mine --predict photos/ --output photos.csv\n"
+        "python evaluate.py runs/mine --export onnx",
+    )
     parser.add_argument("run", nargs="?", type=Path, help="a run folder (default: the newest under runs/)")
-    parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)")
-    parser.add_argument("--weights", default=WEIGHTS, metavar="FILE",
-                        help=f"file in the run folder: {WEIGHTS} (the default: after the last epoch, averaged where the run averages), "
-                             "raw_weights.safetensors (not averaged), best.safetensors (the best epoch on a held-out part)")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "autocast"], help="of the arithmetic (default: what the run was trained in)")
-    parser.add_argument("--batch-size", type=at_least_one, default=500, metavar="N", help="images at a time, which changes no result (default: 500)")
+    parser.add_argument(
+        "--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)"
+    )
+    parser.add_argument(
+        "--weights",
+        default=WEIGHTS,
+        metavar="FILE",
+        help=f"file in the run folder: {WEIGHTS} (the default: after the last epoch, averaged where the run averages), "
+        "raw_weights.safetensors (not averaged), best.safetensors (the best epoch on a held-out part)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "autocast"],
+        help="of the arithmetic (default: what the run was trained in)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        default=500,
+        metavar="N",
+        help="images at a time, which changes no result (default: 500)",
+    )
     count = parser.add_argument_group("accuracy (what happens when neither of the two below is asked for)")
-    count.add_argument("--split", default="test", choices=["test", "validation"],
-                       help="what to evaluate: test, or the validation part that the run held out (default: test)")
-    count.add_argument("--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)")
-    count.add_argument("--source", default="auto", choices=SOURCES,
-                       help="how images are read: packed through DALI, files through DALI, packed through PyTorch (default: auto)")
-    count.add_argument("--per-class", action="store_true", help="show every class (default: the ten worst and the ten best)")
-    count.add_argument("--json", type=Path, metavar="FILE", help="write the report here too (default: evaluation_<split>.json in the run folder)")
+    count.add_argument(
+        "--split",
+        default="test",
+        choices=["test", "validation"],
+        help="what to evaluate: test, or the validation part that the run held out (default: test)",
+    )
+    count.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)"
+    )
+    count.add_argument(
+        "--source",
+        default="auto",
+        choices=SOURCES,
+        help="how images are read: packed through DALI, files through DALI, packed through PyTorch (default: auto)",
+    )
+    count.add_argument(
+        "--per-class", action="store_true", help="show every class (default: the ten worst and the ten best)"
+    )
+    count.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the report here too (default: evaluation_<split>.json in the run folder)",
+    )
     use = parser.add_argument_group("use of the network")
-    use.add_argument("--predict", nargs="+", type=Path, metavar="IMAGE", help="the five likeliest classes of images of any size and format, "
-                     "of folders of them as CSV; needs no dataset (default: evaluate)")
-    use.add_argument("--export", choices=["onnx"], help="write the network as ONNX, and compare it with PyTorch on test images (default: evaluate)")
-    use.add_argument("--output", type=Path, metavar="FILE", help="where --predict writes CSV (default: the screen) or --export the network "
-                                                                 "(default: model.onnx in the run folder)")
+    use.add_argument(
+        "--predict",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="the five likeliest classes of images of any size and format, "
+        "of folders of them as CSV; needs no dataset (default: evaluate)",
+    )
+    use.add_argument(
+        "--export",
+        choices=["onnx"],
+        help="write the network as ONNX, and compare it with PyTorch on test images (default: evaluate)",
+    )
+    use.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where --predict writes CSV (default: the screen) or --export the network "
+        "(default: model.onnx in the run folder)",
+    )
     args = parser.parse_args()
     refuse_unused(parser, args)
     return args
@@ -182,7 +256,9 @@ def refuse_unused(parser: Parser, args: argparse.Namespace) -> None:
     task = "--predict" if args.predict else "--export" if args.export else "evaluation"
     for name, value in vars(args).items():
         if name not in {"run", "runs_dir", *USED[task]} and value != parser.get_default(name):
-            raise SettingsError(f"--{name.replace('_', '-')} has no meaning for {'an ' if task == 'evaluation' else ''}{task}; leave it out")
+            raise SettingsError(
+                f"--{name.replace('_', '-')} has no meaning for {'an ' if task == 'evaluation' else ''}{task}; leave it out"
+            )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ class ResidualBranch(nn.Module):
     `layer_scale` is the initial value of `scale`, a learnt factor for each channel (arXiv 2103.17239); 0 leaves it out.
     """
 
-    def __init__(self, dims: Dimensions, drop_path: float, layer_scale: float, part: nn.Module, residual_scale: float = 1.0):
+    def __init__(
+        self, dims: Dimensions, drop_path: float, layer_scale: float, part: nn.Module, residual_scale: float = 1.0
+    ):
         super().__init__()
         self.norm = nn.Identity() if getattr(part, "own_norm", False) else nn.LayerNorm(dims.width)
         self.part = part
@@ -102,7 +104,11 @@ def pair(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dic
 
 def macaron(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
     """A feed-forward before attention and one after, each counting half (arXiv 1906.02762); at equal parameters as `pair`."""
-    return {"before": branch(feed_forward(), residual_scale=0.5), "attention": branch(attention()), "after": branch(feed_forward(), residual_scale=0.5)}
+    return {
+        "before": branch(feed_forward(), residual_scale=0.5),
+        "attention": branch(attention()),
+        "after": branch(feed_forward(), residual_scale=0.5),
+    }
 
 
 def no_attention(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
@@ -110,12 +116,7 @@ def no_attention(branch: WrapBranch, attention: MakePart, feed_forward: MakePart
     return {"feed_forward": branch(feed_forward())}
 
 
-BLOCKS = {
-    "pre_norm": pre_norm,
-    "pair": pair,
-    "macaron": macaron,
-    "no_attention": no_attention,
-}
+BLOCKS = {"pre_norm": pre_norm, "pair": pair, "macaron": macaron, "no_attention": no_attention}
 
 
 class Head(nn.Module):
@@ -143,7 +144,17 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
     for kind, name, table in (("pooling", s.pooling, POOLINGS), ("block", s.block, BLOCKS)):
         if name not in table:
             raise SettingsError(unknown(kind, name, list(table)))
-    dims = Dimensions(num_classes, image_side, s.patch, s.width, s.depth, s.heads, s.head_size, POOLINGS[s.pooling].num_prefix, s.dropout)
+    dims = Dimensions(
+        num_classes,
+        image_side,
+        s.patch,
+        s.width,
+        s.depth,
+        s.heads,
+        s.head_size,
+        POOLINGS[s.pooling].num_prefix,
+        s.dropout,
+    )
     patches = make_part(PATCH_EMBEDDINGS, "patch_embedding", s.patch_embedding, dims, s.patch_embedding_options)
     position = make_part(POSITIONS, "position", s.position, dims, s.position_options)
 
@@ -151,7 +162,9 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
         part, rotation = make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options), position.rotation()
         if rotation is not None:
             if not hasattr(part, "rotate"):
-                raise SettingsError(f"model.attention={s.attention} has no place for model.position={s.position}, which acts inside it")
+                raise SettingsError(
+                    f"model.attention={s.attention} has no place for model.position={s.position}, which acts inside it"
+                )
             part.rotate = rotation
         return part
 
@@ -231,8 +244,10 @@ def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> 
     for field in fields(ModelSettings):
         chosen, default = getattr(settings, field.name), getattr(ModelSettings(), field.name)
         if used is not None and field.name not in {"architecture", *used} and chosen != default:
-            raise SettingsError(f"model.architecture={settings.architecture} would not use model.{field.name}={chosen}: "
-                                f"its name fixes everything but {', '.join(sorted(used)) or 'nothing'}")
+            raise SettingsError(
+                f"model.architecture={settings.architecture} would not use model.{field.name}={chosen}: "
+                f"its name fixes everything but {', '.join(sorted(used)) or 'nothing'}"
+            )
     layers = build(settings, num_classes, image_side)
     if len(layers) > 1:  # a network in one layer marks its own
         layers[0].is_input_or_output_layer = layers[-1].is_input_or_output_layer = True

@@ -97,8 +97,13 @@ def inspect(run: RunData, args: argparse.Namespace) -> SplitAnalysis | None:
     batches = Batches(dataset, split, args.batch_size, **source)
     found = predict(model, batches, run.facts["precision"] == "autocast")
     batches.close()
-    return SplitAnalysis(split, found.confusion(len(dataset.classes)), float(found.loss.mean()),
-                      mistakes(found, dataset, split, NUM_MISTAKES, **source), attention_of(run, model, dataset, split, source))
+    return SplitAnalysis(
+        split,
+        found.confusion(len(dataset.classes)),
+        float(found.loss.mean()),
+        mistakes(found, dataset, split, NUM_MISTAKES, **source),
+        attention_of(run, model, dataset, split, source),
+    )
 
 
 def load(run: RunData, split: str, args: argparse.Namespace) -> tuple[Dataset, Any, Any]:
@@ -120,7 +125,9 @@ def load(run: RunData, split: str, args: argparse.Namespace) -> tuple[Dataset, A
     return normalise_as_trained(dataset, facts["dataset"]), model, device
 
 
-def attention_of(run: RunData, model: Any, dataset: Dataset, split: str, source: dict[str, Any]) -> tuple[Any, Any, list[str]] | str:
+def attention_of(
+    run: RunData, model: Any, dataset: Dataset, split: str, source: dict[str, Any]
+) -> tuple[Any, Any, list[str]] | str:
     """Some images from all over the split, their attention maps and classes; or why there are none."""
     from image_data.pixels import denormalize
     from reports.predictions import attention_maps, load_images
@@ -135,19 +142,45 @@ def attention_of(run: RunData, model: Any, dataset: Dataset, split: str, source:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("python report.py [run ...]", "Pictures and a page of a run, or one picture of several.",
-                    example="python report.py runs/a runs/b --out compare.png")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest under runs/)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the picture of several runs, .png or .svg (default: runs/compare.png)")
-    parser.add_argument("--quick", action="store_true", help="leave out what needs the dataset: classes, mistakes, attention")
-    parser.add_argument("--split", choices=["test", "validation"], help="what to look at (default: the held-out part where there is one, else test)")
-    parser.add_argument("--weights", default="weights.safetensors", metavar="FILE",
-                        help="file in the run folder (default: weights.safetensors; or best.safetensors)")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)")
-    parser.add_argument("--batch-size", type=at_least_one, default=500, metavar="N",
-                        help="images at a time; no influence on the result (default: 500)")
+    parser = Parser(
+        "python report.py [run ...]",
+        "Pictures and a page of a run, or one picture of several.",
+        example="python report.py runs/a runs/b --out compare.png",
+    )
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: the newest under runs/)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the picture of several runs, .png or .svg (default: runs/compare.png)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="leave out what needs the dataset: classes, mistakes, attention"
+    )
+    parser.add_argument(
+        "--split",
+        choices=["test", "validation"],
+        help="what to look at (default: the held-out part where there is one, else test)",
+    )
+    parser.add_argument(
+        "--weights",
+        default="weights.safetensors",
+        metavar="FILE",
+        help="file in the run folder (default: weights.safetensors; or best.safetensors)",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        default=500,
+        metavar="N",
+        help="images at a time; no influence on the result (default: 500)",
+    )
     parser.add_argument("--source", default="auto", choices=SOURCES, help="how images are read (default: auto)")
-    parser.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)")
+    parser.add_argument(
+        "--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)"
+    )
     return parser.parse_args()
 
 

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "communicator was aborted")
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "communicator was aborted",
+)
 
 
 def main() -> int:
@@ -84,7 +90,9 @@ def main() -> int:
         return model
 
     # 3. The engine that spreads the training over processes, and the batches that feed it
-    meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, settings.parallel.patience_seconds)
+    meeting = meeting_of(
+        args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, settings.parallel.patience_seconds
+    )
     engine_type = engine_class(settings.strategy, peers=meeting is not None)
     if line := choose_precision(settings.engine["bf16"]["enabled"], engine_type.autocast_refusal, pick_device())[1]:
         console.print_field("precision", line)
@@ -96,20 +104,62 @@ def main() -> int:
 
     def train() -> bool:
         with ExitStack() as closing:
-            engine = engine_type(build, settings, Schedule(settings.schedule, total_steps), args.seed, **({"meeting": meeting} if meeting else {}))
+            engine = engine_type(
+                build,
+                settings,
+                Schedule(settings.schedule, total_steps),
+                args.seed,
+                **({"meeting": meeting} if meeting else {}),
+            )
             engine.stopping = lambda: stop.requested
             closing.push(lambda kind, *_: engine.close(failed=kind is not None))
-            training, evaluation = make_batches(dataset, settings, engine.data_shard, engine.batch_sizes.micro, engine.data_seed, engine.device,
-                                                args.source, args.synthetic, closing)
+            training, evaluation = make_batches(
+                dataset,
+                settings,
+                engine.data_shard,
+                engine.batch_sizes.micro,
+                engine.data_seed,
+                engine.device,
+                args.source,
+                args.synthetic,
+                closing,
+            )
             if args.skip_bad_steps:
                 engine.skip_bad_steps()
             if args.link_gbps:
-                console.say("\n".join(lines_of_cost(engine.num_parameters, settings.parallel.local_steps, args.link_gbps, args.step_seconds)))
+                console.say(
+                    "\n".join(
+                        lines_of_cost(
+                            engine.num_parameters, settings.parallel.local_steps, args.link_gbps, args.step_seconds
+                        )
+                    )
+                )
             # 4. The run: a new folder or a checkpoint to resume, then steps, epochs, evaluation and checkpoints
-            started = start_run(engine, run_options(args, preset), folder_options(args), logging_options(args), dataset, folder, training,
-                                steps_per_epoch, total_steps, console)
+            started = start_run(
+                engine,
+                run_options(args, preset),
+                folder_options(args),
+                logging_options(args),
+                dataset,
+                folder,
+                training,
+                steps_per_epoch,
+                total_steps,
+                console,
+            )
             limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
-            loop = Loop(engine, settings, training, evaluation, steps_per_epoch, total_steps, started, args.patience, stop, console)
+            loop = Loop(
+                engine,
+                settings,
+                training,
+                evaluation,
+                steps_per_epoch,
+                total_steps,
+                started,
+                args.patience,
+                stop,
+                console,
+            )
             return loop.run(stop_at=args.stop_at)
 
     try:
@@ -129,7 +179,9 @@ def default_preset(device: torch.device, console: Console) -> str:
         preset, why = "cpu", "there is no GPU"
     else:
         preset, why = "cpu-fp32", "there is no GPU, and the processor is not faster in bf16"
-    console.print_field("preset", f"{preset}, because {why} (--preset NAME chooses another: {', '.join(preset_names())})")
+    console.print_field(
+        "preset", f"{preset}, because {why} (--preset NAME chooses another: {', '.join(preset_names())})"
+    )
     return preset
 
 
@@ -141,12 +193,17 @@ def run() -> int:
     except UserError as error:
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, SettingsError):  # every process refuses a setting; a file or a loss may fail in one alone
+        elif not isinstance(
+            error, SettingsError
+        ):  # every process refuses a setting; a file or a loss may fail in one alone
             print(f"error in process {rank}: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "does not have a deterministic implementation" in str(error):
-            print(f"error: --deterministic: {str(error).split(', ')[0].split('. ')[0]}; leave the flag out, or choose another part", file=sys.stderr)
+            print(
+                f"error: --deterministic: {str(error).split(', ')[0].split('. ')[0]}; leave the flag out, or choose another part",
+                file=sys.stderr,
+            )
             return 1
         if not any(sign in str(error) for sign in LOST_PEER):
             raise

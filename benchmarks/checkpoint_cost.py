@@ -48,13 +48,31 @@ def main() -> int:
     settings = resolve(args.preset, args.set, strategy=args.strategy)
     dataset = Dataset.open(args.data_dir)
     side = side_of(dataset, settings.image_side)
-    engine = engine_class(settings.strategy)(lambda: build_model(settings.model, len(dataset.classes), side), settings,
-                                             Schedule(settings.schedule, 10**9), 0)
+    engine = engine_class(settings.strategy)(
+        lambda: build_model(settings.model, len(dataset.classes), side), settings, Schedule(settings.schedule, 10**9), 0
+    )
     which, of_how_many = engine.data_shard
-    training = Batches(dataset, "train", engine.batch_sizes.micro, which, of_how_many, augmentation=settings.augmentation, device=engine.device,
-                       image_side=settings.image_side)
+    training = Batches(
+        dataset,
+        "train",
+        engine.batch_sizes.micro,
+        which,
+        of_how_many,
+        augmentation=settings.augmentation,
+        device=engine.device,
+        image_side=settings.image_side,
+    )
     steps_per_epoch = len(training) // engine.batch_sizes.accumulation
-    options = RunOptions(args.preset, seed=0, max_steps=None, hold_out=None, patience=None, init_weights=None, synthetic=False, deterministic=False)
+    options = RunOptions(
+        args.preset,
+        seed=0,
+        max_steps=None,
+        hold_out=None,
+        patience=None,
+        init_weights=None,
+        synthetic=False,
+        deterministic=False,
+    )
     facts = facts_of(options, dataset, dataset.folder, engine, training.source, steps_per_epoch, total_steps=10**9)
     with tempfile.TemporaryDirectory(dir=args.runs_dir) as folder:
         record = RunFolder(Path(folder))
@@ -116,22 +134,35 @@ def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: ar
     between = min(DEFAULT_SECONDS, steps_per_epoch * step_seconds.median)
     share = (waited.median + written.median) / between
     lines = [
-        f"# Checkpoints of `{args.preset}`, {engine.num_parameters:,} parameters", "",
+        f"# Checkpoints of `{args.preset}`, {engine.num_parameters:,} parameters",
+        "",
         f"{engine.name}, {engine.describe()}, {measured['bytes'] / 1e6:.1f} MB a checkpoint; {len(measured['plain'])} rounds of {args.steps} steps; "
-        f"median (minimum .. maximum). Made with `benchmarks/checkpoint_cost.py`, commit {provenance()['commit'][:7]}.", "",
-        "| | seconds |", "|---|---:|",
+        f"median (minimum .. maximum). Made with `benchmarks/checkpoint_cost.py`, commit {provenance()['commit'][:7]}.",
+        "",
+        "| | seconds |",
+        "|---|---:|",
         f"| one training step | {words(step_seconds)} |",
         f"| training waits for a checkpoint | {words(waited)} |",
         f"| writing, proving and renaming it, in the background | {words(written)} |",
         f"| what a turn with a checkpoint takes longer than its neighbour without | {words(costs)} |",
-        f"| between two checkpoints with default flags | {between:.1f} |", "",
+        f"| between two checkpoints with default flags | {between:.1f} |",
+        "",
         f"Share of training time, at most: **{100 * share:.2f} %** ({'under' if share < GOAL else 'over'} the goal of {100 * GOAL:.0f} %).",
     ]
     text = "\n".join(lines)
     print(text)
     if args.out:
-        facts = {"preset": args.preset, "share": share, **measured, "machine": machine(engine.device), "commit": provenance()["commit"]}
-        keep((args.out.with_suffix(".md"), text + "\n"), (args.out.with_suffix(".json"), json.dumps(facts, indent=1) + "\n"))
+        facts = {
+            "preset": args.preset,
+            "share": share,
+            **measured,
+            "machine": machine(engine.device),
+            "commit": provenance()["commit"],
+        }
+        keep(
+            (args.out.with_suffix(".md"), text + "\n"),
+            (args.out.with_suffix(".json"), json.dumps(facts, indent=1) + "\n"),
+        )
 
 
 def words(of: Any) -> str:
@@ -139,15 +170,29 @@ def words(of: Any) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("python benchmarks/checkpoint_cost.py", "What checkpoints cost: seconds of waiting and of writing, share of the time.",
-                    example="python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100")
+    parser = Parser(
+        "python benchmarks/checkpoint_cost.py",
+        "What checkpoints cost: seconds of waiting and of writing, share of the time.",
+        example="python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100",
+    )
     add_data(parser, source=False)
     settings = add_settings(parser, "spt-lsa" if visible_gpus() else "cpu")
-    settings.add_argument("--strategy", metavar="NAME", help="how processes share the work (default: the preset's, else zero)")
+    settings.add_argument(
+        "--strategy", metavar="NAME", help="how processes share the work (default: the preset's, else zero)"
+    )
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--steps", type=at_least_one, default=20, metavar="N", help="optimiser steps of a turn (default: %(default)s)")
-    how.add_argument("--rounds", type=at_least_one, default=10, metavar="N", help="turns of each kind (default: %(default)s)")
-    how.add_argument("--runs-dir", type=Path, metavar="DIR", help="a folder on the disk to measure (default: the system's for temporary files)")
+    how.add_argument(
+        "--steps", type=at_least_one, default=20, metavar="N", help="optimiser steps of a turn (default: %(default)s)"
+    )
+    how.add_argument(
+        "--rounds", type=at_least_one, default=10, metavar="N", help="turns of each kind (default: %(default)s)"
+    )
+    how.add_argument(
+        "--runs-dir",
+        type=Path,
+        metavar="DIR",
+        help="a folder on the disk to measure (default: the system's for temporary files)",
+    )
     kept = parser.add_argument_group("what is kept")
     kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: nowhere)")
     return parser.parse_args()

@@ -73,7 +73,9 @@ class Outcome:
     lost: str | None
 
 
-def run_round(fault: str, seed: int, work: Path, words: list[str], undisturbed: RunFolder, seconds: float, operations: int) -> Outcome:
+def run_round(
+    fault: str, seed: int, work: Path, words: list[str], undisturbed: RunFolder, seconds: float, operations: int
+) -> Outcome:
     """One round in a folder of its own, which stays when the round is lost."""
     draw = random.Random(seed)
     for _ in range(MOST_STARTS):
@@ -104,8 +106,10 @@ def difference(record: RunFolder, undisturbed: RunFolder) -> str | None:
     for name in ("weights.safetensors", "best.safetensors"):
         if (record.folder / name).read_bytes() != (undisturbed.folder / name).read_bytes():
             return f"{name} differs"
-    ours, theirs = [[{key: value for key, value in line.items() if not key.endswith(CLOCKS)} for line in other.metrics()]
-                    for other in (record, undisturbed)]
+    ours, theirs = [
+        [{key: value for key, value in line.items() if not key.endswith(CLOCKS)} for line in other.metrics()]
+        for other in (record, undisturbed)
+    ]
     return None if ours == theirs else f"metrics.jsonl differs: {ours} instead of {theirs}"
 
 
@@ -121,7 +125,9 @@ def main() -> int:
     began = time.monotonic()
     plan = [(faults[i % len(faults)], args.seed + i) for i in range(args.rounds or 2 * len(faults))]
     with ThreadPoolExecutor(args.at_once) as pool:
-        pending = [pool.submit(run_round, fault, seed, work, words, undisturbed, seconds, operations) for fault, seed in plan]
+        pending = [
+            pool.submit(run_round, fault, seed, work, words, undisturbed, seconds, operations) for fault, seed in plan
+        ]
         outcomes = []
         for i, future in enumerate(pending):
             outcomes.append(future.result())
@@ -171,12 +177,17 @@ def may_mount(work: Path) -> bool:
 
 
 def as_table(outcomes: list[Outcome]) -> str:
-    lines = ["| fault | what strikes | tried | survived | lost | met a half-written checkpoint |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| fault | what strikes | tried | survived | lost | met a half-written checkpoint |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for fault in dict.fromkeys(outcome.fault for outcome in outcomes):
         of_fault = [outcome for outcome in outcomes if outcome.fault == fault]
         lost = sum(outcome.lost is not None for outcome in of_fault)
         half = sum(outcome.half_written for outcome in of_fault)
-        lines.append(f"| `{fault}` | {FAULTS[fault].__doc__} | {len(of_fault)} | {len(of_fault) - lost} | {lost} | {half} |")
+        lines.append(
+            f"| `{fault}` | {FAULTS[fault].__doc__} | {len(of_fault)} | {len(of_fault) - lost} | {lost} | {half} |"
+        )
     lost = sum(outcome.lost is not None for outcome in outcomes)
     half = sum(outcome.half_written for outcome in outcomes)
     return "\n".join([*lines, f"| all | | {len(outcomes)} | {len(outcomes) - lost} | {lost} | {half} |"])
@@ -185,13 +196,19 @@ def as_table(outcomes: list[Outcome]) -> str:
 def keep_table(out: Path, table: str, outcomes: list[Outcome], seconds: float) -> None:
     """Write `out`.json and `out`.md."""
     facts = {key: value for key, value in provenance().items() if key != "command"}
-    content = {**facts, "command": "python benchmarks/fault_matrix.py", "rounds": len(outcomes), "seconds": round(seconds),
-               "machine": machine(), "outcomes": [vars(outcome) for outcome in outcomes]}
+    content = {
+        **facts,
+        "command": "python benchmarks/fault_matrix.py",
+        "rounds": len(outcomes),
+        "seconds": round(seconds),
+        "machine": machine(),
+        "outcomes": [vars(outcome) for outcome in outcomes],
+    }
     text = f"""# {len(outcomes)} rounds of faults
 
 A run of 30 steps is brought down by a fault at a random moment, and the same command is started again. *Survived*: the final
 weights and every number of `metrics.jsonl` are those of the run that nothing disturbed, bit for bit. One CPU process, ZeRO stage
-1, a checkpoint every 2 steps, commit {facts['commit'][:7]}, made with `benchmarks/fault_matrix.py --rounds {len(outcomes)}`.
+1, a checkpoint every 2 steps, commit {facts["commit"][:7]}, made with `benchmarks/fault_matrix.py --rounds {len(outcomes)}`.
 
 {table}
 """
@@ -200,15 +217,31 @@ weights and every number of `metrics.jsonl` are those of the run that nothing di
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("python benchmarks/fault_matrix.py", "Faults at random moments of a run: does it end with the same bits?",
-                    example="python benchmarks/fault_matrix.py --rounds 5 --faults killed-saving,cut",
-                    notes="faults:\n" + "\n".join(f"  {name:14} {fault.__doc__}" for name, fault in FAULTS.items()))
+    parser = Parser(
+        "python benchmarks/fault_matrix.py",
+        "Faults at random moments of a run: does it end with the same bits?",
+        example="python benchmarks/fault_matrix.py --rounds 5 --faults killed-saving,cut",
+        notes="faults:\n" + "\n".join(f"  {name:14} {fault.__doc__}" for name, fault in FAULTS.items()),
+    )
     what = parser.add_argument_group("what strikes")
-    what.add_argument("--faults", type=some_of("fault", FAULTS), default=",".join(FAULTS), metavar="A,B", help="of those below (default: all)")
-    what.add_argument("--rounds", type=at_least_one, metavar="N", help="how many in all, the faults taking turns (default: two of each)")
+    what.add_argument(
+        "--faults",
+        type=some_of("fault", FAULTS),
+        default=",".join(FAULTS),
+        metavar="A,B",
+        help="of those below (default: all)",
+    )
+    what.add_argument(
+        "--rounds",
+        type=at_least_one,
+        metavar="N",
+        help="how many in all, the faults taking turns (default: two of each)",
+    )
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
     how = parser.add_argument_group("how it is done")
-    how.add_argument("--at-once", type=at_least_one, default=os.cpu_count(), metavar="N", help="rounds at once (default: one a core)")
+    how.add_argument(
+        "--at-once", type=at_least_one, default=os.cpu_count(), metavar="N", help="rounds at once (default: one a core)"
+    )
     kept = parser.add_argument_group("what is kept")
     kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: nowhere)")
     return parser.parse_args()

@@ -45,7 +45,14 @@ def run_part(name: str, part: Part, check: Check) -> dict[str, Any]:
         status, words, figures = "skipped", str(reason), {}
     except NotReached as reason:
         status, words, figures = "failed", str(reason), {}
-    return {"name": name, "what": part.what, "status": status, "seconds": round(time.monotonic() - began, 1), "words": words, "figures": figures}
+    return {
+        "name": name,
+        "what": part.what,
+        "status": status,
+        "seconds": round(time.monotonic() - began, 1),
+        "words": words,
+        "figures": figures,
+    }
 
 
 def run_command(command: Sequence[str], log: Path, limit_seconds: float) -> None:
@@ -56,8 +63,15 @@ def run_command(command: Sequence[str], log: Path, limit_seconds: float) -> None
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
-        child = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                 start_new_session=True)
+        child = subprocess.Popen(
+            command,
+            cwd=PROJECT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         code = child.wait(max(1.0, limit_seconds))
     except subprocess.TimeoutExpired:
@@ -84,13 +98,21 @@ def end(child: subprocess.Popen) -> None:
 
 def as_markdown(report: dict[str, Any]) -> str:
     device = report["device"]
-    lines = ["# GPU check", "", *(f"- {key}: {value}" for key, value in device.items()),
-             f"- commit: {report['commit']}{' with uncommitted changes' * report['uncommitted_changes']}",
-             "- versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()), "",
-             "| part | | seconds | what came out |", "|---|---|---:|---|"]
+    lines = [
+        "# GPU check",
+        "",
+        *(f"- {key}: {value}" for key, value in device.items()),
+        f"- commit: {report['commit']}{' with uncommitted changes' * report['uncommitted_changes']}",
+        "- versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "",
+        "| part | | seconds | what came out |",
+        "|---|---|---:|---|",
+    ]
     for part in report["parts"]:
         found = part["words"] or "; ".join(f"{key}: {value}" for key, value in part["figures"].items())
-        lines.append(f"| {part['name']}: {part['what']} | {MARKS[part['status']]} | {part['seconds']:.0f} | {found.replace('|', '/')} |")
+        lines.append(
+            f"| {part['name']}: {part['what']} | {MARKS[part['status']]} | {part['seconds']:.0f} | {found.replace('|', '/')} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -107,12 +129,27 @@ def show(part: dict[str, Any]) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("./gpu_check.sh", __doc__.partition("\n")[0], example="./gpu_check.sh --quick --parts data,train")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--list", action="store_true", help="say what the parts are, and do nothing")
     parser.add_argument("--quick", action="store_true", help="less of each part: under three minutes on a large GPU")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="a prepared dataset (default: data/cifar100 where it is, else drawn shapes)")
-    parser.add_argument("--archive", type=Path, metavar="FILE", help="prepare the dataset from this archive (default: none)")
-    parser.add_argument("--out", type=Path, default=PROJECT / "runs" / "gpu-check", metavar="DIR", help="where to write (default: runs/gpu-check)")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="a prepared dataset (default: data/cifar100 where it is, else drawn shapes)",
+    )
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE", help="prepare the dataset from this archive (default: none)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=PROJECT / "runs" / "gpu-check",
+        metavar="DIR",
+        help="where to write (default: runs/gpu-check)",
+    )
     options = parser.parse_args(arguments)
     chosen = [name.strip() for name in options.parts.split(",") if name.strip()]
     for name in chosen:
@@ -131,9 +168,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     check = Check(out, len(visible_gpus()), options.quick, options.data_dir, options.archive)
-    report: dict[str, Any] = {**origin(), "quick": options.quick, "device": {"CPU": platform.processor() or platform.machine()}, "parts": []}
+    report: dict[str, Any] = {
+        **origin(),
+        "quick": options.quick,
+        "device": {"CPU": platform.processor() or platform.machine()},
+        "parts": [],
+    }
     for name in options.parts:
-        print(f"{name}: {PARTS[name].what}{'' if check.num_gpus or name in FIRST else ' (no GPU: as far as a CPU can tell)'}", flush=True)
+        print(
+            f"{name}: {PARTS[name].what}{'' if check.num_gpus or name in FIRST else ' (no GPU: as far as a CPU can tell)'}",
+            flush=True,
+        )
         part = run_part(name, PARTS[name], check)
         if name == "device" and part["figures"]:
             report["device"] = part["figures"]

@@ -39,7 +39,9 @@ from config.command_line import Parser, at_least_one, run_cli
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
 
-TOLERANCE = 0.1  # between the mean (and standard deviation) of a loader's output and ours, for a job without RandAugment
+TOLERANCE = (
+    0.1  # between the mean (and standard deviation) of a loader's output and ours, for a job without RandAugment
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Turn:
     cpu_us_per_image: float
 
 
-def measure(dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: int, turn_seconds: float) -> dict[str, Any]:
+def measure(
+    dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: int, turn_seconds: float
+) -> dict[str, Any]:
     """One job: what every loader did in every round, and why the others did not."""
     made, warm, skipped = {}, {}, {}
     for name in makers:
@@ -85,18 +89,38 @@ def measure(dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: i
             continue
         made[name] = loader
         epochs = max(1, math.ceil(turn_seconds * window.rate / window.images))
-        warm[name] = {"images_per_epoch": window.images, "epochs_per_turn": epochs, "output_mean": mean, "output_std": std}
+        warm[name] = {
+            "images_per_epoch": window.images,
+            "epochs_per_turn": epochs,
+            "output_mean": mean,
+            "output_std": std,
+        }
     names = [name for name in makers if name in made]
     turns = {name: partial(take_turn, made[name], warm[name]["epochs_per_turn"]) for name in names}
-    results = alternate(turns, rounds, lambda number, name, turn: note(
-        f"{task.job}: round {number + 1} of {rounds}, {name}: {turn.images_per_second:,.0f} images/s, {turn.cpu_us_per_image:.1f} us"))
-    measured = {name: {**warm[name], "versions": made[name].versions,
-                       "images_per_second": [turn.images_per_second for turn in results[name]],
-                       "cpu_us_per_image": [turn.cpu_us_per_image for turn in results[name]]} for name in names}
+    results = alternate(
+        turns,
+        rounds,
+        lambda number, name, turn: note(
+            f"{task.job}: round {number + 1} of {rounds}, {name}: {turn.images_per_second:,.0f} images/s, {turn.cpu_us_per_image:.1f} us"
+        ),
+    )
+    measured = {
+        name: {
+            **warm[name],
+            "versions": made[name].versions,
+            "images_per_second": [turn.images_per_second for turn in results[name]],
+            "cpu_us_per_image": [turn.cpu_us_per_image for turn in results[name]],
+        }
+        for name in names
+    }
     for loader in made.values():
         loader.close()
-    return {"loaders": measured, "skipped": skipped, "ratios": compare(measured, "images_per_second"),
-            "cpu_ratios": compare(measured, "cpu_us_per_image")}
+    return {
+        "loaders": measured,
+        "skipped": skipped,
+        "ratios": compare(measured, "images_per_second"),
+        "cpu_ratios": compare(measured, "cpu_us_per_image"),
+    }
 
 
 def take_turn(loader: Any, epochs: int) -> Turn:
@@ -108,15 +132,22 @@ def take_turn(loader: Any, epochs: int) -> Turn:
 
 def compare(measured: dict[str, Any], figure: str) -> dict[str, dict[str, list[float]]]:
     """Ours by each peer, round by round."""
-    return {ours: {peer: ratios(measured[ours][figure], measured[peer][figure]) for peer in measured if peer not in OURS}
-            for ours in measured if ours in OURS}
+    return {
+        ours: {peer: ratios(measured[ours][figure], measured[peer][figure]) for peer in measured if peer not in OURS}
+        for ours in measured
+        if ours in OURS
+    }
 
 
 def unlike(job: dict[str, Any]) -> list[str]:
     """Loaders whose output differs in mean or standard deviation from the first one's: they do some other work."""
     outputs = {name: (facts["output_mean"], facts["output_std"]) for name, facts in job["loaders"].items()}
     first = next(iter(outputs.values()), None)
-    return [name for name, output in outputs.items() if any(abs(a - b) > TOLERANCE for a, b in zip(output, first, strict=True))]
+    return [
+        name
+        for name, output in outputs.items()
+        if any(abs(a - b) > TOLERANCE for a, b in zip(output, first, strict=True))
+    ]
 
 
 def check_finite(goal: Goal, report: dict[str, Any]) -> dict[str, Any] | None:
@@ -138,8 +169,10 @@ def goal_line(verdict: dict[str, Any]) -> str:
     if verdict["met"] is None:
         return f"not measured: {verdict['goal']} ({verdict['job']})"
     number = "{:,.0f} images/s" if verdict["least"] >= 1e4 else "{:.2f} times the speed"
-    median, *ends = (number.format(verdict[key]) if key == "median" else f"{verdict[key]:,.{0 if verdict['least'] >= 1e4 else 2}f}"
-                     for key in ("median", "minimum", "maximum"))
+    median, *ends = (
+        number.format(verdict[key]) if key == "median" else f"{verdict[key]:,.{0 if verdict['least'] >= 1e4 else 2}f}"
+        for key in ("median", "minimum", "maximum")
+    )
     outcome = "met" if verdict["met"] else "NOT met"
     return f"{outcome}: {verdict['goal']} ({verdict['job']}): {verdict['loader']}, {median} ({' .. '.join(ends)})"
 
@@ -154,10 +187,16 @@ def job_tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]], list[
             speeds, costs = spread(facts["images_per_second"]), spread(facts["cpu_us_per_image"])
             rows.append([label(loader), *(f"{speed:,.0f}" for speed in speeds), *(f"{cost:.1f}" for cost in costs)])
         notes = [f"{label(loader)}: left out: {reason}" for loader, reason in job["skipped"].items()]
-        notes += [f"{label(loader)}: its output differs in mean or standard deviation: not the same work" for loader in job["unlike"]]
+        notes += [
+            f"{label(loader)}: its output differs in mean or standard deviation: not the same work"
+            for loader in job["unlike"]
+        ]
         result.append((JOBS[name], rows, notes))
         peers = [loader for loader in measured if loader not in OURS]
-        for key, title in (("ratios", "images/s, ours by the peer's"), ("cpu_ratios", "CPU time an image, ours by the peer's")):
+        for key, title in (
+            ("ratios", "images/s, ours by the peer's"),
+            ("cpu_ratios", "CPU time an image, ours by the peer's"),
+        ):
             rows = [["median (min .. max)", *peers]]
             rows += [[label(ours), *(tables.cell(spread(job[key][ours][peer])) for peer in peers)] for ours in job[key]]
             if peers and len(rows) > 1:
@@ -185,9 +224,11 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def headline(report: dict[str, Any]) -> str:
     where, settings = report["machine"], report["settings"]
-    return (f"{settings['images_per_epoch']:,} images an epoch of {settings['side']} x {settings['side']} pixels, batches of "
-            f"{settings['batch_size']}, on {where['gpu'] or 'the CPU'}; {where['cpu']}, {where['cores']} cores, "
-            f"{settings['threads']} threads or workers; {settings['rounds']} rounds. {tables.made_by(report)}")
+    return (
+        f"{settings['images_per_epoch']:,} images an epoch of {settings['side']} x {settings['side']} pixels, batches of "
+        f"{settings['batch_size']}, on {where['gpu'] or 'the CPU'}; {where['cpu']}, {where['cores']} cores, "
+        f"{settings['threads']} threads or workers; {settings['rounds']} rounds. {tables.made_by(report)}"
+    )
 
 
 def note(text: str) -> None:
@@ -196,24 +237,58 @@ def note(text: str) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     names = [*OURS, *PEERS, *OPTIONAL]
-    parser = Parser("python benchmarks/input_pipeline.py", "Images a second and CPU time an image: our input pipeline and its peers.",
-                    example="python benchmarks/input_pipeline.py\n"
-                            "python benchmarks/input_pipeline.py --loaders tensor,resident,memory --images 10240 --rounds 3",
-                    notes="jobs:\n" + "\n".join(f"  {name:14} {job}" for name, job in JOBS.items()))
+    parser = Parser(
+        "python benchmarks/input_pipeline.py",
+        "Images a second and CPU time an image: our input pipeline and its peers.",
+        example="python benchmarks/input_pipeline.py\n"
+        "python benchmarks/input_pipeline.py --loaders tensor,resident,memory --images 10240 --rounds 3",
+        notes="jobs:\n" + "\n".join(f"  {name:14} {job}" for name, job in JOBS.items()),
+    )
     data = add_data(parser, source=False)
     data.add_argument("--images", type=at_least_one, metavar="N", help="images of an epoch at most (default: all)")
-    data.add_argument("--batch-size", type=at_least_one, default=512, metavar="N", help="images of a batch (default: %(default)s)")
+    data.add_argument(
+        "--batch-size", type=at_least_one, default=512, metavar="N", help="images of a batch (default: %(default)s)"
+    )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--loaders", type=some_of("loader", names), default=",".join([*OURS, *PEERS]), metavar="A,B",
-                      help=f"of {', '.join(names)} (default: all but the last)")
-    what.add_argument("--jobs", type=some_of("job", JOBS), default=",".join(JOBS), metavar="A,B", help="of those below (default: both)")
+    what.add_argument(
+        "--loaders",
+        type=some_of("loader", names),
+        default=",".join([*OURS, *PEERS]),
+        metavar="A,B",
+        help=f"of {', '.join(names)} (default: all but the last)",
+    )
+    what.add_argument(
+        "--jobs",
+        type=some_of("job", JOBS),
+        default=",".join(JOBS),
+        metavar="A,B",
+        help="of those below (default: both)",
+    )
     what.add_argument("--ffcv-python", metavar="FILE", help="a Python that has FFCV (default: this one)")
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--device", default="cuda" if visible_gpus() else "cpu", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU)")
-    how.add_argument("--threads", type=at_least_one, default=available_cores(), metavar="N",
-                     help="threads or workers of each loader (default: the cores, here %(default)s)")
-    how.add_argument("--rounds", type=at_least_one, default=5, metavar="N", help="turns of each loader (default: %(default)s)")
-    how.add_argument("--turn-seconds", type=float, default=1.0, metavar="S", help="a turn has epochs for so many seconds (default: %(default)s)")
+    how.add_argument(
+        "--device",
+        default="cuda" if visible_gpus() else "cpu",
+        metavar="NAME",
+        help="cpu or cuda (default: cuda where there is a GPU)",
+    )
+    how.add_argument(
+        "--threads",
+        type=at_least_one,
+        default=available_cores(),
+        metavar="N",
+        help="threads or workers of each loader (default: the cores, here %(default)s)",
+    )
+    how.add_argument(
+        "--rounds", type=at_least_one, default=5, metavar="N", help="turns of each loader (default: %(default)s)"
+    )
+    how.add_argument(
+        "--turn-seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="a turn has epochs for so many seconds (default: %(default)s)",
+    )
     add_reports(parser)
     return parser.parse_args(arguments)
 
@@ -229,7 +304,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise DatasetError(f"the images of {dataset.folder} differ in size; the peers need one size")
     num_images = min(len(dataset.splits["train"]), options.images or sys.maxsize)
     if num_images < options.batch_size:
-        raise DatasetError(f"{num_images} images are fewer than one batch of {options.batch_size}; give a smaller --batch-size")
+        raise DatasetError(
+            f"{num_images} images are fewer than one batch of {options.batch_size}; give a smaller --batch-size"
+        )
     num_batches = num_images // options.batch_size
     torch.set_num_threads(options.threads)
     makers = {name: maker for name, maker in loaders(options.ffcv_python).items() if name in options.loaders}
@@ -241,8 +318,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     where = machine(device)
     for facts in (facts for job in jobs.values() for facts in job["loaders"].values()):
         where["versions"].update(facts["versions"])
-    settings = {"batch_size": options.batch_size, "images_per_epoch": num_batches * options.batch_size, "side": dataset.image_side,
-                "rounds": options.rounds, "threads": options.threads, "device": str(device), "turn_seconds": options.turn_seconds}
+    settings = {
+        "batch_size": options.batch_size,
+        "images_per_epoch": num_batches * options.batch_size,
+        "side": dataset.image_side,
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "device": str(device),
+        "turn_seconds": options.turn_seconds,
+    }
     report = {**origin(), "machine": where, "settings": settings, "jobs": jobs}
     report["goals"] = [verdict for goal in GOALS if (verdict := check_finite(goal, report))]
     return report

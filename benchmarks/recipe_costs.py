@@ -38,11 +38,7 @@ class Data:
     image_side: int  # 0: images of many sizes
 
 
-DATASETS = {
-    "cifar100": Data(50_000, 100, 32),
-    "cifar10": Data(50_000, 10, 32),
-    "imagenet": Data(1_281_167, 1000, 0),
-}
+DATASETS = {"cifar100": Data(50_000, 100, 32), "cifar10": Data(50_000, 10, 32), "imagenet": Data(1_281_167, 1000, 0)}
 
 
 @dataclass(frozen=True)
@@ -108,19 +104,31 @@ def plan(name: str, peak: float = PEAK) -> Plan:
     planned = Plan(name, aim.goal, counted.parameters, counted.flops, settings.epochs, batch, steps, None)
     if aim.utilisation is None:
         return planned
-    return Plan(name, aim.goal, counted.parameters, counted.flops, settings.epochs, batch, steps,
-                planned.petaflop * 1e3 / (peak * aim.utilisation))
+    return Plan(
+        name,
+        aim.goal,
+        counted.parameters,
+        counted.flops,
+        settings.epochs,
+        batch,
+        steps,
+        planned.petaflop * 1e3 / (peak * aim.utilisation),
+    )
 
 
 def table(plans: list[Plan]) -> str:
     """The plans as Markdown."""
-    rows = ["| recipe | dataset | goal | parameters | GFLOP an image | epochs | batch | steps | PFLOP | use of the peak | expected time |",
-            "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| recipe | dataset | goal | parameters | GFLOP an image | epochs | batch | steps | PFLOP | use of the peak | expected time |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for p in plans:
         use = AIMS[p.name].utilisation
         of_peak, time = (f"{100 * use:.3g} %", duration(p.seconds)) if use else ("–", "–")
-        rows.append(f"| `{p.name}` | {AIMS[p.name].dataset} | {p.goal} | {p.parameters:,} | {figure(p.flops / 1e9)} | {p.epochs:,} | {p.batch:,} | "
-                    f"{p.steps:,} | {figure(p.petaflop)} | {of_peak} | {time} |")
+        rows.append(
+            f"| `{p.name}` | {AIMS[p.name].dataset} | {p.goal} | {p.parameters:,} | {figure(p.flops / 1e9)} | {p.epochs:,} | {p.batch:,} | "
+            f"{p.steps:,} | {figure(p.petaflop)} | {of_peak} | {time} |"
+        )
     return "\n".join(rows)
 
 
@@ -142,10 +150,19 @@ def update(text: str) -> str:
 
 
 def main() -> None:
-    parser = Parser("python benchmarks/recipe_costs.py [PRESET ...]", "What each recipe costs, before it is run.",
-                    example="python benchmarks/recipe_costs.py speedrun --peak 312")
+    parser = Parser(
+        "python benchmarks/recipe_costs.py [PRESET ...]",
+        "What each recipe costs, before it is run.",
+        example="python benchmarks/recipe_costs.py speedrun --peak 312",
+    )
     parser.add_argument("recipes", nargs="*", metavar="PRESET", help=f"of {', '.join(preset_names())} (default: all)")
-    parser.add_argument("--peak", type=float, default=PEAK, metavar="TFLOPS", help=f"TFLOP/s of the GPU in bf16 (default: an H200's {PEAK:g})")
+    parser.add_argument(
+        "--peak",
+        type=float,
+        default=PEAK,
+        metavar="TFLOPS",
+        help=f"TFLOP/s of the GPU in bf16 (default: an H200's {PEAK:g})",
+    )
     parser.add_argument("--update", action="store_true", help=f"write the table into {DOCUMENT.relative_to(PROJECT)}")
     args = parser.parse_args()
     if args.update:

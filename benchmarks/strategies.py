@@ -95,11 +95,16 @@ class Row:
         """A setting of `[parallel]` where the strategy has one of this name."""
         from parallel.strategies import engine_class
 
-        return getattr(self.settings.parallel, name) if name in engine_class(self.case.strategy).used_settings else otherwise
+        return (
+            getattr(self.settings.parallel, name)
+            if name in engine_class(self.case.strategy).used_settings
+            else otherwise
+        )
 
 
 def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
     """The rows, the reference first. Raises SettingsError for a preset or a setting that does not exist."""
+
     def row(name: str, case: Case, processes: int) -> Row:
         chosen = [override for override in options.set if concerns(override, case.strategy)]
         return Row(name, case, processes, resolve(options.preset, [*chosen, *case.overrides], strategy=case.strategy))
@@ -141,22 +146,39 @@ class Turn:
         if row.case.one_program:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[: row.processes])
         try:
-            request = {"settings": row.settings.as_dict(), "data_dir": str(options.data_dir.resolve()), "source": options.source,
-                       "threads": options.threads, "pin": bool(environment.get("DS_ACCELERATOR")) and options.pin,
-                       "warm_up": options.warm_up, "steps": options.steps, "look": not self.measured, "period": row.period}
+            request = {
+                "settings": row.settings.as_dict(),
+                "data_dir": str(options.data_dir.resolve()),
+                "source": options.source,
+                "threads": options.threads,
+                "pin": bool(environment.get("DS_ACCELERATOR")) and options.pin,
+                "warm_up": options.warm_up,
+                "steps": options.steps,
+                "look": not self.measured,
+                "period": row.period,
+            }
             answers = run_group(WORKER, request, programs, options.limit_seconds, environment, self.start)
         except (Failed, SettingsError) as reason:  # the latter: a graph that does not go with so many processes
             self.failed = str(reason)
             return f"failed: {self.failed}"
         self.measured.append(answers)
-        return f"{options.steps * answers[0]['batch']['total'] / max(a['running_seconds'] for a in answers):,.0f} images/s"
+        return (
+            f"{options.steps * answers[0]['batch']['total'] / max(a['running_seconds'] for a in answers):,.0f} images/s"
+        )
 
 
 def summarise(turn: Turn, steps: int) -> dict[str, Any]:
     """What all rounds of a row say. Seconds are those of the slowest process; `communication` is the mean share of all processes."""
     row = turn.row
-    facts: dict[str, Any] = {"name": row.name, "strategy": row.case.strategy, "processes": row.processes, "overrides": list(row.case.overrides),
-                             "failed": turn.failed, "stages": row.stages, "topology": row.topology}
+    facts: dict[str, Any] = {
+        "name": row.name,
+        "strategy": row.case.strategy,
+        "processes": row.processes,
+        "overrides": list(row.case.overrides),
+        "failed": turn.failed,
+        "stages": row.stages,
+        "topology": row.topology,
+    }
     if turn.failed:
         return facts
     first = turn.measured[0]
@@ -164,13 +186,22 @@ def summarise(turn: Turn, steps: int) -> dict[str, Any]:
     running = [max(answer["running_seconds"] for answer in answers) for answers in turn.measured]
     shares = {key: sum(answer["timing"][key] for answer in first) / len(first) for key in main["timing"]}
     return {
-        **facts, **shares, "describe": main["describe"], "running_seconds": running,
+        **facts,
+        **shares,
+        "describe": main["describe"],
+        "running_seconds": running,
         "data_seconds": [sum(answer["data_seconds"] for answer in answers) / len(answers) for answers in turn.measured],
         "images_per_second": [steps * main["batch"]["total"] / seconds for seconds in running],
         "start_seconds": [max(answer["start_seconds"] for answer in answers) for answers in turn.measured],
-        "memory_bytes": max(answer["memory_bytes"] for answer in first), "num_parameters": main["num_parameters"],
-        "batch": main["batch"], "steps": steps, "steps_per_epoch": main["steps_per_epoch"], "device": main["device"], "source": main["source"],
-        "counts": main["counts"], "exchanges": main["exchanges"],
+        "memory_bytes": max(answer["memory_bytes"] for answer in first),
+        "num_parameters": main["num_parameters"],
+        "batch": main["batch"],
+        "steps": steps,
+        "steps_per_epoch": main["steps_per_epoch"],
+        "device": main["device"],
+        "source": main["source"],
+        "counts": main["counts"],
+        "exchanges": main["exchanges"],
         "loss": sum(answer["losses"][-1] for answer in first) / len(first),
     }
 
@@ -180,14 +211,20 @@ def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
     import torch
 
     if not Dataset.is_prepared(options.data_dir):
-        raise DatasetError(f"{options.data_dir} holds no prepared dataset; make one with prepare_dataset.py, or name another with --data-dir")
+        raise DatasetError(
+            f"{options.data_dir} holds no prepared dataset; make one with prepare_dataset.py, or name another with --data-dir"
+        )
     gpus = visible_gpus()
     rows = plan(options, len(gpus))
     most = max(options.processes)
     options.threads = options.threads or max(1, available_cores() // most)
     options.pin = options.threads * most <= available_cores()
     turns = {f"{row.name} x {row.processes}": Turn(row, options, start) for row in rows}
-    alternate(turns, options.rounds, lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"))
+    alternate(
+        turns,
+        options.rounds,
+        lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"),
+    )
     table = [summarise(turn, options.steps) for turn in turns.values()]
     reference = table[0].get("running_seconds")
     for line in table:
@@ -195,7 +232,12 @@ def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
             line["speed_up"] = ratios(reference, line["running_seconds"])
     kept = ("set", "processes", "steps", "warm_up", "rounds", "threads", "pin")
     settings = {"preset": Path(options.preset).stem, **{key: getattr(options, key) for key in kept}}
-    report = {**origin(), "machine": machine(torch.device("cuda" if gpus else "cpu")), "settings": settings, "rows": table}
+    report = {
+        **origin(),
+        "machine": machine(torch.device("cuda" if gpus else "cpu")),
+        "settings": settings,
+        "rows": table,
+    }
     report["projection"] = strategy_report.projection(table, options.hosts, options.links)
     return report
 
@@ -206,28 +248,78 @@ def note(text: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpus = len(visible_gpus())
-    parser = Parser("python benchmarks/strategies.py", "Where an epoch's seconds go under every strategy, and what more hosts would do.",
-                    example='python benchmarks/strategies.py --out results/strategies\n'
-                            'python benchmarks/strategies.py --strategies "ddp,zero 1" --steps 8 --rounds 1')
+    parser = Parser(
+        "python benchmarks/strategies.py",
+        "Where an epoch's seconds go under every strategy, and what more hosts would do.",
+        example="python benchmarks/strategies.py --out results/strategies\n"
+        'python benchmarks/strategies.py --strategies "ddp,zero 1" --steps 8 --rounds 1',
+    )
     add_data(parser)
     add_settings(parser, "spt-lsa" if gpus else "cpu")
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--strategies", type=some_of("strategy", CASES), default=",".join(CASES), metavar="A,B",
-                      help=f"of {', '.join(CASES)} (default: all; dp needs two GPUs)")
-    what.add_argument("--processes", type=several(int), default=f"1,{gpus if gpus > 1 else 2}" if gpus != 1 else "1", metavar="N,M",
-                      help="numbers of processes (default: one and all GPUs; without a GPU 1,2)")
+    what.add_argument(
+        "--strategies",
+        type=some_of("strategy", CASES),
+        default=",".join(CASES),
+        metavar="A,B",
+        help=f"of {', '.join(CASES)} (default: all; dp needs two GPUs)",
+    )
+    what.add_argument(
+        "--processes",
+        type=several(int),
+        default=f"1,{gpus if gpus > 1 else 2}" if gpus != 1 else "1",
+        metavar="N,M",
+        help="numbers of processes (default: one and all GPUs; without a GPU 1,2)",
+    )
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--steps", type=at_least_one, default=64, metavar="N", help="optimiser steps of a measurement (default: %(default)s)")
-    how.add_argument("--warm-up", type=at_least_one, default=5, metavar="N", help="steps before them (default: %(default)s)")
-    how.add_argument("--rounds", type=at_least_one, default=3, metavar="N", help="measurements of each row (default: %(default)s)")
-    how.add_argument("--threads", type=at_least_one, metavar="N", help="of each process on a CPU (default: the cores by the most processes)")
-    how.add_argument("--limit-seconds", type=float, default=600, metavar="S", help="seconds that a measurement may take (default: %(default)s)")
+    how.add_argument(
+        "--steps",
+        type=at_least_one,
+        default=64,
+        metavar="N",
+        help="optimiser steps of a measurement (default: %(default)s)",
+    )
+    how.add_argument(
+        "--warm-up", type=at_least_one, default=5, metavar="N", help="steps before them (default: %(default)s)"
+    )
+    how.add_argument(
+        "--rounds", type=at_least_one, default=3, metavar="N", help="measurements of each row (default: %(default)s)"
+    )
+    how.add_argument(
+        "--threads",
+        type=at_least_one,
+        metavar="N",
+        help="of each process on a CPU (default: the cores by the most processes)",
+    )
+    how.add_argument(
+        "--limit-seconds",
+        type=float,
+        default=600,
+        metavar="S",
+        help="seconds that a measurement may take (default: %(default)s)",
+    )
     more = parser.add_argument_group("projection to more hosts")
-    more.add_argument("--hosts", type=several(int), default="2,4,8,16", metavar="N,M", help="numbers of hosts (default: %(default)s)")
-    more.add_argument("--link-gbps", type=several(float), default="1,10", metavar="X,Y", help="Gbit/s between hosts (default: %(default)s)")
-    more.add_argument("--link-latency-us", type=float, default=50.0, metavar="US", help="microseconds of a message between hosts (default: 50)")
+    more.add_argument(
+        "--hosts", type=several(int), default="2,4,8,16", metavar="N,M", help="numbers of hosts (default: %(default)s)"
+    )
+    more.add_argument(
+        "--link-gbps",
+        type=several(float),
+        default="1,10",
+        metavar="X,Y",
+        help="Gbit/s between hosts (default: %(default)s)",
+    )
+    more.add_argument(
+        "--link-latency-us",
+        type=float,
+        default=50.0,
+        metavar="US",
+        help="microseconds of a message between hosts (default: 50)",
+    )
     kept = parser.add_argument_group("what is kept")
-    kept.add_argument("--out", type=Path, metavar="DIR", help="write the report and its pictures here (default: nowhere)")
+    kept.add_argument(
+        "--out", type=Path, metavar="DIR", help="write the report and its pictures here (default: nowhere)"
+    )
     options = parser.parse_args(arguments)
     if gpus and max(options.processes) > gpus:
         parser.error(f"--processes: there are {gpus} GPUs, and each process needs one of its own")
@@ -245,8 +337,10 @@ def measure_and_report(options: argparse.Namespace, start: Start) -> int:
     report = run(options, start)
     print(strategy_report.as_text(report))
     if options.out:
-        keep((options.out / "strategies.json", json.dumps(report, indent=1) + "\n"),
-             (options.out / "strategies.md", strategy_report.as_markdown(report)))
+        keep(
+            (options.out / "strategies.json", json.dumps(report, indent=1) + "\n"),
+            (options.out / "strategies.md", strategy_report.as_markdown(report)),
+        )
         strategy_report.draw(report, options.out)
     return int(all(row["failed"] for row in report["rows"]))
 

@@ -66,17 +66,27 @@ class Contender:
 
         options = self.options
         try:
-            request = {"name": self.name, "settings": self.settings().as_dict(), "data_dir": str(options.data_dir.resolve()),
-                       **{key: getattr(options, key) for key in ("source", "synthetic", "threads", "pin", "processes")},
-                       "compile": self.compiled}
+            request = {
+                "name": self.name,
+                "settings": self.settings().as_dict(),
+                "data_dir": str(options.data_dir.resolve()),
+                **{key: getattr(options, key) for key in ("source", "synthetic", "threads", "pin", "processes")},
+                "compile": self.compiled,
+            }
         except SettingsError as error:
             self.left_out = str(error)
             return
-        world = {"WORLD_SIZE": str(options.processes), "LOCAL_WORLD_SIZE": str(options.processes), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free_port())}
+        world = {
+            "WORLD_SIZE": str(options.processes),
+            "LOCAL_WORLD_SIZE": str(options.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         for rank in range(options.processes):
             near, far = context.Pipe()
-            child = context.Process(target=serve, args=(far, request, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}), daemon=True)
+            child = context.Process(
+                target=serve, args=(far, request, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}), daemon=True
+            )
             child.start()
             far.close()
             self.children.append((child, near))
@@ -127,8 +137,13 @@ class Contender:
         if self.left_out:
             return f"left out: {self.left_out}"
         seconds = max(answer["seconds"] for answer in answers)
-        self.turns.append({"seconds": seconds, "data_seconds": statistics.mean(answer["data_seconds"] for answer in answers),
-                           "loss": statistics.mean(answer["losses"][-1] for answer in answers)})
+        self.turns.append(
+            {
+                "seconds": seconds,
+                "data_seconds": statistics.mean(answer["data_seconds"] for answer in answers),
+                "loss": statistics.mean(answer["losses"][-1] for answer in answers),
+            }
+        )
         return f"{1e3 * seconds / self.options.steps:.2f} ms a step"
 
     def end(self) -> None:
@@ -149,12 +164,19 @@ def run(options: argparse.Namespace, context: Any) -> dict[str, Any]:
     import torch
 
     if not Dataset.is_prepared(options.data_dir):
-        raise DatasetError(f"{options.data_dir} holds no prepared dataset; make one with prepare_dataset.py, or name another with --data-dir")
+        raise DatasetError(
+            f"{options.data_dir} holds no prepared dataset; make one with prepare_dataset.py, or name another with --data-dir"
+        )
     device = torch.device("cuda" if visible_gpus() else "cpu")
     options.threads = options.threads or max(1, available_cores() // options.processes)
     options.pin = device.type == "cpu" and options.processes * options.threads <= available_cores()
-    contenders = [Contender(name, bf16, compiled, options) for bf16 in options.precision for compiled in options.compile
-                  for name in [*options.strategies, *options.peers] if name != "bare, bf16 weights" or bf16]
+    contenders = [
+        Contender(name, bf16, compiled, options)
+        for bf16 in options.precision
+        for compiled in options.compile
+        for name in [*options.strategies, *options.peers]
+        if name != "bare, bf16 weights" or bf16
+    ]
     contenders[0].settings()
     try:
         with device_of_children(options.threads):
@@ -164,8 +186,11 @@ def run(options: argparse.Namespace, context: Any) -> dict[str, Any]:
             contender.warm_up()
             note(f"{contender.label}: {'left out: ' + contender.left_out if contender.left_out else 'ready'}")
         active = [contender for contender in contenders if not contender.left_out]
-        alternate({contender.label: contender.turn for contender in active}, options.rounds,
-                  lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"))
+        alternate(
+            {contender.label: contender.turn for contender in active},
+            options.rounds,
+            lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"),
+        )
         rows = [measured(contender) for contender in contenders]
     finally:
         for contender in contenders:
@@ -173,8 +198,14 @@ def run(options: argparse.Namespace, context: Any) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     kept = ("set", "processes", "steps", "warm_up", "rounds", "threads", "pin", "synthetic")
     settings = {"preset": Path(options.preset).stem, **{key: getattr(options, key) for key in kept}}
-    report = {**origin(), "machine": machine(device, (*PACKAGES, "timm", "lightning", "pytorch-lightning")), "settings": settings,
-              "peaks": peaks(device, options.precision), "flops_per_image": flops(contenders[0], options.data_dir), "rows": rows}
+    report = {
+        **origin(),
+        "machine": machine(device, (*PACKAGES, "timm", "lightning", "pytorch-lightning")),
+        "settings": settings,
+        "peaks": peaks(device, options.precision),
+        "flops_per_image": flops(contenders[0], options.data_dir),
+        "rows": rows,
+    }
     step_report.complete(report)
     return report
 
@@ -185,17 +216,36 @@ PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", 
 def measured(contender: Contender) -> dict[str, Any]:
     """Everything that was found out about one contender."""
     looks = contender.ask("look", contender.options.steps)
-    row: dict[str, Any] = {"label": contender.label, "name": contender.name, "bf16": contender.bf16, "compiled": contender.compiled,
-                           "left_out": contender.left_out}
+    row: dict[str, Any] = {
+        "label": contender.label,
+        "name": contender.name,
+        "bf16": contender.bf16,
+        "compiled": contender.compiled,
+        "left_out": contender.left_out,
+    }
     if contender.left_out:
         return row
     batch = contender.settings().engine["train_batch_size"]
     seconds = [turn["seconds"] for turn in contender.turns]
-    shares = {key: statistics.mean(look[key] for look in looks) for key in ("exposed_share", "under_way_share") if key in looks[0]}
-    return {**row, **contender.facts, **shares, "batch": batch, "seconds": seconds, "steps": contender.options.steps,
-            "images_per_second": [contender.options.steps * batch / value for value in seconds],
-            "data_seconds": [turn["data_seconds"] for turn in contender.turns], "loss": contender.turns[-1]["loss"],
-            "memory_bytes": max(look["memory_bytes"] for look in looks), "parts": looks[0].get("parts"), "no_parts": looks[0].get("no_parts")}
+    shares = {
+        key: statistics.mean(look[key] for look in looks)
+        for key in ("exposed_share", "under_way_share")
+        if key in looks[0]
+    }
+    return {
+        **row,
+        **contender.facts,
+        **shares,
+        "batch": batch,
+        "seconds": seconds,
+        "steps": contender.options.steps,
+        "images_per_second": [contender.options.steps * batch / value for value in seconds],
+        "data_seconds": [turn["data_seconds"] for turn in contender.turns],
+        "loss": contender.turns[-1]["loss"],
+        "memory_bytes": max(look["memory_bytes"] for look in looks),
+        "parts": looks[0].get("parts"),
+        "no_parts": looks[0].get("no_parts"),
+    }
 
 
 def flops(contender: Contender, data_dir: Path) -> int:
@@ -212,7 +262,11 @@ def peaks(device: Any, precisions: Sequence[bool]) -> dict[str, dict[str, Any]]:
     result = {}
     for bf16 in precisions:
         paper, source = peak_flops(device, bf16)
-        result["bf16" if bf16 else "fp32"] = {"data_sheet": paper, "source": source, "measured": measured_flops(device, bf16)}
+        result["bf16" if bf16 else "fp32"] = {
+            "data_sheet": paper,
+            "source": source,
+            "measured": measured_flops(device, bf16),
+        }
     return result
 
 
@@ -236,30 +290,77 @@ def note(text: str) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpus = len(visible_gpus())
     peers = [name for name in table_names("benchmarks/lib/step_baselines.py", "PEERS") if "," not in name]
-    parser = Parser("python benchmarks/training_step.py",
-                    "What a training step costs: images a second, share of the peak, milliseconds by part; against a bare loop, timm, Lightning.",
-                    example='python benchmarks/training_step.py --preset spt-lsa --precision fp32,bf16 --compile both --json step.json\n'
-                            'python benchmarks/training_step.py --strategies "zero 1" --peers bare --steps 20 --synthetic')
+    parser = Parser(
+        "python benchmarks/training_step.py",
+        "What a training step costs: images a second, share of the peak, milliseconds by part; against a bare loop, timm, Lightning.",
+        example="python benchmarks/training_step.py --preset spt-lsa --precision fp32,bf16 --compile both --json step.json\n"
+        'python benchmarks/training_step.py --strategies "zero 1" --peers bare --steps 20 --synthetic',
+    )
     data = add_data(parser)
     data.add_argument("--synthetic", action="store_true", help="one batch of noise on the device instead of the data")
     settings = add_settings(parser, "spt-lsa" if gpus else "cpu")
-    settings.add_argument("--batch", type=at_least_one, metavar="N", help="images of a global batch (default: the preset's)")
+    settings.add_argument(
+        "--batch", type=at_least_one, metavar="N", help="images of a global batch (default: the preset's)"
+    )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--strategies", type=some_of("strategy", STRATEGIES, none=True), default="ddp,zero 1", metavar="A,B",
-                      help=f"of {', '.join(STRATEGIES)}, or none (default: %(default)s)")
-    what.add_argument("--peers", type=some_of("peer", peers, none=True), default=",".join(peers), metavar="A,B",
-                      help=f"of {', '.join(peers)}, or none; bare brings its bf16 form along (default: all)")
-    what.add_argument("--precision", type=some_of("precision", ("fp32", "bf16")), default="bf16" if gpus else "fp32", metavar="A,B",
-                      help="fp32, bf16 or both: fp32,bf16 (default: bf16 on a GPU, else fp32)")
+    what.add_argument(
+        "--strategies",
+        type=some_of("strategy", STRATEGIES, none=True),
+        default="ddp,zero 1",
+        metavar="A,B",
+        help=f"of {', '.join(STRATEGIES)}, or none (default: %(default)s)",
+    )
+    what.add_argument(
+        "--peers",
+        type=some_of("peer", peers, none=True),
+        default=",".join(peers),
+        metavar="A,B",
+        help=f"of {', '.join(peers)}, or none; bare brings its bf16 form along (default: all)",
+    )
+    what.add_argument(
+        "--precision",
+        type=some_of("precision", ("fp32", "bf16")),
+        default="bf16" if gpus else "fp32",
+        metavar="A,B",
+        help="fp32, bf16 or both: fp32,bf16 (default: bf16 on a GPU, else fp32)",
+    )
     what.add_argument("--compile", default="off", choices=["off", "on", "both"], help="torch.compile (default: off)")
     how = parser.add_argument_group("how it is measured")
     how.add_argument("--processes", type=at_least_one, default=1, metavar="N", help="of each contender (default: 1)")
-    how.add_argument("--steps", type=at_least_one, default=50 if gpus else 10, metavar="N", help="of a turn (default: 50 on a GPU, else 10)")
-    how.add_argument("--warm-up", type=at_least_one, default=20 if gpus else 3, metavar="N",
-                     help="steps of each contender that do not count (default: 20 on a GPU, else 3)")
-    how.add_argument("--rounds", type=at_least_one, default=7 if gpus else 5, metavar="N", help="turns of each (default: 7 on a GPU, else 5)")
-    how.add_argument("--threads", type=at_least_one, metavar="N", help="of each process on a CPU (default: the cores by the processes)")
-    how.add_argument("--limit-seconds", type=float, default=300, metavar="S", help="seconds that a turn or a warm-up may take (default: 300)")
+    how.add_argument(
+        "--steps",
+        type=at_least_one,
+        default=50 if gpus else 10,
+        metavar="N",
+        help="of a turn (default: 50 on a GPU, else 10)",
+    )
+    how.add_argument(
+        "--warm-up",
+        type=at_least_one,
+        default=20 if gpus else 3,
+        metavar="N",
+        help="steps of each contender that do not count (default: 20 on a GPU, else 3)",
+    )
+    how.add_argument(
+        "--rounds",
+        type=at_least_one,
+        default=7 if gpus else 5,
+        metavar="N",
+        help="turns of each (default: 7 on a GPU, else 5)",
+    )
+    how.add_argument(
+        "--threads",
+        type=at_least_one,
+        metavar="N",
+        help="of each process on a CPU (default: the cores by the processes)",
+    )
+    how.add_argument(
+        "--limit-seconds",
+        type=float,
+        default=300,
+        metavar="S",
+        help="seconds that a turn or a warm-up may take (default: 300)",
+    )
     add_reports(parser)
     options = parser.parse_args(arguments)
     if not options.strategies + options.peers:

@@ -8,6 +8,7 @@ adds what that lacks. It says every few seconds that it is alive. When it hears 
 its input ends (the other side died), it lets the ranks save, and ends them; a rank that somebody halted (SIGSTOP) for as long
 counts as dead. Whatever the ranks started is ended too.
 """
+
 import ctypes
 import glob
 import json
@@ -73,8 +74,15 @@ class Ranks:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes ours, to be found and ended
         with open(os.path.join(self.logs, "launcher.log"), "w") as log:
             self.launcher = subprocess.Popen(
-                order["command"], cwd=order["cwd"], env=self.environment(order), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
+                order["command"],
+                cwd=order["cwd"],
+                env=self.environment(order),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
+            )
 
     def environment(self, order):
         """The order's variables over this host's own; the environment's programs first on PATH, for DeepSpeed looks for ninja there."""
@@ -152,16 +160,27 @@ class Ranks:
         ranks = range(self.first_rank, self.first_rank + self.slots)
         texts = {rank: read(self.log_of(rank)).decode(errors="replace") for rank in ranks}
         launcher = read(os.path.join(self.logs, "launcher.log")).decode(errors="replace")
-        return {"ranks": {rank: {"error": first_error(text), "tail": text.splitlines()[-TAIL_LINES:]} for rank, text in texts.items()},
-                "launcher": launcher.splitlines()[-TAIL_LINES:], "logs": self.logs}
+        return {
+            "ranks": {
+                rank: {"error": first_error(text), "tail": text.splitlines()[-TAIL_LINES:]}
+                for rank, text in texts.items()
+            },
+            "launcher": launcher.splitlines()[-TAIL_LINES:],
+            "logs": self.logs,
+        }
 
 
 def end(mark):
     """End every process that has this mark in its environment. Returns how many there were."""
     ended, deadline = set(), time.monotonic() + 5
     while time.monotonic() < deadline:
-        left = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-                if pid != os.getpid() and mark.encode() in read(f"/proc/{pid}/environ").split(b"\0") and state_of(pid) not in ("", "Z")]
+        left = [
+            pid
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if pid != os.getpid()
+            and mark.encode() in read(f"/proc/{pid}/environ").split(b"\0")
+            and state_of(pid) not in ("", "Z")
+        ]
         for pid in left:
             send(pid, signal.SIGKILL)
             ended.add(pid)
@@ -176,10 +195,12 @@ def first_error(text):
     lines = text.splitlines()
     for i, line in enumerate(lines):
         if re.match(r"(error\b|\S+\.py: error: |\S*Error: |terminate called|Fatal Python error)", line):
-            return lines[i:i + 3]
+            return lines[i : i + 3]
         if line.startswith("Traceback (most recent call last)"):
             end = next((j for j in range(i + 1, len(lines)) if lines[j] and not lines[j][0].isspace()), len(lines) - 1)
-            return (lines[i:end + 1] if end - i < TAIL_LINES else ["..."] + lines[end - TAIL_LINES:end + 1])[: TAIL_LINES + 2]
+            return (lines[i : end + 1] if end - i < TAIL_LINES else ["..."] + lines[end - TAIL_LINES : end + 1])[
+                : TAIL_LINES + 2
+            ]
     return []
 
 
@@ -260,7 +281,9 @@ def follow(path, position, supervisor):
 
 def main():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # only orders, silence and the end of the input count; the ranks inherit nothing
+        signal.signal(
+            number, lambda *_: None
+        )  # only orders, silence and the end of the input count; the ranks inherit nothing
     if sys.argv[1:2] == ["--end"]:
         print(end(sys.argv[2]))
         return
@@ -268,7 +291,12 @@ def main():
     try:
         ranks = Ranks(order)
     except OSError as error:
-        print(json.dumps({"event": "end", "code": 1, "reason": str(error), "ranks": {}, "launcher": [str(error)], "logs": ""}), flush=True)
+        print(
+            json.dumps(
+                {"event": "end", "code": 1, "reason": str(error), "ranks": {}, "launcher": [str(error)], "logs": ""}
+            ),
+            flush=True,
+        )
         return
     supervisor = Supervisor()
     try:

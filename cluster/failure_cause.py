@@ -11,8 +11,10 @@ from typing import Any
 
 EXIT_FAILED, EXIT_LOST_HOST, EXIT_STOPPED = 1, 69, 75
 # What a rank says when another one is the cause.
-ECHO = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|tcpstore|Dist(Network|Backend|Store)|no route|unreachable",
-                  re.IGNORECASE)
+ECHO = re.compile(
+    r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|tcpstore|Dist(Network|Backend|Store)|no route|unreachable",
+    re.IGNORECASE,
+)
 REFUSED = re.compile(r"error\b|\S+\.py: error: ")  # by train.py, before training: the same again would end the same
 
 
@@ -23,7 +25,12 @@ def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, lis
         agents: `job.Agent` of every host.
         gone: (index of the host, rank) in the order in which ranks were seen to end.
     """
-    told = {(i, int(rank)): facts for i, agent in enumerate(agents) if agent.end for rank, facts in agent.end["ranks"].items()}
+    told = {
+        (i, int(rank)): facts
+        for i, agent in enumerate(agents)
+        if agent.end
+        for rank, facts in agent.end["ranks"].items()
+    }
     order = [*(key for key in gone if key in told), *(key for key in told if key not in gone)]
     failed = [key for key in order if agents[key[0]].end["code"] not in (0, EXIT_STOPPED)]
 

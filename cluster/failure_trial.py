@@ -89,21 +89,41 @@ EVENTS = {
 
 
 def main() -> int:
-    parser = Parser("python cluster/failure_trial.py", "How fast a failure ends a job, and a restart trains again, with two hosts made of this machine.",
-                    example='python cluster/failure_trial.py --only "cable cut"', notes="events:\n" + "\n".join(f"  {name}" for name in EVENTS))
-    parser.add_argument("--only", action="append", metavar="WORDS", help="the events whose names have these words; repeat for more (default: all)")
+    parser = Parser(
+        "python cluster/failure_trial.py",
+        "How fast a failure ends a job, and a restart trains again, with two hosts made of this machine.",
+        example='python cluster/failure_trial.py --only "cable cut"',
+        notes="events:\n" + "\n".join(f"  {name}" for name in EVENTS),
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="WORDS",
+        help="the events whose names have these words; repeat for more (default: all)",
+    )
     args = parser.parse_args()
     if reason := local_hosts.missing():
         print(f"no hosts can be made of this machine: {reason}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the hosts are taken down first
-    chosen = {name: event for name, event in EVENTS.items() if not args.only or any(words in name for words in args.only)}
+    chosen = {
+        name: event for name, event in EVENTS.items() if not args.only or any(words in name for words in args.only)
+    }
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder, "hosts"), 2) as hosts:
         Path(folder, "hostfile").write_text("box1 slots=1\nbox2 slots=1\n")
-        subprocess.run([sys.executable, PROJECT / "prepare_dataset.py", "--dataset", "shapes", "--data-dir", f"{folder}/shapes"],
-                       check=True, capture_output=True)
-        print(f"two hosts on a machine with {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start\n", flush=True)
-        print("| event | seconds to the last process, or to the next checkpoint | launcher ends after | exit code |\n|---|---|---|---|", flush=True)
+        subprocess.run(
+            [sys.executable, PROJECT / "prepare_dataset.py", "--dataset", "shapes", "--data-dir", f"{folder}/shapes"],
+            check=True,
+            capture_output=True,
+        )
+        print(
+            f"two hosts on a machine with {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start\n",
+            flush=True,
+        )
+        print(
+            "| event | seconds to the last process, or to the next checkpoint | launcher ends after | exit code |\n|---|---|---|---|",
+            flush=True,
+        )
         for number, (name, event) in enumerate(chosen.items()):
             print(f"| {name} | {' | '.join(measure(hosts, Path(folder), f'run{number}', event))} |", flush=True)
     return 0
@@ -111,13 +131,32 @@ def main() -> int:
 
 def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, str, str]:
     """Let training begin, cause the event, and read the clock: (seconds, seconds of the launcher, exit code)."""
-    arguments = ["--preset", "cpu", *(word for text in TINY for word in ("--set", f"model.{text}")), "--data-dir", folder / "shapes",
-                 "--runs-dir", folder / "runs", "--epochs", "10000", "--name", name, "--restarts", str(event.restarts)]
+    arguments = [
+        "--preset",
+        "cpu",
+        *(word for text in TINY for word in ("--set", f"model.{text}")),
+        "--data-dir",
+        folder / "shapes",
+        "--runs-dir",
+        folder / "runs",
+        "--epochs",
+        "10000",
+        "--name",
+        name,
+        "--restarts",
+        str(event.restarts),
+    ]
     log = folder / f"{name}.log"
     with log.open("w") as output:
-        launcher = subprocess.Popen(hosts.command("box1", [PROJECT / "launch_distributed_train.sh", *arguments]), stdin=subprocess.DEVNULL,
-                                    stdout=output, stderr=subprocess.STDOUT, env=hosts.environment(
-                                        HOSTFILE=f"{folder}/hostfile", PYTHON=sys.executable, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"))
+        launcher = subprocess.Popen(
+            hosts.command("box1", [PROJECT / "launch_distributed_train.sh", *arguments]),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=hosts.environment(
+                HOSTFILE=f"{folder}/hostfile", PYTHON=sys.executable, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
+            ),
+        )
     trial = Trial(hosts, launcher, folder / "runs" / name)
     try:
         wait_until(lambda: launcher.poll() is not None or trial.newest(), START_SECONDS, lambda: read(str(log)))
@@ -125,8 +164,11 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
         before, began = trial.newest(), time.monotonic()
         event.cause(trial)
         if event.restarts:
-            wait_until(lambda: "resuming  after step" in read(str(log)) and trial.newest() > max(before, resumed_at(log)), END_SECONDS,
-                       lambda: read(str(log)))
+            wait_until(
+                lambda: "resuming  after step" in read(str(log)) and trial.newest() > max(before, resumed_at(log)),
+                END_SECONDS,
+                lambda: read(str(log)),
+            )
             return f"{time.monotonic() - began:.0f}", "", ""
         ends: dict[str, float] = {}
 
@@ -138,7 +180,11 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
 
         wait_until(all_over, END_SECONDS, lambda: f"{at_work(hosts)}\n{read(str(log))}")
         was_killed = launcher.returncode < 0
-        return f"{ends['ranks']:.0f}", "" if was_killed else f"{ends['launcher']:.0f}", "" if was_killed else str(launcher.returncode)
+        return (
+            f"{ends['ranks']:.0f}",
+            "" if was_killed else f"{ends['launcher']:.0f}",
+            "" if was_killed else str(launcher.returncode),
+        )
     finally:
         hosts.mend("box2")
         launcher.terminate()
@@ -153,7 +199,11 @@ def resumed_at(log: Path) -> int:
 
 def at_work(hosts: Hosts) -> list[str]:
     """The processes of training on both hosts."""
-    return [words for words in hosts.at_work() if any(ours in words for ours in OURS) and "run_hosts.py" not in words and "ssh" not in words]
+    return [
+        words
+        for words in hosts.at_work()
+        if any(ours in words for ours in OURS) and "run_hosts.py" not in words and "ssh" not in words
+    ]
 
 
 if __name__ == "__main__":

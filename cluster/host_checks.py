@@ -36,7 +36,9 @@ Answer = dict[str, Any] | Unreachable
 def check(hosts: list[Host], answers: list[Answer], here: dict[str, Any], on_cpu: bool) -> list[Problem]:
     """Everything that is wrong, the worst first. `here` is the answer of the machine that the command was typed on."""
     pairs = list(zip(hosts, answers, strict=True))
-    problems = [Problem(host.name, answer.reason, answer.mend) for host, answer in pairs if isinstance(answer, Unreachable)]
+    problems = [
+        Problem(host.name, answer.reason, answer.mend) for host, answer in pairs if isinstance(answer, Unreachable)
+    ]
     present = [(host, answer) for host, answer in pairs if not isinstance(answer, Unreachable)]
     for test in (_code, _environment, _gpus, _data, _room, _clock):
         problems += test(present, here, on_cpu)
@@ -48,7 +50,11 @@ def _code(present: list, here: dict, on_cpu: bool) -> list[Problem]:
     for host, answer in present:
         name, files = host.name, answer["code"]
         if not answer["project"] or not files:
-            problems.append(Problem(name, "does not have the project at this path", f"copy it: --sync, or share the disk with {name}"))
+            problems.append(
+                Problem(
+                    name, "does not have the project at this path", f"copy it: --sync, or share the disk with {name}"
+                )
+            )
             continue
         if not answer["cwd"]:
             problems.append(Problem(name, "does not have the folder you stand in", "start from the project's folder"))
@@ -60,7 +66,9 @@ def _code(present: list, here: dict, on_cpu: bool) -> list[Problem]:
                 what = "has the same commit, but other changes in it"
             problems.append(Problem(name, f"{what}: {_few(differ)}", "copy what is here: --sync, or git pull there"))
         missing = sorted(path for path in here["given"] if path not in answer["given"])
-        other = sorted(path for path in here["given"] if answer["given"].get(path, here["given"][path]) != here["given"][path])
+        other = sorted(
+            path for path in here["given"] if answer["given"].get(path, here["given"][path]) != here["given"][path]
+        )
         if missing or other:
             what = f"does not have {_few(missing)}" if missing else f"has another content in {_few(other)}"
             problems.append(Problem(name, f"{what}, which the command names", "copy it there, to the same path"))
@@ -68,13 +76,23 @@ def _code(present: list, here: dict, on_cpu: bool) -> list[Problem]:
 
 
 def _environment(present: list, here: dict, on_cpu: bool) -> list[Problem]:
-    problems = [Problem(host.name, "has no usable Python environment at this path", "make it there: --sync, or environment/setup.sh on that host")
-                for host, answer in present if not answer["environment"]]
+    problems = [
+        Problem(
+            host.name,
+            "has no usable Python environment at this path",
+            "make it there: --sync, or environment/setup.sh on that host",
+        )
+        for host, answer in present
+        if not answer["environment"]
+    ]
     equipped = [(host, answer["environment"]) for host, answer in present if answer["environment"]]
     for host, found in equipped[1:]:
         first, wanted = equipped[0][0].name, equipped[0][1]
-        differ = [f"{name} {found.get(name, 'missing')} ({first}: {wanted.get(name, 'missing')})" for name in PACKAGES
-                  if _version(found, name) != _version(wanted, name)]
+        differ = [
+            f"{name} {found.get(name, 'missing')} ({first}: {wanted.get(name, 'missing')})"
+            for name in PACKAGES
+            if _version(found, name) != _version(wanted, name)
+        ]
         if differ:
             mend = "run environment/setup.sh on both, with the same DRIVER_CUDA"
             problems.append(Problem(host.name, f"has other versions: {_few(differ)}", mend))
@@ -91,21 +109,40 @@ def _gpus(present: list, here: dict, on_cpu: bool) -> list[Problem]:
     if on_cpu:
         return []
     problems = []
-    kinds = {host.name: sorted({gpu["name"] for gpu in answer["gpus"][:host.slots]}) for host, answer in present}
+    kinds = {host.name: sorted({gpu["name"] for gpu in answer["gpus"][: host.slots]}) for host, answer in present}
     for host, answer in present:
         gpus = answer["gpus"]
         if len(gpus) < host.slots:
             what = f"has {len(gpus)} GPUs and {host.slots} slots" if gpus else "shows no GPU (nvidia-smi)"
-            mend = f"write slots={len(gpus)}" if gpus else "look at nvidia-smi on that host, or set DS_ACCELERATOR=cpu to train on the CPUs"
+            mend = (
+                f"write slots={len(gpus)}"
+                if gpus
+                else "look at nvidia-smi on that host, or set DS_ACCELERATOR=cpu to train on the CPUs"
+            )
             problems.append(Problem(host.name, what, mend))
-        busy = [gpu for gpu in gpus[:host.slots] if gpu["total"] and gpu["free"] < MIN_FREE_SHARE * gpu["total"]]
+        busy = [gpu for gpu in gpus[: host.slots] if gpu["total"] and gpu["free"] < MIN_FREE_SHARE * gpu["total"]]
         if busy:
-            free = ", ".join(f"GPU {gpu['index']}: {gpu['free'] / 1024:.0f} of {gpu['total'] / 1024:.0f} GB free" for gpu in busy[:4])
-            problems.append(Problem(host.name, f"has GPUs that somebody uses ({free})", "nvidia-smi on that host names the programs", warning=True))
+            free = ", ".join(
+                f"GPU {gpu['index']}: {gpu['free'] / 1024:.0f} of {gpu['total'] / 1024:.0f} GB free" for gpu in busy[:4]
+            )
+            problems.append(
+                Problem(
+                    host.name,
+                    f"has GPUs that somebody uses ({free})",
+                    "nvidia-smi on that host names the programs",
+                    warning=True,
+                )
+            )
         first = present[0][0].name
         if kinds[host.name] and kinds[first] and kinds[host.name] != kinds[first]:
-            problems.append(Problem(host.name, f"has other GPUs ({_few(kinds[host.name])}) than {first} ({_few(kinds[first])})",
-                                    "the slowest sets the pace", warning=True))
+            problems.append(
+                Problem(
+                    host.name,
+                    f"has other GPUs ({_few(kinds[host.name])}) than {first} ({_few(kinds[first])})",
+                    "the slowest sets the pace",
+                    warning=True,
+                )
+            )
     return problems
 
 
@@ -117,13 +154,19 @@ def _data(present: list, here: dict, on_cpu: bool) -> list[Problem]:
     for host, answer in present:
         found = answer["data"]
         if found is None:
-            problems.append(Problem(host.name, "does not have the dataset", "copy it: --sync, or prepare it there with the same command"))
+            problems.append(
+                Problem(
+                    host.name, "does not have the dataset", "copy it: --sync, or prepare it there with the same command"
+                )
+            )
         elif found["fingerprint"] != reference["fingerprint"]:
             what = f"has another dataset ({_short(found)}, elsewhere {_short(reference)})"
             problems.append(Problem(host.name, what, "copy the right one: --sync"))
         elif found["sizes"] != reference["sizes"]:
             differ = [name for name, size in reference["sizes"].items() if found["sizes"].get(name) != size]
-            problems.append(Problem(host.name, f"has an incomplete copy of the dataset ({_few(differ)})", "copy it again: --sync"))
+            problems.append(
+                Problem(host.name, f"has an incomplete copy of the dataset ({_few(differ)})", "copy it again: --sync")
+            )
     return problems
 
 
@@ -136,18 +179,37 @@ def _room(present: list, here: dict, on_cpu: bool) -> list[Problem]:
     for host, answer in present:
         if answer["disk"] is not None and answer["disk"] < MIN_DISK_GB:
             full = answer["disk"] < 0.2
-            problems.append(Problem(host.name, f"has {answer['disk']:g} GB left on the disk of the run folders",
-                                    "make room, or put them elsewhere with --runs-dir", warning=not full))
+            problems.append(
+                Problem(
+                    host.name,
+                    f"has {answer['disk']:g} GB left on the disk of the run folders",
+                    "make room, or put them elsewhere with --runs-dir",
+                    warning=not full,
+                )
+            )
         if not on_cpu and host.slots > 1 and answer["shm"] is not None and answer["shm"] < MIN_SHM_GB:
-            problems.append(Problem(host.name, f"has {answer['shm']:g} GB in /dev/shm, which NCCL needs",
-                                    "in a container: docker run --shm-size=8g (or --ipc=host)", warning=True))
+            problems.append(
+                Problem(
+                    host.name,
+                    f"has {answer['shm']:g} GB in /dev/shm, which NCCL needs",
+                    "in a container: docker run --shm-size=8g (or --ipc=host)",
+                    warning=True,
+                )
+            )
     return problems
 
 
 def _clock(present: list, here: dict, on_cpu: bool) -> list[Problem]:
-    return [Problem(host.name, f"has a clock that is {abs(skew(answer)):.0f} s {'ahead' if skew(answer) > 0 else 'behind'}",
-                    "start a time service there: apt-get install chrony", warning=True)
-            for host, answer in present if abs(skew(answer)) > MAX_SKEW_SECONDS]
+    return [
+        Problem(
+            host.name,
+            f"has a clock that is {abs(skew(answer)):.0f} s {'ahead' if skew(answer) > 0 else 'behind'}",
+            "start a time service there: apt-get install chrony",
+            warning=True,
+        )
+        for host, answer in present
+        if abs(skew(answer)) > MAX_SKEW_SECONDS
+    ]
 
 
 def skew(answer: dict[str, Any]) -> float:
@@ -172,13 +234,23 @@ def table(hosts: list[Host], answers: list[Answer], here: dict[str, Any], ports:
         found = answer["environment"] or {}
         same = all(answer["code"].get(path) == digest for path, digest in here["code"].items())
         code = (answer["commit"][:8] or "no git") + ("" if same else "!") if answer["code"] else "missing!"
-        versions = [found.get(name, "missing") + ("" if found and _version(found, name) == _version(wanted, name) else "!")
-                    for name in ("python", "torch", "deepspeed", "dali")]
-        gpus = f"{host.slots} on CPU" if on_cpu else f"{len(answer['gpus'])}/{host.slots}" + ("" if len(answer["gpus"]) >= host.slots else "!")
+        versions = [
+            found.get(name, "missing") + ("" if found and _version(found, name) == _version(wanted, name) else "!")
+            for name in ("python", "torch", "deepspeed", "dali")
+        ]
+        gpus = (
+            f"{host.slots} on CPU"
+            if on_cpu
+            else f"{len(answer['gpus'])}/{host.slots}" + ("" if len(answer["gpus"]) >= host.slots else "!")
+        )
         shard = _short(answer["data"]) if answer["data"] else "none"
         shard += "" if answer["data"] == data else "!"
         disk = "?" if answer["disk"] is None else f"{answer['disk']:.0f} GB"
-        rows.append((host.name, code, *versions, gpus, shard, disk, f"{skew(answer):+.0f} s", ports.get(host.name, "-")))
+        rows.append(
+            (host.name, code, *versions, gpus, shard, disk, f"{skew(answer):+.0f} s", ports.get(host.name, "-"))
+        )
     widths = [max(len(row[i]) for row in rows if len(row) == len(COLUMNS)) for i in range(len(COLUMNS))]
     widths[0] = max(len(row[0]) for row in rows)
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
+    )

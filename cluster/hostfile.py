@@ -5,6 +5,7 @@
 DeepSpeed reads the same file with a looser eye: it takes `node1, slots=2` for a host called "node1,", `slots=2.5` for 2 and
 `slots=0` for a machine, and then waits for it. Everything it would misread is refused here. Needs nothing but Python.
 """
+
 import re
 import sys
 
@@ -20,20 +21,30 @@ def parse_line(line: str, where: str) -> tuple[str, int]:
     """One line without its comment -> (host, slots)."""
     host, *options = line.split()
     if host.endswith(",") or any("," in option for option in options):
-        raise HostfileError(f"{where}: there is a comma in '{line}'; host and slots stand apart by a space: node1 slots=8")
+        raise HostfileError(
+            f"{where}: there is a comma in '{line}'; host and slots stand apart by a space: node1 slots=8"
+        )
     if re.search(r"[\[\]{}*?]", host):
-        raise HostfileError(f"{where}: '{host}' looks like a range of hosts, and ranges are not expanded; write one line a host")
+        raise HostfileError(
+            f"{where}: '{host}' looks like a range of hosts, and ranges are not expanded; write one line a host"
+        )
     if ":" in host:
-        raise HostfileError(f"{where}: '{host}' has a colon; give a port (or an IPv6 address) in ~/.ssh/config, and only the name here")
+        raise HostfileError(
+            f"{where}: '{host}' has a colon; give a port (or an IPv6 address) in ~/.ssh/config, and only the name here"
+        )
     if not re.fullmatch(r"([\w.-]+@)?[A-Za-z0-9]([\w.-]*\w)?", host, re.ASCII):
         raise HostfileError(f"{where}: '{host}' is no host name; {EXAMPLE}")
     if not options:
         raise HostfileError(f"{where}: '{line}' does not say how many GPUs to use; write: {host} slots=8")
     slots = re.fullmatch(r"slots=(\d+)", options[0], re.ASCII)
     if len(options) > 1 or not slots:
-        raise HostfileError(f"{where}: '{' '.join(options)}' should be slots= and a whole number, without spaces: {host} slots=8")
+        raise HostfileError(
+            f"{where}: '{' '.join(options)}' should be slots= and a whole number, without spaces: {host} slots=8"
+        )
     if int(slots[1]) < 1:
-        raise HostfileError(f"{where}: '{host}' has no slots; slots is the number of GPUs to use, at least 1 (or take the line out)")
+        raise HostfileError(
+            f"{where}: '{host}' has no slots; slots is the number of GPUs to use, at least 1 (or take the line out)"
+        )
     return host, int(slots[1])
 
 
@@ -47,14 +58,18 @@ def parse(text: str, name: str = "hostfile") -> list[tuple[str, int]]:
         host, slots = parse_line(line, f"{name}, line {number}")
         machine = host.split("@")[-1]
         if machine in lines:
-            raise HostfileError(f"{name}, line {number}: '{machine}' is already on line {lines[machine]}; write one line a machine")
+            raise HostfileError(
+                f"{name}, line {number}: '{machine}' is already on line {lines[machine]}; write one line a machine"
+            )
         lines[machine] = number
         hosts.append((host, slots))
     if not hosts:
         raise HostfileError(f"{name} names no host: {EXAMPLE}")
     local = LOCAL_NAMES & lines.keys()
     if local and len(hosts) > 1:
-        raise HostfileError(f"{name}, line {lines[min(local)]}: the other hosts cannot reach it by that name; write its name or address")
+        raise HostfileError(
+            f"{name}, line {lines[min(local)]}: the other hosts cannot reach it by that name; write its name or address"
+        )
     return hosts
 
 

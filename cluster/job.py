@@ -79,8 +79,18 @@ class Plan:
     def command(self, index: int) -> list[str]:
         """DeepSpeed's launcher as it works on one host; `deepspeed --no_ssh` would start the same."""
         world = base64.urlsafe_b64encode(json.dumps(dict(self.world)).encode()).decode()
-        return [self.python, "-u", "-m", "deepspeed.launcher.launch", "--log_level=critical", "--no_local_rank", f"--node_rank={index}",
-                f"--world_info={world}", f"--master_addr={self.meeting.address}", f"--master_port={self.meeting.port}"]
+        return [
+            self.python,
+            "-u",
+            "-m",
+            "deepspeed.launcher.launch",
+            "--log_level=critical",
+            "--no_local_rank",
+            f"--node_rank={index}",
+            f"--world_info={world}",
+            f"--master_addr={self.meeting.address}",
+            f"--master_port={self.meeting.port}",
+        ]
 
     def order(self, index: int, job: str) -> dict[str, Any]:
         """What the agent of a host is told."""
@@ -91,10 +101,25 @@ class Plan:
         if interface := self.meeting.interfaces.get(host.name):
             # Of several interfaces, the one that leads to the first host; and not the loopback, where many a /etc/hosts
             # puts the host's own name.
-            for name, value in (("GLOO_SOCKET_IFNAME", interface), ("TP_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
+            for name, value in (
+                ("GLOO_SOCKET_IFNAME", interface),
+                ("TP_SOCKET_IFNAME", interface),
+                ("NCCL_SOCKET_IFNAME", f"={interface}"),
+            ):
                 variables.setdefault(name, value)
-        return {"job": job, "index": index, "world": self.world, "command": command, "cwd": os.getcwd(), "environment": variables,
-                "logs": logs, "on_cpu": self.on_cpu, "silence": self.limits.silence, "grace": self.limits.grace, "beat": self.limits.beat}
+        return {
+            "job": job,
+            "index": index,
+            "world": self.world,
+            "command": command,
+            "cwd": os.getcwd(),
+            "environment": variables,
+            "logs": logs,
+            "on_cpu": self.on_cpu,
+            "silence": self.limits.silence,
+            "grace": self.limits.grace,
+            "beat": self.limits.beat,
+        }
 
 
 @dataclass
@@ -220,8 +245,15 @@ class Job:
             self.stopped_at = now
             say("Stopping: training saves its state first (a second Ctrl-C ends it in any case).")
             self._tell_all("stop")
-        due = (self.failed_at and now - self.failed_at > LAST_WORDS_SECONDS or self.stopped_at and now - self.stopped_at > SAVE_SECONDS
-               or self.done_at and now - self.done_at > LEAVE_SECONDS or self.stop.now)
+        due = (
+            self.failed_at
+            and now - self.failed_at > LAST_WORDS_SECONDS
+            or self.stopped_at
+            and now - self.stopped_at > SAVE_SECONDS
+            or self.done_at
+            and now - self.done_at > LEAVE_SECONDS
+            or self.stop.now
+        )
         if due and not self.killed_at:
             self.killed_at = now
             self._tell_all("kill")
@@ -234,8 +266,17 @@ class Job:
 
     def _outcome(self) -> Outcome:
         self._sweep()
-        logs = f"{self.folder}/logs/{self.name}" if self.folder else str(self.plan.runs.absolute() / ".logs" / self.name)
-        outcome = Outcome(0, self.plan.hosts, [agent.host for agent in self.agents if agent.lost], folder=self.folder, batch=self.batch, logs=logs)
+        logs = (
+            f"{self.folder}/logs/{self.name}" if self.folder else str(self.plan.runs.absolute() / ".logs" / self.name)
+        )
+        outcome = Outcome(
+            0,
+            self.plan.hosts,
+            [agent.host for agent in self.agents if agent.lost],
+            folder=self.folder,
+            batch=self.batch,
+            logs=logs,
+        )
         codes = [agent.end["code"] for agent in self.agents if agent.end]
         if not outcome.lost and all(code in (0, EXIT_STOPPED) for code in codes):
             outcome.code = max(codes)
@@ -246,11 +287,17 @@ class Job:
 
     def _sweep(self) -> None:
         """End what an agent that was lost may have left; a host that cannot be reached ends its ranks by itself."""
+
         def one(item: tuple[int, Agent]) -> None:
             index, agent = item
             agent.process.kill()
             if agent.lost:
-                words = [self.plan.python, str(PROJECT / "cluster" / "agent.py"), "--end", f"CLUSTER_JOB={self.name}:{index}"]
+                words = [
+                    self.plan.python,
+                    str(PROJECT / "cluster" / "agent.py"),
+                    "--end",
+                    f"CLUSTER_JOB={self.name}:{index}",
+                ]
                 process = remote.start(agent.host.name, words)
                 try:
                     process.communicate(timeout=12)
@@ -258,6 +305,8 @@ class Job:
                     process.kill()
                 if process.returncode:
                     limits = self.plan.limits
-                    say(f"{agent.host.name} cannot be reached: its ranks end by themselves within {limits.silence + limits.grace:g} s.")
+                    say(
+                        f"{agent.host.name} cannot be reached: its ranks end by themselves within {limits.silence + limits.grace:g} s."
+                    )
 
         remote.at_once(one, enumerate(self.agents))

@@ -87,12 +87,21 @@ def request(python: str, data: Path, runs: Path, arguments: list[str]) -> dict[s
     """What to look at on every host: the same paths everywhere."""
     words = [word.split("=", 1)[-1] for word in arguments]
     given = sorted({str(Path(word).absolute()) for word in words if word and len(word) < 4096 and Path(word).is_file()})
-    return {"project": str(PROJECT), "python": python, "data": str(data.absolute()), "runs": str(runs.absolute()), "cwd": os.getcwd(), "given": given}
+    return {
+        "project": str(PROJECT),
+        "python": python,
+        "data": str(data.absolute()),
+        "runs": str(runs.absolute()),
+        "cwd": os.getcwd(),
+        "given": given,
+    }
 
 
 def inspect(hosts: list[Host], what: dict[str, Any]) -> Report:
     """All hosts at once, in seconds."""
-    here, *answers = remote.at_once(lambda name: remote.ask(name, "probe.py", what), ["localhost", *(host.name for host in hosts)])
+    here, *answers = remote.at_once(
+        lambda name: remote.ask(name, "probe.py", what), ["localhost", *(host.name for host in hosts)]
+    )
     if isinstance(here, Unreachable):
         say(f"this machine {here.reason}: {here.mend}")
         raise SystemExit(EXIT_PREFLIGHT)
@@ -134,30 +143,52 @@ def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | No
     first, others = hosts[0], hosts[1:]
     own = [address for _, address in answers[0]["addresses"]]
     known = os.environ.get("MASTER_ADDR") or remote.address_of(first.name)
-    candidates = [known] if os.environ.get("MASTER_ADDR") else [*([known] if known in own else []), *(a for a in own if a != known)]
+    candidates = (
+        [known]
+        if os.environ.get("MASTER_ADDR")
+        else [*([known] if known in own else []), *(a for a in own if a != known)]
+    )
     try:
         with listening(first.name) as (port, token):
             if not others:
                 return Meeting("127.0.0.1", port, {}), []
             if not candidates:
-                return None, [Problem(first.name, "has no network address (IPv4) but its own loopback", "connect it to the others' network")]
+                return None, [
+                    Problem(
+                        first.name,
+                        "has no network address (IPv4) but its own loopback",
+                        "connect it to the others' network",
+                    )
+                ]
             asked = {"role": "connect", "token": token, "port": port, "addresses": candidates}
             results = remote.at_once(lambda host: remote.ask(host.name, "reachability.py", asked), others)
     except Unreachable as error:
         return None, [Problem(first.name, error.reason, error.mend)]
-    lost = [Problem(host.name, result.reason, result.mend) for host, result in zip(others, results, strict=True) if isinstance(result, Unreachable)]
+    lost = [
+        Problem(host.name, result.reason, result.mend)
+        for host, result in zip(others, results, strict=True)
+        if isinstance(result, Unreachable)
+    ]
     if lost:
         return None, lost
     for address in candidates:
         reached = [result["reached"][address] for result in results]
         if all("error" not in result for result in reached):
             used = zip(hosts, answers, [address, *(result["here"] for result in reached)], strict=True)
-            return Meeting(address, port, {host.name: name for host, answer, own in used if (name := interface_of(answer, own))}), []
+            return Meeting(
+                address, port, {host.name: name for host, answer, own in used if (name := interface_of(answer, own))}
+            ), []
     mend = "open the ports between the hosts (all from 1024 up: training uses many), or name the address: MASTER_ADDR="
-    shut_out = [(host, result["reached"]) for host, result in zip(others, results, strict=True)
-                if all("error" in tried for tried in result["reached"].values())]
+    shut_out = [
+        (host, result["reached"])
+        for host, result in zip(others, results, strict=True)
+        if all("error" in tried for tried in result["reached"].values())
+    ]
     if shut_out:
-        return None, [Problem(host.name, f"cannot reach {first.name}: {_tried(reached, port)}", mend) for host, reached in shut_out]
+        return None, [
+            Problem(host.name, f"cannot reach {first.name}: {_tried(reached, port)}", mend)
+            for host, reached in shut_out
+        ]
     return None, [Problem(first.name, f"has no address that all others reach (of {', '.join(candidates)})", mend)]
 
 
@@ -180,26 +211,52 @@ def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
             with listening(target.name) as (port, token):
                 asked = {"role": "connect", "token": token, "port": port, "addresses": addresses[:1], "measure": True}
                 best = next(iter(remote.ask(source.name, "reachability.py", asked)["reached"].values()))
-            lines.append(f"{source.name} -> {target.name}: {best['error']}" if "error" in best else
-                         f"{source.name} -> {target.name}: {best['gigabits']:g} Gbit/s (one TCP stream), {best['latency_ms']:g} ms there and back")
+            lines.append(
+                f"{source.name} -> {target.name}: {best['error']}"
+                if "error" in best
+                else f"{source.name} -> {target.name}: {best['gigabits']:g} Gbit/s (one TCP stream), {best['latency_ms']:g} ms there and back"
+            )
         except Unreachable as error:
             lines.append(f"{source.name} -> {target.name}: {error.reason}")
     return lines
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("python cluster/preflight.py", "Asks all hosts of the hostfile whether training can start, and says what to mend.",
-                    example="python cluster/preflight.py --hostfile hostfile --measure")
+    parser = Parser(
+        "python cluster/preflight.py",
+        "Asks all hosts of the hostfile whether training can start, and says what to mend.",
+        example="python cluster/preflight.py --hostfile hostfile --measure",
+    )
     where = parser.add_argument_group("where it looks")
-    where.add_argument("--hostfile", default=str(PROJECT / "hostfile"), metavar="FILE", help="the hosts and their slots (default: hostfile)")
-    where.add_argument("--python", default=sys.executable, metavar="FILE",
-                       help="the interpreter that trains, at the same path on every host (default: this one)")
-    where.add_argument("--data-dir", type=Path, default=PROJECT / "data" / "cifar100", metavar="DIR",
-                       help="the prepared dataset (default: data/cifar100)")
-    where.add_argument("--runs-dir", type=Path, default=PROJECT / "runs", metavar="DIR", help="where run folders live (default: runs)")
+    where.add_argument(
+        "--hostfile",
+        default=str(PROJECT / "hostfile"),
+        metavar="FILE",
+        help="the hosts and their slots (default: hostfile)",
+    )
+    where.add_argument(
+        "--python",
+        default=sys.executable,
+        metavar="FILE",
+        help="the interpreter that trains, at the same path on every host (default: this one)",
+    )
+    where.add_argument(
+        "--data-dir",
+        type=Path,
+        default=PROJECT / "data" / "cifar100",
+        metavar="DIR",
+        help="the prepared dataset (default: data/cifar100)",
+    )
+    where.add_argument(
+        "--runs-dir", type=Path, default=PROJECT / "runs", metavar="DIR", help="where run folders live (default: runs)"
+    )
     more = parser.add_argument_group("what it does besides")
     more.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
-    more.add_argument("--sync", action="store_true", help="copy code and dataset to the hosts that lack them, and make the environment there")
+    more.add_argument(
+        "--sync",
+        action="store_true",
+        help="copy code and dataset to the hosts that lack them, and make the environment there",
+    )
     return parser.parse_args()
 
 
@@ -214,8 +271,10 @@ def main() -> int:
     report.show()
     if args.measure and report.meeting:
         say("\n".join(measure(hosts, report.answers)))
-    say(f"{len(hosts)} hosts, {sum(host.slots for host in hosts)} ranks: "
-        f"{'ready' if report.can_start else 'not ready'} ({time.time() - began:.1f} s)")
+    say(
+        f"{len(hosts)} hosts, {sum(host.slots for host in hosts)} ranks: "
+        f"{'ready' if report.can_start else 'not ready'} ({time.time() - began:.1f} s)"
+    )
     return 0 if report.can_start else EXIT_PREFLIGHT
 
 

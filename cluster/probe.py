@@ -5,6 +5,7 @@
 Prints one line, `probe:` and JSON. The preflight sends this very file over SSH to a bare `python3 -`, for the project need not
 be there yet: nothing but the standard library of Python 3.6 is used, and everything that is missing is an answer, not an error.
 """
+
 import fcntl
 import getpass
 import hashlib
@@ -18,7 +19,15 @@ import sys
 import time
 
 CODE = (".py", ".sh", ".toml", ".json", ".txt")
-NOT_CODE = {"data", "runs", "results", "tests", "docs", "benchmarks", "__pycache__"}  # at the top, beside hidden folders
+NOT_CODE = {
+    "data",
+    "runs",
+    "results",
+    "tests",
+    "docs",
+    "benchmarks",
+    "__pycache__",
+}  # at the top, beside hidden folders
 GIVEN_FILE_LIMIT = 2**30  # bytes; of larger ones only the size is compared
 # Asked of the project's interpreter. Reads what is written beside the packages: importing torch would take seconds.
 ENVIRONMENT = """
@@ -46,7 +55,9 @@ GPU_QUERY = "index,name,memory.total,memory.free,driver_version"
 def start(words):
     """A program whose output is read later, or None where it is not installed."""
     try:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
+        )
     except OSError:
         return None
 
@@ -79,7 +90,9 @@ def code_of(project):
     found = {}
     for folder, folders, names in os.walk(project):
         top = folder == project
-        folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__" and not (top and name in NOT_CODE)]
+        folders[:] = [
+            name for name in folders if name[0] != "." and name != "__pycache__" and not (top and name in NOT_CODE)
+        ]
         for name in names:
             if name.endswith(CODE):
                 path = os.path.join(folder, name)
@@ -92,6 +105,7 @@ def code_of(project):
 
 def commit_of(project):
     """The commit that is checked out, read from .git itself, for git need not be installed; empty when there is none."""
+
     def read(*names):
         with open(os.path.join(*names)) as file:
             return file.read().strip()
@@ -99,12 +113,12 @@ def commit_of(project):
     git = os.path.join(project, ".git")
     try:
         if os.path.isfile(git):  # a worktree: HEAD is its own, branches are those of the repository
-            git = os.path.join(project, read(git)[len("gitdir: "):])
+            git = os.path.join(project, read(git)[len("gitdir: ") :])
         common = os.path.join(git, read(git, "commondir")) if os.path.exists(os.path.join(git, "commondir")) else git
         head = read(git, "HEAD")
         if not head.startswith("ref: "):
             return head
-        reference = head[len("ref: "):]
+        reference = head[len("ref: ") :]
         try:
             return read(common, reference)
         except OSError:
@@ -145,7 +159,9 @@ def addresses():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(any_socket.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+                answer = fcntl.ioctl(
+                    any_socket.fileno(), 0x8915, struct.pack("256s", name.encode()[:15])
+                )  # SIOCGIFADDR
             except OSError:
                 continue
             address = socket.inet_ntoa(answer[20:24])
@@ -170,13 +186,19 @@ def answer(request):
     python = start([request["python"], "-c", ENVIRONMENT])
     project = request["project"]
     facts = {
-        "hostname": socket.gethostname(), "user": getpass.getuser(),
-        "project": os.path.isdir(project), "cwd": os.path.isdir(request.get("cwd", "/")),
-        "commit": commit_of(project), "code": code_of(project),
+        "hostname": socket.gethostname(),
+        "user": getpass.getuser(),
+        "project": os.path.isdir(project),
+        "cwd": os.path.isdir(request.get("cwd", "/")),
+        "commit": commit_of(project),
+        "code": code_of(project),
         "data": data_of(request["data"]) if request.get("data") else None,
         "given": {path: digest_of(path, GIVEN_FILE_LIMIT) for path in request.get("given", []) if os.path.isfile(path)},
-        "disk": room(request.get("runs", project)), "shm": room("/dev/shm") if os.path.isdir("/dev/shm") else None,
-        "cores": len(os.sched_getaffinity(0)), "addresses": addresses(), "rsync": shutil.which("rsync") is not None,
+        "disk": room(request.get("runs", project)),
+        "shm": room("/dev/shm") if os.path.isdir("/dev/shm") else None,
+        "cores": len(os.sched_getaffinity(0)),
+        "addresses": addresses(),
+        "rsync": shutil.which("rsync") is not None,
     }
     facts["gpus"] = gpus_of(output(gpus, 15))
     try:

@@ -5,6 +5,7 @@
 
 Prints lines of `reachability:` and JSON. Sent over SSH to a bare `python3 -`, as probe.py is; needs nothing else.
 """
+
 import json
 import random
 import select
@@ -37,7 +38,9 @@ def listen(request):
     deadline = time.time() + request["seconds"]
     asked_for = select.poll()
     asked_for.register(sys.stdout, 0)
-    while time.time() < deadline and not asked_for.poll(0):  # the one who asked has gone, so the port is to be free at once
+    while time.time() < deadline and not asked_for.poll(
+        0
+    ):  # the one who asked has gone, so the port is to be free at once
         try:
             connection = server.accept()[0]
         except TimeoutError:
@@ -109,8 +112,14 @@ def reach(address, port, token, measure):
 def connect(request):
     """Try every address at once; say what came of each."""
     results = {}
-    threads = [threading.Thread(target=lambda a=address: results.update({a: reach(a, request["port"], request["token"], request.get("measure"))}))
-               for address in request["addresses"]]
+    threads = [
+        threading.Thread(
+            target=lambda a=address: results.update(
+                {a: reach(a, request["port"], request["token"], request.get("measure"))}
+            )
+        )
+        for address in request["addresses"]
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

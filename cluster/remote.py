@@ -24,14 +24,32 @@ from common.paths import PROJECT
 
 LOCAL_NAMES = {"localhost", "127.0.0.1"}
 # Never ask for a password; notice within 20 s that the other side is gone.
-SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=8", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4"]
+SSH = [
+    "ssh",
+    "-T",
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=8",
+    "-o",
+    "ServerAliveInterval=5",
+    "-o",
+    "ServerAliveCountMax=4",
+]
 # What ssh says, the reason in words, and the mend. The first that fits.
 SSH_ERRORS = [
     ("permission denied", "refuses the key", "give it yours: ssh-copy-id {host}"),
-    ("host key verification failed", "is not known, or has another key than before",
-     "look at it once: ssh {host}; after a new installation: ssh-keygen -R {machine}"),
+    (
+        "host key verification failed",
+        "is not known, or has another key than before",
+        "look at it once: ssh {host}; after a new installation: ssh-keygen -R {machine}",
+    ),
     ("resolve hostname", "has a name that nobody knows", "write its address, or add the name to ~/.ssh/config"),
-    ("connection refused", "is up, but no SSH server answers there", "start sshd on it, or give its port in ~/.ssh/config"),
+    (
+        "connection refused",
+        "is up, but no SSH server answers there",
+        "start sshd on it, or give its port in ~/.ssh/config",
+    ),
     ("timed out", "does not answer", "look whether it is on, and in this network: ping {machine}"),
     ("no route", "does not answer", "look whether it is on, and in this network: ping {machine}"),
     ("connection closed", "closes the connection", "look into its log: journalctl -u ssh"),
@@ -89,7 +107,9 @@ def is_here(name: str) -> bool:
 def address_of(name: str) -> str | None:
     """The IPv4 address that a host has when seen from here."""
     try:
-        return socket.getaddrinfo(ssh_settings(name).get("hostname", name.split("@")[-1]), None, socket.AF_INET)[0][4][0]
+        return socket.getaddrinfo(ssh_settings(name).get("hostname", name.split("@")[-1]), None, socket.AF_INET)[0][4][
+            0
+        ]
     except OSError:
         return None
 
@@ -102,8 +122,15 @@ def command(name: str, words: Iterable[str]) -> list[str]:
 
 def start(name: str, words: Iterable[str]) -> subprocess.Popen:
     """A program at work there, with pipes. In a session of its own: a Ctrl-C is for the one who started it to pass on."""
-    return subprocess.Popen(command(name, words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, errors="replace", start_new_session=True)
+    return subprocess.Popen(
+        command(name, words),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
 
 
 def ask(name: str, script: str, request: dict[str, Any], seconds: float = 20) -> dict[str, Any]:
@@ -118,7 +145,9 @@ def ask(name: str, script: str, request: dict[str, Any], seconds: float = 20) ->
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        raise Unreachable(f"gives no answer in {seconds:.0f} s", f"try it by hand: ssh {name} python3 --version") from None
+        raise Unreachable(
+            f"gives no answer in {seconds:.0f} s", f"try it by hand: ssh {name} python3 --version"
+        ) from None
     answer = {**answer_in(out, script), "arrived": time.time(), "asked": began}
     if len(answer) == 2:
         raise explain(name, process.returncode, err)
@@ -128,7 +157,7 @@ def ask(name: str, script: str, request: dict[str, Any], seconds: float = 20) ->
 def answer_in(out: str, script: str) -> dict[str, Any]:
     """The last marked line of what a host printed; login scripts there may print as well."""
     mark = script.removesuffix(".py") + ":"
-    lines = [line[len(mark):] for line in out.splitlines() if line.startswith(mark)]
+    lines = [line[len(mark) :] for line in out.splitlines() if line.startswith(mark)]
     return json.loads(lines[-1]) if lines else {}
 
 
@@ -143,6 +172,7 @@ def explain(name: str, code: int, err: str) -> Unreachable:
 
 def at_once(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     """`function` of each item, all at the same time, in their order; an Unreachable is returned in its place."""
+
     def safely(item: Any) -> Any:
         try:
             return function(item)

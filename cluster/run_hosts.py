@@ -27,9 +27,39 @@ from cluster.remote import Host, say  # noqa: E402
 from common.paths import PROJECT
 from config.command_line import Parser  # noqa: E402
 
-SENT = ("NCCL_", "GLOO_", "TP_SOCKET", "TORCH", "PYTORCH_", "DS_", "DEEPSPEED_", "OMP_", "MKL_", "CUDA_LAUNCH", "CUDA_DEVICE", "HF_", "UCX_", "FI_",
-        "OFI_", "MLFLOW", "WANDB_", "TOKENIZERS_", "DALI_", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONWARNINGS", "PYTHONFAULT",
-        "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HANG_SECONDS")
+SENT = (
+    "NCCL_",
+    "GLOO_",
+    "TP_SOCKET",
+    "TORCH",
+    "PYTORCH_",
+    "DS_",
+    "DEEPSPEED_",
+    "OMP_",
+    "MKL_",
+    "CUDA_LAUNCH",
+    "CUDA_DEVICE",
+    "HF_",
+    "UCX_",
+    "FI_",
+    "OFI_",
+    "MLFLOW",
+    "WANDB_",
+    "TOKENIZERS_",
+    "DALI_",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "PYTHONHASHSEED",
+    "PYTHONWARNINGS",
+    "PYTHONFAULT",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "HANG_SECONDS",
+)
 INEXACT = "--allow-inexact-resume"  # of train.py
 
 
@@ -49,19 +79,37 @@ class Stop:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser("./launch_distributed_train.sh", "Train on every machine of the hostfile, over SSH. All other arguments go to train.py.",
-                    example="./launch_distributed_train.sh --preset spt-lsa --restarts 3",
-                    notes="exit code: docs/cluster.md; what train.py takes: python train.py --help")
+    parser = Parser(
+        "./launch_distributed_train.sh",
+        "Train on every machine of the hostfile, over SSH. All other arguments go to train.py.",
+        example="./launch_distributed_train.sh --preset spt-lsa --restarts 3",
+        notes="exit code: docs/cluster.md; what train.py takes: python train.py --help",
+    )
     parser.add_argument("--hostfile", default=str(PROJECT / "hostfile"), help=argparse.SUPPRESS)
     before = parser.add_argument_group("before the start")
     before.add_argument("--check", action="store_true", help="look at all hosts and start nothing")
-    before.add_argument("--sync", action="store_true", help="first copy code and dataset to the hosts that lack them, and make the environment there")
+    before.add_argument(
+        "--sync",
+        action="store_true",
+        help="first copy code and dataset to the hosts that lack them, and make the environment there",
+    )
     before.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
     failures = parser.add_argument_group("failures")
-    failures.add_argument("--restarts", type=int, default=0, metavar="N",
-                          help="after a failure start again from the last checkpoint, N times at most; without a host that stays away (default: 0)")
-    failures.add_argument("--hang-seconds", type=float, default=50, metavar="S", help="give up when a rank waits this many seconds for the others; "
-                          "raise it where a step, or gathering a checkpoint, takes longer (default: 50)")
+    failures.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a failure start again from the last checkpoint, N times at most; without a host that stays away (default: 0)",
+    )
+    failures.add_argument(
+        "--hang-seconds",
+        type=float,
+        default=50,
+        metavar="S",
+        help="give up when a rank waits this many seconds for the others; "
+        "raise it where a step, or gathering a checkpoint, takes longer (default: 50)",
+    )
     return parser.parse_known_args()
 
 
@@ -74,7 +122,11 @@ def main() -> int:
         say(str(error))
         return EXIT_USAGE
     train = paths_of(arguments)
-    environment = {**sent(os.environ), **deepspeed_env(), "HANG_SECONDS": os.environ.get("HANG_SECONDS", f"{args.hang_seconds:g}")}
+    environment = {
+        **sent(os.environ),
+        **deepspeed_env(),
+        "HANG_SECONDS": os.environ.get("HANG_SECONDS", f"{args.hang_seconds:g}"),
+    }
     if os.environ.get("DRY_RUN"):
         show_commands(hosts, arguments, environment, train.runs_dir)
         return 0
@@ -99,9 +151,13 @@ def main() -> int:
         report = regrouped
         arguments = [word for word in arguments if word != "--fresh"]
         if ranks_of(report.hosts) != ranks_of(outcome.hosts) and INEXACT not in arguments:
-            say(f"Each rank takes another part of the batch than before, which shows where statistics are taken of it (BatchNorm): {INEXACT}.")
+            say(
+                f"Each rank takes another part of the batch than before, which shows where statistics are taken of it (BatchNorm): {INEXACT}."
+            )
             arguments = [*arguments, INEXACT]
-        say(f"Starting again from the last checkpoint ({left - 1} more restart{'' if left == 2 else 's'} after this one).")
+        say(
+            f"Starting again from the last checkpoint ({left - 1} more restart{'' if left == 2 else 's'} after this one)."
+        )
     if stop.requested and outcome.code not in (0, EXIT_STOPPED):
         return 128 + stop.number
     return outcome.code
@@ -146,7 +202,17 @@ def deepspeed_env() -> dict[str, str]:
 
 
 def plan(report: Report, arguments: list[str], environment: dict[str, str], runs: Path, limits: Limits) -> Plan:
-    return Plan(report.hosts, report.meeting, sys.executable, str(PROJECT / "train.py"), arguments, environment, report.on_cpu, runs, limits)
+    return Plan(
+        report.hosts,
+        report.meeting,
+        sys.executable,
+        str(PROJECT / "train.py"),
+        arguments,
+        environment,
+        report.on_cpu,
+        runs,
+        limits,
+    )
 
 
 def show_commands(hosts: list[Host], arguments: list[str], environment: dict[str, str], runs: Path) -> None:
@@ -168,6 +234,7 @@ def tell(outcome: Outcome) -> None:
 
 
 # --- starting again ---------------------------------------------------------------------------------------------------
+
 
 def ranks_of(hosts: list[Host]) -> int:
     return sum(host.slots for host in hosts)
@@ -197,10 +264,14 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
             return None
         ranks = ranks_of(hosts)
         if ranks != ranks_of(outcome.hosts):
-            say(f"Going on with {ranks} ranks on {', '.join(host.name for host in hosts)}; the global batch stays {total}.")
+            say(
+                f"Going on with {ranks} ranks on {', '.join(host.name for host in hosts)}; the global batch stays {total}."
+            )
     if outcome.folder and hosts[0] != outcome.hosts[0] and not exists(hosts[0], f"{outcome.folder}/run.json"):
-        say(f"The run folder was on {outcome.hosts[0].name} alone, and {hosts[0].name} does not have {outcome.folder}: "
-            "put run folders on a shared disk (--runs-dir) to go on without the first host.")
+        say(
+            f"The run folder was on {outcome.hosts[0].name} alone, and {hosts[0].name} does not have {outcome.folder}: "
+            "put run folders on a shared disk (--runs-dir) to go on without the first host."
+        )
         return None
     report = preflight.inspect(hosts, what) if hosts != report.hosts else report
     return report if report.can_start else None

@@ -58,7 +58,13 @@ class Hosts:
         ports: of the SSH servers that do not listen on 22.
     """
 
-    def __init__(self, folder: Path, count: int, own: dict[str, dict[Path, Path]] | None = None, ports: dict[str, int] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        own: dict[str, dict[Path, Path]] | None = None,
+        ports: dict[str, int] | None = None,
+    ):
         self.folder, self.count, self.own, self.ports = folder, count, own or {}, ports or {}
         self.names = [f"box{i}" for i in range(1, count + 1)]
         self.word = secrets.token_hex(3)
@@ -106,7 +112,8 @@ class Hosts:
         ports = "".join(f"Host {name}\n  Port {port}\n" for name, port in self.ports.items())
         (self.folder / "config").write_text(
             f"{ports}Host *\n  User root\n  IdentityFile {self.folder}/key\n  IdentitiesOnly yes\n  StrictHostKeyChecking no\n"
-            "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n")
+            "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+        )
         (self.folder / "bin").mkdir()
         (self.folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/config "$@"\n')
         (self.folder / "bin/ssh").chmod(0o755)
@@ -126,8 +133,10 @@ class Hosts:
         ip("-n", space, "link", "set", "dead0", "up")
         others = "".join(f"{ADDRESSES}.{j} box{j}\n" for j in range(1, self.count + 1) if j != i)
         # The machine's own name at the loopback, as many a /etc/hosts has it.
-        for file, text in (("hosts", f"127.0.0.1 localhost {os.uname().nodename}\n{DEAD_ADDRESSES}.{i}.1 box{i}\n{others}"),
-                           ("resolv.conf", "nameserver 127.0.0.1\n")):
+        for file, text in (
+            ("hosts", f"127.0.0.1 localhost {os.uname().nodename}\n{DEAD_ADDRESSES}.{i}.1 box{i}\n{others}"),
+            ("resolv.conf", "nameserver 127.0.0.1\n"),
+        ):
             path = Path("/etc/netns", space, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -135,14 +144,33 @@ class Hosts:
 
     def _sshd(self, name: str) -> None:
         config = self.folder / f"sshd-{name}"
-        config.write_text(f"Port {self.ports.get(name, 22)}\nHostKey {self.folder}/hostkey\nAuthorizedKeysFile {self.folder}/authorized_keys\n"
-                          "StrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 50:30:100\nPidFile none\n")
-        binds = "".join(f"{shlex.join(['mount', '--bind', str(source), str(target)])} && " for target, source in self.own.get(name, {}).items())
-        words = ["ip", "netns", "exec", self.space(name), "unshare", "-m", "sh", "-c", f"{binds}exec {SSHD} -D -f {config} -E {config}.log"]
-        self.sshds[name] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        config.write_text(
+            f"Port {self.ports.get(name, 22)}\nHostKey {self.folder}/hostkey\nAuthorizedKeysFile {self.folder}/authorized_keys\n"
+            "StrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 50:30:100\nPidFile none\n"
+        )
+        binds = "".join(
+            f"{shlex.join(['mount', '--bind', str(source), str(target)])} && "
+            for target, source in self.own.get(name, {}).items()
+        )
+        words = [
+            "ip",
+            "netns",
+            "exec",
+            self.space(name),
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            f"{binds}exec {SSHD} -D -f {config} -E {config}.log",
+        ]
+        self.sshds[name] = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         while "Server listening" not in read(f"{config}.log"):
             if self.sshds[name].poll() is not None:
-                raise HostsError(f"sshd of {name}: {self.sshds[name].stderr.read().strip()} {read(f'{config}.log').strip()}")
+                raise HostsError(
+                    f"sshd of {name}: {self.sshds[name].stderr.read().strip()} {read(f'{config}.log').strip()}"
+                )
             time.sleep(0.02)
 
     # --- using them -------------------------------------------------------------------------------------------------
@@ -156,8 +184,14 @@ class Hosts:
         return {**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", **variables}
 
     def start(self, name: str, words: list, **variables: str) -> subprocess.Popen:
-        return subprocess.Popen(self.command(name, words), env=self.environment(**variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            self.command(name, words),
+            env=self.environment(**variables),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def run(self, name: str, words: list, seconds: float = 60, **variables: str) -> subprocess.CompletedProcess:
         process = self.start(name, words, **variables)
@@ -165,7 +199,9 @@ class Hosts:
             out = process.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
             process.kill()
-            raise HostsError(f"still running after {seconds} s: {' '.join(map(str, words))}\n{process.communicate()[0]}") from None
+            raise HostsError(
+                f"still running after {seconds} s: {' '.join(map(str, words))}\n{process.communicate()[0]}"
+            ) from None
         return subprocess.CompletedProcess(words, process.returncode, out)
 
     def processes(self, name: str) -> list[int]:
@@ -175,8 +211,14 @@ class Hosts:
 
     def at_work(self) -> list[str]:
         """What runs on any of the hosts, but for the SSH servers: `host: command` each."""
-        commands = [(name, read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()) for name in self.names for pid in self.processes(name)]
-        return [f"{name}: {command}" for name, command in commands if command and not command.startswith((SSHD, "sshd"))]
+        commands = [
+            (name, read(f"/proc/{pid}/cmdline").replace("\0", " ").strip())
+            for name in self.names
+            for pid in self.processes(name)
+        ]
+        return [
+            f"{name}: {command}" for name, command in commands if command and not command.startswith((SSHD, "sshd"))
+        ]
 
     def cut(self, name: str) -> None:
         """Pull a host's cable."""
@@ -199,7 +241,9 @@ def read(path: str) -> str:
         return ""
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: Callable[[], str] | str = "waited in vain") -> None:
+def wait_until(
+    condition: Callable[[], object], seconds: float, what: Callable[[], str] | str = "waited in vain"
+) -> None:
     """Return as soon as `condition` holds. Raises AssertionError: it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

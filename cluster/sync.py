@@ -26,8 +26,11 @@ def mend(report: Any, what: dict[str, Any], inspect: Callable) -> Any:
         say("this machine has no rsync: apt-get install rsync")
         return report
     own = remote.ask("localhost", "probe.py", what)
-    pairs = [(host, answer) for host, answer in zip(report.hosts, report.answers, strict=True)
-             if not isinstance(answer, Unreachable) and not remote.is_here(host.name)]
+    pairs = [
+        (host, answer)
+        for host, answer in zip(report.hosts, report.answers, strict=True)
+        if not isinstance(answer, Unreachable) and not remote.is_here(host.name)
+    ]
     for (host, _), failure in zip(pairs, remote.at_once(lambda pair: _mend_one(*pair, own, what), pairs), strict=True):
         if failure:
             say(f"{host.name} {failure.reason}: {failure.mend}")
@@ -38,7 +41,10 @@ def _mend_one(host: Host, answer: Answer, own: dict[str, Any], what: dict[str, A
     if not answer["rsync"]:
         raise Unreachable("has no rsync", "apt-get install rsync there")
     project = what["project"]
-    if any(answer["code"].get(path) != digest for path, digest in own["code"].items()) or answer["commit"] != own["commit"]:
+    if (
+        any(answer["code"].get(path) != digest for path, digest in own["code"].items())
+        or answer["commit"] != own["commit"]
+    ):
         say(f"{host.name}: copying the project to {project}")
         copy(host, project, [f"--exclude={name}" for name in KEPT])
     if own["data"] and answer["data"] != own["data"]:
@@ -53,7 +59,10 @@ def _mend_one(host: Host, answer: Answer, own: dict[str, Any], what: dict[str, A
 def make_environment(host: Host, project: str, python: str) -> None:
     """The project's .venv on a host, by the script that makes it here. Raises Unreachable: why not."""
     if not python.startswith(f"{project}/.venv/"):
-        raise Unreachable(f"has no interpreter {python}", f"--sync makes {project}/.venv only; start with that one here too (environment/setup.sh)")
+        raise Unreachable(
+            f"has no interpreter {python}",
+            f"--sync makes {project}/.venv only; start with that one here too (environment/setup.sh)",
+        )
     say(f"{host.name}: making the Python environment (minutes)")
     driver = [f"DRIVER_CUDA={os.environ['DRIVER_CUDA']}"] if os.environ.get("DRIVER_CUDA") else []
     words = ["env", f"PYTHON={python}", *driver, f"{project}/environment/setup.sh"]
@@ -64,7 +73,11 @@ def copy(host: Host, folder: str, options: list[str]) -> None:
     """The content of a folder to the same path on a host."""
     run(host, remote.command(host.name, ["mkdir", "-p", str(Path(folder))]), "could not make the folder")
     ssh = " ".join(remote.SSH)
-    run(host, ["rsync", "-a", "--partial", *options, "-e", ssh, f"{folder}/", f"{host.name}:{folder}/"], "could not be given a copy")
+    run(
+        host,
+        ["rsync", "-a", "--partial", *options, "-e", ssh, f"{folder}/", f"{host.name}:{folder}/"],
+        "could not be given a copy",
+    )
 
 
 def run(host: Host, words: list[str], failure: str) -> None:

@@ -27,8 +27,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise RunError(f"{os.path.relpath(path)} could not be written ({error.strerror}); what stood there before is untouched. "
-                       "Mend the disk and start again") from error
+        raise RunError(
+            f"{os.path.relpath(path)} could not be written ({error.strerror}); what stood there before is untouched. "
+            "Mend the disk and start again"
+        ) from error
 
 
 def flush_to_disk(path: Path, forget: bool = False) -> None:

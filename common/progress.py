@@ -1,7 +1,7 @@
 """How far along a long step is: a bar on a terminal, a line at the start and one at the end elsewhere (log files, CI).
 
-    for image in progress(images, total=len(images), what="decoding"):
-        ...
+for image in progress(images, total=len(images), what="decoding"):
+    ...
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def progress(items: Iterable[Item], total: int, what: str, weigh: Callable[[Item], int] = lambda item: 1) -> Iterator[Item]:
+def progress(
+    items: Iterable[Item], total: int, what: str, weigh: Callable[[Item], int] = lambda item: 1
+) -> Iterator[Item]:
     """Yield `items` and show on stderr how much of `total` is done; `weigh` says how many units one item counts for."""
     if sys.stderr.isatty():
         from tqdm import tqdm

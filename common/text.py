@@ -9,7 +9,7 @@ from collections.abc import Iterable
 def shorten(text: str, length: int) -> str:
     """A name of at most `length` letters; the middle goes, because long names often differ at their ends."""
     tail = (length - 1) // 3
-    return text if len(text) <= length else text[: length - 1 - tail] + "…" + text[len(text) - tail:]
+    return text if len(text) <= length else text[: length - 1 - tail] + "…" + text[len(text) - tail :]
 
 
 def duration(seconds: float) -> str:

@@ -76,8 +76,13 @@ class Experiment:
         return [(arm, seed) for arm in self.variants for seed in range(self.seeds)]
 
 
-def read(path: Path, size: str | None = None, seeds: int | None = None, overrides: list[str] | None = None,
-         final: bool = False) -> Experiment:
+def read(
+    path: Path,
+    size: str | None = None,
+    seeds: int | None = None,
+    overrides: list[str] | None = None,
+    final: bool = False,
+) -> Experiment:
     """Read an experiment file.
 
     Args:
@@ -95,7 +100,10 @@ def read(path: Path, size: str | None = None, seeds: int | None = None, override
     if size is None and "small" in sizes:
         size = "small"
     if size is not None and size not in sizes:
-        raise SettingsError(f"{path.name}: " + (unknown("size", size, list(sizes)) if sizes else "it has no table [sizes], so --size has no meaning"))
+        raise SettingsError(
+            f"{path.name}: "
+            + (unknown("size", size, list(sizes)) if sizes else "it has no table [sizes], so --size has no meaning")
+        )
     at_size = sizes.get(size, {})
     if size is not None:
         name += f"-{size}"
@@ -112,7 +120,17 @@ def read(path: Path, size: str | None = None, seeds: int | None = None, override
     if preset.endswith(".toml"):  # a file beside this one, or one given by its whole path
         preset = str((path.parent / preset).resolve())
     arms = _read_variants(path, tree.get("arms", []), at_size.get("arms", {}), preset, common)
-    return Experiment(name, facts["question"], preset, facts["dataset"], facts["seeds"], float(facts["hold_out"]), budget, amount, arms)
+    return Experiment(
+        name,
+        facts["question"],
+        preset,
+        facts["dataset"],
+        facts["seeds"],
+        float(facts["hold_out"]),
+        budget,
+        amount,
+        arms,
+    )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -139,23 +157,37 @@ def _budget(path: Path, tree: dict[str, Any], at_size: dict[str, Any]) -> tuple[
         if named:
             break
     if len(named) != 1:
-        raise SettingsError(f"{path.name}: give exactly one budget ({', '.join(BUDGETS)}), not {' and '.join(named) or 'none'}")
+        raise SettingsError(
+            f"{path.name}: give exactly one budget ({', '.join(BUDGETS)}), not {' and '.join(named) or 'none'}"
+        )
     kind, amount = named[0], table[named[0]]
     number = (int, float) if kind == "seconds" else int
     if isinstance(amount, bool) or not isinstance(amount, number) or amount <= 0:
-        raise SettingsError(f"{path.name}: {kind} must be a {'number' if kind == 'seconds' else 'whole number'} above 0, not {amount!r}")
+        raise SettingsError(
+            f"{path.name}: {kind} must be a {'number' if kind == 'seconds' else 'whole number'} above 0, not {amount!r}"
+        )
     return kind, amount
 
 
 def _check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
-    for key, kinds in (("question", str), ("preset", str), ("dataset", str), ("seeds", int), ("hold_out", (int, float))):
+    for key, kinds in (
+        ("question", str),
+        ("preset", str),
+        ("dataset", str),
+        ("seeds", int),
+        ("hold_out", (int, float)),
+    ):
         if not isinstance(facts.get(key), kinds) or isinstance(facts[key], bool):
-            raise SettingsError(f"{path.name}: {key} " + (f"cannot be {facts[key]!r}" if key in facts else "is missing"))
+            raise SettingsError(
+                f"{path.name}: {key} " + (f"cannot be {facts[key]!r}" if key in facts else "is missing")
+            )
     if not 1 <= facts["seeds"] <= MAX_SEEDS:
         raise SettingsError(f"{path.name}: seeds must lie between 1 and {MAX_SEEDS}, not {facts['seeds']}")
     if not 0 <= facts["hold_out"] < 1 or (facts["hold_out"] == 0 and not final):
-        raise SettingsError(f"{path.name}: hold_out={facts['hold_out']:g} leaves nothing to compare arms on; it must lie between 0 and 1 "
-                            "(0 only with --final, which reports the test split)")
+        raise SettingsError(
+            f"{path.name}: hold_out={facts['hold_out']:g} leaves nothing to compare arms on; it must lie between 0 and 1 "
+            "(0 only with --final, which reports the test split)"
+        )
 
 
 def _read_variants(path: Path, arms: Any, at_size: dict[str, Any], preset: str, common: list[str]) -> list[Variant]:
@@ -164,7 +196,9 @@ def _read_variants(path: Path, arms: Any, at_size: dict[str, Any], preset: str, 
     names = [arm.get("name") for arm in arms]
     for name, count in Counter(names).items():
         if not isinstance(name, str) or not NAME.fullmatch(name) or count > 1:
-            raise SettingsError(f"{path.name}: every arm needs a name of its own, of letters, digits, '.', '_' and '-'; not {name!r}")
+            raise SettingsError(
+                f"{path.name}: every arm needs a name of its own, of letters, digits, '.', '_' and '-'; not {name!r}"
+            )
     for name in at_size:
         if name not in names:
             raise SettingsError(f"{path.name}: " + unknown("arm", name, names))
@@ -179,7 +213,7 @@ def _read_variants(path: Path, arms: Any, at_size: dict[str, Any], preset: str, 
 def _read_variant(path: Path, arm: dict[str, Any], at_size: dict[str, Any], preset: str, common: list[str]) -> Variant:
     where = f"{path.name}, arm '{arm['name']}': "
     if not isinstance(arm.get("idea"), str):
-        raise SettingsError(f"{where}say in one sentence what the idea is (idea = \"...\")")
+        raise SettingsError(f'{where}say in one sentence what the idea is (idea = "...")')
     own = {key: value for key, value in arm.items() if key not in ("name", "idea")}
     for key in (*own, *at_size):
         if key in OWN:
@@ -199,5 +233,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[str]:
     texts = []
     for key, value in sorted(tree.items(), key=lambda item: (item[0] != "architecture", item[0].endswith("_options"))):
         path = f"{prefix}{key}"
-        texts += _flatten(value, f"{path}.") if isinstance(value, dict) else [f"{path}={json.dumps(value, default=str)}"]
+        texts += (
+            _flatten(value, f"{path}.") if isinstance(value, dict) else [f"{path}={json.dumps(value, default=str)}"]
+        )
     return texts

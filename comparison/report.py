@@ -78,15 +78,21 @@ def load(task: PlannedRun, seed: int, final: bool) -> Run | None:
     if task.state() != "finished":
         return None
     record = RunFolder(task.folder)
-    lines = [{key: value for key, value in line.items() if final or not key.startswith("test_")} for line in record.metrics()]
+    lines = [
+        {key: value for key, value in line.items() if final or not key.startswith("test_")} for line in record.metrics()
+    ]
     return Run(seed, record.facts(), lines)
 
 
-def variant_results(experiment: Experiment, costs: list[Cost], tasks: dict[tuple[str, int], PlannedRun], final: bool) -> list[VariantResult]:
+def variant_results(
+    experiment: Experiment, costs: list[Cost], tasks: dict[tuple[str, int], PlannedRun], final: bool
+) -> list[VariantResult]:
     """All arms in the order of the file; equality is to the first of them."""
     results: list[VariantResult] = []
     for arm, cost in zip(experiment.variants, costs, strict=True):
-        loaded = [load(tasks[arm.name, seed], seed, final) for seed in range(experiment.seeds) if (arm.name, seed) in tasks]
+        loaded = [
+            load(tasks[arm.name, seed], seed, final) for seed in range(experiment.seeds) if (arm.name, seed) in tasks
+        ]
         runs = [run for run in loaded if run is not None]
         reference = results[0].runs if results else runs
         results.append(VariantResult(arm.name, arm.idea, cost, runs, inequalities(runs, reference, experiment)))
@@ -126,7 +132,14 @@ EQUAL = {
 }
 
 
-def write(experiment: Experiment, results: list[VariantResult], missing: dict[str, str], folder: Path, final: bool, command: str) -> Path:
+def write(
+    experiment: Experiment,
+    results: list[VariantResult],
+    missing: dict[str, str],
+    folder: Path,
+    final: bool,
+    command: str,
+) -> Path:
     """Write the report and its pictures; returns the path of report.md.
 
     Args:
@@ -135,14 +148,27 @@ def write(experiment: Experiment, results: list[VariantResult], missing: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     exploring = "validation" if experiment.hold_out else "test"
     splits = [exploring] + (["test"] if final and exploring != "test" else [])
-    compared = {split: compare({arm.name: arm.accuracies(split) for arm in results}, results[0].name) for split in splits}
+    compared = {
+        split: compare({arm.name: arm.accuracies(split) for arm in results}, results[0].name) for split in splits
+    }
     split = splits[-1]  # what the pictures show
     label = f"accuracy on the {SPLITS[split]} (%)"
     with_runs = [arm for arm in results if arm.runs]
-    save(variant_accuracy({arm.name: list(arm.accuracies(split).values()) for arm in with_runs}, experiment.question, label), folder / "accuracy.png")
+    save(
+        variant_accuracy(
+            {arm.name: list(arm.accuracies(split).values()) for arm in with_runs}, experiment.question, label
+        ),
+        folder / "accuracy.png",
+    )
     save(accuracy_against(_costs_of(with_runs, split), experiment.question, label), folder / "costs.png")
-    save(variant_curves({arm.name: _curves(arm, exploring) for arm in with_runs}, experiment.question, f"accuracy on the {SPLITS[exploring]} (%)"),
-         folder / "curves.png")
+    save(
+        variant_curves(
+            {arm.name: _curves(arm, exploring) for arm in with_runs},
+            experiment.question,
+            f"accuracy on the {SPLITS[exploring]} (%)",
+        ),
+        folder / "curves.png",
+    )
     facts = _facts(experiment, results, missing, final, command)
     rows = {split: [_row(arm, split, compared[split].get(arm.name)) for arm in results] for split in splits}
     report = {**facts, "results": rows}
@@ -151,7 +177,9 @@ def write(experiment: Experiment, results: list[VariantResult], missing: dict[st
     return folder / "report.md"
 
 
-def _facts(experiment: Experiment, results: list[VariantResult], missing: dict[str, str], final: bool, command: str) -> dict[str, Any]:
+def _facts(
+    experiment: Experiment, results: list[VariantResult], missing: dict[str, str], final: bool, command: str
+) -> dict[str, Any]:
     runs = [run for arm in results for run in arm.runs]
     here = provenance()
     of_run = runs[0].facts if runs else {}
@@ -168,7 +196,10 @@ def _facts(experiment: Experiment, results: list[VariantResult], missing: dict[s
         "commit_of_report": here["commit"],
         "hardware": {"device": of_run.get("device"), "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
         "versions": of_run.get("versions", here["versions"]),
-        "arms": {arm.name: {"idea": arm.idea, **asdict(arm.cost), "unequal": [without_paths(text) for text in arm.unequal]} for arm in results},
+        "arms": {
+            arm.name: {"idea": arm.idea, **asdict(arm.cost), "unequal": [without_paths(text) for text in arm.unequal]}
+            for arm in results
+        },
         "settings": {arm.name: arm.settings.as_dict() for arm in experiment.variants},
         "missing": {name: without_paths(reason) for name, reason in missing.items()},
     }
@@ -190,30 +221,62 @@ def _row(arm: VariantResult, split: str, difference: Difference | None) -> dict[
 
 
 def _costs_of(arms: list[VariantResult], split: str) -> dict[str, dict[str, Any]]:
-    return {arm.name: {"accuracy": list(arm.accuracies(split).values()), "parameters": arm.cost.parameters / 1e6,
-                       "MFLOPs an image": arm.cost.flops / 1e6,
-                       "training seconds": float(np.mean([run.training_seconds for run in arm.runs]))} for arm in arms}
+    return {
+        arm.name: {
+            "accuracy": list(arm.accuracies(split).values()),
+            "parameters": arm.cost.parameters / 1e6,
+            "MFLOPs an image": arm.cost.flops / 1e6,
+            "training seconds": float(np.mean([run.training_seconds for run in arm.runs])),
+        }
+        for arm in arms
+    }
 
 
 def _curves(arm: VariantResult, split: str) -> tuple[list[float], list[list[float]]]:
     """Epochs (fractions where the budget ended inside one), and the accuracies of every seed there."""
     epochs = [line["step"] / arm.runs[0].facts["steps_per_epoch"] for line in arm.runs[0].lines]
-    return epochs, [[100 * line[f"{split}_accuracy"] for line in run.lines] for run in arm.runs if len(run.lines) == len(epochs)]
+    return epochs, [
+        [100 * line[f"{split}_accuracy"] for line in run.lines] for run in arm.runs if len(run.lines) == len(epochs)
+    ]
 
 
-def _markdown(experiment: Experiment, report: dict[str, Any], results: list[VariantResult], splits: list[str],
-              compared: dict[str, dict[str, Difference]]) -> str:
+def _markdown(
+    experiment: Experiment,
+    report: dict[str, Any],
+    results: list[VariantResult],
+    splits: list[str],
+    compared: dict[str, dict[str, Difference]],
+) -> str:
     text = [f"# {experiment.question}", "", f"Made by `{report['command']}`."]
     for split in reversed(splits):
-        text += ["", f"## Answer on the {SPLITS[split]}", "", *_answers(results, compared[split]), "",
-                 *_table(report["results"][split], report["arms"], experiment)]
+        text += [
+            "",
+            f"## Answer on the {SPLITS[split]}",
+            "",
+            *_answers(results, compared[split]),
+            "",
+            *_table(report["results"][split], report["arms"], experiment),
+        ]
     text += ["", "![accuracy by arm](accuracy.png)", "![accuracy against cost](costs.png)", "![curves](curves.png)"]
     unequal = [f"- **{arm.name}**{MARK} — {line}" for arm in results for line in report["arms"][arm.name]["unequal"]]
     equal = "Dataset, held-out part, budget, commit, device and versions were compared over all runs"
-    text += ["", "## Were the arms treated alike?", "",
-             *([f"{equal}. Not equal to the first arm, and marked {MARK} above:", "", *unequal] if unequal else [f"{equal}: equal."])]
+    text += [
+        "",
+        "## Were the arms treated alike?",
+        "",
+        *(
+            [f"{equal}. Not equal to the first arm, and marked {MARK} above:", "", *unequal]
+            if unequal
+            else [f"{equal}: equal."]
+        ),
+    ]
     if report["missing"]:
-        text += ["", "## Runs that are missing", "", *[f"- {name}: {reason}" for name, reason in report["missing"].items()]]
+        text += [
+            "",
+            "## Runs that are missing",
+            "",
+            *[f"- {name}: {reason}" for name, reason in report["missing"].items()],
+        ]
     text += ["", "## The arms", "", *_arms(experiment)]
     text += ["", "## How to read this, and what it does not show", "", *_caveats(experiment, report, results, splits)]
     return "\n".join(text) + "\n"
@@ -222,7 +285,11 @@ def _markdown(experiment: Experiment, report: dict[str, Any], results: list[Vari
 def _answers(results: list[VariantResult], compared: dict[str, Difference]) -> list[str]:
     first, lines = results[0], []
     for arm in results[1:]:
-        answer = compared[arm.name].sentence if arm.name in compared else "cannot be compared: it shares no finished seed with the first arm"
+        answer = (
+            compared[arm.name].sentence
+            if arm.name in compared
+            else "cannot be compared: it shares no finished seed with the first arm"
+        )
         costs = f"{arm.cost.parameters / first.cost.parameters:.2f} x the parameters, {arm.cost.flops / first.cost.flops:.2f} x the FLOPs"
         if arm.name in compared:
             costs += f", {_speed(arm) / _speed(first):.2f} x the images/s"
@@ -239,27 +306,35 @@ def _table(rows: list[dict[str, Any]], arms: dict[str, Any], experiment: Experim
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    lines = ["| arm | n | mean % | sd | difference, 95% | p | p (Holm) | parameters | MFLOPs an image | images/s | training s |",
-             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| arm | n | mean % | sd | difference, 95% | p | p (Holm) | parameters | MFLOPs an image | images/s | training s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for row in rows:
         arm, d = arms[row["arm"]], row["difference"]
         against = f"{d['mean']:+.2f}" + (f" ± {d['half']:.2f}" if d["half"] is not None else "") if d else "–"
-        lines.append(f"| {row['arm']}{MARK if arm['unequal'] else ''} | {row['n']} | {number(row['mean'], '.2f')} | {number(row['sd'], '.2f')} "
-                     f"| {against} | {number(d and d['p'], '.3f')} | {number(d and d['p_corrected'], '.3f')} | {arm['parameters']:,} "
-                     f"| {arm['flops'] / 1e6:,.2f} | {number(row['images_per_second'], ',.0f')} | {number(row['training_seconds'], ',.0f')} |")
+        lines.append(
+            f"| {row['arm']}{MARK if arm['unequal'] else ''} | {row['n']} | {number(row['mean'], '.2f')} | {number(row['sd'], '.2f')} "
+            f"| {against} | {number(d and d['p'], '.3f')} | {number(d and d['p_corrected'], '.3f')} | {arm['parameters']:,} "
+            f"| {arm['flops'] / 1e6:,.2f} | {number(row['images_per_second'], ',.0f')} | {number(row['training_seconds'], ',.0f')} |"
+        )
     return lines
 
 
 def _arms(experiment: Experiment) -> list[str]:
     first, lines = experiment.variants[0], []
     for arm in experiment.variants:
-        changed = [re.sub(r"^(\S+) was (.*), is (.*)$", r"`\1` \3 (not \2)", text)
-                   for text in differences(first.settings.as_dict(), arm.settings.as_dict())]
+        changed = [
+            re.sub(r"^(\S+) was (.*), is (.*)$", r"`\1` \3 (not \2)", text)
+            for text in differences(first.settings.as_dict(), arm.settings.as_dict())
+        ]
         lines.append(f"- **{arm.name}**: {arm.idea}" + (f" Settings: {'; '.join(changed)}." if changed else ""))
     return lines
 
 
-def _caveats(experiment: Experiment, report: dict[str, Any], results: list[VariantResult], splits: list[str]) -> list[str]:
+def _caveats(
+    experiment: Experiment, report: dict[str, Any], results: list[VariantResult], splits: list[str]
+) -> list[str]:
     runs = [run for arm in results for run in arm.runs]
     if not runs:
         return ["No run is finished."]
@@ -274,17 +349,28 @@ def _caveats(experiment: Experiment, report: dict[str, Any], results: list[Varia
         lines.append(note[0].upper() + note[1:] + ".")
     for split in splits:
         counted, mean = first.lines[-1][f"{split}_seen"], np.mean([run.accuracy(split) for run in runs]) / 100
-        lines.append(f"Every arm is counted on the same {counted:,} images of the {SPLITS[split]}. Other images would move an accuracy "
-                     f"(standard error about {100 * np.sqrt(mean * (1 - mean) / counted):.2f} points); the intervals do not contain that.")
-    lines.append("The test split was reported because of --final." if report["final"] else
-                 "The test split was neither used nor shown. train.py counts it once, at the end of a run, and writes that into the run "
-                 "folder; here it is dropped as the file is read. `--final` reports it, once all choices are made.")
-    lines.append(f"It holds for this budget ({experiment.budget_amount:g} {experiment.budget}: {first.samples:,} images trained on), these sizes, one "
-                 "learning rate for all arms and one dataset; an arm may need another learning rate or a longer run to show what it can.")
-    lines.append(f"Images/s and training seconds are of this machine ({device}; {hardware['cpu']}, {hardware['cores']} cores) and of what "
-                 "else ran on it.")
+        lines.append(
+            f"Every arm is counted on the same {counted:,} images of the {SPLITS[split]}. Other images would move an accuracy "
+            f"(standard error about {100 * np.sqrt(mean * (1 - mean) / counted):.2f} points); the intervals do not contain that."
+        )
+    lines.append(
+        "The test split was reported because of --final."
+        if report["final"]
+        else "The test split was neither used nor shown. train.py counts it once, at the end of a run, and writes that into the run "
+        "folder; here it is dropped as the file is read. `--final` reports it, once all choices are made."
+    )
+    lines.append(
+        f"It holds for this budget ({experiment.budget_amount:g} {experiment.budget}: {first.samples:,} images trained on), these sizes, one "
+        "learning rate for all arms and one dataset; an arm may need another learning rate or a longer run to show what it can."
+    )
+    lines.append(
+        f"Images/s and training seconds are of this machine ({device}; {hardware['cpu']}, {hardware['cores']} cores) and of what "
+        "else ran on it."
+    )
     dirty = ", with uncommitted changes" if report["uncommitted_changes"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines.append(f"Commit {', '.join(commit[:12] for commit in report['commits'])}{dirty}; {versions}; "
-                 f"dataset {report['dataset']['name']} {report['dataset']['fingerprint'][:19]}.")
+    lines.append(
+        f"Commit {', '.join(commit[:12] for commit in report['commits'])}{dirty}; {versions}; "
+        f"dataset {report['dataset']['name']} {report['dataset']['fingerprint'][:19]}."
+    )
     return [f"- {line}" for line in lines]

@@ -39,12 +39,14 @@ class PlannedRun:
     expected: dict[str, Any]
 
     def state(self) -> str:
-        """"new", "unfinished", "finished", or what differs between the run that is there and this one."""
+        """ "new", "unfinished", "finished", or what differs between the run that is there and this one."""
         record = RunFolder(self.folder)
         if not record.exists:
             return "new"
         facts = record.facts()
-        changed = [text for key, value in self.expected.items() for text in differences(_comparable(key, facts), value, key)]
+        changed = [
+            text for key, value in self.expected.items() for text in differences(_comparable(key, facts), value, key)
+        ]
         if changed:
             return "; ".join(changed)
         return "finished" if record.is_finished() else "unfinished"
@@ -77,8 +79,10 @@ def check_existing_runs(tasks: list[PlannedRun], redo: bool) -> None:
         if state in ("new", "unfinished", "finished"):
             continue
         if not redo:
-            raise RunError(f"{os.path.relpath(task.folder)} holds a run of other settings ({state}); give --redo-changed to set such runs "
-                           "aside and make them anew, or another --runs-dir")
+            raise RunError(
+                f"{os.path.relpath(task.folder)} holds a run of other settings ({state}); give --redo-changed to set such runs "
+                "aside and make them anew, or another --runs-dir"
+            )
         RunFolder(task.folder).rename_aside()
         if task.log.exists():
             task.log.rename(task.log.with_name(f"{task.log.name}.old"))
@@ -91,7 +95,10 @@ def device_slots(parallel: int | None) -> list[dict[str, str]]:
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
     threads = max(1, len(os.sched_getaffinity(0)) // count)
-    return [{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} for _ in range(count)]
+    return [
+        {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        for _ in range(count)
+    ]
 
 
 def launch(task: PlannedRun, environment: dict[str, str]) -> subprocess.Popen:
@@ -100,12 +107,22 @@ def launch(task: PlannedRun, environment: dict[str, str]) -> subprocess.Popen:
     if shutil.which("setpriv"):  # should we be killed, the kernel tells the launcher, which lets the run save
         command = ["setpriv", "--pdeathsig", "TERM", *command]
     with task.log.open("w") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                env={**os.environ, "NUM_PROCS": "1", "PYTHON": sys.executable, **environment})
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "NUM_PROCS": "1", "PYTHON": sys.executable, **environment},
+        )
 
 
-def run_all(tasks: list[PlannedRun], environments: list[dict[str, str]], stop: StopSignal,
-            start: Callable[[PlannedRun, dict[str, str]], Any]) -> dict[str, str]:
+def run_all(
+    tasks: list[PlannedRun],
+    environments: list[dict[str, str]],
+    stop: StopSignal,
+    start: Callable[[PlannedRun, dict[str, str]], Any],
+) -> dict[str, str]:
     """Make every run that is not finished, in the order given; `start` is `launch`, or gives another thing with poll and terminate.
 
     Returns the runs that failed, by name, each with the last error it printed. When `stop` is asked for, the children are told
@@ -128,8 +145,17 @@ def run_all(tasks: list[PlannedRun], environments: list[dict[str, str]], stop: S
                         failures[task.name] = problem
                     done, spent = done + 1, [*spent, time.monotonic() - began]
                     if not stop.number:
-                        _say(_line(done, len(tasks), f"{task.name} {'FAILED: ' + problem if problem else 'done'} ({spent[-1]:.0f} s)",
-                                   running, waiting, spent, len(environments)))
+                        _say(
+                            _line(
+                                done,
+                                len(tasks),
+                                f"{task.name} {'FAILED: ' + problem if problem else 'done'} ({spent[-1]:.0f} s)",
+                                running,
+                                waiting,
+                                spent,
+                                len(environments),
+                            )
+                        )
             for slot in range(len(environments)):
                 if slot not in running and waiting and not stop.number:
                     task = waiting.pop(0)
@@ -153,7 +179,15 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _line(done: int, total: int, what: str, running: dict[int, Any], waiting: list[PlannedRun], spent: list[float], at_once: int) -> str:
+def _line(
+    done: int,
+    total: int,
+    what: str,
+    running: dict[int, Any],
+    waiting: list[PlannedRun],
+    spent: list[float],
+    at_once: int,
+) -> str:
     """A line of progress: how many are done, what has just happened, and about how long the rest takes."""
     if not running and not waiting:
         return f"[{done}/{total}] {what}"
@@ -162,7 +196,11 @@ def _line(done: int, total: int, what: str, running: dict[int, Any], waiting: li
     mean = sum(spent) / len(spent)
     under_way = sum(max(0.0, mean - (time.monotonic() - began)) for _, _, began in running.values())
     left = (len(waiting) * mean + under_way) / at_once
-    return f"[{done}/{total}] {what}; about {left / 60:.0f} min left" if left >= 90 else f"[{done}/{total}] {what}; about {left:.0f} s left"
+    return (
+        f"[{done}/{total}] {what}; about {left / 60:.0f} min left"
+        if left >= 90
+        else f"[{done}/{total}] {what}; about {left:.0f} s left"
+    )
 
 
 def _problem(task: PlannedRun, code: int, stopping: bool) -> str | None:
@@ -171,4 +209,7 @@ def _problem(task: PlannedRun, code: int, stopping: bool) -> str | None:
         return None
     if code == EXIT_STOPPED:
         return "was stopped from outside, and saved; start the same comparison again to go on"
-    return last_error(task.log.read_text(errors="replace") if task.log.exists() else "") or f"ended with exit code {code} and said nothing"
+    return (
+        last_error(task.log.read_text(errors="replace") if task.log.exists() else "")
+        or f"ended with exit code {code} and said nothing"
+    )

@@ -20,8 +20,27 @@ import numpy as np
 ALPHA = 0.05
 LEAST_SEEDS = 5  # under which nothing is called better, whatever the numbers
 # 0.975 quantiles of Student's t for 1, 2, ... 19 degrees of freedom
-T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-         2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930)
+T_975 = (
+    12.7062,
+    4.3027,
+    3.1824,
+    2.7764,
+    2.5706,
+    2.4469,
+    2.3646,
+    2.3060,
+    2.2622,
+    2.2281,
+    2.2010,
+    2.1788,
+    2.1604,
+    2.1448,
+    2.1314,
+    2.1199,
+    2.1098,
+    2.1009,
+    2.0930,
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +99,12 @@ def compare(accuracies: dict[str, dict[int, float]], first: str) -> dict[str, Di
             paired[arm] = [by_seed[seed] - accuracies[first][seed] for seed in common]
     num_comparisons = len(accuracies) - 1
     p_values = [sign_flip_p(differences) for differences in paired.values()]
-    return {arm: judge(differences, p, corrected, num_comparisons)
-            for (arm, differences), p, corrected in zip(paired.items(), p_values, holm(p_values, num_comparisons), strict=True)}
+    return {
+        arm: judge(differences, p, corrected, num_comparisons)
+        for (arm, differences), p, corrected in zip(
+            paired.items(), p_values, holm(p_values, num_comparisons), strict=True
+        )
+    }
 
 
 def judge(differences: list[float], p: float, corrected: float, num_comparisons: int) -> Difference:
@@ -99,8 +122,10 @@ def judge(differences: list[float], p: float, corrected: float, num_comparisons:
     elif not apart:
         sentence = f"no difference shown: {_seeds(n)} cannot show less than {half:.2f} points ({mean:+.2f} measured)"
     elif n < seeds_needed(num_comparisons):
-        sentence = (f"no difference shown: {mean:+.2f} ± {half:.2f} points measured, but {_seeds(n)} cannot go under "
-                    f"p = {_p(least_p(n))}{_for_arms(num_comparisons)}; {seeds_needed(num_comparisons)} seeds could")
+        sentence = (
+            f"no difference shown: {mean:+.2f} ± {half:.2f} points measured, but {_seeds(n)} cannot go under "
+            f"p = {_p(least_p(n))}{_for_arms(num_comparisons)}; {seeds_needed(num_comparisons)} seeds could"
+        )
     else:
         sentence = f"no difference shown: {mean:+.2f} ± {half:.2f} points measured, p = {_p(corrected)} ({_seeds(n)})"
     return Difference(n, mean, half, p, corrected, verdict, sentence)
@@ -111,8 +136,10 @@ def power_note(num_seeds: int, num_arms: int) -> str | None:
     needed = seeds_needed(num_arms - 1)
     if num_seeds >= needed:
         return None
-    return (f"with {_seeds(num_seeds)} no arm can be called better or worse: p cannot go under {_p(least_p(num_seeds))}"
-            f"{_for_arms(num_arms - 1)}; that takes {needed} seeds (--seeds {needed})")
+    return (
+        f"with {_seeds(num_seeds)} no arm can be called better or worse: p cannot go under {_p(least_p(num_seeds))}"
+        f"{_for_arms(num_arms - 1)}; that takes {needed} seeds (--seeds {needed})"
+    )
 
 
 def _seeds(n: int) -> str:

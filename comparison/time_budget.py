@@ -17,8 +17,11 @@ SHORT_STEPS, LEAST_LONG_STEPS = 20, 100
 LONG_SHARE = 0.1  # of the budget: what the second run is to take
 
 
-def calibrate(experiment: Experiment, make: Callable[[Variant, str, int], PlannedRun],
-              run: Callable[[list[PlannedRun]], dict[str, str]]) -> tuple[dict[str, int], dict[str, str]]:
+def calibrate(
+    experiment: Experiment,
+    make: Callable[[Variant, str, int], PlannedRun],
+    run: Callable[[list[PlannedRun]], dict[str, str]],
+) -> tuple[dict[str, int], dict[str, str]]:
     """Steps of each arm that fill `experiment.budget_amount` seconds of training, and the calibration runs that failed, with their errors.
 
     Args:
@@ -28,10 +31,16 @@ def calibrate(experiment: Experiment, make: Callable[[Variant, str, int], Planne
     short = {arm.name: make(arm, f"calibration-{arm.name}-short", SHORT_STEPS) for arm in experiment.variants}
     failures = run(list(short.values()))
     ready = [arm for arm in experiment.variants if short[arm.name].state() == "finished"]
-    long = {arm.name: make(arm, f"calibration-{arm.name}-long", _long_steps(experiment.budget_amount, short[arm.name])) for arm in ready}
+    long = {
+        arm.name: make(arm, f"calibration-{arm.name}-long", _long_steps(experiment.budget_amount, short[arm.name]))
+        for arm in ready
+    }
     failures |= run(list(long.values()))
-    return {name: steps_for(experiment.budget_amount, _measured(short[name]), _measured(task))
-            for name, task in long.items() if task.state() == "finished"}, failures
+    return {
+        name: steps_for(experiment.budget_amount, _measured(short[name]), _measured(task))
+        for name, task in long.items()
+        if task.state() == "finished"
+    }, failures
 
 
 def steps_for(seconds: float, short: tuple[int, float], long: tuple[int, float]) -> int:

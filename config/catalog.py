@@ -33,9 +33,17 @@ def names_of(path: str) -> list[str]:
 
 def setting_paths(settings: Settings | None = None) -> list[str]:
     """The path of every setting that `--set` takes, beside these settings; by default, whichever optimiser they name."""
+
     def walk(tree: dict[str, Any], prefix: str) -> list[str]:
-        return [path for key, value in tree.items()
-                for path in (walk(value, f"{prefix}{key}.") if isinstance(value, dict) and not key.endswith("_options") else [f"{prefix}{key}"])]
+        return [
+            path
+            for key, value in tree.items()
+            for path in (
+                walk(value, f"{prefix}{key}.")
+                if isinstance(value, dict) and not key.endswith("_options")
+                else [f"{prefix}{key}"]
+            )
+        ]
 
     tree = (settings or resolve(None, [])).as_dict()
     if settings is None:
@@ -68,7 +76,11 @@ def table_names(file: str, table: str) -> dict[str, str]:
     tree = ast.parse((PROJECT / file).read_text(encoding="utf-8"))
     docs = _first_lines(tree)
     for node in tree.body:  # entries that the table's file imports from a file beside it
-        if isinstance(node, ast.ImportFrom) and node.module and (source := PROJECT / f"{node.module.replace('.', '/')}.py").is_file():
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and (source := PROJECT / f"{node.module.replace('.', '/')}.py").is_file()
+        ):
             there = _first_lines(ast.parse(source.read_text(encoding="utf-8")))
             docs.update({alias.asname or alias.name: there.get(alias.name, "") for alias in node.names})
     for node in tree.body:

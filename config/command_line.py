@@ -43,9 +43,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, usage: str, description: str, example: str, notes: str = ""):
         examples = "\n".join(f"  {line}" for line in example.splitlines())
-        super().__init__(prog=re.match(r"python \S+|\S+", usage)[0], usage=f"{usage} [options]", description=description,
-                         epilog=(f"{notes}\n\n" if notes else "") + f"example:\n{examples}", allow_abbrev=False,
-                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28))
+        super().__init__(
+            prog=re.match(r"python \S+|\S+", usage)[0],
+            usage=f"{usage} [options]",
+            description=description,
+            epilog=(f"{notes}\n\n" if notes else "") + f"example:\n{examples}",
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+        )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         found, rest = self.parse_known_args(args, namespace)
@@ -53,7 +58,9 @@ class Parser(argparse.ArgumentParser):
             self.error(self._not_understood(rest))
         return found
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         if "_ARGCOMPLETE" in os.environ and not self.is_completing:  # the shell asks, after a Tab
             self.is_completing = True  # in the course of which it parses
             autocomplete(self)
@@ -68,13 +75,18 @@ class Parser(argparse.ArgumentParser):
     def _not_understood(self, words: list[str]) -> str:
         """What to say of words that no option takes."""
         word = next((word for word in words if word.startswith("-")), words[0])
-        options = [option for action in self._actions if action.help is not argparse.SUPPRESS for option in action.option_strings]
+        options = [
+            option
+            for action in self._actions
+            if action.help is not argparse.SUPPRESS
+            for option in action.option_strings
+        ]
         has_settings = "--set" in options
         if not word.startswith("-"):
             is_setting = has_settings and "=" in word
             return f"unexpected argument '{word}'" + (f"; did you mean --set {word}?" if is_setting else "")
         name, equals, value = word.partition("=")
-        following = words[words.index(word) + 1:]
+        following = words[words.index(word) + 1 :]
         value = value if equals else following[0] if following and not following[0].startswith("--") else "VALUE"
         meant = setting_of(name.lstrip("-")) if has_settings else None
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
@@ -108,5 +120,13 @@ def autocomplete(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The options --preset and --set."""
-    parser.add_argument("--preset", metavar="NAME", help=f"start from it: {', '.join(preset_names())}, or a .toml file (default: none)")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting: model.width=192; repeat for more")
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"start from it: {', '.join(preset_names())}, or a .toml file (default: none)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override a setting: model.width=192; repeat for more",
+    )

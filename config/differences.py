@@ -23,6 +23,9 @@ def changed_settings(settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """What differs between two trees of settings, one readable text a leaf."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [text for key in sorted(old.keys() | new.keys())
-                for text in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+        return [
+            text
+            for key in sorted(old.keys() | new.keys())
+            for text in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]

@@ -13,11 +13,37 @@ ADAM = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}
 OPTIMIZER_PARAMS: dict[str, dict[str, Any]] = {
     "AdamW": {**ADAM, "weight_decay": 0.05},
     "Adam": {**ADAM, "weight_decay": 0.0},  # added to the gradient, not decoupled
-    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},  # of residual networks on CIFAR (arXiv 1605.07146)
+    "SGD": {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+    },  # of residual networks on CIFAR (arXiv 1605.07146)
     # lr and weight_decay are AdamW's, because Muon's steps are made as large as AdamW's (arXiv 2502.16982); matrix_lr_factor
     # multiplies lr for the matrices alone; betas and eps are those of the AdamW that trains what is no hidden matrix.
-    "Muon": {"lr": 1e-3, "matrix_lr_factor": 1.0, "momentum": 0.95, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.05},
-    "AdamWScheduleFree": {"lr": 2.5e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.05},  # lr: the package's own
-    "Lamb": {"lr": 5e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.02},  # ResNets at batch 2048 (arXiv 2110.00476)
-    "Lion": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.5},  # a tenth of AdamW's rate, ten times its decay (arXiv 2302.06675)
+    "Muon": {
+        "lr": 1e-3,
+        "matrix_lr_factor": 1.0,
+        "momentum": 0.95,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.05,
+    },
+    "AdamWScheduleFree": {
+        "lr": 2.5e-3,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.05,
+    },  # lr: the package's own
+    "Lamb": {
+        "lr": 5e-3,
+        "betas": [0.9, 0.999],
+        "eps": 1e-6,
+        "weight_decay": 0.02,
+    },  # ResNets at batch 2048 (arXiv 2110.00476)
+    "Lion": {
+        "lr": 1e-4,
+        "betas": [0.9, 0.99],
+        "weight_decay": 0.5,
+    },  # a tenth of AdamW's rate, ten times its decay (arXiv 2302.06675)
 }

@@ -56,7 +56,9 @@ class ModelSettings:
     feed_forward_options: dict[str, Any] = field(default_factory=lambda: {"hidden": 256})
     dropout: float = 0.1
     layer_scale: float = 0.0  # initial factor of every residual branch, learnt for each channel; 0: no such factor
-    drop_path: float = 0.0  # stochastic depth: probability of skipping the last block's branches, rising linearly from 0
+    drop_path: float = (
+        0.0  # stochastic depth: probability of skipping the last block's branches, rising linearly from 0
+    )
 
 
 @dataclass
@@ -96,7 +98,9 @@ class ScheduleSettings:
     final_factor: float = 0.01  # cosine, linear, trapezoid: factor at the last step
     hold_fraction: float = 0.0  # cosine, linear, trapezoid: share of the run's last steps that stay at final_factor
     cooldown_fraction: float = 0.2  # trapezoid: share of the run's steps over which the rate falls linearly
-    milestones: list[float] = field(default_factory=lambda: [30 / 90, 60 / 90, 80 / 90])  # step: shares of the run, ImageNet's
+    milestones: list[float] = field(
+        default_factory=lambda: [30 / 90, 60 / 90, 80 / 90]
+    )  # step: shares of the run, ImageNet's
     milestone_factor: float = 0.1  # step: what the rate is multiplied by at each
 
 
@@ -120,13 +124,17 @@ class ParallelSettings:
     """What some strategies need besides `ds_config.json`; a strategy refuses what it would not use."""
 
     stages: int = 2  # pipeline: parts that the layers are cut into; the processes are stages x replicas
-    partition: str = "parameters"  # pipeline: what the stages share evenly: parameters, layers (uniform) or measured time
+    partition: str = (
+        "parameters"  # pipeline: what the stages share evenly: parameters, layers (uniform) or measured time
+    )
     topology: str = "ring"  # gossip: who averages with whom, a name of parallel/topologies.py
     moment_steps: int = 1  # gossip: steps whose mean gradient enters Adam's moments as one (AccumAdam); 1 is plain Adam
     local_steps: int = 32  # local: steps that each worker makes alone
     outer_lr: float = 0.7  # local: of the outer step, SGD with Nesterov momentum
     outer_momentum: float = 0.9
-    patience_seconds: float = 120.0  # local with peers: longest wait for one that is alive but late, or stalls within an exchange
+    patience_seconds: float = (
+        120.0  # local with peers: longest wait for one that is alive but late, or stalls within an exchange
+    )
 
 
 @dataclass
@@ -175,7 +183,9 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
     if preset is not None:
         _merge(settings, _read_preset(preset))
     # The optimiser's type first, wherever it stands: what others say of its parameters must not be lost when it comes later.
-    for override in sorted(overrides, key=lambda text: not text.strip().removeprefix("engine.").startswith("optimizer.type")):
+    for override in sorted(
+        overrides, key=lambda text: not text.strip().removeprefix("engine.").startswith("optimizer.type")
+    ):
         path, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: write it as path=value, for example optimizer.params.lr=3e-4")
@@ -215,7 +225,9 @@ def _switch_optimizer(engine: dict[str, Any], wanted: Any, source: str) -> None:
     if wanted not in OPTIMIZER_PARAMS:
         raise SettingsError(source + unknown("optimizer.type", wanted, list(OPTIMIZER_PARAMS)))
     default = _read_engine_file()["optimizer"]
-    engine["optimizer"] = default if default["type"] == wanted else {"type": wanted, "params": copy.deepcopy(OPTIMIZER_PARAMS[wanted])}
+    engine["optimizer"] = (
+        default if default["type"] == wanted else {"type": wanted, "params": copy.deepcopy(OPTIMIZER_PARAMS[wanted])}
+    )
 
 
 def _read_preset(preset: str) -> dict[str, Any]:

@@ -20,7 +20,9 @@ POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")
 # One stream of random numbers for each purpose, so that switching one augmentation on leaves the others' draws alone.
 ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE, PHASE = range(9)
 ATTEMPTS = 10  # at a random rectangle that fits, as in torchvision
-CENTRE_CROP = 256 / 224  # evaluation of images of any size: the shorter side is resized to this times the side asked for
+CENTRE_CROP = (
+    256 / 224
+)  # evaluation of images of any size: the shorter side is resized to this times the side asked for
 
 
 def random_stream(seed: int, epoch: int, purpose: int, counter: int = 0) -> np.random.Philox:
@@ -52,10 +54,7 @@ def flip_alternating(u: np.ndarray, probability: float, seed: int, epoch: int, i
 
 
 # Uniform numbers (B,), augmentation.flip, seed, epoch, which images of the split (B,) -> whether each is mirrored.
-FLIPS = {
-    "random": flip_randomly,
-    "alternating": flip_alternating,
-}
+FLIPS = {"random": flip_randomly, "alternating": flip_alternating}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,9 @@ class AugmentationPlan:
     crop_offset: np.ndarray | None  # int32 (B, 2): upper left corner (y, x) of the crop, negative in the padding
     crop_box: np.ndarray | None  # float32 (B, 4): y0, x0, y1, x1 of the part to resize, as shares of the image's sides
     operations: list[OperationBatch]  # operations on colours and shapes, one after the other
-    erase_boxes: np.ndarray | None  # int32 (B, 4): y0, x0, y1, x1 of the erased rectangle, pixels; all 0 where there is none
+    erase_boxes: (
+        np.ndarray | None
+    )  # int32 (B, 4): y0, x0, y1, x1 of the erased rectangle, pixels; all 0 where there is none
 
 
 class Augmentation:
@@ -88,8 +89,9 @@ class Augmentation:
     def num_operations(self) -> int:
         return len(self.plan(0, 0, 1).operations)
 
-    def plan(self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None,
-             images: np.ndarray | None = None) -> AugmentationPlan:
+    def plan(
+        self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None, images: np.ndarray | None = None
+    ) -> AugmentationPlan:
         """The plan of positions `start` to `start + count` of an epoch.
 
         Args:
@@ -107,11 +109,18 @@ class Augmentation:
         if s.resized_crop:
             crop_box = resized_part(draw(RESIZED, 4 + 2 * ATTEMPTS), s.resized_crop_scale, s.resized_crop_ratio, sizes)
         elif s.crop_padding:
-            crop_offset = np.ascontiguousarray(choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding)
+            crop_offset = np.ascontiguousarray(
+                choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding
+            )
         return AugmentationPlan(
             flip=FLIPS[s.flip_mode](u[:, 2], s.flip, self.seed, epoch, images).astype(np.int32),
-            crop_offset=crop_offset, crop_box=crop_box,
-            operations=[operation for purpose, policy in self.policies for operation in policy.operations(draw(purpose, policy.num_draws))],
+            crop_offset=crop_offset,
+            crop_box=crop_box,
+            operations=[
+                operation
+                for purpose, policy in self.policies
+                for operation in policy.operations(draw(purpose, policy.num_draws))
+            ],
             erase_boxes=self._erase_boxes(draw(ERASING, 4 + 2 * ATTEMPTS)) if s.erasing else None,
         )
 
@@ -128,7 +137,9 @@ class Augmentation:
         return np.where(((u[:, 0] < s.erasing) & fits.any(axis=1))[:, None], box, 0).astype(np.int32)
 
 
-def rectangles(u: np.ndarray, area: np.ndarray | float, scale: list[float], ratio: list[float]) -> tuple[np.ndarray, np.ndarray]:
+def rectangles(
+    u: np.ndarray, area: np.ndarray | float, scale: list[float], ratio: list[float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Ten random rectangles an image: the first side and the second, with first / second = ratio, log-uniform."""
     share = scale[0] + u[:, 0 : 2 * ATTEMPTS : 2] * (scale[1] - scale[0])
     log_ratio = np.log(ratio[0]) + u[:, 1 : 2 * ATTEMPTS : 2] * (np.log(ratio[1]) - np.log(ratio[0]))
@@ -137,7 +148,11 @@ def rectangles(u: np.ndarray, area: np.ndarray | float, scale: list[float], rati
 
 def resized_part(u: np.ndarray, scale: list[float], ratio: list[float], sizes: np.ndarray | None) -> np.ndarray:
     """Random resized crop (arXiv 1409.4842): the first of ten rectangles that fits, else the middle; float32 (B, 4)."""
-    H, W = (np.ones((len(u), 1)), np.ones((len(u), 1))) if sizes is None else (sizes[:, :1].astype(float), sizes[:, 1:].astype(float))
+    H, W = (
+        (np.ones((len(u), 1)), np.ones((len(u), 1)))
+        if sizes is None
+        else (sizes[:, :1].astype(float), sizes[:, 1:].astype(float))
+    )
     width, height = rectangles(u[:, 4:], H * W, scale, ratio)
     fits = (width <= W) & (height <= H)
     first, rows = fits.argmax(axis=1), np.arange(len(u))
@@ -169,8 +184,9 @@ def check(s: AugmentationSettings) -> None:
     if s.flip_mode not in FLIPS:
         raise SettingsError(unknown("augmentation.flip_mode", s.flip_mode, list(FLIPS)))
     if s.flip_mode == "alternating" and s.flip != AugmentationSettings().flip:
-        raise SettingsError(f"augmentation.flip_mode=alternating would not use augmentation.flip={s.flip}; "
-                            "flip_mode=random would")
+        raise SettingsError(
+            f"augmentation.flip_mode=alternating would not use augmentation.flip={s.flip}; flip_mode=random would"
+        )
     if s.erasing_value not in ("zero", "pixel"):
         raise SettingsError(unknown("augmentation.erasing_value", s.erasing_value, ["zero", "pixel"]))
     for name in ("flip", "erasing", "mix_probability", "cutmix_share"):
@@ -180,8 +196,15 @@ def check(s: AugmentationSettings) -> None:
         if getattr(s, name) < 0:
             raise SettingsError(f"augmentation.{name} must not be negative, it is {getattr(s, name)}")
     if not (0 <= s.rand_augment_magnitude <= 30 and s.rand_augment_ops >= 1 and s.repeats >= 1):
-        raise SettingsError("augmentation.rand_augment_magnitude lies between 0 and 30, rand_augment_ops and repeats are at least 1")
-    for name, top in (("resized_crop_scale", 1.0), ("resized_crop_ratio", np.inf), ("erasing_scale", 1.0), ("erasing_ratio", np.inf)):
+        raise SettingsError(
+            "augmentation.rand_augment_magnitude lies between 0 and 30, rand_augment_ops and repeats are at least 1"
+        )
+    for name, top in (
+        ("resized_crop_scale", 1.0),
+        ("resized_crop_ratio", np.inf),
+        ("erasing_scale", 1.0),
+        ("erasing_ratio", np.inf),
+    ):
         values = getattr(s, name)
         if len(values) != 2 or not 0 < values[0] <= values[1] <= top:
             raise SettingsError(f"augmentation.{name} is a range [low, high] of positive numbers, not {values}")

@@ -60,7 +60,9 @@ def linspace(start: float, stop: float, count: int) -> np.ndarray:
     """`torch.linspace`, bit for bit: a translation by 15.999999 pixels is one by 15, by 16 it is another."""
     step = float(np.float32(stop - start) / np.float32(count - 1))
     index = np.arange(count)
-    values = np.where(index < count // 2, start + step * index, stop - step * (count - 1 - index))  # rounded once, as by an FMA
+    values = np.where(
+        index < count // 2, start + step * index, stop - step * (count - 1 - index)
+    )  # rounded once, as by an FMA
     return values.astype(np.float32).astype(np.float64)
 
 
@@ -71,9 +73,25 @@ class OperationSpace:
     `posterize` is the greatest number of bits taken away.
     """
 
-    def __init__(self, names: list[str], side: int, bins: int, shear: float, translation: float, rotation: float, color: float, posterize: int):
+    def __init__(
+        self,
+        names: list[str],
+        side: int,
+        bins: int,
+        shear: float,
+        translation: float,
+        rotation: float,
+        color: float,
+        posterize: int,
+    ):
         self.names, self.bins = names, bins
-        top = {"ShearX": shear, "ShearY": shear, "TranslateX": translation, "TranslateY": translation, "Rotate": rotation}
+        top = {
+            "ShearX": shear,
+            "ShearY": shear,
+            "TranslateX": translation,
+            "TranslateY": translation,
+            "Rotate": rotation,
+        }
         # [operation, bin, sign]
         self.kind = np.zeros((len(names), bins, 2), np.int32)
         self.magnitude = np.zeros((len(names), bins, 2), np.float32)
@@ -85,7 +103,10 @@ class OperationSpace:
                         self.kind[i, j, k] = WARP
                         self.matrix[i, j, k] = WARPS[name](sign * linspace(0, top[name], bins)[j], side)
                     elif name in BLENDS:
-                        self.kind[i, j, k], self.magnitude[i, j, k] = BLENDS[name], 1 + sign * linspace(0, color, bins)[j]
+                        self.kind[i, j, k], self.magnitude[i, j, k] = (
+                            BLENDS[name],
+                            1 + sign * linspace(0, color, bins)[j],
+                        )
             if name == "Posterize":
                 self.kind[i], self.magnitude[i] = POSTERIZE, np.round(8 - linspace(0, posterize, bins))[:, None]
             elif name == "Solarize":
@@ -95,15 +116,30 @@ class OperationSpace:
             elif name in ("AutoContrast", "Equalize"):
                 self.kind[i] = AUTOCONTRAST if name == "AutoContrast" else EQUALIZE
 
-    def batch(self, operation: np.ndarray, bin: np.ndarray, negative: np.ndarray, applied: np.ndarray | None = None) -> OperationBatch:
+    def batch(
+        self, operation: np.ndarray, bin: np.ndarray, negative: np.ndarray, applied: np.ndarray | None = None
+    ) -> OperationBatch:
         """B chosen operations; where `applied` is False, nothing happens."""
         at = operation, bin, negative.astype(np.int64)
         kind = self.kind[at] if applied is None else np.where(applied, self.kind[at], IDENTITY).astype(np.int32)
         return OperationBatch(kind, self.magnitude[at], self.matrix[at])
 
 
-COMMON = ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
-          "Posterize", "Solarize", "AutoContrast", "Equalize"]
+COMMON = [
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+]
 
 
 def choose(u: np.ndarray, count: int) -> np.ndarray:
@@ -115,13 +151,25 @@ class RandAugment:
     """`ops` operations chosen evenly, all of one magnitude of 31 bins (arXiv 1909.13719)."""
 
     def __init__(self, side: int, ops: int, magnitude: int):
-        self.space = OperationSpace(["Identity", *COMMON], side, bins=31, shear=0.3, translation=150 / 331 * side, rotation=30, color=0.9, posterize=4)
+        self.space = OperationSpace(
+            ["Identity", *COMMON],
+            side,
+            bins=31,
+            shear=0.3,
+            translation=150 / 331 * side,
+            rotation=30,
+            color=0.9,
+            posterize=4,
+        )
         self.ops, self.magnitude = ops, magnitude
         self.num_draws = 4 * ops  # of which two are used: the streams move in steps of four
 
     def operations(self, u: np.ndarray) -> list[OperationBatch]:
         bin = np.full(len(u), self.magnitude)
-        return [self.space.batch(choose(u[:, 4 * i], len(self.space.names)), bin, u[:, 4 * i + 1] < 0.5) for i in range(self.ops)]
+        return [
+            self.space.batch(choose(u[:, 4 * i], len(self.space.names)), bin, u[:, 4 * i + 1] < 0.5)
+            for i in range(self.ops)
+        ]
 
 
 class TrivialAugment:
@@ -130,10 +178,14 @@ class TrivialAugment:
     num_draws = 4
 
     def __init__(self, side: int):
-        self.space = OperationSpace(["Identity", *COMMON], side, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6)
+        self.space = OperationSpace(
+            ["Identity", *COMMON], side, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6
+        )
 
     def operations(self, u: np.ndarray) -> list[OperationBatch]:
-        return [self.space.batch(choose(u[:, 0], len(self.space.names)), choose(u[:, 1], self.space.bins), u[:, 2] < 0.5)]
+        return [
+            self.space.batch(choose(u[:, 0], len(self.space.names)), choose(u[:, 1], self.space.bins), u[:, 2] < 0.5)
+        ]
 
 
 class AutoAugment:
@@ -142,19 +194,44 @@ class AutoAugment:
     num_draws = 8
     # operation, probability, bin of 10; twice a line
     PAIRS = [
-        ("Invert", 0.1, 0, "Contrast", 0.2, 6), ("Rotate", 0.7, 2, "TranslateX", 0.3, 9), ("Sharpness", 0.8, 1, "Sharpness", 0.9, 3),
-        ("ShearY", 0.5, 8, "TranslateY", 0.7, 9), ("AutoContrast", 0.5, 0, "Equalize", 0.9, 0), ("ShearY", 0.2, 7, "Posterize", 0.3, 7),
-        ("Color", 0.4, 3, "Brightness", 0.6, 7), ("Sharpness", 0.3, 9, "Brightness", 0.7, 9), ("Equalize", 0.6, 0, "Equalize", 0.5, 0),
-        ("Contrast", 0.6, 7, "Sharpness", 0.6, 5), ("Color", 0.7, 7, "TranslateX", 0.5, 8), ("Equalize", 0.3, 0, "AutoContrast", 0.4, 0),
-        ("TranslateY", 0.4, 3, "Sharpness", 0.2, 6), ("Brightness", 0.9, 6, "Color", 0.2, 8), ("Solarize", 0.5, 2, "Invert", 0.0, 0),
-        ("Equalize", 0.2, 0, "AutoContrast", 0.6, 0), ("Equalize", 0.2, 0, "Equalize", 0.6, 0), ("Color", 0.9, 9, "Equalize", 0.6, 0),
-        ("AutoContrast", 0.8, 0, "Solarize", 0.2, 8), ("Brightness", 0.1, 3, "Color", 0.7, 0), ("Solarize", 0.4, 5, "AutoContrast", 0.9, 0),
-        ("TranslateY", 0.9, 9, "TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0, "Solarize", 0.8, 3), ("Equalize", 0.8, 0, "Invert", 0.1, 0),
+        ("Invert", 0.1, 0, "Contrast", 0.2, 6),
+        ("Rotate", 0.7, 2, "TranslateX", 0.3, 9),
+        ("Sharpness", 0.8, 1, "Sharpness", 0.9, 3),
+        ("ShearY", 0.5, 8, "TranslateY", 0.7, 9),
+        ("AutoContrast", 0.5, 0, "Equalize", 0.9, 0),
+        ("ShearY", 0.2, 7, "Posterize", 0.3, 7),
+        ("Color", 0.4, 3, "Brightness", 0.6, 7),
+        ("Sharpness", 0.3, 9, "Brightness", 0.7, 9),
+        ("Equalize", 0.6, 0, "Equalize", 0.5, 0),
+        ("Contrast", 0.6, 7, "Sharpness", 0.6, 5),
+        ("Color", 0.7, 7, "TranslateX", 0.5, 8),
+        ("Equalize", 0.3, 0, "AutoContrast", 0.4, 0),
+        ("TranslateY", 0.4, 3, "Sharpness", 0.2, 6),
+        ("Brightness", 0.9, 6, "Color", 0.2, 8),
+        ("Solarize", 0.5, 2, "Invert", 0.0, 0),
+        ("Equalize", 0.2, 0, "AutoContrast", 0.6, 0),
+        ("Equalize", 0.2, 0, "Equalize", 0.6, 0),
+        ("Color", 0.9, 9, "Equalize", 0.6, 0),
+        ("AutoContrast", 0.8, 0, "Solarize", 0.2, 8),
+        ("Brightness", 0.1, 3, "Color", 0.7, 0),
+        ("Solarize", 0.4, 5, "AutoContrast", 0.9, 0),
+        ("TranslateY", 0.9, 9, "TranslateY", 0.7, 9),
+        ("AutoContrast", 0.9, 0, "Solarize", 0.8, 3),
+        ("Equalize", 0.8, 0, "Invert", 0.1, 0),
         ("TranslateY", 0.7, 9, "AutoContrast", 0.9, 0),
     ]
 
     def __init__(self, side: int):
-        self.space = OperationSpace([*COMMON, "Invert"], side, bins=10, shear=0.3, translation=150 / 331 * side, rotation=30, color=0.9, posterize=4)
+        self.space = OperationSpace(
+            [*COMMON, "Invert"],
+            side,
+            bins=10,
+            shear=0.3,
+            translation=150 / 331 * side,
+            rotation=30,
+            color=0.9,
+            posterize=4,
+        )
         index = self.space.names.index
         self.operation = np.array([[index(pair[0]), index(pair[3])] for pair in self.PAIRS])
         self.probability = np.array([[pair[1], pair[4]] for pair in self.PAIRS])
@@ -162,8 +239,12 @@ class AutoAugment:
 
     def operations(self, u: np.ndarray) -> list[OperationBatch]:
         pair = choose(u[:, 0], len(self.PAIRS))
-        return [self.space.batch(self.operation[pair, i], self.bin[pair, i], u[:, 1 + i] < 0.5, u[:, 3 + i] < self.probability[pair, i])
-                for i in range(2)]
+        return [
+            self.space.batch(
+                self.operation[pair, i], self.bin[pair, i], u[:, 1 + i] < 0.5, u[:, 3 + i] < self.probability[pair, i]
+            )
+            for i in range(2)
+        ]
 
 
 class ColorJitter:
@@ -182,5 +263,11 @@ class ColorJitter:
         order = np.argsort(u[:, 3:6], axis=1)
         matrix = np.tile(np.array([[1, 0, 0], [0, 1, 0]], np.float32), (len(u), 1, 1))
         rows = np.arange(len(u))
-        return [OperationBatch(np.where(self.width[order[:, i]] > 0, self.kinds[order[:, i]], IDENTITY).astype(np.int32),
-                      factor[rows, order[:, i]].astype(np.float32), matrix) for i in range(3)]
+        return [
+            OperationBatch(
+                np.where(self.width[order[:, i]] > 0, self.kinds[order[:, i]], IDENTITY).astype(np.int32),
+                factor[rows, order[:, i]].astype(np.float32),
+                matrix,
+            )
+            for i in range(3)
+        ]

@@ -82,9 +82,24 @@ class BatchPlanner:
         sizes_of: height and width of the images at some positions, int64 (B, 2), where they differ and a crop needs them.
     """
 
-    def __init__(self, num_images: int, batch_size: int, shard: int, num_shards: int, seed: int, augmentation: Augmentation | None,
-                 mixer: Mixer | None = None, sizes_of: Callable[[np.ndarray], np.ndarray] | None = None):
-        self.num_images, self.batch_size, self.shard, self.num_shards, self.seed = num_images, batch_size, shard, num_shards, seed
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        shard: int,
+        num_shards: int,
+        seed: int,
+        augmentation: Augmentation | None,
+        mixer: Mixer | None = None,
+        sizes_of: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self.num_images, self.batch_size, self.shard, self.num_shards, self.seed = (
+            num_images,
+            batch_size,
+            shard,
+            num_shards,
+            seed,
+        )
         self.augmentation, self.mixer, self.sizes_of = augmentation, mixer, sizes_of
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -96,11 +111,17 @@ class BatchPlanner:
             return PlannedBatch(batch, np.where(rows < self.num_images, rows, -1), None, None, None)
         settings = self.augmentation.settings
         positions = self._order_of(batch.epoch)[rows // settings.repeats]
-        plan = self.augmentation.plan(batch.epoch, begin, self.batch_size, self.sizes_of(positions) if self.sizes_of else None, positions)
+        plan = self.augmentation.plan(
+            batch.epoch, begin, self.batch_size, self.sizes_of(positions) if self.sizes_of else None, positions
+        )
         noise = None
         if plan.erase_boxes is not None and settings.erasing_value == "pixel":
             noise = erasing_noise(plan.erase_boxes, self.seed, batch.epoch, begin)
-        mixing = self.mixer.draw(batch.epoch, begin, self.batch_size) if self.mixer is not None and self.mixer.is_on else None
+        mixing = (
+            self.mixer.draw(batch.epoch, begin, self.batch_size)
+            if self.mixer is not None and self.mixer.is_on
+            else None
+        )
         return PlannedBatch(batch, positions, plan, noise, mixing)
 
     def _order_of(self, epoch: int) -> np.ndarray:

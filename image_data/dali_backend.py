@@ -19,7 +19,17 @@ from torch import Tensor
 
 from common.errors import DatasetError
 from image_data.augmentation import CENTRE_CROP
-from image_data.auto_augment import AUTOCONTRAST, BRIGHTNESS, COLOR, CONTRAST, EQUALIZE, POSTERIZE, SHARPNESS, SOLARIZE, WARP
+from image_data.auto_augment import (
+    AUTOCONTRAST,
+    BRIGHTNESS,
+    COLOR,
+    CONTRAST,
+    EQUALIZE,
+    POSTERIZE,
+    SHARPNESS,
+    SOLARIZE,
+    WARP,
+)
 from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
 from image_data.readers import FileReader, PackedReader
 
@@ -33,8 +43,14 @@ class DaliBackend:
         self.spec, self.planner, self.reader = spec, planner, reader
         fed = planner.augmentation.plan(0, 0, 1) if planner.augmentation is not None else None
         self.graph = Graph(
-            side=spec.side, source_side=spec.source_side, decode=spec.decode, training=spec.training, mean=spec.mean, std=spec.std,
-            crop_offset=fed is not None and fed.crop_offset is not None, crop_box=fed is not None and fed.crop_box is not None,
+            side=spec.side,
+            source_side=spec.source_side,
+            decode=spec.decode,
+            training=spec.training,
+            mean=spec.mean,
+            std=spec.std,
+            crop_offset=fed is not None and fed.crop_offset is not None,
+            crop_box=fed is not None and fed.crop_box is not None,
             num_operations=len(fed.operations) if fed is not None else 0,
         )
         device_id = (spec.device.index or 0) if spec.device.type == "cuda" else None
@@ -56,7 +72,9 @@ class DaliBackend:
             self.pipeline.feed_input(name, value)
         self._in_flight.append(planned)
         self._num_fed += 1
-        if self._num_fed >= PREFETCH:  # DALI's first run consumes a whole queue of inputs, every later one a single input
+        if (
+            self._num_fed >= PREFETCH
+        ):  # DALI's first run consumes a whole queue of inputs, every later one a single input
             self.pipeline.schedule_run()
 
     def _inputs(self, planned: PlannedBatch) -> dict[str, Any]:
@@ -113,8 +131,14 @@ class Graph:
         Its inputs are named `images` and, in training, `flip`, `crop_offset`, `crop_box`, `kind<i>`, `value<i>` and `matrix<i>`.
         """
         pipeline = pipeline_def(enable_conditionals=True)(_graph)(
-            self, device_id is not None, batch_size=batch_size, num_threads=num_threads, device_id=device_id,
-            prefetch_queue_depth=prefetch, seed=0)
+            self,
+            device_id is not None,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=device_id,
+            prefetch_queue_depth=prefetch,
+            seed=0,
+        )
         pipeline.build()
         return pipeline
 
@@ -125,11 +149,20 @@ def _graph(what: Graph, on_gpu: bool):
         encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
         images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
     else:
-        images = fn.external_source(name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3)
+        images = fn.external_source(
+            name="images", device="gpu" if on_gpu else "cpu", layout="HWC", dtype=types.UINT8, ndim=3
+        )
     if what.crop_box:
         box = fn.external_source(name="crop_box", dtype=types.FLOAT, ndim=1)
-        images = fn.resize(images, roi_start=box[0:2], roi_end=box[2:4], roi_relative=True, size=[S, S],
-                           interp_type=types.INTERP_LINEAR, antialias=True)
+        images = fn.resize(
+            images,
+            roi_start=box[0:2],
+            roi_end=box[2:4],
+            roi_relative=True,
+            size=[S, S],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
     elif what.source_side is None:
         size, corner = _centre(fn.peek_image_shape(encoded), S)
         images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
@@ -138,8 +171,16 @@ def _graph(what: Graph, on_gpu: bool):
         images = fn.resize(images, size=[S, S], interp_type=types.INTERP_LINEAR, antialias=True)
     if what.crop_offset:
         corner = fn.external_source(name="crop_offset", dtype=types.INT32, ndim=1)
-        images = fn.slice(images, corner, [S, S], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
-                          out_of_bounds_policy="pad", fill_values=0)
+        images = fn.slice(
+            images,
+            corner,
+            [S, S],
+            axes=(0, 1),
+            normalized_anchor=False,
+            normalized_shape=False,
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
     if what.training:
         images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0), vertical=0)
     for i in range(what.num_operations):
@@ -147,8 +188,13 @@ def _graph(what: Graph, on_gpu: bool):
         value = fn.external_source(name=f"value{i}", dtype=types.FLOAT, ndim=0)
         matrix = fn.external_source(name=f"matrix{i}", dtype=types.FLOAT, ndim=2)
         images = _apply_operation(images, kind, value, matrix, S, on_gpu)
-    images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
-                                      mean=[255 * m for m in what.mean], std=[255 * s for s in what.std])
+    images = fn.crop_mirror_normalize(
+        images,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * m for m in what.mean],
+        std=[255 * s for s in what.std],
+    )
     return images
 
 
@@ -173,7 +219,9 @@ def _apply_operation(images, kind, value, matrix, side, on_gpu):
     elif kind == COLOR:
         images = _to_uint8(factor * images + (1.0 - factor) * _grey(images))
     elif kind == CONTRAST:
-        images = _to_uint8(factor * images + (1.0 - factor) * fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True))
+        images = _to_uint8(
+            factor * images + (1.0 - factor) * fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True)
+        )
     elif kind == SHARPNESS:
         images = _sharpness(images, factor, side)
     elif kind == POSTERIZE:

@@ -32,8 +32,10 @@ DEFAULT = "cifar100"  # trained on where nothing else is named
 
 def too_few(split: str, images: int, batch: int) -> DatasetError:
     """What to raise for a split that does not fill one global batch."""
-    return DatasetError(f"the {split} split has {images} images, fewer than one global batch of {batch}; "
-                        "make it smaller with --set train_batch_size=N")
+    return DatasetError(
+        f"the {split} split has {images} images, fewer than one global batch of {batch}; "
+        "make it smaller with --set train_batch_size=N"
+    )
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Split:
             DatasetError: there is no such file, or it is damaged.
         """
         if self.packed is None:
-            raise DatasetError("these images were not packed (their sizes differ, or they exceed the packing budget); read the files instead")
+            raise DatasetError(
+                "these images were not packed (their sizes differ, or they exceed the packing budget); read the files instead"
+            )
         try:
             return np.load(self.packed, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -93,7 +97,9 @@ class Dataset:
         """Read a prepared dataset. Raises DatasetError when it is missing, unreadable or inconsistent."""
         folder = Path(folder)
         if not cls.is_prepared(folder):
-            raise DatasetError(f"{folder} holds no prepared dataset (no dataset.json); run: python prepare_dataset.py --data-dir {folder}")
+            raise DatasetError(
+                f"{folder} holds no prepared dataset (no dataset.json); run: python prepare_dataset.py --data-dir {folder}"
+            )
         try:
             facts = json.loads((folder / "dataset.json").read_text())
             classes = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
@@ -105,7 +111,9 @@ class Dataset:
         except DatasetError as error:
             raise DatasetError(f"{error}; delete {folder}/dataset.json and run prepare_dataset.py again") from None
         except (OSError, KeyError, ValueError) as error:
-            raise DatasetError(f"{folder} is damaged ({error}); delete its dataset.json and run prepare_dataset.py again") from error
+            raise DatasetError(
+                f"{folder} is damaged ({error}); delete its dataset.json and run prepare_dataset.py again"
+            ) from error
         return cls(
             folder=folder,
             root=folder / facts["root"],
@@ -139,8 +147,10 @@ class Dataset:
             members = np.flatnonzero(train.labels == label)
             count = round(fraction * len(members))
             if not 0 < count < len(members):
-                raise DatasetError(f"holding out {fraction:g} of the {len(members)} training images of class "
-                                   f"'{self.classes[label]}' leaves a part empty; choose another fraction")
+                raise DatasetError(
+                    f"holding out {fraction:g} of the {len(members)} training images of class "
+                    f"'{self.classes[label]}' leaves a part empty; choose another fraction"
+                )
             held[members[np.argsort(digests[members])[:count]]] = True
         parts = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
         return replace(self, splits={**self.splits, **parts})

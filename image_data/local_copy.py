@@ -28,7 +28,10 @@ def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
     Raises:
         DatasetError: not enough room, or a file that cannot be copied.
     """
-    folder = Path(target) / f"{dataset.folder.name}-{dataset.fingerprint.removeprefix('sha256:')[:16]}{'-files' if files else ''}"
+    folder = (
+        Path(target)
+        / f"{dataset.folder.name}-{dataset.fingerprint.removeprefix('sha256:')[:16]}{'-files' if files else ''}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -50,10 +53,16 @@ def _copy(dataset: Dataset, folder: Path, files: bool) -> None:
             pairs.append((split.packed, folder / "packed" / split.packed.name))
         if files:
             pairs += [(dataset.root / path, folder / "images" / path) for path in split.paths]
-    missing = [(source, copy) for source, copy in pairs if not (copy.is_file() and copy.stat().st_size == source.stat().st_size)]
+    missing = [
+        (source, copy)
+        for source, copy in pairs
+        if not (copy.is_file() and copy.stat().st_size == source.stat().st_size)
+    ]
     needed, free = sum(source.stat().st_size for source, _ in missing), shutil.disk_usage(folder).free
     if needed > free:
-        raise DatasetError(f"staging to {folder} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; choose another --stage-to")
+        raise DatasetError(
+            f"staging to {folder} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; choose another --stage-to"
+        )
     for parent in {copy.parent for _, copy in missing}:
         parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(COPY_THREADS) as pool:

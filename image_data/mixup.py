@@ -72,7 +72,9 @@ class Mixer:
         mixed = draws.random(count) < s.mix_probability
         cut_share = s.cutmix_share if s.mixup and s.cutmix else float(s.cutmix > 0)
         cut = draws.random(count) < cut_share
-        share = np.where(cut, draws.beta(s.cutmix or 1, s.cutmix or 1, count), draws.beta(s.mixup or 1, s.mixup or 1, count))
+        share = np.where(
+            cut, draws.beta(s.cutmix or 1, s.cutmix or 1, count), draws.beta(s.mixup or 1, s.mixup or 1, count)
+        )
         half = S * np.sqrt(1 - share) / 2
         centre = np.floor(draws.random((2, count)) * S)
         low, high = np.clip(np.round(centre - half), 0, S), np.clip(np.round(centre + half), 0, S)
@@ -89,6 +91,8 @@ class Mixer:
         is_cut = torch.from_numpy(boxes[:, 2] > boxes[:, 0]).to(images.device, non_blocking=True)
         # A CutMix image keeps its own pixels outside the box; only MixUp blends.
         weight = torch.where(is_cut, 1.0, share)[:, None, None, None]
-        images = torch.where(inside_boxes(boxes, images.shape[-1], images.device), partner, torch.lerp(partner, images, weight))
+        images = torch.where(
+            inside_boxes(boxes, images.shape[-1], images.device), partner, torch.lerp(partner, images, weight)
+        )
         hard = torch.nn.functional.one_hot(labels, self.num_classes).to(images.dtype)
         return images, torch.lerp(hard.flip(0), hard, share[:, None])

@@ -42,7 +42,9 @@ class PaddedPackedReader(PackedReader):
         padded = np.zeros((N, C, S + 2 * padding, S + 2 * padding), dtype=np.uint8)
         padded[:, :, padding : padding + S, padding : padding + S] = pixels.transpose(0, 3, 1, 2)
         if device.type == "cuda":
-            self.windows = torch.from_numpy(padded).to(device).unfold(2, S, 1).unfold(3, S, 1)  # (N, C, 2p+1, 2p+1, S, S), a view
+            self.windows = (
+                torch.from_numpy(padded).to(device).unfold(2, S, 1).unfold(3, S, 1)
+            )  # (N, C, 2p+1, 2p+1, S, S), a view
         else:
             self.windows = np.lib.stride_tricks.sliding_window_view(padded, (S, S), axis=(2, 3))
 
@@ -52,7 +54,9 @@ class PaddedPackedReader(PackedReader):
             corner = np.zeros((1, 2), dtype=np.int64)
         at = self.rows[positions], *(corner.astype(np.int64) + self.padding).T
         if isinstance(self.windows, Tensor):
-            rows, y, x = (torch.from_numpy(np.ascontiguousarray(a)).to(self.windows.device, non_blocking=True) for a in at)
+            rows, y, x = (
+                torch.from_numpy(np.ascontiguousarray(a)).to(self.windows.device, non_blocking=True) for a in at
+            )
             return self.windows[rows, :, y, x]
         return torch.from_numpy(self.windows[at[0], :, at[1], at[2]])
 
@@ -73,7 +77,9 @@ class FileReader:
         try:
             encoded = np.fromfile(path, dtype=np.uint8)
         except OSError as error:
-            raise DatasetError(f"{path} cannot be read ({error.strerror}); restore it, or run prepare_dataset.py --force") from None
+            raise DatasetError(
+                f"{path} cannot be read ({error.strerror}); restore it, or run prepare_dataset.py --force"
+            ) from None
         if not encoded.size:
             raise DatasetError(f"{path} is empty; restore it, or run prepare_dataset.py --force")
         return encoded
@@ -90,7 +96,9 @@ class FileReader:
                 width, height = image.size
                 return (width, height) if image.getexif().get(EXIF_ORIENTATION, 1) in SIDEWAYS else (height, width)
         except (OSError, SyntaxError, ValueError) as error:
-            raise DatasetError(f"{self.paths[position]} is broken ({error}); restore it, or run prepare_dataset.py --force") from None
+            raise DatasetError(
+                f"{self.paths[position]} is broken ({error}); restore it, or run prepare_dataset.py --force"
+            ) from None
 
     def raise_for_unreadable(self, positions: np.ndarray) -> None:
         """Find the file that could not be decoded, which DALI's message does not always name. Raises DatasetError."""
@@ -101,4 +109,6 @@ class FileReader:
                 with Image.open(self.paths[position]) as image:
                     image.load()
             except (OSError, SyntaxError, ValueError) as error:
-                raise DatasetError(f"{self.paths[position]} is broken ({error}); restore it, or run prepare_dataset.py --force") from None
+                raise DatasetError(
+                    f"{self.paths[position]} is broken ({error}); restore it, or run prepare_dataset.py --force"
+                ) from None

@@ -89,7 +89,9 @@ def apply_operation(images: Tensor, operation: OperationBatch) -> Tensor:
             if kind == WARP:
                 images[at] = warp(images[at], to_device(operation.matrix[rows], images))
             else:
-                images[at] = OPERATIONS[kind](images[at], to_device(operation.magnitude[rows], images).view(-1, 1, 1, 1))
+                images[at] = OPERATIONS[kind](
+                    images[at], to_device(operation.magnitude[rows], images).view(-1, 1, 1, 1)
+                )
     return images
 
 

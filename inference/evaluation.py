@@ -53,10 +53,18 @@ def describe(result: dict[str, Any], classes: list[str]) -> dict[str, Any]:
     worst = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
     pairs = [divmod(int(i), len(classes)) for i in worst if wrong.flat[i]]
     return {
-        "correct": correct, "correct_top5": result["top5"], "seen": seen,
-        "accuracy": correct / seen, "top5_accuracy": result["top5"] / seen, "loss": result["loss_sum"] / seen,
-        "per_class": {name: {"correct": int(confusion[i, i]), "seen": int(confusion[i].sum())} for i, name in enumerate(classes)},
-        "worst_confusions": [{"true": classes[t], "predicted": classes[p], "count": int(wrong[t, p])} for t, p in pairs],
+        "correct": correct,
+        "correct_top5": result["top5"],
+        "seen": seen,
+        "accuracy": correct / seen,
+        "top5_accuracy": result["top5"] / seen,
+        "loss": result["loss_sum"] / seen,
+        "per_class": {
+            name: {"correct": int(confusion[i, i]), "seen": int(confusion[i].sum())} for i, name in enumerate(classes)
+        },
+        "worst_confusions": [
+            {"true": classes[t], "predicted": classes[p], "count": int(wrong[t, p])} for t, p in pairs
+        ],
     }
 
 
@@ -65,8 +73,13 @@ def check_same_classes(found: list[str], trained: list[str]) -> None:
     from common.errors import DatasetError
 
     if found != trained:
-        odd = next((f"{a!r} instead of {b!r}" for a, b in zip(found, trained, strict=False) if a != b), f"{len(found)} instead of {len(trained)}")
-        raise DatasetError(f"the dataset's classes are not the run's ({odd}); give the dataset it was trained on with --data-dir")
+        odd = next(
+            (f"{a!r} instead of {b!r}" for a, b in zip(found, trained, strict=False) if a != b),
+            f"{len(found)} instead of {len(trained)}",
+        )
+        raise DatasetError(
+            f"the dataset's classes are not the run's ({odd}); give the dataset it was trained on with --data-dir"
+        )
 
 
 def normalise_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
@@ -76,5 +89,7 @@ def normalise_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
     from common.errors import DatasetError
 
     if dataset.image_side != trained["image_side"]:
-        raise DatasetError(f"the dataset has images of side {dataset.image_side}, the run was trained on {trained['image_side']}")
+        raise DatasetError(
+            f"the dataset has images of side {dataset.image_side}, the run was trained on {trained['image_side']}"
+        )
     return replace(dataset, mean=tuple(trained["mean"]), std=tuple(trained["std"]))

@@ -27,8 +27,18 @@ def write_card(record: RunFolder) -> Path:
 def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     """The text of the card."""
     results = accuracies(trained, metrics)
-    return "\n\n".join([head(trained, results), f"# {trained.name}\n\n{what(trained)}", "## Accuracy\n\n" + accuracy_table(results, metrics),
-                        "## Training\n\n" + training(trained, metrics), "## Use\n\n" + use(trained)]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                head(trained, results),
+                f"# {trained.name}\n\n{what(trained)}",
+                "## Accuracy\n\n" + accuracy_table(results, metrics),
+                "## Training\n\n" + training(trained, metrics),
+                "## Use\n\n" + use(trained),
+            ]
+        )
+        + "\n"
+    )
 
 
 def accuracies(trained: TrainedModel, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,22 +58,49 @@ def accuracies(trained: TrainedModel, metrics: list[dict[str, Any]]) -> list[dic
 def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
     """What programs read: JSON is YAML."""
     dataset = trained.facts["dataset"]["name"]
-    measured = [{"type": "accuracy", "name": f"top-1 accuracy on {result['split']} (%)", "value": round(100 * result["accuracy"], 2)}
-                for result in results]
-    index = [{"name": trained.name, "results": [{"task": {"type": "image-classification"}, "dataset": {"name": dataset, "type": dataset},
-                                                 "metrics": measured}]}]
-    lines = {"library_name": "pytorch", "pipeline_tag": "image-classification", "datasets": [dataset], **({"model-index": index} if measured else {})}
+    measured = [
+        {
+            "type": "accuracy",
+            "name": f"top-1 accuracy on {result['split']} (%)",
+            "value": round(100 * result["accuracy"], 2),
+        }
+        for result in results
+    ]
+    index = [
+        {
+            "name": trained.name,
+            "results": [
+                {
+                    "task": {"type": "image-classification"},
+                    "dataset": {"name": dataset, "type": dataset},
+                    "metrics": measured,
+                }
+            ],
+        }
+    ]
+    lines = {
+        "library_name": "pytorch",
+        "pipeline_tag": "image-classification",
+        "datasets": [dataset],
+        **({"model-index": index} if measured else {}),
+    }
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in lines.items()), "---"])
 
 
 def what(trained: TrainedModel) -> str:
     """One paragraph."""
     model = trained.settings.model
-    parts = f": {model.patch_embedding} patches of {model.patch}, {model.depth} blocks of width {model.width}, {model.attention} attention, " \
-            f"{model.feed_forward} feed-forward, {model.pooling} pooling" if model.architecture == "vit" else ""
+    parts = (
+        f": {model.patch_embedding} patches of {model.patch}, {model.depth} blocks of width {model.width}, {model.attention} attention, "
+        f"{model.feed_forward} feed-forward, {model.pooling} pooling"
+        if model.architecture == "vit"
+        else ""
+    )
     shown = ", ".join(trained.classes[:5]) + (", ..." if len(trained.classes) > 5 else "")
-    return (f"The network `{model.architecture}`{parts}; {num_parameters(trained):,} parameters. It tells {len(trained.classes)} classes of "
-            f"`{trained.facts['dataset']['name']}` ({shown}) apart in images of {trained.side} x {trained.side} pixels.")
+    return (
+        f"The network `{model.architecture}`{parts}; {num_parameters(trained):,} parameters. It tells {len(trained.classes)} classes of "
+        f"`{trained.facts['dataset']['name']}` ({shown}) apart in images of {trained.side} x {trained.side} pixels."
+    )
 
 
 def num_parameters(trained: TrainedModel) -> int:
@@ -78,10 +115,14 @@ def num_parameters(trained: TrainedModel) -> int:
 
 
 def accuracy_table(results: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> str:
-    rows = [f"| {result['split']} | {100 * result['accuracy']:.2f}% ({result['correct']}/{result['seen']}) | {100 * result['top5_accuracy']:.2f}% | "
-            f"{result['loss']:.4f} | `{result['weights']}` |" for result in results]
+    rows = [
+        f"| {result['split']} | {100 * result['accuracy']:.2f}% ({result['correct']}/{result['seen']}) | {100 * result['top5_accuracy']:.2f}% | "
+        f"{result['loss']:.4f} | `{result['weights']}` |"
+        for result in results
+    ]
     note = ("The last epoch counts, whatever the others gave. " if metrics else "") + (
-        "The test split chose nothing: neither an epoch nor a setting is picked on it by these programs.")
+        "The test split chose nothing: neither an epoch nor a setting is picked on it by these programs."
+    )
     return "\n".join(["| split | top 1 | top 5 | loss | weights |", "|---|---|---|---|---|", *rows, "", note])
 
 
@@ -96,12 +137,16 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
         "commit": facts["commit"][:12] + (", with uncommitted changes" if facts["uncommitted_changes"] else ""),
         "data": f"{dataset['name']}: {images} images; {dataset['fingerprint']}",
         "length": f"{metrics[-1]['step'] if metrics else 0:,} of {facts['total_steps']:,} steps of {engine['train_batch_size']} images "
-                  f"({len(metrics)} epochs), seed {facts['seed']}, {seconds:,.0f} s of training",
+        f"({len(metrics)} epochs), seed {facts['seed']}, {seconds:,.0f} s of training",
         "machine": f"{facts['num_processes']} x {facts['device']}, {facts['settings']['strategy']}, {facts['precision']}",
         "started from": facts["init_weights"] or "random weights",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
-    changed = "\n".join(f"{path.removeprefix('engine.')}={value!r}" for path, value, _ in changed_settings(facts["settings"]) if value is not None)
+    changed = "\n".join(
+        f"{path.removeprefix('engine.')}={value!r}"
+        for path, value, _ in changed_settings(facts["settings"])
+        if value is not None
+    )
     table = "\n".join([f"| {name} | {value} |" for name, value in lines.items()])
     return f"| | |\n|---|---|\n{table}\n\nSettings that differ from the defaults (`run.json` has all of them):\n\n```\n{changed}\n```"
 

@@ -63,8 +63,10 @@ def export(trained: TrainedModel, weights: str, output: Path, dataset: Dataset |
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)\n  images uint8 (B, {trained.side}, {trained.side}, 3) -> scores float32 "
-          f"(B, {len(trained.classes)}), any batch size B\n  {said}")
+    print(
+        f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)\n  images uint8 (B, {trained.side}, {trained.side}, 3) -> scores float32 "
+        f"(B, {len(trained.classes)}), any batch size B\n  {said}"
+    )
 
 
 def to_onnx(network: nn.Module, side: int) -> Any:
@@ -74,10 +76,19 @@ def to_onnx(network: nn.Module, side: int) -> Any:
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)  # two: a batch of one would be taken for a constant
     try:
         with quiet():
-            return torch.onnx.export(network, (example,), dynamo=True, dynamic_shapes=({0: "B"},), input_names=["images"],
-                                     output_names=["scores"], verbose=False)
+            return torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: "B"},),
+                input_names=["images"],
+                output_names=["scores"],
+                verbose=False,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise RunError(f"this network cannot be exported to ONNX: {reason(error)}. It goes on working in PyTorch, from the run folder") from None
+        raise RunError(
+            f"this network cannot be exported to ONNX: {reason(error)}. It goes on working in PyTorch, from the run folder"
+        ) from None
 
 
 def reason(error: BaseException) -> str:
@@ -103,7 +114,9 @@ def quiet() -> Iterator[None]:
 def pixels_to_check(trained: TrainedModel, dataset: Dataset | None) -> tuple[np.ndarray, str]:
     """Pixels uint8 (B, S, S, 3), and what they are."""
     if dataset is None:
-        return np.random.default_rng(0).integers(0, 256, (32, trained.side, trained.side, 3), dtype=np.uint8), "images of noise (no dataset here)"
+        return np.random.default_rng(0).integers(
+            0, 256, (32, trained.side, trained.side, 3), dtype=np.uint8
+        ), "images of noise (no dataset here)"
     test = dataset.splits["test"]
     chosen = test.take(np.linspace(0, len(test) - 1, min(CHECKED, len(test))).astype(np.int64))
     if test.packed is not None:
@@ -119,12 +132,16 @@ def compare(network: nn.Module, path: Path, pixels: np.ndarray, what: str) -> st
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
-        ours = np.concatenate([network(torch.from_numpy(part)).numpy() for part in np.array_split(pixels, -(-len(pixels) // 100))])
+        ours = np.concatenate(
+            [network(torch.from_numpy(part)).numpy() for part in np.array_split(pixels, -(-len(pixels) // 100))]
+        )
     theirs = session.run(None, {"images": pixels})[0]
     one = session.run(None, {"images": pixels[:1]})[0]  # another batch size: the graph must not have kept one
     largest = max(np.abs(theirs - ours).max(), np.abs(one - ours[:1]).max())
     equal = int((theirs.argmax(1) == ours.argmax(1)).sum())
     said = f"against PyTorch on {len(pixels)} {what}: scores differ by {largest:.1e} at most, top-1 equal on {equal} of {len(pixels)}"
     if not largest <= TOLERANCE * max(1.0, np.abs(ours).max()):
-        raise RunError(f"the exported network is not the trained one: {said}. Nothing was written; please report this with the run's settings")
+        raise RunError(
+            f"the exported network is not the trained one: {said}. Nothing was written; please report this with the run's settings"
+        )
     return said

@@ -32,18 +32,28 @@ from image_data.preparation.image_tree import IMAGE_SUFFIXES
 from inference.trained_model import TrainedModel
 
 SHOWN = 5  # classes an image
-ENDINGS = IMAGE_SUFFIXES | {".gif", ".avif", ".tga", ".ico"}  # what is an image in a folder; a file named by itself may end as it likes
+ENDINGS = IMAGE_SUFFIXES | {
+    ".gif",
+    ".avif",
+    ".tga",
+    ".ico",
+}  # what is an image in a folder; a file named by itself may end as it likes
 
 Predictions = list[tuple[str, float]]  # class and probability, the likeliest first
 
 
-def predict(trained: TrainedModel, network: nn.Module, names: list[Path], batch_size: int, autocast: bool, output: Path | None) -> int:
+def predict(
+    trained: TrainedModel, network: nn.Module, names: list[Path], batch_size: int, autocast: bool, output: Path | None
+) -> int:
     """Show the likeliest classes of the images in `names` (files and folders). Returns how many could not be read."""
     paths = find_images(names)
     as_table = output is not None or any(name.is_dir() for name in names)
     rows, unread = [], 0
-    for path, found in progress(guesses(trained, network, paths, batch_size, autocast), len(paths), "images") if as_table else guesses(
-            trained, network, paths, batch_size, autocast):
+    for path, found in (
+        progress(guesses(trained, network, paths, batch_size, autocast), len(paths), "images")
+        if as_table
+        else guesses(trained, network, paths, batch_size, autocast)
+    ):
         if isinstance(found, str):
             unread += 1
             print(f"error: {path} cannot be read ({found}); it is left out", file=sys.stderr)
@@ -61,7 +71,9 @@ def predict(trained: TrainedModel, network: nn.Module, names: list[Path], batch_
     return unread
 
 
-def guesses(trained: TrainedModel, network: nn.Module, paths: list[Path], batch_size: int, autocast: bool) -> Iterator[tuple[Path, Predictions | str]]:
+def guesses(
+    trained: TrainedModel, network: nn.Module, paths: list[Path], batch_size: int, autocast: bool
+) -> Iterator[tuple[Path, Predictions | str]]:
     """For each path, in order, the likeliest classes; or why it cannot be read."""
     first = next(network.parameters())
 
@@ -88,7 +100,10 @@ def guesses(trained: TrainedModel, network: nn.Module, paths: list[Path], batch_
 def top(scores: torch.Tensor, classes: list[str]) -> list[Predictions]:
     """The likeliest classes of each row of scores (B, K)."""
     values, labels = scores.softmax(1).topk(min(SHOWN, len(classes)))
-    return [[(classes[label], value) for label, value in zip(*row, strict=True)] for row in zip(labels.tolist(), values.tolist(), strict=True)]
+    return [
+        [(classes[label], value) for label, value in zip(*row, strict=True)]
+        for row in zip(labels.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def fit(pixels: np.ndarray, trained: TrainedModel) -> np.ndarray:
@@ -116,7 +131,11 @@ def find_images(names: list[Path]) -> list[Path]:
     """The files among `names`, and the images of the folders among them, by their endings, sorted. Raises RunError where none is left."""
     found: dict[Path, None] = {}  # each once, in order
     for name in names:
-        inside = sorted(path for path in name.rglob("[!.]*") if path.suffix.lower() in ENDINGS and path.is_file()) if name.is_dir() else [name]
+        inside = (
+            sorted(path for path in name.rglob("[!.]*") if path.suffix.lower() in ENDINGS and path.is_file())
+            if name.is_dir()
+            else [name]
+        )
         if not inside:
             raise RunError(f"{name} holds no images")
         found |= dict.fromkeys(inside)
@@ -127,7 +146,14 @@ def table(rows: list[tuple[Path, Predictions]], shown: int) -> str:
     """Predictions as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "class", "probability", *(f"{what}_{i}" for i in range(2, shown + 1) for what in ("class", "probability"))])
+    writer.writerow(
+        [
+            "path",
+            "class",
+            "probability",
+            *(f"{what}_{i}" for i in range(2, shown + 1) for what in ("class", "probability")),
+        ]
+    )
     for path, found in rows:
         writer.writerow([path, *(value for name, probability in found for value in (name, f"{probability:.6f}"))])
     return text.getvalue()

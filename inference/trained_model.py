@@ -77,15 +77,27 @@ class TrainedModel:
         path = self.record.folder / weights
         if not path.is_file():
             there = sorted(file.name for file in self.record.folder.glob("*.safetensors"))
-            raise RunError(f"{path} does not exist; " + (unknown("weights", weights, there) if there else "the run has not finished an epoch yet"))
+            raise RunError(
+                f"{path} does not exist; "
+                + (unknown("weights", weights, there) if there else "the run has not finished an epoch yet")
+            )
         return load_model(path, self.facts, device, precision)
 
     @property
     def metadata(self) -> dict[str, str]:
         """What a file of weights says of itself, so that it can leave its folder."""
         facts, dataset = self.facts, self.facts["dataset"]
-        kept = {"model": facts["settings"]["model"], "classes": self.classes, "image_side": self.side, "mean": dataset["mean"], "std": dataset["std"],
-                "preparation": self.preprocessing_text, "dataset": dataset["name"], "dataset_fingerprint": dataset["fingerprint"], "commit": facts["commit"]}
+        kept = {
+            "model": facts["settings"]["model"],
+            "classes": self.classes,
+            "image_side": self.side,
+            "mean": dataset["mean"],
+            "std": dataset["std"],
+            "preparation": self.preprocessing_text,
+            "dataset": dataset["name"],
+            "dataset_fingerprint": dataset["fingerprint"],
+            "commit": facts["commit"],
+        }
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
 
     def normalise(self, pixels: Any) -> Tensor:
@@ -93,7 +105,9 @@ class TrainedModel:
         import torch
 
         pixels = pixels if isinstance(pixels, torch.Tensor) else torch.tensor(pixels)
-        mean, std = (torch.tensor(self.facts["dataset"][name], device=pixels.device).view(3, 1, 1) for name in ("mean", "std"))
+        mean, std = (
+            torch.tensor(self.facts["dataset"][name], device=pixels.device).view(3, 1, 1) for name in ("mean", "std")
+        )
         return (pixels.permute(0, 3, 1, 2).float() - 255 * mean) / (255 * std)
 
 

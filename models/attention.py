@@ -25,8 +25,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     return form(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
-                       dropout_p: float = 0.0) -> Tensor:
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """The same as two matrix products with a softmax between."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if attn_mask is not None:
@@ -87,10 +88,7 @@ class RMSNorm(nn.Module):
         return x * (x.float().square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt().to(x.dtype) * self.weight
 
 
-NORMS = {
-    "rms": RMSNorm,
-    "layer": nn.LayerNorm,
-}
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 class NormedAttention(Attention):
@@ -118,7 +116,9 @@ class HeadTokens(Attention):
     def __init__(self, dims: Dimensions):
         super().__init__(dims)
         if dims.width % dims.heads:
-            raise SettingsError(f"attention=head_tokens: model.heads={dims.heads} does not divide model.width={dims.width}")
+            raise SettingsError(
+                f"attention=head_tokens: model.heads={dims.heads} does not divide model.width={dims.width}"
+            )
         self.num_prefix = dims.num_prefix
         self.lift = nn.Linear(dims.width // dims.heads, dims.width)
         self.lift_norm = nn.LayerNorm(dims.width // dims.heads)

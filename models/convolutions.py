@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from common.errors import SettingsError, unknown
 from models.parts import Dimensions
 
-NORMS = {
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(1, channels),
-}
+NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(1, channels)}
 
 
 def check_norm(part: str, norm: str) -> None:

@@ -34,8 +34,10 @@ def count_flops(model: Any, image_side: int, device: str) -> int:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
     except ImportError:
-        raise SettingsError(f"FLOPs cannot be counted with PyTorch {torch.__version__}; install 2.3 or newer "
-                            "(environment/requirements-cuda12.txt or requirements.txt)") from None
+        raise SettingsError(
+            f"FLOPs cannot be counted with PyTorch {torch.__version__}; install 2.3 or newer "
+            "(environment/requirements-cuda12.txt or requirements.txt)"
+        ) from None
     counter = FlopCounterMode(display=False)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
         model(torch.zeros(1, 3, image_side, image_side, device=device))

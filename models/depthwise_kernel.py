@@ -436,7 +436,11 @@ def run_backward(
             num_warps=how.warps,
         )
     total = sums.sum(0)
-    return [dx, total[:9].T.reshape(weight.shape).to(weight.dtype).clone(memory_format=torch.contiguous_format), total[9].to(bias.dtype, copy=True)]
+    return [
+        dx,
+        total[:9].T.reshape(weight.shape).to(weight.dtype).clone(memory_format=torch.contiguous_format),
+        total[9].to(bias.dtype, copy=True),
+    ]
 
 
 @cache

@@ -20,7 +20,9 @@ class Residual(nn.Module):
     def __init__(self, channels: int, norm: str):
         super().__init__()
         self.norms = nn.ModuleList(NORMS[norm](channels) for _ in range(2))
-        self.convolve = nn.ModuleList(nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False) for _ in range(2))
+        self.convolve = nn.ModuleList(
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -33,8 +35,10 @@ def count_halvings(name: str, patch: int, first: int, blocks: int) -> int:
     """How often the side is halved until a patch is one pixel. Raises SettingsError for sizes that make no stem."""
     halvings = patch.bit_length() - 1
     if patch != 2**halvings or halvings < 1 or first < 1 or blocks < 0:
-        raise SettingsError(f"patch_embedding={name}: model.patch must be a power of 2 from 2 up, first at least 1 and blocks at "
-                            f"least 0, not patch={patch}, first={first}, blocks={blocks}")
+        raise SettingsError(
+            f"patch_embedding={name}: model.patch must be a power of 2 from 2 up, first at least 1 and blocks at "
+            f"least 0, not patch={patch}, first={first}, blocks={blocks}"
+        )
     return halvings
 
 
@@ -58,7 +62,9 @@ class ResidualStem(nn.Module):
             steps += [NORMS[norm](before), nn.GELU(), nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)]
         self.steps = nn.Sequential(*steps)
         for step in steps[1:]:
-            step.is_input_or_output_layer = False  # only the first convolution reads the images; Muon may train the others
+            step.is_input_or_output_layer = (
+                False  # only the first convolution reads the images; Muon may train the others
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.steps(images).flatten(2).transpose(1, 2)
@@ -83,7 +89,9 @@ class PoolStem(nn.Module):
             steps.append(ConvolveNorm(before, after, norm, pool=True))
         self.steps = nn.Sequential(*steps)
         for step in steps[1:]:
-            step.is_input_or_output_layer = False  # only the first convolution reads the images; Muon may train the others
+            step.is_input_or_output_layer = (
+                False  # only the first convolution reads the images; Muon may train the others
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.steps(images.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)

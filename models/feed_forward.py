@@ -133,7 +133,9 @@ class SoftMoE(nn.Module):
         self.dropout = nn.Dropout(dims.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = F.normalize(x, dim=-1) @ (self.scale * F.normalize(self.slot_vectors, dim=-1)).T  # (B, T, slots of all experts)
+        scores = (
+            F.normalize(x, dim=-1) @ (self.scale * F.normalize(self.slot_vectors, dim=-1)).T
+        )  # (B, T, slots of all experts)
         slots = scores.softmax(dim=1).transpose(1, 2) @ x
         slots = slots.unflatten(1, (self.experts, -1))  # (B, experts, slots, C)
         slots = self.dropout(F.gelu(slots @ self.expand + self.bias_expand)) @ self.contract + self.bias_contract
@@ -165,7 +167,9 @@ class Mix(nn.Module):
     "mix or chain CSC-I", a term that is defined nowhere: two different feed-forwards in one block, side by side or in a row.
     """
 
-    def __init__(self, dims: Dimensions, first: str = "mlp", second: str = "geglu", hidden: int = 0, share: float = 0.5):
+    def __init__(
+        self, dims: Dimensions, first: str = "mlp", second: str = "geglu", hidden: int = 0, share: float = 0.5
+    ):
         super().__init__()
         self.first = build_at_share(first, dims, hidden, share)
         self.second = build_at_share(second, dims, hidden, 1 - share)
@@ -177,7 +181,9 @@ class Mix(nn.Module):
 class Chain(nn.Module):
     """One kind of feed-forward, a LayerNorm, then another kind; sizes as in Mix, and like it a reading of "mix or chain CSC-I"."""
 
-    def __init__(self, dims: Dimensions, first: str = "mlp", second: str = "geglu", hidden: int = 0, share: float = 0.5):
+    def __init__(
+        self, dims: Dimensions, first: str = "mlp", second: str = "geglu", hidden: int = 0, share: float = 0.5
+    ):
         super().__init__()
         self.first = build_at_share(first, dims, hidden, share)
         self.norm = nn.LayerNorm(dims.width)
@@ -194,7 +200,9 @@ def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn
     options = {}
     if kind in FEED_FORWARDS and "hidden" in part_options(FEED_FORWARDS[kind]):
         of_one_matrix = share * MLP.num_matrices * (hidden or 4 * dims.width)
-        options["hidden"] = max(1, round(of_one_matrix / getattr(FEED_FORWARDS[kind], "num_matrices", MLP.num_matrices)))
+        options["hidden"] = max(
+            1, round(of_one_matrix / getattr(FEED_FORWARDS[kind], "num_matrices", MLP.num_matrices))
+        )
     return make_part(FEED_FORWARDS, "feed_forward", kind, dims, options)
 
 

@@ -79,7 +79,9 @@ def read_weights(path: Path) -> Weights:
                 name = name.removeprefix(next(wrapper for wrapper in WRAPPERS if name.startswith(wrapper)))
             weights[name] = tensor
     if not weights:
-        raise SettingsError(f"--init-weights {path} holds no named tensors; give a state_dict: torch.save(model.state_dict(), FILE)")
+        raise SettingsError(
+            f"--init-weights {path} holds no named tensors; give a state_dict: torch.save(model.state_dict(), FILE)"
+        )
     return weights
 
 
@@ -90,22 +92,30 @@ def read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise SettingsError(f"--init-weights {path} cannot be read as safetensors ({error}); fetch or save it again") from error
+        raise SettingsError(
+            f"--init-weights {path} cannot be read as safetensors ({error}); fetch or save it again"
+        ) from error
 
 
 def read_torch_file(path: Path) -> Any:
     if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
-        raise SettingsError(f"--init-weights {path}: PyTorch {torch.__version__} can be made to run code by a file of torch.save (CVE-2025-32434); "
-                            "give the weights as safetensors, or update PyTorch")
+        raise SettingsError(
+            f"--init-weights {path}: PyTorch {torch.__version__} can be made to run code by a file of torch.save (CVE-2025-32434); "
+            "give the weights as safetensors, or update PyTorch"
+        )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # the restricted unpickler: tensors and plain containers
+        return torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # the restricted unpickler: tensors and plain containers
     except pickle.UnpicklingError as error:
         raise SettingsError(
             f"--init-weights {path} is damaged or holds pickled Python objects besides tensors, which could run code when read and "
             "are refused; where you trust it, save the tensors alone: torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise SettingsError(f"--init-weights {path} is neither safetensors (by that suffix) nor a file of torch.save: {error}") from error
+        raise SettingsError(
+            f"--init-weights {path} is neither safetensors (by that suffix) nor a file of torch.save: {error}"
+        ) from error
 
 
 def to_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
@@ -121,7 +131,9 @@ def to_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
             try:
                 weights = layer.adapt_weights(weights)
             except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
-                raise SettingsError(f"--init-weights {path} holds weights of another model than model.architecture ({error})") from error
+                raise SettingsError(
+                    f"--init-weights {path} holds weights of another model than model.architecture ({error})"
+                ) from error
     ours = {their: our for our, their in theirs.items()}
     return {ours.get(name, name): tensor for name, tensor in weights.items()}
 
@@ -146,7 +158,9 @@ def head_names(model: nn.Sequential) -> set[str]:
 
 def position_names(model: nn.Sequential) -> set[str]:
     """Tables of our own layers that may hold a vector a token; a library's own are left to `adapt_weights`."""
-    tables = {f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "no_weight_decay", ())}
+    tables = {
+        f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "no_weight_decay", ())
+    }
     return tables - external_names(model).keys()
 
 
@@ -181,5 +195,7 @@ def line(what: str, names: Any) -> list[str]:
 
 
 def nothing_fits(path: Path, theirs: list[str], ours: list[str]) -> str:
-    return (f"--init-weights {path} fits no tensor of this network but perhaps its head: it holds {len(theirs)} tensors such as "
-            f"'{theirs[0]}', the network {len(ours)} such as '{ours[0]}'; set model.architecture and its sizes to those of the file")
+    return (
+        f"--init-weights {path} fits no tensor of this network but perhaps its head: it holds {len(theirs)} tensors such as "
+        f"'{theirs[0]}', the network {len(ours)} such as '{ours[0]}'; set model.architecture and its sizes to those of the file"
+    )

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from config.settings import ModelSettings
 
-Architecture = Callable[[ModelSettings, int, int], list[nn.Module]]  # settings, number of classes K, image side S -> layers
+Architecture = Callable[
+    [ModelSettings, int, int], list[nn.Module]
+]  # settings, number of classes K, image side S -> layers
 
 
 def uses_settings(*names: str) -> Callable[[Architecture], Architecture]:

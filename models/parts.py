@@ -44,7 +44,9 @@ class Dimensions:
         return self.num_prefix + self.grid**2
 
 
-def make_part(table: dict[str, Callable[..., nn.Module]], kind: str, name: str, dims: Dimensions, options: dict[str, Any]) -> nn.Module:
+def make_part(
+    table: dict[str, Callable[..., nn.Module]], kind: str, name: str, dims: Dimensions, options: dict[str, Any]
+) -> nn.Module:
     """Make entry `name` of `table` with `options`.
 
     Raises:
@@ -58,7 +60,9 @@ def make_part(table: dict[str, Callable[..., nn.Module]], kind: str, name: str, 
             raise SettingsError(f"{kind}={name}: " + unknown("option", option, list(known)))
         wanted = type(known[option])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise SettingsError(f"{kind}={name}: option {option} must be of type {wanted.__name__} (default {known[option]!r}), not {value!r}")
+            raise SettingsError(
+                f"{kind}={name}: option {option} must be of type {wanted.__name__} (default {known[option]!r}), not {value!r}"
+            )
     return table[name](dims, **options)
 
 

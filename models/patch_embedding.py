@@ -62,8 +62,10 @@ class ConvolutionStem(nn.Module):
         super().__init__()
         halvings = dims.patch.bit_length() - 1
         if dims.patch != 2**halvings or not halvings <= layers <= 8 or layers < 1:
-            raise SettingsError(f"patch_embedding=conv_stem: model.patch must be a power of 2 and layers from its logarithm to 8, "
-                                f"not patch={dims.patch}, layers={layers}")
+            raise SettingsError(
+                f"patch_embedding=conv_stem: model.patch must be a power of 2 and layers from its logarithm to 8, "
+                f"not patch={dims.patch}, layers={layers}"
+            )
         channels = [3, *(max(1, dims.width >> (layers - 1 - i)) for i in range(layers))]
         steps: list[nn.Module] = []
         for i in range(layers):

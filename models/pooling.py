@@ -45,8 +45,4 @@ class SequencePooling(nn.Module):
         return (weights.transpose(1, 2) @ x).squeeze(1)
 
 
-POOLINGS = {
-    "class_token": ClassTokenPooling,
-    "mean": MeanPooling,
-    "sequence": SequencePooling,
-}
+POOLINGS = {"class_token": ClassTokenPooling, "mean": MeanPooling, "sequence": SequencePooling}

@@ -90,9 +90,4 @@ def grid_angles(dims: Dimensions, channels: int, base: float, setting: str) -> T
     return torch.cat([rows, columns], dim=1)
 
 
-POSITIONS = {
-    "learned": LearnedPosition,
-    "sin_cos": SinCosPosition,
-    "rotary": RotaryPosition,
-    "none": NoPosition,
-}
+POSITIONS = {"learned": LearnedPosition, "sin_cos": SinCosPosition, "rotary": RotaryPosition, "none": NoPosition}

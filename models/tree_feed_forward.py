@@ -38,10 +38,16 @@ class Level(nn.Module):
 class Tree(nn.Module):
     """What both trees share: `group` neurons a node, `branches` children a node. Subclasses say what a group gives and where it leads."""
 
-    def __init__(self, dims: Dimensions, group: int, branches: int, depth: int, dense: int, evaluation: str, root_factor: float):
+    def __init__(
+        self, dims: Dimensions, group: int, branches: int, depth: int, dense: int, evaluation: str, root_factor: float
+    ):
         super().__init__()
-        for name, value, allowed in (("depth", depth, depth >= 0), ("fan_out", group, group >= 1), ("dense", dense, dense >= 0),
-                                     ("root_factor", root_factor, root_factor > 0)):
+        for name, value, allowed in (
+            ("depth", depth, depth >= 0),
+            ("fan_out", group, group >= 1),
+            ("dense", dense, dense >= 0),
+            ("root_factor", root_factor, root_factor > 0),
+        ):
             if not allowed:
                 raise SettingsError(f"a feed-forward tree cannot have {name}={value}")
         if evaluation not in EVALUATIONS:
@@ -74,7 +80,9 @@ class Tree(nn.Module):
 
     def every_neuron(self, tokens: Tensor) -> Tensor:
         """The evaluation `mask`, (N, C) -> (N, C)."""
-        rows_in, bias, rows_out = (torch.cat([getattr(level, name) for level in self.levels]) for name in ("rows_in", "bias", "rows_out"))
+        rows_in, bias, rows_out = (
+            torch.cat([getattr(level, name) for level in self.levels]) for name in ("rows_in", "bias", "rows_out")
+        )
         scores = F.linear(tokens, rows_in, bias).unflatten(1, (-1, self.group))  # (N, nodes, group)
         values = self.values(scores) * self.visited(scores).unsqueeze(-1)
         return values.flatten(1) @ rows_out
@@ -93,18 +101,17 @@ class Tree(nn.Module):
         y = torch.zeros_like(tokens)
         node = tokens.new_zeros(len(tokens), dtype=torch.long)  # of its level, from 0
         for level in self.levels:
-            rows_in, rows_out = (F.embedding(node, rows.view(-1, self.group * rows.shape[1])).view(len(node), self.group, -1)
-                                 for rows in (level.rows_in, level.rows_out))
+            rows_in, rows_out = (
+                F.embedding(node, rows.view(-1, self.group * rows.shape[1])).view(len(node), self.group, -1)
+                for rows in (level.rows_in, level.rows_out)
+            )
             scores = torch.einsum("nc,ngc->ng", tokens, rows_in) + F.embedding(node, level.bias.view(-1, self.group))
             y = y + torch.einsum("ng,ngc->nc", self.values(scores), rows_out)
             node = node * self.branches + self.child(scores)
         return y
 
 
-EVALUATIONS = {
-    "mask": Tree.every_neuron,
-    "path": Tree.path_only,
-}
+EVALUATIONS = {"mask": Tree.every_neuron, "path": Tree.path_only}
 
 
 class FFF(Tree):
@@ -115,7 +122,9 @@ class FFF(Tree):
     geometrically to 1 at the leaves: under 1, the decisions that all tokens share change slower than those that few do.
     """
 
-    def __init__(self, dims: Dimensions, depth: int = 7, dense: int = 0, evaluation: str = "mask", root_factor: float = 1.0):
+    def __init__(
+        self, dims: Dimensions, depth: int = 7, dense: int = 0, evaluation: str = "mask", root_factor: float = 1.0
+    ):
         super().__init__(dims, 1, 2, depth, dense, evaluation, root_factor)
 
     def values(self, scores: Tensor) -> Tensor:
@@ -133,8 +142,15 @@ class FFFFanOut(Tree):
     unlike a sign, the decision learns. `dense`, `evaluation` and `root_factor` as for `fff`.
     """
 
-    def __init__(self, dims: Dimensions, fan_out: int = 4, depth: int = 3, dense: int = 0, evaluation: str = "mask",
-                 root_factor: float = 1.0):
+    def __init__(
+        self,
+        dims: Dimensions,
+        fan_out: int = 4,
+        depth: int = 3,
+        dense: int = 0,
+        evaluation: str = "mask",
+        root_factor: float = 1.0,
+    ):
         super().__init__(dims, fan_out, fan_out, depth, dense, evaluation, root_factor)
 
     def values(self, scores: Tensor) -> Tensor:

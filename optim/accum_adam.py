@@ -20,10 +20,22 @@ class AccumAdam(torch.optim.Optimizer):
     implementation does; epsilon stands outside the square root, and the bias correction counts windows.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, window: int, decoupled: bool):
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        window: int,
+        decoupled: bool,
+    ):
         if window < 1:
             raise ValueError(f"a window of {window} steps")
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, window=window, decoupled=decoupled))
+        super().__init__(
+            params,
+            dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, window=window, decoupled=decoupled),
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

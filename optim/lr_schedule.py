@@ -51,7 +51,9 @@ def trapezoid(step: int, course: Timeline, settings: ScheduleSettings) -> float:
 
 def step_decay(step: int, course: Timeline, settings: ScheduleSettings) -> float:
     """Times milestone_factor at each of the milestones, which are shares of the whole run (arXiv 1512.03385)."""
-    return settings.milestone_factor ** sum(step >= round(milestone * course.total) for milestone in settings.milestones)
+    return settings.milestone_factor ** sum(
+        step >= round(milestone * course.total) for milestone in settings.milestones
+    )
 
 
 SCHEDULES: dict[str, Callable[[int, Timeline, ScheduleSettings], float]] = {
@@ -69,7 +71,14 @@ USED_BY = {
     "milestones": ("step",),
     "milestone_factor": ("step",),
 }
-FRACTIONS = ("warmup_fraction", "warmup_start_factor", "final_factor", "hold_fraction", "cooldown_fraction", "milestone_factor")
+FRACTIONS = (
+    "warmup_fraction",
+    "warmup_start_factor",
+    "final_factor",
+    "hold_fraction",
+    "cooldown_fraction",
+    "milestone_factor",
+)
 
 
 class Schedule:
@@ -104,13 +113,21 @@ def check(settings: ScheduleSettings) -> None:
             raise SettingsError(f"schedule.{name} must lie between 0 and 1, not {getattr(settings, name)}")
     for name, shapes in USED_BY.items():
         if settings.shape not in shapes and getattr(settings, name) != getattr(ScheduleSettings(), name):
-            raise SettingsError(f"schedule.shape={settings.shape} would not use schedule.{name}={getattr(settings, name)}; "
-                                f"{' and '.join(shapes)} would")
+            raise SettingsError(
+                f"schedule.shape={settings.shape} would not use schedule.{name}={getattr(settings, name)}; "
+                f"{' and '.join(shapes)} would"
+            )
     cooldown = settings.cooldown_fraction if settings.shape == "trapezoid" else 0.0
     if settings.warmup_fraction + cooldown + settings.hold_fraction > 1:
-        raise SettingsError("schedule.warmup_fraction, cooldown_fraction and hold_fraction are shares of one run; together they must "
-                            f"not exceed 1, and are {settings.warmup_fraction}, {cooldown} and {settings.hold_fraction}")
+        raise SettingsError(
+            "schedule.warmup_fraction, cooldown_fraction and hold_fraction are shares of one run; together they must "
+            f"not exceed 1, and are {settings.warmup_fraction}, {cooldown} and {settings.hold_fraction}"
+        )
     points = settings.milestones
-    if settings.shape == "step" and (not points or sorted(points) != points or not settings.warmup_fraction <= points[0] <= points[-1] < 1):
-        raise SettingsError(f"schedule.milestones must rise, from schedule.warmup_fraction={settings.warmup_fraction} or later to below 1, "
-                            f"not {points}")
+    if settings.shape == "step" and (
+        not points or sorted(points) != points or not settings.warmup_fraction <= points[0] <= points[-1] < 1
+    ):
+        raise SettingsError(
+            f"schedule.milestones must rise, from schedule.warmup_fraction={settings.warmup_fraction} or later to below 1, "
+            f"not {points}"
+        )

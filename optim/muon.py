@@ -20,7 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen by its author to bring small singular values up fast
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of the quintic iteration, chosen by its author to bring small singular values up fast
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -55,17 +59,34 @@ class Muon(torch.optim.Optimizer):
         working_dtype: in which the iteration computes; None: bf16 on a GPU, as its author has it, and fp32 on a CPU.
     """
 
-    def __init__(self, params: list[dict[str, Any]], lr: float, matrix_lr_factor: float, momentum: float,
-                 betas: tuple[float, float], eps: float, weight_decay: float, fused: bool = False):
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        lr: float,
+        matrix_lr_factor: float,
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        fused: bool = False,
+    ):
         if not 0 <= momentum < 1 or matrix_lr_factor <= 0:
-            raise ValueError(f"momentum={momentum} and matrix_lr_factor={matrix_lr_factor}: it needs 0 <= momentum < 1, and a factor above 0")
-        super().__init__(params, dict(lr=lr, momentum=momentum, matrix_lr_factor=matrix_lr_factor, weight_decay=weight_decay))
+            raise ValueError(
+                f"momentum={momentum} and matrix_lr_factor={matrix_lr_factor}: it needs 0 <= momentum < 1, and a factor above 0"
+            )
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, matrix_lr_factor=matrix_lr_factor, weight_decay=weight_decay)
+        )
         self.shardings: dict[Tensor, MatrixSharding] = {}
         self.compiled = False
         self.working_dtype: torch.dtype | None = None
         # It shares the groups (the same dictionaries) and the state, so an engine that exchanges parameters sees one optimiser.
         rest = [group for group in self.param_groups if not group["hidden"]]
-        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused) if rest else None
+        self.adamw = (
+            torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+            if rest
+            else None
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -85,7 +106,9 @@ class Muon(torch.optim.Optimizer):
         cuts = [self.shardings.get(tensor, Unsharded()) for tensor in tensors]
         directions = self._directions(tensors, group["momentum"])
         matrices = [cut.whole(direction) for direction, cut in zip(directions, cuts, strict=True)]
-        made = iter(orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor], self.compiled, self.working_dtype))
+        made = iter(
+            orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor], self.compiled, self.working_dtype)
+        )
         steps = [cut.part([next(made) for _ in of_tensor]) for cut, of_tensor in zip(cuts, matrices, strict=True)]
         decay, rate = 1 - group["lr"] * group["weight_decay"], -group["lr"] * group["matrix_lr_factor"]
         if all_plain([*tensors, *steps]):

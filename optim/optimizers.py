@@ -81,7 +81,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 FUSED = ("AdamW", "Adam", "SGD", "Muon")  # have a form that updates all parameters in one kernel
 NEEDS_FULL_TENSORS = ("Lamb",)  # look at the norm of whole parameters, so they must not be handed pieces
-COUNTS_OWN_STEPS = ("Lamb", "AdamWScheduleFree")  # count steps themselves, so a step must not be left out (see `restore_counters`)
+COUNTS_OWN_STEPS = (
+    "Lamb",
+    "AdamWScheduleFree",
+)  # count steps themselves, so a step must not be left out (see `restore_counters`)
 AVERAGES_WEIGHTS = ("AdamWScheduleFree",)  # keep an average of the weights, and evaluate that
 
 
@@ -115,9 +118,20 @@ def describe_groups(config: dict[str, Any], model: nn.Module) -> str:
         rate = group["initial_lr"] * (config["params"]["matrix_lr_factor"] if group.get("hidden") else 1)
         members = group["params"]
         shown = ", ".join(names[id(parameter)] for parameter in members[:3]) + (", ..." if len(members) > 3 else "")
-        rows.append((by, f"{rate:g}", f"{group['weight_decay']:g}", str(len(members)), f"{sum(p.numel() for p in members):,}", shown))
+        rows.append(
+            (
+                by,
+                f"{rate:g}",
+                f"{group['weight_decay']:g}",
+                str(len(members)),
+                f"{sum(p.numel() for p in members):,}",
+                shown,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 # --- optimisers that average ----------------------------------------------------------------------------------------
@@ -133,7 +147,10 @@ def averaged_weights(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) ->
         return None
     beta = optimizer.defaults["betas"][0]
     with torch.no_grad():
-        return [y.lerp(optimizer.state[y]["z"], 1 - 1 / beta) if "z" in optimizer.state.get(y, {}) else y.clone() for y in tensors]
+        return [
+            y.lerp(optimizer.state[y]["z"], 1 - 1 / beta) if "z" in optimizer.state.get(y, {}) else y.clone()
+            for y in tensors
+        ]
 
 
 def scalars_of(states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
@@ -174,5 +191,7 @@ def check_optimizer(settings: Settings, strategy: str, own_average_refusal: str 
     if settings.ema.decay:
         raise SettingsError(f"optimizer.type={name} keeps an average of the weights itself; leave ema.decay at 0")
     if settings.schedule.shape != "constant":
-        raise SettingsError(f"optimizer.type={name} averages in place of a falling learning rate; give it --set schedule.shape=constant "
-                            f"(now {settings.schedule.shape}), with a warm-up")
+        raise SettingsError(
+            f"optimizer.type={name} averages in place of a falling learning rate; give it --set schedule.shape=constant "
+            f"(now {settings.schedule.shape}), with a warm-up"
+        )

@@ -33,15 +33,25 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
                 hidden = find_hidden and id(module) not in edges and _is_matrix(module, name)
                 groups[hidden, weight_decay if decays else 0.0, factor].append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor, "initial_lr": learning_rate * factor,
-         **({"hidden": hidden} if find_hidden else {})}
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            "lr": learning_rate * factor,
+            "initial_lr": learning_rate * factor,
+            **({"hidden": hidden} if find_hidden else {}),
+        }
         for (hidden, decay, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def _marked(model: nn.Module, is_input_or_output_layer: bool) -> set[int]:
     """All modules inside those that say `is_input_or_output_layer` in so many words, by id."""
-    return {id(inner) for module in model.modules() if getattr(module, "is_input_or_output_layer", None) is is_input_or_output_layer for inner in module.modules()}
+    return {
+        id(inner)
+        for module in model.modules()
+        if getattr(module, "is_input_or_output_layer", None) is is_input_or_output_layer
+        for inner in module.modules()
+    }
 
 
 def _is_matrix(module: nn.Module, name: str) -> bool:

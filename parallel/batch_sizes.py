@@ -35,7 +35,13 @@ class EvalCounts:
 
     def facts(self) -> dict[str, float]:
         """What a line of `metrics.jsonl` holds of a split."""
-        return {"loss": self.loss, "accuracy": self.accuracy, "top5_accuracy": self.top5_accuracy, "correct": self.correct, "seen": self.seen}
+        return {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "top5_accuracy": self.top5_accuracy,
+            "correct": self.correct,
+            "seen": self.seen,
+        }
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class BatchSizes:
         """From `train_batch_size` and `gradient_accumulation_steps`. Raises SettingsError when they do not divide."""
         total, accumulation = config["train_batch_size"], config["gradient_accumulation_steps"]
         if min(total, accumulation) < 1 or total % (accumulation * shards):
-            raise SettingsError(f"train_batch_size={total} cannot be cut into {shards} data-parallel processes times "
-                                f"gradient_accumulation_steps={accumulation}; choose a multiple of {max(1, accumulation) * shards}")
+            raise SettingsError(
+                f"train_batch_size={total} cannot be cut into {shards} data-parallel processes times "
+                f"gradient_accumulation_steps={accumulation}; choose a multiple of {max(1, accumulation) * shards}"
+            )
         return cls(total, total // (accumulation * shards), accumulation, shards)

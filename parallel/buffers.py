@@ -18,7 +18,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def mean_over(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def mean_over(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """The mean of each tensor over the processes of a group, in one message; the same bits in all of them. Collective."""
     flat = torch.cat([tensor.detach().to(dtype).flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
@@ -41,7 +43,9 @@ def _forward_in_fp32(module: _BatchNorm, x: Tensor) -> Tensor:
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     module._parameters.update({name: parameter.float() for name, parameter in own.items()})
     try:
-        return type(module).forward(module, x.float()).to(x.dtype)  # of the class: it may be one that does more than BatchNorm
+        return (
+            type(module).forward(module, x.float()).to(x.dtype)
+        )  # of the class: it may be one that does more than BatchNorm
     finally:
         module._parameters.update(own)
 

@@ -17,19 +17,28 @@ from torch import nn
 
 from common.errors import SettingsError, unknown
 
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of an unused CUDA toolkit on a machine without a GPU
+logging.getLogger("torch.utils.cpp_extension").setLevel(
+    logging.ERROR
+)  # it warns of an unused CUDA toolkit on a machine without a GPU
 
 LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
 ALIGNMENT = 16  # bytes, of the widest load
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 CHOICES = ("auto", "on", "off", *GRAPHS)
 CPU_IMAGES = 200_000  # of a run in bf16 on a CPU that gains more than the half minute it takes; fp32 gains nothing
-FIRST_STEPS_SECONDS = 1800.0  # that they may take on a host that has not compiled this network before, while another one has
-FIRST_STEPS = {"off": 1, "on": 2, **dict.fromkeys(GRAPHS, 4)}  # that compile, warm up or record, and do not count as training time
+FIRST_STEPS_SECONDS = (
+    1800.0  # that they may take on a host that has not compiled this network before, while another one has
+)
+FIRST_STEPS = {
+    "off": 1,
+    "on": 2,
+    **dict.fromkeys(GRAPHS, 4),
+}  # that compile, warm up or record, and do not count as training time
 
 
-def choose(setting: str, device: torch.device, refusal: str | None, graphs_refusal: str | None,
-           pays_on_cpu: bool = False) -> str:
+def choose(
+    setting: str, device: torch.device, refusal: str | None, graphs_refusal: str | None, pays_on_cpu: bool = False
+) -> str:
     """What `compile` comes to: off, on, or one of GRAPHS.
 
     Args:
@@ -49,7 +58,9 @@ def choose(setting: str, device: torch.device, refusal: str | None, graphs_refus
         raise SettingsError(f"compile={setting}: {refusal}")
     trouble = trouble_with(device)
     if trouble and setting != "auto":
-        raise SettingsError(f"compile={setting}: torch.compile does not work on this machine ({trouble}); compile=off trains without")
+        raise SettingsError(
+            f"compile={setting}: torch.compile does not work on this machine ({trouble}); compile=off trains without"
+        )
     if trouble and os.environ.get("RANK", "0") == "0":
         LOGGER.warning("compile   off, because torch.compile does not work on this machine (%s)", trouble)
     return "off" if trouble else "on" if setting == "auto" else setting
@@ -61,7 +72,9 @@ def trouble_with(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # of the compiler behind the compiler: whatever it is
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        return (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        )
     return None
 
 
@@ -82,7 +95,11 @@ class Compiled:
         torch._dynamo.config.optimize_ddp = mode in GRAPHS
         torch._dynamo.config.suppress_errors = or_plain
         options = {"mode": mode} if mode in GRAPHS else {}
-        if any(parameter.data_ptr() % ALIGNMENT for parameter in network.parameters() if parameter.is_cuda and parameter.numel()):
+        if any(
+            parameter.data_ptr() % ALIGNMENT
+            for parameter in network.parameters()
+            if parameter.is_cuda and parameter.numel()
+        ):
             # ZeRO's parameters are pieces of one buffer, at any offset. PyTorch 2.11 looks at the alignment of the layer that
             # it compiles and lets alike layers share the result, whose wide loads then fail ("misaligned address").
             import torch._inductor.config

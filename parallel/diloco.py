@@ -21,8 +21,10 @@ def check_outer(chosen: ParallelSettings) -> None:
     if chosen.local_steps < 1:
         raise SettingsError(f"parallel.local_steps must be at least 1, not {chosen.local_steps}")
     if chosen.outer_lr <= 0 or not 0 <= chosen.outer_momentum < 1:
-        raise SettingsError("parallel.outer_lr must be above 0 and parallel.outer_momentum in 0..1, "
-                            f"not {chosen.outer_lr} and {chosen.outer_momentum}")
+        raise SettingsError(
+            "parallel.outer_lr must be above 0 and parallel.outer_momentum in 0..1, "
+            f"not {chosen.outer_lr} and {chosen.outer_momentum}"
+        )
 
 
 class OuterStep:
@@ -49,7 +51,11 @@ class OuterStep:
     def state(self) -> dict[str, Tensor]:
         """CPU tensors under `outer/anchor/<parameter>` and `outer/momentum/<parameter>`."""
         kinds = {"anchor": self.anchor, "momentum": self.velocity}
-        return {f"outer/{kind}/{name}": value.to("cpu", copy=True) for kind, values in kinds.items() for name, value in values.items()}
+        return {
+            f"outer/{kind}/{name}": value.to("cpu", copy=True)
+            for kind, values in kinds.items()
+            for name, value in values.items()
+        }
 
     @torch.no_grad()
     def set_state(self, state: Mapping[str, Tensor]) -> None:

@@ -40,10 +40,14 @@ class Engine(TorchEngine):
     def __init__(self, *arguments, **keywords):
         num_gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
         if num_gpus < 2:
-            raise SettingsError(f"strategy dp shares a batch among the GPUs of one machine, and there {'is 1' if num_gpus else 'are 0'} "
-                                "here; zero or ddp in one process do the same without the detour")
+            raise SettingsError(
+                f"strategy dp shares a batch among the GPUs of one machine, and there {'is 1' if num_gpus else 'are 0'} "
+                "here; zero or ddp in one process do the same without the detour"
+            )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise SettingsError("strategy dp drives all GPUs from one process; start it without a launcher: python train.py --strategy dp")
+            raise SettingsError(
+                "strategy dp drives all GPUs from one process; start it without a launcher: python train.py --strategy dp"
+            )
         self.num_gpus = num_gpus
         super().__init__(*arguments, **keywords)
 
@@ -53,7 +57,9 @@ class Engine(TorchEngine):
     def prepare_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().prepare_step(optimizer)
         for i, generator in enumerate(torch.cuda.default_generators[: self.num_gpus]):
-            generator.manual_seed((torch.initial_seed() + i) % 2**63)  # PyTorch seeds all alike, and each GPU shall draw dropout of its own
+            generator.manual_seed(
+                (torch.initial_seed() + i) % 2**63
+            )  # PyTorch seeds all alike, and each GPU shall draw dropout of its own
 
     def describe(self) -> str:
         return f"{self.num_gpus} GPUs in one process, {super().describe()}"

@@ -68,7 +68,10 @@ class WeightAveraging:
             self.ema.update(self.step - 1)
 
     def _averaged_tensors(self) -> list[Tensor]:
-        return [*self.master_weights()[1], *(buffer for buffer in persistent_buffers(self.network()).values() if buffer.is_floating_point())]
+        return [
+            *self.master_weights()[1],
+            *(buffer for buffer in persistent_buffers(self.network()).values() if buffer.is_floating_point()),
+        ]
 
     @contextmanager
     def evaluation_weights(self, raw: bool = False) -> Iterator[None]:

@@ -82,9 +82,14 @@ class Engine(WeightAveraging, Collectives, ABC):
         """Raises SettingsError for a setting that this strategy would not use."""
         check_unused_settings(self.name, settings, self.used_settings, self.uses_full_ds_config)
         check_optimizer(settings, self.name, self.own_average_refusal)
-        for is_set, refusal in ((settings.channels_last, self.channels_last_refusal), (settings.ema.decay, self.ema_refusal)):
+        for is_set, refusal in (
+            (settings.channels_last, self.channels_last_refusal),
+            (settings.ema.decay, self.ema_refusal),
+        ):
             if is_set and refusal:
-                raise SettingsError(f"strategy {self.name} would not use {'ema.decay' if refusal is self.ema_refusal else 'channels_last'}: {refusal}")
+                raise SettingsError(
+                    f"strategy {self.name} would not use {'ema.decay' if refusal is self.ema_refusal else 'channels_last'}: {refusal}"
+                )
         device, enabled = process_group.pick_device(), settings.engine["bf16"]["enabled"]
         self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, device)
         self.settings, self.schedule, self.seed = settings, schedule, seed
@@ -118,15 +123,19 @@ class Engine(WeightAveraging, Collectives, ABC):
         Raises:
             SettingsError: this strategy cannot.
         """
-        raise SettingsError(f"--skip-bad-steps: strategy {self.name} updates parts of the network before it knows all of the gradient; "
-                            "leave the flag out, or take zero, ddp or fsdp")
+        raise SettingsError(
+            f"--skip-bad-steps: strategy {self.name} updates parts of the network before it knows all of the gradient; "
+            "leave the flag out, or take zero, ddp or fsdp"
+        )
 
     def refuse_own_count(self) -> None:
         """Raises SettingsError for an optimiser whose count of its steps a skipped one would put out."""
         name = self.settings.engine["optimizer"]["type"]
         if name in COUNTS_OWN_STEPS:
-            raise SettingsError(f"--skip-bad-steps: optimizer.type={name} counts its steps itself, and a skipped one would put that out; "
-                                "leave the flag out, or take another optimiser")
+            raise SettingsError(
+                f"--skip-bad-steps: optimizer.type={name} counts its steps itself, and a skipped one would put that out; "
+                "leave the flag out, or take another optimiser"
+            )
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor | None:
@@ -202,7 +211,11 @@ class Engine(WeightAveraging, Collectives, ABC):
     def features(self) -> str:
         """What of compiling, memory format and averaging is on, for `describe`."""
         settings, mode = self.settings, self.compiled.mode
-        features = {f"compile {mode}": mode != "off", "channels last": settings.channels_last, f"ema {settings.ema.decay}": settings.ema.decay}
+        features = {
+            f"compile {mode}": mode != "off",
+            "channels last": settings.channels_last,
+            f"ema {settings.ema.decay}": settings.ema.decay,
+        }
         return "".join(f", {feature}" for feature, is_on in features.items() if is_on)
 
     def to_model_input(self, images: Tensor) -> Tensor:
@@ -247,8 +260,10 @@ class Engine(WeightAveraging, Collectives, ABC):
         """Refuse a state that was not made for this strategy; `facts` is what `engine.json` holds. Raises SettingsError."""
         kind = facts.get("kind", self.checkpoint_kind)
         if kind != self.checkpoint_kind:
-            raise SettingsError(f"the checkpoint holds the state of {kind}, strategy {self.name} has that of {self.checkpoint_kind}; "
-                                "start from its weights.safetensors instead, with --init-weights")
+            raise SettingsError(
+                f"the checkpoint holds the state of {kind}, strategy {self.name} has that of {self.checkpoint_kind}; "
+                "start from its weights.safetensors instead, with --init-weights"
+            )
 
     def evaluate(self, batches: Iterator[Batch], raw: bool = False) -> EvalCounts:
         """Correct, top-5 correct, seen images and summed loss over the batches of all processes; padding is left out.

@@ -27,14 +27,18 @@ class RowSharding(MatrixSharding):
         return [part.full_tensor()]
 
     def part(self, whole: Sequence[Tensor]) -> DTensor:
-        return DTensor.from_local(whole[0], self.mesh, [Replicate()], run_check=False).redistribute(placements=self.placements)
+        return DTensor.from_local(whole[0], self.mesh, [Replicate()], run_check=False).redistribute(
+            placements=self.placements
+        )
 
 
 class Engine(TorchEngine):
     """Data parallel with sharded parameters, gradients and optimiser; one layer is whole at a time."""
 
     name = "fsdp"
-    cuda_graph_refusal = "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow; ddp can"
+    cuda_graph_refusal = (
+        "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow; ddp can"
+    )
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         check_no_scalar_parameters(model, "fully_shard")
@@ -47,7 +51,9 @@ class Engine(TorchEngine):
     def make_optimizer(self) -> torch.optim.Optimizer:
         optimizer = super().make_optimizer()
         if isinstance(optimizer, Muon):
-            optimizer.shardings = {p: RowSharding(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+            optimizer.shardings = {
+                p: RowSharding(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]
+            }
         return optimizer
 
     def accumulating(self, last: bool) -> AbstractContextManager:

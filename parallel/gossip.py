@@ -39,13 +39,17 @@ class Engine(MultiWorkerEngine):
             return super().make_optimizer()
         config = self.settings.engine["optimizer"]
         if config["type"] not in ("Adam", "AdamW"):
-            raise SettingsError(f"parallel.moment_steps={window} is about Adam's moments, which optimizer.type={config['type']} does not have")
+            raise SettingsError(
+                f"parallel.moment_steps={window} is about Adam's moments, which optimizer.type={config['type']} does not have"
+            )
         params = config["params"]
         try:
             groups = parameter_groups(self.model, params["lr"], params["weight_decay"])
             return AccumAdam(groups, **params, window=window, decoupled=config["type"] == "AdamW")
         except (TypeError, ValueError) as error:
-            raise SettingsError(f"parallel.moment_steps={window} does not go with optimizer.params as they stand: {error}") from error
+            raise SettingsError(
+                f"parallel.moment_steps={window} does not go with optimizer.params as they stand: {error}"
+            ) from error
 
     @torch.no_grad()
     def finish_step(self) -> None:

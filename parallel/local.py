@@ -37,8 +37,10 @@ class Engine(MultiWorkerEngine):
 
     def describe(self) -> str:
         chosen = self.settings.parallel
-        return (f"{dist.get_world_size()} x {chosen.local_steps} steps alone, outer rate {chosen.outer_lr} "
-                f"and momentum {chosen.outer_momentum}, {super().describe()}")
+        return (
+            f"{dist.get_world_size()} x {chosen.local_steps} steps alone, outer rate {chosen.outer_lr} "
+            f"and momentum {chosen.outer_momentum}, {super().describe()}"
+        )
 
     # The outer step's state is the same in all workers, and kept once.
 

@@ -24,7 +24,9 @@ from parallel.torch_engine import TorchEngine
 class MultiWorkerEngine(TorchEngine):
     """A worker with its own model and optimiser; `finish_step` says what it exchanges, and when."""
 
-    own_average_refusal = "the workers exchange the weights that are trained, and not the average that would be evaluated"
+    own_average_refusal = (
+        "the workers exchange the weights that are trained, and not the average that would be evaluated"
+    )
     cuda_graph_refusal = None
 
     @contextmanager
@@ -60,7 +62,11 @@ class MultiWorkerEngine(TorchEngine):
 
     def gather_state(self) -> dict[str, Tensor] | None:
         states = tensor_transfer.gather_tensors(self.state_tensors(keep=True))
-        return None if states is None else {f"{rank}/{key}": t for rank, state in enumerate(states) for key, t in state.items()}
+        return (
+            None
+            if states is None
+            else {f"{rank}/{key}": t for rank, state in enumerate(states) for key, t in state.items()}
+        )
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         states = None
@@ -74,5 +80,7 @@ class MultiWorkerEngine(TorchEngine):
     def check_state(self, facts: dict[str, Any]) -> None:
         super().check_state(facts)
         if facts["processes"] != dist.get_world_size():
-            raise SettingsError(f"strategy {self.name} keeps a state for each process: this one was saved by {facts['processes']} processes "
-                                f"and cannot go on with {dist.get_world_size()}; start it with {facts['processes']}")
+            raise SettingsError(
+                f"strategy {self.name} keeps a state for each process: this one was saved by {facts['processes']} processes "
+                f"and cannot go on with {dist.get_world_size()}; start it with {facts['processes']}"
+            )

@@ -67,9 +67,13 @@ class Engine(zero.Engine):
             raise SettingsError("strategy pipeline would not use zero_optimization.offload_optimizer; zero does")
         if self.stage == 0 and config["gradient_clipping"]:
             # DeepSpeed 0.19.8 then takes the norm of the first stage's gradients for that of all.
-            raise SettingsError("strategy pipeline clips wrongly at zero_optimization.stage=0; take stage 1, or gradient_clipping=0.0")
+            raise SettingsError(
+                "strategy pipeline clips wrongly at zero_optimization.stage=0; take stage 1, or gradient_clipping=0.0"
+            )
         if self.num_stages < 1 or dist.get_world_size() % self.num_stages:
-            raise SettingsError(f"parallel.stages={self.num_stages} does not divide the number of processes, {dist.get_world_size()}")
+            raise SettingsError(
+                f"parallel.stages={self.num_stages} does not divide the number of processes, {dist.get_world_size()}"
+            )
 
     def place(self) -> tuple[int, int]:
         replicas = dist.get_world_size() // self.num_stages
@@ -83,7 +87,9 @@ class Engine(zero.Engine):
         cuts = cut_layers(model, self.settings, self.batch_sizes.micro, self.device, self.broadcast_object)
         self.cuts, self.shape = cuts, None
         self.groups_needed = max(len(self._groups(model, stage)) for stage in range(self.num_stages))
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there; Stages asks for it
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False
+        )  # takes the group that is there; Stages asks for it
         super().start(Stages(model, cuts, loss_fn=self.loss), config)
         assert (self.engine.grid.data_parallel_id, self.engine.stage_id) == (self.data_shard[0], self.stage_id)
 
@@ -107,7 +113,9 @@ class Engine(zero.Engine):
         # Every stage takes them all, so that the readers of a replica stay in step.
         micro_batches = [next(batches) for _ in range(self.batch_sizes.accumulation)]
         self._expect(micro_batches[0][0])
-        loss = self.engine.train_batch(iter([(self.to_model_input(images), labels) for images, labels in micro_batches]))
+        loss = self.engine.train_batch(
+            iter([(self.to_model_input(images), labels) for images, labels in micro_batches])
+        )
         self.note_norm()  # not at stage 0, where a bad gradient shows in the next step's loss
         self.shared_buffers.average()
         self.step += 1
@@ -122,8 +130,14 @@ class Engine(zero.Engine):
         self._expect(images)
         nobody = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         self.engine.total_loss = None  # it would add these scores to the last step's loss
-        _, scores = self.engine.eval_batch(iter([(self.to_model_input(images), nobody)]), return_logits=True, compute_loss=False, reduce_output=None,
-                                           bcast_loss=False, num_micro_batches=1)
+        _, scores = self.engine.eval_batch(
+            iter([(self.to_model_input(images), nobody)]),
+            return_logits=True,
+            compute_loss=False,
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=1,
+        )
         return scores  # of the last stage; None in the others
 
     def _expect(self, images: Tensor) -> None:

@@ -19,7 +19,13 @@ PARTITIONS = ("parameters", "uniform", "time")
 TIMED_PASSES = 3  # after one to warm up; the fastest counts
 
 
-def cut_layers(model: nn.Sequential, settings: Settings, batch_size: int, device: torch.device, broadcast_object: Callable[[Any], Any]) -> list[int]:
+def cut_layers(
+    model: nn.Sequential,
+    settings: Settings,
+    batch_size: int,
+    device: torch.device,
+    broadcast_object: Callable[[Any], Any],
+) -> list[int]:
     """The first layer of each stage, and the number of layers at the end; the same in all processes. Collective.
 
     Raises:
@@ -31,7 +37,9 @@ def cut_layers(model: nn.Sequential, settings: Settings, batch_size: int, device
     if stages > len(model):
         raise SettingsError(f"parallel.stages={stages} is more than the {len(model)} layers of the network")
     if method == "time" and not settings.image_side:
-        raise SettingsError("parallel.partition=time measures the layers before the data are known; give the image side with --set image_side=32")
+        raise SettingsError(
+            "parallel.partition=time measures the layers before the data are known; give the image side with --set image_side=32"
+        )
     weights = [count_parameters(layer) if method == "parameters" else 1 for layer in model]
     if method == "time":
         # One process measures: every process would find other cuts.
@@ -40,8 +48,10 @@ def cut_layers(model: nn.Sequential, settings: Settings, batch_size: int, device
     cuts = [int(cut) for cut in partition_balanced(weights, stages)]
     for stage, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
         if not any(count_parameters(layer) for layer in model[start:stop]):
-            raise SettingsError(f"stage {stage} of the pipeline would have no parameters (cuts at {cuts}); "
-                                "choose fewer parallel.stages or another parallel.partition")
+            raise SettingsError(
+                f"stage {stage} of the pipeline would have no parameters (cuts at {cuts}); "
+                "choose fewer parallel.stages or another parallel.partition"
+            )
     return cuts
 
 
@@ -59,7 +69,9 @@ def layer_microseconds(model: nn.Sequential, batch_size: int, side: int, device:
         for _ in range(1 + TIMED_PASSES):
             x = torch.randn(shape, device=device)
             for i, layer in enumerate(model):
-                x = x.detach().requires_grad_(i > 0 or not count_parameters(layer))  # nobody needs the gradient of images
+                x = x.detach().requires_grad_(
+                    i > 0 or not count_parameters(layer)
+                )  # nobody needs the gradient of images
                 began = now()
                 y = layer(x)
                 y.backward(torch.ones_like(y))
@@ -82,7 +94,9 @@ def even_out(optimizer: torch.optim.Optimizer, count: int) -> None:
         largest = max(groups, key=lambda group: len(group["params"]))
         half = len(largest["params"]) // 2
         if not half:
-            raise SettingsError(f"a stage of the pipeline has only {len(groups)} parameters, and another {count} groups of them; "
-                                "choose fewer parallel.stages or another parallel.partition")
+            raise SettingsError(
+                f"a stage of the pipeline has only {len(groups)} parameters, and another {count} groups of them; "
+                "choose fewer parallel.stages or another parallel.partition"
+            )
         groups.append({**largest, "params": largest["params"][half:]})
         largest["params"] = largest["params"][:half]

@@ -50,7 +50,14 @@ def init_process_group(timeout_seconds: float = 600) -> torch.device:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ.update(alone)
     if not dist.is_initialized():
         limit, store = timedelta(seconds=timeout_seconds), None
@@ -75,9 +82,15 @@ def loopback_store(limit: timedelta) -> dist.Store | None:
 
     None where torchrun has made one already, or where this PyTorch (2.0) cannot be told.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(dist.TCPStore.__init__.__doc__):
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(
+        dist.TCPStore.__init__.__doc__
+    ):
         return None
-    port, world_size, is_first = int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
+    port, world_size, is_first = (
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        os.environ["RANK"] == "0",
+    )
     if not is_first:
         return dist.TCPStore("127.0.0.1", port, world_size, False, limit)
     listener = socket.create_server(("127.0.0.1", port), backlog=2048)

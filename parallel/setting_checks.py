@@ -18,11 +18,15 @@ PLAIN_KEYS = ("train_batch_size", "gradient_accumulation_steps", "gradient_clipp
 NEUTRAL = {"zero_optimization.stage": 1, "zero_optimization.offload_optimizer.device": "none"}
 
 
-def check_unused_settings(strategy: str, settings: Settings, used_settings: frozenset[str], uses_full_ds_config: bool) -> None:
+def check_unused_settings(
+    strategy: str, settings: Settings, used_settings: frozenset[str], uses_full_ds_config: bool
+) -> None:
     """Raises SettingsError for a changed setting that the strategy would not use, or a missing one that it needs."""
     found = dict(leaves(settings.engine))
     if "gradient_clipping" not in found:
-        raise SettingsError("ds_config.json lacks gradient_clipping; DeepSpeed would clip at 1.0 skip_norm_check, so write it down (0.0 is off)")
+        raise SettingsError(
+            "ds_config.json lacks gradient_clipping; DeepSpeed would clip at 1.0 skip_norm_check, so write it down (0.0 is off)"
+        )
     for field in fields(ParallelSettings):
         value = getattr(settings.parallel, field.name)
         if field.name not in used_settings and value != field.default:
@@ -37,24 +41,37 @@ def check_no_scalar_parameters(model: nn.Module, who: str) -> None:
     """Raises SettingsError for a parameter without a dimension."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
-            raise SettingsError(f"parameter {name} has no dimension, which {who} cannot broadcast; give it the shape (1,)")
+            raise SettingsError(
+                f"parameter {name} has no dimension, which {who} cannot broadcast; give it the shape (1,)"
+            )
 
 
 def describe_mismatch(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str | None:
     """What to say of a state whose weights are not those of a network with these shapes, by name; None when they are."""
     weights = re.compile(r"(\d+/)?weights/")  # with a number before it where each worker has its own
     stored = {weights.sub("", key, 1): tuple(value.shape) for key, value in state.items() if weights.match(key)}
-    wrong = [f"{name} is {stored.get(name, 'not there')}, here {shapes.get(name, 'it is unknown')}"
-             for name in sorted(stored.keys() | shapes.keys()) if stored.get(name) != shapes.get(name)]
+    wrong = [
+        f"{name} is {stored.get(name, 'not there')}, here {shapes.get(name, 'it is unknown')}"
+        for name in sorted(stored.keys() | shapes.keys())
+        if stored.get(name) != shapes.get(name)
+    ]
     if not wrong:
         return None
-    return (f"the checkpoint holds another network: {wrong[0]}{f', and {len(wrong) - 1} more tensors' if wrong[1:] else ''}; the code has "
-            "changed since. Go back to the commit in run.json, or start over with --fresh")
+    return (
+        f"the checkpoint holds another network: {wrong[0]}{f', and {len(wrong) - 1} more tensors' if wrong[1:] else ''}; the code has "
+        "changed since. Go back to the commit in run.json, or start over with --fresh"
+    )
+
+
 def check_network_settings(model: nn.Module, settings: Settings) -> None:
     """Raises SettingsError for settings that this network gives no meaning to."""
     name = settings.engine["optimizer"]["type"]
-    if name in AVERAGES_WEIGHTS and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise SettingsError(f"optimizer.type={name} evaluates other weights than it trains, and BatchNorm's statistics would be those of "
-                            "the latter; take another optimiser (ema.decay averages both) or a network without BatchNorm")
+    if name in AVERAGES_WEIGHTS and any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
+    ):
+        raise SettingsError(
+            f"optimizer.type={name} evaluates other weights than it trains, and BatchNorm's statistics would be those of "
+            "the latter; take another optimiser (ema.decay averages both) or a network without BatchNorm"
+        )
     if settings.channels_last and not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise SettingsError("channels_last=true is about convolutions, and this network has none")

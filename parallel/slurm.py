@@ -1,6 +1,6 @@
 """What a launcher or Slurm says about this process, put into the variables that PyTorch and DeepSpeed read; and how long to wait.
 
-    srun --ntasks-per-node=8 python train.py        one task a rank: Slurm says SLURM_PROCID where torchrun says RANK
+srun --ntasks-per-node=8 python train.py        one task a rank: Slurm says SLURM_PROCID where torchrun says RANK
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ def rank_environment(environment: MutableMapping[str, str] = os.environ) -> bool
     local_rank, local_size = environment["SLURM_LOCALID"], tasks_on_this_node(environment)
     if local_size > 1 and re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")):
         local_rank = "0"  # --gpus-per-task=1: each task sees one GPU, and counts it as its first
-    environment.update(RANK=environment["SLURM_PROCID"], WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
-                       LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=str(local_size))
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK=local_rank,
+        LOCAL_WORLD_SIZE=str(local_size),
+    )
     environment.setdefault("MASTER_ADDR", master_address(environment))
     # The same on every node, and another one for every step of every job.
     number = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment.get("SLURM_STEP_ID", 0))

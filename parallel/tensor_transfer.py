@@ -43,7 +43,9 @@ def scatter_tensors(states: list[State] | None) -> State:
 
 
 def _send(state: State, rank: int) -> None:
-    dist.send_object_list([[(key, value.shape, value.dtype) for key, value in state.items()]], rank, group=control_group())
+    dist.send_object_list(
+        [[(key, value.shape, value.dtype) for key, value in state.items()]], rank, group=control_group()
+    )
     for value in state.values():
         dist.send(value, rank, group=control_group())
 

@@ -45,8 +45,10 @@ def alternating_exponential_ring(workers: int, per_machine: int) -> list[Round]:
     """
     machines = workers // per_machine
     if workers % per_machine or machines < 2 or machines & (machines - 1):
-        raise SettingsError(f"parallel.topology=alternating_exponential_ring needs 2, 4, 8, ... machines of as many processes each, not "
-                            f"{workers} processes with {per_machine} on this machine; ring or one_peer_exponential take any number")
+        raise SettingsError(
+            f"parallel.topology=alternating_exponential_ring needs 2, 4, 8, ... machines of as many processes each, not "
+            f"{workers} processes with {per_machine} on this machine; ring or one_peer_exponential take any number"
+        )
     alone = [list(range(m * per_machine, (m + 1) * per_machine)) for m in range(machines)]
     rounds = []
     for i in range((machines - 1).bit_length()):

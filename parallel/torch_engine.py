@@ -150,7 +150,11 @@ class TorchEngine(engine.Engine):
         states = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             named[f"weights/{name}"] = parameter
-            named |= {f"optimizer/{key}/{name}": value for key, value in states[name].items() if torch.is_tensor(value) and value.ndim}
+            named |= {
+                f"optimizer/{key}/{name}": value
+                for key, value in states[name].items()
+                if torch.is_tensor(value) and value.ndim
+            }
         scalars = {f"scalars/{key}": value.clone() for key, value in scalars_of(states.values()).items()}
         named |= {f"weights/{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
         named |= {f"ema/{name}": average for name, average in self._averages().items()}
@@ -184,7 +188,10 @@ class TorchEngine(engine.Engine):
             values = {kind: state[f"optimizer/{kind}/{name}"] for kind in kinds if f"optimizer/{kind}/{name}" in state}
             if values:
                 filled = {kind: self.shard(value, parameter) for kind, value in values.items()}
-                self.optimizer.state[parameter] = {**filled, **{key: value.to(place, copy=True) for key, value in scalars.items()}}
+                self.optimizer.state[parameter] = {
+                    **filled,
+                    **{key: value.to(place, copy=True) for key, value in scalars.items()},
+                }
         for name, buffer in persistent_buffers(self.model).items():
             buffer.copy_(state[f"weights/{name}"])
         restore_counters(self.optimizer, self.step, self.schedule)

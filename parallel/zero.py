@@ -108,17 +108,23 @@ class Engine(contract.Engine):
             raise SettingsError("bf16 needs zero_optimization.stage 1, 2 or 3 (stage 1 costs nothing on one process)")
         optimizer, offload = config["optimizer"]["type"], config["zero_optimization"]["offload_optimizer"]["device"]
         if optimizer in NEEDS_FULL_TENSORS and self.stage:
-            raise SettingsError(f"optimizer.type={optimizer} looks at the norm of each parameter, and zero_optimization.stage={self.stage} hands it "
-                                "pieces of many; take stage 0, or strategy ddp")
+            raise SettingsError(
+                f"optimizer.type={optimizer} looks at the norm of each parameter, and zero_optimization.stage={self.stage} hands it "
+                "pieces of many; take stage 0, or strategy ddp"
+            )
         if offload not in ("none", "cpu"):
             raise SettingsError(f"zero_optimization.offload_optimizer.device is none or cpu, not {offload}")
         if offload != "none" and self.stage == 0:
             raise SettingsError("zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3")
         if offload != "none" and optimizer == "Muon":
-            raise SettingsError("optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer cannot keep them off")
+            raise SettingsError(
+                "optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer cannot keep them off"
+            )
         if self.stage == 3:
             # PyTorch 2.11 and DeepSpeed 0.19.8: the gradients of compiled layers are missing, without a word.
-            self.compile_refusal = "zero_optimization.stage=3 loses the gradients of compiled layers; stages 0 to 2 and fsdp do not"
+            self.compile_refusal = (
+                "zero_optimization.stage=3 loses the gradients of compiled layers; stages 0 to 2 and fsdp do not"
+            )
 
     def place(self) -> tuple[int, int]:
         """This process's `data_shard`."""
@@ -128,8 +134,12 @@ class Engine(contract.Engine):
         """Hand the model to DeepSpeed."""
         import_muon_uncompiled()
         optimizer = self.make_optimizer(model)
-        deepspeed.utils.groups.mpu = None  # a global that a pipeline leaves behind, in a process that makes one engine after another
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._deepspeed_config())
+        deepspeed.utils.groups.mpu = (
+            None  # a global that a pipeline leaves behind, in a process that makes one engine after another
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._deepspeed_config()
+        )
         if self.bf16 and self.stage < 3:
             # In bf16 it looks for infinities gradient by gradient, some kernels each, and then in the norm of all, which shows the same.
             self.optimizer.check_overflow = lambda partition_gradients: None
@@ -195,13 +205,17 @@ class Engine(contract.Engine):
         update whose norm is not finite, everywhere; else the infinite norm ends the run before anything is saved.
         """
         if self.stage:
-            self.grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+            self.grad_norm = torch.as_tensor(
+                self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device
+            )
             self.skipped = self.keeper is not None and self.optimizer.overflow
 
     def skip_bad_steps(self) -> None:
         self.refuse_own_count()
         if self.stage == 0:
-            raise SettingsError("--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates without looking")
+            raise SettingsError(
+                "--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates without looking"
+            )
         self.keeper = BufferSnapshot(self.engine.module)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -241,7 +255,9 @@ class Engine(contract.Engine):
         device = torch.device(self.engine.device)
 
         def receive(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            value = state[key].to(device, dtype) if state is not None else torch.empty(shape, dtype=dtype, device=device)
+            value = (
+                state[key].to(device, dtype) if state is not None else torch.empty(shape, dtype=dtype, device=device)
+            )
             dist.broadcast(value, src=0)
             return value
 

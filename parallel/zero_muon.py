@@ -43,7 +43,9 @@ class PerParameterSharding(MatrixSharding):
 
     def whole(self, part: Tensor) -> list[Tensor]:
         pieces = gathered(part, self.group).split(self.shares, dim=1)  # (processes, share) each
-        return [piece.reshape(-1)[: shape.numel()].view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return [
+            piece.reshape(-1)[: shape.numel()].view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)
+        ]
 
     def part(self, whole: Sequence[Tensor]) -> Tensor:
         rank, parts = dist.get_rank(self.group), []
@@ -63,8 +65,16 @@ def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
 def shardings_of(stage: int, wrapper: Any) -> dict[Tensor, MatrixSharding]:
     """The cut of each flat tensor that DeepSpeed's `wrapper` has its optimiser update."""
     if stage == 3:
-        return {flat: PerParameterSharding(members, wrapper._get_sub_group_process_group(i))
-                for i, (flat, members) in enumerate(zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True))}
+        return {
+            flat: PerParameterSharding(members, wrapper._get_sub_group_process_group(i))
+            for i, (flat, members) in enumerate(
+                zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
+            )
+        }
     # zero_optimization.round_robin_gradients would order them otherwise; ds_config.json does not have it
-    return {flat: FlatSharding(members, flat.numel(), wrapper.real_dp_process_group[i])
-            for i, (flat, members) in enumerate(zip(wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups, strict=True))}
+    return {
+        flat: FlatSharding(members, flat.numel(), wrapper.real_dp_process_group[i])
+        for i, (flat, members) in enumerate(
+            zip(wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups, strict=True)
+        )
+    }

@@ -48,14 +48,28 @@ class OptimizerParts:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             return cls(stage, None, optimizer, parameters, [[p] for p in parameters])
         if stage == 3:
-            return cls(stage, optimizer, optimizer.optimizer, list(optimizer.fp32_partitioned_groups_flat), optimizer.fp16_groups)
-        return cls(stage, optimizer, optimizer.optimizer, list(optimizer.single_partition_of_fp32_groups), optimizer.bit16_groups)
+            return cls(
+                stage,
+                optimizer,
+                optimizer.optimizer,
+                list(optimizer.fp32_partitioned_groups_flat),
+                optimizer.fp16_groups,
+            )
+        return cls(
+            stage,
+            optimizer,
+            optimizer.optimizer,
+            list(optimizer.single_partition_of_fp32_groups),
+            optimizer.bit16_groups,
+        )
 
     def keys_by_parameter(self) -> dict[nn.Parameter, list[str]]:
         """Names of the states that have a value for every element, such as Adam's `exp_avg`; none before the first step."""
         found = {}
         for tensor, members in zip(self.updated, self.members, strict=True):
-            keys = sorted(key for key, value in self.inner.state.get(tensor, {}).items() if torch.is_tensor(value) and value.ndim)
+            keys = sorted(
+                key for key, value in self.inner.state.get(tensor, {}).items() if torch.is_tensor(value) and value.ndim
+            )
             found |= dict.fromkeys(members, keys)
         return found
 
@@ -70,7 +84,10 @@ class OptimizerParts:
         for tensor, members in zip(self.updated, self.members, strict=True):
             if keys.get(members[0]):
                 filled = {key: value.to(tensor.device if fused else "cpu", copy=True) for key, value in scalars.items()}
-                self.inner.state[tensor] = {**{key: torch.zeros_like(tensor.data) for key in keys[members[0]]}, **filled}
+                self.inner.state[tensor] = {
+                    **{key: torch.zeros_like(tensor.data) for key in keys[members[0]]},
+                    **filled,
+                }
 
     @contextmanager
     def with_ema_as_state(self, averages: Sequence[Tensor]) -> Iterator[None]:
@@ -154,7 +171,9 @@ def gather_weights(network: nn.Module, parts: OptimizerParts, keep: bool) -> dic
     return state if keep else None
 
 
-def gather(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor], keep: bool) -> dict[str, Tensor] | None:
+def gather(
+    network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor], keep: bool
+) -> dict[str, Tensor] | None:
     """See `Engine.gather_state`; `averages` are those of the tensors that are updated, then of the floating-point buffers."""
     state = gather_weights(network, parts, keep) or {}
     with parts.with_ema_as_state(averages):
@@ -185,11 +204,19 @@ def _buffer_averages(network: nn.Module, parts: OptimizerParts, averages: Sequen
 
 def keys_of(state: dict[str, Tensor]) -> tuple[set[str], dict[str, Tensor]]:
     """The keys of what `gather` returned, and its scalars."""
-    return set(state), {key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")}
+    return set(state), {
+        key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")
+    }
 
 
-def scatter(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor], keys: set[str], scalars: dict[str, Tensor],
-            receive: Receive) -> bool:
+def scatter(
+    network: nn.Module,
+    parts: OptimizerParts,
+    averages: Sequence[Tensor],
+    keys: set[str],
+    scalars: dict[str, Tensor],
+    receive: Receive,
+) -> bool:
     """See `Engine.scatter_state`; `receive` gives the full tensor of a key, on the engine's device. Collective.
 
     Returns whether there were averages to fill in.
@@ -201,7 +228,9 @@ def scatter(network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor
     averaged = any(key.startswith(f"{AVERAGE}/") for key in keys)
     with parts.with_ema_as_state(averages):
         for name, parameter in parameters.items():
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor in the parameter's place
+            shape = getattr(
+                parameter, "ds_shape", parameter.shape
+            )  # stage 3 leaves an empty tensor in the parameter's place
             parts.set_master(parameter, receive(f"weights/{name}", shape, torch.float32))
             for key in found[parameter] + ([AVERAGE] if averaged and averages and parameter.requires_grad else []):
                 parts.set_state(parameter, key, receive(_path(key, name), shape, torch.float32))

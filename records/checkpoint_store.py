@@ -55,7 +55,9 @@ class Interval:
         if not found or int(found[1]) < 1:
             raise ValueError(f"write it as 500steps, 10min or 30s, not {text}")
         number = int(found[1])
-        return cls(steps=number) if found[2].startswith("step") else cls(seconds=number * (60 if found[2] == "min" else 1))
+        return (
+            cls(steps=number) if found[2].startswith("step") else cls(seconds=number * (60 if found[2] == "min" else 1))
+        )
 
 
 class Checkpoints:
@@ -88,18 +90,22 @@ class Checkpoints:
             for name, text in texts.items():
                 (unfinished / name).write_text(text)
             verify_written(unfinished, tensors, texts)
-            if final.exists():  # of the same step, as when a run is stopped twice there; put back if the next line is not reached
+            if (
+                final.exists()
+            ):  # of the same step, as when a run is stopped twice there; put back if the next line is not reached
                 final.rename(replaced)
             unfinished.rename(final)
             flush_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             self._put_back_replaced()
             shutil.rmtree(unfinished, ignore_errors=True)  # half of a checkpoint is of no use, and may fill the disk
-            raise RunError(f"the checkpoint after step {step:,} could not be written ({self._reason(error)}); {self._what_is_left()}") from error
+            raise RunError(
+                f"the checkpoint after step {step:,} could not be written ({self._reason(error)}); {self._what_is_left()}"
+            ) from error
         self._prune(best_step)
 
     def _prune(self, best_step: int) -> None:
-        kept = {step_name(best_step), *(path.name for path in self.all()[-self.keep:])}
+        kept = {step_name(best_step), *(path.name for path in self.all()[-self.keep :])}
         for path in self.all():
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -108,7 +114,9 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _reason(self, error: Exception) -> str:
-        text = getattr(error, "strerror", None) or re.sub(r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error))
+        text = getattr(error, "strerror", None) or re.sub(
+            r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error)
+        )
         if getattr(error, "errno", None) in NO_ROOM or "No space left" in text or "File too large" in text:
             return f"{text}: {gigabytes(room_left(self.folder))} are free in {self.folder.parent.name}/"
         return text
@@ -127,7 +135,9 @@ class Checkpoints:
         self._put_back_replaced()
         for path in sorted(self.folder.glob(f"{UNFINISHED}*")):
             name = path.name.removeprefix(UNFINISHED)
-            said.append(f"the run ended while {name} was being written; what there is of it is now state/{self._rename_aside(path, name)}")
+            said.append(
+                f"the run ended while {name} was being written; what there is of it is now state/{self._rename_aside(path, name)}"
+            )
         for path in reversed(self.all()):
             problem = find_damage(path)
             if problem is None:
@@ -171,7 +181,9 @@ def verify_written(folder: Path, tensors: dict[str, Any], texts: dict[str, str])
         flush_to_disk(folder / name, forget=True)
         sums[name] = sha256_of(folder / name)
     stored = load_file(folder / STATE)
-    same = stored.keys() == tensors.keys() and all(torch.equal(_bits(stored[key]), _bits(tensors[key])) for key in tensors)
+    same = stored.keys() == tensors.keys() and all(
+        torch.equal(_bits(stored[key]), _bits(tensors[key])) for key in tensors
+    )
     if not same or any(sums[name] != hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()):
         raise OSError(errno.EIO, "the disk gives back other bytes than were written to it")
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
@@ -190,7 +202,9 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every byte is as it was written."""
     try:
         *lines, rest = (folder / SUMS).read_text().split("\n")
-        sums = {name: digest for digest, name in (re.fullmatch(r"([0-9a-f]{64})  (.+)", line).groups() for line in lines)}
+        sums = {
+            name: digest for digest, name in (re.fullmatch(r"([0-9a-f]{64})  (.+)", line).groups() for line in lines)
+        }
     except OSError as error:
         return f"{SUMS}: {error.strerror}"
     except (AttributeError, ValueError):

@@ -14,10 +14,20 @@ from common.paths import PROJECT
 
 def provenance() -> dict[str, Any]:
     """Command, commit and versions: what a reader needs to run this again."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True).stdout.strip()
 
-    packages = ("torch", "torchvision", "deepspeed", "torchft", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+    packages = (
+        "torch",
+        "torchvision",
+        "deepspeed",
+        "torchft",
+        "numpy",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "nvidia-dali-cuda110",
+    )
     versions = {"python": platform.python_version()}
     for package in packages:
         try:

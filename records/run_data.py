@@ -27,8 +27,14 @@ class RunData:
     def read(cls, folder: Path) -> RunData:
         """Raises RunError for a folder that holds no run."""
         record = RunFolder(folder)
-        return cls(record.folder.resolve().name, record.folder, record.facts(), record.metrics(),
-                   read_lines(record.folder / "steps.jsonl"), read_lines(record.folder / "utilisation.jsonl"))
+        return cls(
+            record.folder.resolve().name,
+            record.folder,
+            record.facts(),
+            record.metrics(),
+            read_lines(record.folder / "steps.jsonl"),
+            read_lines(record.folder / "utilisation.jsonl"),
+        )
 
     @property
     def num_classes(self) -> int:
@@ -47,7 +53,9 @@ class RunData:
 
     def step_losses(self) -> Series:
         """Epochs, and the mean training loss of the steps that end there."""
-        return [line["step"] / self.facts["steps_per_epoch"] for line in self.steps], [line["step_loss"] for line in self.steps]
+        return [line["step"] / self.facts["steps_per_epoch"] for line in self.steps], [
+            line["step_loss"] for line in self.steps
+        ]
 
     def headline(self) -> str:
         """The result in a few words."""

@@ -1,14 +1,14 @@
 """The run folder `runs/<name>/`: what was run, how it went, and what is needed to go on.
 
-    run.json             command, settings, dataset, commit, versions, device: written once, read by resume and evaluate
-    metrics.jsonl        one line an epoch
-    steps.jsonl          training losses by step; utilisation.jsonl what GPU, CPU and memory did (training/trackers.py, training/utilization.py)
-    curves.png           loss and accuracy over the epochs; report.html everything on one page, pictures/ from report.py
-    tensorboard/         the same numbers for TensorBoard
-    state/step-00000780/ a complete checkpoint; the newest one is where a resumed run goes on (records/checkpoint_store.py)
-    lock                 held by the process that trains here, with its number and host
-    weights.safetensors  the weights after the last epoch, plain fp32, averaged where ema.decay is set (raw_weights.safetensors
-                         then holds those that were trained); best.safetensors where a held-out part chose one
+run.json             command, settings, dataset, commit, versions, device: written once, read by resume and evaluate
+metrics.jsonl        one line an epoch
+steps.jsonl          training losses by step; utilisation.jsonl what GPU, CPU and memory did (training/trackers.py, training/utilization.py)
+curves.png           loss and accuracy over the epochs; report.html everything on one page, pictures/ from report.py
+tensorboard/         the same numbers for TensorBoard
+state/step-00000780/ a complete checkpoint; the newest one is where a resumed run goes on (records/checkpoint_store.py)
+lock                 held by the process that trains here, with its number and host
+weights.safetensors  the weights after the last epoch, plain fp32, averaged where ema.decay is set (raw_weights.safetensors
+                     then holds those that were trained); best.safetensors where a held-out part chose one
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class RunFolder:
         try:
             return json.loads((self.folder / "run.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
-            raise RunError(f"{self.folder} is not a run folder (no run.json); runs live in {RUNS.name}/<name>") from None
+            raise RunError(
+                f"{self.folder} is not a run folder (no run.json); runs live in {RUNS.name}/<name>"
+            ) from None
         except ValueError as error:
             raise RunError(f"{self.folder}/run.json is damaged: {error}") from None
 
@@ -141,11 +143,15 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
-            raise RunError(f"{os.path.relpath(self.folder)} is in use: {self._lock.read().strip() or 'another process'} trains there; "
-                           "wait for its end, stop it, or choose another --name") from None
+            raise RunError(
+                f"{os.path.relpath(self.folder)} is in use: {self._lock.read().strip() or 'another process'} trains there; "
+                "wait for its end, stop it, or choose another --name"
+            ) from None
         except OSError as error:
             if self._lock is None or error.errno not in NO_LOCKS:
-                raise RunError(f"{os.path.relpath(self.folder)} cannot be written ({error.strerror}); choose another --runs-dir") from None
+                raise RunError(
+                    f"{os.path.relpath(self.folder)} cannot be written ({error.strerror}); choose another --runs-dir"
+                ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()

@@ -54,14 +54,20 @@ def accuracies(confusion: np.ndarray, classes: list[str], title: str) -> Figure:
         rows += ([name] if name else []) + members
     columns = _columns(rows)
     longest = max(len(column) for column in columns)
-    figure, panels = make_figure(5.4 * len(columns) + (2 if len(columns) == 1 else 0), 1.2 + 0.2 * longest, 1, len(columns), sharex=True)
+    figure, panels = make_figure(
+        5.4 * len(columns) + (2 if len(columns) == 1 else 0), 1.2 + 0.2 * longest, 1, len(columns), sharex=True
+    )
     for axes, column in zip(panels[0], columns, strict=True):
         at = np.array([i for i, row in enumerate(column) if not isinstance(row, str)])
         labels = [row for row in column if not isinstance(row, str)]
         axes.barh(at, 100 * accuracy[labels], color=BLUE, height=0.7)
         axes.hlines(at, 100 * low[labels], 100 * high[labels], color="0.15", lw=1)
         axes.axvline(100 * correct.sum() / max(1, seen.sum()), color=ORANGE, lw=1.2, ls="--")
-        axes.set_yticks(range(len(column)), [row if isinstance(row, str) else shorten(classes[row], 28) for row in column], fontsize=8)
+        axes.set_yticks(
+            range(len(column)),
+            [row if isinstance(row, str) else shorten(classes[row], 28) for row in column],
+            fontsize=8,
+        )
         for text, row in zip(axes.get_yticklabels(), column, strict=True):
             text.set_fontweight("bold" if isinstance(row, str) else "normal")
         axes.tick_params(axis="y", length=0)
@@ -123,8 +129,18 @@ def _cells(figure: Any, axes: Any, percent: np.ndarray) -> None:
     if len(percent) <= COUNTED_UP_TO:
         for (row, column), value in np.ndenumerate(percent):
             if value >= 0.5:
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color="white" if value > 40 else "black")
-    figure.colorbar(shown, ax=axes, label="% of the true class (root scale)", shrink=0.6, ticks=[0, 1, 5, 10, 25, 50, 100])
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if value > 40 else "black",
+                )
+    figure.colorbar(
+        shown, ax=axes, label="% of the true class (root scale)", shrink=0.6, ticks=[0, 1, 5, 10, 25, 50, 100]
+    )
     axes.set(xlabel="predicted class", ylabel="true class")
 
 

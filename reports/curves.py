@@ -33,17 +33,24 @@ class Line:
     def draw(self, axes: Any) -> None:
         size = 3.5 if len(self.x) <= DOTTED_UP_TO else 2
         marker = "o" if len(self.x) <= 2 * DOTTED_UP_TO and self.width > 1 else ""
-        axes.plot(self.x, self.y, self.style, color=self.colour, lw=self.width, marker=marker, ms=size, label=self.label)
+        axes.plot(
+            self.x, self.y, self.style, color=self.colour, lw=self.width, marker=marker, ms=size, label=self.label
+        )
 
     def tell_last(self, axes: Any) -> None:
         """Write the last value beside its point."""
         at = self.x[-1], self.y[-1]
-        axes.annotate(f"{at[1]:.1f}", at, (-5, 5), textcoords="offset points", ha="right", fontsize=9, color=self.colour)
+        axes.annotate(
+            f"{at[1]:.1f}", at, (-5, 5), textcoords="offset points", ha="right", fontsize=9, color=self.colour
+        )
 
 
 def loss_lines(run: RunData) -> list[Line]:
     """The losses that there are, in nats."""
-    lines = [Line("training, by step", *run.step_losses(), SKY, width=0.8), Line("training (augmented)", *run.series("train_loss"), BLUE)]
+    lines = [
+        Line("training, by step", *run.step_losses(), SKY, width=0.8),
+        Line("training (augmented)", *run.series("train_loss"), BLUE),
+    ]
     for split, (name, colour) in SPLITS.items():
         lines += _of_weights(run, split, name, "loss", colour, 1.0)
     return [line for line in lines if line.x]
@@ -93,7 +100,9 @@ def learning_rate(run: RunData) -> Line:
     done = round(run.last_epoch * per_epoch)
     steps = sorted({*range(0, done, max(1, done // LEARNING_RATE_POINTS)), *(line["step"] - 1 for line in run.metrics)})
     peak = settings.engine["optimizer"]["params"]["lr"]
-    return Line("learning rate", [(step + 1) / per_epoch for step in steps], [peak * schedule(step) for step in steps], BLACK)
+    return Line(
+        "learning rate", [(step + 1) / per_epoch for step in steps], [peak * schedule(step) for step in steps], BLACK
+    )
 
 
 def speed(run: RunData) -> Figure:
@@ -131,5 +140,7 @@ def several(runs: list[RunData], names: list[str]) -> Figure:
     for axes in (left, right):
         if axes.get_legend():
             axes.get_legend().remove()
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     return figure

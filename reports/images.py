@@ -44,7 +44,10 @@ def most_wrong(mistakes: list[Mistake], title: str) -> Figure:
         axes.set_axis_off()
     for axes, mistake in zip(panels.flat, mistakes, strict=False):
         axes.imshow(mistake.pixels, interpolation="nearest")
-        axes.set_title(f"{shorten(mistake.true, 20)}\n→ {shorten(mistake.predicted, 16)} {100 * mistake.probability:.0f}%", fontsize=8)
+        axes.set_title(
+            f"{shorten(mistake.true, 20)}\n→ {shorten(mistake.predicted, 16)} {100 * mistake.probability:.0f}%",
+            fontsize=8,
+        )
     set_title(figure, title)
     return figure
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 TRAINING = "Training loss is measured on augmented images and with dropout, so it may lie above the others."
 SPEED = "Seconds of evaluation and of writing checkpoints are in neither."
 MATRIX = "Rows sum to 100%. Names that are too small here can be read in pictures/confusion.svg."
-MACHINE = ("A sample every two seconds, of the machine of the main process; time when the run was stopped is left out. "
-           "Bands: lowest and highest of the samples that one point stands for.")
+MACHINE = (
+    "A sample every two seconds, of the machine of the main process; time when the run was stopped is left out. "
+    "Bands: lowest and highest of the samples that one point stands for."
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Picture:
 
 def pictures_of(run: RunData, seen: SplitAnalysis | None) -> list[Picture]:
     """Every picture that this run has; those of the data only with `seen`."""
-    found = [Picture("curves", curves.training(run), TRAINING), Picture("speed", curves.speed(run), SPEED)] if run.metrics else []
+    found = (
+        [Picture("curves", curves.training(run), TRAINING), Picture("speed", curves.speed(run), SPEED)]
+        if run.metrics
+        else []
+    )
     if run.samples:
         title = f"{run.name}: how busy the machine was ({run.facts['device']})"
         found.append(Picture("utilisation", utilisation(run.samples, title), MACHINE))
@@ -66,12 +72,28 @@ def _of_data(run: RunData, seen: SplitAnalysis) -> list[Picture]:
     found = [Picture("classes", classes.accuracies(seen.confusion, names, title), "")]
     by_group = classes.superclass_confusion(seen.confusion, names, f"{title}, by superclass of CIFAR-100")
     if by_group is not None:
-        found.append(Picture("superclasses", by_group, "Each superclass is five classes; the diagonal counts what stays inside a superclass."))
+        found.append(
+            Picture(
+                "superclasses",
+                by_group,
+                "Each superclass is five classes; the diagonal counts what stays inside a superclass.",
+            )
+        )
     found.append(Picture("confusion", classes.confusion(seen.confusion, names, title), MATRIX))
     if seen.mistakes:
-        found.append(Picture("mistakes", images.most_wrong(seen.mistakes, f"{run.name}: the images of {of} with the highest loss"),
-                             "What it is → what the network takes it for, and how surely. Some labels may be wrong."))
+        found.append(
+            Picture(
+                "mistakes",
+                images.most_wrong(seen.mistakes, f"{run.name}: the images of {of} with the highest loss"),
+                "What it is → what the network takes it for, and how surely. Some labels may be wrong.",
+            )
+        )
     if not isinstance(seen.attention, str):
-        found.append(Picture("attention", images.attention(*seen.attention, f"{run.name}: which patches are looked at"),
-                             "Mean over the heads of what the class token attends to, or, without one, of what all patches attend to."))
+        found.append(
+            Picture(
+                "attention",
+                images.attention(*seen.attention, f"{run.name}: which patches are looked at"),
+                "Mean over the heads of what the class token attends to, or, without one, of what all patches attend to.",
+            )
+        )
     return found

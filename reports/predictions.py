@@ -87,8 +87,17 @@ def mistakes(found: Predictions, dataset: Dataset, split: str, count: int, **sou
     if not len(positions):
         return []
     pixels = denormalize(load_images(dataset, split, positions, **source), dataset.mean, dataset.std)
-    return [Mistake(pixels[i], dataset.splits[split].paths[at], dataset.classes[found.labels[at]], dataset.classes[found.predicted[at]],
-                    float(found.probability[at]), float(found.loss[at])) for i, at in enumerate(positions)]
+    return [
+        Mistake(
+            pixels[i],
+            dataset.splits[split].paths[at],
+            dataset.classes[found.labels[at]],
+            dataset.classes[found.predicted[at]],
+            float(found.probability[at]),
+            float(found.loss[at]),
+        )
+        for i, at in enumerate(positions)
+    ]
 
 
 def attention_maps(model: nn.Module, settings: ModelSettings, images: Tensor, autocast: bool) -> np.ndarray:
@@ -115,14 +124,18 @@ class AttentionRecorder(TorchFunctionMode):
         super().__init__()
         self.weights: list[Tensor] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             self.weights.append(attention_weights(*args, **kwargs))
         return function(*args, **kwargs)
 
 
-def attention_weights(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+def attention_weights(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """What scaled_dot_product_attention multiplies the values with: (B, H, T, T), rows sum to 1. `attn_mask` is true where a token may look."""
     scores = (q.float() @ k.float().transpose(-2, -1)) * q.shape[-1] ** -0.5
     if attn_mask is not None:

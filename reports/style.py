@@ -70,6 +70,9 @@ def whole_epochs(axes: Any, last: float) -> None:
 def in_time_unit(seconds: list[float]) -> tuple[list[float], str]:
     """The same times in the unit that suits the longest of them, and its name."""
     longest = max(seconds, default=0.0)
-    size, name = next((size, name) for limit, size, name in ((180, 1, "seconds"), (3 * 3600, 60, "minutes"), (float("inf"), 3600, "hours"))
-                      if longest <= limit)
+    size, name = next(
+        (size, name)
+        for limit, size, name in ((180, 1, "seconds"), (3 * 3600, 60, "minutes"), (float("inf"), 3600, "hours"))
+        if longest <= limit
+    )
     return [value / size for value in seconds], name

@@ -21,7 +21,15 @@ def variant_accuracy(accuracies: dict[str, list[float]], title: str, label: str)
         color = BLACK if row == 0 else BLUE
         offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
         axes.plot(values, row + 0.15 + offsets, ls="", marker="o", ms=5, color=color, alpha=0.5, mew=0)
-        axes.errorbar(np.mean(values), row - 0.2, xerr=np.std(values, ddof=1) if len(values) > 1 else None, color=color, marker="D", ms=5, capsize=3)
+        axes.errorbar(
+            np.mean(values),
+            row - 0.2,
+            xerr=np.std(values, ddof=1) if len(values) > 1 else None,
+            color=color,
+            marker="D",
+            ms=5,
+            capsize=3,
+        )
     if accuracies:
         axes.axvline(np.mean(next(iter(accuracies.values()))), color=BLACK, lw=0.8, ls=":", zorder=0)
     axes.set_yticks(range(len(accuracies)), list(accuracies))
@@ -38,7 +46,18 @@ def accuracy_against(arms: dict[str, dict[str, Any]], title: str, label: str) ->
     for axes, cost in zip(panels[0], costs, strict=True):
         for (name, arm), (color, marker) in zip(arms.items(), _styles(), strict=False):
             sd = np.std(arm["accuracy"], ddof=1) if len(arm["accuracy"]) > 1 else None
-            axes.errorbar(arm[cost], np.mean(arm["accuracy"]), yerr=sd, color=color, marker=marker, ms=8, ls="", lw=1, label=name, mec="white")
+            axes.errorbar(
+                arm[cost],
+                np.mean(arm["accuracy"]),
+                yerr=sd,
+                color=color,
+                marker=marker,
+                ms=8,
+                ls="",
+                lw=1,
+                label=name,
+                mec="white",
+            )
         low, high = (limit((arm[cost] for arm in arms.values()), default=1.0) for limit in (min, max))
         spare = max(0.12 * (high - low), (0.3 * high - (high - low)) / 2)  # costs that are nearly equal should look so
         axes.set(xlabel=UNITS.get(cost, cost), xlim=(low - spare, high + spare))
@@ -59,7 +78,7 @@ def variant_curves(curves: dict[str, tuple[list[float], list[list[float]]]], tit
     columns = min(4, max(1, len(others)))
     rows = max(1, -(-len(others) // columns))
     figure, panels = make_figure(max(5.5, 3.2 * columns), 2.7 * rows + 1, rows, columns, sharex=True, sharey=True)
-    for axes in panels.flat[len(others):]:
+    for axes in panels.flat[len(others) :]:
         axes.set_axis_off()
     for axes, (name, curve) in zip(panels.flat, others, strict=False):
         first = next(iter(curves))
@@ -80,4 +99,6 @@ def variant_curves(curves: dict[str, tuple[list[float], list[list[float]]]], tit
 
 def _styles() -> list[tuple[str, str]]:
     """A colour and a marker for each arm; the first is black."""
-    return [(BLACK, "D")] + [(color, marker) for marker in "os^vP" for color in (BLUE, ORANGE, GREEN, SKY, PURPLE, AMBER)]
+    return [(BLACK, "D")] + [
+        (color, marker) for marker in "os^vP" for color in (BLUE, ORANGE, GREEN, SKY, PURPLE, AMBER)
+    ]

@@ -17,8 +17,15 @@ from common.paths import PROJECT
 from image_data.preparation.prepare import prepare
 from records.run_folder import RunFolder
 
-LONGEST = ("test_several_hosts.py", "test_peer_engine.py", "test_recipes.py", "test_documentation.py", "test_zero.py", "test_gossip.py",
-           "test_optimizers_by_strategy.py")
+LONGEST = (
+    "test_several_hosts.py",
+    "test_peer_engine.py",
+    "test_recipes.py",
+    "test_documentation.py",
+    "test_zero.py",
+    "test_gossip.py",
+    "test_optimizers_by_strategy.py",
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
@@ -31,7 +38,12 @@ def pytest_collection_modifyitems(items: list) -> None:
 def shapes(tmp_path_factory) -> Path:
     """A prepared dataset of 10 classes: 300 training and 70 test images of 32 x 32 pixels."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    prepare(folder, dataset="shapes", workers=1, shapes={"side": 32, "train_per_class": TRAIN_PER_CLASS, "test_per_class": TEST_PER_CLASS})
+    prepare(
+        folder,
+        dataset="shapes",
+        workers=1,
+        shapes={"side": 32, "train_per_class": TRAIN_PER_CLASS, "test_per_class": TEST_PER_CLASS},
+    )
     return folder
 
 
@@ -103,8 +115,21 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
 
     def ask(text: str = COMMON + ARMS, *words: str):
         (tmp_path / "gates.toml").write_text(text)
-        monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "gates.toml"), "--data-dir", str(shapes),
-                                          "--runs-dir", str(tmp_path / "runs"), "--results-dir", str(tmp_path / "results"), *words])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "compare.py",
+                str(tmp_path / "gates.toml"),
+                "--data-dir",
+                str(shapes),
+                "--runs-dir",
+                str(tmp_path / "runs"),
+                "--results-dir",
+                str(tmp_path / "results"),
+                *words,
+            ],
+        )
         code = run_cli(compare.main)
         said = capsys.readouterr()
         return code, said.out, said.err

@@ -34,7 +34,11 @@ def test_every_question_can_be_asked_at_both_sizes(path, size):
     found = costs(experiment, num_classes=100, image_side=32)
     assert len(found) == len(experiment.variants) and all(cost.parameters > 0 and cost.flops > 0 for cost in found)
     if size == "full":  # the first system's network, and seeds that can show something
-        assert all(cost.parameters == 4_417_608 for arm, cost in zip(experiment.variants, found, strict=True) if arm.name == "mlp")
+        assert all(
+            cost.parameters == 4_417_608
+            for arm, cost in zip(experiment.variants, found, strict=True)
+            if arm.name == "mlp"
+        )
         assert compare.power_note(experiment.seeds, len(experiment.variants)) is None
 
 
@@ -56,29 +60,38 @@ def test_flops_are_those_of_the_products():
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
-    (COMMON + ARMS.replace("geglu", "gegul"), "arm 'gated': unknown feed-forward 'gegul'; did you mean 'geglu'?"),
-    (COMMON + ARMS.replace("hidden", "hiden"), "arm 'gated': feed_forward=geglu: unknown option 'hiden'; did you mean 'hidden'?"),
-    (COMMON + ARMS.replace("model.feed_forward =", "model.feedforward ="), "gates.toml, arm 'gated': unknown setting 'model.feedforward'"),
-    (COMMON + "model.widht = 3\n" + ARMS, "arm 'plain': unknown setting 'model.widht'"),
-    (COMMON + ARMS.replace("32", '"32"'), "arm 'gated': feed_forward=geglu: option hidden must be of type int"),
-    (COMMON + "epochs = 3\n" + ARMS, "give exactly one budget (epochs, steps, seconds), not epochs and steps"),
-    (COMMON.replace("steps = 6", "") + ARMS, "give exactly one budget (epochs, steps, seconds), not none"),
-    (COMMON.replace("6", "0") + ARMS, "steps must be a whole number above 0, not 0"),
-    (COMMON + ARMS + "epochs = 3\n", "arm 'gated': epochs is the same for all arms"),
-    (COMMON + ARMS.replace("gated", "plain"), "every arm needs a name of its own"),
-    (COMMON + ARMS.replace('"gated"', '"a/b"'), "not 'a/b'"),
-    (COMMON + ARMS[:ARMS.index("model")], "the arms 'plain' and 'gated' have the same settings"),
-    (COMMON + ARMS[:ARMS.rindex("[[")], "a comparison needs at least two [[arms]]"),
-    (COMMON + ARMS.replace('idea = "A gate."', ""), "arm 'gated': say in one sentence what the idea is"),
-    (COMMON + "hold_out = 0.0\n" + ARMS, "hold_out=0 leaves nothing to compare arms on"),
-    (COMMON.replace("seeds = 2", "seeds = 21") + ARMS, "seeds must lie between 1 and 20, not 21"),
-    (COMMON.replace("tiny.toml", "tinny") + ARMS, "unknown preset 'tinny'"),
-    (COMMON + "schedule.shape = \"cosin\"\n" + ARMS, "arm 'plain': unknown schedule.shape 'cosin'"),
-    (COMMON + "train_batch_size = 512\n" + ARMS, "train_batch_size=512 is more than the 270 training images"),
-    (COMMON + ARMS + "[sizes.small]\narms.gatd.model.width = 3\n", "unknown arm 'gatd'; did you mean 'gated'?"),
-    ("experiment = ", "gates.toml is not valid TOML"),
-])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (COMMON + ARMS.replace("geglu", "gegul"), "arm 'gated': unknown feed-forward 'gegul'; did you mean 'geglu'?"),
+        (
+            COMMON + ARMS.replace("hidden", "hiden"),
+            "arm 'gated': feed_forward=geglu: unknown option 'hiden'; did you mean 'hidden'?",
+        ),
+        (
+            COMMON + ARMS.replace("model.feed_forward =", "model.feedforward ="),
+            "gates.toml, arm 'gated': unknown setting 'model.feedforward'",
+        ),
+        (COMMON + "model.widht = 3\n" + ARMS, "arm 'plain': unknown setting 'model.widht'"),
+        (COMMON + ARMS.replace("32", '"32"'), "arm 'gated': feed_forward=geglu: option hidden must be of type int"),
+        (COMMON + "epochs = 3\n" + ARMS, "give exactly one budget (epochs, steps, seconds), not epochs and steps"),
+        (COMMON.replace("steps = 6", "") + ARMS, "give exactly one budget (epochs, steps, seconds), not none"),
+        (COMMON.replace("6", "0") + ARMS, "steps must be a whole number above 0, not 0"),
+        (COMMON + ARMS + "epochs = 3\n", "arm 'gated': epochs is the same for all arms"),
+        (COMMON + ARMS.replace("gated", "plain"), "every arm needs a name of its own"),
+        (COMMON + ARMS.replace('"gated"', '"a/b"'), "not 'a/b'"),
+        (COMMON + ARMS[: ARMS.index("model")], "the arms 'plain' and 'gated' have the same settings"),
+        (COMMON + ARMS[: ARMS.rindex("[[")], "a comparison needs at least two [[arms]]"),
+        (COMMON + ARMS.replace('idea = "A gate."', ""), "arm 'gated': say in one sentence what the idea is"),
+        (COMMON + "hold_out = 0.0\n" + ARMS, "hold_out=0 leaves nothing to compare arms on"),
+        (COMMON.replace("seeds = 2", "seeds = 21") + ARMS, "seeds must lie between 1 and 20, not 21"),
+        (COMMON.replace("tiny.toml", "tinny") + ARMS, "unknown preset 'tinny'"),
+        (COMMON + 'schedule.shape = "cosin"\n' + ARMS, "arm 'plain': unknown schedule.shape 'cosin'"),
+        (COMMON + "train_batch_size = 512\n" + ARMS, "train_batch_size=512 is more than the 270 training images"),
+        (COMMON + ARMS + "[sizes.small]\narms.gatd.model.width = 3\n", "unknown arm 'gatd'; did you mean 'gated'?"),
+        ("experiment = ", "gates.toml is not valid TOML"),
+    ],
+)
 def test_a_mistake_ends_everything_before_the_first_run(ask, invented, tmp_path, text, sentence):
     code, _, err = ask(text)
     assert code == 1 and sentence in err and err.startswith("error: ") and err.count("\n") == 1
@@ -86,7 +99,10 @@ def test_a_mistake_ends_everything_before_the_first_run(ask, invented, tmp_path,
 
 
 def test_a_size_that_is_not_there_is_named(ask, invented):
-    assert "unknown size 'ful'; did you mean 'full'?" in ask(COMMON + ARMS + "[sizes.full]\nseeds = 3\n", "--size", "ful")[2]
+    assert (
+        "unknown size 'ful'; did you mean 'full'?"
+        in ask(COMMON + ARMS + "[sizes.full]\nseeds = 3\n", "--size", "ful")[2]
+    )
     assert "it has no table [sizes]" in ask(COMMON + ARMS, "--size", "full")[2]
 
 
@@ -101,7 +117,9 @@ def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypa
             return x[..., ::2]
 
     monkeypatch.setitem(feedforward.FEED_FORWARDS, "broken", Broken)
-    code, _, err = ask(COMMON + ARMS.replace('"geglu"', '"broken"').replace("model.feed_forward_options.hidden = 32", ""))
+    code, _, err = ask(
+        COMMON + ARMS.replace('"geglu"', '"broken"').replace("model.feed_forward_options.hidden = 32", "")
+    )
     assert code == 1 and "arm 'gated' cannot be built: RuntimeError" in err and not invented.started
 
 
@@ -111,7 +129,11 @@ def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypa
 def test_a_dry_run_prints_the_plan_and_makes_nothing(ask, invented, tmp_path):
     code, out, _ = ask(COMMON + ARMS, "--dry-run")
     assert code == 0 and not invented.started and not (tmp_path / "runs").exists()
-    assert "2 arms x 2 seeds, 6 steps each" in out and "A gate." in out and "with 2 seeds no arm can be called better or worse" in out
+    assert (
+        "2 arms x 2 seeds, 6 steps each" in out
+        and "A gate." in out
+        and "with 2 seeds no arm can be called better or worse" in out
+    )
     assert sorted(re.findall(r"(\S+-seed\d): new", out)) == ["gated-seed0", "gated-seed1", "plain-seed0", "plain-seed1"]
     assert "./launch_local_train.sh --preset" in out
 
@@ -140,9 +162,11 @@ def test_finished_runs_are_reused_and_unfinished_ones_go_on(ask, invented, tmp_p
 
 def test_shards_make_every_run_once_and_the_last_one_reports(ask, invented, tmp_path):
     def runs_of(i, count):
-        return re.findall(r"(\S+-seed\d): new", ask(COMMON + ARMS, "--seeds", "4", "--shard", f"{i}/{count}", "--dry-run")[1])
+        return re.findall(
+            r"(\S+-seed\d): new", ask(COMMON + ARMS, "--seeds", "4", "--shard", f"{i}/{count}", "--dry-run")[1]
+        )
 
-    for i in (1, 2):    # on two machines of different speeds, both arms on each
+    for i in (1, 2):  # on two machines of different speeds, both arms on each
         assert sorted(name[:5] for name in runs_of(i, 2)) == ["gated", "gated", "plain", "plain"]
     planned = [runs_of(i, 3) for i in (1, 2, 3)]
     assert [len(names) for names in planned] == [3, 3, 2]
@@ -171,9 +195,16 @@ def test_runs_of_other_settings_are_refused_or_set_aside(ask, invented, tmp_path
     changed = COMMON + ARMS.replace("32", "40")
     code, _, err = ask(changed)
     assert code == 1 and not invented.started
-    assert "gated-seed" in err and "settings.model.feed_forward_options.hidden was 32, is 40" in err and "--redo-changed" in err
+    assert (
+        "gated-seed" in err
+        and "settings.model.feed_forward_options.hidden was 32, is 40" in err
+        and "--redo-changed" in err
+    )
     assert ask(changed, "--redo-changed")[0] == 0
-    assert sorted(invented.started) == ["gated-seed0", "gated-seed1"] and (tmp_path / "runs" / "gates" / "gated-seed0.old-1").is_dir()
+    assert (
+        sorted(invented.started) == ["gated-seed0", "gated-seed1"]
+        and (tmp_path / "runs" / "gates" / "gated-seed0.old-1").is_dir()
+    )
 
 
 def test_a_failing_arm_does_not_end_the_rest_and_is_reported(ask, invented, tmp_path):
@@ -211,11 +242,15 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_starts_no_more(tmp_path
     assert [child.told for child in children] == [1, 1]
 
 
-@pytest.mark.parametrize(("log", "line"), [
-    ("a\nerror: no\nTraining failed (exit code 1).\n", "error: no"),
-    ("Traceback\n  File /a/b/c.py\ntorch.OutOfMemoryError: 3 GiB\nbye\n", "torch.OutOfMemoryError: 3 GiB"),
-    ("hello\nKilled\n", "Killed"), ("", None),
-])
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("a\nerror: no\nTraining failed (exit code 1).\n", "error: no"),
+        ("Traceback\n  File /a/b/c.py\ntorch.OutOfMemoryError: 3 GiB\nbye\n", "torch.OutOfMemoryError: 3 GiB"),
+        ("hello\nKilled\n", "Killed"),
+        ("", None),
+    ],
+)
 def test_the_last_error_of_a_log(log, line):
     assert last_error(log) == line
 
@@ -226,7 +261,9 @@ def test_a_budget_in_seconds_becomes_steps_for_each_arm(ask, invented, tmp_path)
     text = COMMON.replace("steps = 6", "seconds = 60") + ARMS
     assert "speed is measured first" in ask(text, "--dry-run")[1] and not invented.started
     assert ask(text)[0] == 0
-    steps = {arm: RunFolder(tmp_path / "runs" / "gates" / f"{arm}-seed1").facts()["max_steps"] for arm in ("plain", "gated")}
+    steps = {
+        arm: RunFolder(tmp_path / "runs" / "gates" / f"{arm}-seed1").facts()["max_steps"] for arm in ("plain", "gated")
+    }
     assert steps == {"plain": round(59.5 * 2000 / 64), "gated": round(59.5 * 500 / 64)}
     text, data = report(tmp_path)
     assert all(arm["unequal"] == [] for arm in data["arms"].values()) and "60 seconds" in text

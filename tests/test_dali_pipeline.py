@@ -24,7 +24,11 @@ HEAVY = AugmentationSettings(policy="rand_augment", erasing=0.5, mixup=0.8, cutm
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Dataset:
     """10 classes, 250 training and 70 test images of 32 pixels."""
-    return prepare(tmp_path_factory.mktemp("data") / "shapes", dataset="shapes", shapes=dict(side=32, train_per_class=25, test_per_class=7))
+    return prepare(
+        tmp_path_factory.mktemp("data") / "shapes",
+        dataset="shapes",
+        shapes=dict(side=32, train_per_class=25, test_per_class=7),
+    )
 
 
 def fake(dataset: Dataset, num_images: int) -> Dataset:
@@ -44,7 +48,9 @@ def collect(batches: Batches, epoch: int = 0, start: int = 0) -> list[tuple[torc
 
 
 def same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -64,7 +70,9 @@ def test_evaluation_pixels_equal_pillow(dataset, source):
 def test_evaluation_counts_every_image_once(dataset, source, num_shards, num_images):
     few = fake(dataset, num_images)
     for batch_size in (7, 64, 500):
-        shards = [collect(Batches(few, "test", batch_size, shard, num_shards, source=source)) for shard in range(num_shards)]
+        shards = [
+            collect(Batches(few, "test", batch_size, shard, num_shards, source=source)) for shard in range(num_shards)
+        ]
         assert len({len(shard) for shard in shards}) == 1, "every shard has the same number of batches"
         labels = torch.cat([labels for shard in shards for _, labels in shard])
         assert (labels >= 0).sum() == num_images
@@ -86,15 +94,23 @@ def test_an_epoch_shows_each_image_at_most_once_in_one_order(dataset, num_shards
     """PerParameterSharding, the shards give the order of a single shard; the images are told apart by their pixels."""
     plain = AugmentationSettings(crop_padding=0, flip=0.0)
     micro = 24 // num_shards
-    shards = [collect(Batches(dataset, "train", micro, s, num_shards, seed=5, augmentation=plain, source="tensor")) for s in range(num_shards)]
+    shards = [
+        collect(Batches(dataset, "train", micro, s, num_shards, seed=5, augmentation=plain, source="tensor"))
+        for s in range(num_shards)
+    ]
     together = torch.cat([shard[i][0] for i in range(len(shards[0])) for shard in shards])
-    alone = torch.cat([images for images, _ in collect(Batches(dataset, "train", 24, seed=5, augmentation=plain, source="tensor"))])
+    alone = torch.cat(
+        [images for images, _ in collect(Batches(dataset, "train", 24, seed=5, augmentation=plain, source="tensor"))]
+    )
     assert torch.equal(together, alone)
     assert len(together) == 240 and len(torch.unique(together.flatten(1), dim=0)) == 240
 
 
 def test_the_order_depends_on_seed_and_epoch(dataset):
-    batches = {seed: Batches(dataset, "train", 250, seed=seed, augmentation=AugmentationSettings(), source="tensor") for seed in (0, 1)}
+    batches = {
+        seed: Batches(dataset, "train", 250, seed=seed, augmentation=AugmentationSettings(), source="tensor")
+        for seed in (0, 1)
+    }
     labels = [next(iter(batches[seed].epoch(epoch)))[1] for seed in (0, 1) for epoch in (0, 1)]
     assert all(not torch.equal(a, b) for i, a in enumerate(labels) for b in labels[:i])
     assert all(torch.equal(a.bincount(), labels[0].bincount()) for a in labels)
@@ -103,13 +119,16 @@ def test_the_order_depends_on_seed_and_epoch(dataset):
 @pytest.mark.parametrize("source", SOURCES)
 def test_any_batch_can_be_asked_for(dataset, source):
     """A pipeline that starts at a batch, or jumps to it, gives the bits that one that read everything gives."""
+
     def make(**more):
         return Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source=source, **more)
 
     batches = make()
     epochs = [collect(batches, epoch) for epoch in range(2)]
     for start in (1, 3, 4):
-        assert same(collect(make(num_threads=1), 0, start), epochs[0][start:]), "a fresh pipeline, another number of threads"
+        assert same(collect(make(num_threads=1), 0, start), epochs[0][start:]), (
+            "a fresh pipeline, another number of threads"
+        )
     assert same(collect(batches, 1, 2), epochs[1][2:]), "a jump back"
     assert same(collect(batches, 0, 4), epochs[0][4:]), "and again"
     assert same(collect(batches, 1), epochs[1]), "the end of an epoch runs into the next one"
@@ -145,11 +164,15 @@ def test_alternating_flips_follow_the_image_through_the_epochs(dataset, source):
     plain = AugmentationSettings(crop_padding=0, flip=0.0)
     known = next(iter(Batches(few, "train", 40, augmentation=plain, source=source).epoch(0)))[0]
     known = known[torch.from_numpy(np.argsort(epoch_order(0, 0, 40)))]
-    batches = Batches(few, "train", 40, augmentation=AugmentationSettings(crop_padding=0, flip_mode="alternating"), source=source)
+    batches = Batches(
+        few, "train", 40, augmentation=AugmentationSettings(crop_padding=0, flip_mode="alternating"), source=source
+    )
     seen = []
     for epoch in (0, 1):
         images = next(iter(batches.epoch(epoch)))[0][torch.from_numpy(np.argsort(epoch_order(0, epoch, 40)))]
-        as_it_is, mirrored = (torch.isclose(images, them, atol=1e-5).flatten(1).all(dim=1) for them in (known, known.flip(-1)))
+        as_it_is, mirrored = (
+            torch.isclose(images, them, atol=1e-5).flatten(1).all(dim=1) for them in (known, known.flip(-1))
+        )
         assert (as_it_is | mirrored).all()
         seen.append(mirrored)
     assert torch.equal(seen[0], ~seen[1]) and 0 < seen[0].sum() < 40
@@ -168,11 +191,19 @@ def test_trees_of_any_size_train_and_evaluate(tmp_path):
                 height, width = draw.integers(40, 160, 2)
                 coarse = draw.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
                 suffix = "png" if i % 2 else "jpg"
-                Image.fromarray(coarse).resize((int(width), int(height)), Image.BILINEAR).save(tmp_path / split / name / f"{i}.{suffix}")
+                Image.fromarray(coarse).resize((int(width), int(height)), Image.BILINEAR).save(
+                    tmp_path / split / name / f"{i}.{suffix}"
+                )
     dataset = prepare(root=tmp_path)
     with pytest.raises(DatasetError, match="differ in size; say what the network is to see with --set image_side=128"):
         Batches(dataset, "test", 4)
-    training = Batches(dataset, "train", 8, augmentation=AugmentationSettings(resized_crop=True, policy="trivial_augment"), image_side=48)
+    training = Batches(
+        dataset,
+        "train",
+        8,
+        augmentation=AugmentationSettings(resized_crop=True, policy="trivial_augment"),
+        image_side=48,
+    )
     assert [images.shape for images, _ in training.epoch()] == [(8, 3, 48, 48)] * 3
     images = torch.cat([images for images, _ in Batches(dataset, "test", 4, image_side=48).epoch()])
     for i, path in enumerate(dataset.splits["test"].paths):
@@ -198,7 +229,9 @@ def test_a_file_that_breaks_after_preparation_is_named(tmp_path, damage, trainin
     content = path.read_bytes()
     path.unlink()
     if damage != "deleted":
-        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"not an image at all"}[damage])
+        path.write_bytes(
+            {"empty": b"", "truncated": content[: len(content) // 2], "text": b"not an image at all"}[damage]
+        )
     batches = Batches(dataset, split, 10, augmentation=AugmentationSettings() if training else None, source="files")
     with pytest.raises(DatasetError, match=path.name):
         collect(batches)
@@ -216,6 +249,8 @@ def test_what_cannot_be_is_refused(dataset):
 
 
 def test_the_preview_shows_the_original_and_its_augmentations(dataset):
-    grid = preview(dataset, AugmentationSettings(crop_padding=0, flip=1.0), 0, count=5, epochs=2, seed=0, source="tensor")
+    grid = preview(
+        dataset, AugmentationSettings(crop_padding=0, flip=1.0), 0, count=5, epochs=2, seed=0, source="tensor"
+    )
     assert grid.shape == (5, 3, 32, 32, 3)
     assert np.array_equal(grid[:, 1], grid[:, 0][:, :, ::-1]) and np.array_equal(grid[:, 2], grid[:, 1])

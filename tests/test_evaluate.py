@@ -25,7 +25,9 @@ NUM_TEST = 10 * TEST_PER_CLASS
 @pytest.fixture
 def trained(unbroken, tmp_path) -> RunFolder:
     """A copy of the finished run, to be spoilt; without the checkpoints, which evaluation must not need."""
-    return RunFolder(shutil.copytree(unbroken.folder, tmp_path / "runs" / "trained", ignore=shutil.ignore_patterns("state")))
+    return RunFolder(
+        shutil.copytree(unbroken.folder, tmp_path / "runs" / "trained", ignore=shutil.ignore_patterns("state"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +41,33 @@ def report(unbroken, tmp_path_factory) -> tuple[Done, dict, Path]:
 def test_it_agrees_with_what_training_said(report, unbroken):
     done, found, _ = report
     line = unbroken.metrics()[-1]
-    assert (found["correct"], found["seen"], found["accuracy"]) == (line["test_correct"], line["test_seen"], line["test_accuracy"])
-    assert found["top5_accuracy"] == line["test_top5_accuracy"] and found["loss"] == pytest.approx(line["test_loss"], rel=1e-6)
-    assert f"Test accuracy: {100 * line['test_accuracy']:.2f}% ({line['test_correct']}/{NUM_TEST})" in done.out.splitlines()
+    assert (found["correct"], found["seen"], found["accuracy"]) == (
+        line["test_correct"],
+        line["test_seen"],
+        line["test_accuracy"],
+    )
+    assert found["top5_accuracy"] == line["test_top5_accuracy"] and found["loss"] == pytest.approx(
+        line["test_loss"], rel=1e-6
+    )
+    assert (
+        f"Test accuracy: {100 * line['test_accuracy']:.2f}% ({line['test_correct']}/{NUM_TEST})"
+        in done.out.splitlines()
+    )
 
 
 def test_the_json_adds_up(report, unbroken):
     _, found, folder = report
     classes = found["per_class"]
     assert list(classes) == unbroken.facts()["dataset"]["classes"]
-    assert all(counts["seen"] == TEST_PER_CLASS and 0 <= counts["correct"] <= TEST_PER_CLASS for counts in classes.values())
+    assert all(
+        counts["seen"] == TEST_PER_CLASS and 0 <= counts["correct"] <= TEST_PER_CLASS for counts in classes.values()
+    )
     assert sum(counts["correct"] for counts in classes.values()) == found["correct"] <= found["correct_top5"]
     confusions = found["worst_confusions"]
     assert [pair["count"] for pair in confusions] == sorted((pair["count"] for pair in confusions), reverse=True)
-    assert all(pair["true"] != pair["predicted"] and {pair["true"], pair["predicted"]} <= set(classes) for pair in confusions)
+    assert all(
+        pair["true"] != pair["predicted"] and {pair["true"], pair["predicted"]} <= set(classes) for pair in confusions
+    )
     assert (found["run"], found["split"], found["precision"]) == ("trained", "test", "fp32")
     assert (found["weights"], found["epochs"]) == ("weights.safetensors", len(unbroken.metrics()))
     assert json.loads((folder / "evaluation_test.json").read_text()) == found
@@ -62,7 +77,10 @@ def test_the_json_adds_up(report, unbroken):
 def test_the_screen_names_every_class_and_the_worst_confusions(report):
     done, found, _ = report
     for name, counts in found["per_class"].items():
-        assert f"  {name:24} {100 * counts['correct'] / TEST_PER_CLASS:6.2f}%  ({counts['correct']}/{TEST_PER_CLASS})" in done.out
+        assert (
+            f"  {name:24} {100 * counts['correct'] / TEST_PER_CLASS:6.2f}%  ({counts['correct']}/{TEST_PER_CLASS})"
+            in done.out
+        )
     worst = found["worst_confusions"][0]
     assert f"{worst['true']} taken for {worst['predicted']}: {worst['count']}" in done.out
 
@@ -73,7 +91,9 @@ def assert_same_report(path: Path, found: dict) -> None:
     assert other == {key: value for key, value in found.items() if key != "loss"}
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", 1], ["--batch-size", 7], ["--batch-size", 1000], ["--source", "files"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--batch-size", 1], ["--batch-size", 7], ["--batch-size", 1000], ["--source", "files"]], ids=str
+)
 def test_batch_size_and_source_do_not_matter(report, trained, tmp_path, arguments):
     run("evaluate.py", trained.folder, "--json", tmp_path / "other.json", *arguments)
     assert_same_report(tmp_path / "other.json", report[1])
@@ -149,7 +169,10 @@ def test_weights_that_are_a_pickle_are_refused_and_not_executed(trained, tmp_pat
         how(Bomb(target), file)
     assert "damaged or of another network" in refusal(trained)
     assert not target.exists()
-    with pytest.raises(FileExistsError), (trained.folder / "weights.safetensors").open("rb") as file:  # it would have gone off
+    with (
+        pytest.raises(FileExistsError),
+        (trained.folder / "weights.safetensors").open("rb") as file,
+    ):  # it would have gone off
         target.mkdir()
         pickle.load(file) if how is pickle.dump else torch.load(file, weights_only=False)
 
@@ -158,12 +181,18 @@ def test_a_dataset_of_other_classes(trained, shapes, tmp_path):
     other = shutil.copytree(shapes, tmp_path / "other")
     names = (other / "labels.txt").read_text().splitlines()
     (other / "labels.txt").write_text("\n".join(["oval" if name == "circle" else name for name in names]) + "\n")
-    assert "the dataset's classes are not the run's ('oval' instead of 'circle')" in refusal(trained, "--data-dir", other)
+    assert "the dataset's classes are not the run's ('oval' instead of 'circle')" in refusal(
+        trained, "--data-dir", other
+    )
 
 
 def test_a_dataset_of_another_image_side(trained, tmp_path):
-    prepare(tmp_path / "small", dataset="shapes", workers=1, shapes={"side": 16, "train_per_class": 1, "test_per_class": 1})
-    assert "the dataset has images of side 16, the run was trained on 32" in refusal(trained, "--data-dir", tmp_path / "small")
+    prepare(
+        tmp_path / "small", dataset="shapes", workers=1, shapes={"side": 16, "train_per_class": 1, "test_per_class": 1}
+    )
+    assert "the dataset has images of side 16, the run was trained on 32" in refusal(
+        trained, "--data-dir", tmp_path / "small"
+    )
 
 
 def test_a_dataset_that_is_gone(trained, tmp_path):
@@ -174,21 +203,27 @@ def test_a_split_that_the_run_does_not_have(trained):
     assert "held out no part of the training split" in refusal(trained, "--split", "validation")
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--batch-size", 0], "argument --batch-size: must be at least 1, not 0"),
-    (["--bach-size", 5], "unknown option --bach-size; did you mean --batch-size?"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batch-size", 0], "argument --batch-size: must be at least 1, not 0"),
+        (["--bach-size", 5], "unknown option --bach-size; did you mean --batch-size?"),
+    ],
+)
 def test_arguments_that_cannot_be(trained, arguments, sentence):
     done = run("evaluate.py", trained.folder, *arguments, code=2)
     assert sentence in done.err and done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--output", "x"], "--output has no meaning for an evaluation"),
-    (["--predict", "x.png", "--per-class"], "--per-class has no meaning for --predict"),
-    (["--export", "onnx", "--split", "validation"], "--split has no meaning for --export"),
-    (["--export", "onnx", "--predict", "x.png"], "give --predict or --export, not both"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--output", "x"], "--output has no meaning for an evaluation"),
+        (["--predict", "x.png", "--per-class"], "--per-class has no meaning for --predict"),
+        (["--export", "onnx", "--split", "validation"], "--split has no meaning for --export"),
+        (["--export", "onnx", "--predict", "x.png"], "give --predict or --export, not both"),
+    ],
+)
 def test_an_option_that_would_change_nothing(trained, arguments, sentence):
     assert sentence in refusal(trained, *arguments)
 
@@ -196,7 +231,9 @@ def test_an_option_that_would_change_nothing(trained, arguments, sentence):
 def test_weights_that_are_not_there_are_answered_with_those_that_are(trained):
     shutil.copy(trained.folder / "weights.safetensors", trained.folder / "best.safetensors")
     sentence = refusal(trained, "--weights", "bets.safetensors")
-    assert "did you mean 'best.safetensors'" in sentence and "(known: best.safetensors, weights.safetensors)" in sentence
+    assert (
+        "did you mean 'best.safetensors'" in sentence and "(known: best.safetensors, weights.safetensors)" in sentence
+    )
 
 
 def test_no_run_at_all(tmp_path):

@@ -43,8 +43,17 @@ HEAVY = {  # library: files and folders that may import it
     "tensorboard": ("training/trackers.py",),
 }
 MEASURED_THERE = ("benchmarks/",)  # programs that time other people's libraries side by side
-BARE_HOSTS = ("cluster/agent.py", "cluster/probe.py", "cluster/reachability.py", "cluster/hostfile.py")  # standard library alone
-SENT_OR_STARTED = ("cluster/", "tools/", "benchmarks/")  # may name themselves: `sys.path.insert(0, ...)` before the first import
+BARE_HOSTS = (
+    "cluster/agent.py",
+    "cluster/probe.py",
+    "cluster/reachability.py",
+    "cluster/hostfile.py",
+)  # standard library alone
+SENT_OR_STARTED = (
+    "cluster/",
+    "tools/",
+    "benchmarks/",
+)  # may name themselves: `sys.path.insert(0, ...)` before the first import
 NOT_PROJECT = {"tests", "data", "runs", "results", "docs"}
 
 
@@ -60,18 +69,28 @@ class Import(NamedTuple):
 def python_files(root: Path) -> list[str]:
     """Paths of the project's own files, relative to `root`, without tests and hidden folders."""
     found = (path.relative_to(root) for path in root.rglob("*.py"))
-    return sorted(str(path) for path in found if path.parts[0] not in NOT_PROJECT and not any(part[0] == "." for part in path.parts))
+    return sorted(
+        str(path)
+        for path in found
+        if path.parts[0] not in NOT_PROJECT and not any(part[0] == "." for part in path.parts)
+    )
 
 
 def is_main_block(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and getattr(node.test.left, "id", "") == "__name__"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Compare)
+        and getattr(node.test.left, "id", "") == "__name__"
+    )
 
 
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
 
 
-def imports(tree: ast.AST, modules: set[str], at_module_level: bool = True, in_main_block: bool = False) -> Iterator[Import]:
+def imports(
+    tree: ast.AST, modules: set[str], at_module_level: bool = True, in_main_block: bool = False
+) -> Iterator[Import]:
     """Every import of a file; `from package import module` names the module where there is one."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
@@ -118,7 +137,9 @@ def broken_rules(root: Path) -> list[str]:
                 own.add(target) if not hands_over else None
             if there == room or hands_over:
                 continue
-            if LEVEL[there] >= LEVEL[room] and not (room in {"cluster", "tools", "benchmarks"} | SCRIPTS and there in STARTED):
+            if LEVEL[there] >= LEVEL[room] and not (
+                room in {"cluster", "tools", "benchmarks"} | SCRIPTS and there in STARTED
+            ):
                 broken.append(f"{where}: {room} imports {there}, which is not below it")
             if there in STARTED and room not in STARTED:
                 broken.append(f"{where}: a package imports {target}, which is started, not imported")
@@ -135,10 +156,19 @@ def own_path(path: str, tree: ast.AST) -> list[str]:
     """Uses of `__file__` that are neither common/paths.py nor the line that lets a started program find the project."""
     if path == "common/paths.py":
         return []
-    allowed = {id(name) for node in ast.walk(tree) if path.startswith(SENT_OR_STARTED) and isinstance(node, ast.Expr)
-               and ast.unparse(node).startswith("sys.path.insert(0, ") for name in ast.walk(node)}
-    return [f"{path}:{node.lineno}: a path made from __file__; common/paths.py has them"
-            for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "__file__" and id(node) not in allowed]
+    allowed = {
+        id(name)
+        for node in ast.walk(tree)
+        if path.startswith(SENT_OR_STARTED)
+        and isinstance(node, ast.Expr)
+        and ast.unparse(node).startswith("sys.path.insert(0, ")
+        for name in ast.walk(node)
+    }
+    return [
+        f"{path}:{node.lineno}: a path made from __file__; common/paths.py has them"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and node.id == "__file__" and id(node) not in allowed
+    ]
 
 
 def prefixes(module: str) -> Iterator[str]:
@@ -191,23 +221,38 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize(("path", "text", "sentence"), [
-    ("config/settings.py", "def late():\n    from models import layers\n", "config imports models, which is not below it"),
-    ("common/paths.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import config.settings\n", "common imports config"),
-    ("models/layers.py", "import model\n", "circle: model.py -> models/layers.py"),
-    ("models/layers.py", "from image_data import x\n", ""),
-    ("image_data/dataset.py", "import models.layers\n", "image_data imports models, which is not below it"),
-    ("models/other.py", "if __name__ == '__main__':\n    import tools.describe\n", "models/other.py:2: a package imports tools/describe.py"),
-    ("tools/other.py", "from train import main\n", "train.py is a script, which nobody imports"),
-    ("config/other.py", "import torch\n", "config imports PyTorch at module level"),
-    ("config/other.py", "def late():\n    import torch\n", ""),
-    ("parallel/ddp.py", "import deepspeed\n", "deepspeed is imported outside parallel/zero.py"),
-    ("parallel/zero.py", "import deepspeed\n", ""),
-    ("training/loop.py", "from pathlib import Path\nHERE = Path(__file__)\n", "a path made from __file__"),
-    ("common/__init__.py", "import os\n", "an __init__.py holds a docstring and nothing else"),
-    ("cluster/agent.py", "from common import paths\n", "runs on bare hosts"),
-    ("helpers.py", "", "helpers is not a room"),
-])
+@pytest.mark.parametrize(
+    ("path", "text", "sentence"),
+    [
+        (
+            "config/settings.py",
+            "def late():\n    from models import layers\n",
+            "config imports models, which is not below it",
+        ),
+        (
+            "common/paths.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import config.settings\n",
+            "common imports config",
+        ),
+        ("models/layers.py", "import model\n", "circle: model.py -> models/layers.py"),
+        ("models/layers.py", "from image_data import x\n", ""),
+        ("image_data/dataset.py", "import models.layers\n", "image_data imports models, which is not below it"),
+        (
+            "models/other.py",
+            "if __name__ == '__main__':\n    import tools.describe\n",
+            "models/other.py:2: a package imports tools/describe.py",
+        ),
+        ("tools/other.py", "from train import main\n", "train.py is a script, which nobody imports"),
+        ("config/other.py", "import torch\n", "config imports PyTorch at module level"),
+        ("config/other.py", "def late():\n    import torch\n", ""),
+        ("parallel/ddp.py", "import deepspeed\n", "deepspeed is imported outside parallel/zero.py"),
+        ("parallel/zero.py", "import deepspeed\n", ""),
+        ("training/loop.py", "from pathlib import Path\nHERE = Path(__file__)\n", "a path made from __file__"),
+        ("common/__init__.py", "import os\n", "an __init__.py holds a docstring and nothing else"),
+        ("cluster/agent.py", "from common import paths\n", "runs on bare hosts"),
+        ("helpers.py", "", "helpers is not a room"),
+    ],
+)
 def test_a_rule_that_is_broken_is_named(tmp_path, path, text, sentence):
     for name, content in GOOD.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

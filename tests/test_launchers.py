@@ -5,6 +5,7 @@
 The scripts are copied beside a stub of train.py, and `nvidia-smi` is a fake, so that every machine tests the same. Several machines:
 test_cluster.py.
 """
+
 import json
 import os
 import pty
@@ -23,7 +24,11 @@ from launching import AWKWARD, dry_run, environment, fake, fake_gpus, run, world
 from common.paths import PROJECT
 
 
-@pytest.mark.parametrize("path", [*sorted(set(PROJECT.glob("*.sh")) - {PROJECT / "environment/completion.sh"}), PROJECT / ".ci/run"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(set(PROJECT.glob("*.sh")) - {PROJECT / "environment/completion.sh"}), PROJECT / ".ci/run"],
+    ids=lambda path: path.name,
+)
 def test_script_is_valid_and_executable(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert os.access(path, os.X_OK)
@@ -31,9 +36,10 @@ def test_script_is_valid_and_executable(path):
 
 # --- one machine -------------------------------------------------------------------------------------------------------------
 
+
 def test_dry_run_prints_every_argument_unharmed(repo):
     words = dry_run(repo, *AWKWARD)
-    assert words[words.index(str(repo / "train.py")) + 1:] == AWKWARD
+    assert words[words.index(str(repo / "train.py")) + 1 :] == AWKWARD
     assert not list(repo.parent.rglob("owned"))
 
 
@@ -53,13 +59,16 @@ def test_cpu_processes_share_the_cores(repo):
     assert "OMP_NUM_THREADS=7" in dry_run(repo, NUM_PROCS="2", OMP_NUM_THREADS="7")
 
 
-@pytest.mark.parametrize("variables, devices", [
-    ({}, ["0", "1", "2", "3"]),
-    ({"NUM_PROCS": "2"}, ["0", "1"]),
-    ({"CUDA_VISIBLE_DEVICES": "3,1"}, ["3", "1"]),
-    ({"CUDA_VISIBLE_DEVICES": "3,1", "NUM_PROCS": "1"}, ["3"]),
-    ({"CUDA_VISIBLE_DEVICES": "GPU-2"}, ["GPU-2"]),
-])
+@pytest.mark.parametrize(
+    "variables, devices",
+    [
+        ({}, ["0", "1", "2", "3"]),
+        ({"NUM_PROCS": "2"}, ["0", "1"]),
+        ({"CUDA_VISIBLE_DEVICES": "3,1"}, ["3", "1"]),
+        ({"CUDA_VISIBLE_DEVICES": "3,1", "NUM_PROCS": "1"}, ["3"]),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-2"}, ["GPU-2"]),
+    ],
+)
 def test_a_process_for_each_gpu(repo, variables, devices):
     fake_gpus(repo, 4)
     words = dry_run(repo, "--epochs", "1", **variables)
@@ -68,18 +77,23 @@ def test_a_process_for_each_gpu(repo, variables, devices):
     assert not any(word.startswith("DS_ACCELERATOR") for word in words)
 
 
-@pytest.mark.parametrize("variables", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}])
+@pytest.mark.parametrize(
+    "variables", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}]
+)
 def test_gpus_that_are_hidden_are_not_used(repo, variables):
     fake_gpus(repo, 4)
     assert "DS_ACCELERATOR=cpu" in dry_run(repo, **variables)
 
 
-@pytest.mark.parametrize("variables, sentence", [
-    ({"NUM_PROCS": "3"}, "NUM_PROCS=3, but only 2"),
-    ({"NUM_PROCS": "0"}, "at least 1, not '0'"),
-    ({"NUM_PROCS": "two"}, "at least 1, not 'two'"),
-    ({"CUDA_VISIBLE_DEVICES": "0,5"}, "names the GPU 5"),
-])
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        ({"NUM_PROCS": "3"}, "NUM_PROCS=3, but only 2"),
+        ({"NUM_PROCS": "0"}, "at least 1, not '0'"),
+        ({"NUM_PROCS": "two"}, "at least 1, not 'two'"),
+        ({"CUDA_VISIBLE_DEVICES": "0,5"}, "names the GPU 5"),
+    ],
+)
 def test_impossible_requests_are_refused(repo, variables, sentence):
     fake_gpus(repo, 2)
     result = run(repo, "launch_local_train.sh", DRY_RUN="1", **variables)
@@ -102,7 +116,7 @@ def wait_until(condition, seconds=60):
 
 def rank_pids(folder):
     wait_until(lambda: all((folder / f"started{rank}").exists() for rank in (0, 1)))
-    time.sleep(0.2)      # the file exists before it is written
+    time.sleep(0.2)  # the file exists before it is written
     return [json.loads((folder / f"started{rank}").read_text())[0] for rank in (0, 1)]
 
 
@@ -110,7 +124,7 @@ def rank_pids(folder):
 def test_stopping_lets_every_rank_save_once_and_leaves_none(repo, tmp_path, how):
     variables = environment(repo, NUM_PROCS="2", STUB_SECONDS="60")
     script, terminal = str(repo / "launch_local_train.sh"), None
-    if how == "ctrl-c":              # typed in a terminal, where the whole foreground group gets the signal
+    if how == "ctrl-c":  # typed in a terminal, where the whole foreground group gets the signal
         pid, terminal = pty.fork()
         if pid == 0:
             os.execve(script, [script], variables)
@@ -130,8 +144,11 @@ def test_stopping_lets_every_rank_save_once_and_leaves_none(repo, tmp_path, how)
 
 @pytest.mark.parametrize("victim", ["script", "launcher"])
 def test_no_rank_survives_a_killed_parent(repo, tmp_path, victim):
-    script = subprocess.Popen([str(repo / "launch_local_train.sh")], env=environment(repo, NUM_PROCS="2", STUB_SECONDS="60"),
-                              stderr=subprocess.DEVNULL)
+    script = subprocess.Popen(
+        [str(repo / "launch_local_train.sh")],
+        env=environment(repo, NUM_PROCS="2", STUB_SECONDS="60"),
+        stderr=subprocess.DEVNULL,
+    )
     ranks = rank_pids(tmp_path)
     os.kill(script.pid if victim == "script" else psutil.Process(ranks[0]).ppid(), signal.SIGKILL)
     assert script.wait(60) != 0
@@ -140,24 +157,49 @@ def test_no_rank_survives_a_killed_parent(repo, tmp_path, victim):
 
 # --- the environment ---------------------------------------------------------------------------------------------------------
 
+
 def pins(name):
     return re.findall(r"^([\w-]+)==(\S+?)(;.*)?$", (PROJECT / name).read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name, differ", [
-    ("environment/requirements-cuda12.txt", {"torch", "torchvision", "nvidia-dali"}),
-    ("environment/requirements-cuda11.txt", {"torch", "torchvision", "nvidia-dali", "deepspeed", "numpy", "torchft", "onnx", "onnxscript", "onnxruntime"}),
-])
+@pytest.mark.parametrize(
+    "name, differ",
+    [
+        ("environment/requirements-cuda12.txt", {"torch", "torchvision", "nvidia-dali"}),
+        (
+            "environment/requirements-cuda11.txt",
+            {
+                "torch",
+                "torchvision",
+                "nvidia-dali",
+                "deepspeed",
+                "numpy",
+                "torchft",
+                "onnx",
+                "onnxscript",
+                "onnxruntime",
+            },
+        ),
+    ],
+)
 def test_sets_for_older_drivers_differ_only_where_they_must(name, differ):
     def rest(file):
         return {pin for pin in pins(file) if re.sub("-cuda.*", "", pin[0]) not in differ}
+
     assert rest(name) == rest("requirements.txt")
 
 
-@pytest.mark.parametrize("cuda, driver, chosen", [
-    ("13.1", "590.1", "requirements.txt"), ("12.2", "535.1", "environment/requirements-cuda12.txt"), ("11.4", "470.1", "environment/requirements-cuda11.txt"),
-    ("N/A", "580.65", "requirements.txt"), ("N/A", "550.1", "environment/requirements-cuda12.txt"), ("N/A", "470.1", "environment/requirements-cuda11.txt"),
-])
+@pytest.mark.parametrize(
+    "cuda, driver, chosen",
+    [
+        ("13.1", "590.1", "requirements.txt"),
+        ("12.2", "535.1", "environment/requirements-cuda12.txt"),
+        ("11.4", "470.1", "environment/requirements-cuda11.txt"),
+        ("N/A", "580.65", "requirements.txt"),
+        ("N/A", "550.1", "environment/requirements-cuda12.txt"),
+        ("N/A", "470.1", "environment/requirements-cuda11.txt"),
+    ],
+)
 def test_the_driver_chooses_the_set(repo, cuda, driver, chosen):
     fake(repo, "nvidia-smi", f"echo '| NVIDIA-SMI {driver}   Driver Version: {driver}   CUDA Version: {cuda} |'")
     fake_python(repo)
@@ -168,14 +210,20 @@ def test_the_driver_chooses_the_set(repo, cuda, driver, chosen):
 
 def test_the_set_can_be_chosen_by_hand_and_an_old_driver_is_refused(repo):
     fake_python(repo)
-    assert "with environment/requirements-cuda12.txt " in run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="12").stderr
+    assert (
+        "with environment/requirements-cuda12.txt "
+        in run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="12").stderr
+    )
     result = run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="10.2")
     assert result.returncode == 1 and "too old" in result.stderr
 
 
 def fake_python(repo):
     """A python3 without the requirements, whose .venv has them once `pip install` ran; it notes its installs in `pip.log`."""
-    fake(repo, "python3", f'''
+    fake(
+        repo,
+        "python3",
+        f"""
 case "$1 $2" in
     "-m venv") target="${{@: -1}}"; [ "$3" != --clear ] || rm -rf "$target"
         mkdir -p "$target/bin"; cp "$0" "$target/bin/python"; exit ;;
@@ -183,7 +231,8 @@ case "$1 $2" in
         [ -z "$PIP_FAILS" ] && touch "${{0%/*}}/installed"; exit ;;
     "- "*) [ -e "${{0%/*}}/installed" ] && echo "${{0%/*}}" && exit; echo missing everything; exit 1 ;;
     *) exec {shlex.quote(sys.executable)} "$@" ;;
-esac''')
+esac""",
+    )
 
 
 def installs(repo):
@@ -219,21 +268,30 @@ def test_another_cuda_version_begins_anew_and_an_environment_made_by_hand_is_kep
     assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert (repo / ".venv/mine").exists()
     assert run(repo, "environment/setup.sh", PYTHON="python3", DRIVER_CUDA="12").returncode == 0
-    assert not (repo / ".venv/mine").exists() and installs(repo) == ["requirements.txt", "environment/requirements-cuda12.txt"]
+    assert not (repo / ".venv/mine").exists() and installs(repo) == [
+        "requirements.txt",
+        "environment/requirements-cuda12.txt",
+    ]
 
 
 def test_two_starts_at_once_install_once(repo):
     fake_python(repo)
     variables = environment(repo, PYTHON="python3", PIP_SECONDS="1")
-    starts = [subprocess.Popen([str(repo / "environment/setup.sh")], env=variables, stderr=subprocess.DEVNULL) for _ in range(2)]
+    starts = [
+        subprocess.Popen([str(repo / "environment/setup.sh")], env=variables, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
     assert [start.wait(60) for start in starts] == [0, 0]
     assert installs(repo) == ["requirements.txt"]
 
 
 def test_missing_compiler_and_missing_venv_module_name_the_package(repo):
     fake_python(repo)
-    (repo.parent / "bin/python3").write_text((repo.parent / "bin/python3").read_text().replace(
-        'case "$1 $2" in', 'case "$1 $2" in "-c import venv"*) exit 1 ;;'))
+    (repo.parent / "bin/python3").write_text(
+        (repo.parent / "bin/python3")
+        .read_text()
+        .replace('case "$1 $2" in', 'case "$1 $2" in "-c import venv"*) exit 1 ;;')
+    )
     result = run(repo, "environment/setup.sh", PYTHON="python3")
     assert result.returncode == 1 and "apt-get install python3-venv" in result.stderr
     fake_python(repo)

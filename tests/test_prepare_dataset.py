@@ -1,7 +1,7 @@
 """prepare_dataset.py: the same files from the same images; the drawn dataset; the command. Archives and odd images: the files beside this.
 
-    pytest tests/test_prepare_dataset.py            no network, no GPU, a few seconds
-    pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive, when it lies in ../shared/data or $CIFAR100_ZIP
+pytest tests/test_prepare_dataset.py            no network, no GPU, a few seconds
+pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive, when it lies in ../shared/data or $CIFAR100_ZIP
 """
 
 from __future__ import annotations
@@ -30,17 +30,24 @@ REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "
 
 # ---- what is written ----
 
+
 def test_lists_labels_and_pixels(tree, tmp_path):
     ready = prepare(tmp_path / "out", root=tree)
     assert (tmp_path / "out/labels.txt").read_text() == "big dog\ncat\n"
     assert (tmp_path / "out/test_file_list.txt").read_text() == (
-        "test/big dog/image 0.png\t0\ntest/big dog/image 1.png\t0\ntest/cat/image 0.png\t1\ntest/cat/image 1.png\t1\n")
+        "test/big dog/image 0.png\t0\ntest/big dog/image 1.png\t0\ntest/cat/image 0.png\t1\ntest/cat/image 1.png\t1\n"
+    )
     for split in ready.splits.values():
         for path, pixels in zip(split.paths, split.pixels(), strict=True):
             assert np.array_equal(pixels, tree_files()[path])
             assert (ready.root / path).is_file()
     facts = json.loads((tmp_path / "out/dataset.json").read_text())
-    assert (facts["num_classes"], facts["num_images"], facts["image_side"], facts["root"]) == (2, {"train": 6, "test": 4}, 16, "../tree")
+    assert (facts["num_classes"], facts["num_images"], facts["image_side"], facts["root"]) == (
+        2,
+        {"train": 6, "test": 4},
+        16,
+        "../tree",
+    )
 
 
 def test_mean_and_std_are_those_of_the_training_pixels(tree, tmp_path):
@@ -86,7 +93,9 @@ def test_second_call_returns_at_once_and_force_redoes(tree, tmp_path, capsys):
     save(tree / "train/cat/new.png", noise(99))
     assert len(prepare(tmp_path / "out", root=tree).splits["train"]) == 6
     said = capsys.readouterr().out
-    assert "already prepared" in said and "2 classes, 6 training and 4 test images" in said and "--force to redo" in said
+    assert (
+        "already prepared" in said and "2 classes, 6 training and 4 test images" in said and "--force to redo" in said
+    )
     assert len(prepare(tmp_path / "out", root=tree, force=True).splits["train"]) == 7
 
 
@@ -121,6 +130,7 @@ def test_val_stands_in_for_test(tree, capsys, name):
 
 # ---- shapes, and the command ----
 
+
 def test_shapes_are_the_same_everywhere_and_all_differ(tmp_path):
     ready = prepare(tmp_path, dataset="shapes", shapes={"side": 16, "train_per_class": 3, "test_per_class": 2})
     assert ready.classes == sorted(SHAPES) and len(ready.splits["train"]) == 30 and ready.image_side == 16
@@ -141,13 +151,17 @@ def test_misuse_is_one_sentence(tmp_path, capsys):
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
-    script = ("import os, signal, dataset_decode\n"
-              "with dataset_decode.decoder(2) as decode:\n"
-              "    print(list(decode(abs, [1, 2, 3])), flush=True)\n"
-              "    os.kill(os.getpid(), signal.SIGKILL)\n")
+    script = (
+        "import os, signal, dataset_decode\n"
+        "with dataset_decode.decoder(2) as decode:\n"
+        "    print(list(decode(abs, [1, 2, 3])), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
     run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        assert run.communicate(timeout=20)[0] == b"[1, 2, 3]\n"  # returns only when every process that holds the pipe is gone
+        assert (
+            run.communicate(timeout=20)[0] == b"[1, 2, 3]\n"
+        )  # returns only when every process that holds the pipe is gone
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)
         raise
@@ -167,7 +181,9 @@ def test_the_real_cifar100(tmp_path, capsys):
     assert len(ready.classes) == 100 and [len(ready.splits[name]) for name in ("train", "test")] == [50_000, 10_000]
     pixels = ready.splits["train"].pixels()
     assert np.allclose(ready.mean, pixels.mean(axis=(0, 1, 2), dtype=np.float64) / 255, atol=1e-6)
-    assert np.allclose(ready.mean, (0.5071, 0.4865, 0.4409), atol=1e-4) and np.allclose(ready.std, (0.2673, 0.2564, 0.2762), atol=1e-4)
+    assert np.allclose(ready.mean, (0.5071, 0.4865, 0.4409), atol=1e-4) and np.allclose(
+        ready.std, (0.2673, 0.2564, 0.2762), atol=1e-4
+    )
     assert "JPEG" not in capsys.readouterr().err
     for quality in (75, 90):
         files = [io.BytesIO() for _ in range(300)]

@@ -51,7 +51,9 @@ def done(unbroken) -> RunData:
 def copied(unbroken, tmp_path_factory) -> RunFolder:
     """The finished run, in a folder that may be written to."""
     folder = tmp_path_factory.mktemp("reported") / "mine"
-    return RunFolder(Path(shutil.copytree(unbroken.folder, folder, ignore=shutil.ignore_patterns("state", "report.html"))))
+    return RunFolder(
+        Path(shutil.copytree(unbroken.folder, folder, ignore=shutil.ignore_patterns("state", "report.html")))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,10 @@ def drawn(axes) -> dict[str, tuple[list[float], list[float]]]:
 
 def with_metrics(run: RunData, **columns: list[float]) -> RunData:
     """The run with further columns in its metrics."""
-    metrics = [{**line, **{key: values[i] for key, values in columns.items() if values[i] is not None}} for i, line in enumerate(run.metrics)]
+    metrics = [
+        {**line, **{key: values[i] for key, values in columns.items() if values[i] is not None}}
+        for i, line in enumerate(run.metrics)
+    ]
     return replace(run, metrics=metrics)
 
 
@@ -104,8 +109,13 @@ def test_averaged_and_trained_weights_have_a_line_each(done):
 
 def test_a_held_out_part_has_a_curve_and_the_test_split_a_point(done):
     count = len(done.metrics)
-    once = [{key: value for key, value in line.items() if i == count - 1 or not key.startswith("test_")} for i, line in enumerate(done.metrics)]
-    run = with_metrics(replace(done, metrics=once), validation_accuracy=[0.3] * count, validation_top5_accuracy=[0.6] * count)
+    once = [
+        {key: value for key, value in line.items() if i == count - 1 or not key.startswith("test_")}
+        for i, line in enumerate(done.metrics)
+    ]
+    run = with_metrics(
+        replace(done, metrics=once), validation_accuracy=[0.3] * count, validation_top5_accuracy=[0.6] * count
+    )
     lines = {line.label: line for line in curves.accuracy_lines(run)}
     assert lines["held-out part, top 1"].y == [30.0] * count
     assert (lines["test, top 1"].x, lines["test, top 1"].y) == ([count], [100 * done.metrics[-1]["test_accuracy"]])
@@ -121,13 +131,17 @@ def test_a_run_of_part_of_an_epoch_ends_where_it_ended(done):
 def test_the_learning_rate_goes_through_what_was_measured(done):
     line = curves.learning_rate(done)
     at = dict(zip(line.x, line.y, strict=True))
-    assert [at[entry["epoch"]] for entry in done.metrics] == pytest.approx([entry["learning_rate"] for entry in done.metrics])
+    assert [at[entry["epoch"]] for entry in done.metrics] == pytest.approx(
+        [entry["learning_rate"] for entry in done.metrics]
+    )
 
 
 def test_speed_shows_throughput_and_waiting(done):
     _, throughput, wait = curves.speed(done).axes
     assert drawn(throughput)["images"][1] == [line["images_per_second"] for line in done.metrics]
-    assert drawn(wait)["wait"][1] == [100 * line["data_wait_seconds"] / line["training_seconds"] for line in done.metrics]
+    assert drawn(wait)["wait"][1] == [
+        100 * line["data_wait_seconds"] / line["training_seconds"] for line in done.metrics
+    ]
 
 
 def test_several_runs_have_their_own_lines(done):
@@ -142,14 +156,25 @@ def test_several_runs_have_their_own_lines(done):
 
 
 def sample(seconds: float, cpu: float, gpus: list[float | None]) -> dict:
-    return {"seconds": seconds, "cpu_percent": cpu, "ram_gib": 8.0, "process_ram_gib": 2.0, "gpu_percent": gpus, "gpu_memory_gib": [3.0] * len(gpus)}
+    return {
+        "seconds": seconds,
+        "cpu_percent": cpu,
+        "ram_gib": 8.0,
+        "process_ram_gib": 2.0,
+        "gpu_percent": gpus,
+        "gpu_memory_gib": [3.0] * len(gpus),
+    }
 
 
 def test_utilisation_shows_every_sample_of_a_short_run():
     busy, memory = machine.utilisation([sample(2.0 * i, 10.0 * i, [50.0 + i, None]) for i in range(1, 6)], "title").axes
     assert drawn(busy)["CPU, all cores"] == ([2, 4, 6, 8, 10], [10, 20, 30, 40, 50])
     assert drawn(busy)["GPU 0"][1] == [51, 52, 53, 54, 55] and "GPU 1" not in drawn(busy)
-    assert drawn(memory)["GPU 1"][1] == [3.0] * 5 and memory.get_xlabel() == "seconds of running" and memory.get_ylabel() == "memory used (GiB)"
+    assert (
+        drawn(memory)["GPU 1"][1] == [3.0] * 5
+        and memory.get_xlabel() == "seconds of running"
+        and memory.get_ylabel() == "memory used (GiB)"
+    )
 
 
 def test_many_samples_and_many_gpus_are_drawn_as_mean_and_range():
@@ -164,7 +189,13 @@ def test_many_samples_and_many_gpus_are_drawn_as_mean_and_range():
 def test_times_have_a_unit_that_suits_them():
     assert in_time_unit([0, 120]) == ([0, 120], "seconds")
     assert in_time_unit([0, 600]) == ([0, 10], "minutes") and in_time_unit([0, 36000]) == ([0, 10], "hours")
-    assert [duration(seconds) for seconds in (7.4, 99, 120, 5000, 11_100)] == ["7 s", "99 s", "2 min", "83 min", "3 h 05 min"]
+    assert [duration(seconds) for seconds in (7.4, 99, 120, 5000, 11_100)] == [
+        "7 s",
+        "99 s",
+        "2 min",
+        "83 min",
+        "3 h 05 min",
+    ]
 
 
 # --- classes ------------------------------------------------------------------------------------------------------
@@ -176,10 +207,20 @@ def some_confusion(num_classes: int, seed: int = 0) -> np.ndarray:
 
 
 def test_the_superclasses_part_the_classes_of_cifar_100():
-    assert len(SUPERCLASSES) == 20 and all(len(members) == 5 for members in SUPERCLASSES.values()) and len(set(CIFAR_100)) == 100
+    assert (
+        len(SUPERCLASSES) == 20
+        and all(len(members) == 5 for members in SUPERCLASSES.values())
+        and len(set(CIFAR_100)) == 100
+    )
     groups = groups_of(CIFAR_100)
     assert sorted(label for members in groups.values() for label in members) == list(range(100))
-    assert [CIFAR_100[label] for label in groups["trees"]] == ["maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"]
+    assert [CIFAR_100[label] for label in groups["trees"]] == [
+        "maple_tree",
+        "oak_tree",
+        "palm_tree",
+        "pine_tree",
+        "willow_tree",
+    ]
     assert groups_of(CIFAR_100[:99]) is None and groups_of(["a", "b"]) is None
 
 
@@ -188,7 +229,9 @@ def test_confusion_cells_are_shares_of_the_true_class():
     axes = classes.confusion(matrix, list("abcdefghij"), "title").axes[0]
     shown = axes.images[0].get_array()
     np.testing.assert_allclose(shown, 100 * matrix / matrix.sum(axis=1, keepdims=True))
-    assert [text.get_text() for text in axes.get_yticklabels()] == list("abcdefghij") and axes.get_ylabel() == "true class"
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(
+        "abcdefghij"
+    ) and axes.get_ylabel() == "true class"
     assert f"{shown[3, 3]:.0f}" in {text.get_text() for text in axes.texts}
 
 
@@ -198,14 +241,18 @@ def test_confusion_of_cifar_100_is_ordered_by_superclass():
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert names == [name for members in SUPERCLASSES.values() for name in members]
     order = [CIFAR_100.index(name) for name in names]
-    np.testing.assert_allclose(axes.images[0].get_array(), (100 * matrix / matrix.sum(axis=1, keepdims=True))[np.ix_(order, order)])
+    np.testing.assert_allclose(
+        axes.images[0].get_array(), (100 * matrix / matrix.sum(axis=1, keepdims=True))[np.ix_(order, order)]
+    )
     by_group = classes.superclass_confusion(matrix, CIFAR_100, "title").axes[0].images[0].get_array()
     fish, flowers = (groups_of(CIFAR_100)[name] for name in ("fish", "flowers"))
     assert by_group[1, 2] == pytest.approx(100 * matrix[np.ix_(fish, flowers)].sum() / matrix[fish].sum())
     assert classes.superclass_confusion(some_confusion(10), list("abcdefghij"), "title") is None
 
 
-@pytest.mark.parametrize("names", [list("abcdefghij"), CIFAR_100, [f"c{i}" for i in range(80)], [f"c{i}" for i in range(150)]], ids=len)
+@pytest.mark.parametrize(
+    "names", [list("abcdefghij"), CIFAR_100, [f"c{i}" for i in range(80)], [f"c{i}" for i in range(150)]], ids=len
+)
 def test_bars_are_the_accuracies_of_their_labels(names):
     matrix = some_confusion(len(names))
     accuracy = dict(zip(names, 100 * np.diag(matrix) / matrix.sum(axis=1), strict=True))
@@ -246,11 +293,19 @@ def test_mistakes_are_wrong_and_the_worst_come_first(seen, shapes):
     losses = [mistake.loss for mistake in seen.mistakes]
     assert losses == sorted(losses, reverse=True) and 0 < len(losses) <= report.NUM_MISTAKES
     for mistake in seen.mistakes:
-        assert mistake.true != mistake.predicted and Path(mistake.path).parent.name == mistake.true and 0 < mistake.probability <= 1
-        np.testing.assert_allclose(mistake.pixels, np.asarray(Image.open(next(shapes.rglob(mistake.path))).convert("RGB")), atol=1)
+        assert (
+            mistake.true != mistake.predicted
+            and Path(mistake.path).parent.name == mistake.true
+            and 0 < mistake.probability <= 1
+        )
+        np.testing.assert_allclose(
+            mistake.pixels, np.asarray(Image.open(next(shapes.rglob(mistake.path))).convert("RGB")), atol=1
+        )
     figure = images.most_wrong(seen.mistakes, "title")
     captions = [axes.get_title() for axes in figure.axes if axes.images]
-    assert len(captions) == len(seen.mistakes) and all(m.true in text for m, text in zip(seen.mistakes, captions, strict=True))
+    assert len(captions) == len(seen.mistakes) and all(
+        m.true in text for m, text in zip(seen.mistakes, captions, strict=True)
+    )
 
 
 def test_a_network_without_mistakes_has_none():
@@ -282,7 +337,9 @@ def test_other_architectures_have_no_map(done, seen):
     facts = json.loads(json.dumps(done.facts))
     facts["settings"]["model"] = vars(ModelSettings(architecture="resnet18-cifar"))
     run = replace(done, facts=facts)
-    told = report.attention_of(run, torch.nn.Identity(), SimpleNamespace(splits={"test": SimpleNamespace(labels=np.zeros(3))}), "test", {})
+    told = report.attention_of(
+        run, torch.nn.Identity(), SimpleNamespace(splits={"test": SimpleNamespace(labels=np.zeros(3))}), "test", {}
+    )
     assert told == "Attention is drawn for the architecture vit only; this run is a resnet18-cifar."
     seen = replace(seen, attention=told)
     assert "attention" not in [picture.name for picture in pictures_of(run, seen)] and told in page(run, seen, [])
@@ -301,7 +358,9 @@ class References(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action", "poster")]
+        self.found += [
+            value for name, value in attributes if name in ("src", "href", "srcset", "data", "action", "poster")
+        ]
 
 
 def assert_stands_alone(text: str, folder: Path) -> None:
@@ -309,7 +368,7 @@ def assert_stands_alone(text: str, folder: Path) -> None:
     assert not found.tags & {"script", "link", "iframe", "object", "embed"}
     for reference in found.found:
         assert reference.startswith(("data:image/svg+xml;base64,", "#")) or (folder / reference).exists(), reference
-    style = text[text.index("<style>"):text.index("</style>")]
+    style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style and "http" not in style
     for encoded in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text):
         svg = base64.b64decode(encoded).decode()
@@ -322,7 +381,9 @@ def test_training_leaves_a_page(unbroken, done):
     text = (unbroken.folder / "report.html").read_text()
     assert_stands_alone(text, unbroken.folder)
     last = done.metrics[-1]
-    assert f"{100 * last['test_accuracy']:.2f}%" in text and f"{last['test_correct']:,} of {last['test_seen']:,}" in text
+    assert (
+        f"{100 * last['test_accuracy']:.2f}%" in text and f"{last['test_correct']:,} of {last['test_seen']:,}" in text
+    )
     assert done.facts["commit"] in text and done.facts["dataset"]["fingerprint"] in text and "python train.py" in text
     assert len(re.findall("<img ", text)) == len(pictures_of(done, None))
 
@@ -338,7 +399,9 @@ def test_report_adds_what_needs_the_data(copied, shapes, done):
         assert "<svg" in (copied.folder / "pictures" / f"{name}.svg").read_text()
     rows = dict(re.findall(r"<tr><td>(\w+)</td><td class=\"number\">([\d.]+)</td>", text))
     assert set(rows) == set(done.facts["dataset"]["classes"])
-    assert sum(float(value) for value in rows.values()) / 10 == pytest.approx(100 * done.metrics[-1]["test_accuracy"], abs=0.01)
+    assert sum(float(value) for value in rows.values()) / 10 == pytest.approx(
+        100 * done.metrics[-1]["test_accuracy"], abs=0.01
+    )
 
 
 def test_names_cannot_break_the_page(done):
@@ -353,22 +416,31 @@ def test_names_cannot_break_the_page(done):
 
 def test_the_page_shows_every_setting_and_which_are_not_the_defaults(done):
     text = page(done, None, [])
-    assert {path: (value, default) for path, value, default in changed_settings(done.facts["settings"])}["model.width"] == (32, 512)
+    assert {path: (value, default) for path, value, default in changed_settings(done.facts["settings"])}[
+        "model.width"
+    ] == (32, 512)
     assert "<td>model.width</td><td>32</td><td>512</td>" in text
-    assert "<td>augmentation.flip</td><td>0.5</td>" in text and "<td>engine.optimizer.params.betas</td><td>[0.9, 0.999]</td>" in text
+    assert (
+        "<td>augmentation.flip</td><td>0.5</td>" in text
+        and "<td>engine.optimizer.params.betas</td><td>[0.9, 0.999]</td>" in text
+    )
 
 
 # --- the command --------------------------------------------------------------------------------------------------
 
 
 def test_without_the_dataset_there_is_still_a_page(copied, tmp_path):
-    folder = Path(shutil.copytree(copied.folder, tmp_path / "moved", ignore=shutil.ignore_patterns("pictures", "report.html")))
+    folder = Path(
+        shutil.copytree(copied.folder, tmp_path / "moved", ignore=shutil.ignore_patterns("pictures", "report.html"))
+    )
     facts = json.loads((folder / "run.json").read_text())
     facts["dataset"]["folder"] = str(tmp_path / "nowhere")
     (folder / "run.json").write_text(json.dumps(facts))
     said = run_script("report.py", folder)
     assert "note: only the pictures that need no data, because" in said.err and "nowhere" in said.err
-    assert {path.stem for path in (folder / "pictures").iterdir()} <= {"curves", "speed", "utilisation"} and (folder / "report.html").is_file()
+    assert {path.stem for path in (folder / "pictures").iterdir()} <= {"curves", "speed", "utilisation"} and (
+        folder / "report.html"
+    ).is_file()
     refused = run_script("report.py", folder, "--data-dir", tmp_path / "nowhere", code=1)
     assert refused.err.startswith("error: ") and refused.err.count("\n") == 1
 
@@ -395,4 +467,6 @@ def test_what_cannot_be_reported_is_refused_by_name(copied, tmp_path):
 
 def test_a_torn_line_is_left_out(tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_lines(tmp_path / "steps.jsonl") == [{"step": 1}, {"step": 2}] and read_lines(tmp_path / "none.jsonl") == []
+    assert (
+        read_lines(tmp_path / "steps.jsonl") == [{"step": 1}, {"step": 2}] and read_lines(tmp_path / "none.jsonl") == []
+    )

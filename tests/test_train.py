@@ -31,11 +31,17 @@ def test_the_run_folder_holds_everything_a_reader_needs(unbroken, shapes):
     assert not list(unbroken.folder.rglob("*unfinished*"))
     assert (unbroken.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     facts, dataset = unbroken.facts(), Dataset.open(shapes)
-    assert facts["settings"]["model"]["width"] == 32 and facts["settings"]["engine"]["optimizer"]["params"]["lr"] == 3e-3
+    assert (
+        facts["settings"]["model"]["width"] == 32 and facts["settings"]["engine"]["optimizer"]["params"]["lr"] == 3e-3
+    )
     assert facts["command"][0] == "train.py" and "--name" in facts["command"]
     assert facts["dataset"]["fingerprint"] == dataset.fingerprint and facts["dataset"]["classes"] == dataset.classes
     assert (facts["total_steps"], facts["num_processes"], facts["device"]) == (EPOCHS * STEPS_PER_EPOCH, 1, "CPU")
-    assert torch.__version__.startswith(facts["versions"]["torch"]) and "commit" in facts and "uncommitted_changes" in facts
+    assert (
+        torch.__version__.startswith(facts["versions"]["torch"])
+        and "commit" in facts
+        and "uncommitted_changes" in facts
+    )
 
 
 def test_every_epoch_has_a_line_of_exact_counts(unbroken):
@@ -72,7 +78,10 @@ def test_max_steps_end_a_run_in_the_middle_of_an_epoch_and_fresh_sets_the_old_on
     for more in ([], ["--fresh"]):
         run("train.py", *training, "--name", "short", "--max-steps", 6, *more)
         lines = RunFolder(runs / "short").metrics()
-        assert [(line["epoch"], line["step"], line["test_seen"]) for line in lines] == [(1, 4, NUM_TEST), (2, 6, NUM_TEST)]
+        assert [(line["epoch"], line["step"], line["test_seen"]) for line in lines] == [
+            (1, 4, NUM_TEST),
+            (2, 6, NUM_TEST),
+        ]
         assert lines[-1]["learning_rate"] == pytest.approx(3e-3 * 0.01)
     old = RunFolder(runs / "short.old-1")
     assert results(old) == results(RunFolder(runs / "short")) and old.newest_checkpoint().name == "step-00000006"
@@ -92,20 +101,33 @@ def test_a_held_out_part_chooses_and_the_test_split_waits_for_the_end(training, 
     *early, last = record.metrics()
     assert len(early) == 3 and all(line["validation_seen"] == len(listed) for line in [*early, last])
     assert not any(key.startswith("test") for line in early for key in line) and last["test_seen"] == NUM_TEST
-    best = run("evaluate.py", record.folder, "--split", "validation", "--weights", "best.safetensors",
-               "--json", record.folder / "best.json")
-    assert json.loads((record.folder / "best.json").read_text())["correct"] == max(line["validation_correct"] for line in [*early, last])
+    best = run(
+        "evaluate.py",
+        record.folder,
+        "--split",
+        "validation",
+        "--weights",
+        "best.safetensors",
+        "--json",
+        record.folder / "best.json",
+    )
+    assert json.loads((record.folder / "best.json").read_text())["correct"] == max(
+        line["validation_correct"] for line in [*early, last]
+    )
     assert "Validation accuracy" in best.out
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    (["--set", "model.depth=3"], "settings.model.depth was 2, is 3"),
-    (["--seed", 5, "--epochs", 3], "settings.epochs was 12, is 3; seed was 0, is 5"),
-    ([], "is finished; evaluate it with python evaluate.py"),
-])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["--set", "model.depth=3"], "settings.model.depth was 2, is 3"),
+        (["--seed", 5, "--epochs", 3], "settings.epochs was 12, is 3; seed was 0, is 5"),
+        ([], "is finished; evaluate it with python evaluate.py"),
+    ],
+)
 def test_a_run_of_other_settings_and_a_finished_one_are_refused(training, unbroken, changes, named):
     before = {path: path.read_bytes() for path in unbroken.folder.rglob("*") if path.is_file()}
     done = run("train.py", *training, "--name", "unbroken", *changes, code=1)
@@ -117,17 +139,48 @@ def test_a_dataset_that_is_not_there_yet_is_prepared_from_an_archive(tiny, shape
     with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
         for image in shapes.glob("images/*/[a-c]*/*_000[1-3].png"):
             archive.write(image, image.relative_to(shapes / "images"))
-    run("train.py", "--preset", tiny, "--runs-dir", tmp_path, "--data-dir", tmp_path / "mine", "--archive", tmp_path / "mine.zip",
-        "--name", "new", "--max-steps", 1, "--set", "train_batch_size=4")
-    assert RunFolder(tmp_path / "new").facts()["dataset"]["num_images"] == {"train": 12, "test": 12}  # four classes of three
+    run(
+        "train.py",
+        "--preset",
+        tiny,
+        "--runs-dir",
+        tmp_path,
+        "--data-dir",
+        tmp_path / "mine",
+        "--archive",
+        tmp_path / "mine.zip",
+        "--name",
+        "new",
+        "--max-steps",
+        1,
+        "--set",
+        "train_batch_size=4",
+    )
+    assert RunFolder(tmp_path / "new").facts()["dataset"]["num_images"] == {
+        "train": 12,
+        "test": 12,
+    }  # four classes of three
 
 
 def test_a_tree_in_the_data_dir_is_prepared_where_it_lies(tiny, shapes, tmp_path):
     for image in shapes.glob("images/*/c*/*_000[1-4].png"):
         (copy := tmp_path / "pets" / image.relative_to(shapes / "images")).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, copy)
-    run("train.py", "--preset", tiny, "--runs-dir", tmp_path, "--data-dir", tmp_path / "pets", "--name", "new", "--max-steps", 1,
-        "--set", "train_batch_size=4")
+    run(
+        "train.py",
+        "--preset",
+        tiny,
+        "--runs-dir",
+        tmp_path,
+        "--data-dir",
+        tmp_path / "pets",
+        "--name",
+        "new",
+        "--max-steps",
+        1,
+        "--set",
+        "train_batch_size=4",
+    )
     assert RunFolder(tmp_path / "new").facts()["dataset"]["name"] == "pets"
 
 
@@ -137,13 +190,31 @@ def test_a_tree_in_the_data_dir_is_prepared_where_it_lies(tiny, shapes, tmp_path
 @pytest.fixture(scope="module")
 def on_two(training, runs) -> RunFolder:
     """Two processes of DeepSpeed's launcher, stopped in the second epoch; without dropout, which differs by process."""
-    launch(2, "train.py", *training, "--name", "on-two", "--set", "model.dropout=0.0", "--max-steps", 8, "--stop-at", 6, code=STOPPED)
+    launch(
+        2,
+        "train.py",
+        *training,
+        "--name",
+        "on-two",
+        "--set",
+        "model.dropout=0.0",
+        "--max-steps",
+        8,
+        "--stop-at",
+        6,
+        code=STOPPED,
+    )
     return RunFolder(runs / "on-two")
 
 
 def test_two_processes_count_every_test_image_once(on_two, training, runs):
     (line,) = on_two.metrics()
-    assert on_two.facts()["num_processes"] == 2 and on_two.facts()["batch"] == {"total": 64, "micro": 32, "accumulation": 1, "shards": 2}
+    assert on_two.facts()["num_processes"] == 2 and on_two.facts()["batch"] == {
+        "total": 64,
+        "micro": 32,
+        "accumulation": 1,
+        "shards": 2,
+    }
     assert line["test_seen"] == NUM_TEST
     alone = run("evaluate.py", on_two.folder, "--json", on_two.folder / "alone.json")
     assert f"({line['test_correct']}/{NUM_TEST})" in alone.out
@@ -165,8 +236,15 @@ def test_two_processes_train_as_one_does_and_one_goes_on_for_two(on_two, trainin
 
 def test_a_process_that_dies_takes_the_job_down(training):
     command = programs.launcher(2, "train.py", *training, "--name", "orphaned", "--epochs", 100_000)
-    job = subprocess.Popen(command, cwd=programs.PROJECT, env=programs.clean_environment(), start_new_session=True, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    job = subprocess.Popen(
+        command,
+        cwd=programs.PROJECT,
+        env=programs.clean_environment(),
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     ranks: list[psutil.Process] = []
     try:
         for line in job.stdout:
@@ -191,13 +269,32 @@ def test_the_folder_that_was_given_is_recorded_not_its_copy(training, shapes, tm
 
 
 def test_an_archive_beside_prepared_data_is_refused_unless_the_data_came_from_it(tiny, zipped, tmp_path):
-    common = ["--preset", tiny, "--data-dir", tmp_path / "pets", "--runs-dir", tmp_path / "runs", "--max-steps", 1, "--set", "train_batch_size=2"]
+    common = [
+        "--preset",
+        tiny,
+        "--data-dir",
+        tmp_path / "pets",
+        "--runs-dir",
+        tmp_path / "runs",
+        "--max-steps",
+        1,
+        "--set",
+        "train_batch_size=2",
+    ]
     programs.run("train.py", *common, "--archive", zipped, "--name", "a")
     programs.run("train.py", *common, "--archive", zipped, "--name", "b")
     other = shutil.copy(zipped, tmp_path / "other.zip")
-    assert "was prepared from pets.zip, and --archive" in programs.run("train.py", *common, "--archive", other, "--name", "c", code=1).err
-    assert "was prepared from pets.zip, and --dataset shapes" in programs.run("train.py", *common, "--dataset", "shapes", "--name", "c", code=1).err
-    assert "--archive /none.zip does not exist" in programs.run("train.py", *common, "--archive", "/none.zip", "--name", "c", code=1).err
+    assert (
+        "was prepared from pets.zip, and --archive"
+        in programs.run("train.py", *common, "--archive", other, "--name", "c", code=1).err
+    )
+    assert (
+        "was prepared from pets.zip, and --dataset shapes"
+        in programs.run("train.py", *common, "--dataset", "shapes", "--name", "c", code=1).err
+    )
+    assert (
+        "--archive /none.zip does not exist"
+        in programs.run("train.py", *common, "--archive", "/none.zip", "--name", "c", code=1).err
+    )
     (tmp_path / "pets" / "prepared_from.json").unlink()  # as earlier versions left it
     assert "was not read" in programs.run("train.py", *common, "--archive", other, "--name", "d").out
-

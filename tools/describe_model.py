@@ -8,12 +8,25 @@ from config.settings import resolve
 
 def describe_model() -> None:
     """What `python model.py` does."""
-    parser = Parser("python model.py", "List the tables of parts, or describe one network.",
-                    example="python model.py --preset cpu --set model.feed_forward=geglu")
+    parser = Parser(
+        "python model.py",
+        "List the tables of parts, or describe one network.",
+        example="python model.py --preset cpu --set model.feed_forward=geglu",
+    )
     add_settings(parser)
-    parser.add_argument("--classes", type=at_least_one, default=100, metavar="K", help="number of classes (default: 100)")
-    parser.add_argument("--image-side", type=at_least_one, default=32, metavar="S", help="pixels along one side of an image (default: 32)")
-    parser.add_argument("--groups", action="store_true", help="show which parameters the optimiser treats alike, and how")
+    parser.add_argument(
+        "--classes", type=at_least_one, default=100, metavar="K", help="number of classes (default: 100)"
+    )
+    parser.add_argument(
+        "--image-side",
+        type=at_least_one,
+        default=32,
+        metavar="S",
+        help="pixels along one side of an image (default: 32)",
+    )
+    parser.add_argument(
+        "--groups", action="store_true", help="show which parameters the optimiser treats alike, and how"
+    )
     args = parser.parse_args()
     from model import build_model  # after the arguments: it imports PyTorch
     from models.cost import count_parameters
@@ -41,5 +54,9 @@ def list_parts() -> None:
     for kind, table in TABLES.items():
         print(f"\nmodel.{kind}")
         for name, part in table.items():
-            options = ", ".join(f"{k}={v!r}" for k, v in part_options(part).items()) if kind not in ("architecture", "block") else ""
+            options = (
+                ", ".join(f"{k}={v!r}" for k, v in part_options(part).items())
+                if kind not in ("architecture", "block")
+                else ""
+            )
             print(f"  {name:12} {(part.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else ""))

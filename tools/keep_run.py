@@ -30,13 +30,18 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
     evaluation = record.folder / "evaluation_test.json"
     if evaluation.is_file():
         report = json.loads(evaluation.read_text())
-        facts["evaluated"] = {key: report[key] for key in ("correct", "correct_top5", "seen", "accuracy", "top5_accuracy", "loss")}
+        facts["evaluated"] = {
+            key: report[key] for key in ("correct", "correct_top5", "seen", "accuracy", "top5_accuracy", "loss")
+        }
     return {"run": record.folder.name, **({"note": note} if note else {}), **facts, "metrics": metrics}
 
 
 def main() -> None:
-    parser = Parser("python tools/keep_run.py run", "Keep a run as one small JSON under results/runs/.",
-                    example='python tools/keep_run.py runs/mine --note "on two busy cores"')
+    parser = Parser(
+        "python tools/keep_run.py run",
+        "Keep a run as one small JSON under results/runs/.",
+        example='python tools/keep_run.py runs/mine --note "on two busy cores"',
+    )
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--note", metavar="TEXT", help="what a reader of the figures must know (default: nothing)")
     args = parser.parse_args()

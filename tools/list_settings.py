@@ -1,6 +1,6 @@
 """Every setting: its path, its value, what it means.
 
-    python train.py --list-settings --preset cpu
+python train.py --list-settings --preset cpu
 """
 
 from __future__ import annotations
@@ -64,7 +64,15 @@ def _shown(value: Any) -> str:
     """A value as one would type it after `--set path=`."""
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else "-" if value is None else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else "-"
+        if value is None
+        else str(value)
+    )
 
 
 def comments() -> dict[str, str]:
@@ -72,7 +80,9 @@ def comments() -> dict[str, str]:
     found, group = {}, ""
     for line in (PROJECT / "config/settings.py").read_text(encoding="utf-8").splitlines():
         if match := re.match(r"class (\w+?)(Settings)?:", line):
-            group = f"{match[1].lower()}." if match[2] else ""  # ModelSettings are the group `model`, Settings the whole
+            group = (
+                f"{match[1].lower()}." if match[2] else ""
+            )  # ModelSettings are the group `model`, Settings the whole
         elif match := re.match(r"    (\w+): .*?  # (.*)", line):
             found[f"{group}{match[1]}"] = match[2]
     return found

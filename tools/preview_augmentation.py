@@ -26,27 +26,70 @@ def main() -> None:
     from reports.images import image_grid
     from reports.style import save
 
-    grid = preview(dataset, settings.augmentation, settings.image_side, args.images, args.epochs, args.seed, args.source)
+    grid = preview(
+        dataset, settings.augmentation, settings.image_side, args.images, args.epochs, args.seed, args.source
+    )
     save(image_grid(grid, f"{args.data_dir.name}: original, then {args.epochs} augmentations"), args.preview)
     print(f"wrote {args.preview}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("python dali_pipeline.py", "Draw a grid of augmented training images, as the network will see them.",
-                    example="python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment")
-    parser.add_argument("--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg (must be given)")
-    parser.add_argument("--data-dir", type=Path, default=DATA / "cifar100", metavar="DIR", help="prepared dataset (default: data/cifar100)")
-    parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(preset_names())}, or a .toml file (default: none)")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a setting: augmentation.flip=0; repeat for more")
-    parser.add_argument("--source", default="auto", choices=SOURCES,
-                        help="packed pixels through DALI, files through DALI, packed pixels through PyTorch (default: auto)")
-    parser.add_argument("--images", type=at_least_one, default=16, metavar="N", help="different images, each a row (default: 16)")
-    parser.add_argument("--epochs", type=at_least_one, default=12, metavar="N", help="versions of each, the columns after the original (default: 12)")
+    parser = Parser(
+        "python dali_pipeline.py",
+        "Draw a grid of augmented training images, as the network will see them.",
+        example="python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment",
+    )
+    parser.add_argument(
+        "--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg (must be given)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=DATA / "cifar100",
+        metavar="DIR",
+        help="prepared dataset (default: data/cifar100)",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"settings to start from: {', '.join(preset_names())}, or a .toml file (default: none)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override a setting: augmentation.flip=0; repeat for more",
+    )
+    parser.add_argument(
+        "--source",
+        default="auto",
+        choices=SOURCES,
+        help="packed pixels through DALI, files through DALI, packed pixels through PyTorch (default: auto)",
+    )
+    parser.add_argument(
+        "--images", type=at_least_one, default=16, metavar="N", help="different images, each a row (default: 16)"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=at_least_one,
+        default=12,
+        metavar="N",
+        help="versions of each, the columns after the original (default: 12)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and augmentation (default: 0)")
     return parser.parse_args()
 
 
-def preview(dataset: Dataset, augmentation: AugmentationSettings, image_side: int, count: int, epochs: int, seed: int, source: str) -> np.ndarray:
+def preview(
+    dataset: Dataset,
+    augmentation: AugmentationSettings,
+    image_side: int,
+    count: int,
+    epochs: int,
+    seed: int,
+    source: str,
+) -> np.ndarray:
     """A grid of uint8 pixels (rows, columns, S, S, 3): `count` images, each as it is and as `epochs` epochs show it."""
     import torch  # not with the file, so that --help answers at once
 

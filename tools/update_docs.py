@@ -1,6 +1,6 @@
 """Write the tables into the pages of docs/ (and README.md), where marks stand for them. `./run_tests.sh` does it before testing.
 
-    python tools/update_docs.py
+python tools/update_docs.py
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def schedules() -> str:
     rows = ["| `schedule.shape` | factor of `optimizer.params.lr` after the warm-up | settings |", "|---|---|---|"]
     for name, shape in SCHEDULES.items():
         used = {key: getattr(ScheduleSettings(), key) for key, shapes in USED_BY.items() if name in shapes}
-        shown = ", ".join(f"`{key}={[round(v, 3) for v in value] if isinstance(value, list) else value}`" for key, value in used.items())
+        shown = ", ".join(
+            f"`{key}={[round(v, 3) for v in value] if isinstance(value, list) else value}`"
+            for key, value in used.items()
+        )
         rows.append(f"| `{name}` | {shape.__doc__.splitlines()[0]} | {shown} |")
     return "\n".join(rows)
 
@@ -66,12 +69,17 @@ OTHERS = {"optimizer": optimizers, "schedule": schedules}
 
 def update(text: str) -> str:
     """`text` with what stands between `<!-- table: KIND -->` and `<!-- end -->` made anew."""
-    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":
-    Parser("python tools/update_docs.py", "Write the tables of parts, optimisers and schedules into docs/.",
-           example="python tools/update_docs.py").parse_args()
+    Parser(
+        "python tools/update_docs.py",
+        "Write the tables of parts, optimisers and schedules into docs/.",
+        example="python tools/update_docs.py",
+    ).parse_args()
     for page in PAGES:
         old = page.read_text(encoding="utf-8")
         new = update(old)

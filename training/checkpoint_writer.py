@@ -41,7 +41,14 @@ class Snapshot:
 class CheckpointWriter:
     """Takes snapshots of a run and writes them, one after the other."""
 
-    def __init__(self, engine: Engine, interval: Interval, conditions: dict[str, Any], record: RunFolder | None, checkpoints: Checkpoints | None):
+    def __init__(
+        self,
+        engine: Engine,
+        interval: Interval,
+        conditions: dict[str, Any],
+        record: RunFolder | None,
+        checkpoints: Checkpoints | None,
+    ):
         """`record` and `checkpoints` on the main process."""
         self.engine, self.interval, self.conditions = engine, interval, conditions
         self.record, self.checkpoints = record, checkpoints
@@ -59,7 +66,9 @@ class CheckpointWriter:
         """Whether writing has ended in an error, which the next `snapshot` or `settle` will raise."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def take_snapshot(self, progress: Progress, weights: dict[str, Callable[[], dict[str, Tensor] | None]] | None = None) -> Snapshot:
+    def take_snapshot(
+        self, progress: Progress, weights: dict[str, Callable[[], dict[str, Tensor] | None]] | None = None
+    ) -> Snapshot:
         """The state as it is, and what else goes into files of their own, by their names: how to gather it. Collective."""
         began = time.perf_counter()
         self.wait()
@@ -77,7 +86,9 @@ class CheckpointWriter:
             return
         texts = {
             ENGINE: json.dumps(snapshot.facts),
-            PROGRESS: json.dumps(asdict(replace(progress, loss_sum=0.0, loss_sums=snapshot.loss_sums if progress.step_in_epoch else []))),
+            PROGRESS: json.dumps(
+                asdict(replace(progress, loss_sum=0.0, loss_sums=snapshot.loss_sums if progress.step_in_epoch else []))
+            ),
             "run.json": self._run_text,
             "metrics.jsonl": self.record.metrics_text,
         }
@@ -88,7 +99,9 @@ class CheckpointWriter:
 
         spoilt = next((key for key, tensor in snapshot.tensors.items() if tensor.isnan().any()), None)
         if spoilt:
-            raise RunError(f"{spoilt} is not a number after step {snapshot.step:,}, so this state is not saved; the last checkpoint is untouched")
+            raise RunError(
+                f"{spoilt} is not a number after step {snapshot.step:,}, so this state is not saved; the last checkpoint is untouched"
+            )
         # One entry: safetensors writes several in an order of chance, and equal weights are to be equal files.
         about = {"trained": json.dumps(TrainedModel.open(self.record.folder).metadata)}
         # The weights first: a run whose last checkpoint is there is finished, and must have them.

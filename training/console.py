@@ -29,7 +29,9 @@ BOLD, DIM, GREEN, YELLOW = "1", "2", "32", "33"
 class Console:
     """The lines of one run. In a process that is not the main one it says nothing."""
 
-    def __init__(self, level: int = NORMAL, is_main: bool = True, out: TextIO | None = None, bars: TextIO | None = None):
+    def __init__(
+        self, level: int = NORMAL, is_main: bool = True, out: TextIO | None = None, bars: TextIO | None = None
+    ):
         self.level = level if is_main else QUIET
         self.is_main = is_main
         self.out, self.bars = out or sys.stdout, bars or sys.stderr
@@ -54,13 +56,23 @@ class Console:
     def print_run(self, folder: str, facts: dict[str, Any], side: int, engine: Engine) -> None:
         """The head of a run: where it writes, what it trains, on what, and what differs from the defaults."""
         dataset, model, sizes = facts["dataset"], facts["settings"]["model"], engine.batch_sizes
-        parts = f", {model['attention']} attention, {model['feed_forward']} feed-forward" if model["architecture"] == "vit" else ""
+        parts = (
+            f", {model['attention']} attention, {model['feed_forward']} feed-forward"
+            if model["architecture"] == "vit"
+            else ""
+        )
         images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
         self.print_field("run", folder)
-        self.print_field("data", f"{dataset['folder']}: {len(dataset['classes'])} classes, {side} x {side} pixels, {images}; {facts['source']} source")
+        self.print_field(
+            "data",
+            f"{dataset['folder']}: {len(dataset['classes'])} classes, {side} x {side} pixels, {images}; {facts['source']} source",
+        )
         self.print_field("model", f"{model['architecture']}{parts}: {engine.num_parameters:,} parameters")
-        self.print_field("batch", f"{sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x {sizes.shards} processes; "
-                                  f"{facts['steps_per_epoch']} steps an epoch, {facts['total_steps']:,} in all")
+        self.print_field(
+            "batch",
+            f"{sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x {sizes.shards} processes; "
+            f"{facts['steps_per_epoch']} steps an epoch, {facts['total_steps']:,} in all",
+        )
         self.print_field("engine", f"{facts['settings']['strategy']} on {facts['device']}, {engine.describe()}")
         for path, value, default in changed_settings(facts["settings"]):
             self.print_field("setting", f"{path} = {value} (default: {default})", VERBOSE)
@@ -77,26 +89,45 @@ class Console:
     def epoch(self, line: dict[str, Any], splits: list[str], last_epoch: int) -> None:
         """The line of an epoch, from its numbers in metrics.jsonl."""
         left = self.clock.seconds_left()
-        self.say("  ".join([
-            self.paint(f"epoch {line['epoch']:>{len(str(last_epoch))}}/{last_epoch}", BOLD),
-            f"train loss {line['train_loss']:.3f}",
-            *(self._accuracy(line, split) for split in splits),
-            f"{line['images_per_second']:>7,.0f} images/s",
-            f"{duration(line['training_seconds']):>6}",
-            self._wait(100 * line["data_wait_seconds"] / (line["training_seconds"] or 1.0)),
-            *([f"left {duration(left):>7}"] if left else []),
-        ]))
-        self.say(self.paint("      " + "  ".join([
-            f"learning rate {line['learning_rate']:.3g}",
-            *(f"{split} loss {line[f'{split}_loss']:.3f}, top 5 {100 * line[f'{split}_top5_accuracy']:.2f}%, "
-              f"counted in {line[f'{split}_seconds']:.1f} s" for split in splits),
-            f"memory {line['memory_gib']:.2f} GiB", f"watching cost {line['tracking_seconds']:.2f} s",
-        ]), DIM), VERBOSE)
+        self.say(
+            "  ".join(
+                [
+                    self.paint(f"epoch {line['epoch']:>{len(str(last_epoch))}}/{last_epoch}", BOLD),
+                    f"train loss {line['train_loss']:.3f}",
+                    *(self._accuracy(line, split) for split in splits),
+                    f"{line['images_per_second']:>7,.0f} images/s",
+                    f"{duration(line['training_seconds']):>6}",
+                    self._wait(100 * line["data_wait_seconds"] / (line["training_seconds"] or 1.0)),
+                    *([f"left {duration(left):>7}"] if left else []),
+                ]
+            )
+        )
+        self.say(
+            self.paint(
+                "      "
+                + "  ".join(
+                    [
+                        f"learning rate {line['learning_rate']:.3g}",
+                        *(
+                            f"{split} loss {line[f'{split}_loss']:.3f}, top 5 {100 * line[f'{split}_top5_accuracy']:.2f}%, "
+                            f"counted in {line[f'{split}_seconds']:.1f} s"
+                            for split in splits
+                        ),
+                        f"memory {line['memory_gib']:.2f} GiB",
+                        f"watching cost {line['tracking_seconds']:.2f} s",
+                    ]
+                ),
+                DIM,
+            ),
+            VERBOSE,
+        )
 
     def _accuracy(self, line: dict[str, Any], split: str) -> str:
         seen = str(line[f"{split}_seen"])
         counts = f"({line[f'{split}_correct']}/{seen})".rjust(2 * len(seen) + 3)
-        raw = f", trained weights {100 * line[f'{split}_raw_accuracy']:6.2f}%" if f"{split}_raw_accuracy" in line else ""
+        raw = (
+            f", trained weights {100 * line[f'{split}_raw_accuracy']:6.2f}%" if f"{split}_raw_accuracy" in line else ""
+        )
         return f"{split} accuracy " + self.paint(f"{100 * line[f'{split}_accuracy']:6.2f}%", BOLD) + f" {counts}{raw}"
 
     def _wait(self, percent: float) -> str:
@@ -108,8 +139,11 @@ class Console:
         split = "test" if "test_accuracy" in line else "validation"
         accuracy = self.paint(f"{100 * line[f'{split}_accuracy']:.2f}%", BOLD)
         epochs = f"{line['epoch']} epoch{'s' * (line['epoch'] > 1)}"
-        self.say(f"{self.paint('done     ', GREEN)} {split} accuracy {accuracy} ({line[f'{split}_correct']}/{line[f'{split}_seen']}) "
-                 f"after {epochs}; see {folder}/report.html", QUIET)
+        self.say(
+            f"{self.paint('done     ', GREEN)} {split} accuracy {accuracy} ({line[f'{split}_correct']}/{line[f'{split}_seen']}) "
+            f"after {epochs}; see {folder}/report.html",
+            QUIET,
+        )
 
 
 class ConsoleHandler(logging.Handler):
@@ -145,8 +179,16 @@ class Bar:
         from tqdm import tqdm
 
         self.clock, self.batch = console.clock, batch
-        self.bar = tqdm(total=total * batch, initial=done * batch, desc=f"epoch {epoch}", unit=" images", unit_scale=True, leave=False,
-                        dynamic_ncols=True, file=console.bars)
+        self.bar = tqdm(
+            total=total * batch,
+            initial=done * batch,
+            desc=f"epoch {epoch}",
+            unit=" images",
+            unit_scale=True,
+            leave=False,
+            dynamic_ncols=True,
+            file=console.bars,
+        )
 
     def __enter__(self) -> Bar:
         return self
@@ -156,7 +198,9 @@ class Bar:
 
     def loss(self, value: float) -> None:
         left = self.clock.seconds_left()
-        self.bar.set_postfix_str(f"loss {value:.3f}" + (f", run done in {duration(left)}" if left else ""), refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {value:.3f}" + (f", run done in {duration(left)}" if left else ""), refresh=False
+        )
 
     def advance(self) -> None:
         self.clock.step += 1
@@ -179,8 +223,10 @@ class LogHeartbeat:
     def loss(self, value: float) -> None:
         if self.shown and time.monotonic() - self.said > HEARTBEAT_LINE_SECONDS:
             self.said = time.monotonic()
-            self.console.say(f"  in epoch {self.epoch}: step {self.done} of {self.total}, train loss {value:.3f}, "
-                            f"left {duration(self.console.clock.seconds_left())}")
+            self.console.say(
+                f"  in epoch {self.epoch}: step {self.done} of {self.total}, train loss {value:.3f}, "
+                f"left {duration(self.console.clock.seconds_left())}"
+            )
 
     def advance(self) -> None:
         self.console.clock.step += 1

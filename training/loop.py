@@ -33,8 +33,19 @@ FLUSH_SECONDS = 0.5  # between looks at the losses, which wait on the device unt
 class Loop:
     """One run from its first or next step to its end."""
 
-    def __init__(self, engine: Engine, settings: Settings, training: Batches | Synthetic, evaluation: dict[str, Batches],
-                 steps_per_epoch: int, total_steps: int, started: StartedRun, patience: int | None, stop: StopSignal, console: Console):
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        training: Batches | Synthetic,
+        evaluation: dict[str, Batches],
+        steps_per_epoch: int,
+        total_steps: int,
+        started: StartedRun,
+        patience: int | None,
+        stop: StopSignal,
+        console: Console,
+    ):
         """`patience`: epochs without better validation accuracy after which the run ends; None: all epochs.
 
         Raises:
@@ -43,19 +54,28 @@ class Loop:
         self.engine, self.settings = engine, settings
         self.training, self.evaluation = training, evaluation
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
-        self.progress, self.writer, self.tracking, self.record = started.progress, started.writer, started.tracking, started.record
+        self.progress, self.writer, self.tracking, self.record = (
+            started.progress,
+            started.writer,
+            started.tracking,
+            started.record,
+        )
         self.patience, self.stop, self.console = patience, stop, console
         self.monitor = LossMonitor()
         self._first_steps_left = engine.first_steps
         self._sync_progress_with_engine()
         if engine.step == total_steps and not self.progress.num_losses:
-            raise RunError("the others have just made their last step, and nothing is left to train; their runs have the weights")
+            raise RunError(
+                "the others have just made their last step, and nothing is left to train; their runs have the weights"
+            )
 
     def _sync_progress_with_engine(self) -> None:
         """Go on from where others have carried the engine: `local` with peers."""
         step, progress = self.engine.step, self.progress
         if step != progress.epoch * self.steps_per_epoch + progress.step_in_epoch:
-            progress.epoch = min(step, self.total_steps - 1) // self.steps_per_epoch  # the last step belongs to the last epoch
+            progress.epoch = (
+                min(step, self.total_steps - 1) // self.steps_per_epoch
+            )  # the last step belongs to the last epoch
             progress.step_in_epoch = step - progress.epoch * self.steps_per_epoch
 
     def _where(self) -> str:
@@ -85,9 +105,13 @@ class Loop:
             else:
                 self._save_checkpoint()
             # Asked again: the wish may have come during the evaluation.
-            if (stopping or self.engine.any(self.stop.requested)) and not (self.engine.step == self.total_steps or self.progress.finished):
+            if (stopping or self.engine.any(self.stop.requested)) and not (
+                self.engine.step == self.total_steps or self.progress.finished
+            ):
                 self.writer.wait()
-                self.console.say(f"stopped after step {self.engine.step:,} and saved; start the same run again to go on", QUIET)
+                self.console.say(
+                    f"stopped after step {self.engine.step:,} and saved; start the same run again to go on", QUIET
+                )
                 return False
         self.writer.wait()
         return True
@@ -101,7 +125,9 @@ class Loop:
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, last, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
             self.training.wait_seconds = 0.0
-            self._first_steps_left = min(self._first_steps_left, last - progress.step_in_epoch - 1)  # one step at least is timed
+            self._first_steps_left = min(
+                self._first_steps_left, last - progress.step_in_epoch - 1
+            )  # one step at least is timed
             while progress.step_in_epoch < last and not pause:
                 before = engine.step
                 loss = engine.train_batch(batches)
@@ -122,7 +148,9 @@ class Loop:
                     bar.loss(progress.loss_sum / max(1, progress.num_losses))
                 bar.advance()
                 stop_here = self.stop.requested or (stop_at is not None and before < stop_at <= engine.step)
-                stopping, *others = engine.any_flags(stop_here, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None)
+                stopping, *others = engine.any_flags(
+                    stop_here, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None
+                )
                 pause = stopping or any(others) or engine.step != before + 1  # carried on by others
             self._collect_losses()
             progress.training_seconds += time.perf_counter() - began
@@ -140,11 +168,20 @@ class Loop:
             return
         self.progress.skipped_steps += 1
         monitor.in_a_row += 1
-        bad, images = describe(engine, check_finite(step, index, loss.item(), float(engine.grad_norm)), self.training, self.progress, self._folder())
+        bad, images = describe(
+            engine,
+            check_finite(step, index, loss.item(), float(engine.grad_norm)),
+            self.training,
+            self.progress,
+            self._folder(),
+        )
         self.console.print_field("skipped", f"step {bad.step:,}: {bad.what}; {images}")
         if monitor.in_a_row == MAX_CONSECUTIVE_SKIPS:
-            raise_on_all_ranks(engine, f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or a gradient that is not finite; the last checkpoint is untouched. "
-                               f"{HINT}")
+            raise_on_all_ranks(
+                engine,
+                f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or a gradient that is not finite; the last checkpoint is untouched. "
+                f"{HINT}",
+            )
 
     def _collect_losses(self) -> None:
         """Wait for the device, and add the losses that were noted to the epoch's."""
@@ -160,8 +197,10 @@ class Loop:
         self.writer.wait()
         if not self.engine.is_main:
             raise SystemExit(1)
-        raise NonFiniteLoss(f"{bad.what} at optimiser step {bad.step}; the last checkpoint is untouched. {HINT}; --skip-bad-steps goes on "
-                            f"without such steps. Of that step, {images}")
+        raise NonFiniteLoss(
+            f"{bad.what} at optimiser step {bad.step}; the last checkpoint is untouched. {HINT}; --skip-bad-steps goes on "
+            f"without such steps. Of that step, {images}"
+        )
 
     def _finish_epoch(self) -> None:
         """Evaluate, write the epoch's line, save."""
@@ -183,15 +222,24 @@ class Loop:
         raw = {"raw_weights.safetensors": partial(engine.weights, raw=True)} if engine.ema is not None else {}
         snapshot = self.writer.take_snapshot(progress, {**dict.fromkeys(names, engine.weights), **raw})
         line["checkpoint_seconds"] = round(progress.checkpoint_seconds + snapshot.seconds, 3)
-        self.console.epoch(line, [name for name in results if not name.endswith("_raw")], -(-self.total_steps // self.steps_per_epoch))
+        self.console.epoch(
+            line, [name for name in results if not name.endswith("_raw")], -(-self.total_steps // self.steps_per_epoch)
+        )
         if self.record:
             self.record.append_metrics(line)
             self.tracking.epoch(line)
-        self.progress = Progress(epoch=progress.epoch + 1, best_accuracy=progress.best_accuracy, best_step=progress.best_step,
-                                 epochs_without_better=waited, finished=ends_early or engine.step == self.total_steps)
+        self.progress = Progress(
+            epoch=progress.epoch + 1,
+            best_accuracy=progress.best_accuracy,
+            best_step=progress.best_step,
+            epochs_without_better=waited,
+            finished=ends_early or engine.step == self.total_steps,
+        )
         self.writer.write(snapshot, self.progress)
         if ends_early:
-            self.console.say(f"ended early: no better validation accuracy than {100 * best:.2f}% for {waited} epochs (--patience {self.patience})")
+            self.console.say(
+                f"ended early: no better validation accuracy than {100 * best:.2f}% for {waited} epochs (--patience {self.patience})"
+            )
 
     def _evaluate(self, split: str) -> dict[str, tuple[EvalCounts, float]]:
         """What counts, by the name of the split: the averaged weights where there is an average, and then the trained ones as `<split>_raw`."""

@@ -30,7 +30,9 @@ SHARE = 0.9  # of the free memory that a trial may take: engines, exchanges and 
 class MicroBatch:
     """The micro-batch of one run: chosen before it starts, and advised when its GPU turns out to be too small."""
 
-    def __init__(self, engine: type[Engine], settings: Settings, build: Callable[[], nn.Module], dataset: Dataset, side: int):
+    def __init__(
+        self, engine: type[Engine], settings: Settings, build: Callable[[], nn.Module], dataset: Dataset, side: int
+    ):
         self.engine, self.settings = engine, settings
         self.new_trial = lambda: Trial(build, settings, dataset, side, process_group.pick_device())
         self.total = settings.engine["train_batch_size"]
@@ -48,9 +50,13 @@ class MicroBatch:
 
     def _find(self) -> int:
         if not self.engine.fits_one_device:
-            raise SettingsError("--micro-batch auto tries the whole network on one GPU, which this strategy does not put there; give a number")
+            raise SettingsError(
+                "--micro-batch auto tries the whole network on one GPU, which this strategy does not put there; give a number"
+            )
         if process_group.pick_device().type != "cuda":
-            raise SettingsError("--micro-batch auto asks a GPU what it has room for, and there is none here; give a number, or leave it out")
+            raise SettingsError(
+                "--micro-batch auto asks a GPU what it has room for, and there is none here; give a number, or leave it out"
+            )
         possible = sizes(self.total, self.shards)
         found = min(process_group.all_gather_objects(largest_that_fits(possible, self.new_trial().fits) or 0))
         free_memory()
@@ -75,15 +81,19 @@ def no_room(now: int, possible: list[int], found: int | None) -> str:
     """What to say when `now` images at once were too many, and `found` are not (None: even one is)."""
     start = f"the GPU has no room for {now} images at once"
     if found is None:
-        return (f"{start}, nor for fewer: take a smaller network, bf16.enabled=true, or more GPUs with zero_optimization.stage=3")
-    return (f"{start}, but for {found}: start the same run again with --micro-batch {found}, of which {possible[-1] // found} a process make the "
-            "same global batch. What was saved is untouched")
+        return f"{start}, nor for fewer: take a smaller network, bf16.enabled=true, or more GPUs with zero_optimization.stage=3"
+    return (
+        f"{start}, but for {found}: start the same run again with --micro-batch {found}, of which {possible[-1] // found} a process make the "
+        "same global batch. What was saved is untouched"
+    )
 
 
 def sizes(total: int, shards: int) -> list[int]:
     """The micro-batches that `shards` processes can make a global batch of `total` from, smallest first. Raises SettingsError."""
     if total % shards:
-        raise SettingsError(f"train_batch_size={total} cannot be cut into {shards} data-parallel processes; choose a multiple of {shards}")
+        raise SettingsError(
+            f"train_batch_size={total} cannot be cut into {shards} data-parallel processes; choose a multiple of {shards}"
+        )
     return [size for size in range(1, total // shards + 1) if total // shards % size == 0]
 
 
@@ -92,8 +102,10 @@ def accumulation_for(micro: int, total: int, shards: int) -> int:
     possible = sizes(total, shards)
     if micro not in possible:
         near = sorted(possible, key=lambda size: abs(size - micro))[:3]
-        raise SettingsError(f"--micro-batch {micro}: a global batch of {total} on {shards} processes is not made of such parts; "
-                            f"choose {', '.join(map(str, sorted(near)))} or another divisor of {total // shards}")
+        raise SettingsError(
+            f"--micro-batch {micro}: a global batch of {total} on {shards} processes is not made of such parts; "
+            f"choose {', '.join(map(str, sorted(near)))} or another divisor of {total // shards}"
+        )
     return total // shards // micro
 
 
@@ -112,7 +124,9 @@ def largest_that_fits(possible: list[int], fits: Callable[[int], bool]) -> int |
 class Trial:
     """Training steps on noise, outside of any engine, to see whether they fit beside the dataset."""
 
-    def __init__(self, build: Callable[[], nn.Module], settings: Settings, dataset: Dataset, side: int, device: torch.device):
+    def __init__(
+        self, build: Callable[[], nn.Module], settings: Settings, dataset: Dataset, side: int, device: torch.device
+    ):
         self.settings, self.device, self.side, self.num_classes = settings, device, side, len(dataset.classes)
         self.model = build().to(device)
         self.optimizer = build_optimizer(settings.engine["optimizer"], self.model, fused=device.type == "cuda")
@@ -126,7 +140,9 @@ class Trial:
             if self.device.type != "cuda":
                 return True
             free, _ = torch.cuda.mem_get_info(self.device)
-            return torch.cuda.max_memory_reserved(self.device) <= SHARE * (free + torch.cuda.memory_reserved(self.device))
+            return torch.cuda.max_memory_reserved(self.device) <= SHARE * (
+                free + torch.cuda.memory_reserved(self.device)
+            )
         except OutOfMemory:
             return False
         finally:

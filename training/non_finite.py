@@ -44,7 +44,9 @@ class LossMonitor:
     def __init__(self) -> None:
         self.bad: NonFiniteStep | None = None  # the first one
         self.in_a_row = 0  # steps that were skipped
-        self._noted: list[tuple[int, int, Tensor, Tensor | None]] = []  # step, its index in the epoch, loss, gradient's norm
+        self._noted: list[
+            tuple[int, int, Tensor, Tensor | None]
+        ] = []  # step, its index in the epoch, loss, gradient's norm
 
     def add(self, step: int, index: int, loss: Tensor, grad_norm: Tensor | None) -> None:
         """Take note of an optimiser step, the `index`-th of its epoch."""
@@ -70,7 +72,9 @@ def check_finite(step: int, index: int, loss: float, norm: float) -> NonFiniteSt
     return None if math.isfinite(norm) else NonFiniteStep(step, index, f"the gradient's norm is {norm}", own=False)
 
 
-def describe(engine: Engine, bad: NonFiniteStep | None, training: Batches, progress: Progress, folder: Path | None) -> tuple[NonFiniteStep, str]:
+def describe(
+    engine: Engine, bad: NonFiniteStep | None, training: Batches, progress: Progress, folder: Path | None
+) -> tuple[NonFiniteStep, str]:
     """The first of the processes' bad steps, and a sentence about its images, which are listed in `folder`. Collective.
 
     `bad` is what this process saw, `folder` the run folder on the main process; the text is empty elsewhere.
@@ -95,4 +99,6 @@ def images_of(training: Batches, epoch: int, start: int, stop: int) -> list[str]
     if training.source == "synthetic":
         return ["noise"]
     split, classes = training.split, training.dataset.classes
-    return [f"{i}\t{split.paths[i]}\t{classes[split.labels[i]]}" for i in training.positions(epoch, start, stop).tolist()]
+    return [
+        f"{i}\t{split.paths[i]}\t{classes[split.labels[i]]}" for i in training.positions(epoch, start, stop).tolist()
+    ]

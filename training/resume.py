@@ -49,7 +49,9 @@ class FolderOptions:
     allow_inexact_resume: bool
 
 
-def find_resume_point(options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], state_values: int) -> ResumePoint:
+def find_resume_point(
+    options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], state_values: int
+) -> ResumePoint:
     """Find or make the run folder, and say where the run resumes. For the main process.
 
     Args:
@@ -72,18 +74,29 @@ def find_resume_point(options: FolderOptions, facts: dict[str, Any], new: dict[s
     if checkpoint is None:
         epochs = len(record.metrics())
         if epochs > 1:  # more than the first, whose line is written before its checkpoint
-            lost = "; ".join([f"{os.path.relpath(record.folder)} has {epochs} finished epochs, but no checkpoint that is whole", *damaged])
-            raise RunError(f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), or from its weights with --init-weights")
+            lost = "; ".join(
+                [
+                    f"{os.path.relpath(record.folder)} has {epochs} finished epochs, but no checkpoint that is whole",
+                    *damaged,
+                ]
+            )
+            raise RunError(
+                f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), or from its weights with --init-weights"
+            )
         record.write_metrics("")  # of a run that was killed before its first checkpoint
         return ResumePoint(record, None, Progress(), messages)
     check_room(record.folder, sum(file.stat().st_size for file in checkpoint.iterdir()) * 3 // 2, options)
     changed = check_conditions(record, checkpoint, new, options.allow_inexact_resume)
-    messages += [f"from step {step_of(checkpoint):,} on not the same to the bit as an unbroken run: {text}" for text in changed]
+    messages += [
+        f"from step {step_of(checkpoint):,} on not the same to the bit as an unbroken run: {text}" for text in changed
+    ]
     record.write_metrics((checkpoint / "metrics.jsonl").read_text())
     return ResumePoint(record, checkpoint, RunFolder.read_progress(checkpoint), messages, changed)
 
 
-def start_or_resume(engine: Engine, options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], dataset: Dataset) -> ResumePoint | None:
+def start_or_resume(
+    engine: Engine, options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], dataset: Dataset
+) -> ResumePoint | None:
     """Find or make the run folder and load its newest checkpoint if it has one; None in all but the main process. Collective.
 
     Raises:
@@ -118,8 +131,10 @@ def check_conditions(record: RunFolder, checkpoint: Path, new: dict[str, Any], a
         batch_norm = any(key.endswith("running_mean") for key in file.keys())  # noqa: SIM118
     accepted, refused = compare(read_facts(checkpoint, ENGINE).get("conditions", {}), new, batch_norm)
     if refused and not allowed:
-        raise RunError(f"{os.path.relpath(record.folder)} would not go on as the same training: {'; '.join(refused)}. "
-                       "Start it as before, or go on all the same with --allow-inexact-resume")
+        raise RunError(
+            f"{os.path.relpath(record.folder)} would not go on as the same training: {'; '.join(refused)}. "
+            "Start it as before, or go on all the same with --allow-inexact-resume"
+        )
     return [*accepted, *refused]
 
 
@@ -127,16 +142,20 @@ def check_room(folder: Path, needed: int, options: FolderOptions) -> None:
     """Raises RunError when the disk of the run folder cannot take what will be written."""
     left = room_left(folder)
     if left < needed:
-        raise RunError(f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of {os.path.relpath(options.runs_dir)} "
-                       f"has {gigabytes(left)} left; make room, choose another --runs-dir, or keep fewer than --keep-checkpoints "
-                       f"{options.keep_checkpoints}")
+        raise RunError(
+            f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of {os.path.relpath(options.runs_dir)} "
+            f"has {gigabytes(left)} left; make room, choose another --runs-dir, or keep fewer than --keep-checkpoints "
+            f"{options.keep_checkpoints}"
+        )
 
 
 def keep_validation_list(folder: Path, dataset: Dataset) -> None:
     """Which images were held out, where some were."""
     if held := dataset.splits.get("validation"):
-        write_atomically(folder / "validation_file_list.txt",
-                         "".join(f"{path}\t{label}\n" for path, label in zip(held.paths, held.labels, strict=True)))
+        write_atomically(
+            folder / "validation_file_list.txt",
+            "".join(f"{path}\t{label}\n" for path, label in zip(held.paths, held.labels, strict=True)),
+        )
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
@@ -161,17 +180,28 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
         if not record.exists:
             return record, messages
         old = record.facts()
-        changed = [text for key in MUST_MATCH for text in differences(comparable(old, key), comparable(facts, key), key) if not text.startswith(MAY_DIFFER)]
-        changed += differences(old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint")
+        changed = [
+            text
+            for key in MUST_MATCH
+            for text in differences(comparable(old, key), comparable(facts, key), key)
+            if not text.startswith(MAY_DIFFER)
+        ]
+        changed += differences(
+            old["dataset"]["fingerprint"], facts["dataset"]["fingerprint"], "the dataset's fingerprint"
+        )
         finished = record.is_finished()
         if not changed and not finished:
             return record, messages
         where = os.path.relpath(record.folder)
         if name and changed:
-            raise RunError(f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, or --fresh to start over")
+            raise RunError(
+                f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, or --fresh to start over"
+            )
         if name:
-            raise RunError(f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
-                           "or --fresh to start over")
+            raise RunError(
+                f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
+                "or --fresh to start over"
+            )
         number += 1
 
 

@@ -18,7 +18,12 @@ MUST_MATCH = ("settings", "seed", "max_steps", "hold_out", "patience", "init_wei
 
 
 # ... but for how the work is spread: the state is the same for all (an engine that cannot go on from another's refuses it by name).
-MAY_DIFFER = ("settings.strategy", "settings.parallel", "settings.engine.zero_optimization", "settings.engine.gradient_accumulation_steps")
+MAY_DIFFER = (
+    "settings.strategy",
+    "settings.parallel",
+    "settings.engine.zero_optimization",
+    "settings.engine.gradient_accumulation_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,9 @@ class Change:
 ROUNDING = "the same sums, rounded in another order"
 CHANGES = {  # by the key of `conditions`
     "processes": Change("processes", f"{ROUNDING}; dropout draws other masks", True),
-    "micro_batch": Change("images a micro-batch", f"{ROUNDING}; dropout draws other masks, MixUp and CutMix other partners", True),
+    "micro_batch": Change(
+        "images a micro-batch", f"{ROUNDING}; dropout draws other masks, MixUp and CutMix other partners", True
+    ),
     "strategy": Change("strategy", ROUNDING, True),
     "stage": Change("ZeRO stage", ROUNDING, True),
     "threads": Change("CPU threads", ROUNDING, True),
@@ -48,7 +55,10 @@ CHANGES = {  # by the key of `conditions`
 }
 
 
-IMPLIED_CHANGES = {"device": ("threads", "device_name"), "strategy": ("stage",)}  # change with these, and need no sentence of their own
+IMPLIED_CHANGES = {
+    "device": ("threads", "device_name"),
+    "strategy": ("stage",),
+}  # change with these, and need no sentence of their own
 BATCH_NORM = Change("images a micro-batch", "BatchNorm takes its statistics of each micro-batch", False)
 
 
@@ -76,9 +86,13 @@ def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple
     """Sentences for the changes of conditions that are accepted, and for those that are not."""
     accepted, refused = [], []
     changed = {key for key in CHANGES if key in old and old[key] != new[key]}
-    for key in (key for key in CHANGES if key in changed.difference(*(IMPLIED_CHANGES.get(cause, ()) for cause in changed))):
+    for key in (
+        key for key in CHANGES if key in changed.difference(*(IMPLIED_CHANGES.get(cause, ()) for cause in changed))
+    ):
         change = BATCH_NORM if key == "micro_batch" and batch_norm else CHANGES[key]
-        (accepted if change.accepted else refused).append(f"{change.words}: {old[key]} before, {new[key]} now ({change.why})")
+        (accepted if change.accepted else refused).append(
+            f"{change.words}: {old[key]} before, {new[key]} now ({change.why})"
+        )
     return accepted, refused
 
 

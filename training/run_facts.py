@@ -29,8 +29,15 @@ class RunOptions:
     deterministic: bool
 
 
-def facts_of(options: RunOptions, dataset: Dataset, folder: Path, engine: Engine, source: str, steps_per_epoch: int,
-             total_steps: int) -> dict[str, Any]:
+def facts_of(
+    options: RunOptions,
+    dataset: Dataset,
+    folder: Path,
+    engine: Engine,
+    source: str,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> dict[str, Any]:
     """The content of run.json.
 
     Args:
@@ -43,8 +50,12 @@ def facts_of(options: RunOptions, dataset: Dataset, folder: Path, engine: Engine
         "dataset": {
             "name": folder.name,
             "folder": os.path.relpath(folder.resolve(), PROJECT),
-            "fingerprint": dataset.fingerprint, "classes": dataset.classes, "image_side": dataset.image_side,
-            "mean": dataset.mean, "std": dataset.std, "num_images": {name: len(split) for name, split in dataset.splits.items()},
+            "fingerprint": dataset.fingerprint,
+            "classes": dataset.classes,
+            "image_side": dataset.image_side,
+            "mean": dataset.mean,
+            "std": dataset.std,
+            "num_images": {name: len(split) for name, split in dataset.splits.items()},
         },
         "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU",
         "precision": engine.precision,

@@ -11,8 +11,16 @@ from training.run_start import LoggingOptions
 
 def run_options(args: argparse.Namespace, preset: str) -> RunOptions:
     """What run.json records of the flags; `preset` is the one that was chosen where none was given."""
-    return RunOptions(preset, args.seed, args.max_steps, args.hold_out, args.patience,
-                      args.init_weights.name if args.init_weights else None, args.synthetic, args.deterministic)
+    return RunOptions(
+        preset,
+        args.seed,
+        args.max_steps,
+        args.hold_out,
+        args.patience,
+        args.init_weights.name if args.init_weights else None,
+        args.synthetic,
+        args.deterministic,
+    )
 
 
 def folder_options(args: argparse.Namespace) -> FolderOptions:

@@ -40,8 +40,18 @@ class StartedRun:
     record: RunFolder | None  # on the main process
 
 
-def start_run(engine: Engine, options: RunOptions, folder: FolderOptions, logging: LoggingOptions, dataset: Dataset, data_folder: Path,
-              training: Batches | Synthetic, steps_per_epoch: int, total_steps: int, console: Console) -> StartedRun:
+def start_run(
+    engine: Engine,
+    options: RunOptions,
+    folder: FolderOptions,
+    logging: LoggingOptions,
+    dataset: Dataset,
+    data_folder: Path,
+    training: Batches | Synthetic,
+    steps_per_epoch: int,
+    total_steps: int,
+    console: Console,
+) -> StartedRun:
     """Find or make the run folder, load its newest checkpoint if it has one, and say what is trained. Collective.
 
     Args:
@@ -69,7 +79,9 @@ def start_run(engine: Engine, options: RunOptions, folder: FolderOptions, loggin
     return StartedRun(progress, writer, tracking, record)
 
 
-def _start_tracking(engine: Engine, record: RunFolder | None, facts: dict[str, Any], logging: LoggingOptions, console: Console) -> Tracking:
+def _start_tracking(
+    engine: Engine, record: RunFolder | None, facts: dict[str, Any], logging: LoggingOptions, console: Console
+) -> Tracking:
     """Collective, because a logger that cannot be started ends all processes."""
     tracking, problem = Tracking([]), None
     if record:

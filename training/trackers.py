@@ -30,7 +30,10 @@ from training.utilization import Sampler
 STEP_POINTS = 1000  # of the training loss by step, over a run: more could not be told apart in a picture
 LOOKED_AT = 64  # images of the first batch that are shown
 CHARTS = {  # TensorBoard's tab "custom scalars": what belongs together, by patterns of names
-    "accuracy": [r".*_accuracy$"], "loss": [r".*_loss$"], "learning rate": ["learning_rate"], "images a second": ["images_per_second"],
+    "accuracy": [r".*_accuracy$"],
+    "loss": [r".*_loss$"],
+    "learning rate": ["learning_rate"],
+    "images a second": ["images_per_second"],
     "seconds": [r".*_seconds$"],
 }
 REDRAW_SECONDS = 30.0  # at least, between redrawings of curves.png
@@ -104,12 +107,24 @@ class WeightsAndBiases(Tracker):
         name = folder / "wandb_run.txt"  # its id there: a run that starts over has a new folder, and becomes a new run
         identity = name.read_text().strip() if step and name.is_file() else secrets.token_hex(4)
         write_atomically(name, identity + "\n")
-        config = {key: facts[key] for key in ("settings", "preset", "seed", "command", "commit", "versions", "dataset", "device")}
+        config = {
+            key: facts[key]
+            for key in ("settings", "preset", "seed", "command", "commit", "versions", "dataset", "device")
+        }
         try:
-            self.run = wandb.init(project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=config,
-                                  settings=wandb.Settings(silent=silent, quiet=True))
+            self.run = wandb.init(
+                project=project,
+                name=folder.name,
+                id=identity,
+                resume="allow",
+                dir=str(folder),
+                config=config,
+                settings=wandb.Settings(silent=silent, quiet=True),
+            )
         except wandb.errors.Error as error:
-            raise RunError(f"Weights & Biases says '{str(error).splitlines()[0]}'; WANDB_MODE=offline keeps the numbers on this disk") from error
+            raise RunError(
+                f"Weights & Biases says '{str(error).splitlines()[0]}'; WANDB_MODE=offline keeps the numbers on this disk"
+            ) from error
         self.image = wandb.Image
 
     def _notify(self, step: int, numbers: dict[str, Any]) -> None:
@@ -179,8 +194,14 @@ class Tracking:
     A picture is not worth a run: a watcher that cannot write (a full disk) is given up, with a note, and the run goes on.
     """
 
-    def __init__(self, watchers: list[Tracker], sampler: Sampler | None = None, total_steps: int = 0, say: Callable[[str], None] = print,
-                 seconds: float = 0.0):
+    def __init__(
+        self,
+        watchers: list[Tracker],
+        sampler: Sampler | None = None,
+        total_steps: int = 0,
+        say: Callable[[str], None] = print,
+        seconds: float = 0.0,
+    ):
         """`seconds` is what it has cost to make the watchers."""
         self.watchers, self.sampler, self.say = watchers, sampler, say
         self.total_steps, self.every = total_steps, max(1, total_steps // STEP_POINTS)
@@ -196,7 +217,9 @@ class Tracking:
                 what(watcher)
             except OSError as error:
                 self.watchers.remove(watcher)
-                self.say(f"note: {type(watcher).__name__} is given up, because {error.strerror or error}; the run goes on")
+                self.say(
+                    f"note: {type(watcher).__name__} is given up, because {error.strerror or error}; the run goes on"
+                )
         self._seconds += time.perf_counter() - began
 
     def first_batch(self, pixels: Callable[[], np.ndarray]) -> None:
@@ -242,7 +265,9 @@ class Tracking:
         self._notify(lambda watcher: watcher.close(failed=error is not None))
 
 
-def start_tracking(folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, screen: Console) -> Tracking:
+def start_tracking(
+    folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, screen: Console
+) -> Tracking:
     """The watchers of a run that goes on after `step`; in the main process.
 
     Args:
@@ -259,7 +284,9 @@ def start_tracking(folder: Path, facts: dict[str, Any], step: int, tensorboard: 
         watchers.append(WeightsAndBiases(folder, facts, step, wandb or None, silent=screen.level == QUIET))
     sampler = Sampler(folder)
     sampler.start()
-    return Tracking([*watchers, Pictures(folder)], sampler, facts["total_steps"], screen.say, time.perf_counter() - began)
+    return Tracking(
+        [*watchers, Pictures(folder)], sampler, facts["total_steps"], screen.say, time.perf_counter() - began
+    )
 
 
 def check_trackers(tensorboard: bool, wandb: str | None) -> None:
@@ -267,7 +294,9 @@ def check_trackers(tensorboard: bool, wandb: str | None) -> None:
     if wandb is not None and find_spec("wandb") is None:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
     if tensorboard and find_spec("tensorboard") is None:
-        raise SettingsError("the package tensorboard is not installed: pip install tensorboard, or give --no-tensorboard")
+        raise SettingsError(
+            "the package tensorboard is not installed: pip install tensorboard, or give --no-tensorboard"
+        )
 
 
 def numbers_of(line: dict[str, Any]) -> dict[str, float]:
@@ -287,5 +316,7 @@ def first_images(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 def as_markdown(value: Any) -> str:
     """A text for TensorBoard: an indented block, which it shows as it is."""
-    text = value if isinstance(value, str) else " ".join(value) if isinstance(value, list) else json.dumps(value, indent=2)
+    text = (
+        value if isinstance(value, str) else " ".join(value) if isinstance(value, list) else json.dumps(value, indent=2)
+    )
     return "\n".join("    " + row for row in text.splitlines())

@@ -46,7 +46,9 @@ class Gpus:
 
     def _handle(self, name: str) -> Any:
         by_number = name.isdecimal()
-        return self.nvml.nvmlDeviceGetHandleByIndex(int(name)) if by_number else self.nvml.nvmlDeviceGetHandleByUUID(name)
+        return (
+            self.nvml.nvmlDeviceGetHandleByIndex(int(name)) if by_number else self.nvml.nvmlDeviceGetHandleByUUID(name)
+        )
 
     def _ask(self, question: Any) -> Any:
         """An answer, or None where this GPU has none (a MIG slice does not tell how busy it is)."""
@@ -57,7 +59,9 @@ class Gpus:
 
     def percent(self) -> list[float | None]:
         """Share of the last moment in which each GPU ran something."""
-        rates = [self._ask(lambda handle=handle: self.nvml.nvmlDeviceGetUtilizationRates(handle)) for handle in self.handles]
+        rates = [
+            self._ask(lambda handle=handle: self.nvml.nvmlDeviceGetUtilizationRates(handle)) for handle in self.handles
+        ]
         return [None if rate is None else float(rate.gpu) for rate in rates]
 
     def memory_gib(self) -> list[float | None]:
@@ -91,7 +95,9 @@ class Sampler:
         psutil.cpu_percent()  # the first answer is about nothing
         try:
             with self.path.open("a") as file:
-                while not self._stopped.wait(max(self.every_seconds, SHARE_OF_RUN * (before + time.monotonic() - began))):
+                while not self._stopped.wait(
+                    max(self.every_seconds, SHARE_OF_RUN * (before + time.monotonic() - began))
+                ):
                     sample = {
                         "seconds": round(before + time.monotonic() - began, 2),
                         "cpu_percent": psutil.cpu_percent(),

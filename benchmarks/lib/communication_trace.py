@@ -27,13 +27,28 @@ Interval = tuple[float, float]
 
 # Operation of PyTorch -> kind of exchange. fully_shard's clipping goes through the functional ones.
 KINDS = {
-    "allreduce_": "all_reduce", "allreduce_coalesced_": "all_reduce", "all_reduce": "all_reduce", "all_reduce_coalesced": "all_reduce",
-    "_allgather_base_": "all_gather", "allgather_": "all_gather", "allgather_into_tensor_coalesced_": "all_gather",
-    "all_gather_into_tensor": "all_gather", "all_gather_into_tensor_coalesced": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter", "reduce_scatter_": "reduce_scatter", "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter", "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "reduce_": "reduce", "broadcast_": "broadcast", "broadcast": "broadcast", "send": "send", "recv_": "receive",
-    "alltoall_": "all_to_all", "alltoall_base_": "all_to_all", "all_to_all_single": "all_to_all",
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_coalesced": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "reduce_": "reduce",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "all_to_all_single": "all_to_all",
 }
 NAMESPACES = ("c10d", "_c10d_functional")
 CONTROL_BYTES = 64  # an exchange of at most so many is about a flag or a norm
@@ -82,8 +97,10 @@ class CountExchanges(TorchDispatchMode):
 
     def exchanges(self, steps: int) -> list[Exchange]:
         """A step's share."""
-        return [Exchange(kind, group, calls / steps, self.payload[kind, group, control] / steps, control)
-                for (kind, group, control), calls in sorted(self.calls.items())]
+        return [
+            Exchange(kind, group, calls / steps, self.payload[kind, group, control] / steps, control)
+            for (kind, group, control), calls in sorted(self.calls.items())
+        ]
 
 
 def uncompiled() -> AbstractContextManager:
@@ -131,7 +148,10 @@ def time_exchanges(work: Callable[[], None], device: torch.device) -> Timing:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler, record_function(MARK):
+    with (
+        profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler,
+        record_function(MARK),
+    ):
         work()
         if on_gpu:
             torch.cuda.synchronize(device)
@@ -149,12 +169,18 @@ MARK = "timed exchanges"
 def on_the_cpu(events: Iterable[Any], thread: int) -> tuple[list[Interval], list[Interval]]:
     """Gloo's work items, and the operations of the thread that trains."""
     exchanges = [interval(event) for event in events if event.is_async and event.name.startswith("gloo:")]
-    return exchanges, [interval(event) for event in events if event.thread == thread and not event.is_async and event.name.startswith("aten::")]
+    return exchanges, [
+        interval(event)
+        for event in events
+        if event.thread == thread and not event.is_async and event.name.startswith("aten::")
+    ]
 
 
 def on_the_gpu(events: Iterable[Any], thread: int) -> tuple[list[Interval], list[Interval]]:
     """The kernels of NCCL, and all other kernels and copies."""
-    kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation]
+    kernels = [
+        event for event in events if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation
+    ]
     exchanges = [interval(event) for event in kernels if "nccl" in event.name.lower()]
     return exchanges, [interval(event) for event in kernels if "nccl" not in event.name.lower()]
 

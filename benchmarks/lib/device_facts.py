@@ -1,6 +1,6 @@
 """What this machine computes with, and how fast: one small JSON.
 
-    python benchmarks/lib/device_facts.py device.json
+python benchmarks/lib/device_facts.py device.json
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def gpu_facts() -> dict[str, Any]:
     for kind in ("bf16", "fp32") if bf16 else ("fp32",):
         reached = measured_flops(device, kind == "bf16") / 1e12
         on_paper = getattr(entry, kind) if entry else None
-        facts[f"matrix products, {kind}"] = f"{reached:,.0f} TFLOP/s" + (f", {100 * reached / on_paper:.0f} % of the data sheet" if on_paper else "")
+        facts[f"matrix products, {kind}"] = f"{reached:,.0f} TFLOP/s" + (
+            f", {100 * reached / on_paper:.0f} % of the data sheet" if on_paper else ""
+        )
     facts["from host to device"] = f"{copy_rate(device) / 1e9:.1f} GB/s from pinned memory"
     return facts
 
@@ -58,7 +60,10 @@ def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
     """Bytes a second, the best of five copies."""
     import torch
 
-    source, target = torch.empty(num_bytes, dtype=torch.uint8).pin_memory(), torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    source, target = (
+        torch.empty(num_bytes, dtype=torch.uint8).pin_memory(),
+        torch.empty(num_bytes, dtype=torch.uint8, device=device),
+    )
     best = float("inf")
     for _ in range(5):
         torch.cuda.synchronize(device)
@@ -70,8 +75,11 @@ def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
 
 
 def main() -> None:
-    parser = Parser("python benchmarks/lib/device_facts.py FILE", "What this machine computes with, and how fast: one small JSON.",
-                    example="python benchmarks/lib/device_facts.py device.json")
+    parser = Parser(
+        "python benchmarks/lib/device_facts.py FILE",
+        "What this machine computes with, and how fast: one small JSON.",
+        example="python benchmarks/lib/device_facts.py device.json",
+    )
     parser.add_argument("file", type=Path, metavar="FILE", help="what to write")
     args = parser.parse_args()
     import torch  # after the arguments, so that --help answers at once

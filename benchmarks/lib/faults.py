@@ -22,7 +22,14 @@ from records.run_folder import RunFolder
 
 STOPPED = 75  # exit code of a run that was told to stop, and saved
 DISK_MB = 6
-CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")  # audit events; os.replace is an os.rename
+CHANGES = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "shutil.rmtree",
+)  # audit events; os.replace is an os.rename
 REMOVALS = ("os.remove", "os.rmdir", "shutil.rmtree")
 
 
@@ -160,7 +167,11 @@ def some_file(now: Round) -> Path:
     newest = now.record.newest_checkpoint()
     if newest is None or now.record.is_finished():
         raise TooLate
-    files = [path for path in (*newest.iterdir(), now.record.folder / "run.json", now.record.folder / "metrics.jsonl") if path.is_file()]
+    files = [
+        path
+        for path in (*newest.iterdir(), now.record.folder / "run.json", now.record.folder / "metrics.jsonl")
+        if path.is_file()
+    ]
     return now.random.choice(sorted(files))
 
 
@@ -168,7 +179,9 @@ def some_file(now: Round) -> Path:
 def small_disk(folder: Path) -> Iterator[None]:
     """A disk of DISK_MB at `folder`. Raises RuntimeError where this process may not mount one."""
     folder.mkdir(exist_ok=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if mounted.returncode:
         raise RuntimeError(f"may not mount a disk here ({mounted.stderr.strip()})")
     try:
@@ -216,7 +229,9 @@ class Operations:
 
     def strike(self) -> None:
         if self.what == "die":
-            signal.setitimer(signal.ITIMER_REAL, self.amount)  # of a signal that nobody catches, in the middle of whatever goes on
+            signal.setitimer(
+                signal.ITIMER_REAL, self.amount
+            )  # of a signal that nobody catches, in the middle of whatever goes on
         elif self.what == "no room":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:

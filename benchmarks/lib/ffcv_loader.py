@@ -47,11 +47,24 @@ def make_loader(dataset: Dataset, request: dict):
     import torch
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import Convert, NormalizeImage, RandomHorizontalFlip, RandomTranslate, Squeeze, ToDevice, ToTensor, ToTorchImage
+    from ffcv.transforms import (
+        Convert,
+        NormalizeImage,
+        RandomHorizontalFlip,
+        RandomTranslate,
+        Squeeze,
+        ToDevice,
+        ToTensor,
+        ToTorchImage,
+    )
     from torchvision.transforms import Normalize
 
     mean, std = 255 * np.array(dataset.mean), 255 * np.array(dataset.std)
-    images = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=request["padding"], fill=(0, 0, 0))]
+    images = [
+        SimpleRGBImageDecoder(),
+        RandomHorizontalFlip(),
+        RandomTranslate(padding=request["padding"], fill=(0, 0, 0)),
+    ]
     labels = [IntDecoder(), ToTensor(), Squeeze(1)]
     to_image = ToTorchImage(channels_last=request["channels_last"])
     if request["device"] == "cpu":
@@ -62,8 +75,16 @@ def make_loader(dataset: Dataset, request: dict):
         labels += [to_device]
     number = request["num_batches"] * request["batch_size"]
     chosen = np.random.default_rng(0).permutation(len(dataset.splits["train"]))[:number]
-    return Loader(request["file"], batch_size=request["batch_size"], num_workers=request["threads"], order=OrderOption.RANDOM,
-                  os_cache=True, drop_last=True, indices=chosen, pipelines={"image": images, "label": labels})
+    return Loader(
+        request["file"],
+        batch_size=request["batch_size"],
+        num_workers=request["threads"],
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        indices=chosen,
+        pipelines={"image": images, "label": labels},
+    )
 
 
 def serve(request: dict, answer) -> None:
@@ -84,7 +105,9 @@ def serve(request: dict, answer) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         look = Look(request["batch_size"], dataset.image_side, device) if asked["look"] else None
-        window = consume((loader for _ in range(asked["epochs"])), asked["epochs"] * request["num_batches"], device, look)
+        window = consume(
+            (loader for _ in range(asked["epochs"])), asked["epochs"] * request["num_batches"], device, look
+        )
         answer({"window": asdict(window), "mean": look and look.mean, "std": look and look.std})
 
 

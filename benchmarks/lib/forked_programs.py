@@ -24,15 +24,37 @@ from unittest import mock
 from common.paths import PROJECT
 
 LIMIT_SECONDS = 180  # of one program; a hang, not a slow machine
-PRELOADED = ["torch", "deepspeed", "deepspeed.ops", "nvidia.dali.fn", "nvidia.dali.plugin.pytorch", "matplotlib.figure",
-             "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "torch.utils.tensorboard", "pytest",
-             # What every optimiser of PyTorch, and every engine of DeepSpeed, imports when it is made: half the time of a short run.
-             "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOADED = [
+    "torch",
+    "deepspeed",
+    "deepspeed.ops",
+    "nvidia.dali.fn",
+    "nvidia.dali.plugin.pytorch",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "torch.utils.tensorboard",
+    "pytest",
+    # What every optimiser of PyTorch, and every engine of DeepSpeed, imports when it is made: half the time of a short run.
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
     "TORCH_EXTENSIONS_DIR": str(Path(tempfile.gettempdir()) / f"test-extensions-{os.getuid()}"),
 }
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # what a launcher sets
 
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(PRELOADED)

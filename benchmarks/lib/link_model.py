@@ -101,7 +101,10 @@ def on_the_wire(exchanges: Sequence[Exchange], measured: Layout, layout: Layout)
     for exchange in exchanges:
         payload, groups = exchange.payload, layout.rounds()
         if exchange.kind in ("send", "receive"):
-            payload, groups = payload * len(measured.neighbours()) / max(1, len(layout.neighbours())), [layout.neighbours()]
+            payload, groups = (
+                payload * len(measured.neighbours()) / max(1, len(layout.neighbours())),
+                [layout.neighbours()],
+            )
         elif exchange.control:
             groups = whole
         for chosen in groups:
@@ -124,7 +127,14 @@ def busiest(kind: str, groups: list[list[int]], payload: float, per_host: int) -
     return max(leaving.values(), default=0.0), latency
 
 
-def project(exchanges: Sequence[Exchange], measured: Layout, hosts: int, compute_seconds: float, exposed_seconds: float, link: Link) -> float:
+def project(
+    exchanges: Sequence[Exchange],
+    measured: Layout,
+    hosts: int,
+    compute_seconds: float,
+    exposed_seconds: float,
+    link: Link,
+) -> float:
     """Seconds of a step on so many hosts like the measured one, with the same global batch.
 
     The computation is divided evenly, what communication costs inside a host stays, and what goes between hosts is added:
@@ -132,4 +142,8 @@ def project(exchanges: Sequence[Exchange], measured: Layout, hosts: int, compute
     too much by at most the computation's seconds.
     """
     layout = Layout(hosts, measured.per_host, measured.stages, measured.topology)
-    return compute_seconds / hosts + exposed_seconds + (link.seconds(*on_the_wire(exchanges, measured, layout)) if hosts > 1 else 0.0)
+    return (
+        compute_seconds / hosts
+        + exposed_seconds
+        + (link.seconds(*on_the_wire(exchanges, measured, layout)) if hosts > 1 else 0.0)
+    )

@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 OURS = ("resident", "files", "tensor")  # the sources of dali_pipeline.Batches
 PEERS = ("imagefolder", "memory", "whole_batch", "ffcv")
-OPTIONAL = ("ffcv_channels_last",)  # where asked for only: cheaper, but not the same work, its images have their channels last in memory
+OPTIONAL = (
+    "ffcv_channels_last",
+)  # where asked for only: cheaper, but not the same work, its images have their channels last in memory
 PADDING = 4
-JOBS = {"crop": f"crop {PADDING} + flip + normalise", "rand_augment": f"crop {PADDING} + flip + RandAugment(2, 9) + normalise"}
+JOBS = {
+    "crop": f"crop {PADDING} + flip + normalise",
+    "rand_augment": f"crop {PADDING} + flip + RandAugment(2, 9) + normalise",
+}
 
 
 class Unavailable(Exception):

@@ -71,14 +71,23 @@ class Ours(InProcess):
 
     def __init__(self, dataset: Dataset, task: Task, source: str):
         super().__init__(dataset, task)
-        options = {} if task.job == "crop" else {"policy": "rand_augment", "rand_augment_ops": 2, "rand_augment_magnitude": 9}
+        options = (
+            {} if task.job == "crop" else {"policy": "rand_augment", "rand_augment_ops": 2, "rand_augment_magnitude": 9}
+        )
         try:
             augmentation = AugmentationSettings(crop_padding=PADDING, flip=0.5, **options)
         except TypeError as error:
             raise Unavailable(f"these settings are not known to this version: {error}") from error
         try:
-            self.batches = Batches(dataset, "train", task.batch_size, augmentation=augmentation, device=task.device, source=source,
-                                   num_threads=task.threads)
+            self.batches = Batches(
+                dataset,
+                "train",
+                task.batch_size,
+                augmentation=augmentation,
+                device=task.device,
+                source=source,
+                num_threads=task.threads,
+            )
         except (DatasetError, SettingsError, ImportError) as error:
             raise Unavailable(str(error)) from error
 
@@ -95,8 +104,16 @@ class PerSample(InProcess):
     def __init__(self, dataset: Dataset, task: Task, samples: TorchDataset):
         super().__init__(dataset, task)
         sampler = RandomSampler(samples, num_samples=task.num_batches * task.batch_size)
-        self.loader = DataLoader(samples, task.batch_size, sampler=sampler, num_workers=task.threads, drop_last=True,
-                                 persistent_workers=True, pin_memory=task.device.type == "cuda", multiprocessing_context="spawn")
+        self.loader = DataLoader(
+            samples,
+            task.batch_size,
+            sampler=sampler,
+            num_workers=task.threads,
+            drop_last=True,
+            persistent_workers=True,
+            pin_memory=task.device.type == "cuda",
+            multiprocessing_context="spawn",
+        )
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
@@ -164,12 +181,23 @@ class Ffcv:
         if dataset.splits["train"].packed is None:
             raise Unavailable("the images are not packed")
         self._folder = tempfile.TemporaryDirectory(prefix="ffcv-")
-        request = {**asdict(task), "device": str(task.device), "data_dir": str(dataset.folder.resolve()), "padding": PADDING,
-                   "file": f"{self._folder.name}/train.beton", "channels_last": channels_last}
+        request = {
+            **asdict(task),
+            "device": str(task.device),
+            "data_dir": str(dataset.folder.resolve()),
+            "padding": PADDING,
+            "file": f"{self._folder.name}/train.beton",
+            "channels_last": channels_last,
+        }
         self._errors = open(f"{self._folder.name}/stderr", "w+")  # noqa: SIM115 (open as long as the child)
         try:
-            self._child = subprocess.Popen([python, FFCV_LOADER, json.dumps(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           stderr=self._errors, text=True)
+            self._child = subprocess.Popen(
+                [python, FFCV_LOADER, json.dumps(request)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
         except OSError as error:
             raise Unavailable(f"{python} does not start: {error.strerror}") from error
         try:
@@ -223,8 +251,16 @@ def transform(dataset: Dataset, job: str) -> Callable:
     from torchvision.transforms import v2
 
     policy = [v2.RandAugment(2, 9)] if job == "rand_augment" else []
-    return v2.Compose([v2.RandomCrop(dataset.image_side, padding=PADDING), v2.RandomHorizontalFlip(), *policy, v2.ToImage(),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)])
+    return v2.Compose(
+        [
+            v2.RandomCrop(dataset.image_side, padding=PADDING),
+            v2.RandomHorizontalFlip(),
+            *policy,
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(dataset.mean, dataset.std),
+        ]
+    )
 
 
 def image_folder(dataset: Dataset, task: Task) -> PerSample:
@@ -238,7 +274,9 @@ def image_folder(dataset: Dataset, task: Task) -> PerSample:
 
 
 def memory(dataset: Dataset, task: Task) -> PerSample:
-    return PerSample(dataset, task, Pictures(resident_pixels(dataset), dataset.splits["train"].labels, transform(dataset, task.job)))
+    return PerSample(
+        dataset, task, Pictures(resident_pixels(dataset), dataset.splits["train"].labels, transform(dataset, task.job))
+    )
 
 
 def loaders(ffcv_python: str | None = None) -> dict[str, Callable[[Dataset, Task], InProcess | Ffcv]]:

@@ -1,11 +1,11 @@
 """What the programs of this folder share beside their clocks: options, and what becomes of a report. Nothing here imports PyTorch.
 
-    data = add_data(parser)                                        --data-dir and --source
-    add_settings(parser, "spt-lsa")                                --preset and --set
-    parser.add_argument("--jobs", type=some_of("job", JOBS), ...)   names separated by commas, in the order of the table
-    parser.add_argument("--hosts", type=several(int), ...)         numbers separated by commas
-    report = {**origin(), ...}                                     by which command, commit and versions it was made
-    keep((options.json, text), (options.markdown, table))          the files that were asked for
+data = add_data(parser)                                        --data-dir and --source
+add_settings(parser, "spt-lsa")                                --preset and --set
+parser.add_argument("--jobs", type=some_of("job", JOBS), ...)   names separated by commas, in the order of the table
+parser.add_argument("--hosts", type=several(int), ...)         numbers separated by commas
+report = {**origin(), ...}                                     by which command, commit and versions it was made
+keep((options.json, text), (options.markdown, table))          the files that were asked for
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ Number = TypeVar("Number", int, float)
 def add_data(parser: Parser, source: bool = True) -> argparse._ArgumentGroup:
     """The group of the options about the data."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", type=Path, default=Path("data/cifar100"), metavar="DIR", help="a prepared dataset (default: %(default)s)")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data/cifar100"),
+        metavar="DIR",
+        help="a prepared dataset (default: %(default)s)",
+    )
     if source:
         group.add_argument("--source", default="auto", choices=SOURCES, help="as of train.py (default: auto)")
     return group
@@ -36,9 +42,15 @@ def add_data(parser: Parser, source: bool = True) -> argparse._ArgumentGroup:
 def add_settings(parser: Parser, preset: str) -> argparse._ArgumentGroup:
     """The group of the options about the network and its training."""
     group = parser.add_argument_group("what to train")
-    group.add_argument("--preset", default=preset, metavar="NAME",
-                       help="settings to start from, a name or a .toml file (default: cpu without a GPU, else spt-lsa)")
-    group.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; repeat for more")
+    group.add_argument(
+        "--preset",
+        default=preset,
+        metavar="NAME",
+        help="settings to start from, a name or a .toml file (default: cpu without a GPU, else spt-lsa)",
+    )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; repeat for more"
+    )
     return group
 
 
@@ -52,6 +64,7 @@ def add_reports(parser: Parser) -> argparse._ArgumentGroup:
 
 def some_of(kind: str, known: Collection[str], none: bool = False) -> Callable[[str], list[str]]:
     """The `type` of an option that takes names separated by commas; `none` allows "none". They come back in the order of `known`."""
+
     def parse(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(",") if name.strip()]
         if none and chosen == ["none"]:
@@ -68,6 +81,7 @@ def some_of(kind: str, known: Collection[str], none: bool = False) -> Callable[[
 
 def several(form: type[Number]) -> Callable[[str], list[Number]]:
     """The `type` of an option that takes numbers above 0 separated by commas. They come back in order, each once."""
+
     def parse(text: str) -> list[Number]:
         try:
             values = sorted({form(part) for part in text.split(",")})

@@ -61,7 +61,10 @@ def data_sheet(device_name: str) -> Peak | None:
 def _inside_another_number(part: str, words: str) -> bool:
     """Whether `L4` was found in `L40S`, or `A10` in `A100`, only."""
     found = [i for i in range(len(words)) if words.startswith(part, i)]
-    return all((words[i + len(part) : i + len(part) + 1] or " ").isalnum() or (words[i - 1 : i] or " ").isalnum() for i in found)
+    return all(
+        (words[i + len(part) : i + len(part) + 1] or " ").isalnum() or (words[i - 1 : i] or " ").isalnum()
+        for i in found
+    )
 
 
 def peak_flops(device: torch.device, bf16: bool) -> tuple[float | None, str]:

@@ -48,8 +48,14 @@ class Fresh:
 
     def __init__(self, program: str, words: list[str], environment: dict[str, str]):
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the child)
-        self._child = subprocess.Popen([sys.executable, str(PROJECT / program), *words], stdin=subprocess.DEVNULL, stdout=self._log,
-                                       stderr=self._log, env={**os.environ, **environment}, cwd=PROJECT)
+        self._child = subprocess.Popen(
+            [sys.executable, str(PROJECT / program), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env={**os.environ, **environment},
+            cwd=PROJECT,
+        )
         self.poll = self._child.poll
 
     def kill(self) -> None:
@@ -64,19 +70,36 @@ class Fresh:
 Start = Callable[[str, list[str], dict[str, str]], Running]
 
 
-def run_group(program: str, request: dict[str, Any], processes: int, limit_seconds: float, environment: dict[str, str] | None = None,
-              start: Start = Fresh) -> list[dict[str, Any]]:
+def run_group(
+    program: str,
+    request: dict[str, Any],
+    processes: int,
+    limit_seconds: float,
+    environment: dict[str, str] | None = None,
+    start: Start = Fresh,
+) -> list[dict[str, Any]]:
     """The answers of all processes, by rank.
 
     Raises:
         Failed: a process ended without an answer, answered with an error, or the time limit passed.
     """
-    meeting = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     with tempfile.TemporaryDirectory(prefix="group-") as folder:
         question = Path(folder, "request.json")
         question.write_text(json.dumps(request))
-        children = [start(program, [str(question), folder], {**meeting, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)})
-                    for rank in range(processes)]
+        children = [
+            start(
+                program,
+                [str(question), folder],
+                {**meeting, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(processes)
+        ]
         try:
             late = not wait(children, limit_seconds)
         finally:
@@ -109,7 +132,11 @@ def collect(folder: Path, children: list[Running], problem: str | None) -> list[
     codes = [(child.poll() or 0) for child in children]
     for rank in sorted(range(len(children)), key=lambda rank: (codes[rank] < 0, rank)):
         if answers[rank] is None or codes[rank]:
-            raise Failed(problem or last_error(children[rank].said()) or f"process {rank} ended with exit code {codes[rank]} and said nothing")
+            raise Failed(
+                problem
+                or last_error(children[rank].said())
+                or f"process {rank} ended with exit code {codes[rank]} and said nothing"
+            )
     return answers
 
 

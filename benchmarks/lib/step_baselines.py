@@ -1,9 +1,9 @@
 """Loops that other people would write, on the same network and batches: what `training_step.py` compares our engines with.
 
-    bare                   a plain PyTorch loop: autocast for bf16, AdamW, clipping, a scheduler
-    bare, bf16 weights     the same with bf16 weights and an fp32 copy that the optimiser works on, as DeepSpeed's bf16 is
-    timm                   the pieces of timm's training script (task, optimiser, clipping, meter), in its order
-    lightning              PyTorch Lightning's Trainer without logger, checkpoints and progress bar
+bare                   a plain PyTorch loop: autocast for bf16, AdamW, clipping, a scheduler
+bare, bf16 weights     the same with bf16 weights and an fp32 copy that the optimiser works on, as DeepSpeed's bf16 is
+timm                   the pieces of timm's training script (task, optimiser, clipping, meter), in its order
+lightning              PyTorch Lightning's Trainer without logger, checkpoints and progress bar
 """
 
 from __future__ import annotations
@@ -45,20 +45,27 @@ class Bare:
         config = self.settings.engine
         self.device = process_group.init_process_group()
         self.sizes = BatchSizes.derive(config, request["processes"])
-        self.feed = Feed(subject, self.sizes, int(os.environ["RANK"]), self.device, request["source"], request["synthetic"])
+        self.feed = Feed(
+            subject, self.sizes, int(os.environ["RANK"]), self.device, request["source"], request["synthetic"]
+        )
         self.bf16, self.clipping = bool(config["bf16"]["enabled"]), config["gradient_clipping"]
         if config["optimizer"]["type"] != "AdamW":
             raise Unavailable(f"this peer uses AdamW, not {config['optimizer']['type']}")
         self.network = build_seeded(subject.build, SEED).to(self.device)
         self.num_parameters = count_parameters(self.network)
         self.prepare()
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, Schedule(self.settings.schedule, TOTAL_STEPS))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, Schedule(self.settings.schedule, TOTAL_STEPS)
+        )
         self.model = self.network
         if request["compile"]:
             self.model = torch.compile(self.model)
         if request["processes"] > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                                             gradient_as_bucket_view=True)
+            self.model = nn.parallel.DistributedDataParallel(
+                self.model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
 
     def prepare(self) -> None:
         """Make the optimiser."""
@@ -67,8 +74,10 @@ class Bare:
     def adamw(self, parameters: list[Tensor]) -> torch.optim.AdamW:
         params = dict(self.settings.engine["optimizer"]["params"])
         decay = params.pop("weight_decay")
-        groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
-                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
         params["betas"] = tuple(params["betas"])
         return torch.optim.AdamW(groups, **params, fused=self.device.type == "cuda")
 
@@ -183,10 +192,21 @@ class Timm(Bare):
         if self.settings.augmentation.mixup or self.settings.augmentation.cutmix:
             raise Unavailable("its task here takes one label an image")
         params = self.settings.engine["optimizer"]["params"]
-        self.optimizer = create_optimizer_v2(self.network, "adamw", lr=params["lr"], weight_decay=params["weight_decay"],
-                                             betas=tuple(params["betas"]), eps=params["eps"], fused=self.device.type == "cuda")
-        self.make_task = lambda: ClassificationTask(self.model, criterion_kwargs={"smoothing": self.settings.loss.label_smoothing},
-                                                    device=self.device, verbose=False)
+        self.optimizer = create_optimizer_v2(
+            self.network,
+            "adamw",
+            lr=params["lr"],
+            weight_decay=params["weight_decay"],
+            betas=tuple(params["betas"]),
+            eps=params["eps"],
+            fused=self.device.type == "cuda",
+        )
+        self.make_task = lambda: ClassificationTask(
+            self.model,
+            criterion_kwargs={"smoothing": self.settings.loss.label_smoothing},
+            device=self.device,
+            verbose=False,
+        )
         self.clip, self.meter, self.task = dispatch_clip_grad, AverageMeter(), None
 
     def step(self) -> Tensor:
@@ -232,10 +252,18 @@ class Lightning(Bare):
     def fit(self, count: int, callbacks: list[Any]) -> None:
         self.feed.batches.wait_seconds = 0.0
         trainer = self.library.Trainer(
-            max_steps=count, accelerator="gpu" if self.device.type == "cuda" else "cpu", devices=1,
+            max_steps=count,
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            devices=1,
             precision="bf16-mixed" if self.bf16 else "32-true",
-            accumulate_grad_batches=self.sizes.accumulation, gradient_clip_val=self.clipping or None, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks)
+            accumulate_grad_batches=self.sizes.accumulation,
+            gradient_clip_val=self.clipping or None,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+        )
         trainer.fit(lightning_module(self.library, self), itertools.islice(self.feed, count * self.sizes.accumulation))
 
     def parts(self, count: int) -> dict[str, float]:

@@ -75,6 +75,13 @@ class Marks:
 
     def on(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
         """Handles that remove the hooks again."""
-        ready = [p.register_post_accumulate_grad_hook(lambda _: self.again("clip and exchange")) for p in model.parameters() if p.requires_grad]
-        return [*ready, optimizer.register_step_pre_hook(lambda *_: self("optimiser")),
-                optimizer.register_step_post_hook(lambda *_: self("rest"))]
+        ready = [
+            p.register_post_accumulate_grad_hook(lambda _: self.again("clip and exchange"))
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+        return [
+            *ready,
+            optimizer.register_step_pre_hook(lambda *_: self("optimiser")),
+            optimizer.register_step_post_hook(lambda *_: self("rest")),
+        ]

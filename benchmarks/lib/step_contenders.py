@@ -25,7 +25,11 @@ class Ours:
 
     def __init__(self, subject: Subject, request: dict[str, Any]):
         self.work = Workload(subject, request["source"], TOTAL_STEPS, request["synthetic"])
-        self.device, self.feed, self.num_parameters = self.work.engine.device, self.work.feed, self.work.engine.num_parameters
+        self.device, self.feed, self.num_parameters = (
+            self.work.engine.device,
+            self.work.feed,
+            self.work.engine.num_parameters,
+        )
         self.describe = self.work.engine.describe()
 
     def steps(self, count: int) -> list[Tensor]:
@@ -39,7 +43,9 @@ class Ours:
         engine, feed = self.work.engine, self.work.feed
         marks = Marks(self.device)
         model = engine.engine.module if hasattr(engine, "engine") else engine.model
-        handles = marks.on(model, getattr(engine.optimizer, "optimizer", engine.optimizer))  # inside DeepSpeed's wrapper is PyTorch's
+        handles = marks.on(
+            model, getattr(engine.optimizer, "optimizer", engine.optimizer)
+        )  # inside DeepSpeed's wrapper is PyTorch's
         engine.loss, self.work.feed = marks.around_loss(engine.loss), marks.around_batches(feed)
         try:
             self.steps(count)
@@ -63,8 +69,15 @@ def serve(connection: Any, request: dict[str, Any], environment: dict[str, str])
         idle = resident_bytes()
         subject = Subject(Settings.from_dict(request["settings"]), Path(request["data_dir"]))
         contender = PEERS.get(request["name"], Ours)(subject, request)
-        connection.send({"num_parameters": contender.num_parameters, "describe": contender.describe, "side": subject.side,
-                         "device": str(contender.device), "source": contender.feed.batches.source})
+        connection.send(
+            {
+                "num_parameters": contender.num_parameters,
+                "describe": contender.describe,
+                "side": subject.side,
+                "device": str(contender.device),
+                "source": contender.feed.batches.source,
+            }
+        )
         while (wish := connection.recv()) is not None:
             connection.send(ANSWERS[wish[0]](contender, wish[1], idle))
         contender.close()

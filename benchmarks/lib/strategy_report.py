@@ -16,8 +16,19 @@ if TYPE_CHECKING:
     from benchmarks.lib.communication_trace import Exchange
 
 Report = dict[str, Any]
-COLUMNS = ["strategy", "processes", "data s", "training s", "communication s", "running s", "images/s", "speed-up", "MiB a process",
-           "MB sent a step", "accuracy"]
+COLUMNS = [
+    "strategy",
+    "processes",
+    "data s",
+    "training s",
+    "communication s",
+    "running s",
+    "images/s",
+    "speed-up",
+    "MiB a process",
+    "MB sent a step",
+    "accuracy",
+]
 
 
 def epoch_seconds(row: Report) -> dict[str, float]:
@@ -25,7 +36,12 @@ def epoch_seconds(row: Report) -> dict[str, float]:
     scale = row["steps_per_epoch"] / row["steps"]
     running, data = (scale * statistics.median(row[key]) for key in ("running_seconds", "data_seconds"))
     communication = min(row["exposed_share"] * running, running - data)
-    return {"data": data, "training": running - data - communication, "communication": communication, "running": running}
+    return {
+        "data": data,
+        "training": running - data - communication,
+        "communication": communication,
+        "running": running,
+    }
 
 
 def running_spread(row: Report) -> Spread:
@@ -47,12 +63,19 @@ def epoch_table(rows: Sequence[Report]) -> list[list[str]]:
             table.append([row["name"], str(row["processes"]), *["-"] * (len(COLUMNS) - 2)])
             continue
         parts = epoch_seconds(row)
-        table.append([
-            row["name"], str(row["processes"]), *(f"{parts[key]:.2f}" for key in ("data", "training", "communication")),
-            tables.cell(running_spread(row), ".1f"), f"{statistics.median(row['images_per_second']):,.0f}",
-            tables.cell(spread(row["speed_up"])) if "speed_up" in row else "-", f"{row['memory_bytes'] / 2**20:,.0f}",
-            f"{sent_by_process(exchanges_of(row)) / 1e6:.3g}", f"{100 * row['counts']['correct'] / row['counts']['seen']:.2f} %",
-        ])
+        table.append(
+            [
+                row["name"],
+                str(row["processes"]),
+                *(f"{parts[key]:.2f}" for key in ("data", "training", "communication")),
+                tables.cell(running_spread(row), ".1f"),
+                f"{statistics.median(row['images_per_second']):,.0f}",
+                tables.cell(spread(row["speed_up"])) if "speed_up" in row else "-",
+                f"{row['memory_bytes'] / 2**20:,.0f}",
+                f"{sent_by_process(exchanges_of(row)) / 1e6:.3g}",
+                f"{100 * row['counts']['correct'] / row['counts']['seen']:.2f} %",
+            ]
+        )
     return table
 
 
@@ -63,10 +86,19 @@ def projection(rows: Sequence[Report], hosts: Sequence[int], links: Sequence[Lin
     result = []
     for link in links:
         seconds = {row["name"]: _projected(row, [1, *hosts], link) for row in able}
-        best = [min(((times[i], name) for name, times in seconds.items() if times[i] is not None), default=(None, None))[1]
-                for i in range(1 + len(hosts))]
-        result.append({"gigabits": link.gigabits, "latency_seconds": link.latency_seconds, "hosts": [1, *hosts],
-                       "step_seconds": seconds, "best": best})
+        best = [
+            min(((times[i], name) for name, times in seconds.items() if times[i] is not None), default=(None, None))[1]
+            for i in range(1 + len(hosts))
+        ]
+        result.append(
+            {
+                "gigabits": link.gigabits,
+                "latency_seconds": link.latency_seconds,
+                "hosts": [1, *hosts],
+                "step_seconds": seconds,
+                "best": best,
+            }
+        )
     return result
 
 
@@ -86,8 +118,16 @@ def projection_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     result = []
     for part in report["projection"]:
         head = ["ms a step", "here", *(f"{count} hosts" for count in part["hosts"][1:])]
-        body = [[name, *("-" if seconds is None else f"{1e3 * seconds:,.1f}" + " *" * (best == name)
-                         for seconds, best in zip(times, part["best"], strict=True))] for name, times in part["step_seconds"].items()]
+        body = [
+            [
+                name,
+                *(
+                    "-" if seconds is None else f"{1e3 * seconds:,.1f}" + " *" * (best == name)
+                    for seconds, best in zip(times, part["best"], strict=True)
+                ),
+            ]
+            for name, times in part["step_seconds"].items()
+        ]
         if body:
             result.append((str(Link(part["gigabits"], part["latency_seconds"])), [head, *body]))
     return result
@@ -100,24 +140,38 @@ def headline(report: Report) -> str:
         return "No strategy could be measured."
     sizes, first = rows[0]["batch"], rows[0]
     plural = "s" * (chosen["threads"] > 1)
-    share = "" if where["gpu"] else f", {chosen['threads']} thread{plural} a process{', each on cores of its own' * chosen['pin']}"
-    return (f"Preset {' '.join([chosen['preset'], *chosen['set']])} ({first['num_parameters']:,} parameters, {first['describe']}), "
-            f"global batches of {sizes['total']} images; {first['device']}{share}; {where['cpu']}, {where['cores']} cores. Seconds of an epoch "
-            f"of {first['steps_per_epoch']} steps, from {chosen['steps']} steps after {chosen['warm_up']}; medians (least .. most) of "
-            f"{chosen['rounds']} round{'s' * (chosen['rounds'] > 1)} in turns; accuracy on the test split after these steps. "
-            f"{tables.made_by(report)}")
+    share = (
+        ""
+        if where["gpu"]
+        else f", {chosen['threads']} thread{plural} a process{', each on cores of its own' * chosen['pin']}"
+    )
+    return (
+        f"Preset {' '.join([chosen['preset'], *chosen['set']])} ({first['num_parameters']:,} parameters, {first['describe']}), "
+        f"global batches of {sizes['total']} images; {first['device']}{share}; {where['cpu']}, {where['cores']} cores. Seconds of an epoch "
+        f"of {first['steps_per_epoch']} steps, from {chosen['steps']} steps after {chosen['warm_up']}; medians (least .. most) of "
+        f"{chosen['rounds']} round{'s' * (chosen['rounds'] > 1)} in turns; accuracy on the test split after these steps. "
+        f"{tables.made_by(report)}"
+    )
 
 
 def notes(report: Report) -> list[str]:
-    failed = [f"{row['name']} on {row['processes']} processes: {row['failed']}" for row in report["rows"] if row["failed"]]
+    failed = [
+        f"{row['name']} on {row['processes']} processes: {row['failed']}" for row in report["rows"] if row["failed"]
+    ]
     gossips = any(row["strategy"] in ("gossip", "local") and not row["failed"] for row in report["rows"])
-    return failed + (["gossip and local do not make the same steps as the others: their accuracy is that of the workers' mean."] if gossips else [])
+    return failed + (
+        ["gossip and local do not make the same steps as the others: their accuracy is that of the workers' mean."]
+        if gossips
+        else []
+    )
 
 
 def projection_note(report: Report) -> str:
-    return ("Projected, not measured: hosts like this one, the same global batch. The computation is divided evenly, the exchanges counted here are "
-            "put on rings over all processes (links.py), and nothing of what goes between hosts hides behind computation. * is the quickest; "
-            "for gossip and local, quickest a step is not quickest to an accuracy.")
+    return (
+        "Projected, not measured: hosts like this one, the same global batch. The computation is divided evenly, the exchanges counted here are "
+        "put on rings over all processes (links.py), and nothing of what goes between hosts hides behind computation. * is the quickest; "
+        "for gossip and local, quickest a step is not quickest to an accuracy."
+    )
 
 
 def as_text(report: Report) -> str:
@@ -171,9 +225,18 @@ def draw_epoch(plt: Any, rows: Sequence[Report], path: Path) -> None:
         begins = [begin + parts[part] for begin, parts in zip(begins, seconds, strict=True)]
     for i, row in enumerate(rows):
         if "speed_up" in row:
-            axes.annotate(f"{statistics.median(row['speed_up']):.2f} x", (begins[i], i), xytext=(4, 0), textcoords="offset points",
-                          va="center", fontsize=9)
-    axes.set_yticks(range(len(rows)), [row["name"] + (f" x {row['processes']}" if row["processes"] > 1 or i else "") for i, row in enumerate(rows)])
+            axes.annotate(
+                f"{statistics.median(row['speed_up']):.2f} x",
+                (begins[i], i),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
+    axes.set_yticks(
+        range(len(rows)),
+        [row["name"] + (f" x {row['processes']}" if row["processes"] > 1 or i else "") for i, row in enumerate(rows)],
+    )
     axes.invert_yaxis()
     axes.set(xlabel="seconds an epoch; x: speed-up over one process", xlim=(0, 1.12 * max(begins)))
     axes.grid(axis="x", alpha=0.3)
@@ -188,12 +251,25 @@ def draw_hosts(plt: Any, parts: Sequence[dict[str, Any]], path: Path) -> None:
     """Milliseconds a step against the number of hosts, a panel for each link."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure, panels = plt.subplots(1, len(parts), figsize=(4.4 * len(parts) + 1.4, 4), layout="constrained", sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(parts), figsize=(4.4 * len(parts) + 1.4, 4), layout="constrained", sharey=True, squeeze=False
+    )
     for axes, part in zip(panels[0], parts, strict=True):
         for i, (name, times) in enumerate(part["step_seconds"].items()):
-            known = [(count, 1e3 * seconds) for count, seconds in zip(part["hosts"], times, strict=True) if seconds is not None]
-            axes.plot(*zip(*known, strict=True), color=LINES[i % len(LINES)], marker="osD^vP*Xph"[i % 10],
-                      ls="-" if i < len(LINES) else "--", ms=5, lw=1.2, label=name)
+            known = [
+                (count, 1e3 * seconds)
+                for count, seconds in zip(part["hosts"], times, strict=True)
+                if seconds is not None
+            ]
+            axes.plot(
+                *zip(*known, strict=True),
+                color=LINES[i % len(LINES)],
+                marker="osD^vP*Xph"[i % 10],
+                ls="-" if i < len(LINES) else "--",
+                ms=5,
+                lw=1.2,
+                label=name,
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(part["hosts"], [str(count) for count in part["hosts"]])

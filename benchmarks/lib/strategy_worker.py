@@ -36,9 +36,16 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     engine.any(False)  # all begin together
     spent, losses = work.timed(timed)
     report: dict[str, Any] = {
-        "start_seconds": start_seconds, "running_seconds": spent.running, "data_seconds": spent.data, "losses": losses,
-        "memory_bytes": memory_bytes(engine.device, idle), "num_parameters": engine.num_parameters, "describe": engine.describe(),
-        "steps_per_epoch": work.subject.steps_per_epoch, "batch": asdict(engine.batch_sizes), "source": work.feed.batches.source,
+        "start_seconds": start_seconds,
+        "running_seconds": spent.running,
+        "data_seconds": spent.data,
+        "losses": losses,
+        "memory_bytes": memory_bytes(engine.device, idle),
+        "num_parameters": engine.num_parameters,
+        "describe": engine.describe(),
+        "steps_per_epoch": work.subject.steps_per_epoch,
+        "batch": asdict(engine.batch_sizes),
+        "source": work.feed.batches.source,
         "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU",
     }
     if request["look"]:

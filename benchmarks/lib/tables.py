@@ -13,7 +13,9 @@ Rows = Sequence[Sequence[str]]
 def as_text(rows: Rows) -> str:
     """Columns in line: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
 
 
 def as_markdown(rows: Rows) -> str:
@@ -31,4 +33,6 @@ def made_by(report: dict[str, Any]) -> str:
 def cell(values: Spread, form: str = ".2f") -> str:
     """Median (least .. most); the median alone where all are the same number."""
     median = format(values.median, form)
-    return median if values.minimum == values.maximum else f"{median} ({values.minimum:{form}} .. {values.maximum:{form}})"
+    return (
+        median if values.minimum == values.maximum else f"{median} ({values.minimum:{form}} .. {values.maximum:{form}})"
+    )

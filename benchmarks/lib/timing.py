@@ -28,7 +28,15 @@ T = TypeVar("T")
 # Batches at the start of a turn that the wall clock leaves out. Some loaders have a few ready from the turn before, others
 # begin theirs with the turn; neither shall count.
 HEAD_BATCHES = 8
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda110",
+)
 SETTLE_SECONDS = 0.2  # for what is still being read ahead when a turn ends: its CPU time belongs to that turn
 
 
@@ -49,7 +57,9 @@ def ratios(ours: Sequence[float], peer: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, peer, strict=True)]
 
 
-def alternate(turns: dict[str, Callable[[], T]], rounds: int, report: Callable[[int, str, T], None] | None = None) -> dict[str, list[T]]:
+def alternate(
+    turns: dict[str, Callable[[], T]], rounds: int, report: Callable[[int, str, T], None] | None = None
+) -> dict[str, list[T]]:
     """Every turn once a round, in the given order; the results of each, one for every round."""
     results: dict[str, list[T]] = {name: [] for name in turns}
     for number in range(rounds):
@@ -111,8 +121,10 @@ class Look:
 
         for tensor, shape, dtype in ((images, self.shape, torch.float32), (labels, self.shape[:1], torch.int64)):
             if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != self.device.type:
-                raise ValueError(f"a loader yielded {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                                 f"not {dtype} {shape} on {self.device}")
+                raise ValueError(
+                    f"a loader yielded {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                    f"not {dtype} {shape} on {self.device}"
+                )
         self.batches += 1
         self.total = self.total + images.mean()
         self.squares = self.squares + images.square().mean()
@@ -126,8 +138,12 @@ class Look:
         return (self.squares.item() / self.batches - self.mean**2) ** 0.5
 
 
-def consume(epochs: Iterable[Iterable[tuple[torch.Tensor, torch.Tensor]]], num_batches: int, device: torch.device,
-            look: Look | None = None) -> Window:
+def consume(
+    epochs: Iterable[Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    num_batches: int,
+    device: torch.device,
+    look: Look | None = None,
+) -> Window:
     """Take all batches of the epochs, `num_batches` in all, and do nothing with them."""
     head = min(HEAD_BATCHES, num_batches // 2)
     seen = head_images = batches = 0
@@ -163,7 +179,10 @@ def machine(device: torch.device | None = None, packages: Sequence[str] = PACKAG
         "cpu": _cpu_model(),
         "cores": available_cores(),
         "gpu": _gpu_model(device) if device is not None and device.type == "cuda" else None,
-        "versions": {"python": platform.python_version(), **{name: version for name, version in versions.items() if version}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version for name, version in versions.items() if version},
+        },
     }
 
 

@@ -50,7 +50,9 @@ class Subject:
         self.side, total = side_of(self.dataset, settings.image_side), settings.engine["train_batch_size"]
         self.steps_per_epoch = len(self.dataset.splits["train"]) // total
         if not self.steps_per_epoch:
-            raise DatasetError(f"{len(self.dataset.splits['train'])} training images are fewer than one batch of train_batch_size={total}")
+            raise DatasetError(
+                f"{len(self.dataset.splits['train'])} training images are fewer than one batch of train_batch_size={total}"
+            )
 
     def build(self) -> nn.Module:
         return build_model(self.settings.model, len(self.dataset.classes), self.side)
@@ -58,14 +60,31 @@ class Subject:
     def batches(self, split: str, sizes: BatchSizes, shard: int, device: torch.device, source: str) -> Batches:
         """One process's part of a split."""
         training = dict(seed=SEED, augmentation=self.settings.augmentation) if split == "train" else {}
-        return Batches(self.dataset, split, sizes.micro, shard, sizes.shards, device=device, source=source, image_side=self.settings.image_side,
-                       **training)
+        return Batches(
+            self.dataset,
+            split,
+            sizes.micro,
+            shard,
+            sizes.shards,
+            device=device,
+            source=source,
+            image_side=self.settings.image_side,
+            **training,
+        )
 
 
 class Feed:
     """Epoch after epoch of one process's training batches, each as long as train.py makes it; with `synthetic`, one batch of noise."""
 
-    def __init__(self, subject: Subject, sizes: BatchSizes, shard: int, device: torch.device, source: str = "auto", synthetic: bool = False):
+    def __init__(
+        self,
+        subject: Subject,
+        sizes: BatchSizes,
+        shard: int,
+        device: torch.device,
+        source: str = "auto",
+        synthetic: bool = False,
+    ):
         batches = subject.batches("train", sizes, shard, device, source)
         self.batches = Synthetic(batches) if synthetic else batches
         self._stream = self._endless(subject.steps_per_epoch * sizes.accumulation)
@@ -91,8 +110,12 @@ class Workload:
     def __init__(self, subject: Subject, source: str = "auto", total_steps: int = 1000, synthetic: bool = False):
         settings = subject.settings
         self.subject, self.source = subject, source
-        self.engine: Engine = engine_class(settings.strategy)(subject.build, settings, Schedule(settings.schedule, total_steps), SEED)
-        self.feed = Feed(subject, self.engine.batch_sizes, self.engine.data_shard[0], self.engine.device, source, synthetic)
+        self.engine: Engine = engine_class(settings.strategy)(
+            subject.build, settings, Schedule(settings.schedule, total_steps), SEED
+        )
+        self.feed = Feed(
+            subject, self.engine.batch_sizes, self.engine.data_shard[0], self.engine.device, source, synthetic
+        )
 
     def steps(self, count: int) -> list[Tensor]:
         """That many steps, with what the training loop does in each: the losses of this process."""

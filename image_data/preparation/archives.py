@@ -29,10 +29,23 @@ from common.progress import progress
 from common.text import listed
 from image_data.preparation.image_tree import TEST_NAMES, PrepareError, is_hidden
 
-DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, RuntimeError, NotImplementedError)
+DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+)
 BATCHES = {  # folder in the archive: files of each split, file of the class names, key of the labels, key of the class names
-    "cifar-10-batches-py": ({"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
-                            "batches.meta", "labels", "label_names"),
+    "cifar-10-batches-py": (
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
+        "batches.meta",
+        "labels",
+        "label_names",
+    ),
     "cifar-100-python": ({"train": ["train"], "test": ["test"]}, "meta", "fine_labels", "fine_label_names"),
 }
 
@@ -63,7 +76,11 @@ def check_zip(archive: Path) -> None:
     try:
         with _members(archive) as members, zipfile.ZipFile(archive) as file:
             root = _root_of_tree(archive, members)
-            inside = {member.parts[len(root)] for member in members if member.parts[:len(root)] == root and len(member.parts) > len(root)}
+            inside = {
+                member.parts[len(root)]
+                for member in members
+                if member.parts[: len(root)] == root and len(member.parts) > len(root)
+            }
             if missing := {"train", "test"} - inside:
                 raise PrepareError(f"{archive} holds no {missing.pop()} folder")
             if bad := file.testzip():
@@ -80,14 +97,22 @@ def _members(archive: Path) -> Iterator[list[Member]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             kinds = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link"}
-            entries = [(info.filename, "folder" if info.is_dir() else kinds.get(stat.S_IFMT(info.external_attr >> 16), "device"),
-                        partial(file.open, info)) for info in file.infolist()]
+            entries = [
+                (
+                    info.filename,
+                    "folder" if info.is_dir() else kinds.get(stat.S_IFMT(info.external_attr >> 16), "device"),
+                    partial(file.open, info),
+                )
+                for info in file.infolist()
+            ]
             yield _safe(archive, entries)
     elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as file:
             yield _safe(archive, [(info.name, _tar_kind(info), partial(file.extractfile, info)) for info in file])
     else:
-        raise PrepareError(f"{archive} is neither a zip nor a tar archive, or it is cut short; fetch it again or give another --archive")
+        raise PrepareError(
+            f"{archive} is neither a zip nor a tar archive, or it is cut short; fetch it again or give another --archive"
+        )
 
 
 def _tar_kind(info: tarfile.TarInfo) -> str:
@@ -109,28 +134,36 @@ def _safe(archive: Path, entries: list[tuple[str, str, Callable]]) -> list[Membe
         elif kind == "file" and parts and not any(map(is_hidden, parts)):
             members.append(Member(parts, opener))
     if refused:
-        raise PrepareError(f"{archive} is refused because of {len(refused)} unsafe member(s): {listed(refused)}; "
-                           "it must hold plain files and folders only, so pack it again from a tree you trust")
+        raise PrepareError(
+            f"{archive} is refused because of {len(refused)} unsafe member(s): {listed(refused)}; "
+            "it must hold plain files and folders only, so pack it again from a tree you trust"
+        )
     return members
 
 
 def _root_of_tree(archive: Path, members: list[Member]) -> tuple[str, ...]:
     """The folder that contains train/, nearest to the top of the archive."""
-    roots = {member.parts[:member.parts.index("train")] for member in members if "train" in member.parts[:-1]}
+    roots = {member.parts[: member.parts.index("train")] for member in members if "train" in member.parts[:-1]}
     if not roots:
-        raise PrepareError(f"{archive} holds no train/ folder; expected train/<class>/*.png and test/<class>/*.png, "
-                           "or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz")
+        raise PrepareError(
+            f"{archive} holds no train/ folder; expected train/<class>/*.png and test/<class>/*.png, "
+            "or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz"
+        )
     depth = min(map(len, roots))
     nearest = sorted("/".join(root) for root in roots if len(root) == depth)
     if len(nearest) > 1:
-        raise PrepareError(f"{archive} holds several trees ({listed(nearest)}); unpack it and give one of them as --root")
+        raise PrepareError(
+            f"{archive} holds several trees ({listed(nearest)}); unpack it and give one of them as --root"
+        )
     return tuple(PurePosixPath(nearest[0]).parts)
 
 
 def _unpack_tree(archive: Path, members: list[Member], target: Path) -> None:
     root = _root_of_tree(archive, members)
     depth = len(root)
-    wanted = [member for member in members if member.parts[:depth] == root and member.parts[depth] in ("train", *TEST_NAMES)]
+    wanted = [
+        member for member in members if member.parts[:depth] == root and member.parts[depth] in ("train", *TEST_NAMES)
+    ]
     for member in progress(wanted, len(wanted), "unpacking"):
         file = target.joinpath(*member.parts[depth:])
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +179,9 @@ def _unpack_batches(archive: Path, members: list[Member], folder: str, target: P
     splits, meta, label_key, names_key = BATCHES[folder]
     files = {member.parts[-1]: member for member in members if member.parts[-2:-1] == (folder,)}
     if missing := [name for name in (meta, *splits["train"], *splits["test"]) if name not in files]:
-        raise PrepareError(f"{archive} lacks {listed(f'{folder}/{name}' for name in missing)}; fetch the whole archive again")
+        raise PrepareError(
+            f"{archive} lacks {listed(f'{folder}/{name}' for name in missing)}; fetch the whole archive again"
+        )
     try:
         classes = _unpickle(archive, files[meta])[names_key]
         for split, names in splits.items():
@@ -158,7 +193,9 @@ def _unpack_batches(archive: Path, members: list[Member], folder: str, target: P
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, PrepareError):
             raise
-        raise PrepareError(f"{archive} is damaged: {folder} does not hold what CIFAR holds ({error!r}); fetch it again") from None
+        raise PrepareError(
+            f"{archive} is damaged: {folder} does not hold what CIFAR holds ({error!r}); fetch it again"
+        ) from None
 
 
 def _write_images(rows: Iterator[tuple[np.ndarray, int, str]], classes: list[str], folder: Path) -> None:
@@ -206,7 +243,9 @@ class _Unpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _Bytes,
         ("numpy", "ndarray"): _Bytes,
         ("numpy", "dtype"): _Type,
-        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # how Python 3 stores bytes in an old protocol
+        ("_codecs", "encode"): lambda text, encoding: text.encode(
+            "latin1"
+        ),  # how Python 3 stores bytes in an old protocol
     }
 
     def find_class(self, module: str, name: str) -> object:
@@ -220,5 +259,7 @@ def _unpickle(archive: Path, member: Member) -> dict:
         with member.open() as file:
             return _Unpickler(file, encoding="latin1").load()
     except pickle.UnpicklingError as error:
-        raise PrepareError(f"{archive} is refused: '{'/'.join(member.parts)}' is not a plain CIFAR batch (it asks for {error}); "
-                           "fetch the original from https://www.cs.toronto.edu/~kriz/cifar.html") from None
+        raise PrepareError(
+            f"{archive} is refused: '{'/'.join(member.parts)}' is not a plain CIFAR batch (it asks for {error}); "
+            "fetch the original from https://www.cs.toronto.edu/~kriz/cifar.html"
+        ) from None

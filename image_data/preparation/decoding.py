@@ -35,7 +35,14 @@ from image_data.preparation.image_tree import PrepareError
 
 CHUNK = 128  # images a task: small enough for a smooth bar, large enough to hide the cost of sending it
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000")
-KINDS = {"1": "greyscale", "L": "greyscale", "LA": "grey with alpha", "La": "grey with alpha", "P": "palette", "PA": "palette"}
+KINDS = {
+    "1": "greyscale",
+    "L": "greyscale",
+    "LA": "grey with alpha",
+    "La": "grey with alpha",
+    "P": "palette",
+    "PA": "palette",
+}
 EXIF_ORIENTATION = 0x0112
 
 
@@ -77,15 +84,19 @@ def decoder(workers: int) -> Iterator[Callable]:
         try:
             yield pool.map
         except BrokenProcessPool:
-            raise PrepareError("a decoding process was killed (out of memory?); try again with a smaller --workers") from None
+            raise PrepareError(
+                "a decoding process was killed (out of memory?); try again with a smaller --workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def decode_split(decode: Callable, root: Path, paths: list[str], side: int | None, packed: Path | None, what: str) -> SplitFacts:
+def decode_split(
+    decode: Callable, root: Path, paths: list[str], side: int | None, packed: Path | None, what: str
+) -> SplitFacts:
     """Decode every image. Packing stops, and the file goes, at the first image that is not `side` x `side`."""
     facts = SplitFacts()
-    chunks = [(start, paths[start:start + CHUNK]) for start in range(0, len(paths), CHUNK)]
+    chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
     results = decode(partial(_decode_chunk, str(root), side if packed else None), chunks)
     file = open(packed, "wb") if packed else None
     try:
@@ -128,7 +139,9 @@ def decode_image(path: Path, formats: tuple[str, ...] | None = FORMATS) -> tuple
     if not data:
         raise ValueError("empty file")
     with Image.open(io.BytesIO(data), formats=formats) as image:
-        is_16_bit = any(";16" in str(tile[3]) for tile in image.tile)  # known only before loading: Pillow then has 8-bit RGB
+        is_16_bit = any(
+            ";16" in str(tile[3]) for tile in image.tile
+        )  # known only before loading: Pillow then has 8-bit RGB
         image.load()
         kind, name = "16-bit" if is_16_bit else KINDS.get(image.mode, image.mode), image.format
         if name != "PNG" and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
@@ -139,7 +152,9 @@ def decode_image(path: Path, formats: tuple[str, ...] | None = FORMATS) -> tuple
         if image.mode in ("I", "F"):
             raise ValueError("32 bits per channel")
         if image.mode == "P":
-            image = image.convert("RGBA")  # a palette may carry transparency, which Pillow drops only this way in silence
+            image = image.convert(
+                "RGBA"
+            )  # a palette may carry transparency, which Pillow drops only this way in silence
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), kind, name
 
 
@@ -157,6 +172,7 @@ def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
 
 def _start_worker(parent: int) -> None:
     """Ctrl-C is the parent's business; a parent that was killed outright must not leave its workers waiting for ever."""
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)

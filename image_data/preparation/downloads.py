@@ -37,7 +37,9 @@ def fill(dataset: str, target: Path, downloads: Path, shapes: dict | None = None
     if dataset not in SOURCES:
         raise PrepareError(f"unknown dataset '{dataset}'; known are {', '.join(SOURCES)}, or give --archive or --root")
     if shapes and dataset != "shapes":
-        raise PrepareError(f"options for drawing shapes have no effect on '{dataset}'; drop them or choose --dataset shapes")
+        raise PrepareError(
+            f"options for drawing shapes have no effect on '{dataset}'; drop them or choose --dataset shapes"
+        )
     SOURCES[dataset](target, downloads, **(shapes or {}))
 
 
@@ -49,7 +51,10 @@ def cifar100(target: Path, downloads: Path) -> None:
             _from_drive(CIFAR100_DRIVE_ID, archive)
         except Exception as error:  # gdown raises its own errors, those of requests, and OSError
             reason = error if isinstance(error, PrepareError) else type(error).__name__
-            print(f"warning: Google Drive gave no cifar100.zip ({reason}); trying {TORONTO}{original.name}", file=sys.stderr)
+            print(
+                f"warning: Google Drive gave no cifar100.zip ({reason}); trying {TORONTO}{original.name}",
+                file=sys.stderr,
+            )
             _from_toronto(original)
     unpack(archive if archive.exists() else original, target)
 
@@ -65,7 +70,9 @@ def shapes(target: Path, downloads: Path, **options: int) -> None:
     try:
         draw_shapes(target, **options)
     except (TypeError, ValueError) as error:
-        raise PrepareError(f"cannot draw shapes: {error}; the options are side, train_per_class and test_per_class") from None
+        raise PrepareError(
+            f"cannot draw shapes: {error}; the options are side, train_per_class and test_per_class"
+        ) from None
 
 
 SOURCES = {"cifar100": cifar100, "cifar10": cifar10, "shapes": shapes}
@@ -90,13 +97,17 @@ def _from_toronto(archive: Path) -> None:
     try:
         _download(TORONTO + archive.name, part)
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
-        raise PrepareError(f"cannot download {TORONTO}{archive.name} ({_one_line(error)}); without a network give --archive FILE "
-                           "(a zip or tar of a class tree, or that file fetched elsewhere), or use --dataset shapes") from None
+        raise PrepareError(
+            f"cannot download {TORONTO}{archive.name} ({_one_line(error)}); without a network give --archive FILE "
+            "(a zip or tar of a class tree, or that file fetched elsewhere), or use --dataset shapes"
+        ) from None
     md5 = _md5(part)
     if md5 != TORONTO_MD5[archive.name]:
         part.unlink()
-        raise PrepareError(f"{TORONTO}{archive.name} arrived damaged (MD5 {md5} instead of {TORONTO_MD5[archive.name]}) and was deleted; "
-                           "try again")
+        raise PrepareError(
+            f"{TORONTO}{archive.name} arrived damaged (MD5 {md5} instead of {TORONTO_MD5[archive.name]}) and was deleted; "
+            "try again"
+        )
     part.replace(archive)
 
 

@@ -54,8 +54,12 @@ def draw_shapes(target: Path, side: int = 32, train_per_class: int = 500, test_p
     """Write the tree. A larger one holds the smaller one: image i of a class never depends on how many there are."""
     if side < 16 or min(train_per_class, test_per_class) < 1:
         raise ValueError("shapes need a side of at least 16 and at least one image per class and split")
-    jobs = [(split, name, index) for split, count in (("train", train_per_class), ("test", test_per_class))
-            for name in SHAPES for index in range(count)]
+    jobs = [
+        (split, name, index)
+        for split, count in (("train", train_per_class), ("test", test_per_class))
+        for name in SHAPES
+        for index in range(count)
+    ]
     for split, name, index in progress(jobs, len(jobs), "drawing shapes"):
         file = target / split / name / f"{name}_{index + 1:04d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,11 @@ def draw(name: str, side: int, seed: list[int]) -> np.ndarray:
     bits = np.random.PCG64(seed)
 
     def pick(low: int, high: int, count: int | None = None) -> np.ndarray:
-        return (bits.random_raw(count) % np.uint64(high - low + 1)).astype(np.int64) + low if count else int(pick(low, high, 1)[0])
+        return (
+            (bits.random_raw(count) % np.uint64(high - low + 1)).astype(np.int64) + low
+            if count
+            else int(pick(low, high, 1)[0])
+        )
 
     radius = pick(side * 22, side * 40) * FINE // 100  # in samples, as everything up to `coverage`
     margin = radius + FINE

@@ -56,7 +56,10 @@ def list_tree(root: Path) -> Tree:
     _refuse_lonely_classes({folders[split]: set(found) for split, found in by_class.items()})
     classes = sorted(by_class["train"])
     label_of = {name: label for label, name in enumerate(classes)}
-    pairs = {split: sorted((path, label_of[name]) for name, paths in found.items() for path in paths) for split, found in by_class.items()}
+    pairs = {
+        split: sorted((path, label_of[name]) for name, paths in found.items() for path in paths)
+        for split, found in by_class.items()
+    }
     _refuse_names(path for listing in pairs.values() for path, _ in listing)
     return Tree(
         root=root,
@@ -73,19 +76,26 @@ def broken_warnings(tree: Tree, kept: dict[str, list[int]], broken: list[tuple[s
         return []
     names = listed(f"{path} ({reason})" for path, reason in broken)
     if not skip:
-        raise PrepareError(f"{len(broken)} image(s) cannot be decoded: {names}; replace them, or leave them out with --skip-broken")
+        raise PrepareError(
+            f"{len(broken)} image(s) cannot be decoded: {names}; replace them, or leave them out with --skip-broken"
+        )
     for split, positions in kept.items():
         if lost := set(range(len(tree.classes))).difference(tree.labels[split][i] for i in positions):
             names = listed(tree.classes[label] for label in sorted(lost))
-            raise PrepareError(f"without the broken images the {split} split has none of class {names}; replace them or remove the class")
+            raise PrepareError(
+                f"without the broken images the {split} split has none of class {names}; replace them or remove the class"
+            )
     return [f"{len(broken)} image(s) that cannot be decoded left out: {names}"]
 
 
 def conversion_warnings(kinds: dict[str, int]) -> list[str]:
     """What decoding did to images that were not 8-bit RGB; `kinds` counts images by kind."""
     how = {"16-bit": "the high byte is kept", "RGBA": "alpha is dropped", "grey with alpha": "alpha is dropped"}
-    return [f"{count} {kind} image{'s' * (count > 1)} converted to 8-bit RGB" + (f" ({how[kind]})" if kind in how else "")
-            for kind, count in sorted(kinds.items()) if kind != "RGB"]
+    return [
+        f"{count} {kind} image{'s' * (count > 1)} converted to 8-bit RGB" + (f" ({how[kind]})" if kind in how else "")
+        for kind, count in sorted(kinds.items())
+        if kind != "RGB"
+    ]
 
 
 def duplicate_warnings(paths: dict[str, list[str]], digests: dict[str, list[bytes]]) -> list[str]:
@@ -93,8 +103,11 @@ def duplicate_warnings(paths: dict[str, list[str]], digests: dict[str, list[byte
     first_in_train: dict[bytes, str] = {}
     for path, digest in zip(paths["train"], digests["train"], strict=True):
         first_in_train.setdefault(digest, path)
-    twins = [(first_in_train[digest], path) for path, digest in zip(paths["test"], digests["test"], strict=True)
-             if digest in first_in_train]
+    twins = [
+        (first_in_train[digest], path)
+        for path, digest in zip(paths["test"], digests["test"], strict=True)
+        if digest in first_in_train
+    ]
     if not twins:
         return []
     shown = ", ".join(f"'{ours}' = '{theirs}'" for ours, theirs in twins[:3]) + ", ..." * (len(twins) > 3)
@@ -117,8 +130,10 @@ def looks_like_jpeg(pixels: np.ndarray) -> bool:
 
 
 def jpeg_warning(what: str) -> str:
-    return (f"{what}: a CIFAR recompressed as JPEG costs 2 to 3 points of accuracy and compares with no published number; "
-            "use the original pixels (--dataset cifar100 or --dataset cifar10)")
+    return (
+        f"{what}: a CIFAR recompressed as JPEG costs 2 to 3 points of accuracy and compares with no published number; "
+        "use the original pixels (--dataset cifar100 or --dataset cifar10)"
+    )
 
 
 def _vanished(luma: np.ndarray) -> float:
@@ -173,8 +188,11 @@ def _images_by_class(root: Path, split: str, warnings: list[str]) -> dict[str, l
             found[name] = images
         elif not subfolders:
             empty.append(str(here))
-    for count, names, what in ((len(empty), empty, "class folder(s) without images"), (len(strays), strays, "file(s) that are not images"),
-                               (len(loose), loose, f"image(s) directly in {split}/, outside any class folder")):
+    for count, names, what in (
+        (len(empty), empty, "class folder(s) without images"),
+        (len(strays), strays, "file(s) that are not images"),
+        (len(loose), loose, f"image(s) directly in {split}/, outside any class folder"),
+    ):
         if count:
             warnings.append(f"{count} {what} left out: {listed(sorted(names))}")
     return found
@@ -183,18 +201,29 @@ def _images_by_class(root: Path, split: str, warnings: list[str]) -> dict[str, l
 def _refuse_lonely_classes(classes_of: dict[str, set[str]]) -> None:
     """Every class needs images in both splits; `classes_of` maps the two split folders to their class names."""
     (train, in_train), (test, in_test) = classes_of.items()
-    lonely = [f"only in {here}: {listed(sorted(ours - theirs))}"
-              for here, ours, theirs in ((train, in_train, in_test), (test, in_test, in_train)) if ours - theirs]
+    lonely = [
+        f"only in {here}: {listed(sorted(ours - theirs))}"
+        for here, ours, theirs in ((train, in_train, in_test), (test, in_test, in_train))
+        if ours - theirs
+    ]
     if lonely:
-        raise PrepareError(f"some classes have images {'; '.join(lonely)}; give each class images in both {train} and {test}, or remove it")
+        raise PrepareError(
+            f"some classes have images {'; '.join(lonely)}; give each class images in both {train} and {test}, or remove it"
+        )
 
 
 def _refuse_names(paths: Iterable[str]) -> None:
     """The lists hold one `path<TAB>label` a line in UTF-8: names that would break a line or cannot be encoded are refused."""
-    bad = [path for path in paths if "\t" in path or len(path.splitlines()) != 1 or not path.isprintable() and _unencodable(path)]
+    bad = [
+        path
+        for path in paths
+        if "\t" in path or len(path.splitlines()) != 1 or not path.isprintable() and _unencodable(path)
+    ]
     if bad:
-        raise PrepareError(f"{len(bad)} file name(s) hold a tab, a line break or bytes that are not UTF-8: "
-                           f"{listed(ascii(path)[1:-1] for path in bad)}; rename them")
+        raise PrepareError(
+            f"{len(bad)} file name(s) hold a tab, a line break or bytes that are not UTF-8: "
+            f"{listed(ascii(path)[1:-1] for path in bad)}; rename them"
+        )
 
 
 def _unencodable(path: str) -> bool:

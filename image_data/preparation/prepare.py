@@ -21,7 +21,15 @@ from common.errors import DatasetError
 from common.paths import DATA
 from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
 from image_data.preparation.archives import unpack
-from image_data.preparation.decoding import SplitFacts, available_cores, decode_image, decode_split, decoder, first_side, mean_and_std
+from image_data.preparation.decoding import (
+    SplitFacts,
+    available_cores,
+    decode_image,
+    decode_split,
+    decoder,
+    first_side,
+    mean_and_std,
+)
 from image_data.preparation.downloads import fill
 from image_data.preparation.image_tree import (
     CIFAR_SIDE,
@@ -50,9 +58,17 @@ class Survey:
     warnings: list[str]
 
 
-def prepare(data_dir: str | Path | None = None, dataset: str | None = None, archive: str | Path | None = None,
-            root: str | Path | None = None, workers: int | None = None, skip_broken: bool = False,
-            pack_limit_gib: float = PACK_LIMIT_GIB, force: bool = False, shapes: dict[str, int] | None = None) -> Dataset:
+def prepare(
+    data_dir: str | Path | None = None,
+    dataset: str | None = None,
+    archive: str | Path | None = None,
+    root: str | Path | None = None,
+    workers: int | None = None,
+    skip_broken: bool = False,
+    pack_limit_gib: float = PACK_LIMIT_GIB,
+    force: bool = False,
+    shapes: dict[str, int] | None = None,
+) -> Dataset:
     """Prepare a dataset and return it. Raises PrepareError with one sentence that names the thing and the mend.
 
     Give at most one of `dataset` (a name of SOURCES, default cifar100), `archive` and `root`. A folder that is prepared already
@@ -73,15 +89,29 @@ def prepare(data_dir: str | Path | None = None, dataset: str | None = None, arch
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
                 if not Dataset.is_prepared(folder) or force:
-                    _make(folder, dataset, archive, root, shapes, workers or available_cores(), skip_broken, pack_limit_gib)
+                    _make(
+                        folder,
+                        dataset,
+                        archive,
+                        root,
+                        shapes,
+                        workers or available_cores(),
+                        skip_broken,
+                        pack_limit_gib,
+                    )
                     ready = Dataset.open(folder)
                     print(f"prepared in {time.perf_counter() - started:.1f} s: {_describe(ready)}")
                     return ready
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or error
-        raise PrepareError(f"cannot prepare {folder} ({what}); check permissions and free space, or choose another --data-dir") from error
+        raise PrepareError(
+            f"cannot prepare {folder} ({what}); check permissions and free space, or choose another --data-dir"
+        ) from error
     ready = Dataset.open(folder)
-    print(f"already prepared: {_describe(ready)}" + (f"\n  '{source}' was not looked at; --force to redo from it" if source else ""))
+    print(
+        f"already prepared: {_describe(ready)}"
+        + (f"\n  '{source}' was not looked at; --force to redo from it" if source else "")
+    )
     return ready
 
 
@@ -95,8 +125,10 @@ def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | 
     folder = Path(data_dir or DATA / (dataset or DEFAULT))
     if not Dataset.is_prepared(folder):
         if data_dir and not (archive or dataset or (folder / "train").is_dir()):
-            raise DatasetError(f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/; check the path, "
-                               "or say with --archive FILE or --dataset NAME what to put there")
+            raise DatasetError(
+                f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/; check the path, "
+                "or say with --archive FILE or --dataset NAME what to put there"
+            )
         prepare(folder, dataset=None if archive else dataset, archive=archive)
     elif archive or (data_dir and dataset):
         _refuse_another_source(folder, dataset, archive)
@@ -107,15 +139,21 @@ def _refuse_another_source(folder: Path, dataset: str | None, archive: Path | No
     """Raises DatasetError where `folder` is known to be prepared from something else than what was given."""
     option, given = ("--archive", archive) if archive else ("--dataset", dataset)
     if archive and not archive.is_file():
-        raise DatasetError(f"--archive {archive} does not exist; check the path, or leave it out: {folder} is prepared already")
+        raise DatasetError(
+            f"--archive {archive} does not exist; check the path, or leave it out: {folder} is prepared already"
+        )
     try:
         made_from = json.loads((folder / PREPARED_FROM).read_text())
     except (OSError, ValueError):  # prepared before this was written down
-        print(f"note: {folder} is prepared already, so {option} {given} was not read; prepare_dataset.py --force reads it again")
+        print(
+            f"note: {folder} is prepared already, so {option} {given} was not read; prepare_dataset.py --force reads it again"
+        )
         return
     if made_from != _source(dataset, archive, None):
-        raise DatasetError(f"{folder} was prepared from {next(iter(made_from.values()))}, and {option} {given} would be ignored; "
-                           "choose another --data-dir, or prepare it anew with prepare_dataset.py --force")
+        raise DatasetError(
+            f"{folder} was prepared from {next(iter(made_from.values()))}, and {option} {given} would be ignored; "
+            "choose another --data-dir, or prepare it anew with prepare_dataset.py --force"
+        )
 
 
 def _source(dataset: str | None, archive: str | Path | None, root: str | Path | None) -> dict[str, str | int]:
@@ -125,8 +163,16 @@ def _source(dataset: str | None, archive: str | Path | None, root: str | Path | 
     return {"root": Path(root).name} if root is not None else {"dataset": dataset or DEFAULT}
 
 
-def _make(folder: Path, dataset: str | None, archive: str | Path | None, root: str | Path | None, shapes: dict[str, int] | None,
-          workers: int, skip_broken: bool, pack_limit_gib: float) -> None:
+def _make(
+    folder: Path,
+    dataset: str | None,
+    archive: str | Path | None,
+    root: str | Path | None,
+    shapes: dict[str, int] | None,
+    workers: int,
+    skip_broken: bool,
+    pack_limit_gib: float,
+) -> None:
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -147,8 +193,14 @@ def _default_folder(dataset: str | None, archive: str | Path | None, root: str |
     return Path("data", Path(archive).name.split(".")[0] if archive is not None else dataset or DEFAULT)
 
 
-def _find_images(folder: Path, partial: Path, dataset: str | None, archive: str | Path | None, root: str | Path | None,
-                 shapes: dict[str, int] | None) -> Path:
+def _find_images(
+    folder: Path,
+    partial: Path,
+    dataset: str | None,
+    archive: str | Path | None,
+    root: str | Path | None,
+    shapes: dict[str, int] | None,
+) -> Path:
     """The root of an image tree: one that exists, or `partial/images`, newly filled."""
     if root is not None:
         return Path(root)
@@ -156,8 +208,10 @@ def _find_images(folder: Path, partial: Path, dataset: str | None, archive: str 
         print(f"using the images that lie in {folder}/train")
         return folder
     if (folder / "images").exists() and not (folder / "images" / OURS).exists():
-        raise PrepareError(f"{folder}/images is in the way and was not made by this script; "
-                           "move it, give it as --root, or choose another --data-dir")
+        raise PrepareError(
+            f"{folder}/images is in the way and was not made by this script; "
+            "move it, give it as --root, or choose another --data-dir"
+        )
     images = partial / "images"
     images.mkdir()
     if archive is not None:
@@ -176,20 +230,29 @@ def _survey(tree: Tree, partial: Path, workers: int, skip_broken: bool, pack_lim
     if packed:
         packed.mkdir()
     with decoder(workers) as decode:
-        facts = {split: decode_split(decode, tree.root, paths, side, packed and packed / f"{split}.npy", f"decoding {split} images")
-                 for split, paths in tree.paths.items()}
+        facts = {
+            split: decode_split(
+                decode, tree.root, paths, side, packed and packed / f"{split}.npy", f"decoding {split} images"
+            )
+            for split, paths in tree.paths.items()
+        }
     broken = [pair for found in facts.values() for pair in found.broken]
     warnings = broken_warnings(tree, {split: found.kept for split, found in facts.items()}, broken, skip_broken)
     sizes = set().union(*(found.sizes for found in facts.values()))
     if len(sizes) > 1 or not side:
         packed = None
         small, large = _extremes(sizes)
-        warnings.append(f"image sizes vary from {small[0]}x{small[1]} to {large[0]}x{large[1]}" if len(sizes) > 1 else
-                        f"the images are {small[0]}x{small[1]}, not square")
+        warnings.append(
+            f"image sizes vary from {small[0]}x{small[1]} to {large[0]}x{large[1]}"
+            if len(sizes) > 1
+            else f"the images are {small[0]}x{small[1]}, not square"
+        )
         warnings[-1] += ": they are not packed, training will read the files"
     elif not packed:
-        warnings.append(f"packed arrays would take {gib:.1f} GiB, more than --pack-limit-gib {pack_limit_gib:g}: they are not packed, "
-                        "training will read the files")
+        warnings.append(
+            f"packed arrays would take {gib:.1f} GiB, more than --pack-limit-gib {pack_limit_gib:g}: they are not packed, "
+            "training will read the files"
+        )
     warnings += conversion_warnings(facts["train"].kinds + facts["test"].kinds)
     warnings += _jpeg_warnings(tree, facts, sizes)
     kept = {split: [tree.paths[split][i] for i in facts[split].kept] for split in facts}
@@ -220,15 +283,22 @@ def _write(folder: Path, partial: Path, tree: Tree, survey: Survey) -> None:
     side = small[0] if len(sizes) == 1 and small[0] == small[1] else None
     mean, std = mean_and_std(facts["train"].histogram)
     description = {
-        "format": FORMAT, "num_classes": len(tree.classes), "num_images": {split: len(rows) for split, rows in listings.items()},
-        "image_side": side, "packed": survey.packed is not None, "mean": mean, "std": std,
+        "format": FORMAT,
+        "num_classes": len(tree.classes),
+        "num_images": {split: len(rows) for split, rows in listings.items()},
+        "image_side": side,
+        "packed": survey.packed is not None,
+        "mean": mean,
+        "std": std,
         "root": Path(os.path.relpath(root.resolve(), folder.resolve())).as_posix(),
         "fingerprint": _fingerprint(tree.classes, listings, facts),
     }
     if side is None:
         description |= {"smallest_image": small, "largest_image": large}
     texts = {"labels.txt": "".join(f"{name}\n" for name in tree.classes)}
-    texts |= {LIST_FILES[split]: "".join(f"{path}\t{label}\n" for path, label in rows) for split, rows in listings.items()}
+    texts |= {
+        LIST_FILES[split]: "".join(f"{path}\t{label}\n" for path, label in rows) for split, rows in listings.items()
+    }
     texts["dataset.json"] = json.dumps(description, indent=2, sort_keys=True) + "\n"
     for name, text in texts.items():
         (partial / name).write_bytes(text.encode())
@@ -267,8 +337,10 @@ def _describe(ready: Dataset) -> str:
     packed = "packed" if ready.splits["train"].packed else "not packed, read as files"
     mean, std = ("/".join(f"{value:.4f}" for value in values) for values in (ready.mean, ready.std))
     train, test = len(ready.splits["train"]), len(ready.splits["test"])
-    return (f"{ready.folder}\n  {len(ready.classes)} classes, {train} training and {test} test images, {side}, {packed}\n"
-            f"  mean {mean}, std {std}\n  {ready.fingerprint}")
+    return (
+        f"{ready.folder}\n  {len(ready.classes)} classes, {train} training and {test} test images, {side}, {packed}\n"
+        f"  mean {mean}, std {std}\n  {ready.fingerprint}"
+    )
 
 
 @contextmanager

@@ -45,7 +45,11 @@ class OverlappingPatches(nn.Module):
         channels = [3, *(width >> i for i in reversed(range(halvings)))]
         stages: list[nn.Module] = []
         for before, after in zip(channels, channels[1:], strict=False):
-            stages += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+            stages += [
+                nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.GELU(),
+            ]
         # GELU stands between stages; where there is only one stage, the authors' code keeps it after that one.
         self.stages = nn.Sequential(*(stages if halvings == 1 else stages[:-1]))
         self.before, self.after = ChannelAffine(3), ChannelAffine(width)
@@ -93,7 +97,10 @@ class DynamicAggregation(nn.Module):
         super().__init__()
         self.grid, hidden = grid, HIDDEN_FACTOR * width
         self.expand, self.expand_norm = nn.Conv2d(width, hidden, kernel_size=1), nn.BatchNorm2d(hidden)
-        self.mix, self.mix_norm = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden), nn.BatchNorm2d(hidden)
+        self.mix, self.mix_norm = (
+            nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden),
+            nn.BatchNorm2d(hidden),
+        )
         self.contract, self.contract_norm = nn.Conv2d(hidden, width, kernel_size=1), nn.BatchNorm2d(width)
         self.squeeze, self.excite = nn.Linear(width, width // SQUEEZE), nn.Linear(width // SQUEEZE, width)
 
@@ -136,11 +143,15 @@ class Head(nn.Module):
         return self.classify(self.norm(x[:, 0]))
 
 
-def dhvt(width: int, heads: int, patch: int, settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
+def dhvt(
+    width: int, heads: int, patch: int, settings: ModelSettings, num_classes: int, image_side: int
+) -> list[nn.Module]:
     """The layers of a DHVT of any size. Raises SettingsError when the patch does not divide the image side."""
     if image_side % patch:
-        raise SettingsError(f"model.architecture={settings.architecture} cuts patches of {patch} pixels, which do not divide "
-                            f"the image side {image_side}")
+        raise SettingsError(
+            f"model.architecture={settings.architecture} cuts patches of {patch} pixels, which do not divide "
+            f"the image side {image_side}"
+        )
     layers = [
         OverlappingPatches(width, patch),
         *[Block(width, heads, image_side // patch, rate) for rate in drop_path_rates(settings.drop_path, DEPTH)],

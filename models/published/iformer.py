@@ -44,8 +44,14 @@ class Stem(nn.Module):
 
     def __init__(self, width: int, image_side: int):
         super().__init__()
-        self.first, self.first_norm = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(width // 2)
-        self.second, self.second_norm = nn.Conv2d(width // 2, width, kernel_size=3, stride=2, padding=1), nn.BatchNorm2d(width)
+        self.first, self.first_norm = (
+            nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1),
+            nn.BatchNorm2d(width // 2),
+        )
+        self.second, self.second_norm = (
+            nn.Conv2d(width // 2, width, kernel_size=3, stride=2, padding=1),
+            nn.BatchNorm2d(width),
+        )
         self.positions = Positions(width, image_side // 4)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,7 +87,9 @@ class Attention(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """(B, C, h, h) -> (B, C, h, h)."""
         B, C, h, _ = x.shape
-        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).view(B, h * h, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, h h, D)
+        q, k, v = (
+            self.qkv(x.flatten(2).transpose(1, 2)).view(B, h * h, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # (B, H, h h, D)
         return attend(q, k, v).transpose(2, 3).reshape(B, C, h, h)
 
 
@@ -98,9 +106,13 @@ class InceptionMixer(nn.Module):
             nn.Conv2d(high, high, kernel_size=3, padding=1, groups=high, bias=False),
             nn.GELU(),
         )
-        self.pooling = nn.Sequential(nn.MaxPool2d(kernel_size=3, stride=1, padding=1), nn.Conv2d(high // 2, high, kernel_size=1), nn.GELU())
+        self.pooling = nn.Sequential(
+            nn.MaxPool2d(kernel_size=3, stride=1, padding=1), nn.Conv2d(high // 2, high, kernel_size=1), nn.GELU()
+        )
         self.attention = Attention(heads, pooled)
-        self.fuse = nn.Conv2d(2 * high + low, 2 * high + low, kernel_size=3, padding=1, groups=2 * high + low, bias=False)
+        self.fuse = nn.Conv2d(
+            2 * high + low, 2 * high + low, kernel_size=3, padding=1, groups=2 * high + low, bias=False
+        )
         self.project = nn.Conv2d(2 * high + low, width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +175,9 @@ def iformer(
         SettingsError: the image side is no multiple of 16; the pooled stages need maps of even sides.
     """
     if image_side % 16:
-        raise SettingsError(f"model.architecture={settings.architecture} needs an image side that is a multiple of 16, not {image_side}")
+        raise SettingsError(
+            f"model.architecture={settings.architecture} needs an image side that is a multiple of 16, not {image_side}"
+        )
     rates = iter(drop_path_rates(settings.drop_path, sum(map(len, heads))))
     layers: list[nn.Module] = []
     side = image_side // 4

@@ -38,7 +38,9 @@ def torchvision_models() -> ModuleType:
     try:
         from torchvision import models
     except ImportError as error:
-        raise SettingsError(f"the ResNets come from torchvision, which cannot be imported ({error}): pip install torchvision") from error
+        raise SettingsError(
+            f"the ResNets come from torchvision, which cannot be imported ({error}): pip install torchvision"
+        ) from error
     return models
 
 

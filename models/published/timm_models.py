@@ -68,13 +68,17 @@ def create(name: str, drop_path: float, num_classes: int, image_side: int) -> nn
     try:
         import timm
     except ImportError as error:
-        raise SettingsError(f"model.architecture=timm:{name} needs timm, which cannot be imported ({error}): pip install timm") from error
+        raise SettingsError(
+            f"model.architecture=timm:{name} needs timm, which cannot be imported ({error}): pip install timm"
+        ) from error
     # Names with a colon ("hf-hub:...") would be fetched.
     if ":" in name or not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise SettingsError(f"timm {timm.__version__} has no model '{name}'{hint} "
-                            "(all names: python -c 'import timm; print(*timm.list_models())')")
+        raise SettingsError(
+            f"timm {timm.__version__} has no model '{name}'{hint} "
+            "(all names: python -c 'import timm; print(*timm.list_models())')"
+        )
     options = {"drop_path_rate": drop_path} if drop_path else {}
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
@@ -83,8 +87,12 @@ def create(name: str, drop_path: float, num_classes: int, image_side: int) -> nn
         network = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         given = ", ".join(f"{option}={value}" for option, value in options.items())
-        raise SettingsError(f"timm:{name} cannot be made with {given or 'its defaults'}: {error or type(error).__name__}") from error
+        raise SettingsError(
+            f"timm:{name} cannot be made with {given or 'its defaults'}: {error or type(error).__name__}"
+        ) from error
     if getattr(getattr(network, "patch_embed", None), "num_patches", 2) == 1:
-        raise SettingsError(f"timm:{name} sees a {image_side}-pixel image as a single patch and could learn nothing of its layout; "
-                            "choose a model with a smaller patch, or larger images")
+        raise SettingsError(
+            f"timm:{name} sees a {image_side}-pixel image as a single patch and could learn nothing of its layout; "
+            "choose a model with a smaller patch, or larger images"
+        )
     return network

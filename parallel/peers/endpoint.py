@@ -30,8 +30,10 @@ def coordination() -> ModuleType:
     try:
         from torchft import coordination
     except ImportError as error:
-        raise SettingsError("peers need torchft, which is not installed here: pip install torchft==0.2.0 "
-                            "(it exists for Python 3.10 to 3.13 and PyTorch 2.7 or newer)") from error
+        raise SettingsError(
+            "peers need torchft, which is not installed here: pip install torchft==0.2.0 "
+            "(it exists for Python 3.10 to 3.13 and PyTorch 2.7 or newer)"
+        ) from error
     return coordination
 
 
@@ -43,15 +45,26 @@ def split_address(text: str, flag: str) -> tuple[str, int]:
     try:
         return socket.gethostbyname(name), int(port) if colon else DEFAULT_PORT
     except OSError:
-        raise SettingsError(f"{flag} {text}: {name!r} is neither an IPv4 address nor a name that this machine knows") from None
+        raise SettingsError(
+            f"{flag} {text}: {name!r} is neither an IPv4 address nor a name that this machine knows"
+        ) from None
 
 
 def check_own(address: str, flag: str) -> str:
     """The address, when it is one of this machine's. Raises SettingsError otherwise."""
-    own = sorted({entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family == socket.AF_INET})
+    own = sorted(
+        {
+            entry.address
+            for entries in psutil.net_if_addrs().values()
+            for entry in entries
+            if entry.family == socket.AF_INET
+        }
+    )
     if address == "0.0.0.0":
-        raise SettingsError(f"{flag} 0.0.0.0 would listen on every network of this machine; name the one address by which the others "
-                            f"reach it (of {', '.join(own)})")
+        raise SettingsError(
+            f"{flag} 0.0.0.0 would listen on every network of this machine; name the one address by which the others "
+            f"reach it (of {', '.join(own)})"
+        )
     if address not in own and not address.startswith("127."):
         raise SettingsError(f"{flag} {address} is no address of this machine, which has {', '.join(own)}")
     return address
@@ -66,8 +79,10 @@ def own_address(towards: str) -> str:
             raise SettingsError(f"there is no way from here to {towards}: {error.strerror}") from None
         address = probe.getsockname()[0]
     if ipaddress.ip_address(address).is_global:
-        raise SettingsError(f"this machine would reach {towards} from its public address {address}, and anyone could then talk to this peer; "
-                            f"use the addresses of a VPN, or give --peer-address {address} if that is what you want")
+        raise SettingsError(
+            f"this machine would reach {towards} from its public address {address}, and anyone could then talk to this peer; "
+            f"use the addresses of a VPN, or give --peer-address {address} if that is what you want"
+        )
     return address
 
 
@@ -80,7 +95,9 @@ def lighthouse_of(place: str) -> str:
 def open_store(place: str, seconds: float) -> dist.Store:
     """The store of the place `address:port`. Raises OSError or RuntimeError when nothing answers there in time."""
     address, _, port = place.rpartition(":")
-    socket.create_connection((address, int(port)), timeout=seconds).close()  # where nothing listens, the store would try on
+    socket.create_connection(
+        (address, int(port)), timeout=seconds
+    ).close()  # where nothing listens, the store would try on
     return dist.TCPStore(address, int(port), None, False, timedelta(seconds=seconds), wait_for_workers=False)
 
 
@@ -104,8 +121,10 @@ class Endpoint:
             except OSError as error:
                 if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise RunError(f"cannot listen on {address}:{candidate}: {error.strerror}") from None
-        raise RunError(f"port {port} or {port + 1} of {address} is in use: end what listens there, or choose another pair with "
-                       f"--host-peers {address}:PORT")
+        raise RunError(
+            f"port {port} or {port + 1} of {address} is in use: end what listens there, or choose another pair with "
+            f"--host-peers {address}:PORT"
+        )
 
     def _listen(self, port: int, patience_seconds: float) -> None:
         listening = socket.socket()
@@ -116,12 +135,23 @@ class Endpoint:
             self.port = listening.getsockname()[1]
             try:
                 self.lighthouse = coordination().LighthouseServer(
-                    bind=f"{self.address}:{self.port + 1}", min_replicas=1, join_timeout_ms=round(1000 * patience_seconds),
-                    quorum_tick_ms=100, heartbeat_timeout_ms=round(1000 * HEARTBEAT_SECONDS))
+                    bind=f"{self.address}:{self.port + 1}",
+                    min_replicas=1,
+                    join_timeout_ms=round(1000 * patience_seconds),
+                    quorum_tick_ms=100,
+                    heartbeat_timeout_ms=round(1000 * HEARTBEAT_SECONDS),
+                )
             except RuntimeError as error:  # the port after the store's is not free
                 raise OSError(errno.EADDRINUSE, str(error)) from None
-            self.store = dist.TCPStore(self.address, self.port, None, True, timedelta(seconds=10), wait_for_workers=False,
-                                       master_listen_fd=listening.detach())
+            self.store = dist.TCPStore(
+                self.address,
+                self.port,
+                None,
+                True,
+                timedelta(seconds=10),
+                wait_for_workers=False,
+                master_listen_fd=listening.detach(),
+            )
         finally:
             listening.close()
 

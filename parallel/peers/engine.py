@@ -48,7 +48,9 @@ class Engine(zero.Engine):
     ema_refusal = "peers that come and go would each average only what they saw themselves"
     own_average_refusal = "the peers exchange the weights that are trained, and not the average that would be evaluated"
 
-    def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int, meeting: PeerGroup):
+    def __init__(
+        self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int, meeting: PeerGroup
+    ):
         """As of `zero`; `meeting` is used by the main process only.
 
         Raises:
@@ -71,8 +73,10 @@ class Engine(zero.Engine):
 
     def describe(self) -> str:
         chosen = self.settings.parallel
-        return (f"a peer that takes {chosen.local_steps} steps alone, outer rate {chosen.outer_lr} and momentum {chosen.outer_momentum}, "
-                f"{super().describe()}")
+        return (
+            f"a peer that takes {chosen.local_steps} steps alone, outer rate {chosen.outer_lr} and momentum {chosen.outer_momentum}, "
+            f"{super().describe()}"
+        )
 
     def epoch_facts(self) -> dict[str, float]:
         """`peers` of the last exchange, `outer_steps` made in all, and what that exchange took in waiting, seconds and bytes sent."""
@@ -175,13 +179,21 @@ class Engine(zero.Engine):
     def _outer_vector(self) -> Tensor:
         state = self.outer.state()
         anchor = [state[f"outer/anchor/{name}"] for name in self.outer.anchor]
-        momentum = [state.get(f"outer/momentum/{name}", torch.zeros_like(value)) for name, value in zip(self.outer.anchor, anchor, strict=True)]
+        momentum = [
+            state.get(f"outer/momentum/{name}", torch.zeros_like(value))
+            for name, value in zip(self.outer.anchor, anchor, strict=True)
+        ]
         return torch.cat([value.flatten() for value in (*anchor, *momentum)])
 
     def _set_outer_vector(self, vector: Tensor) -> None:
         parts = iter(vector.split([anchor.numel() for anchor in self.outer.anchor.values()] * 2))
-        self.outer.set_state({f"outer/{kind}/{name}": next(parts).view_as(anchor)
-                              for kind in ("anchor", "momentum") for name, anchor in self.outer.anchor.items()})
+        self.outer.set_state(
+            {
+                f"outer/{kind}/{name}": next(parts).view_as(anchor)
+                for kind in ("anchor", "momentum")
+                for name, anchor in self.outer.anchor.items()
+            }
+        )
 
     def _outer_step(self, outcome: ExchangeResult) -> Tensor:
         """The values that every peer goes on from."""
@@ -200,9 +212,17 @@ class Engine(zero.Engine):
 
     def _tell(self, outcome: ExchangeResult, worked_seconds: float) -> None:
         """Facts for the epoch's line, and on the screen who came and who went."""
-        self.facts = {"peers": len(outcome.members), "outer_steps": self.outer_steps, "exchange_wait_seconds": round(outcome.wait_seconds, 3),
-                      "exchange_seconds": round(outcome.seconds, 3), "exchange_bytes": outcome.num_bytes}
-        now, before = ({member.id: member.place for member in members} for members in (outcome.members, self.met or outcome.members[:0]))
+        self.facts = {
+            "peers": len(outcome.members),
+            "outer_steps": self.outer_steps,
+            "exchange_wait_seconds": round(outcome.wait_seconds, 3),
+            "exchange_seconds": round(outcome.seconds, 3),
+            "exchange_bytes": outcome.num_bytes,
+        }
+        now, before = (
+            {member.id: member.place for member in members}
+            for members in (outcome.members, self.met or outcome.members[:0])
+        )
         came = sorted(place for key, place in now.items() if key not in before and key != self.meeting.id)
         went = sorted(place for key, place in before.items() if key not in now)
         self.met = outcome.members
@@ -210,9 +230,13 @@ class Engine(zero.Engine):
             changes = [f"{', '.join(places)} {what}" for places, what in ((came, "here"), (went, "gone")) if places]
             if outcome.outer is not None:
                 changes.append(f"this one has taken over their state after outer step {outcome.count}")
-            self.say(f"peers     outer step {self.outer_steps}, step {self.step}: {len(now)} with this one; {'; '.join(changes)}")
+            self.say(
+                f"peers     outer step {self.outer_steps}, step {self.step}: {len(now)} with this one; {'; '.join(changes)}"
+            )
         if [member.number for member in outcome.members].count(self.meeting.number) > 1 and came:
-            self.say("peers     another peer sees the very images that this one sees: of two on one machine, each needs a --name of its own")
+            self.say(
+                "peers     another peer sees the very images that this one sees: of two on one machine, each needs a --name of its own"
+            )
         if came and self.alone:
             self.say(line_of_exchange(outcome.seconds, outcome.wait_seconds, worked_seconds, self.alone))
 
@@ -243,7 +267,9 @@ class Engine(zero.Engine):
         """The inverse of `_gather`. Collective."""
         parts, buffers = self.parts, self._buffers()
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
-        shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in trained] + [buffer.shape for buffer in buffers]
+        shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in trained] + [
+            buffer.shape for buffer in buffers
+        ]
         sizes = [shape.numel() for shape in shapes]
         values = torch.empty(sum(sizes), device=self.device) if values is None else values.to(self.device)
         if dist.get_world_size() > 1:
@@ -264,10 +290,14 @@ class Engine(zero.Engine):
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         super().scatter_state(state)
-        if state is not None and "outer/progress" in state:  # a state of zero has none: its weights are what peers agree on
+        if (
+            state is not None and "outer/progress" in state
+        ):  # a state of zero has none: its weights are what peers agree on
             chosen = self.settings.parallel
             trained = [name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad]
-            self.outer = OuterStep({name: state[f"outer/anchor/{name}"] for name in trained}, chosen.outer_lr, chosen.outer_momentum)
+            self.outer = OuterStep(
+                {name: state[f"outer/anchor/{name}"] for name in trained}, chosen.outer_lr, chosen.outer_momentum
+            )
             self.outer.set_state(state)
             self.outer_steps, self.alone = state["outer/progress"].tolist()
         self.outer_steps, self.alone = self.broadcast_object((self.outer_steps, self.alone))

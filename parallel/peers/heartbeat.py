@@ -39,7 +39,9 @@ class Heartbeat(threading.Thread):
         while not self.ended.is_set():
             if self.is_alive():
                 try:
-                    client = self._client or coordination().LighthouseClient(lighthouse_of(self.place), connect_timeout=limit)
+                    client = self._client or coordination().LighthouseClient(
+                        lighthouse_of(self.place), connect_timeout=limit
+                    )
                     self._client = client
                     client.heartbeat(self.peer, timeout=limit)
                     self._heard = time.monotonic()

@@ -22,8 +22,14 @@ def enough_steps(exchange_seconds: float, step_seconds: float) -> int:
 
 def lines_of_cost(num_values: int, local_steps: int, gbps: float, step_seconds: float | None) -> list[str]:
     """For the screen: the cost for several numbers of peers, reckoned from the bytes alone (no latency, nothing else on the link)."""
-    lines = [f"link      {4 * num_values / 1e6:,.1f} MB of weights at {gbps:g} Gbit/s, {local_steps} steps alone"
-             + (f" of {step_seconds:g} s" if step_seconds else " (with --step-seconds S: the share of time, and how many steps are enough)")]
+    lines = [
+        f"link      {4 * num_values / 1e6:,.1f} MB of weights at {gbps:g} Gbit/s, {local_steps} steps alone"
+        + (
+            f" of {step_seconds:g} s"
+            if step_seconds
+            else " (with --step-seconds S: the share of time, and how many steps are enough)"
+        )
+    ]
     for num_peers in NUM_PEERS:
         num_bytes = ring_bytes(num_values, num_peers)
         seconds = seconds_over(num_bytes, gbps)
@@ -41,6 +47,12 @@ def line_of_exchange(exchange_seconds: float, wait_seconds: float, worked_second
     """For the screen: what an exchange did cost."""
     step_seconds = worked_seconds / num_steps
     share = exchange_seconds / (exchange_seconds + worked_seconds)
-    advice = f"; parallel.local_steps={enough_steps(exchange_seconds, step_seconds)} would make it {100 * SHARE:g}%" if share > SHARE else ""
-    return (f"peers     that exchange took {exchange_seconds:.2f} s, after {num_steps} steps in {worked_seconds:.2f} s and a wait of "
-            f"{wait_seconds:.2f} s: {100 * share:.1f}% of the time without the wait{advice}")
+    advice = (
+        f"; parallel.local_steps={enough_steps(exchange_seconds, step_seconds)} would make it {100 * SHARE:g}%"
+        if share > SHARE
+        else ""
+    )
+    return (
+        f"peers     that exchange took {exchange_seconds:.2f} s, after {num_steps} steps in {worked_seconds:.2f} s and a wait of "
+        f"{wait_seconds:.2f} s: {100 * share:.1f}% of the time without the wait{advice}"
+    )

@@ -49,9 +49,23 @@ class PeerGroup:
         say: where lines for the person go.
     """
 
-    def __init__(self, address: str, port: int, join: str | None, number: int, patience_seconds: float = 120.0,
-                 say: Callable[[str], None] = LOGGER.info):
-        self.address, self.port, self.join, self.number, self.patience_seconds, self.say = address, port, join, number, patience_seconds, say
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        join: str | None,
+        number: int,
+        patience_seconds: float = 120.0,
+        say: Callable[[str], None] = LOGGER.info,
+    ):
+        self.address, self.port, self.join, self.number, self.patience_seconds, self.say = (
+            address,
+            port,
+            join,
+            number,
+            patience_seconds,
+            say,
+        )
         self.id = uuid.uuid4().hex
         self.beats: dict[str, Heartbeat] = {}
         self.place: Endpoint | None = None
@@ -76,7 +90,9 @@ class PeerGroup:
         self._update_endpoints(places)
         deadline = time.monotonic() + 2 * heartbeat.SILENT_SECONDS
         while not self.beats[self.home].answers and time.monotonic() < deadline:
-            time.sleep(0.02)  # from here on the others wait for this peer: the lighthouse has heard of it (unless home is gone)
+            time.sleep(
+                0.02
+            )  # from here on the others wait for this peer: the lighthouse has heard of it (unless home is gone)
 
     def _handshake(self, facts: dict[str, Any]) -> list[str]:
         """Where the run meets. Raises as `open` does."""
@@ -84,11 +100,16 @@ class PeerGroup:
             store = open_store(self.join, 10.0)
             theirs, places = json.loads(store.get("facts")), json.loads(store.get("places"))
         except (OSError, RuntimeError) as error:
-            raise RunError(f"no peer answers at {self.join}: is it running, and does no firewall stand between? "
-                           "The first peer prints the address that others join with") from error
+            raise RunError(
+                f"no peer answers at {self.join}: is it running, and does no firewall stand between? "
+                "The first peer prints the address that others join with"
+            ) from error
         theirs, mine = dict(leaves(theirs)), dict(leaves(json.loads(json.dumps(facts))))
-        apart = [f"{key} is {theirs.get(key)} there and {mine.get(key)} here"
-                 for key in sorted(theirs.keys() | mine.keys()) if theirs.get(key) != mine.get(key)]
+        apart = [
+            f"{key} is {theirs.get(key)} there and {mine.get(key)} here"
+            for key in sorted(theirs.keys() | mine.keys())
+            if theirs.get(key) != mine.get(key)
+        ]
         if apart:
             more = f"; and {len(apart) - 5} more" if len(apart) > 5 else ""
             raise SettingsError(f"this peer does not fit the run at {self.join}: {'; '.join(apart[:5])}{more}")
@@ -141,7 +162,9 @@ class PeerGroup:
                 members, name = self._assemble(standing)
                 if joining and len(members) == 1:
                     if time.monotonic() - began > self.patience_seconds:
-                        raise RunError(f"the peer at {self.join} is gone, and no other was met: start this one with --host-peers to go on alone")
+                        raise RunError(
+                            f"the peer at {self.join} is gone, and no other was met: start this one with --host-peers to go on alone"
+                        )
                     time.sleep(heartbeat.BEAT_SECONDS)
                     continue
                 assembled = time.monotonic()
@@ -149,12 +172,25 @@ class PeerGroup:
                     mean, worked, outer = self._average(standing, members, name)
                 except (OSError, RuntimeError) as error:
                     reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-                    self.say(f"peers     an exchange of {len(members)} broke off ({reason}); again, with whoever is there")
+                    self.say(
+                        f"peers     an exchange of {len(members)} broke off ({reason}); again, with whoever is there"
+                    )
                     continue
                 leader = choose_leader(members)
-                self._update_endpoints([member.place for member in sorted(members, key=lambda member: (member.since, member.id))])
-                return ExchangeResult(mean, worked, leader.count, leader.step, outer, members, assembled - began,
-                               time.monotonic() - assembled, ring_bytes(len(mean), len(members)))
+                self._update_endpoints(
+                    [member.place for member in sorted(members, key=lambda member: (member.since, member.id))]
+                )
+                return ExchangeResult(
+                    mean,
+                    worked,
+                    leader.count,
+                    leader.step,
+                    outer,
+                    members,
+                    assembled - began,
+                    time.monotonic() - assembled,
+                    ring_bytes(len(mean), len(members)),
+                )
         finally:
             self._exchanging = False
             self.touch()
@@ -169,7 +205,10 @@ class PeerGroup:
                 wait([asked], timeout=0.2)  # the others train
             if asked.done() and not asked.exception():
                 quorum = asked.result()
-                members = [Member(id=peer.replica_id, place=peer.store_address, count=peer.step, **peer.data) for peer in quorum.participants]
+                members = [
+                    Member(id=peer.replica_id, place=peer.store_address, count=peer.step, **peer.data)
+                    for peer in quorum.participants
+                ]
                 return members, f"{quorum.created.seconds}.{quorum.created.nanos}"
             if asked.done():  # nobody listens there any more
                 self.beats[place].begin_anew()
@@ -186,10 +225,26 @@ class PeerGroup:
         return self.place.text
 
     def _ask(self, place: str, standing: PeerState, mark: str) -> Any:
-        client = coordination().LighthouseClient(lighthouse_of(place), connect_timeout=timedelta(seconds=heartbeat.SILENT_SECONDS))
-        about = {"number": self.number, "since": self.since, "step": standing.step, "share": standing.share, "mark": mark}
-        return client.quorum(self.id, timeout=FOREVER, address="", store_address=self.place.text, step=standing.count, world_size=1,
-                             shrink_only=False, data=about)
+        client = coordination().LighthouseClient(
+            lighthouse_of(place), connect_timeout=timedelta(seconds=heartbeat.SILENT_SECONDS)
+        )
+        about = {
+            "number": self.number,
+            "since": self.since,
+            "step": standing.step,
+            "share": standing.share,
+            "mark": mark,
+        }
+        return client.quorum(
+            self.id,
+            timeout=FOREVER,
+            address="",
+            store_address=self.place.text,
+            step=standing.count,
+            world_size=1,
+            shrink_only=False,
+            data=about,
+        )
 
     def _average(self, standing: PeerState, members: list[Member], name: str) -> tuple[Tensor, bool, Tensor | None]:
         """The mean, whether anybody had worked, and the leader's outer state where this peer needs it.
@@ -217,7 +272,9 @@ class PeerGroup:
         options._devices, options._timeout = [self.device], timedelta(seconds=CONNECT_SECONDS)
         return dist.ProcessGroupGloo(dist.PrefixStore(name, open_store(place, CONNECT_SECONDS)), rank, size, options)
 
-    def _sync_outer_state(self, group: dist.ProcessGroupGloo, standing: PeerState, members: list[Member], leader: Member, mine: int) -> Tensor | None:
+    def _sync_outer_state(
+        self, group: dist.ProcessGroupGloo, standing: PeerState, members: list[Member], leader: Member, mine: int
+    ) -> Tensor | None:
         """Send the outer state to those who stand elsewhere than the leader, or receive it."""
         patience, leads = timedelta(seconds=self.patience_seconds), members.index(leader)
         if mine == leads:

@@ -14,14 +14,39 @@ from parallel.peers.endpoint import check_own, coordination, own_address, split_
 from parallel.peers.rendezvous import PeerGroup
 
 # What may differ between peers: how each spreads its own work, and at which precision. Memory and GPUs differ.
-FREE = ("strategy", "engine.zero_optimization", "engine.bf16", "engine.gradient_accumulation_steps", "parallel.patience_seconds")
+FREE = (
+    "strategy",
+    "engine.zero_optimization",
+    "engine.bf16",
+    "engine.gradient_accumulation_steps",
+    "parallel.patience_seconds",
+)
 # Flags of train.py that are one peer's own; the others are handed on. With the number of words that follow.
-OWN_FLAGS = {"--host-peers": 1, "--join": 1, "--peer-address": 1, "--preset": 1, "--name": 1, "--runs-dir": 1, "--stop-at": 1, "--stage-to": 1,
-             "--fresh": 0, "--link-gbps": 1, "--step-seconds": 1, "--local_rank": 1, "--strategy": 1}
+OWN_FLAGS = {
+    "--host-peers": 1,
+    "--join": 1,
+    "--peer-address": 1,
+    "--preset": 1,
+    "--name": 1,
+    "--runs-dir": 1,
+    "--stop-at": 1,
+    "--stage-to": 1,
+    "--fresh": 0,
+    "--link-gbps": 1,
+    "--step-seconds": 1,
+    "--local_rank": 1,
+    "--strategy": 1,
+}
 
 
-def meeting_of(host_peers: str | None, join: str | None, peer_address: str | None, runs_dir: Path, name: str | None,
-               patience_seconds: float) -> PeerGroup | None:
+def meeting_of(
+    host_peers: str | None,
+    join: str | None,
+    peer_address: str | None,
+    runs_dir: Path,
+    name: str | None,
+    patience_seconds: float,
+) -> PeerGroup | None:
     """The meeting that the flags of these names ask for; None without any.
 
     Raises:
@@ -38,7 +63,11 @@ def meeting_of(host_peers: str | None, join: str | None, peer_address: str | Non
         address, port = split_address(host_peers, "--host-peers")
         return PeerGroup(check_own(address, "--host-peers"), port, None, number=0, patience_seconds=patience_seconds)
     there, port = split_address(join, "--join")
-    address = own_address(there) if not peer_address else check_own(split_address(peer_address, "--peer-address")[0], "--peer-address")
+    address = (
+        own_address(there)
+        if not peer_address
+        else check_own(split_address(peer_address, "--peer-address")[0], "--peer-address")
+    )
     number = peer_number(socket.gethostname(), f"{runs_dir}/{name}")
     return PeerGroup(address, port, f"{there}:{port}", number, patience_seconds)
 
@@ -56,9 +85,17 @@ def data_seed(seed: int, number: int) -> int:
 def agreement(facts: dict[str, Any], num_parameters: int) -> dict[str, Any]:
     """What peers must have in common, from the facts of `run.json`."""
     settings = {path: value for path, value in leaves(facts["settings"]) if not path.startswith(FREE)}
-    return {**settings, "the dataset's fingerprint": facts["dataset"]["fingerprint"], "the number of parameters": num_parameters,
-            **{f"--{key.replace('_', '-')}": facts[key] for key in ("seed", "max_steps", "hold_out", "init_weights", "synthetic")},
-            "steps an epoch": facts["steps_per_epoch"], "steps in all": facts["total_steps"]}
+    return {
+        **settings,
+        "the dataset's fingerprint": facts["dataset"]["fingerprint"],
+        "the number of parameters": num_parameters,
+        **{
+            f"--{key.replace('_', '-')}": facts[key]
+            for key in ("seed", "max_steps", "hold_out", "init_weights", "synthetic")
+        },
+        "steps an epoch": facts["steps_per_epoch"],
+        "steps in all": facts["total_steps"],
+    }
 
 
 def join_command(facts: dict[str, Any], place: str) -> str:
@@ -71,4 +108,6 @@ def join_command(facts: dict[str, Any], place: str) -> str:
         elif not value:
             for _ in range(OWN_FLAGS[flag]):
                 next(words, None)
-    return shlex.join(["./launch_local_train.sh", "--strategy", "local", "--join", place, "--preset", facts["preset"], *handed])
+    return shlex.join(
+        ["./launch_local_train.sh", "--strategy", "local", "--join", place, "--preset", facts["preset"], *handed]
+    )

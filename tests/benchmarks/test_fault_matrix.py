@@ -48,13 +48,23 @@ def test_a_run_survives_every_fault(scene, fault):
         survives(scene, fault, seed)
 
 
-@pytest.mark.parametrize(("name", "said"), [("weights.safetensors", "weights.safetensors differs"), ("best.safetensors", "best.safetensors differs"),
-                                            ("metrics.jsonl", "metrics.jsonl differs")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("weights.safetensors", "weights.safetensors differs"),
+        ("best.safetensors", "best.safetensors differs"),
+        ("metrics.jsonl", "metrics.jsonl differs"),
+    ],
+)
 def test_a_single_bit_is_noticed(scene, tmp_path, name, said):
     copy = RunFolder(shutil.copytree(scene.undisturbed.folder, tmp_path / "copy"))
     assert difference(copy, scene.undisturbed) is None
     path = copy.folder / name
-    content = path.read_text().replace('"test_correct": ', '"test_correct": 1').encode() if name == "metrics.jsonl" else path.read_bytes()[:-1] + b"x"
+    content = (
+        path.read_text().replace('"test_correct": ', '"test_correct": 1').encode()
+        if name == "metrics.jsonl"
+        else path.read_bytes()[:-1] + b"x"
+    )
     path.write_bytes(content)
     assert difference(copy, scene.undisturbed).startswith(said)
 
@@ -62,14 +72,32 @@ def test_a_single_bit_is_noticed(scene, tmp_path, name, said):
 def test_the_table_counts_what_was_lost():
     from benchmarks.fault_matrix import Outcome
 
-    table = as_table([Outcome("cut", 0, 4, False, None), Outcome("cut", 1, 4, False, "weights differ"), Outcome("killed-saving", 2, 2, True, None)])
+    table = as_table(
+        [
+            Outcome("cut", 0, 4, False, None),
+            Outcome("cut", 1, 4, False, "weights differ"),
+            Outcome("killed-saving", 2, 2, True, None),
+        ]
+    )
     assert "| 2 | 1 | 1 | 0 |" in table and "| 1 | 1 | 0 | 1 |" in table and table.endswith("| all | | 3 | 2 | 1 | 1 |")
 
 
 def test_what_checkpoints_cost_is_measured_and_kept(training, tmp_path):
     """That it runs and says what it measured; the figures are of a busy moment."""
     preset, data_dir = training[1], training[3]
-    run("benchmarks/checkpoint_cost.py", "--preset", preset, "--data-dir", data_dir, "--steps", 2, "--rounds", 2, "--out", tmp_path / "cost")
+    run(
+        "benchmarks/checkpoint_cost.py",
+        "--preset",
+        preset,
+        "--data-dir",
+        data_dir,
+        "--steps",
+        2,
+        "--rounds",
+        2,
+        "--out",
+        tmp_path / "cost",
+    )
     facts, text = json.loads((tmp_path / "cost.json").read_text()), (tmp_path / "cost.md").read_text()
     assert len(facts["plain"]) == len(facts["saving"]) == len(facts["waited"]) == 2 and facts["bytes"] > 10_000
     assert f"**{100 * facts['share']:.2f} %**" in text and f"{facts['bytes'] / 1e6:.1f} MB a checkpoint" in text

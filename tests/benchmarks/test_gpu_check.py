@@ -1,6 +1,6 @@
 """benchmarks/gpu_check.py: parts end within their limits, say what they found, and do not end one another.
 
-    pytest tests/benchmarks/test_gpu_check.py            without the parts that take minutes; those: -m slow
+pytest tests/benchmarks/test_gpu_check.py            without the parts that take minutes; those: -m slow
 """
 
 from __future__ import annotations
@@ -46,17 +46,30 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
         raise NotReached("3 % where 5 % was due")
 
     began = time.monotonic()
-    code, report = check_with(monkeypatch, tmp_path, {
-        "good": part("print('all well')"),
-        "raises": part("raise ValueError('no such thing')"),
-        "hangs": part("import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])", limit=1),
-        "crashes": part("import os; os.abort()"),
-        "disappoints": part("pass", disappoint),
-        "last": part("print('still here')"),
-    })
+    code, report = check_with(
+        monkeypatch,
+        tmp_path,
+        {
+            "good": part("print('all well')"),
+            "raises": part("raise ValueError('no such thing')"),
+            "hangs": part(
+                "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])", limit=1
+            ),
+            "crashes": part("import os; os.abort()"),
+            "disappoints": part("pass", disappoint),
+            "last": part("print('still here')"),
+        },
+    )
     found = {entry["name"]: entry for entry in report["parts"]}
     assert code == 1 and time.monotonic() - began < 60
-    assert [entry["status"] for entry in report["parts"]] == ["passed", "failed", "failed", "failed", "failed", "passed"]
+    assert [entry["status"] for entry in report["parts"]] == [
+        "passed",
+        "failed",
+        "failed",
+        "failed",
+        "failed",
+        "passed",
+    ]
     assert found["good"]["figures"] == {"said": "all well"} and found["last"]["figures"] == {"said": "still here"}
     assert "ValueError: no such thing" in found["raises"]["words"] and "raises.log" in found["raises"]["words"]
     assert "took too long" in found["hangs"]["words"] and "exit code -6" in found["crashes"]["words"]
@@ -68,9 +81,13 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
 def test_what_a_part_left_running_is_ended(monkeypatch, tmp_path):
     """A daemon that a part started and that outlives it, in its session."""
     mark, daemon = tmp_path / "mark", tmp_path / "daemon.py"
-    daemon.write_text(f"import pathlib, time\nwhile True:\n    pathlib.Path({str(mark)!r}).write_text(str(time.time()))\n    time.sleep(0.05)\n")
-    code = (f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, {str(daemon)!r}])\n"
-            f"while not os.path.exists({str(mark)!r}): time.sleep(0.05)\nprint('left it')")
+    daemon.write_text(
+        f"import pathlib, time\nwhile True:\n    pathlib.Path({str(mark)!r}).write_text(str(time.time()))\n    time.sleep(0.05)\n"
+    )
+    code = (
+        f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, {str(daemon)!r}])\n"
+        f"while not os.path.exists({str(mark)!r}): time.sleep(0.05)\nprint('left it')"
+    )
     assert check_with(monkeypatch, tmp_path, {"one": part(code)})[0] == 0
     before = mark.read_text()
     time.sleep(0.3)
@@ -80,14 +97,22 @@ def test_what_a_part_left_running_is_ended(monkeypatch, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ending_the_check_ends_what_is_at_work(shapes, tmp_path, number):
     """The device part, stopped as soon as it is there."""
-    check = subprocess.Popen([sys.executable, "benchmarks/gpu_check.py", "--parts", "device", "--data-dir", shapes, "--out", tmp_path], cwd=PROJECT,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    check = subprocess.Popen(
+        [sys.executable, "benchmarks/gpu_check.py", "--parts", "device", "--data-dir", shapes, "--out", tmp_path],
+        cwd=PROJECT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     children, deadline = [], time.monotonic() + 30
     while not children:
         assert time.monotonic() < deadline and check.poll() is None
         time.sleep(0.01)
         with suppress(psutil.Error):  # one that asked for GPUs or the commit has just ended
-            children = [child for child in psutil.Process(check.pid).children(recursive=True) if "device_facts" in " ".join(child.cmdline())]
+            children = [
+                child
+                for child in psutil.Process(check.pid).children(recursive=True)
+                if "device_facts" in " ".join(child.cmdline())
+            ]
     check.send_signal(number)
     assert check.wait(30) != 0
     _, left = psutil.wait_procs(children, timeout=10)
@@ -95,7 +120,9 @@ def test_ending_the_check_ends_what_is_at_work(shapes, tmp_path, number):
 
 
 def test_without_what_all_need_nothing_else_is_tried(monkeypatch, tmp_path, capsys):
-    code, report = check_with(monkeypatch, tmp_path, {"first": part("raise SystemExit(2)"), "second": part("print('never')")})
+    code, report = check_with(
+        monkeypatch, tmp_path, {"first": part("raise SystemExit(2)"), "second": part("print('never')")}
+    )
     assert code == 1 and [entry["name"] for entry in report["parts"]] == ["first"]
     assert "without first the other parts can say nothing" in capsys.readouterr().out
 
@@ -104,14 +131,19 @@ def test_the_machine_is_described_and_the_data_looked_for(shapes, tmp_path, caps
     """The real parts that take a moment, on whatever machine the tests run."""
     assert gpu_check.main(["--parts", "device", "--data-dir", str(shapes), "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "check.json").read_text())
-    assert [(entry["name"], entry["status"]) for entry in report["parts"]] == [("device", "passed"), ("prepare", "skipped")]
+    assert [(entry["name"], entry["status"]) for entry in report["parts"]] == [
+        ("device", "passed"),
+        ("prepare", "skipped"),
+    ]
     assert report["commit"] and report["versions"]["torch"] and "cores" in report["device"]["CPU"]
     page = (tmp_path / "check.md").read_text()
     assert report["device"]["CPU"] in page and "TFLOP/s" in page and str(tmp_path) not in page + json.dumps(report)
 
 
 def test_a_missing_dataset_or_part_is_named(tmp_path, capsys):
-    assert gpu_check.main(["--parts", "data", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert (
+        gpu_check.main(["--parts", "data", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    )
     assert "holds no prepared dataset" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         gpu_check.main(["--parts", "trian"])
@@ -164,4 +196,6 @@ def test_the_whole_quick_check_passes(tmp_path):
     assert gpu_check.main(["--quick", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "check.json").read_text())
     assert {entry["name"] for entry in report["parts"]} == set(PARTS)
-    assert {"train", "step", "input", "engines", "data"} <= {entry["name"] for entry in report["parts"] if entry["status"] == "passed"}
+    assert {"train", "step", "input", "engines", "data"} <= {
+        entry["name"] for entry in report["parts"] if entry["status"] == "passed"
+    }

@@ -1,6 +1,6 @@
 """benchmarks/input_pipeline.py: every loader does the same work and is counted alike. Nothing here looks at speeds.
 
-    pytest tests/benchmarks/test_input_pipeline.py
+pytest tests/benchmarks/test_input_pipeline.py
 """
 
 from __future__ import annotations
@@ -34,9 +34,31 @@ def drawn(tmp_path_factory) -> Path:
 def measured(drawn) -> tuple[dict, str, str]:
     """The JSON, the Markdown and the printed text of one small run of everything."""
     files = drawn / "report.json", drawn / "report.md"
-    command = [sys.executable, PROGRAM, "--data-dir", drawn, "--batch-size", BATCH, "--images", IMAGES, "--rounds", ROUNDS, "--threads", 2,
-               "--turn-seconds", 0.01, "--device", "cpu", "--json", files[0], "--markdown", files[1]]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--data-dir",
+        drawn,
+        "--batch-size",
+        BATCH,
+        "--images",
+        IMAGES,
+        "--rounds",
+        ROUNDS,
+        "--threads",
+        2,
+        "--turn-seconds",
+        0.01,
+        "--device",
+        "cpu",
+        "--json",
+        files[0],
+        "--markdown",
+        files[1],
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(files[0].read_text()), files[1].read_text(), done.stdout
 
@@ -47,7 +69,11 @@ def test_the_names_that_can_be_chosen_are_those_of_the_loaders():
 
 def test_every_loader_yields_as_many_images(measured):
     report, _, _ = measured
-    counts = {(job, loader): facts["images_per_epoch"] for job, part in report["jobs"].items() for loader, facts in part["loaders"].items()}
+    counts = {
+        (job, loader): facts["images_per_epoch"]
+        for job, part in report["jobs"].items()
+        for loader, facts in part["loaders"].items()
+    }
     assert set(counts.values()) == {IMAGES // BATCH * BATCH} == {report["settings"]["images_per_epoch"]}
 
 
@@ -85,7 +111,9 @@ def test_goals_are_judged_on_the_fastest_of_ours(measured):
     for verdict in verdicts.values():
         if verdict["met"] is not None:
             job = report["jobs"][verdict["job"]]
-            assert verdict["loader"] == max(OURS, key=lambda name: spread(job["loaders"][name]["images_per_second"]).median)
+            assert verdict["loader"] == max(
+                OURS, key=lambda name: spread(job["loaders"][name]["images_per_second"]).median
+            )
             assert verdict["met"] == (verdict["median"] >= verdict["least"])
         assert verdict["goal"] in printed
     assert verdicts["8 times an in-memory Dataset + DataLoader"]["met"] is not None
@@ -102,17 +130,33 @@ def test_ffcv_that_is_not_installed_is_left_out_with_a_word(drawn, capsys, monke
     monkeypatch.setenv("PYTHONPATH", str(blocker := drawn.parent / "blocked"))
     (blocker / "ffcv").mkdir(parents=True, exist_ok=True)
     (blocker / "ffcv" / "__init__.py").write_text("raise ImportError('no module named ffcv')")
-    arguments = ["--data-dir", str(drawn), "--batch-size", "16", "--rounds", "1", "--loaders", "ffcv", "--jobs", "crop", "--device", "cpu"]
+    arguments = [
+        "--data-dir",
+        str(drawn),
+        "--batch-size",
+        "16",
+        "--rounds",
+        "1",
+        "--loaders",
+        "ffcv",
+        "--jobs",
+        "crop",
+        "--device",
+        "cpu",
+    ]
     assert input_pipeline.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "ffcv: left out: not installed" in printed and "not measured: at least FFCV's speed" in printed
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--loaders", "memry"], "did you mean 'memory'?"),
-    (["--jobs", "flip"], "unknown job 'flip'"),
-    (["--rounds", "0"], "--rounds: must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loaders", "memry"], "did you mean 'memory'?"),
+        (["--jobs", "flip"], "unknown job 'flip'"),
+        (["--rounds", "0"], "--rounds: must be at least 1"),
+    ],
+)
 def test_unknown_names_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         input_pipeline.main(arguments)

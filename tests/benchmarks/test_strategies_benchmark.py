@@ -1,6 +1,6 @@
 """benchmarks/strategies.py: every strategy does the same work and stands in the table, and bytes and seconds add up. No speeds here.
 
-    pytest tests/benchmarks/test_strategies_benchmark.py
+pytest tests/benchmarks/test_strategies_benchmark.py
 """
 
 from __future__ import annotations
@@ -46,9 +46,31 @@ class Forked:
 def measured(shapes, tiny, tmp_path_factory) -> tuple[dict, Path]:
     """The JSON and the folder of a small run of everything. The pipeline's 8 micro-batches need 64 images a step."""
     folder = tmp_path_factory.mktemp("strategies")
-    code = strategies.main(["--data-dir", str(shapes), "--preset", str(tiny), "--set", "model.dropout=0.0", "--set", "parallel.local_steps=2",
-                            "--steps", str(STEPS), "--warm-up", str(WARM_UP), "--rounds", str(ROUNDS), "--processes", "1,2",
-                            "--limit-seconds", "120", "--out", str(folder)], start=Forked)
+    code = strategies.main(
+        [
+            "--data-dir",
+            str(shapes),
+            "--preset",
+            str(tiny),
+            "--set",
+            "model.dropout=0.0",
+            "--set",
+            "parallel.local_steps=2",
+            "--steps",
+            str(STEPS),
+            "--warm-up",
+            str(WARM_UP),
+            "--rounds",
+            str(ROUNDS),
+            "--processes",
+            "1,2",
+            "--limit-seconds",
+            "120",
+            "--out",
+            str(folder),
+        ],
+        start=Forked,
+    )
     assert code == 0
     return json.loads((folder / "strategies.json").read_text()), folder
 
@@ -65,14 +87,20 @@ def payload(row: dict, kind: str) -> float:
 def test_every_strategy_stands_in_the_table_once(measured):
     report, _ = measured
     assert [(row["name"], row["processes"]) for row in report["rows"]] == [
-        ("one process", 1), ("zero 1", 1), *((name, 2) for name in strategies.CASES if name != "dp")]
-    assert {row["name"]: row["failed"] for row in report["rows"]} == dict.fromkeys([row["name"] for row in report["rows"]])
+        ("one process", 1),
+        ("zero 1", 1),
+        *((name, 2) for name in strategies.CASES if name != "dp"),
+    ]
+    assert {row["name"]: row["failed"] for row in report["rows"]} == dict.fromkeys(
+        [row["name"] for row in report["rows"]]
+    )
 
 
 def test_all_are_given_the_same_work(measured):
     report, _ = measured
     assert {(row["batch"]["total"], row["steps"], row["num_parameters"], row["source"]) for row in report["rows"]} == {
-        (64, STEPS, report["rows"][0]["num_parameters"], "tensor")}
+        (64, STEPS, report["rows"][0]["num_parameters"], "tensor")
+    }
     assert {row["counts"]["seen"] for row in report["rows"]} == {10 * TEST_PER_CLASS}
 
 
@@ -94,9 +122,13 @@ def test_an_epoch_is_the_sum_of_its_parts(measured):
         parts = strategy_report.epoch_seconds(row)
         assert min(parts.values()) >= 0
         assert sum(parts.values()) == pytest.approx(2 * parts["running"])
-        assert parts["running"] == pytest.approx(statistics.median(row["running_seconds"]) * row["steps_per_epoch"] / STEPS)
+        assert parts["running"] == pytest.approx(
+            statistics.median(row["running_seconds"]) * row["steps_per_epoch"] / STEPS
+        )
         assert 0 <= row["exposed_share"] <= row["under_way_share"] <= 1
-        assert row["speed_up"] == [a / b for a, b in zip(report["rows"][0]["running_seconds"], row["running_seconds"], strict=True)]
+        assert row["speed_up"] == [
+            a / b for a, b in zip(report["rows"][0]["running_seconds"], row["running_seconds"], strict=True)
+        ]
     assert report["rows"][0]["under_way_share"] == 0
     assert all(row["under_way_share"] > 0 for row in rows(report).values())
 
@@ -105,7 +137,12 @@ def test_the_bytes_are_those_that_the_strategies_owe(measured):
     report, _ = measured
     parameters = 4 * report["rows"][0]["num_parameters"]  # bytes, in fp32
     found = rows(report)
-    for name, kind, share in (("ddp", "all_reduce", 1), ("gossip", "all_reduce", 1), ("local", "all_reduce", 1 / 2), ("zero 0", "all_reduce", 1)):
+    for name, kind, share in (
+        ("ddp", "all_reduce", 1),
+        ("gossip", "all_reduce", 1),
+        ("local", "all_reduce", 1 / 2),
+        ("zero 0", "all_reduce", 1),
+    ):
         assert payload(found[name], kind) == share * parameters, name
         assert sent_by_process(strategy_report.exchanges_of(found[name])) == pytest.approx(share * parameters, abs=200)
     # Shards are padded to equal sizes: a few bytes more. fully_shard makes each layer whole twice, ZeRO 3 too unless it still is.
@@ -145,15 +182,43 @@ def test_the_page_made_of_the_json_is_the_one_that_was_written(measured):
     assert markdown == (folder / "strategies.md").read_text()
     for part in report["projection"]:
         for name, times in part["step_seconds"].items():
-            line = next(line for line in markdown.split(f"### {part['gigabits']:g} Gbit/s")[1].split("\n") if line.startswith(f"| {name} |"))
-            assert [cell.strip(" *") for cell in line.split("|")[2:-1]] == ["-" if time is None else f"{1e3 * time:,.1f}" for time in times]
+            line = next(
+                line
+                for line in markdown.split(f"### {part['gigabits']:g} Gbit/s")[1].split("\n")
+                if line.startswith(f"| {name} |")
+            )
+            assert [cell.strip(" *") for cell in line.split("|")[2:-1]] == [
+                "-" if time is None else f"{1e3 * time:,.1f}" for time in times
+            ]
 
 
 def test_rows_that_fail_say_why_and_the_others_go_on(shapes, tiny, tmp_path, capsys):
     """Two refusals: of the engine, in its processes, and of a graph that does not exist, before they are started."""
-    code = strategies.main(["--data-dir", str(shapes), "--preset", str(tiny), "--strategies", "zero 0,gossip", "--processes", "2", "--steps", "1",
-                            "--set", "train_batch_size=63", "--set", "parallel.topology=rign", "--warm-up", "1", "--rounds", "2",
-                            "--out", str(tmp_path)], start=Forked)
+    code = strategies.main(
+        [
+            "--data-dir",
+            str(shapes),
+            "--preset",
+            str(tiny),
+            "--strategies",
+            "zero 0,gossip",
+            "--processes",
+            "2",
+            "--steps",
+            "1",
+            "--set",
+            "train_batch_size=63",
+            "--set",
+            "parallel.topology=rign",
+            "--warm-up",
+            "1",
+            "--rounds",
+            "2",
+            "--out",
+            str(tmp_path),
+        ],
+        start=Forked,
+    )
     report, printed = json.loads((tmp_path / "strategies.json").read_text()), capsys.readouterr()
     alone, zero, gossip = report["rows"]
     assert code == 0
@@ -167,12 +232,15 @@ def test_a_setting_that_does_not_exist_starts_nothing(shapes, capsys):
     assert "did you mean 'model.width'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--strategies", "zero1"], "did you mean 'zero 1'?"),
-    (["--processes", "1,x"], "--processes: give numbers above 0"),
-    (["--link-gbps", "0"], "--link-gbps: give numbers above 0"),
-    (["--rounds", "0"], "--rounds: must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategies", "zero1"], "did you mean 'zero 1'?"),
+        (["--processes", "1,x"], "--processes: give numbers above 0"),
+        (["--link-gbps", "0"], "--link-gbps: give numbers above 0"),
+        (["--rounds", "0"], "--rounds: must be at least 1"),
+    ],
+)
 def test_unusable_flags_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         strategies.main(arguments)
@@ -187,12 +255,18 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path, capsys):
 # --- groups of processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("body", "reason"), [
-    ("import time; time.sleep(60)", "still at work after 1 s"),
-    ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
-    ("import os, time; os._exit(3) if os.environ['RANK'] == '1' else time.sleep(60)", "process 1 ended with exit code 3"),
-    ("import os; os.kill(os.getpid(), 9)", "process 0 ended with exit code -9"),
-])
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("import time; time.sleep(60)", "still at work after 1 s"),
+        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        (
+            "import os, time; os._exit(3) if os.environ['RANK'] == '1' else time.sleep(60)",
+            "process 1 ended with exit code 3",
+        ),
+        ("import os; os.kill(os.getpid(), 9)", "process 0 ended with exit code -9"),
+    ],
+)
 def test_a_group_that_does_not_answer_is_ended(tmp_path, body, reason):
     program = tmp_path / "worker.py"
     program.write_text(body)
@@ -210,7 +284,10 @@ def simulate_ring(kind: str, processes: int) -> tuple[int, float]:
     for phase in {"all_reduce": 2, "reduce_scatter": 1}[kind] * [None]:
         del phase
         for _ in range(processes - 1):
-            moving = [((p + 1) % processes, (p - rounds) % processes, have[p][(p - rounds) % processes]) for p in range(processes)]
+            moving = [
+                ((p + 1) % processes, (p - rounds) % processes, have[p][(p - rounds) % processes])
+                for p in range(processes)
+            ]
             for to, chunk, summands in moving:
                 have[to][chunk] = have[to][chunk] | summands
             rounds, sent = rounds + 1, sent + 1 / processes
@@ -231,14 +308,19 @@ def test_a_ring_of_all_leaves_each_host_once():
     for per_host in (1, 2, 4):
         layout = Layout(4, per_host)
         num_bytes, rounds = on_the_wire(gradients, Layout(1, per_host), layout)
-        assert num_bytes == pytest.approx(2e6 * (4 * per_host - 1) / (4 * per_host)) and rounds == 2 * (4 * per_host - 1)
+        assert num_bytes == pytest.approx(2e6 * (4 * per_host - 1) / (4 * per_host)) and rounds == 2 * (
+            4 * per_host - 1
+        )
 
 
 @pytest.mark.parametrize("topology", [name for name in TOPOLOGIES if name != "complete"])
 def test_gossip_sends_no_more_with_more_hosts(topology):
     """Over a whole period, and with one worker a host; the complete graph is an all-reduce."""
     weights = [Exchange("all_reduce", 2, calls=1, payload=1e6)]
-    sent = {hosts: on_the_wire(weights, Layout(1, 1, topology=topology), Layout(hosts, 1, topology=topology))[0] for hosts in (2, 4, 8, 16)}
+    sent = {
+        hosts: on_the_wire(weights, Layout(1, 1, topology=topology), Layout(hosts, 1, topology=topology))[0]
+        for hosts in (2, 4, 8, 16)
+    }
     assert max(sent.values()) <= 1e6
     assert on_the_wire(weights, Layout(1, 1, topology="complete"), Layout(16, 1, topology="complete"))[0] > 1.8e6
 
@@ -258,7 +340,10 @@ def test_flags_go_to_all_even_in_gossip():
 
 def test_a_projection_divides_the_computation_and_adds_the_wire():
     gradients = [Exchange("all_reduce", 1, calls=1, payload=1e9 / 8)]
-    seconds = [project(gradients, Layout(1, 1), hosts, compute_seconds=8.0, exposed_seconds=0.5, link=Link(1.0, 0.25)) for hosts in (1, 2, 4)]
+    seconds = [
+        project(gradients, Layout(1, 1), hosts, compute_seconds=8.0, exposed_seconds=0.5, link=Link(1.0, 0.25))
+        for hosts in (1, 2, 4)
+    ]
     assert seconds == [8.5, 4 + 0.5 + 1.0 + 2 * 0.25, 2 + 0.5 + 1.5 + 6 * 0.25]
 
 

@@ -33,23 +33,40 @@ HOSTS = [Host("node1", 2), Host("node2", 2)]
 
 # --- the hostfile -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, hosts", [
-    ("node1 slots=2\nnode2 slots=8 # rack 3\n", [("node1", 2), ("node2", 8)]),
-    ("# all\n\n  me@10.0.0.1\tslots=1\n", [("me@10.0.0.1", 1)]),
-    ("localhost slots=1", [("localhost", 1)]),
-])
+
+@pytest.mark.parametrize(
+    "text, hosts",
+    [
+        ("node1 slots=2\nnode2 slots=8 # rack 3\n", [("node1", 2), ("node2", 8)]),
+        ("# all\n\n  me@10.0.0.1\tslots=1\n", [("me@10.0.0.1", 1)]),
+        ("localhost slots=1", [("localhost", 1)]),
+    ],
+)
 def test_hostfile_is_read(text, hosts):
     assert parse(text) == hosts
 
 
-@pytest.mark.parametrize("text, sentence", [
-    ("", "names no host"), ("# node1 slots=2\n", "names no host"),
-    ("node1", "how many GPUs"), ("node1, slots=2", "comma"), ("node1 slots=2, max_slots=2", "comma"),
-    ("node1 slots=2.5", "whole number"), ("node1 slots=-1", "whole number"), ("node1 slots = 2", "whole number"),
-    ("node1 slots=2 max_slots=4", "whole number"), ("node1 slots=0", "at least 1"), ("node1:2222 slots=2", "colon"),
-    ("node[1-3] slots=2", "one line a host"), ("-oProxyCommand=x slots=1", "no host name"), ("a;b slots=1", "no host name"),
-    ("node1 slots=1\nme@node1 slots=2", "line 2: 'node1' is already on line 1"), ("localhost slots=1\nnode2 slots=1", "by that name"),
-])
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("", "names no host"),
+        ("# node1 slots=2\n", "names no host"),
+        ("node1", "how many GPUs"),
+        ("node1, slots=2", "comma"),
+        ("node1 slots=2, max_slots=2", "comma"),
+        ("node1 slots=2.5", "whole number"),
+        ("node1 slots=-1", "whole number"),
+        ("node1 slots = 2", "whole number"),
+        ("node1 slots=2 max_slots=4", "whole number"),
+        ("node1 slots=0", "at least 1"),
+        ("node1:2222 slots=2", "colon"),
+        ("node[1-3] slots=2", "one line a host"),
+        ("-oProxyCommand=x slots=1", "no host name"),
+        ("a;b slots=1", "no host name"),
+        ("node1 slots=1\nme@node1 slots=2", "line 2: 'node1' is already on line 1"),
+        ("localhost slots=1\nnode2 slots=1", "by that name"),
+    ],
+)
 def test_hostfile_lines_that_deepspeed_would_misread_are_refused(text, sentence):
     with pytest.raises(HostfileError, match=re.escape(sentence)):
         parse(text)
@@ -57,13 +74,18 @@ def test_hostfile_lines_that_deepspeed_would_misread_are_refused(text, sentence)
 
 # --- the script ---------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def cluster(repo):  # noqa: F811
     """The scripts beside a hostfile of two hosts, with an ssh that reaches neither."""
     (repo / "hostfile").write_text("me@node1 slots=2\nnode2 slots=2\n")
-    fake(repo, "ssh", 'if [ "$1" = -G ]; then echo "user me"; echo "hostname ${2#*@}.lan"; exit; fi\n'
-                      'case "$*" in *node1*) echo "me@node1: Permission denied (publickey)." >&2 ;;\n'
-                      '*) echo "ssh: connect: Connection timed out" >&2 ;; esac\nexit 255')
+    fake(
+        repo,
+        "ssh",
+        'if [ "$1" = -G ]; then echo "user me"; echo "hostname ${2#*@}.lan"; exit; fi\n'
+        'case "$*" in *node1*) echo "me@node1: Permission denied (publickey)." >&2 ;;\n'
+        '*) echo "ssh: connect: Connection timed out" >&2 ;; esac\nexit 255',
+    )
     return repo
 
 
@@ -72,7 +94,9 @@ def commands(text):
     found = {}
     for line in text.splitlines():
         host, command = line.split(": ", 1)
-        words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout
+        words = subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True
+        ).stdout
         found[host] = words.split("\0")[:-1]
     return found
 
@@ -91,7 +115,7 @@ def test_dry_run_prints_what_each_host_runs_with_every_argument_unharmed(cluster
     for rank, words in enumerate(found.values()):
         assert words[1:4] == ["-u", "-m", "deepspeed.launcher.launch"] and f"--node_rank={rank}" in words
         assert "--master_addr=node1" in words and "--master_port=21000" in words
-        assert words[words.index(str(cluster / "train.py")) + 1:] == AWKWARD
+        assert words[words.index(str(cluster / "train.py")) + 1 :] == AWKWARD
         (world,) = [word.split("=", 1)[1] for word in words if word.startswith("--world_info=")]
         assert json.loads(base64.urlsafe_b64decode(world)) == {"node1": [0, 1], "node2": [0, 1]}
 
@@ -105,9 +129,18 @@ def test_hosts_that_do_not_answer_are_named_with_the_mend(cluster):
 
 # --- what the ranks are told, and who is to blame -----------------------------------------------------------------------------
 
+
 def make_plan(hosts, **environment):
-    return Plan(hosts, Meeting("10.0.0.1", 21000, {"node1": "eth0", "node2": "ens3"}), "/venv/bin/python", "/p/train.py", ["--x", "a b"], environment,
-                False, Path("/p/runs"))
+    return Plan(
+        hosts,
+        Meeting("10.0.0.1", 21000, {"node1": "eth0", "node2": "ens3"}),
+        "/venv/bin/python",
+        "/p/train.py",
+        ["--x", "a b"],
+        environment,
+        False,
+        Path("/p/runs"),
+    )
 
 
 def test_each_host_gets_its_own_interface_unless_one_was_named():
@@ -118,43 +151,64 @@ def test_each_host_gets_its_own_interface_unless_one_was_named():
 
 
 def test_limits_of_patience_come_from_variables():
-    assert Limits.of({}) == Limits(20, 20, 30) and Limits.of({"GRACE_SECONDS": "2.5", "REJOIN_SECONDS": ""}) == Limits(20, 2.5, 30)
+    assert Limits.of({}) == Limits(20, 20, 30) and Limits.of({"GRACE_SECONDS": "2.5", "REJOIN_SECONDS": ""}) == Limits(
+        20, 2.5, 30
+    )
     for wrong in ("soon", "0", "-1", "inf"):
         with pytest.raises(ValueError, match=f"SILENCE_SECONDS must be a number of seconds above 0, not '{wrong}'"):
             Limits.of({"SILENCE_SECONDS": wrong})
 
 
 def test_variables_that_matter_are_sent_and_no_others(tmp_path, monkeypatch):
-    kept = {"NCCL_DEBUG": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "DS_ACCELERATOR": "cpu"}
-    assert run_hosts.sent({**kept, "HOME": "/me", "PATH": "/bin", "PYTHON": "/p", "CUDA_VISIBLE_DEVICES": "0", "SSH_AUTH_SOCK": "/s"}) == kept
+    kept = {
+        "NCCL_DEBUG": "1",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": "/x",
+        "LD_LIBRARY_PATH": "/y",
+        "DS_ACCELERATOR": "cpu",
+    }
+    assert (
+        run_hosts.sent(
+            {**kept, "HOME": "/me", "PATH": "/bin", "PYTHON": "/p", "CUDA_VISIBLE_DEVICES": "0", "SSH_AUTH_SOCK": "/s"}
+        )
+        == kept
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / ".deepspeed_env").write_text("# mine\n\nNCCL_DEBUG=INFO\nA=b c=d\nword\n")
     assert run_hosts.deepspeed_env() == {"NCCL_DEBUG": "INFO", "A": "b c=d"}
 
 
-@pytest.mark.parametrize("slots, batch, before, after", [
-    ([8, 8, 8], (1024, 1, 32), 32, [8, 8]),        # 24 ranks cannot share 1024 images
-    ([8, 8, 8], (96, 2, 32), 32, [8, 8, 8]),
-    ([8, 8], (96, 1, 24), 24, [8, 8]),
-    ([2, 1], (64, 1, 4), 4, [2]),
-    ([4], (64, 1, 4), 8, [4]),                     # two pipeline stages a replica: an even number of ranks
-    ([3], (64, 1, 4), 8, [2]),
-    ([1], (64, 1, 4), 8, []),
-])
+@pytest.mark.parametrize(
+    "slots, batch, before, after",
+    [
+        ([8, 8, 8], (1024, 1, 32), 32, [8, 8]),  # 24 ranks cannot share 1024 images
+        ([8, 8, 8], (96, 2, 32), 32, [8, 8, 8]),
+        ([8, 8], (96, 1, 24), 24, [8, 8]),
+        ([2, 1], (64, 1, 4), 4, [2]),
+        ([4], (64, 1, 4), 8, [4]),  # two pipeline stages a replica: an even number of ranks
+        ([3], (64, 1, 4), 8, [2]),
+        ([1], (64, 1, 4), 8, []),
+    ],
+)
 def test_ranks_that_are_left_share_the_same_global_batch(slots, batch, before, after):
     hosts = [Host(f"node{i}", count) for i, count in enumerate(slots)]
     assert [host.slots for host in run_hosts.fit(hosts, *batch, before)] == after
 
 
-TRACE = "starting\nTraceback (most recent call last):\n  File \"x\", line 1\n    y\nValueError: mine\nmore\n"
+TRACE = 'starting\nTraceback (most recent call last):\n  File "x", line 1\n    y\nValueError: mine\nmore\n'
 
 
-@pytest.mark.parametrize("text, last", [
-    (TRACE, "ValueError: mine"), ("a\nerror: no such preset\nb", "b"), ("all well\n", None),
-    ("torch.cuda.OutOfMemoryError: CUDA\n", "torch.cuda.OutOfMemoryError: CUDA"),
-    ("usage: train.py\ntrain.py: error: no such flag\n", "train.py: error: no such flag"),
-])
+@pytest.mark.parametrize(
+    "text, last",
+    [
+        (TRACE, "ValueError: mine"),
+        ("a\nerror: no such preset\nb", "b"),
+        ("all well\n", None),
+        ("torch.cuda.OutOfMemoryError: CUDA\n", "torch.cuda.OutOfMemoryError: CUDA"),
+        ("usage: train.py\ntrain.py: error: no such flag\n", "train.py: error: no such flag"),
+    ],
+)
 def test_the_first_error_of_a_log_is_found(text, last):
     found = agent.first_error(text)
     assert (found[-1] if found else None) == last
@@ -163,24 +217,70 @@ def test_the_first_error_of_a_log_is_found(text, last):
 class Ended:
     def __init__(self, host, code, ranks, lost="", reason=""):
         self.host, self.lost = host, lost
-        self.end = None if lost else {"code": code, "reason": reason, "launcher": ["?"],
-                                      "ranks": {str(rank): {"error": error, "tail": ["tail"]} for rank, error in ranks.items()}}
+        self.end = (
+            None
+            if lost
+            else {
+                "code": code,
+                "reason": reason,
+                "launcher": ["?"],
+                "ranks": {str(rank): {"error": error, "tail": ["tail"]} for rank, error in ranks.items()},
+            }
+        )
         self.process = subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True)
 
 
 ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
 
 
-@pytest.mark.parametrize("agents, gone, code, words", [
-    ([Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 1, {1: ["ValueError: mine"]})], [(0, 0), (1, 1)], 1, "rank 1 on node2 failed first"),
-    ([Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 247, {1: []})], [(0, 0), (1, 1)], 137, "rank 1 on node2 failed first, without a word"),
-    ([Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 0, {}, lost="said nothing for 20 s")], [(0, 0)], 69, "node2 was lost: it said nothing"),
-    ([Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 1, {1: ECHO})], [(1, 1), (0, 0)], 1, "rank 1 on node2 failed first"),
-    ([Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], -9, {1: []}, reason="rank 1 was halted")], [(0, 0)], 1, "node2: rank 1 was halted"),
-    # Ranks that died before they were seen: those that were told to end are not to blame.
-    ([Ended(HOSTS[0], -9, {0: []}, reason="told to"), Ended(HOSTS[1], 247, {1: []})], [], 137, "rank 1 on node2 failed first, without a word (k"),
-    ([Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 3, {1: []})], [(0, 0)], 3, "rank 1 on node2 failed first, without a word; its"),
-])
+@pytest.mark.parametrize(
+    "agents, gone, code, words",
+    [
+        (
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 1, {1: ["ValueError: mine"]})],
+            [(0, 0), (1, 1)],
+            1,
+            "rank 1 on node2 failed first",
+        ),
+        (
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 247, {1: []})],
+            [(0, 0), (1, 1)],
+            137,
+            "rank 1 on node2 failed first, without a word",
+        ),
+        (
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 0, {}, lost="said nothing for 20 s")],
+            [(0, 0)],
+            69,
+            "node2 was lost: it said nothing",
+        ),
+        (
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 1, {1: ECHO})],
+            [(1, 1), (0, 0)],
+            1,
+            "rank 1 on node2 failed first",
+        ),
+        (
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], -9, {1: []}, reason="rank 1 was halted")],
+            [(0, 0)],
+            1,
+            "node2: rank 1 was halted",
+        ),
+        # Ranks that died before they were seen: those that were told to end are not to blame.
+        (
+            [Ended(HOSTS[0], -9, {0: []}, reason="told to"), Ended(HOSTS[1], 247, {1: []})],
+            [],
+            137,
+            "rank 1 on node2 failed first, without a word (k",
+        ),
+        (
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 3, {1: []})],
+            [(0, 0)],
+            3,
+            "rank 1 on node2 failed first, without a word; its",
+        ),
+    ],
+)
 def test_the_one_to_blame_is_named_and_not_those_who_felt_it(agents, gone, code, words):
     found, cause, _ = blame.cause(agents, gone)
     assert found == code and words in cause
@@ -188,24 +288,25 @@ def test_the_one_to_blame_is_named_and_not_those_who_felt_it(agents, gone, code,
 
 # --- ranks that hang ---------------------------------------------------------------------------------------------------------
 
+
 def wait_for_one_who_does_not_come():
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))    # longer than the test may take
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))  # longer than the test may take
     group = dist.new_group(backend="gloo")
     dist.barrier(group)
     os.environ["HANG_SECONDS"] = "2"
     limit_waits()
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 1:
-        store.wait(["given up"])    # alive all the while, for a closed connection would be noticed at once
+        store.wait(["given up"])  # alive all the while, for a closed connection would be noticed at once
         store.set("seen", "")
         os._exit(0)
     with pytest.raises(RuntimeError, match="(?i)timed? ?out"):
         dist.all_reduce(torch.zeros(1), group=group)
     store.set("given up", "")
-    store.wait(["seen"])    # the store lives in this process
+    store.wait(["seen"])  # the store lives in this process
     os._exit(0)
 
 

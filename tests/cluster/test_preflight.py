@@ -27,10 +27,28 @@ from common.paths import PROJECT
 GPU = {"index": "0", "name": "H200", "total": 141000, "free": 140000, "driver": "580.1"}
 NOW = time.time()
 GOOD = {
-    "project": True, "cwd": True, "commit": "a" * 40, "code": {"train.py": "1", "training/loop.py": "2"}, "given": {"/my.toml": "9"},
-    "environment": {"python": "3.11.7", "torch": "2.11.0", "cuda": "13.0", "deepspeed": "0.19.8", "dali": "2.4.0", "numpy": "2.1"},
-    "gpus": [GPU, {**GPU, "index": "1"}], "data": {"fingerprint": "sha256:abc", "sizes": {"packed/train.npy": 10}},
-    "disk": 100, "shm": 60, "cores": 8, "asked": NOW, "time": NOW + 1, "arrived": NOW + 2, "addresses": [["eth0", "10.0.0.1"]],
+    "project": True,
+    "cwd": True,
+    "commit": "a" * 40,
+    "code": {"train.py": "1", "training/loop.py": "2"},
+    "given": {"/my.toml": "9"},
+    "environment": {
+        "python": "3.11.7",
+        "torch": "2.11.0",
+        "cuda": "13.0",
+        "deepspeed": "0.19.8",
+        "dali": "2.4.0",
+        "numpy": "2.1",
+    },
+    "gpus": [GPU, {**GPU, "index": "1"}],
+    "data": {"fingerprint": "sha256:abc", "sizes": {"packed/train.npy": 10}},
+    "disk": 100,
+    "shm": 60,
+    "cores": 8,
+    "asked": NOW,
+    "time": NOW + 1,
+    "arrived": NOW + 2,
+    "addresses": [["eth0", "10.0.0.1"]],
 }
 HOSTS = [Host("node1", 2), Host("node2", 2)]
 
@@ -52,28 +70,35 @@ def test_hosts_that_agree_have_no_problem():
     assert problems_of({"environment.python": "3.11.9"}) == []
 
 
-@pytest.mark.parametrize("change, sentence, is_warning", [
-    ({"code": {}, "project": False}, "does not have the project", False),
-    ({"commit": "b" * 40, "code": {"train.py": "1", "training/loop.py": "3"}}, "another commit (bbbbbbbb, here aaaaaaaa): training/loop.py", False),
-    ({"code": {"train.py": "1"}}, "the same commit, but other changes in it: training/loop.py", False),
-    ({"cwd": False}, "does not have the folder you stand in", False),
-    ({"given": {}}, "does not have /my.toml", False),
-    ({"given": {"/my.toml": "8"}}, "another content in /my.toml", False),
-    ({"environment": None}, "no usable Python environment", False),
-    ({"environment.torch": "2.7.0"}, "other versions: torch 2.7.0 (node1: 2.11.0)", False),
-    ({"gpus": [GPU]}, "has 1 GPUs and 2 slots", False),
-    ({"gpus": []}, "shows no GPU", False),
-    ({"gpus": [GPU, {**GPU, "index": "1", "free": 12000}]}, "GPU 1: 12 of 138 GB free", True),
-    ({"gpus": [{**GPU, "name": "A100"}] * 2}, "other GPUs (A100) than node1 (H200)", True),
-    ({"data": None}, "does not have the dataset", False),
-    ({"data": {"fingerprint": "sha256:xyz", "sizes": {}}}, "another dataset (xyz, elsewhere abc)", False),
-    ({"data.sizes": {"packed/train.npy": 4}}, "incomplete copy of the dataset (packed/train.npy)", False),
-    ({"disk": 0.1}, "0.1 GB left", False),
-    ({"disk": 3}, "3 GB left", True),
-    ({"shm": 0.06}, "/dev/shm", True),
-    ({"time": NOW - 600}, "clock that is 600 s behind", True),
-    ({"time": NOW + 90}, "clock that is 88 s ahead", True),
-])
+@pytest.mark.parametrize(
+    "change, sentence, is_warning",
+    [
+        ({"code": {}, "project": False}, "does not have the project", False),
+        (
+            {"commit": "b" * 40, "code": {"train.py": "1", "training/loop.py": "3"}},
+            "another commit (bbbbbbbb, here aaaaaaaa): training/loop.py",
+            False,
+        ),
+        ({"code": {"train.py": "1"}}, "the same commit, but other changes in it: training/loop.py", False),
+        ({"cwd": False}, "does not have the folder you stand in", False),
+        ({"given": {}}, "does not have /my.toml", False),
+        ({"given": {"/my.toml": "8"}}, "another content in /my.toml", False),
+        ({"environment": None}, "no usable Python environment", False),
+        ({"environment.torch": "2.7.0"}, "other versions: torch 2.7.0 (node1: 2.11.0)", False),
+        ({"gpus": [GPU]}, "has 1 GPUs and 2 slots", False),
+        ({"gpus": []}, "shows no GPU", False),
+        ({"gpus": [GPU, {**GPU, "index": "1", "free": 12000}]}, "GPU 1: 12 of 138 GB free", True),
+        ({"gpus": [{**GPU, "name": "A100"}] * 2}, "other GPUs (A100) than node1 (H200)", True),
+        ({"data": None}, "does not have the dataset", False),
+        ({"data": {"fingerprint": "sha256:xyz", "sizes": {}}}, "another dataset (xyz, elsewhere abc)", False),
+        ({"data.sizes": {"packed/train.npy": 4}}, "incomplete copy of the dataset (packed/train.npy)", False),
+        ({"disk": 0.1}, "0.1 GB left", False),
+        ({"disk": 3}, "3 GB left", True),
+        ({"shm": 0.06}, "/dev/shm", True),
+        ({"time": NOW - 600}, "clock that is 600 s behind", True),
+        ({"time": NOW + 90}, "clock that is 88 s ahead", True),
+    ],
+)
 def test_what_differs_is_said_of_the_right_host(change, sentence, is_warning):
     (problem,) = problems_of(change)
     assert problem.host == "node2" and sentence in problem.what and problem.warning == is_warning and problem.mend
@@ -86,20 +111,40 @@ def test_gpus_do_not_matter_on_the_cpu_and_what_is_nowhere_is_no_difference():
 
 
 def test_table_has_a_row_for_each_host_and_marks_what_differs():
-    other = {**GOOD, "commit": "b" * 40, "code": {}, "environment": {**GOOD["environment"], "torch": "2.7.0"}, "gpus": [GPU]}
+    other = {
+        **GOOD,
+        "commit": "b" * 40,
+        "code": {},
+        "environment": {**GOOD["environment"], "torch": "2.7.0"},
+        "gpus": [GPU],
+    }
     hosts = [*HOSTS, Host("node3", 1)]
-    rows = checks.table(hosts, [GOOD, other, Unreachable("does not answer", "-")], GOOD, {"node1": "ok"}, False).splitlines()
+    rows = checks.table(
+        hosts, [GOOD, other, Unreachable("does not answer", "-")], GOOD, {"node1": "ok"}, False
+    ).splitlines()
     assert [row.split()[0] for row in rows] == ["host", "node1", "node2", "node3"]
-    assert "!" not in rows[1] and "missing!" in rows[2] and "2.7.0!" in rows[2] and "1/2!" in rows[2] and "does not answer" in rows[3]
+    assert (
+        "!" not in rows[1]
+        and "missing!" in rows[2]
+        and "2.7.0!" in rows[2]
+        and "1/2!" in rows[2]
+        and "does not answer" in rows[3]
+    )
 
 
-@pytest.mark.parametrize("words, reason", [
-    ("me@a: Permission denied (publickey).", "refuses the key"), ("Host key verification failed.", "is not known"),
-    ("ssh: Could not resolve hostname a: Name or service not known", "nobody knows"),
-    ("ssh: connect to host a port 22: Connection refused", "no SSH server"),
-    ("ssh: connect to host a port 22: No route to host", "does not answer"), ("bash: line 1: python3: command not found", "has no python3"),
-    ("something new", "something new"), ("", "exit code 255"),
-])
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ("me@a: Permission denied (publickey).", "refuses the key"),
+        ("Host key verification failed.", "is not known"),
+        ("ssh: Could not resolve hostname a: Name or service not known", "nobody knows"),
+        ("ssh: connect to host a port 22: Connection refused", "no SSH server"),
+        ("ssh: connect to host a port 22: No route to host", "does not answer"),
+        ("bash: line 1: python3: command not found", "has no python3"),
+        ("something new", "something new"),
+        ("", "exit code 255"),
+    ],
+)
 def test_what_ssh_says_in_words(words, reason):
     assert reason in remote.explain("a", 255, words).reason
 
@@ -115,9 +160,16 @@ def test_probe_runs_in_a_bare_python_and_finds_what_is_there(tmp_path, shapes):
     (tmp_path / "git/worktrees/one/commondir").write_text("../..\n")
     (tmp_path / "git/packed-refs").write_text(f"# packed\n{'d' * 40} refs/heads/main\n")
     (project / ".git").write_text("gitdir: ../git/worktrees/one\n")
-    request = {"project": str(project), "python": sys.executable, "data": str(shapes), "given": [str(project / "train.py"), "/nowhere"]}
+    request = {
+        "project": str(project),
+        "python": sys.executable,
+        "data": str(shapes),
+        "given": [str(project / "train.py"), "/nowhere"],
+    }
     words = [sys.executable, "-I", "-S", "-", json.dumps(request)]
-    done = subprocess.run(words, input=(PROJECT / "cluster/probe.py").read_text(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        words, input=(PROJECT / "cluster/probe.py").read_text(), capture_output=True, text=True, timeout=60
+    )
     answer = remote.answer_in(f"Welcome!\n{done.stdout}", "probe.py")
     assert sorted(answer["code"]) == ["cluster/job.py", "train.py"] and answer["commit"] == "d" * 40
     assert answer["data"]["fingerprint"] == json.loads((shapes / "dataset.json").read_text())["fingerprint"]
@@ -133,8 +185,12 @@ def test_answers_of_nvidia_smi_are_read():
 
 
 def test_a_connection_is_checked_and_measured():
-    listener = subprocess.Popen([sys.executable, "-", json.dumps({"role": "listen", "token": "t", "seconds": 20})], stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE, text=True)
+    listener = subprocess.Popen(
+        [sys.executable, "-", json.dumps({"role": "listen", "token": "t", "seconds": 20})],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         listener.stdin.write((PROJECT / "cluster/reachability.py").read_text())
         listener.stdin.close()
@@ -151,7 +207,7 @@ def test_a_connection_is_checked_and_measured():
 
 # --- the page ----------------------------------------------------------------------------------------------------------------
 
-READS_ON = re.compile(r"(has|does|is|cannot|could|refuses|closes|gives|shows) ")    # after a host's name
+READS_ON = re.compile(r"(has|does|is|cannot|could|refuses|closes|gives|shows) ")  # after a host's name
 PREFLIGHT = [PROJECT / "cluster" / name for name in ("host_checks.py", "preflight.py", "remote.py", "sync.py")]
 
 
@@ -171,11 +227,17 @@ def messages():
     for path in PREFLIGHT:
         tree = ast.parse(path.read_text())
         found |= {text for text in texts(tree) if READS_ON.match(text)}
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Problem", "Unreachable")):
+        for call in (
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Problem", "Unreachable")
+        ):
             said = call.args[call.func.id == "Problem"]
             if isinstance(said, (ast.Constant, ast.JoinedStr)):
                 text = next(texts(said))
-                assert READS_ON.match(text) or text.startswith("\0"), f"{path.name}: '{text}' is not looked for in the docs: add its verb to READS_ON"
+                assert READS_ON.match(text) or text.startswith("\0"), (
+                    f"{path.name}: '{text}' is not looked for in the docs: add its verb to READS_ON"
+                )
     return {text: re.compile(".+".join(map(re.escape, text.split("\0")))) for text in found}
 
 
@@ -185,7 +247,11 @@ def test_the_page_lists_every_message_and_no_other():
     listed = [message for row in rows if row not in ("message", "---") for message in row.split("; ")]
     said = messages()
     assert len(said) > 30
-    missing = [text.replace("\0", "...") for text, pattern in said.items() if not any(pattern.match(message) for message in listed)]
+    missing = [
+        text.replace("\0", "...")
+        for text, pattern in said.items()
+        if not any(pattern.match(message) for message in listed)
+    ]
     assert not missing, f"docs/cluster.md does not list: {missing}"
     stale = [message for message in listed if not any(pattern.match(message) for pattern in said.values())]
     assert not stale, f"docs/cluster.md lists what is never said: {stale}"

@@ -34,7 +34,7 @@ AWKWARD = ["a b", "it's", 'say "x"', "a;echo b", "$HOME", "*", "", '--set=x={"k"
 
 # A train.py that only waits: failures are the launcher's business, whatever the ranks compute. Each rank has a child that
 # leaves its session, as a careless worker process might.
-STUB = '''
+STUB = """
 import json, os, pathlib, signal, subprocess, sys, time
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -52,7 +52,7 @@ if stop:
     (out / f"saved{{rank}}").touch()
 child.kill()
 sys.exit(75 if stop else 0)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,10 @@ def cluster(tmp_path_factory, shapes):
     (other / "train.py").write_text("print('an older one')\n")
     facts = json.loads((other / "data/shapes/dataset.json").read_text())
     (other / "data/shapes/dataset.json").write_text(json.dumps({**facts, "fingerprint": "sha256:" + "c" * 64}))
-    own = {"box2": {bare: folder / "empty2"}, "box3": {project: other, bare: folder / "empty3", wheels: folder / "no wheels"}}
+    own = {
+        "box2": {bare: folder / "empty2"},
+        "box3": {project: other, bare: folder / "empty3", wheels: folder / "no wheels"},
+    }
     with Hosts(folder / "hosts", 3, own, ports={"box3": 2222}) as hosts:
         hosts.project, hosts.out, hosts.bare, hosts.wheels = project, folder, bare, wheels
         yield hosts
@@ -93,14 +96,27 @@ def launch(cluster, slots, *arguments, project=None, **variables):
     hostfile.write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
     for path in [*cluster.out.glob("started*"), *cluster.out.glob("saved*")]:
         path.unlink()
-    variables = {"HOSTFILE": str(hostfile), "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **LIMITS, **variables}
-    return cluster.start("box1", [(project or cluster.project) / "launch_distributed_train.sh", *arguments], **variables)
+    variables = {
+        "HOSTFILE": str(hostfile),
+        "PYTHON": sys.executable,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **LIMITS,
+        **variables,
+    }
+    return cluster.start(
+        "box1", [(project or cluster.project) / "launch_distributed_train.sh", *arguments], **variables
+    )
 
 
 def started(cluster, process, ranks):
     """Once all ranks are there: of each its number, what it was started with, and its variables."""
     paths = [cluster.out / f"started{rank}" for rank in range(ranks)]
-    wait_until(lambda: process.poll() is not None or all(path.exists() for path in paths), LIMIT_SECONDS, lambda: end(process, 0))
+    wait_until(
+        lambda: process.poll() is not None or all(path.exists() for path in paths),
+        LIMIT_SECONDS,
+        lambda: end(process, 0),
+    )
     assert process.poll() is None, end(process)
     return [json.loads(path.read_text()) for path in paths]
 
@@ -116,6 +132,7 @@ def end(process, seconds=LIMIT_SECONDS):
 
 
 # --- before the start ---------------------------------------------------------------------------------------------------------
+
 
 def test_preflight_names_what_is_wrong_on_each_host_and_sync_mends_it(cluster):
     arguments = ["--check", "--data-dir", str(cluster.project / "data/shapes")]
@@ -139,8 +156,11 @@ def test_sync_makes_the_environment_on_bare_hosts_and_names_the_one_where_it_can
     programs.copy_scripts(cluster.bare)
     (cluster.bare / "train.py").write_text("")
     (cluster.bare / "requirements.txt").write_text(f"--no-index\n--find-links {cluster.wheels}\nstandin==1.0\n")
-    files = {"METADATA": "Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n", "RECORD": "",
-             "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    files = {
+        "METADATA": "Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n",
+        "RECORD": "",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
     with zipfile.ZipFile(cluster.wheels / "standin-1.0-py3-none-any.whl", "w") as wheel:
         for name, text in files.items():
             wheel.writestr(f"standin-1.0.dist-info/{name}", text)
@@ -148,7 +168,17 @@ def test_sync_makes_the_environment_on_bare_hosts_and_names_the_one_where_it_can
     (packages,) = cluster.bare.glob(".venv/lib/python*/site-packages")
     zipfile.ZipFile(cluster.wheels / "standin-1.0-py3-none-any.whl").extractall(packages)
     python = str(cluster.bare / ".venv/bin/python")
-    code, out = end(launch(cluster, {"box1": 1, "box2": 1, "box3": 1}, "--check", "--sync", project=cluster.bare, PYTHON=python, DRIVER_CUDA="none"))
+    code, out = end(
+        launch(
+            cluster,
+            {"box1": 1, "box2": 1, "box3": 1},
+            "--check",
+            "--sync",
+            project=cluster.bare,
+            PYTHON=python,
+            DRIVER_CUDA="none",
+        )
+    )
     assert code == 3, out
     assert "box2: making the Python environment" in out and "box3: making the Python environment" in out
     assert "box3 could not make the environment: " in out and "No matching distribution found for standin" in out
@@ -158,6 +188,7 @@ def test_sync_makes_the_environment_on_bare_hosts_and_names_the_one_where_it_can
 
 # --- a stand-in for training --------------------------------------------------------------------------------------------------
 
+
 def test_ranks_get_arguments_variables_and_their_logs_and_a_signal_lets_all_of_them_save(cluster):
     process = launch(cluster, {"box1": 1, "box2": 2}, *AWKWARD, NCCL_DEBUG="WARN")
     facts = started(cluster, process, 3)
@@ -165,10 +196,16 @@ def test_ranks_get_arguments_variables_and_their_logs_and_a_signal_lets_all_of_t
     for rank, environment in enumerate(fact[2] for fact in facts):
         # Of two interfaces the one that leads to the others, though the first host's name for itself means the other one.
         assert environment["WORLD_SIZE"] == "3" and environment["MASTER_ADDR"] == "10.177.0.1"
-        assert environment["GLOO_SOCKET_IFNAME"] == "eth0" and environment["NCCL_SOCKET_IFNAME"] == "=eth0" and environment["NCCL_DEBUG"] == "WARN"
+        assert (
+            environment["GLOO_SOCKET_IFNAME"] == "eth0"
+            and environment["NCCL_SOCKET_IFNAME"] == "=eth0"
+            and environment["NCCL_DEBUG"] == "WARN"
+        )
         # DeepSpeed's launcher turns the local ranks of a host when slots differ; each is there once.
         assert environment["LOCAL_RANK"] == ("0", "1", "0")[rank]
-        assert environment["OMP_NUM_THREADS"] == "1" and environment["PATH"].startswith(str(Path(sys.executable).parent))
+        assert environment["OMP_NUM_THREADS"] == "1" and environment["PATH"].startswith(
+            str(Path(sys.executable).parent)
+        )
     process.send_signal(signal.SIGTERM)
     code, out = end(process)
     assert code == 75, out
@@ -215,6 +252,7 @@ def test_ranks_of_a_killed_launcher_save_and_end(cluster):
 
 # --- the real train.py --------------------------------------------------------------------------------------------------------
 
+
 def rank_of(mark, rank):
     """The process of a rank, found by its arguments and its variables."""
     for process in psutil.process_iter():
@@ -227,9 +265,22 @@ def rank_of(mark, rank):
     raise AssertionError(f"no rank {rank}")
 
 
-def test_training_survives_a_killed_rank_and_a_cut_cable_and_gives_the_weights_of_one_host(cluster, shapes, tiny, tmp_path):
+def test_training_survives_a_killed_rank_and_a_cut_cable_and_gives_the_weights_of_one_host(
+    cluster, shapes, tiny, tmp_path
+):
     """Killed in the first start, cut off in the second, finished by the first host alone in the third."""
-    arguments = ["--preset", str(tiny), "--data-dir", str(shapes), "--runs-dir", str(tmp_path), "--set", "model.dropout=0.0", "--epochs", "14"]
+    arguments = [
+        "--preset",
+        str(tiny),
+        "--data-dir",
+        str(shapes),
+        "--runs-dir",
+        str(tmp_path),
+        "--set",
+        "model.dropout=0.0",
+        "--epochs",
+        "14",
+    ]
     alone = programs.start("train.py", *arguments, "--name", "one")
     run = tmp_path / "two"
 
@@ -258,4 +309,6 @@ def test_training_survives_a_killed_rank_and_a_cut_cable_and_gives_the_weights_o
     assert out.count("(BatchNorm): --allow-inexact-resume") == 1
     weights, reference = (load_file(tmp_path / name / "weights.safetensors") for name in ("two", "one"))
     for name, tensor in reference.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            weights[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

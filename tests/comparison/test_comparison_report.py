@@ -36,8 +36,15 @@ def test_unequal_arms_are_named_and_marked(ask, invented, tmp_path):
     ask(COMMON + ARMS + "train_batch_size = 32\n")
     text, data = report(tmp_path)
     assert data["arms"]["gated"]["unequal"] == [
-        "commit: def instead of abc", "device: ('NVIDIA H200', 1) instead of ('CPU', 1)", "images trained on: 192 instead of 384"]
-    assert "- **gated**\\* against plain:" in text and "| gated\\* |" in text and "- **gated**\\* — images trained on: 192" in text
+        "commit: def instead of abc",
+        "device: ('NVIDIA H200', 1) instead of ('CPU', 1)",
+        "images trained on: 192 instead of 384",
+    ]
+    assert (
+        "- **gated**\\* against plain:" in text
+        and "| gated\\* |" in text
+        and "- **gated**\\* — images trained on: 192" in text
+    )
 
 
 def test_equal_arms_are_said_to_be_equal(ask, invented, tmp_path):
@@ -48,16 +55,31 @@ def test_equal_arms_are_said_to_be_equal(ask, invented, tmp_path):
 
 def test_the_numbers_of_a_report(ask, invented, tmp_path):
     for seed in range(6):
-        invented.accuracy |= {f"plain-seed{seed}": 0.5 + seed / 100, f"gated-seed{seed}": 0.55 + seed / 100 + (seed % 2) / 1000}
+        invented.accuracy |= {
+            f"plain-seed{seed}": 0.5 + seed / 100,
+            f"gated-seed{seed}": 0.55 + seed / 100 + (seed % 2) / 1000,
+        }
     code, out, _ = ask(COMMON + ARMS, "--seeds", "6")
     text, data = report(tmp_path)
     plain, gated = data["results"]["validation"]
-    assert code == 0 and plain["mean"] == pytest.approx(52.5) and plain["sd"] == pytest.approx(1.8708, abs=1e-4) and plain["n"] == 6
+    assert (
+        code == 0
+        and plain["mean"] == pytest.approx(52.5)
+        and plain["sd"] == pytest.approx(1.8708, abs=1e-4)
+        and plain["n"] == 6
+    )
     assert gated["difference"]["mean"] == pytest.approx(5.05) and gated["difference"]["p"] == 2 / 64
     sentence = "better by 5.05 ± 0.06 points (p = 0.03, 6 seeds)"
-    assert gated["difference"]["sentence"] == sentence and f"- **gated** against plain: {sentence}." in text and sentence in out
+    assert (
+        gated["difference"]["sentence"] == sentence
+        and f"- **gated** against plain: {sentence}." in text
+        and sentence in out
+    )
     assert "commit abc" in text.lower() and "`model.feed_forward` 'geglu' (not 'mlp')" in text
-    assert all((tmp_path / "results" / "gates" / name).stat().st_size > 5000 for name in ("accuracy.png", "costs.png", "curves.png"))
+    assert all(
+        (tmp_path / "results" / "gates" / name).stat().st_size > 5000
+        for name in ("accuracy.png", "costs.png", "curves.png")
+    )
 
 
 def test_the_test_split_appears_with_final_only(ask, invented, tmp_path):
@@ -67,7 +89,10 @@ def test_the_test_split_appears_with_final_only(ask, invented, tmp_path):
     assert "## Answer on the held-out part of train" in text and "neither used nor shown" in text
     code, out, _ = ask(COMMON + ARMS, "--final")
     text, data = report(tmp_path)
-    assert text.index("## Answer on the test split") < text.index("## Answer on the held-out part of train") and "12.35" in text
+    assert (
+        text.index("## Answer on the test split") < text.index("## Answer on the held-out part of train")
+        and "12.35" in text
+    )
     assert data["results"]["test"][0]["mean"] == pytest.approx(12.3456) and data["final"]
 
 
@@ -75,9 +100,19 @@ def test_a_report_has_no_path_of_this_machine(ask, invented, tmp_path, shapes):
     ask()
     for path in (tmp_path / "results" / "gates").glob("report.*"):
         text = path.read_text()
-        assert not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text) and str(tmp_path) not in text and str(shapes) not in text
-    assert without_paths("no /a/b/c.toml, see https://x.org/a/b and 3/4 of runs/a") == "no c.toml, see https://x.org/a/b and 3/4 of runs/a"
-    assert without_paths("listed in ../../tmp/run/bad.txt, ../top.txt and runs/a/../b") == "listed in bad.txt, top.txt and runs/a/../b"
+        assert (
+            not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text)
+            and str(tmp_path) not in text
+            and str(shapes) not in text
+        )
+    assert (
+        without_paths("no /a/b/c.toml, see https://x.org/a/b and 3/4 of runs/a")
+        == "no c.toml, see https://x.org/a/b and 3/4 of runs/a"
+    )
+    assert (
+        without_paths("listed in ../../tmp/run/bad.txt, ../top.txt and runs/a/../b")
+        == "listed in bad.txt, top.txt and runs/a/../b"
+    )
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
@@ -142,20 +177,43 @@ def test_a_new_feed_forward_is_an_arm_like_any_other_beside_one_that_fails(ask, 
 def test_ctrl_c_lets_the_runs_save_and_they_go_on(tmp_path, tiny, shapes):
     """The whole way: compare.py as a program, the launcher, DeepSpeed's launcher, train.py."""
     (tmp_path / "tiny.toml").write_text(tiny.read_text())
-    (tmp_path / "gates.toml").write_text(COMMON.replace("steps = 6", "steps = 100000").replace("seeds = 2", "seeds = 1") + ARMS)
-    command = [sys.executable, str(PROJECT / "compare.py"), "gates.toml", "--data-dir", str(shapes), "--runs-dir", "runs", "--results-dir", "results"]
-    child = subprocess.Popen(command, cwd=tmp_path, env=programs.clean_environment(), text=True, start_new_session=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    (tmp_path / "gates.toml").write_text(
+        COMMON.replace("steps = 6", "steps = 100000").replace("seeds = 2", "seeds = 1") + ARMS
+    )
+    command = [
+        sys.executable,
+        str(PROJECT / "compare.py"),
+        "gates.toml",
+        "--data-dir",
+        str(shapes),
+        "--runs-dir",
+        "runs",
+        "--results-dir",
+        "results",
+    ]
+    child = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=programs.clean_environment(),
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/gates/*/metrics.jsonl")):
-        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0] if child.poll() is not None else "too slow"
+        assert child.poll() is None and time.monotonic() < deadline, (
+            child.communicate()[0] if child.poll() is not None else "too slow"
+        )
         time.sleep(0.1)
     below = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=60)
     (metrics,) = tmp_path.glob("runs/gates/*/metrics.jsonl")
     record = RunFolder(metrics.parent)
-    assert child.returncode == 75 and "stopping: 1 run(s) save first" in out and "start the same comparison again" in out, out
+    assert (
+        child.returncode == 75 and "stopping: 1 run(s) save first" in out and "start the same comparison again" in out
+    ), out
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in below)
     assert "and saved; start the same run again" in metrics.parent.with_name(f"{metrics.parent.name}.log").read_text()
     saved = int(record.newest_checkpoint().name.removeprefix("step-"))

@@ -18,6 +18,7 @@ from config.settings import Settings, preset_names, resolve
 @pytest.fixture
 def preset(tmp_path):
     """Write a preset and return what `--preset` would be given."""
+
     def write(text: str) -> str:
         path = tmp_path / "mine.toml"
         path.write_text(text)
@@ -26,15 +27,18 @@ def preset(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(("override", "named", "suggested"), [
-    ("model.widht=64", "model.widht", "model.width"),
-    ("optimizer.params.learning_rate=1", "optimizer.params.learning_rate", None),
-    ("optimizer.param.lr=1", "optimizer.param", "optimizer.params"),
-    ("zero_optimization.stages=1", "zero_optimization.stages", "zero_optimization.stage"),
-    ("shedule.shape=linear", "shedule", "schedule"),
-    ("engine.train_batch=4", "train_batch", "train_batch_size"),
-    ("epoch=4", "epoch", "epochs"),
-])
+@pytest.mark.parametrize(
+    ("override", "named", "suggested"),
+    [
+        ("model.widht=64", "model.widht", "model.width"),
+        ("optimizer.params.learning_rate=1", "optimizer.params.learning_rate", None),
+        ("optimizer.param.lr=1", "optimizer.param", "optimizer.params"),
+        ("zero_optimization.stages=1", "zero_optimization.stages", "zero_optimization.stage"),
+        ("shedule.shape=linear", "shedule", "schedule"),
+        ("engine.train_batch=4", "train_batch", "train_batch_size"),
+        ("epoch=4", "epoch", "epochs"),
+    ],
+)
 def test_a_path_that_does_not_exist_is_refused_and_the_nearest_suggested(override, named, suggested):
     with pytest.raises(SettingsError) as refusal:
         resolve(None, [override])
@@ -42,26 +46,30 @@ def test_a_path_that_does_not_exist_is_refused_and_the_nearest_suggested(overrid
     assert suggested is None or f"did you mean '{suggested}'?" in str(refusal.value)
 
 
-@pytest.mark.parametrize(("override", "named", "wanted"), [
-    ("model.width=wide", "model.width", "int"),
-    ("model.width=64.5", "model.width", "int"),
-    ("model.width=true", "model.width", "int"),
-    ("model.feed_forward=3", "model.feed_forward", "str"),
-    ("model.dropout=true", "model.dropout", "float"),
-    ("optimizer.params.lr=fast", "optimizer.params.lr", "float"),
-    ("optimizer.params.betas=0.9", "optimizer.params.betas", "list"),
-    ("bf16.enabled=1", "bf16.enabled", "bool"),
-    ("train_batch_size=128.0", "train_batch_size", "int"),
-    ("epochs=ten", "epochs", "int"),
-])
+@pytest.mark.parametrize(
+    ("override", "named", "wanted"),
+    [
+        ("model.width=wide", "model.width", "int"),
+        ("model.width=64.5", "model.width", "int"),
+        ("model.width=true", "model.width", "int"),
+        ("model.feed_forward=3", "model.feed_forward", "str"),
+        ("model.dropout=true", "model.dropout", "float"),
+        ("optimizer.params.lr=fast", "optimizer.params.lr", "float"),
+        ("optimizer.params.betas=0.9", "optimizer.params.betas", "list"),
+        ("bf16.enabled=1", "bf16.enabled", "bool"),
+        ("train_batch_size=128.0", "train_batch_size", "int"),
+        ("epochs=ten", "epochs", "int"),
+    ],
+)
 def test_a_value_of_another_type_is_refused(override, named, wanted):
     with pytest.raises(SettingsError, match=f"{named} must be of type {wanted}"):
         resolve(None, [override])
 
 
-@pytest.mark.parametrize("override", [
-    "model=vit", "optimizer=AdamW", "zero_optimization.offload_optimizer=cpu", "model.feed_forward_options=384",
-])
+@pytest.mark.parametrize(
+    "override",
+    ["model=vit", "optimizer=AdamW", "zero_optimization.offload_optimizer=cpu", "model.feed_forward_options=384"],
+)
 def test_a_group_cannot_be_given_a_value(override):
     with pytest.raises(SettingsError, match="is a group"):
         resolve(None, [override])
@@ -73,17 +81,39 @@ def test_an_override_without_a_value_is_refused():
 
 
 def test_values_are_read_as_typed():
-    settings = resolve(None, ["optimizer.params.lr=3e-4", "optimizer.params.betas=[0.8, 0.95]", "bf16.enabled=true", "model.drop_path=1",
-                              'model.feed_forward="geglu"', "zero_optimization.stage=2", " model.width =96"])
-    assert settings.engine["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-8, "weight_decay": 0.05}
+    settings = resolve(
+        None,
+        [
+            "optimizer.params.lr=3e-4",
+            "optimizer.params.betas=[0.8, 0.95]",
+            "bf16.enabled=true",
+            "model.drop_path=1",
+            'model.feed_forward="geglu"',
+            "zero_optimization.stage=2",
+            " model.width =96",
+        ],
+    )
+    assert settings.engine["optimizer"]["params"] == {
+        "lr": 3e-4,
+        "betas": [0.8, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.05,
+    }
     assert settings.engine["bf16"]["enabled"] is True and settings.engine["zero_optimization"]["stage"] == 2
     assert settings.model.feed_forward == "geglu" and settings.model.width == 96
-    assert settings.model.drop_path == 1.0 and isinstance(settings.model.drop_path, float)  # an int fits where a float stands
+    assert settings.model.drop_path == 1.0 and isinstance(
+        settings.model.drop_path, float
+    )  # an int fits where a float stands
 
 
 def test_a_preset_beats_the_defaults_set_beats_the_preset_and_flags_beat_all(preset):
-    mine = preset("epochs = 7\n[model]\nwidth = 40\ndepth = 3\n[engine]\ntrain_batch_size = 32\n[engine.optimizer.params]\nlr = 0.5\n")
-    default, settings = resolve(None, []), resolve(mine, ["model.width=80", "train_batch_size=16", "epochs=8"], epochs=9, strategy=None)
+    mine = preset(
+        "epochs = 7\n[model]\nwidth = 40\ndepth = 3\n[engine]\ntrain_batch_size = 32\n[engine.optimizer.params]\nlr = 0.5\n"
+    )
+    default, settings = (
+        resolve(None, []),
+        resolve(mine, ["model.width=80", "train_batch_size=16", "epochs=8"], epochs=9, strategy=None),
+    )
     assert (settings.model.depth, settings.model.width, settings.epochs) == (3, 80, 9)
     assert settings.engine["train_batch_size"] == 16 and settings.engine["optimizer"]["params"]["lr"] == 0.5
     assert (settings.model.heads, settings.strategy) == (default.model.heads, default.strategy)
@@ -93,7 +123,9 @@ def test_a_preset_beats_the_defaults_set_beats_the_preset_and_flags_beat_all(pre
 
 def test_resolving_once_leaves_no_trace_in_the_next():
     before = resolve(None, []).as_dict()
-    resolve(None, ["optimizer.params.lr=9.0", "model.feed_forward_options.hidden=9", "optimizer.params.betas=[0.1, 0.1]"])
+    resolve(
+        None, ["optimizer.params.lr=9.0", "model.feed_forward_options.hidden=9", "optimizer.params.betas=[0.1, 0.1]"]
+    )
     assert resolve(None, []).as_dict() == before
 
 
@@ -117,7 +149,10 @@ def test_another_feed_forward_starts_from_its_own_defaults():
     assert same.feed_forward_options == {"hidden": 256}  # the name that was chosen already: nothing is dropped
     added = resolve(None, ["model.feed_forward=geglu", "model.feed_forward_options.hidden=384"]).model
     assert added.feed_forward_options == {"hidden": 384}
-    assert resolve(None, ["model.feed_forward_options.hidden=64", "model.feed_forward=geglu"]).model.feed_forward_options == {}
+    assert (
+        resolve(None, ["model.feed_forward_options.hidden=64", "model.feed_forward=geglu"]).model.feed_forward_options
+        == {}
+    )
 
 
 def test_another_optimiser_starts_from_its_own_parameters(preset):
@@ -125,21 +160,33 @@ def test_another_optimiser_starts_from_its_own_parameters(preset):
 
     for name, params in OPTIMIZER_PARAMS.items():
         assert resolve(None, [f"optimizer.type={name}"]).engine["optimizer"] == {"type": name, "params": params}
-    given = ["optimizer.params.momentum=0.5", "optimizer.params.lr=1", "optimizer.type=SGD"]  # the type counts first wherever it stands
+    given = [
+        "optimizer.params.momentum=0.5",
+        "optimizer.params.lr=1",
+        "optimizer.type=SGD",
+    ]  # the type counts first wherever it stands
     assert resolve(None, given).engine["optimizer"]["params"] == {**OPTIMIZER_PARAMS["SGD"], "momentum": 0.5, "lr": 1.0}
     mine = preset('[engine.optimizer]\ntype = "Lion"\n[engine.optimizer.params]\nlr = 0.25\n')
     assert resolve(mine, []).engine["optimizer"] == {"type": "Lion", "params": {**OPTIMIZER_PARAMS["Lion"], "lr": 0.25}}
-    assert resolve(mine, ["optimizer.type=Lion"]).engine["optimizer"]["params"]["lr"] == 0.25  # the one that was chosen already
+    assert (
+        resolve(mine, ["optimizer.type=Lion"]).engine["optimizer"]["params"]["lr"] == 0.25
+    )  # the one that was chosen already
     assert resolve(mine, ["engine.optimizer.type=AdamW"]).engine["optimizer"] == resolve(None, []).engine["optimizer"]
 
 
-@pytest.mark.parametrize(("overrides", "sentence"), [
-    (["optimizer.type=SGDD"], "unknown optimizer.type 'SGDD'; did you mean 'SGD'"),
-    (["optimizer.type=SGD", "optimizer.params.beta=0.9"], r"unknown setting 'optimizer.params.beta'.*known: .*optimizer.params.nesterov"),
-    (["optimizer.params.momentum=0.9"], "unknown setting 'optimizer.params.momentum'"),
-    (["optimizer.type=SGD", "optimizer.params.nesterov=1"], "optimizer.params.nesterov must be of type bool"),
-    (["optimizer.type=3"], "optimizer.type must be of type str"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["optimizer.type=SGDD"], "unknown optimizer.type 'SGDD'; did you mean 'SGD'"),
+        (
+            ["optimizer.type=SGD", "optimizer.params.beta=0.9"],
+            r"unknown setting 'optimizer.params.beta'.*known: .*optimizer.params.nesterov",
+        ),
+        (["optimizer.params.momentum=0.9"], "unknown setting 'optimizer.params.momentum'"),
+        (["optimizer.type=SGD", "optimizer.params.nesterov=1"], "optimizer.params.nesterov must be of type bool"),
+        (["optimizer.type=3"], "optimizer.type must be of type str"),
+    ],
+)
 def test_a_parameter_that_the_optimiser_does_not_have_is_refused(overrides, sentence):
     with pytest.raises(SettingsError, match=sentence):
         resolve(None, overrides)
@@ -152,7 +199,10 @@ def test_ds_config_json_is_the_home_of_the_default_optimiser(tmp_path, monkeypat
     monkeypatch.setattr(settings, "DS_CONFIG", tmp_path / "ds_config.json")
     engine["optimizer"] = {"type": "SGD", "params": {"lr": 0.3}}
     settings.DS_CONFIG.write_text(json.dumps(engine))
-    assert resolve(None, []).engine["optimizer"] == {"type": "SGD", "params": {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}}
+    assert resolve(None, []).engine["optimizer"] == {
+        "type": "SGD",
+        "params": {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
+    }
     engine["optimizer"]["params"]["betas"] = [0.9, 0.99]
     settings.DS_CONFIG.write_text(json.dumps(engine))
     with pytest.raises(SettingsError, match="ds_config.json: unknown setting 'optimizer.params.betas'"):
@@ -165,8 +215,15 @@ def test_a_preset_may_name_options_before_the_kind_they_belong_to(preset):
 
 
 def test_resolved_settings_survive_a_round_trip_through_json():
-    settings = resolve("cpu", ["model.feed_forward=geglu", "model.feed_forward_options.hidden=24", "optimizer.params.lr=2.0",
-                               "schedule.shape=linear"])
+    settings = resolve(
+        "cpu",
+        [
+            "model.feed_forward=geglu",
+            "model.feed_forward_options.hidden=24",
+            "optimizer.params.lr=2.0",
+            "schedule.shape=linear",
+        ],
+    )
     again = Settings.from_dict(json.loads(json.dumps(settings.as_dict())))
     assert again == settings
     again.engine["optimizer"]["params"]["lr"] = 1.0
@@ -184,7 +241,9 @@ def test_every_default_is_of_the_type_it_is_declared_as():
     for group in dataclasses.fields(Settings):
         value = getattr(Settings(), group.name)
         for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else []:
-            assert type(getattr(value, field.name)).__name__ == str(field.type).split("[")[0], f"{group.name}.{field.name}"
+            assert type(getattr(value, field.name)).__name__ == str(field.type).split("[")[0], (
+                f"{group.name}.{field.name}"
+            )
 
 
 def test_names_of_a_table_are_read_without_importing_it():
@@ -196,7 +255,10 @@ def test_names_of_a_table_are_read_without_importing_it():
 
 
 def test_the_sentence_for_an_unknown_name_lists_the_known_ones():
-    assert unknown("fruit", "aple", ["pear", "apple"]) == "unknown fruit 'aple'; did you mean 'apple'? (known: apple, pear)"
+    assert (
+        unknown("fruit", "aple", ["pear", "apple"])
+        == "unknown fruit 'aple'; did you mean 'apple'? (known: apple, pear)"
+    )
     assert "did you mean" not in unknown("fruit", "xyz", ["pear", "apple"])
 
 

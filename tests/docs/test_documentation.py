@@ -1,6 +1,6 @@
 """What README.md and docs/ say can be run and is so: every command, link, file name and quoted sentence.
 
-    python -m pytest tests/docs/test_documentation.py        some seconds a page
+python -m pytest tests/docs/test_documentation.py        some seconds a page
 """
 
 from __future__ import annotations
@@ -49,9 +49,16 @@ def new_idea(monkeypatch):
 
 
 def test_a_command_that_nobody_has_thought_of_is_found(tmp_path):
-    (tmp_path / "page.md").write_text("```bash\npython train.py --epochs 1\nfrobnicate --all\nA=1 B=2 python nonsuch.py && ./run_tests.sh\n```\n")
+    (tmp_path / "page.md").write_text(
+        "```bash\npython train.py --epochs 1\nfrobnicate --all\nA=1 B=2 python nonsuch.py && ./run_tests.sh\n```\n"
+    )
     found = commands([tmp_path / "page.md"])
-    assert [str(command) for command in found] == ["python train.py --epochs 1", "frobnicate --all", "A=1 B=2 python nonsuch.py", "./run_tests.sh"]
+    assert [str(command) for command in found] == [
+        "python train.py --epochs 1",
+        "frobnicate --all",
+        "A=1 B=2 python nonsuch.py",
+        "./run_tests.sh",
+    ]
     for command, is_known in zip(found, (True, False, False, True), strict=True):
         if is_known:
             treatment(command)
@@ -82,7 +89,9 @@ def add_the_idea(world: Path) -> None:
     """Do to the world's models/feed_forward.py what the README tells its reader to do."""
     path = world / "models/feed_forward.py"
     if "SquaredReLU" not in (source := path.read_text()):
-        code = re.search(r"```python\n(class SquaredReLU.*?)\n\n\nFEED_FORWARDS", (PROJECT / "README.md").read_text(), re.DOTALL)[1]
+        code = re.search(
+            r"```python\n(class SquaredReLU.*?)\n\n\nFEED_FORWARDS", (PROJECT / "README.md").read_text(), re.DOTALL
+        )[1]
         table = "\nFEED_FORWARDS = {\n"
         assert table in source
         path.write_text(source.replace(table, f'\n{code}\n\n{table}    "squared_relu": SquaredReLU,\n', 1))
@@ -93,14 +102,16 @@ def test_training_would_start_with_these_settings(command, monkeypatch, new_idea
     arguments = command.arguments
     if command.words[0].startswith("./"):
         environment = {**clean_environment(), **dict(command.environment), "DRY_RUN": "1", "PYTHON": sys.executable}
-        done = subprocess.run([command.words[0], *arguments], cwd=world, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [command.words[0], *arguments], cwd=world, env=environment, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, f"{command.page}: {command}\n{done.stderr}"
         last = shlex.split(done.stdout.strip().splitlines()[-1])
-        arguments = last[last.index(str(world / "train.py")) + 1:]
+        arguments = last[last.index(str(world / "train.py")) + 1 :]
     elif command.words[0] == "sbatch":
         script = next(i for i, word in enumerate(arguments) if word.endswith(".sbatch"))
         assert (PROJECT / arguments[script]).is_file()
-        arguments = arguments[script + 1:]
+        arguments = arguments[script + 1 :]
         if all(word.endswith(".toml") for word in arguments):  # experiment files, for compare.sbatch
             assert all(list(PROJECT.glob(word)) for word in arguments)
             return
@@ -109,7 +120,9 @@ def test_training_would_start_with_these_settings(command, monkeypatch, new_idea
     args = parse_arguments()
     settings = resolve(args.preset or "cpu", args.set, epochs=args.epochs, strategy=args.strategy)
     with torch.device("meta"):
-        build_model(settings.model, 10, settings.image_side or (64 if settings.model.architecture.startswith("timm") else 32))
+        build_model(
+            settings.model, 10, settings.image_side or (64 if settings.model.architecture.startswith("timm") else 32)
+        )
     assert settings.strategy in table_names("parallel/strategies.py", "STRATEGIES")
 
 
@@ -148,7 +161,9 @@ def test_links_lead_to_files_and_headings(page):
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), f"{page.name} links to {target}"
-        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}, and {there.name} has no such heading"
+        assert not anchor or anchor in anchors(there), (
+            f"{page.name} links to {target}, and {there.name} has no such heading"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -161,7 +176,12 @@ def test_files_that_are_named_exist(page):
 def sentences() -> list[str]:
     """Every string of our programs, with what is filled in left out; and the text of the shell scripts."""
     found = [path.read_text(encoding="utf-8") for path in PROJECT.glob("*.sh")]
-    for path in (path for pattern in ("*.py", "[a-z]*/*.py", "parallel/*/*.py") for path in PROJECT.glob(pattern) if "tests" not in path.parts):
+    for path in (
+        path
+        for pattern in ("*.py", "[a-z]*/*.py", "parallel/*/*.py")
+        for path in PROJECT.glob(pattern)
+        if "tests" not in path.parts
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
@@ -176,9 +196,15 @@ NOT_OURS = ("ModuleNotFoundError",)
 def test_the_sentences_of_the_troubleshooting_page_are_printed_by_our_programs():
     page = (PROJECT / "docs" / "troubleshooting.md").read_text().split("\n## What is known to go wrong elsewhere")[0]
     ours, rows = sentences(), re.findall(r"^\| ([^|]*`.*?) \|", page, re.MULTILINE)
-    quoted = [sentence for row in rows for sentence in re.findall(r"`([^`]+)`", row) if sentence not in (*NOT_OURS, "python")]
-    missing = [sentence for sentence in quoted for part in sentence.split("...")
-               if len(part.strip(" ()':;")) > 3 and not any(part.strip(" ()':;") in one for one in ours)]
+    quoted = [
+        sentence for row in rows for sentence in re.findall(r"`([^`]+)`", row) if sentence not in (*NOT_OURS, "python")
+    ]
+    missing = [
+        sentence
+        for sentence in quoted
+        for part in sentence.split("...")
+        if len(part.strip(" ()':;")) > 3 and not any(part.strip(" ()':;") in one for one in ours)
+    ]
     assert len(quoted) > 30 and not missing, missing
 
 

@@ -39,4 +39,3 @@ def test_a_new_entry_stands_in_the_table(monkeypatch):
     monkeypatch.setitem(feedforward.FEED_FORWARDS, "mine", Mine)
     row, page = "| `mine` | Something new. | `hidden=0` |", PROJECT / "docs" / "architectures.md"
     assert row in table("feed_forward") and row in update(page.read_text(encoding="utf-8"))
-

@@ -1,6 +1,6 @@
 """The recipes: every preset trains, keeps its budget, says where its numbers come from, and stands in docs/recipes.md.
 
-    pytest tests/docs/test_recipes.py      no GPU, under a minute
+pytest tests/docs/test_recipes.py      no GPU, under a minute
 """
 
 from __future__ import annotations
@@ -23,8 +23,20 @@ from models.cost import count_parameters
 from optim.param_groups import parameter_groups
 from training.arguments import parse_arguments
 
-RECIPES = ["speedrun", "100ep", "300ep", "1500ep", "cifar10", "cifar10-fast", "finetune", "imagenet-resnet50", "tutorial",
-           "cpu", "cpu-quick", "cpu-fp32"]
+RECIPES = [
+    "speedrun",
+    "100ep",
+    "300ep",
+    "1500ep",
+    "cifar10",
+    "cifar10-fast",
+    "finetune",
+    "imagenet-resnet50",
+    "tutorial",
+    "cpu",
+    "cpu-quick",
+    "cpu-fp32",
+]
 TEXT = recipe_costs.DOCUMENT.read_text(encoding="utf-8")
 # What a processor must be spared: the side of the images, and one network of 88 M parameters.
 SMALLER = {
@@ -50,7 +62,21 @@ def test_every_preset_trains(name, shapes, tmp_path):
     """Two steps through train.py, with the recipe's own augmentation, optimiser, schedule, precision and strategy."""
     smaller = [word for text in SMALLER.get(name, []) for word in ("--set", text)]
     batch = ["--set", f"train_batch_size={3 * resolve(name, []).augmentation.repeats}"]
-    programs.run("train.py", "--preset", name, "--data-dir", shapes, "--runs-dir", tmp_path, "--name", name, "--max-steps", 2, *batch, *smaller)
+    programs.run(
+        "train.py",
+        "--preset",
+        name,
+        "--data-dir",
+        shapes,
+        "--runs-dir",
+        tmp_path,
+        "--name",
+        name,
+        "--max-steps",
+        2,
+        *batch,
+        *smaller,
+    )
     (line,) = [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     assert line["step"] == 2 and math.isfinite(line["train_loss"]) and math.isfinite(line["test_loss"])
     ran, asked = json.loads((tmp_path / name / "run.json").read_text())["settings"], resolve(name, []).as_dict()
@@ -73,8 +99,15 @@ def test_muon_trains_the_inner_convolutions_of_the_stem():
         model = build_model(settings.model, 100, 32)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, 1.0, 0.1, find_hidden=True)
-    of_stem = {names[id(p)]: group["hidden"] for group in groups for p in group["params"] if names[id(p)].startswith("0.") and p.ndim == 4}
-    assert len(of_stem) == 7 and [name for name, hidden in of_stem.items() if not hidden] == ["0.patches.steps.0.weight"]
+    of_stem = {
+        names[id(p)]: group["hidden"]
+        for group in groups
+        for p in group["params"]
+        if names[id(p)].startswith("0.") and p.ndim == 4
+    }
+    assert len(of_stem) == 7 and [name for name, hidden in of_stem.items() if not hidden] == [
+        "0.patches.steps.0.weight"
+    ]
 
 
 def test_the_long_recipe_is_the_middle_one_for_longer():
@@ -87,13 +120,21 @@ def test_the_long_recipe_is_the_middle_one_for_longer():
 def test_every_number_has_a_source(name):
     """A word beside it, or a word in the file's head for all that have none."""
     head, _, body = (PRESETS / f"{name}.toml").read_text(encoding="utf-8").partition("\nepochs")
-    bare = [line for line in f"epochs{body}".splitlines() if "#" not in line and re.search(r"= .*\d", re.sub(r'"[^"]*"', "", line))]
+    bare = [
+        line
+        for line in f"epochs{body}".splitlines()
+        if "#" not in line and re.search(r"= .*\d", re.sub(r'"[^"]*"', "", line))
+    ]
     assert not bare or re.search(r"number without a (source|word) beside it", head), f"where do these come from? {bare}"
 
 
 def test_the_command_in_a_preset_is_its_own():
     for name in RECIPES:
-        commands = re.findall(r"^#   (?:python train.py|./launch_local_train.sh) (.*)$", (PRESETS / f"{name}.toml").read_text(), re.MULTILINE)
+        commands = re.findall(
+            r"^#   (?:python train.py|./launch_local_train.sh) (.*)$",
+            (PRESETS / f"{name}.toml").read_text(),
+            re.MULTILINE,
+        )
         assert commands and all(command.startswith(f"--preset {name}") for command in commands), name
 
 
@@ -117,12 +158,20 @@ def test_every_recipe_has_a_section_with_its_command(monkeypatch):
     sections = dict(re.findall(r"^## `([\w-]+)`.*?\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
     assert set(RECIPES) <= set(sections)
     for name in RECIPES:
-        lines = [line for block in re.findall(r"```bash\n(.*?)```", sections[name], re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
+        lines = [
+            line
+            for block in re.findall(r"```bash\n(.*?)```", sections[name], re.DOTALL)
+            for line in block.replace("\\\n", " ").splitlines()
+        ]
         commands = [re.sub(r"^\w+=\S+ ", "", line) for line in lines]
-        commands = [shlex.split(line, comments=True) for line in commands if re.match(r"\./launch_local_train\.sh|python train\.py", line)]
+        commands = [
+            shlex.split(line, comments=True)
+            for line in commands
+            if re.match(r"\./launch_local_train\.sh|python train\.py", line)
+        ]
         assert any(f"--preset {name}" in " ".join(command) for command in commands), name
         for command in commands:
-            monkeypatch.setattr(sys, "argv", ["train.py", *command[1 + command[0].startswith("python"):]])
+            monkeypatch.setattr(sys, "argv", ["train.py", *command[1 + command[0].startswith("python") :]])
             arguments = parse_arguments()
             resolve(arguments.preset, arguments.set)
 

@@ -57,66 +57,125 @@ def out_of_memory(*_: Any, **__: Any) -> None:
 
 
 def cannot(*_: Any, **__: Any) -> None:
-    raise RuntimeError("upsample_bicubic2d_backward_out_cuda does not have a deterministic implementation, but you set ...")
+    raise RuntimeError(
+        "upsample_bicubic2d_backward_out_cuda does not have a deterministic implementation, but you set ..."
+    )
 
 
 SET, NAMED = "--set", ["--name", "mistaken"]
 NEW = {  # these may not leave a run folder
     # settings
-    "unknown": Case([SET, "model.widht=3"], "--set model.widht=3: unknown setting 'model.widht'; did you mean 'model.width'"),
-    "wrong type": Case([SET, "model.depth=two"], "--set model.depth=two: model.depth must be of type int (now 2), not 'two'"),
-    "no value": Case([SET, "model.depth"], "--set model.depth: write it as path=value, for example optimizer.params.lr=3e-4"),
+    "unknown": Case(
+        [SET, "model.widht=3"], "--set model.widht=3: unknown setting 'model.widht'; did you mean 'model.width'"
+    ),
+    "wrong type": Case(
+        [SET, "model.depth=two"], "--set model.depth=two: model.depth must be of type int (now 2), not 'two'"
+    ),
+    "no value": Case(
+        [SET, "model.depth"], "--set model.depth: write it as path=value, for example optimizer.params.lr=3e-4"
+    ),
     "a group": Case([SET, "optimizer=3"], "optimizer is a group; its members are type, params"),
-    "unused": Case(["--strategy", "ddp", SET, "zero_optimization.stage=2"], "strategy ddp would not use zero_optimization.stage=2"),
-    "unused by this strategy": Case([SET, "parallel.topology=complete"], "strategy zero would not use parallel.topology=complete"),
+    "unused": Case(
+        ["--strategy", "ddp", SET, "zero_optimization.stage=2"], "strategy ddp would not use zero_optimization.stage=2"
+    ),
+    "unused by this strategy": Case(
+        [SET, "parallel.topology=complete"], "strategy zero would not use parallel.topology=complete"
+    ),
     "unknown strategy": Case(["--strategy", "nought"], "unknown strategy 'nought'"),
     "unknown preset": Case(["--preset", "cpp"], "unknown preset 'cpp'; did you mean 'cpu'?"),
     "a preset that is no TOML": Case(["--preset", "{place}/broken.toml"], "broken.toml is not valid TOML"),
-    "too large a batch": Case([SET, "train_batch_size=301"], "the train split has 300 images, fewer than one global batch of 301"),
-    "too large a batch in parts": Case([SET, "train_batch_size=302", SET, "gradient_accumulation_steps=2"],
-                                       "the train split has 300 images, fewer than one global batch of 302"),
-    "a batch that does not divide": Case([SET, "gradient_accumulation_steps=3"], "train_batch_size=64 cannot be cut into 1 data-parallel processes"),
-    "a micro-batch that does not divide": Case(["--micro-batch", "7"], "--micro-batch 7: a global batch of 64 on 1 processes is not made of such "
-                                               "parts; choose 2, 4, 8 or another divisor of 64"),
-    "asking a GPU that is not there": Case(["--micro-batch", "auto"], "--micro-batch auto asks a GPU what it has room for, and there is none here"),
-    "skipping where it cannot be": Case(["--skip-bad-steps", SET, "zero_optimization.stage=0"], "--skip-bad-steps needs zero_optimization.stage 1"),
-    "skipping what counts its steps": Case(["--skip-bad-steps", SET, "optimizer.type=Lamb", SET, "zero_optimization.stage=0"],
-                                           "--skip-bad-steps: optimizer.type=Lamb counts its steps itself"),
+    "too large a batch": Case(
+        [SET, "train_batch_size=301"], "the train split has 300 images, fewer than one global batch of 301"
+    ),
+    "too large a batch in parts": Case(
+        [SET, "train_batch_size=302", SET, "gradient_accumulation_steps=2"],
+        "the train split has 300 images, fewer than one global batch of 302",
+    ),
+    "a batch that does not divide": Case(
+        [SET, "gradient_accumulation_steps=3"], "train_batch_size=64 cannot be cut into 1 data-parallel processes"
+    ),
+    "a micro-batch that does not divide": Case(
+        ["--micro-batch", "7"],
+        "--micro-batch 7: a global batch of 64 on 1 processes is not made of such "
+        "parts; choose 2, 4, 8 or another divisor of 64",
+    ),
+    "asking a GPU that is not there": Case(
+        ["--micro-batch", "auto"], "--micro-batch auto asks a GPU what it has room for, and there is none here"
+    ),
+    "skipping where it cannot be": Case(
+        ["--skip-bad-steps", SET, "zero_optimization.stage=0"], "--skip-bad-steps needs zero_optimization.stage 1"
+    ),
+    "skipping what counts its steps": Case(
+        ["--skip-bad-steps", SET, "optimizer.type=Lamb", SET, "zero_optimization.stage=0"],
+        "--skip-bad-steps: optimizer.type=Lamb counts its steps itself",
+    ),
     "an empty held-out part": Case(["--hold-out", "0.001"], "holding out 0.001 of the 30 training images"),
     "steps": Case(["--max-steps", "0"], "argument --max-steps: must be at least 1, not 0", 2),
     "epochs": Case(["--epochs", "few"], "argument --epochs: must be at least 1, not few", 2),
     "stop": Case(["--stop-at", "-1"], "argument --stop-at: must be at least 1, not -1", 2),
-    "interval": Case(["--checkpoint-every", "5 hours"], "argument --checkpoint-every: write it as 500steps, 10min or 30s, not 5 hours", 2),
+    "interval": Case(
+        ["--checkpoint-every", "5 hours"],
+        "argument --checkpoint-every: write it as 500steps, 10min or 30s, not 5 hours",
+        2,
+    ),
     "no checkpoints": Case(["--keep-checkpoints", "0"], "argument --keep-checkpoints: must be at least 1, not 0", 2),
     # the dataset
-    "no archive": Case(["--data-dir", "{place}/new", "--archive", "/nowhere.zip"], "--archive /nowhere.zip does not exist"),
-    "nothing there": Case(["--data-dir", "{place}/new"], "new holds neither a prepared dataset nor images in train/<class>/; check the path"),
+    "no archive": Case(
+        ["--data-dir", "{place}/new", "--archive", "/nowhere.zip"], "--archive /nowhere.zip does not exist"
+    ),
+    "nothing there": Case(
+        ["--data-dir", "{place}/new"],
+        "new holds neither a prepared dataset nor images in train/<class>/; check the path",
+    ),
     "no list": Case(["--data-dir", "{place}/no-list"], "no-list is damaged"),
     "damaged facts": Case(["--data-dir", "{place}/no-facts"], "no-facts is damaged"),
-    "damaged pixels": Case(["--data-dir", "{place}/cut-pixels"], "packed/train.npy is damaged (mmap length is greater than file size); "
-                           "run prepare_dataset.py --force"),
+    "damaged pixels": Case(
+        ["--data-dir", "{place}/cut-pixels"],
+        "packed/train.npy is damaged (mmap length is greater than file size); run prepare_dataset.py --force",
+    ),
     "pixels that are a pickle": Case(["--data-dir", "{place}/pickled-pixels"], "packed/train.npy is damaged"),
     # weights to start from
     "no weights": Case(["--init-weights", "{place}/none.pt"], "none.pt: there is no such file"),
     "pickled code": Case(["--init-weights", "{place}/bomb.pt"], "which could run code when read and are refused"),
-    "weights cut short": Case(["--init-weights", "{place}/cut.safetensors"], "cut.safetensors cannot be read as safetensors"),
+    "weights cut short": Case(
+        ["--init-weights", "{place}/cut.safetensors"], "cut.safetensors cannot be read as safetensors"
+    ),
     "weights of another network": Case(["--init-weights", "{place}/other.pt"], "other.pt"),
     # the disk and the GPU
-    "no folder for runs": Case(["--runs-dir", "{place}/broken.toml/runs"], "mistaken cannot be written (Not a directory); choose another --runs-dir"),
+    "no folder for runs": Case(
+        ["--runs-dir", "{place}/broken.toml/runs"],
+        "mistaken cannot be written (Not a directory); choose another --runs-dir",
+    ),
     "no room": Case([], "MB for its checkpoints and weights, and the disk of", broken={"shutil.disk_usage": full_disk}),
 }
 OLD = {  # these concern a run that is there
-    "a changed dataset": Case(["--name", "changed", "--data-dir", "{place}/relabelled"], "the dataset's fingerprint was "),
-    "a missing image": Case(["--name", "new", "--data-dir", "{place}/no-image", "--source", "files"],
-                            "cannot be read (No such file or directory); restore it, or run prepare_dataset.py --force"),
+    "a changed dataset": Case(
+        ["--name", "changed", "--data-dir", "{place}/relabelled"], "the dataset's fingerprint was "
+    ),
+    "a missing image": Case(
+        ["--name", "new", "--data-dir", "{place}/no-image", "--source", "files"],
+        "cannot be read (No such file or directory); restore it, or run prepare_dataset.py --force",
+    ),
     "another architecture": Case(["--name", "other-network"], "the checkpoint holds another network: "),
     "other classes": Case(["--name", "other-classes"], "3.classify.weight is (9, 32), here (10, 32)"),
-    "another kind of state": Case(["--name", "gossiped"], "the checkpoint holds the state of one worker a process, for gossip"),
-    "another device": Case(["--name", "from-a-gpu"], "would not go on as the same training: kind of device: GPU before, CPU now"),
-    "no memory": Case(["--name", "new"], "the GPU has no room for 64 images at once, but for 32: start the same run again with --micro-batch 32, of "
-                      "which 2 a process make the same global batch", broken={"training.loop.Loop.run": out_of_memory}),
-    "no deterministic kernel": Case(["--name", "new"], "--deterministic: upsample_bicubic2d_backward_out_cuda does not have a deterministic "
-                                    "implementation; leave the flag out", broken={"training.loop.Loop.run": cannot}),
+    "another kind of state": Case(
+        ["--name", "gossiped"], "the checkpoint holds the state of one worker a process, for gossip"
+    ),
+    "another device": Case(
+        ["--name", "from-a-gpu"], "would not go on as the same training: kind of device: GPU before, CPU now"
+    ),
+    "no memory": Case(
+        ["--name", "new"],
+        "the GPU has no room for 64 images at once, but for 32: start the same run again with --micro-batch 32, of "
+        "which 2 a process make the same global batch",
+        broken={"training.loop.Loop.run": out_of_memory},
+    ),
+    "no deterministic kernel": Case(
+        ["--name", "new"],
+        "--deterministic: upsample_bicubic2d_backward_out_cuda does not have a deterministic "
+        "implementation; leave the flag out",
+        broken={"training.loop.Loop.run": cannot},
+    ),
 }
 
 
@@ -125,7 +184,10 @@ def scene(tmp_path_factory, shapes, unbroken) -> Path:
     """Everything that the cases need, in one folder."""
     place = tmp_path_factory.mktemp("scene")
     (place / "broken.toml").write_text("epochs = ")
-    datasets = {name: Path(shutil.copytree(shapes, place / name)) for name in ("no-list", "no-facts", "cut-pixels", "pickled-pixels", "relabelled")}
+    datasets = {
+        name: Path(shutil.copytree(shapes, place / name))
+        for name in ("no-list", "no-facts", "cut-pixels", "pickled-pixels", "relabelled")
+    }
     (datasets["no-list"] / "test_file_list.txt").unlink()
     (datasets["no-facts"] / "dataset.json").write_text('{"packed": true')
     os.truncate(datasets["cut-pixels"] / "packed" / "train.npy", 5000)
@@ -210,9 +272,14 @@ def test_a_mistake_gets_one_sentence(said, name):
 
 
 def test_no_mistake_made_a_run_or_ran_code_or_harmed_what_was_there(said, scene, unbroken):
-    assert not (scene / "runs" / "mistaken").exists() and not (scene / "executed").exists() and not (scene / "new").exists()
+    assert (
+        not (scene / "runs" / "mistaken").exists()
+        and not (scene / "executed").exists()
+        and not (scene / "new").exists()
+    )
     for name in ("changed", "other-network", "other-classes", "gossiped", "from-a-gpu"):
         record = RunFolder(scene / "runs" / name)
         assert record.newest_checkpoint().name == "step-00000044" and record.facts() == unbroken.facts()
-        assert (record.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
-
+        assert (record.folder / "weights.safetensors").read_bytes() == (
+            unbroken.folder / "weights.safetensors"
+        ).read_bytes()

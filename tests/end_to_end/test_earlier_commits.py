@@ -30,8 +30,23 @@ def left(tmp_path) -> Path:
 
 
 def resume(left: Path, *more: object) -> None:
-    programs.run("train.py", "--preset", left / "comparison" / "tiny.toml", "--data-dir", left / "dataset", "--runs-dir", left / "runs",
-                 "--name", "stopped", "--seed", 3, "--hold-out", 0.2, "--no-tensorboard", *more)
+    programs.run(
+        "train.py",
+        "--preset",
+        left / "comparison" / "tiny.toml",
+        "--data-dir",
+        left / "dataset",
+        "--runs-dir",
+        left / "runs",
+        "--name",
+        "stopped",
+        "--seed",
+        3,
+        "--hold-out",
+        0.2,
+        "--no-tensorboard",
+        *more,
+    )
 
 
 def test_a_prepared_dataset_is_read(left):
@@ -53,7 +68,9 @@ def test_a_stopped_run_is_resumed_to_the_same_weights(left, strategy):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     resumed, unbroken = RunFolder(left / "runs/stopped").metrics(), RunFolder(left / "runs/finished").metrics()
     assert [line["step"] for line in resumed] == [line["step"] for line in unbroken]
-    assert [line["train_loss"] for line in resumed] == pytest.approx([line["train_loss"] for line in unbroken], abs=1e-6)
+    assert [line["train_loss"] for line in resumed] == pytest.approx(
+        [line["train_loss"] for line in unbroken], abs=1e-6
+    )
     assert resumed[-1]["test_correct"] == unbroken[-1]["test_correct"]
 
 
@@ -65,8 +82,16 @@ def test_a_finished_run_is_evaluated(left):
 
 
 def test_a_comparison_is_reported_from_its_finished_runs(left):
-    arguments = [left / "comparison/two-arms.toml", "--data-dir", left / "dataset", "--runs-dir", left / "comparison/runs",
-                 "--results-dir", left / "results", "--report-only"]
+    arguments = [
+        left / "comparison/two-arms.toml",
+        "--data-dir",
+        left / "dataset",
+        "--runs-dir",
+        left / "comparison/runs",
+        "--results-dir",
+        left / "results",
+        "--report-only",
+    ]
     programs.run("compare.py", *arguments)
     ours = json.loads((left / "results/two-arms-small/report.json").read_text())
     theirs = json.loads((left / "comparison/report.json").read_text())

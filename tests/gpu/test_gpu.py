@@ -53,7 +53,10 @@ def test_evaluation_on_the_gpu_equals_the_cpu(dataset, source):
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_training_batches_on_the_gpu_equal_the_cpu(dataset, source, name):
     """The plan is the same, so the pixels are, but for roundings of one level and points on the border of two pixels."""
-    on = [Batches(dataset, "train", 100, seed=4, augmentation=POLICIES[name], device=d, source=s) for d, s in (("cuda", source), ("cpu", "tensor"))]
+    on = [
+        Batches(dataset, "train", 100, seed=4, augmentation=POLICIES[name], device=d, source=s)
+        for d, s in (("cuda", source), ("cpu", "tensor"))
+    ]
     for (gpu, gpu_labels), (cpu, cpu_labels) in zip(on[0].epoch(1), on[1].epoch(1), strict=True):
         torch.testing.assert_close(gpu_labels.cpu(), cpu_labels)
         difference = (levels(gpu, dataset) - levels(cpu, dataset)).abs()
@@ -70,14 +73,25 @@ def statistics(batches: Batches) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["crop and flip", "resized crop", "rand augment", "erasing"])
 def test_statistics_of_dali_on_the_gpu_are_those_of_dali_on_the_cpu(dataset, source, name):
     """What a network is shown over some epochs, whatever a single pixel is."""
-    gpu, cpu = (statistics(Batches(dataset, "train", 100, seed=4, augmentation=POLICIES[name], device=d, source=source)) for d in ("cuda", "cpu"))
+    gpu, cpu = (
+        statistics(Batches(dataset, "train", 100, seed=4, augmentation=POLICIES[name], device=d, source=source))
+        for d in ("cuda", "cpu")
+    )
     torch.testing.assert_close(gpu, cpu, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("source", ["resident", "files", "tensor"])
 def test_any_batch_can_be_asked_for(dataset, source):
     def make():
-        return Batches(dataset, "train", 50, seed=3, augmentation=AugmentationSettings(policy="rand_augment"), device="cuda", source=source)
+        return Batches(
+            dataset,
+            "train",
+            50,
+            seed=3,
+            augmentation=AugmentationSettings(policy="rand_augment"),
+            device="cuda",
+            source=source,
+        )
 
     whole = [images.clone() for images, _ in make().epoch(0)]
     again = [images.clone() for images, _ in make().epoch(0, start=3)]
@@ -91,10 +105,29 @@ PLAINLY = ["--set", "model.dropout=0.0", "--set", "compile=off"]
 def trained(shapes, tiny, tmp_path_factory) -> dict[str, Path]:
     """One run for each ZeRO stage and precision, by name."""
     runs = tmp_path_factory.mktemp("gpu-runs")
-    cases = {f"stage{stage}-{p}": (stage, p == "bf16") for stage, p in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))}
+    cases = {
+        f"stage{stage}-{p}": (stage, p == "bf16")
+        for stage, p in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+    }
     for name, (stage, bf16) in cases.items():
-        done = on_gpu("train.py", "--preset", tiny, "--data-dir", shapes, "--runs-dir", runs, "--name", name, "--epochs", 12,
-                       "--set", f"zero_optimization.stage={stage}", "--set", f"bf16.enabled={str(bf16).lower()}", *PLAINLY)
+        done = on_gpu(
+            "train.py",
+            "--preset",
+            tiny,
+            "--data-dir",
+            shapes,
+            "--runs-dir",
+            runs,
+            "--name",
+            name,
+            "--epochs",
+            12,
+            "--set",
+            f"zero_optimization.stage={stage}",
+            "--set",
+            f"bf16.enabled={str(bf16).lower()}",
+            *PLAINLY,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     return {name: runs / name for name in cases}
 
@@ -117,8 +150,14 @@ def test_a_gpu_run_is_evaluated_alike_on_gpu_and_cpu(trained, tmp_path):
     counts = {}
     for where, environment in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
         report = tmp_path / f"{where}.json"
-        done = subprocess.run([sys.executable, "evaluate.py", str(run), "--json", str(report)], cwd=PROJECT, env={**os.environ, **environment},
-                              capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            [sys.executable, "evaluate.py", str(run), "--json", str(report)],
+            cwd=PROJECT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stderr
         counts[where] = json.loads(report.read_text())
     assert counts["gpu"]["correct"] == counts["cpu"]["correct"] == last_line(run)["test_correct"]
@@ -126,8 +165,24 @@ def test_a_gpu_run_is_evaluated_alike_on_gpu_and_cpu(trained, tmp_path):
 
 
 def test_a_stopped_gpu_run_goes_on_where_it_stopped(shapes, tiny, tmp_path, trained):
-    common = ["train.py", "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path, "--name", "again", "--epochs", 12,
-              "--set", "zero_optimization.stage=1", "--set", "bf16.enabled=false", *PLAINLY]
+    common = [
+        "train.py",
+        "--preset",
+        tiny,
+        "--data-dir",
+        shapes,
+        "--runs-dir",
+        tmp_path,
+        "--name",
+        "again",
+        "--epochs",
+        12,
+        "--set",
+        "zero_optimization.stage=1",
+        "--set",
+        "bf16.enabled=false",
+        *PLAINLY,
+    ]
     assert on_gpu(*common, "--stop-at", 21).returncode == 75
     done = on_gpu(*common)
     assert done.returncode == 0 and "resuming  after step 21" in done.stdout, done.stdout + done.stderr
@@ -140,9 +195,15 @@ FASTER = {  # name: what trains as the same without it does
     "compile, bf16": (["--set", "compile=on", "--set", "bf16.enabled=true"], ["--set", "bf16.enabled=true"]),
     "compile, fsdp": (["--strategy", "fsdp", "--set", "compile=on"], []),
     "CUDA graphs": (["--strategy", "ddp", "--set", "compile=reduce-overhead"], []),
-    "CUDA graphs, accumulated": (["--strategy", "ddp", "--set", "compile=reduce-overhead", "--set", "gradient_accumulation_steps=2"], []),
+    "CUDA graphs, accumulated": (
+        ["--strategy", "ddp", "--set", "compile=reduce-overhead", "--set", "gradient_accumulation_steps=2"],
+        [],
+    ),
     "channels last": (["--set", "channels_last=true", *CONVOLUTIONS], CONVOLUTIONS),
-    "Muon with an average": (["--set", "optimizer.type=Muon", "--set", "ema.decay=0.9"], ["--set", "optimizer.type=Muon"]),
+    "Muon with an average": (
+        ["--set", "optimizer.type=Muon", "--set", "ema.decay=0.9"],
+        ["--set", "optimizer.type=Muon"],
+    ),
     "offloaded": (["--set", "zero_optimization.offload_optimizer.device=cpu"], []),
 }
 
@@ -152,8 +213,23 @@ def test_what_makes_it_faster_or_smaller_trains_the_same(shapes, tiny, tmp_path,
     losses = []
     for i, more in enumerate(FASTER[name]):
         off = [] if any("compile" in word for word in more) else ["--set", "compile=off"]
-        done = on_gpu("train.py", "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path, "--name", f"{i}", "--epochs", 4,
-                       "--set", "model.dropout=0.0", *off, *more)
+        done = on_gpu(
+            "train.py",
+            "--preset",
+            tiny,
+            "--data-dir",
+            shapes,
+            "--runs-dir",
+            tmp_path,
+            "--name",
+            f"{i}",
+            "--epochs",
+            4,
+            "--set",
+            "model.dropout=0.0",
+            *off,
+            *more,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [json.loads(line) for line in (tmp_path / f"{i}" / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["train_loss"] for line in lines])

@@ -32,9 +32,16 @@ class Invented:
         self.started.append(task.name)
         for arm, message in self.fails.items():
             if task.name.startswith(arm):
-                task.log.write_text(f"run       here\nTraceback (most recent call last):\n{message}\nTraining failed (exit code 1).\n")
+                task.log.write_text(
+                    f"run       here\nTraceback (most recent call last):\n{message}\nTraining failed (exit code 1).\n"
+                )
                 return Ended(1)
-        write_run(task, self.accuracy.get(task.name, 0.5), self.speed.get(task.name.split("-")[-2], 1000.0), self.facts.get(task.name, {}))
+        write_run(
+            task,
+            self.accuracy.get(task.name, 0.5),
+            self.speed.get(task.name.split("-")[-2], 1000.0),
+            self.facts.get(task.name, {}),
+        )
         return Ended(0)
 
 
@@ -58,16 +65,38 @@ def write_run(task: PlannedRun, accuracy: float, images_per_second: float, chang
     steps = expected["max_steps"] or expected["settings"]["epochs"] * (270 // batch)
     facts = {
         **{key: expected[key] for key in ("settings", "seed", "max_steps", "hold_out")},
-        "dataset": {"name": "shapes", "folder": "data/shapes", "fingerprint": expected["fingerprint"], "classes": list("abcdefghij"),
-                    "image_side": 32, "num_images": {"train": 270, "validation": 30, "test": 70}},
-        "batch": {"total": batch}, "steps_per_epoch": 270 // batch, "total_steps": steps, "commit": "abc", "uncommitted_changes": False,
-        "device": "CPU", "num_processes": 1, "versions": {"torch": "2"}, **changed,
+        "dataset": {
+            "name": "shapes",
+            "folder": "data/shapes",
+            "fingerprint": expected["fingerprint"],
+            "classes": list("abcdefghij"),
+            "image_side": 32,
+            "num_images": {"train": 270, "validation": 30, "test": 70},
+        },
+        "batch": {"total": batch},
+        "steps_per_epoch": 270 // batch,
+        "total_steps": steps,
+        "commit": "abc",
+        "uncommitted_changes": False,
+        "device": "CPU",
+        "num_processes": 1,
+        "versions": {"torch": "2"},
+        **changed,
     }
     record = RunFolder(task.folder)
     record.create(facts)
     seconds = 0.5 + steps * batch / images_per_second
-    line = {"epoch": 1, "step": steps, "training_seconds": seconds, "images_per_second": steps * batch / seconds,
-            "validation_accuracy": accuracy, "validation_seen": 30, "test_accuracy": 0.123456, "test_seen": 70, "test_loss": 1.0}
+    line = {
+        "epoch": 1,
+        "step": steps,
+        "training_seconds": seconds,
+        "images_per_second": steps * batch / seconds,
+        "validation_accuracy": accuracy,
+        "validation_seen": 30,
+        "test_accuracy": 0.123456,
+        "test_seen": 70,
+        "test_loss": 1.0,
+    }
     record.append_metrics(line)
     (task.folder / "state" / f"step-{steps if done else 1:08d}").mkdir(parents=True)
 

@@ -27,13 +27,40 @@ from pathlib import Path
 from common.paths import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-RUN = ("model.py", "evaluate.py", "prepare_dataset.py", "compare.py", "dali_pipeline.py", "tools/keep_run.py", "report.py",
-       "tools/update_docs.py")
+RUN = (
+    "model.py",
+    "evaluate.py",
+    "prepare_dataset.py",
+    "compare.py",
+    "dali_pipeline.py",
+    "tools/keep_run.py",
+    "report.py",
+    "tools/update_docs.py",
+)
 LAUNCHERS = ("./launch_local_train.sh", "./launch_distributed_train.sh", "sbatch")
-FOREIGN = ("source", "sudo", "apt-get", "ssh", "ssh-keygen", "ssh-copy-id", "tensorboard", "pip", "git", "cd", "docker", "srun", "export", "wandb")
+FOREIGN = (
+    "source",
+    "sudo",
+    "apt-get",
+    "ssh",
+    "ssh-keygen",
+    "ssh-copy-id",
+    "tensorboard",
+    "pip",
+    "git",
+    "cd",
+    "docker",
+    "srun",
+    "export",
+    "wandb",
+)
 # What a command gets besides, so that it is quick: only the plan of a comparison, for a dataset of CIFAR's size, which it makes without
 # one; no worker processes, and the archive although there is a dataset.
-ADDED = {"compare.py": ["--dry-run", "--data-dir", "none"], "prepare_dataset.py": ["--force", "--workers", "1"], "report.py": ["--quick"]}
+ADDED = {
+    "compare.py": ["--dry-run", "--data-dir", "none"],
+    "prepare_dataset.py": ["--force", "--workers", "1"],
+    "report.py": ["--quick"],
+}
 # Paths of the reader's machine, and what stands for them in the world.
 PATHS = {"/big/disk/imagenet": "big/disk/imagenet", "/local/disk": "local/disk"}
 
@@ -69,9 +96,17 @@ def commands(pages: list[Path] = PAGES) -> list[Command]:
             for line in block.replace("\\\n", " ").splitlines():
                 for words in split(line):
                     names = [word for word in words if re.match(r"[A-Z_]+=", word)]
-                    names = names[: next((i for i, word in enumerate(words) if word not in names), len(words))]  # those in front
-                    if words[len(names):]:
-                        found.setdefault(Command(tuple(words[len(names):]), tuple(tuple(name.split("=", 1)) for name in names), page.name))
+                    names = names[
+                        : next((i for i, word in enumerate(words) if word not in names), len(words))
+                    ]  # those in front
+                    if words[len(names) :]:
+                        found.setdefault(
+                            Command(
+                                tuple(words[len(names) :]),
+                                tuple(tuple(name.split("=", 1)) for name in names),
+                                page.name,
+                            )
+                        )
     return list(found)
 
 
@@ -99,7 +134,9 @@ def treatment(command: Command) -> str:
         return "foreign"
     if program == "python" and (PROJECT / script).is_file():
         return "run" if script in RUN else "parse"
-    raise AssertionError(f"{command.page} shows '{command}': nothing runs it, and nothing says why not (tests/helpers/documentation.py)")
+    raise AssertionError(
+        f"{command.page} shows '{command}': nothing runs it, and nothing says why not (tests/helpers/documentation.py)"
+    )
 
 
 def make_world(folder: Path, shapes: Path, run: Path) -> Path:
@@ -108,7 +145,9 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
 
     from image_data.preparation.prepare import prepare
 
-    shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "results", "data", "runs"))
+    shutil.copytree(
+        PROJECT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "results", "data", "runs")
+    )
     for name in ("cifar100", "cifar10", "shapes"):
         shutil.copytree(shapes, folder / "data" / name)
     for name, pixels in tree_files().items():
@@ -124,7 +163,9 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
     (folder / "hostfile").write_text("node1 slots=8\nnode2 slots=8\n")  # as docs/cluster.md tells to write it
     facts = json.loads((run / "run.json").read_text())
     facts["dataset"]["folder"] = "data/cifar100"
-    for name in {match for command in commands() for word in command.words for match in re.findall(r"^runs/([\w.-]+)", word)} | {"newest"}:
+    for name in {
+        match for command in commands() for word in command.words for match in re.findall(r"^runs/([\w.-]+)", word)
+    } | {"newest"}:
         shutil.copytree(run, folder / "runs" / name)
         (folder / "runs" / name / "run.json").write_text(json.dumps(facts))
     (example,) = re.findall(r"```toml\n(question.*?)```", (PROJECT / "docs" / "comparing.md").read_text(), re.DOTALL)

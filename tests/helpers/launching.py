@@ -8,9 +8,23 @@ import os
 import subprocess
 import sys
 
-AWKWARD = ["a b", "it's", 'say "x"', "a;touch owned", "$HOME", "$(touch owned)", "`touch owned`", "a|b>owned&c", "*", "?[a-z]{1,2}", "~", "!!", "",
-           "--set=x={\"k\": 1}"]
-STUB = '''
+AWKWARD = [
+    "a b",
+    "it's",
+    'say "x"',
+    "a;touch owned",
+    "$HOME",
+    "$(touch owned)",
+    "`touch owned`",
+    "a|b>owned&c",
+    "*",
+    "?[a-z]{1,2}",
+    "~",
+    "!!",
+    "",
+    '--set=x={"k": 1}',
+]
+STUB = """
 import json, os, pathlib, signal, sys, time
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -28,7 +42,7 @@ while stop and time.time() < latest and not all((out / f"saved{i}").exists() for
     time.sleep(0.01)                    # as train.py does: the launcher tells the others to stop when the first one leaves
 (out / f"ended{rank}").write_text(str(len(stop)))
 sys.exit(75 if stop else int(os.environ.get("STUB_CODE", 0)))
-'''
+"""
 
 
 def fake(repo, name, script):
@@ -39,11 +53,24 @@ def fake(repo, name, script):
 
 def fake_gpus(repo, count, cuda="13.0"):
     lines = "".join(f"echo 'GPU {i}: H200 (UUID: GPU-{i})'\n" for i in range(count))
-    fake(repo, "nvidia-smi", f"if [ \"$1\" = -L ]; then\n{lines}else echo '| Driver Version: 580.1   CUDA Version: {cuda} |'; fi")
+    fake(
+        repo,
+        "nvidia-smi",
+        f"if [ \"$1\" = -L ]; then\n{lines}else echo '| Driver Version: 580.1   CUDA Version: {cuda} |'; fi",
+    )
 
 
 def environment(repo, **variables):
-    ours = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "NUM_PROCS", "MASTER_", "HOSTFILE", "DRIVER_CUDA", "DRY_RUN")
+    ours = (
+        "CUDA_VISIBLE_DEVICES",
+        "DS_ACCELERATOR",
+        "OMP_NUM_THREADS",
+        "NUM_PROCS",
+        "MASTER_",
+        "HOSTFILE",
+        "DRIVER_CUDA",
+        "DRY_RUN",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     path = f"{repo.parent / 'bin'}:{os.environ['PATH']}"
     return {**kept, "PATH": path, "PYTHON": sys.executable, "STUB_OUT": str(repo.parent), **variables}
@@ -51,7 +78,9 @@ def environment(repo, **variables):
 
 def run(repo, script, *arguments, cwd=None, **variables):
     command = [str(repo / script), *arguments]
-    return subprocess.run(command, env=environment(repo, **variables), cwd=cwd or repo.parent, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, env=environment(repo, **variables), cwd=cwd or repo.parent, capture_output=True, text=True, timeout=120
+    )
 
 
 def dry_run(repo, *arguments, script="launch_local_train.sh", **variables):
@@ -60,7 +89,9 @@ def dry_run(repo, *arguments, script="launch_local_train.sh", **variables):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1
     # bash itself takes the line apart, because that is what a person would paste it into
-    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {result.stdout}"], capture_output=True, text=True, check=True).stdout
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {result.stdout}"], capture_output=True, text=True, check=True
+    ).stdout
     return words.split("\0")[:-1]
 
 

@@ -39,8 +39,12 @@ def copy_scripts(folder: Path) -> None:
 
 def run_ranks(processes: int, function: Callable[..., None], *arguments: Any) -> None:
     """Run a function of a test module in a process group of forked processes, which must all succeed."""
-    meeting = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     ranks = [Program(function, arguments, {**meeting, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(processes)]
     for done in [rank.end() for rank in ranks]:
         _check(done, 0)
@@ -50,16 +54,40 @@ def launcher(processes: int, script: str, *arguments: Any) -> list[str]:
     """The command that starts a script as several processes: DeepSpeed's launcher for train.py, torchrun for the rest."""
     words = [str(PROJECT / script), *map(str, arguments)]
     if script != "train.py":
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}", *words]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            f"--master_port={free_port()}",
+            *words,
+        ]
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(processes))}).encode()).decode()
-    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--no_local_rank", f"--world_info={world}",
-            "--master_addr=127.0.0.1", f"--master_port={free_port()}", *words]
+    return [
+        sys.executable,
+        "-u",
+        "-m",
+        "deepspeed.launcher.launch",
+        "--no_local_rank",
+        f"--world_info={world}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+        *words,
+    ]
 
 
 def launch(processes: int, script: str, *arguments: Any, code: int | None = 0) -> Done:
     """Run a script as several processes, by a launcher."""
-    child = subprocess.Popen(launcher(processes, script, *arguments), cwd=PROJECT, env=clean_environment(), text=True, start_new_session=True,
-                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        launcher(processes, script, *arguments),
+        cwd=PROJECT,
+        env=clean_environment(),
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         out, err = child.communicate(timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -87,5 +115,16 @@ def free_port() -> int:
 
 def on_gpu(*arguments: object) -> subprocess.CompletedProcess:
     """Run a script in the project's folder with whatever GPU there is."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("DS_ACCELERATOR", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=280)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("DS_ACCELERATOR", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )

@@ -37,9 +37,20 @@ Case = tuple[str, list[str], dict[str, Any]]
 
 
 def settings_for(*overrides: str) -> Settings:
-    settings = resolve("spt-lsa", [f"train_batch_size={BATCH}", "optimizer.params.lr=0.001", "model.width=24", "model.depth=2",
-                                   "model.heads=2", "model.head_size=8", "model.feed_forward_options.hidden=20", "model.dropout=0.0",
-                                   *overrides])
+    settings = resolve(
+        "spt-lsa",
+        [
+            f"train_batch_size={BATCH}",
+            "optimizer.params.lr=0.001",
+            "model.width=24",
+            "model.depth=2",
+            "model.heads=2",
+            "model.head_size=8",
+            "model.feed_forward_options.hidden=20",
+            "model.dropout=0.0",
+            *overrides,
+        ],
+    )
     params = settings.engine["optimizer"]["params"]
     # Adam divides each gradient by its own size. One that is zero but for rounding would become a whole step in a direction that
     # depends on the machine: with 1e-8 equal runs come apart by 1e-5 on some CPUs.
@@ -134,8 +145,14 @@ def train(engine, until: int = STEPS, soft: bool = False) -> list[float]:
     return [engine.mean(engine.train_batch(stream)) for _ in range(engine.step, until)]
 
 
-def train_and_save(strategy: str, overrides: list[str], folder: Path, soft: bool = False, look: bool = False,
-                   build: Callable[[], nn.Module] | None = None) -> dict:
+def train_and_save(
+    strategy: str,
+    overrides: list[str],
+    folder: Path,
+    soft: bool = False,
+    look: bool = False,
+    build: Callable[[], nn.Module] | None = None,
+) -> dict:
     """All steps, with the state saved on the way into `folder`; `look`: counted on the way too, which must leave no trace."""
     engine = make_engine(strategy, settings_for(*overrides), build)
     losses = train(engine, SAVED_AT, soft)
@@ -144,8 +161,15 @@ def train_and_save(strategy: str, overrides: list[str], folder: Path, soft: bool
     if look:
         counts_of(engine)
     losses += train(engine, soft=soft)
-    return {"losses": losses, "counts": counts_of(engine), "weights": engine.weights(), "raw": engine.weights(raw=True),
-            "raw counts": counts_of(engine, raw=True), "said": engine.describe(), "facts": engine.epoch_facts()}
+    return {
+        "losses": losses,
+        "counts": counts_of(engine),
+        "weights": engine.weights(),
+        "raw": engine.weights(raw=True),
+        "raw counts": counts_of(engine, raw=True),
+        "said": engine.describe(),
+        "facts": engine.epoch_facts(),
+    }
 
 
 def go_on(strategy: str, overrides: list[str], folder: Path, soft: bool = False) -> dict:
@@ -153,7 +177,13 @@ def go_on(strategy: str, overrides: list[str], folder: Path, soft: bool = False)
     engine = make_engine(strategy, settings_for(*overrides))
     engine.load(Path(folder))
     state, step = engine.gather_state(), engine.step
-    return {"step": step, "state": state, "losses": train(engine, soft=soft), "weights": engine.weights(), "raw": engine.weights(raw=True)}
+    return {
+        "step": step,
+        "state": state,
+        "losses": train(engine, soft=soft),
+        "weights": engine.weights(),
+        "raw": engine.weights(raw=True),
+    }
 
 
 def counts_of(engine, raw: bool = False) -> tuple[int, int, int, float]:
@@ -174,8 +204,11 @@ def counts_of(engine, raw: bool = False) -> tuple[int, int, int, float]:
 @contextmanager
 def pretended_gpus() -> Iterator[None]:
     """For strategy dp, which refuses to run without two GPUs."""
-    with mock.patch("torch.cuda.device_count", return_value=2), mock.patch("torch.cuda.is_available", return_value=False), \
-         mock.patch.dict(os.environ):
+    with (
+        mock.patch("torch.cuda.device_count", return_value=2),
+        mock.patch("torch.cuda.is_available", return_value=False),
+        mock.patch.dict(os.environ),
+    ):
         os.environ.pop("DS_ACCELERATOR", None)
         yield
 
@@ -199,10 +232,16 @@ def job(out: str, trains: dict[str, list], resumes: dict[str, list], others: lis
     """
     import torch.distributed as dist
 
-    results = {name: train_and_save(strategy, overrides, Path(out, name), **more) for name, (strategy, overrides, more) in trains.items()}
+    results = {
+        name: train_and_save(strategy, overrides, Path(out, name), **more)
+        for name, (strategy, overrides, more) in trains.items()
+    }
     if dist.is_initialized():
         dist.barrier()  # the main process has written all states
-    results |= {name: go_on(strategy, overrides, Path(folder), **more) for name, (strategy, overrides, folder, more) in resumes.items()}
+    results |= {
+        name: go_on(strategy, overrides, Path(folder), **more)
+        for name, (strategy, overrides, folder, more) in resumes.items()
+    }
     for other in others:
         module, _, function = other.partition(":")
         results |= getattr(importlib.import_module(module), function)()
@@ -221,7 +260,9 @@ def perform(out: Path, processes: int, function, *arguments) -> dict:
     return torch.load(out / "results", weights_only=False)
 
 
-def assert_counts(counts: tuple[int, int, int, float], weights: dict[str, Tensor], model: nn.Module | None = None) -> None:
+def assert_counts(
+    counts: tuple[int, int, int, float], weights: dict[str, Tensor], model: nn.Module | None = None
+) -> None:
     """`counts_of` is what a network with these weights gets right, in one process without padding."""
     model = model or network(settings_for())
     model.load_state_dict(weights)

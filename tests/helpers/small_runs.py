@@ -41,7 +41,9 @@ def results(record: RunFolder) -> list[dict]:
 
 def assert_same_as(record: RunFolder, unbroken: RunFolder) -> None:
     assert results(record) == results(unbroken)
-    assert (record.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
+    assert (record.folder / "weights.safetensors").read_bytes() == (
+        unbroken.folder / "weights.safetensors"
+    ).read_bytes()
 
 
 def checkpoints(record: RunFolder) -> list[str]:

@@ -15,7 +15,14 @@ from PIL import Image
 
 from prepare_dataset import main
 
-WRITTEN = ("dataset.json", "labels.txt", "training_file_list.txt", "test_file_list.txt", "packed/train.npy", "packed/test.npy")
+WRITTEN = (
+    "dataset.json",
+    "labels.txt",
+    "training_file_list.txt",
+    "test_file_list.txt",
+    "packed/train.npy",
+    "packed/test.npy",
+)
 
 
 def noise(seed: int, side: int = 16) -> np.ndarray:
@@ -29,8 +36,12 @@ def save(path: Path, pixels: np.ndarray, **options) -> None:
 
 def tree_files(classes=("cat", "big dog"), train=3, test=2) -> dict[str, np.ndarray]:
     """Relative path -> pixels; all images differ."""
-    names = [f"{split}/{name}/image {i}.png" for split, count in (("train", train), ("test", test))
-             for name in classes for i in range(count)]
+    names = [
+        f"{split}/{name}/image {i}.png"
+        for split, count in (("train", train), ("test", test))
+        for name in classes
+        for i in range(count)
+    ]
     return {name: noise(seed) for seed, name in enumerate(names)}
 
 
@@ -56,14 +67,21 @@ def member(name: str, **attributes) -> tarfile.TarInfo:
 def python_archive(path: Path, which: int, extra: dict[str, bytes] | None = None) -> dict[str, np.ndarray]:
     """A miniature cifar-<which>-python.tar.gz, pickled as the original is (protocol 2, str keys). Returns path -> pixels."""
     folder = {10: "cifar-10-batches-py", 100: "cifar-100-python"}[which]
-    batches = {10: {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}, 100: {"train": ["train"], "test": ["test"]}}
+    batches = {
+        10: {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
+        100: {"train": ["train"], "test": ["test"]},
+    }
     classes = ["plane", "apple_tree"]
-    key, names_key, meta = ("labels", "label_names", "batches.meta") if which == 10 else ("fine_labels", "fine_label_names", "meta")
+    key, names_key, meta = (
+        ("labels", "label_names", "batches.meta") if which == 10 else ("fine_labels", "fine_label_names", "meta")
+    )
     files, images, seed = {meta: pickle.dumps({names_key: classes, "num_vis": 3072}, protocol=2)}, {}, 0
     for split, names in batches[which].items():
         for name in names:
             pixels = np.stack([noise(seed + i, 32) for i in range(4)])
-            filenames = [f"{'st._david' if label else 'p'}'s_s_{seed + i:06d}.png" for i, label in enumerate((0, 1, 0, 1))]
+            filenames = [
+                f"{'st._david' if label else 'p'}'s_s_{seed + i:06d}.png" for i, label in enumerate((0, 1, 0, 1))
+            ]
             images |= {f"{split}/{classes[i % 2]}/{filenames[i]}": pixels[i] for i in range(4)}
             rows = pixels.transpose(0, 3, 1, 2).reshape(4, 3072)
             files[name] = pickle.dumps({"data": rows, key: [0, 1, 0, 1], "filenames": filenames}, protocol=2)

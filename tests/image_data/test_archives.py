@@ -24,6 +24,7 @@ from image_data.preparation.prepare import prepare
 
 # ---- archives ----
 
+
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
 def test_archive_gives_the_same_as_the_tree(tree, zipped, tmp_path, kind):
     archive = zipped
@@ -36,11 +37,16 @@ def test_archive_gives_the_same_as_the_tree(tree, zipped, tmp_path, kind):
     assert ready.fingerprint == prepare(tmp_path / "direct", root=tree).fingerprint
 
 
-@pytest.mark.parametrize("info, said", [
-    (member("train/../../evil.png"), "leads outside"), (member("/tmp/evil.png"), "leads outside"),
-    (member("train/cat/evil.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "symbolic link"),
-    (member("train/cat/evil.png", type=tarfile.LNKTYPE, linkname="../../x"), "hard link"),
-    (member("train/cat/evil.png", type=tarfile.CHRTYPE), "device")])
+@pytest.mark.parametrize(
+    "info, said",
+    [
+        (member("train/../../evil.png"), "leads outside"),
+        (member("/tmp/evil.png"), "leads outside"),
+        (member("train/cat/evil.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "symbolic link"),
+        (member("train/cat/evil.png", type=tarfile.LNKTYPE, linkname="../../x"), "hard link"),
+        (member("train/cat/evil.png", type=tarfile.CHRTYPE), "device"),
+    ],
+)
 def test_tar_members_that_could_escape_are_refused(tree, tmp_path, capsys, info, said):
     with tarfile.open(tmp_path / "bad.tar", "w") as file:
         file.add(tree, "pets")
@@ -73,13 +79,15 @@ def test_a_damaged_archive_leaves_nothing(zipped, tmp_path, capsys):
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_works(zipped, tmp_path):
-    script = ("import os, signal\nfrom image_data.preparation import archives, prepare\n"
-              "def stop(items, total, what, weigh=None):\n"
-              "    for number, item in enumerate(items):\n"
-              "        yield item\n"
-              "        if number == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "archives.progress = stop\n"
-              f"prepare.prepare({str(tmp_path / 'out')!r}, archive={str(zipped)!r})\n")
+    script = (
+        "import os, signal\nfrom image_data.preparation import archives, prepare\n"
+        "def stop(items, total, what, weigh=None):\n"
+        "    for number, item in enumerate(items):\n"
+        "        yield item\n"
+        "        if number == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "archives.progress = stop\n"
+        f"prepare.prepare({str(tmp_path / 'out')!r}, archive={str(zipped)!r})\n"
+    )
     result = subprocess.run([sys.executable, "-c", script], cwd=PROJECT)
     assert result.returncode == -signal.SIGKILL
     assert not Dataset.is_prepared(tmp_path / "out") and not (tmp_path / "out/images").exists()
@@ -103,6 +111,7 @@ def test_archive_without_a_tree(tmp_path, capsys):
 
 # ---- the original CIFAR archives ----
 
+
 @pytest.mark.parametrize("which", [10, 100])
 def test_python_archive(tmp_path, which):
     images = python_archive(tmp_path / "cifar.tar.gz", which)
@@ -123,7 +132,9 @@ class Malicious:
 
 
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, capsys):
-    python_archive(tmp_path / "cifar.tar.gz", 100, {"train": pickle.dumps({"data": Malicious(tmp_path / "owned")}, protocol=2)})
+    python_archive(
+        tmp_path / "cifar.tar.gz", 100, {"train": pickle.dumps({"data": Malicious(tmp_path / "owned")}, protocol=2)}
+    )
     message = refusal(capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out")
     assert "is refused" in message and "cifar-100-python/train" in message and "mkdir" in message
     assert not (tmp_path / "owned").exists()
@@ -134,10 +145,13 @@ def test_python_archive_with_hostile_names_or_holes(tmp_path, capsys):
     python_archive(tmp_path / "cifar.tar.gz", 100, {"meta": meta})
     assert "unsafe name" in refusal(capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out")
     python_archive(tmp_path / "cifar.tar.gz", 100, {"train": pickle.dumps({}, protocol=2)})
-    assert "does not hold what CIFAR holds" in refusal(capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out")
+    assert "does not hold what CIFAR holds" in refusal(
+        capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out"
+    )
 
 
 # ---- downloads ----
+
 
 def offline(*_, **__):
     raise OSError("Network is unreachable")
@@ -190,5 +204,7 @@ def test_toronto_file_is_resumed_and_used_only_when_its_checksum_is_right(tmp_pa
         prepare(tmp_path / "out", dataset="cifar10")
     assert asked == ["bytes=700-"] and not list((tmp_path / "out").glob("cifar-10*"))
     (tmp_path / "out/cifar-10-python.tar.gz.part").write_bytes(content[:700])
-    monkeypatch.setitem(dataset_sources.TORONTO_MD5, "cifar-10-python.tar.gz", dataset_sources._md5(tmp_path / "mini.tar.gz"))
+    monkeypatch.setitem(
+        dataset_sources.TORONTO_MD5, "cifar-10-python.tar.gz", dataset_sources._md5(tmp_path / "mini.tar.gz")
+    )
     assert len(prepare(tmp_path / "out", dataset="cifar10").splits["train"]) == 20

@@ -39,7 +39,9 @@ def pictures(count: int) -> torch.Tensor:
 
 def torchvision_reference(images: torch.Tensor, name: str, magnitude: float) -> torch.Tensor:
     augment = v2.RandAugment()
-    return augment._apply_image_or_video_transform(images, name, magnitude, interpolation=v2.InterpolationMode.NEAREST, fill=augment._fill)
+    return augment._apply_image_or_video_transform(
+        images, name, magnitude, interpolation=v2.InterpolationMode.NEAREST, fill=augment._fill
+    )
 
 
 def torchvision_magnitude(space: dict, name: str, bins: int, bin: int, negative: bool) -> float:
@@ -48,7 +50,9 @@ def torchvision_magnitude(space: dict, name: str, bins: int, bin: int, negative:
     return 0.0 if magnitudes is None else float(magnitudes[bin]) * (-1 if signed and negative else 1)
 
 
-def one_operation(space: policies.OperationSpace, name: str, bin: int, negative: bool, count: int) -> policies.OperationBatch:
+def one_operation(
+    space: policies.OperationSpace, name: str, bin: int, negative: bool, count: int
+) -> policies.OperationBatch:
     return space.batch(np.full(count, space.names.index(name)), np.full(count, bin), np.full(count, negative))
 
 
@@ -82,11 +86,18 @@ def dali():
 
     from image_data.dali_backend import Graph
 
-    pipeline = Graph(side=SIDE, source_side=SIDE, decode=False, training=True, num_operations=1).build(64, 2, None, prefetch=1)
+    pipeline = Graph(side=SIDE, source_side=SIDE, decode=False, training=True, num_operations=1).build(
+        64, 2, None, prefetch=1
+    )
 
     def apply(images: torch.Tensor, operation: policies.OperationBatch) -> torch.Tensor:
-        inputs = {"images": images.permute(0, 2, 3, 1).contiguous().numpy(), "flip": np.zeros(64, np.int32),
-                  "kind0": operation.kind, "value0": operation.magnitude, "matrix0": operation.matrix}
+        inputs = {
+            "images": images.permute(0, 2, 3, 1).contiguous().numpy(),
+            "flip": np.zeros(64, np.int32),
+            "kind0": operation.kind,
+            "value0": operation.magnitude,
+            "matrix0": operation.matrix,
+        }
         for key, value in inputs.items():
             pipeline.feed_input(key, value)
         pipeline.schedule_run()
@@ -101,7 +112,9 @@ def dali():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dali_operations_equal_the_tensor_ones(images, dali, name):
-    space = policies.OperationSpace(NAMES, SIDE, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6)
+    space = policies.OperationSpace(
+        NAMES, SIDE, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6
+    )
     for bin in (0, 5, 13, 22, 30):
         for negative in (False, True):
             operation = one_operation(space, name, bin, negative, 64)
@@ -122,10 +135,18 @@ TRANSFORMS = {
     "crop and flip": (AugmentationSettings(), v2.Compose([v2.RandomCrop(SIDE, padding=4), v2.RandomHorizontalFlip()])),
     "resized crop": (AugmentationSettings(resized_crop=True, flip=0.0), v2.RandomResizedCrop(SIDE, antialias=True)),
     "rand augment": (AugmentationSettings(crop_padding=0, flip=0.0, policy="rand_augment"), v2.RandAugment()),
-    "trivial augment": (AugmentationSettings(crop_padding=0, flip=0.0, policy="trivial_augment"), v2.TrivialAugmentWide()),
-    "auto augment": (AugmentationSettings(crop_padding=0, flip=0.0, policy="auto_augment"), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)),
-    "colour jitter": (AugmentationSettings(crop_padding=0, flip=0.0, brightness=0.4, contrast=0.3, saturation=0.5),
-                      v2.ColorJitter(0.4, 0.3, 0.5)),
+    "trivial augment": (
+        AugmentationSettings(crop_padding=0, flip=0.0, policy="trivial_augment"),
+        v2.TrivialAugmentWide(),
+    ),
+    "auto augment": (
+        AugmentationSettings(crop_padding=0, flip=0.0, policy="auto_augment"),
+        v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    ),
+    "colour jitter": (
+        AugmentationSettings(crop_padding=0, flip=0.0, brightness=0.4, contrast=0.3, saturation=0.5),
+        v2.ColorJitter(0.4, 0.3, 0.5),
+    ),
     "erasing": (AugmentationSettings(crop_padding=0, flip=0.0, erasing=0.7), v2.RandomErasing(0.7)),
 }
 
@@ -137,15 +158,22 @@ def test_statistics_agree_with_torchvision(name):
     few = pictures(4)
     many = few.repeat(NUMBER // 4, 1, 1, 1)
     plan = Augmentation(settings, SIDE, seed=11).plan(0, 0, NUMBER)
-    reader = PaddedPackedReader(many.permute(0, 2, 3, 1).numpy(), np.arange(NUMBER), torch.device("cpu"), settings.crop_padding)
+    reader = PaddedPackedReader(
+        many.permute(0, 2, 3, 1).numpy(), np.arange(NUMBER), torch.device("cpu"), settings.crop_padding
+    )
     ours = torch_backend.augment(reader.read_crops(np.arange(NUMBER), plan.crop_offset), plan)
     if plan.erase_boxes is not None:
         ours = erase(ours, plan.erase_boxes, None)
     torch.manual_seed(0)
     theirs = torch.stack([transform(image) for image in many])
-    for statistic in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)), lambda x: (x == 0).float().mean((1, 2, 3)),
-                      lambda x: x[:, :, :8].mean((1, 2, 3)), lambda x: x[:, :, :, :8].mean((1, 2, 3)),
-                      lambda x: (x[:, 0] - x[:, 2]).mean((1, 2))):
+    for statistic in (
+        lambda x: x.mean((1, 2, 3)),
+        lambda x: x.std((1, 2, 3)),
+        lambda x: (x == 0).float().mean((1, 2, 3)),
+        lambda x: x[:, :, :8].mean((1, 2, 3)),
+        lambda x: x[:, :, :, :8].mean((1, 2, 3)),
+        lambda x: (x[:, 0] - x[:, 2]).mean((1, 2)),
+    ):
         a, b = statistic(ours.float()), statistic(theirs.float())
         error = ((a.var() + b.var()) / NUMBER).sqrt() + 1e-3
         assert (a.mean() - b.mean()).abs() < 4.5 * error
@@ -166,11 +194,17 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch():
     alternating = Augmentation(AugmentationSettings(flip_mode="alternating"), SIDE, seed=5)
     images = np.arange(4000)
     flips = [alternating.plan(epoch, 0, 4000, images=images).flip for epoch in range(4)]
-    assert np.array_equal(flips[0], 1 - flips[1]) and np.array_equal(flips[0], flips[2]) and np.array_equal(flips[1], flips[3])
+    assert (
+        np.array_equal(flips[0], 1 - flips[1])
+        and np.array_equal(flips[0], flips[2])
+        and np.array_equal(flips[1], flips[3])
+    )
     assert abs(flips[0].mean() - 0.5) < 0.03
     some = np.array([7, 3999, 7, 12])
     assert alternating.plan(2, 100, 4, images=some).flip.tolist() == flips[0][some].tolist()
-    other = Augmentation(AugmentationSettings(flip_mode="alternating"), SIDE, seed=6).plan(0, 0, 4000, images=images).flip
+    other = (
+        Augmentation(AugmentationSettings(flip_mode="alternating"), SIDE, seed=6).plan(0, 0, 4000, images=images).flip
+    )
     assert 0.4 < (other != flips[0]).mean() < 0.6
     random = Augmentation(AugmentationSettings(), SIDE, seed=5).plan(0, 0, 4000)
     assert np.array_equal(random.corner, alternating.plan(0, 0, 4000).corner), "the other draws stay as they are"
@@ -218,7 +252,9 @@ def test_mixup_blends_images_and_labels_alike():
     images, labels = torch.randn(4000, 3, 4, 4), torch.arange(4000) % 10
     out, soft = mixer(images, labels, mixing)
     weight = torch.from_numpy(share)
-    torch.testing.assert_close(out, images * weight[:, None, None, None] + images.flip(0) * (1 - weight)[:, None, None, None])
+    torch.testing.assert_close(
+        out, images * weight[:, None, None, None] + images.flip(0) * (1 - weight)[:, None, None, None]
+    )
     hard = torch.nn.functional.one_hot(labels, 10).float()
     torch.testing.assert_close(soft, hard * weight[:, None] + hard.flip(0) * (1 - weight)[:, None])
 
@@ -261,7 +297,9 @@ def test_noise_depends_on_the_position_in_the_epoch_alone():
     boxes = np.array([[0, 0, 4, 4], [1, 2, 3, 8], [0, 0, 0, 0], [2, 2, 6, 6]])
     images = torch.zeros(4, 3, 8, 8)
     whole = erase(images, boxes, erasing_noise(boxes, seed=3, epoch=5, start=100))
-    halves = [erase(images[i : i + 2], boxes[i : i + 2], erasing_noise(boxes[i : i + 2], 3, 5, 100 + i)) for i in (0, 2)]
+    halves = [
+        erase(images[i : i + 2], boxes[i : i + 2], erasing_noise(boxes[i : i + 2], 3, 5, 100 + i)) for i in (0, 2)
+    ]
     assert torch.equal(whole, torch.cat(halves))
     assert not torch.equal(whole[0, :, :4, :4], whole[3, :, 2:6, 2:6]), "two positions have noise of their own"
     for seed, epoch, start in ((4, 5, 100), (3, 6, 100), (3, 5, 101)):
@@ -270,16 +308,19 @@ def test_noise_depends_on_the_position_in_the_epoch_alone():
     assert abs(inside.mean()) < 0.5 and 0.7 < inside.std() < 1.3
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    (dict(crop_padding=-1), "crop_padding must not be negative"),
-    (dict(erasing_value="noise"), "unknown augmentation.erasing_value 'noise'"),
-    (dict(resized_crop_scale=[0.5]), "resized_crop_scale is a range"),
-    (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale is a range"),
-    (dict(rand_augment_magnitude=31), "rand_augment_magnitude lies between 0 and 30"),
-    (dict(repeats=0), "repeats are at least 1"),
-    (dict(flip_mode="alternate"), "unknown augmentation.flip_mode 'alternate'; did you mean 'alternating'"),
-    (dict(flip_mode="alternating", flip=0.25), "alternating would not use augmentation.flip=0.25"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(crop_padding=-1), "crop_padding must not be negative"),
+        (dict(erasing_value="noise"), "unknown augmentation.erasing_value 'noise'"),
+        (dict(resized_crop_scale=[0.5]), "resized_crop_scale is a range"),
+        (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale is a range"),
+        (dict(rand_augment_magnitude=31), "rand_augment_magnitude lies between 0 and 30"),
+        (dict(repeats=0), "repeats are at least 1"),
+        (dict(flip_mode="alternate"), "unknown augmentation.flip_mode 'alternate'; did you mean 'alternating'"),
+        (dict(flip_mode="alternating", flip=0.25), "alternating would not use augmentation.flip=0.25"),
+    ],
+)
 def test_settings_out_of_range_are_named(change, sentence):
     with pytest.raises(SettingsError, match=sentence):
         Augmentation(AugmentationSettings(**change), SIDE)

@@ -17,14 +17,20 @@ from image_data.preparation.prepare import prepare
 
 # ---- images that are converted, varied or broken ----
 
+
 def png_16_bit(value: int, color_type: int, channels: int) -> bytes:
     """A PNG of 16 x 16 pixels with 16 bits a channel, all of them `value`."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = (b"\0" + struct.pack(">H", value) * 16 * channels) * 16
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, color_type, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, color_type, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("color_type, channels", [(0, 1), (2, 3), (6, 4)])
@@ -34,9 +40,15 @@ def test_16_bit_images_keep_the_high_byte(tree, capsys, color_type, channels):
     assert "1 16-bit image converted to 8-bit RGB (the high byte is kept)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode, said", [("RGBA", "1 RGBA image converted to 8-bit RGB (alpha is dropped)"),
-                                        ("LA", "1 grey with alpha image converted to 8-bit RGB (alpha is dropped)"),
-                                        ("P", "1 palette image converted to 8-bit RGB"), ("L", "1 greyscale image converted to 8-bit RGB")])
+@pytest.mark.parametrize(
+    "mode, said",
+    [
+        ("RGBA", "1 RGBA image converted to 8-bit RGB (alpha is dropped)"),
+        ("LA", "1 grey with alpha image converted to 8-bit RGB (alpha is dropped)"),
+        ("P", "1 palette image converted to 8-bit RGB"),
+        ("L", "1 greyscale image converted to 8-bit RGB"),
+    ],
+)
 def test_other_modes_are_converted_and_said(tree, capsys, mode, said):
     image = Image.fromarray(noise(50)).convert("RGBA" if mode == "RGBA" else mode)
     if mode in ("RGBA", "LA"):
@@ -53,7 +65,10 @@ def test_mixed_sizes_are_not_packed(tree, capsys):
     facts = json.loads((tree / "dataset.json").read_text())
     assert ready.image_side is None and ready.splits["train"].packed is None and not (tree / "packed").exists()
     assert (facts["smallest_image"], facts["largest_image"]) == ([16, 16], [40, 20])
-    assert "image sizes vary from 16x16 to 40x20: they are not packed, training will read the files" in capsys.readouterr().err
+    assert (
+        "image sizes vary from 16x16 to 40x20: they are not packed, training will read the files"
+        in capsys.readouterr().err
+    )
 
 
 def test_pack_limit(tree, capsys):
@@ -66,7 +81,7 @@ def test_broken_images_are_refused_or_left_out(tree, capsys):
     (tree / "train/cat/empty.png").touch()
     (tree / "train/cat/text.png").write_text("no picture")
     whole = (tree / "train/big dog/image 1.png").read_bytes()
-    (tree / "train/big dog/image 1.png").write_bytes(whole[:len(whole) // 2])
+    (tree / "train/big dog/image 1.png").write_bytes(whole[: len(whole) // 2])
     message = refusal(capsys, "--root", tree)
     assert "3 image(s) cannot be decoded" in message and "--skip-broken" in message
     assert "train/cat/empty.png (empty file)" in message and "train/cat/text.png (not an image)" in message
@@ -75,7 +90,9 @@ def test_broken_images_are_refused_or_left_out(tree, capsys):
     ready = prepare(root=tree, skip_broken=True)
     assert "3 image(s) that cannot be decoded left out" in capsys.readouterr().err
     assert ready.splits["train"].paths == [
-        f"train/{name}.png" for name in ("big dog/image 0", "big dog/image 2", "cat/image 0", "cat/image 1", "cat/image 2")]
+        f"train/{name}.png"
+        for name in ("big dog/image 0", "big dog/image 2", "cat/image 0", "cat/image 1", "cat/image 2")
+    ]
     assert np.array_equal(ready.splits["train"].pixels()[1], tree_files()["train/big dog/image 2.png"])
     assert len(ready.splits["train"].pixels()) == 5
 
@@ -87,6 +104,7 @@ def test_a_class_that_is_wholly_broken_is_refused(tree, capsys):
 
 
 # ---- trees that are not a dataset ----
+
 
 def test_lonely_classes_are_refused(tree, capsys):
     save(tree / "train/fox/a.png", noise(70))
@@ -129,8 +147,10 @@ def test_strays_and_empty_folders_are_named_and_system_files_are_not(tree, capsy
 def test_duplicates_across_the_splits_are_named(tree, capsys):
     save(tree / "test/cat/copy.png", tree_files()["train/cat/image 1.png"], compress_level=0)
     prepare(root=tree)
-    assert ("1 of 5 test images are exact duplicates of training images: 'train/cat/image 1.png' = 'test/cat/copy.png'"
-            in capsys.readouterr().err)
+    assert (
+        "1 of 5 test images are exact duplicates of training images: 'train/cat/image 1.png' = 'test/cat/copy.png'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("stored", ["as drawn", "PNG after JPEG", "JPEG"])

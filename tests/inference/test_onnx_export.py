@@ -34,7 +34,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 @pytest.fixture(scope="module")
 def exported(unbroken, tmp_path_factory) -> tuple[Done, TrainedModel]:
     """What an export says, and the run it is of."""
-    folder = shutil.copytree(unbroken.folder, tmp_path_factory.mktemp("exported") / "runs" / "mine", ignore=shutil.ignore_patterns("state"))
+    folder = shutil.copytree(
+        unbroken.folder, tmp_path_factory.mktemp("exported") / "runs" / "mine", ignore=shutil.ignore_patterns("state")
+    )
     return run("evaluate.py", folder, "--export", "onnx"), TrainedModel.open(folder)
 
 
@@ -64,16 +66,28 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported, unbroken
     assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["B", 32, 32, 3])
     assert (scores.name, scores.type, scores.shape) == ("scores", "tensor(float)", ["B", 10])
     said = network.get_modelmeta().custom_metadata_map
-    assert json.loads(said["classes"]) == facts["dataset"]["classes"] and said["dataset_fingerprint"] == facts["dataset"]["fingerprint"]
+    assert (
+        json.loads(said["classes"]) == facts["dataset"]["classes"]
+        and said["dataset_fingerprint"] == facts["dataset"]["fingerprint"]
+    )
     content = (trained.record.folder / "model.onnx").read_bytes()
-    assert not any(str(path).encode() in content for path in (PROJECT, Path.home(), tmp_path_factory.getbasetemp(), sys.prefix))
+    assert not any(
+        str(path).encode() in content for path in (PROJECT, Path.home(), tmp_path_factory.getbasetemp(), sys.prefix)
+    )
 
 
 def test_weights_say_what_they_are(unbroken):
     with safe_open(unbroken.folder / "weights.safetensors", "np") as file:
         said, facts = json.loads(file.metadata()["trained"]), unbroken.facts()
-    assert json.loads(said["classes"]) == facts["dataset"]["classes"] and json.loads(said["model"]) == facts["settings"]["model"]
-    assert json.loads(said["mean"]) == facts["dataset"]["mean"] and said["image_side"] == "32" and said["commit"] == facts["commit"]
+    assert (
+        json.loads(said["classes"]) == facts["dataset"]["classes"]
+        and json.loads(said["model"]) == facts["settings"]["model"]
+    )
+    assert (
+        json.loads(said["mean"]) == facts["dataset"]["mean"]
+        and said["image_side"] == "32"
+        and said["commit"] == facts["commit"]
+    )
 
 
 # --- what does not export -----------------------------------------------------------------------------------------
@@ -105,10 +119,14 @@ def with_part(trained: TrainedModel, part: nn.Module) -> TrainedModel:
     return Changed(trained.record, trained.facts)
 
 
-@pytest.mark.parametrize(("part", "sentence"), [
-    (Spectrum(), "cannot be exported to ONNX: PyTorch's operation aten._linalg_eigh has no ONNX form"),
-    (Dice(), "the exported network is not the trained one: against PyTorch on 32 images of noise"),
-], ids=["no form", "another result"])
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        (Spectrum(), "cannot be exported to ONNX: PyTorch's operation aten._linalg_eigh has no ONNX form"),
+        (Dice(), "the exported network is not the trained one: against PyTorch on 32 images of noise"),
+    ],
+    ids=["no form", "another result"],
+)
 def test_a_network_that_does_not_export_is_one_sentence_and_no_file(exported, tmp_path, capfd, part, sentence):
     with pytest.raises(RunError) as refusal:
         onnx_export.export(with_part(exported[1], part), "weights.safetensors", tmp_path / "model.onnx", None)
@@ -123,7 +141,9 @@ TINY = ModelSettings(patch=4, width=16, depth=1, heads=2, head_size=8, feed_forw
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in TABLES.items() for name in table])
 def test_every_entry_of_every_table_exports(kind, name, tmp_path, exported):
     side = 16 if kind != "architecture" else 128 if "iformer" in name else 32
-    settings = replace(TINY, **{kind: name}) if kind != "architecture" or name == "vit" else ModelSettings(architecture=name)
+    settings = (
+        replace(TINY, **{kind: name}) if kind != "architecture" or name == "vit" else ModelSettings(architecture=name)
+    )
     network = onnx_export.FromPixels(build_model(settings, 5, side), exported[1]).eval()
     onnx_export.to_onnx(network, side).save(tmp_path / "model.onnx", external_data=False)
     pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
@@ -140,8 +160,14 @@ def text_of(record: RunFolder) -> str:
 def test_the_card_of_a_finished_run_has_its_counts_and_its_provenance(unbroken):
     text, facts, last = text_of(unbroken), unbroken.facts(), unbroken.metrics()[-1]
     assert f"| test | {100 * last['test_accuracy']:.2f}% ({last['test_correct']}/{last['test_seen']}) |" in text
-    assert facts["commit"][:12] in text and facts["dataset"]["fingerprint"] in text and f"{last['step']} of {last['step']} steps" in text
-    assert "model.width=32" in text and "optimizer.params.lr=0.003" in text and "model.dropout" not in text  # what differs, nothing else
+    assert (
+        facts["commit"][:12] in text
+        and facts["dataset"]["fingerprint"] in text
+        and f"{last['step']} of {last['step']} steps" in text
+    )
+    assert (
+        "model.width=32" in text and "optimizer.params.lr=0.003" in text and "model.dropout" not in text
+    )  # what differs, nothing else
     assert not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text)
 
 
@@ -158,7 +184,9 @@ def test_an_evaluation_of_other_weights_is_told_apart(exported):
     shutil.copy(record.folder / "weights.safetensors", record.folder / "best.safetensors")
     run("evaluate.py", record.folder, "--weights", "best.safetensors")
     assert "| `best.safetensors` |" in text_of(record) and "# other\n" in text_of(record)
-    record.write_metrics("".join(json.dumps(line) + "\n" for line in record.metrics()[:-1]))  # as when that epoch is to be trained again
+    record.write_metrics(
+        "".join(json.dumps(line) + "\n" for line in record.metrics()[:-1])
+    )  # as when that epoch is to be trained again
     from inference.model_card import write_card
 
     write_card(record)

@@ -26,7 +26,11 @@ from records.run_folder import RunFolder
 @pytest.fixture(scope="module")
 def trained(unbroken, tmp_path_factory) -> RunFolder:
     """The finished run on a machine that does not have its dataset."""
-    folder = Path(shutil.copytree(unbroken.folder, tmp_path_factory.mktemp("runs") / "trained", ignore=shutil.ignore_patterns("state")))
+    folder = Path(
+        shutil.copytree(
+            unbroken.folder, tmp_path_factory.mktemp("runs") / "trained", ignore=shutil.ignore_patterns("state")
+        )
+    )
     facts = json.loads((folder / "run.json").read_text())
     facts["dataset"]["folder"] = "data/that/is/elsewhere"
     (folder / "run.json").write_text(json.dumps(facts))
@@ -44,14 +48,25 @@ def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def test_a_folder_of_test_images_gives_the_counts_of_the_evaluation(trained, unbroken, shapes, tmp_path):
-    done = run("evaluate.py", trained.folder, "--predict", Dataset.open(shapes).root / "test", "--batch-size", 8, "--output", tmp_path / "found.csv")
+    done = run(
+        "evaluate.py",
+        trained.folder,
+        "--predict",
+        Dataset.open(shapes).root / "test",
+        "--batch-size",
+        8,
+        "--output",
+        tmp_path / "found.csv",
+    )
     found = rows((tmp_path / "found.csv").read_text())
     true = [Path(row["path"]).parent.name for row in found]
     five = ["class", *(f"class_{i}" for i in range(2, 6))]
     last = unbroken.metrics()[-1]
     assert len(found) == last["test_seen"] and "70 images" in done.out
     assert sum(row["class"] == name for row, name in zip(found, true, strict=True)) == last["test_correct"]
-    assert sum(name in [row[i] for i in five] for row, name in zip(found, true, strict=True)) == round(last["test_top5_accuracy"] * last["test_seen"])
+    assert sum(name in [row[i] for i in five] for row, name in zip(found, true, strict=True)) == round(
+        last["test_top5_accuracy"] * last["test_seen"]
+    )
     assert [row["path"] for row in found] == sorted(row["path"] for row in found)
 
 
@@ -66,8 +81,17 @@ def test_the_screen_shows_five_classes_from_the_likeliest_on(trained, tmp_path):
 
 def write_all_kinds(folder: Path) -> Iterable[str]:
     image = photograph(50, 70)
-    for name, mode in (("rgb.png", "RGB"), ("alpha.png", "RGBA"), ("grey.png", "L"), ("bits.png", "1"), ("palette.gif", "P"), ("print.jpg", "CMYK"),
-                       ("deep/one.webp", "RGB"), ("deep/er/two.BMP", "RGB"), ("lab.tif", "LAB")):
+    for name, mode in (
+        ("rgb.png", "RGB"),
+        ("alpha.png", "RGBA"),
+        ("grey.png", "L"),
+        ("bits.png", "1"),
+        ("palette.gif", "P"),
+        ("print.jpg", "CMYK"),
+        ("deep/one.webp", "RGB"),
+        ("deep/er/two.BMP", "RGB"),
+        ("lab.tif", "LAB"),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         image.convert(mode).save(folder / name)
         yield name
@@ -87,15 +111,29 @@ def test_every_kind_of_image_is_read_and_a_broken_one_does_not_stop_the_others(t
     done = run("evaluate.py", trained.folder, "--predict", tmp_path / "in", code=1)
     assert {str(Path(row["path"]).relative_to(tmp_path / "in")) for row in rows(done.out)} == names
     said = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 2 and "broken.png cannot be read (image file is truncated" in said[0] and "empty.jpg cannot be read (empty file)" in said[1]
+    assert (
+        len(said) == 2
+        and "broken.png cannot be read (image file is truncated" in said[0]
+        and "empty.jpg cannot be read (empty file)" in said[1]
+    )
 
 
 def test_a_file_that_is_no_image_or_not_there_is_named_and_the_others_go_on(trained, tmp_path):
     photograph(9, 9).save(tmp_path / "a.png")
     (tmp_path / "text.png").write_text("hello")
-    done = run("evaluate.py", trained.folder, "--predict", tmp_path / "text.png", tmp_path / "none.png", tmp_path / "a.png", code=1)
-    assert done.err.splitlines() == [f"error: {tmp_path}/text.png cannot be read (not an image); it is left out",
-                                     f"error: {tmp_path}/none.png cannot be read (No such file or directory); it is left out"]
+    done = run(
+        "evaluate.py",
+        trained.folder,
+        "--predict",
+        tmp_path / "text.png",
+        tmp_path / "none.png",
+        tmp_path / "a.png",
+        code=1,
+    )
+    assert done.err.splitlines() == [
+        f"error: {tmp_path}/text.png cannot be read (not an image); it is left out",
+        f"error: {tmp_path}/none.png cannot be read (No such file or directory); it is left out",
+    ]
     assert done.out.startswith(f"{tmp_path}/a.png\n")
 
 
@@ -104,8 +142,11 @@ def test_a_folder_without_images_is_refused(trained, tmp_path):
     assert done.err == f"error: {tmp_path} holds no images\n"
 
 
-@pytest.mark.parametrize(("sizes", "image_side"), [([(32, 32)], 24), ([(40, 60), (90, 31), (24, 24)], 24), ([(32, 32)], 0)],
-                         ids=["one size, another side", "any size", "one size"])
+@pytest.mark.parametrize(
+    ("sizes", "image_side"),
+    [([(32, 32)], 24), ([(40, 60), (90, 31), (24, 24)], 24), ([(32, 32)], 0)],
+    ids=["one size, another side", "any size", "one size"],
+)
 def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
     for i, split in enumerate(("train", "train", "test")):
         for j, (height, width) in enumerate(sizes):
@@ -113,13 +154,18 @@ def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
             path.parent.mkdir(parents=True, exist_ok=True)
             photograph(height, width, seed=10 * i + j).save(path)
     dataset = prepare(root=tmp_path, workers=1)
-    facts = {"settings": {"image_side": image_side}, "dataset": {"image_side": dataset.image_side, "mean": dataset.mean, "std": dataset.std}}
+    facts = {
+        "settings": {"image_side": image_side},
+        "dataset": {"image_side": dataset.image_side, "mean": dataset.mean, "std": dataset.std},
+    }
     trained = TrainedModel(RunFolder(tmp_path), facts)
     test = dataset.splits["test"]
     batches = Batches(replace(dataset, splits={"test": test}), "test", len(test), source="files", image_side=image_side)
-    (theirs, _), = batches.epoch()
+    ((theirs, _),) = batches.epoch()
     batches.close()
     ours = trained.normalise(np.stack([fit(read_image(dataset.root / path), trained) for path in test.paths]))
     assert ours.shape == theirs.shape
     level = 1 / (255 * torch.tensor(dataset.std).view(3, 1, 1))  # of 255, in normalised units
-    assert ((ours - theirs).abs() / level).max() < (2.01 if image_side else 1e-3)  # DALI and PyTorch round their resizing apart
+    assert ((ours - theirs).abs() / level).max() < (
+        2.01 if image_side else 1e-3
+    )  # DALI and PyTorch round their resizing apart

@@ -1,6 +1,6 @@
 """The feed-forwards: trees in both evaluations and against plain Python, soft experts, and kinds put together.
 
-    pytest tests/models/test_feed_forward.py        no GPU, no data, some seconds
+pytest tests/models/test_feed_forward.py        no GPU, no data, some seconds
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from optim.param_groups import parameter_groups
 TREES = [
     *[("fff", {"depth": depth}) for depth in (0, 1, 2, 5, 7)],
     ("fff", {"depth": 3, "dense": 8}),
-    *[("fff_fan_out", {"fan_out": fan_out, "depth": depth}) for fan_out, depth in ((1, 0), (1, 3), (2, 4), (3, 3), (4, 3), (5, 2), (7, 1))],
+    *[
+        ("fff_fan_out", {"fan_out": fan_out, "depth": depth})
+        for fan_out, depth in ((1, 0), (1, 3), (2, 4), (3, 3), (4, 3), (5, 2), (7, 1))
+    ],
     ("fff_fan_out", {"fan_out": 3, "depth": 2, "dense": 8}),
 ]
 
@@ -55,7 +58,9 @@ def gradients(tree: Tree, x: Tensor, evaluation: str) -> tuple[Tensor, list[Tens
 @pytest.mark.parametrize(("name", "options"), TREES)
 def test_masking_every_neuron_equals_visiting_the_path(name, options):
     tree = make(name, options)
-    (by_mask, mask_gradients), (by_path, path_gradients) = (gradients(tree, tokens(), evaluation) for evaluation in ("mask", "path"))
+    (by_mask, mask_gradients), (by_path, path_gradients) = (
+        gradients(tree, tokens(), evaluation) for evaluation in ("mask", "path")
+    )
     torch.testing.assert_close(by_mask, by_path, rtol=1e-5, atol=1e-5)
     for a, b in zip(mask_gradients, path_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, a.abs().max().item()))
@@ -92,10 +97,15 @@ def test_trees_equal_the_definition_token_by_token(name, options, evaluation):
     torch.testing.assert_close(tree(x), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "options", "neurons", "visited"), [
-    ("fff", {}, 255, 8), ("fff_fan_out", {}, 340, 16),  # the presets of the idea
-    ("fff", {"depth": 2}, 7, 3), ("fff_fan_out", {"fan_out": 3, "depth": 2}, 39, 9),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "neurons", "visited"),
+    [
+        ("fff", {}, 255, 8),
+        ("fff_fan_out", {}, 340, 16),  # the presets of the idea
+        ("fff", {"depth": 2}, 7, 3),
+        ("fff_fan_out", {"fan_out": 3, "depth": 2}, 39, 9),
+    ],
+)
 def test_how_many_neurons_there_are_and_how_many_a_token_uses(name, options, neurons, visited):
     tree = make(name, options)
     assert sum(len(level.bias) for level in tree.levels) == neurons
@@ -146,14 +156,23 @@ def test_a_step_moves_the_root_by_its_factor():
         tree(tokens()).square().mean().backward()
         optimizer.step()
         moved[factor] = [(level.rows_out - old).norm().item() for level, old in zip(tree.levels, before, strict=True)]
-    assert [slow / full for slow, full in zip(moved[0.25], moved[1.0], strict=True)] == pytest.approx([0.25, 0.5, 1.0], rel=1e-3)
+    assert [slow / full for slow, full in zip(moved[0.25], moved[1.0], strict=True)] == pytest.approx(
+        [0.25, 0.5, 1.0], rel=1e-3
+    )
 
 
-@pytest.mark.parametrize(("name", "options", "said"), [
-    ("fff", {"depth": -1}, "depth=-1"), ("fff", {"root_factor": 0.0}, "root_factor=0.0"), ("fff", {"dense": -1}, "dense=-1"),
-    ("fff_fan_out", {"fan_out": 0}, "fan_out=0"), ("fff", {"evaluation": "paht"}, "did you mean 'path'"),
-    ("mix", {"first": "gegelu"}, "did you mean 'geglu'"), ("chain", {"share": 1.0}, "share must lie between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("fff", {"depth": -1}, "depth=-1"),
+        ("fff", {"root_factor": 0.0}, "root_factor=0.0"),
+        ("fff", {"dense": -1}, "dense=-1"),
+        ("fff_fan_out", {"fan_out": 0}, "fan_out=0"),
+        ("fff", {"evaluation": "paht"}, "did you mean 'path'"),
+        ("mix", {"first": "gegelu"}, "did you mean 'geglu'"),
+        ("chain", {"share": 1.0}, "share must lie between 0 and 1"),
+    ],
+)
 def test_values_that_cannot_work_are_refused_by_name(name, options, said):
     with pytest.raises(SettingsError, match=said):
         make(name, options)
@@ -171,7 +190,12 @@ def test_soft_experts_equal_the_definition(options):
             bias.normal_()
     for image, y in zip(x, part(x), strict=True):
         slot_vectors, num_slots = part.slot_vectors, len(part.slot_vectors) // part.experts
-        scores = torch.stack([torch.stack([3 * token.dot(slot) / token.norm() / slot.norm() for slot in slot_vectors]) for token in image])
+        scores = torch.stack(
+            [
+                torch.stack([3 * token.dot(slot) / token.norm() / slot.norm() for slot in slot_vectors])
+                for token in image
+            ]
+        )
         outputs = []
         for s in range(len(slot_vectors)):
             weights = scores[:, s].exp() / scores[:, s].exp().sum()
@@ -203,9 +227,15 @@ def test_any_two_kinds_mix_and_chain(name, first):
         assert part(x).shape == x.shape and torch.equal(part(x), expected)
 
 
-@pytest.mark.parametrize(("kind", "hidden"), [
-    *[(kind, 0) for kind in ("geglu", "swiglu", "conv_mlp", "pair", "mix", "chain")], ("pair", 96), ("mix", 96), ("chain", 96),
-])
+@pytest.mark.parametrize(
+    ("kind", "hidden"),
+    [
+        *[(kind, 0) for kind in ("geglu", "swiglu", "conv_mlp", "pair", "mix", "chain")],
+        ("pair", 96),
+        ("mix", 96),
+        ("chain", 96),
+    ],
+)
 def test_sizes_are_those_of_one_mlp(kind, hidden):
     """At its usual size every dense kind has about the MLP's parameters; Pair, Mix and Chain at any."""
     mlp = count_parameters(make("mlp", {"hidden": hidden}, width=256))
@@ -252,5 +282,7 @@ def test_the_mlp_is_what_it_says():
 
 def test_a_fan_out_of_one_is_a_stack_of_neurons_that_all_tokens_use():
     tree, x = FFFFanOut(dimensions(), fan_out=1, depth=3), tokens()
-    rows_in, bias, rows_out = (torch.cat([getattr(level, name) for level in tree.levels]) for name in ("rows_in", "bias", "rows_out"))
+    rows_in, bias, rows_out = (
+        torch.cat([getattr(level, name) for level in tree.levels]) for name in ("rows_in", "bias", "rows_out")
+    )
     torch.testing.assert_close(tree(x), torch.nn.functional.gelu(x @ rows_in.T + bias) @ rows_out, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,6 @@
 """models/initial_weights.py: weights from a file go where they belong, and everything else is named or refused.
 
-    pytest tests/models/test_initial_weights.py      no GPU, some seconds; the tests of timm need timm
+pytest tests/models/test_initial_weights.py      no GPU, some seconds; the tests of timm need timm
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def test_a_prefix_is_stripped_at_the_start_of_a_name_only(tmp_path: Path):
     assert any("0.module.extra" in line for line in load_initial_weights(build(seed=2), tmp_path / "w.pt"))
 
 
-@pytest.mark.parametrize("name, head", [("cct-7-3x1", "8.classify"), ("dhvt-t-4", "13.classify"), ("resnet18-cifar", "9.fc")])
+@pytest.mark.parametrize(
+    "name, head", [("cct-7-3x1", "8.classify"), ("dhvt-t-4", "13.classify"), ("resnet18-cifar", "9.fc")]
+)
 def test_the_head_stays_fresh_when_the_classes_differ(tmp_path: Path, name, head):
     source, model, before = build(name, 10, seed=1), build(name, 100, seed=2), build(name, 100, seed=2)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
@@ -76,7 +78,11 @@ def test_missing_unused_and_misfitting_tensors_are_named(tmp_path: Path):
     weights["2.qkv.weight"] = torch.zeros(5, 5)
     torch.save(weights, tmp_path / "w.bin")
     report = "\n".join(load_initial_weights(build(seed=2), tmp_path / "w.bin"))
-    told = {"not in the file": "3.norm.bias", "not used": "stranger", "another shape": "2.qkv.weight (5, 5) -> (768, 256)"}
+    told = {
+        "not in the file": "3.norm.bias",
+        "not used": "stranger",
+        "another shape": "2.qkv.weight (5, 5) -> (768, 256)",
+    }
     for what, name in told.items():
         assert any(what in line and name in line for line in report.splitlines()), report
 
@@ -104,7 +110,9 @@ def test_resampling_keeps_class_token_order_and_constants():
     assert torch.equal(small[0], table[0])
     grid = small[1:].view(4, 4, 2)
     assert (grid.diff(dim=0) > 1).all() and grid.diff(dim=1).abs().max() < 1e-5  # rows stay rows
-    assert torch.equal(resample_positions(torch.ones(8, 8, 3), torch.Size((16, 16, 3))).round(decimals=5), torch.ones(16, 16, 3))
+    assert torch.equal(
+        resample_positions(torch.ones(8, 8, 3), torch.Size((16, 16, 3))).round(decimals=5), torch.ones(16, 16, 3)
+    )
     assert resample_positions(table, torch.Size((17, 4))) is None
 
 

@@ -26,10 +26,17 @@ PART_TABLES = {kind: table for kind, table in TABLES.items() if kind != "archite
 # What is refused, and how it is said
 
 
-@pytest.mark.parametrize(("kind", "wrong", "meant"), [
-    ("feed_forward", "gegelu", "geglu"), ("attention", "softmx", "softmax"), ("patch_embedding", "convstem", "conv_stem"),
-    ("position", "sincos", "sin_cos"), ("pooling", "class-token", "class_token"), ("block", "macron", "macaron"),
-])
+@pytest.mark.parametrize(
+    ("kind", "wrong", "meant"),
+    [
+        ("feed_forward", "gegelu", "geglu"),
+        ("attention", "softmx", "softmax"),
+        ("patch_embedding", "convstem", "conv_stem"),
+        ("position", "sincos", "sin_cos"),
+        ("pooling", "class-token", "class_token"),
+        ("block", "macron", "macaron"),
+    ],
+)
 def test_an_unknown_name_is_refused_with_the_nearest_one(kind, wrong, meant):
     with pytest.raises(SettingsError, match=f"'{wrong}'; did you mean '{meant}'"):
         tiny(**{kind: wrong})
@@ -51,25 +58,39 @@ def test_options_of_one_kind_are_refused_by_another_and_types_are_checked(kind):
                 tiny(**{kind: name, f"{kind}_options": {option: ["a list"]}})
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"attention": "multi_query", "attention_options": {"kv_heads": 3}}, "kv_heads=3 does not divide model.heads=2"),
-    ({"attention": "multi_query", "attention_options": {"kv_heads": 0}}, "kv_heads=0"),
-    ({"attention": "qk_norm", "attention_options": {"norm": "rmss"}}, "did you mean 'rms'"),
-    ({"attention": "head_tokens", "heads": 3}, "model.heads=3 does not divide model.width=16"),
-    ({"position": "rotary", "head_size": 6}, "model.head_size that 4 divides, not 6"),
-    ({"position": "sin_cos", "width": 18}, "model.width that 4 divides, not 18"),
-    ({"patch_embedding": "conv_stem", "patch_embedding_options": {"layers": 1}}, "patch=4, layers=1"),
-    ({"patch": 5}, "model.patch=5 does not divide the image side 16"),
-    ({"feed_forward": "soft_moe", "feed_forward_options": {"experts": 0}}, "experts must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"attention": "multi_query", "attention_options": {"kv_heads": 3}},
+            "kv_heads=3 does not divide model.heads=2",
+        ),
+        ({"attention": "multi_query", "attention_options": {"kv_heads": 0}}, "kv_heads=0"),
+        ({"attention": "qk_norm", "attention_options": {"norm": "rmss"}}, "did you mean 'rms'"),
+        ({"attention": "head_tokens", "heads": 3}, "model.heads=3 does not divide model.width=16"),
+        ({"position": "rotary", "head_size": 6}, "model.head_size that 4 divides, not 6"),
+        ({"position": "sin_cos", "width": 18}, "model.width that 4 divides, not 18"),
+        ({"patch_embedding": "conv_stem", "patch_embedding_options": {"layers": 1}}, "patch=4, layers=1"),
+        ({"patch": 5}, "model.patch=5 does not divide the image side 16"),
+        ({"feed_forward": "soft_moe", "feed_forward_options": {"experts": 0}}, "experts must be at least 1"),
+    ],
+)
 def test_values_that_cannot_work_are_refused_by_name(changes, said):
     with pytest.raises(SettingsError, match=said.replace(".", r"\.")):
         tiny(**changes)
 
 
 def test_options_reach_the_parts_from_the_command_line():
-    settings = resolve("cpu-quick", ["model.attention=multi_query", "model.attention_options.kv_heads=2", "model.position=rotary",
-                               "model.position_options.base=50", "model.layer_scale=1e-4"])
+    settings = resolve(
+        "cpu-quick",
+        [
+            "model.attention=multi_query",
+            "model.attention_options.kv_heads=2",
+            "model.position=rotary",
+            "model.position_options.base=50",
+            "model.layer_scale=1e-4",
+        ],
+    )
     block = build_layers(settings.model, 10, 32)[1]
     assert block.attention.part.kv_heads == 2 and block.attention.scale[0].item() == pytest.approx(1e-4)
     angle = 50 ** -(1 / 16)  # second frequency of head_size 64, first row
@@ -97,7 +118,9 @@ def test_a_new_class_and_one_line_are_all_it_takes(monkeypatch, tmp_path):
     assert tiny(feed_forward="mix", feed_forward_options={"first": "mine"})(images()).shape == (3, CLASSES)
 
     source = (PROJECT / "models/feed_forward.py").read_text()
-    source = source.replace("FEED_FORWARDS = {", 'class Mine(nn.Module):\n    """Mine alone."""\n\n\nFEED_FORWARDS = {\n    "mine": Mine,')
+    source = source.replace(
+        "FEED_FORWARDS = {", 'class Mine(nn.Module):\n    """Mine alone."""\n\n\nFEED_FORWARDS = {\n    "mine": Mine,'
+    )
     (tmp_path / "models").mkdir()
     (tmp_path / "models/feed_forward.py").write_text(source)
     shutil.copy(PROJECT / "models/tree_feed_forward.py", tmp_path / "models")
@@ -105,10 +128,17 @@ def test_a_new_class_and_one_line_are_all_it_takes(monkeypatch, tmp_path):
     assert table_names("models/feed_forward.py", "FEED_FORWARDS")["mine"] == "Mine alone."
 
 
-@pytest.mark.parametrize(("file", "table"), [
-    ("models/feed_forward.py", "FEED_FORWARDS"), ("models/attention.py", "ATTENTIONS"), ("models/patch_embedding.py", "PATCH_EMBEDDINGS"),
-    ("models/position.py", "POSITIONS"), ("models/pooling.py", "POOLINGS"), ("model.py", "BLOCKS"),
-])
+@pytest.mark.parametrize(
+    ("file", "table"),
+    [
+        ("models/feed_forward.py", "FEED_FORWARDS"),
+        ("models/attention.py", "ATTENTIONS"),
+        ("models/patch_embedding.py", "PATCH_EMBEDDINGS"),
+        ("models/position.py", "POSITIONS"),
+        ("models/pooling.py", "POOLINGS"),
+        ("model.py", "BLOCKS"),
+    ],
+)
 def test_the_help_shows_every_entry_with_its_first_line(file, table):
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     shown = table_names(file, table)

@@ -33,7 +33,13 @@ def test_shifted_patches_equal_the_pixels_of_five_shifted_images():
     shifts = [(0, 0), (-2, -2), (-2, 2), (2, -2), (2, 2)]
     for token in (0, 3, 5, 12, 15):
         top, left = 4 * (token // 4), 4 * (token % 4)
-        expected = [pixel(c, top + i + dy, left + j + dx) for dy, dx in shifts for c in range(3) for i in range(4) for j in range(4)]
+        expected = [
+            pixel(c, top + i + dy, left + j + dx)
+            for dy, dx in shifts
+            for c in range(3)
+            for i in range(4)
+            for j in range(4)
+        ]
         assert patches[token].tolist() == pytest.approx(expected)
 
 
@@ -66,7 +72,9 @@ def test_softmax_and_lsa_equal_the_formula():
     torch.testing.assert_close(softmax(x)[0], plain_attention(softmax, x, 8**-0.5, diagonal=True), rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         lsa.log_scale += 0.3
-    torch.testing.assert_close(lsa(x)[0], plain_attention(lsa, x, math.exp(0.3) * 8**-0.5, diagonal=False), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        lsa(x)[0], plain_attention(lsa, x, math.exp(0.3) * 8**-0.5, diagonal=False), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_multi_query_shares_keys_and_values():
@@ -98,7 +106,9 @@ def test_head_tokens_equal_the_formula():
     head_tokens = []
     for h in range(2):
         lifted = part.lift(mean[8 * h : 8 * h + 8])
-        head_tokens.append(torch.cat([F.gelu(part.lift_norm(lifted[:8])), F.gelu(part.lift_norm(lifted[8:]))]) + part.head_position[h])
+        head_tokens.append(
+            torch.cat([F.gelu(part.lift_norm(lifted[:8])), F.gelu(part.lift_norm(lifted[8:]))]) + part.head_position[h]
+        )
     y = plain_attention(part, torch.cat([x, torch.stack(head_tokens)[None]], dim=1), 8**-0.5, diagonal=True)
     expected = torch.cat([y[:1] + y[17:].mean(0), y[1:17]])
     torch.testing.assert_close(part(x)[0], expected, rtol=1e-4, atol=1e-6)

@@ -30,13 +30,28 @@ from parallel.buffers import normalise_in_fp32
 # Trainable parameters of the tiny network with that entry in place of TINY's own. A change here is a change of what runs
 # recorded so far mean: make it on purpose.
 PARAMETERS = {
-    "patch_embedding": {"linear": 7_655, "spt": 11_207, "conv_stem": 8_271, "residual_stem": 470_695, "pool_stem": 109_591},
+    "patch_embedding": {
+        "linear": 7_655,
+        "spt": 11_207,
+        "conv_stem": 8_271,
+        "residual_stem": 470_695,
+        "pool_stem": 109_591,
+    },
     "position": {"learned": 11_207, "sin_cos": 10_935, "rotary": 10_935, "none": 10_935},
     "block": {"pre_norm": 11_207, "pair": 15_527, "macaron": 15_527, "no_attention": 9_061},
     "attention": {"softmax": 11_205, "lsa": 11_207, "qk_norm": 11_237, "head_tokens": 11_589, "multi_query": 10_693},
     "feed_forward": {
-        "mlp": 11_207, "geglu": 11_283, "swiglu": 11_283, "pair": 11_303, "mix": 11_227, "chain": 11_291,
-        "conv_mlp": 12_487, "residual_conv": 16_231, "soft_moe": 24_489, "fff": 23_781, "fff_fan_out": 29_391,
+        "mlp": 11_207,
+        "geglu": 11_283,
+        "swiglu": 11_283,
+        "pair": 11_303,
+        "mix": 11_227,
+        "chain": 11_291,
+        "conv_mlp": 12_487,
+        "residual_conv": 16_231,
+        "soft_moe": 24_489,
+        "fff": 23_781,
+        "fff_fan_out": 29_391,
     },
     "pooling": {"class_token": 11_207, "mean": 11_175, "sequence": 11_191},
 }
@@ -71,7 +86,9 @@ def test_every_parameter_gets_a_finite_gradient(kind, name):
         assert parameter.grad.isfinite().all(), f"{parameter_name} has a gradient that is not finite"
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in ENTRIES if kind in ("feed_forward", "attention")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, name in ENTRIES if kind in ("feed_forward", "attention")]
+)
 def test_every_parameter_of_a_part_changes_what_it_gives(kind, name):
     torch.manual_seed(0)
     part, x = make_part(PART_TABLES[kind], kind, name, dimensions(), {}), tokens(16)
@@ -112,7 +129,11 @@ def test_half_precision_runs_by_casting_and_by_autocast(kind, name):
         parameter.data, parameter.grad = parameter.data.bfloat16(), None
     scores = model(images().to(torch.bfloat16))
     F.cross_entropy(scores.float(), torch.arange(3)).backward()
-    assert scores.dtype == torch.bfloat16 and scores.isfinite().all() and all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    assert (
+        scores.dtype == torch.bfloat16
+        and scores.isfinite().all()
+        and all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    )
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
@@ -136,8 +157,12 @@ def test_hints_for_the_optimiser_name_real_parameters_and_none_is_a_scalar(kind,
         own = {parameter_name for parameter_name, _ in module.named_parameters(recurse=False)}
         hints = {*getattr(module, "no_weight_decay", ()), *getattr(module, "learning_rate_factors", ())}
         missing = hints - own
-        assert all(hasattr(module, hint) and getattr(module, hint) is None for hint in missing), f"{type(module).__name__}: {missing}"
-    assert all(parameter.ndim > 0 for parameter in model.parameters()), "DeepSpeed cannot broadcast a 0-dimensional parameter"
+        assert all(hasattr(module, hint) and getattr(module, hint) is None for hint in missing), (
+            f"{type(module).__name__}: {missing}"
+        )
+    assert all(parameter.ndim > 0 for parameter in model.parameters()), (
+        "DeepSpeed cannot broadcast a 0-dimensional parameter"
+    )
     grouped = [parameter for group in parameter_groups(model, 1e-3, 0.05) for parameter in group["params"]]
     assert len(grouped) == len(set(map(id, grouped))) == len(list(model.parameters()))
 

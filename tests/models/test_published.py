@@ -1,6 +1,6 @@
 """The published networks: their sizes are the published ones, and each keeps the contract of a list of layers.
 
-    pytest tests/models/test_published.py      no GPU, under a minute; the tests of timm need timm
+pytest tests/models/test_published.py      no GPU, under a minute; the tests of timm need timm
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ COUNTS = [
     ("iformer-small", 10, 128, 19_126_154, "19.13", "the same network with smaller position maps and 10 classes"),
     ("resnet50", 1000, 224, 25_557_032, "25.6", "torchvision's documentation: 25557032"),
     ("lenet", 10, 32, 62_006, "0.062", "the network of PyTorch's and DeepSpeed's CIFAR-10 tutorials"),
-    ("resnet18-cifar", 100, 32, 11_220_132, "11.22", "torchvision's 11689512 less 7680 of the stem and 461700 of the head"),
+    (
+        "resnet18-cifar",
+        100,
+        32,
+        11_220_132,
+        "11.22",
+        "torchvision's 11689512 less 7680 of the stem and 461700 of the head",
+    ),
 ]
 
 # Small enough to be run on one core; the others differ in size only and are checked on the meta device.
@@ -92,7 +99,9 @@ def test_other_image_sides(name):
             assert build(name, 10, side)(torch.zeros(2, 3, side, side)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name, side, part", [("dhvt-t-4", 30, "image side 30"), ("iformer-small", 40, "multiple of 16")])
+@pytest.mark.parametrize(
+    "name, side, part", [("dhvt-t-4", 30, "image side 30"), ("iformer-small", 40, "multiple of 16")]
+)
 def test_an_image_side_that_does_not_fit_is_refused(name, side, part):
     with pytest.raises(SettingsError, match=part) as caught:
         build(name, 10, side)
@@ -139,7 +148,9 @@ def test_weights_round_trip(name, built):
 def test_positions_and_class_tokens_do_not_decay(name):
     with torch.device("meta"):
         model = build(name)
-    kept = {id(p) for group in parameter_groups(model, 1e-3, 0.05) if group["weight_decay"] == 0 for p in group["params"]}
+    kept = {
+        id(p) for group in parameter_groups(model, 1e-3, 0.05) if group["weight_decay"] == 0 for p in group["params"]
+    }
     marks = ("position", "class_token")
     marked = [n for n, p in model.named_parameters() if any(m in n for m in marks)]
     assert marked or name.startswith(("resnet", "lenet"))
@@ -195,7 +206,9 @@ def test_timm_models_by_name():
     assert build("timm:test_resnet", 10, 32)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     model(images).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    kept = {id(p) for group in parameter_groups(model, 1e-3, 0.05) if group["weight_decay"] == 0 for p in group["params"]}
+    kept = {
+        id(p) for group in parameter_groups(model, 1e-3, 0.05) if group["weight_decay"] == 0 for p in group["params"]
+    }
     assert id(model[0].network.pos_embed) in kept and id(model[0].network.patch_embed.proj.weight) not in kept
 
 

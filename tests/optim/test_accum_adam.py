@@ -40,7 +40,10 @@ def test_accumadam_follows_its_algorithm():
         x = x - lr * (m_hat / (1 - b1**s)) / ((v_hat / (1 - b2**s)).sqrt() + eps)
         if t % window == 0:
             m, v, g_sum = b1 * m + (1 - b1) * g_sum / window, b2 * v + (1 - b2) * (g_sum / window) ** 2, 0.0
-    ours = steps_of(lambda p: AccumAdam(p, lr=lr, betas=(b1, b2), eps=eps, weight_decay=0.0, window=window, decoupled=True), gradients.float())
+    ours = steps_of(
+        lambda p: AccumAdam(p, lr=lr, betas=(b1, b2), eps=eps, weight_decay=0.0, window=window, decoupled=True),
+        gradients.float(),
+    )
     assert torch.allclose(ours.double(), x, atol=1e-6)
 
 

@@ -22,7 +22,7 @@ def test_it_rises_in_a_straight_line_to_one_and_never_rises_again(shape, total, 
     f, rising = factors(total, shape=shape, warmup_fraction=warmup), round(warmup * total)
     assert f[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
     assert f[rising] == pytest.approx(1) and all(0 < value <= 1 for value in f)
-    assert all(a >= b for a, b in zip(f[rising:], f[rising + 1:], strict=False))
+    assert all(a >= b for a, b in zip(f[rising:], f[rising + 1 :], strict=False))
 
 
 @pytest.mark.parametrize(("shape", "half"), [("cosine", 0.55), ("linear", 0.55), ("trapezoid", 1.0)])
@@ -46,15 +46,26 @@ def pytorchs(schedulers: list, total: int) -> list[float]:
     return factors
 
 
-@pytest.mark.parametrize(("settings", "reference"), [
-    ({"shape": "cosine", "final_factor": 0.1}, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=89, eta_min=0.1)),
-    ({"shape": "linear", "final_factor": 0.1}, lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.1, total_iters=89)),
-    ({"shape": "constant"}, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
-    ({"shape": "step"}, lambda o: lr_scheduler.MultiStepLR(o, milestones=[30, 60, 80], gamma=0.1)),
-    ({"shape": "step", "milestones": [0.5], "milestone_factor": 0.2}, lambda o: lr_scheduler.MultiStepLR(o, milestones=[45], gamma=0.2)),
-    ({"shape": "trapezoid", "final_factor": 0.1, "cooldown_fraction": 0.5},
-     lambda o: lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 44 else 1 - 0.9 * (k - 44) / 45)),
-])
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        ({"shape": "cosine", "final_factor": 0.1}, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=89, eta_min=0.1)),
+        (
+            {"shape": "linear", "final_factor": 0.1},
+            lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.1, total_iters=89),
+        ),
+        ({"shape": "constant"}, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+        ({"shape": "step"}, lambda o: lr_scheduler.MultiStepLR(o, milestones=[30, 60, 80], gamma=0.1)),
+        (
+            {"shape": "step", "milestones": [0.5], "milestone_factor": 0.2},
+            lambda o: lr_scheduler.MultiStepLR(o, milestones=[45], gamma=0.2),
+        ),
+        (
+            {"shape": "trapezoid", "final_factor": 0.1, "cooldown_fraction": 0.5},
+            lambda o: lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 44 else 1 - 0.9 * (k - 44) / 45),
+        ),
+    ],
+)
 def test_it_falls_as_pytorchs_scheduler_does(settings, reference):
     assert factors(90, warmup_fraction=0.0, **settings) == pytest.approx(pytorchs([reference], 90))
 
@@ -63,11 +74,15 @@ def test_it_falls_as_pytorchs_scheduler_does(settings, reference):
 def test_the_warm_up_may_start_above_nothing(start):
     f = factors(40, warmup_fraction=0.25, warmup_start_factor=start, shape="constant")
     shifted = pytorchs([lambda o: lr_scheduler.LinearLR(o, start_factor=start or 1e-12, total_iters=10)], 41)[1:]
-    assert f == pytest.approx(shifted, abs=1e-9)  # ours makes no step at the start factor itself: it would be lost when that is 0
+    assert f == pytest.approx(
+        shifted, abs=1e-9
+    )  # ours makes no step at the start factor itself: it would be lost when that is 0
 
 
 def test_cosine_leaves_the_top_and_reaches_the_bottom_gently_while_linear_does_not():
-    cosine, linear = (factors(101, shape=shape, warmup_fraction=0.0, final_factor=0.0) for shape in ("cosine", "linear"))
+    cosine, linear = (
+        factors(101, shape=shape, warmup_fraction=0.0, final_factor=0.0) for shape in ("cosine", "linear")
+    )
     assert 1 - cosine[10] < (1 - linear[10]) / 3 and cosine[90] < linear[90] / 3
 
 
@@ -81,18 +96,33 @@ def test_it_has_no_memory():
     assert [schedule(step) for step in reversed(range(20))] == factors(20, warmup_fraction=0.2)[::-1]
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"shape": "cosinus"}, "unknown schedule.shape 'cosinus'; did you mean 'cosine'"),
-    ({"warmup_fraction": 1.5}, "schedule.warmup_fraction must lie between 0 and 1, not 1.5"),
-    ({"final_factor": -0.1}, "schedule.final_factor must lie between 0 and 1, not -0.1"),
-    ({"cooldown_fraction": 0.5}, "schedule.shape=cosine would not use schedule.cooldown_fraction=0.5; trapezoid would"),
-    ({"shape": "constant", "final_factor": 0.5}, "schedule.shape=constant would not use schedule.final_factor=0.5; cosine and linear and trap"),
-    ({"shape": "step", "hold_fraction": 0.5}, "schedule.shape=step would not use schedule.hold_fraction"),
-    ({"shape": "trapezoid", "cooldown_fraction": 0.9, "hold_fraction": 0.1}, "together they must not exceed 1, and are 0.05, 0.9 and 0.1"),
-    ({"shape": "step", "milestones": [0.5, 0.3]}, "schedule.milestones must rise"),
-    ({"shape": "step", "milestones": []}, "schedule.milestones must rise"),
-    ({"shape": "step", "milestones": [0.1], "warmup_fraction": 0.2}, "schedule.milestones must rise, from schedule.warmup_fraction=0.2"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shape": "cosinus"}, "unknown schedule.shape 'cosinus'; did you mean 'cosine'"),
+        ({"warmup_fraction": 1.5}, "schedule.warmup_fraction must lie between 0 and 1, not 1.5"),
+        ({"final_factor": -0.1}, "schedule.final_factor must lie between 0 and 1, not -0.1"),
+        (
+            {"cooldown_fraction": 0.5},
+            "schedule.shape=cosine would not use schedule.cooldown_fraction=0.5; trapezoid would",
+        ),
+        (
+            {"shape": "constant", "final_factor": 0.5},
+            "schedule.shape=constant would not use schedule.final_factor=0.5; cosine and linear and trap",
+        ),
+        ({"shape": "step", "hold_fraction": 0.5}, "schedule.shape=step would not use schedule.hold_fraction"),
+        (
+            {"shape": "trapezoid", "cooldown_fraction": 0.9, "hold_fraction": 0.1},
+            "together they must not exceed 1, and are 0.05, 0.9 and 0.1",
+        ),
+        ({"shape": "step", "milestones": [0.5, 0.3]}, "schedule.milestones must rise"),
+        ({"shape": "step", "milestones": []}, "schedule.milestones must rise"),
+        (
+            {"shape": "step", "milestones": [0.1], "warmup_fraction": 0.2},
+            "schedule.milestones must rise, from schedule.warmup_fraction=0.2",
+        ),
+    ],
+)
 def test_what_makes_no_sense_is_refused(settings, message):
     with pytest.raises(SettingsError, match=message):
         Schedule(ScheduleSettings(**settings), 10)

@@ -16,7 +16,14 @@ from config.settings import ScheduleSettings, resolve
 from model import ARCHITECTURES, TABLES, build_model
 from optim import muon
 from optim.lr_schedule import Schedule
-from optim.optimizers import OPTIMIZERS, averaged_weights, build_optimizer, check_optimizer, describe_groups, restore_counters
+from optim.optimizers import (
+    OPTIMIZERS,
+    averaged_weights,
+    build_optimizer,
+    check_optimizer,
+    describe_groups,
+    restore_counters,
+)
 from optim.param_groups import parameter_groups
 
 DECAY = 0.05
@@ -44,9 +51,14 @@ class TreeLayer(nn.Module):
         self.root, self.leaf, self.anchor = (nn.Parameter(torch.ones(3, 3)) for _ in range(3))
 
 
-@pytest.mark.parametrize("overrides", [
-    [], ["model.pooling=mean", "model.attention=softmax", "model.patch_embedding=linear"], ["model.feed_forward=geglu"],
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.pooling=mean", "model.attention=softmax", "model.patch_embedding=linear"],
+        ["model.feed_forward=geglu"],
+    ],
+)
 def test_every_trainable_parameter_is_in_exactly_one_group(overrides):
     model = network(*overrides)
     model[-1].norm.requires_grad_(False)
@@ -59,7 +71,9 @@ def test_vectors_tokens_and_positions_do_not_decay_and_matrices_do():
     groups = settings_of(network())
     decaying = {name for name, group in groups.items() if group["weight_decay"] == DECAY}
     assert {group["weight_decay"] for group in groups.values()} == {0.0, DECAY}
-    assert not any(name.endswith((".bias", "norm.weight", "log_scale", "class_token", "position.table")) for name in decaying)
+    assert not any(
+        name.endswith((".bias", "norm.weight", "log_scale", "class_token", "position.table")) for name in decaying
+    )
     assert {"0.class_token", "0.position.table"} <= set(groups)
     matrices = {name for name, p in network().named_parameters() if p.ndim >= 2} - {"0.class_token", "0.position.table"}
     assert decaying == matrices and len(matrices) > 8
@@ -68,7 +82,12 @@ def test_vectors_tokens_and_positions_do_not_decay_and_matrices_do():
 def test_a_layer_may_name_what_does_not_decay_and_what_learns_slower():
     groups = settings_of(nn.Sequential(TreeLayer(), nn.Linear(3, 3)), lr=2.0)
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
-        "0.root": (0.5, DECAY), "0.leaf": (2.0, DECAY), "0.anchor": (2.0, 0.0), "1.weight": (2.0, DECAY), "1.bias": (2.0, 0.0)}
+        "0.root": (0.5, DECAY),
+        "0.leaf": (2.0, DECAY),
+        "0.anchor": (2.0, 0.0),
+        "1.weight": (2.0, DECAY),
+        "1.bias": (2.0, 0.0),
+    }
     assert all(group["initial_lr"] == group["lr"] for group in groups.values())
 
 
@@ -90,15 +109,25 @@ def test_a_parameter_that_two_layers_share_is_listed_once():
 
 def test_groups_come_in_the_same_order_on_every_process():
     def shape_of_groups() -> list:
-        return [(g["weight_decay"], g["lr"], [tuple(p.shape) for p in g["params"]]) for g in parameter_groups(network(), 1.0, DECAY)]
+        return [
+            (g["weight_decay"], g["lr"], [tuple(p.shape) for p in g["params"]])
+            for g in parameter_groups(network(), 1.0, DECAY)
+        ]
 
     assert shape_of_groups() == shape_of_groups()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_optimiser_is_the_one_that_is_named_with_its_settings(name):
-    config = resolve(None, [f"optimizer.type={name}", "optimizer.params.lr=0.1", "optimizer.params.weight_decay=0.2",
-                            *([] if name == "SGD" else ["optimizer.params.betas=[0.8, 0.9]"])]).engine["optimizer"]
+    config = resolve(
+        None,
+        [
+            f"optimizer.type={name}",
+            "optimizer.params.lr=0.1",
+            "optimizer.params.weight_decay=0.2",
+            *([] if name == "SGD" else ["optimizer.params.betas=[0.8, 0.9]"]),
+        ],
+    ).engine["optimizer"]
     optimizer = build_optimizer(config, network(), fused=False)
     assert type(optimizer).__name__ == name
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
@@ -107,27 +136,49 @@ def test_the_optimiser_is_the_one_that_is_named_with_its_settings(name):
         assert name == "SGD" or group.get("hidden") or group["betas"] == (0.8, 0.9)
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"type": "AdamWW", "params": {"lr": 0.1, "weight_decay": 0.0}}, "unknown optimizer.type 'AdamWW'; did you mean 'AdamW'"),
-    ({"type": "SGD", "params": {"lr": 0.1, "weight_decay": 0.0, "betas": [0.9, 0.99]}}, "SGD does not take optimizer.params.*betas"),
-    ({"type": "AdamW", "params": {"lr": -1.0, "weight_decay": 0.0}}, "AdamW does not take optimizer.params.*-1"),
-    ({"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "momentum": 1.5}}, "Muon does not take optimizer.params.*momentum=1.5"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"type": "AdamWW", "params": {"lr": 0.1, "weight_decay": 0.0}},
+            "unknown optimizer.type 'AdamWW'; did you mean 'AdamW'",
+        ),
+        (
+            {"type": "SGD", "params": {"lr": 0.1, "weight_decay": 0.0, "betas": [0.9, 0.99]}},
+            "SGD does not take optimizer.params.*betas",
+        ),
+        ({"type": "AdamW", "params": {"lr": -1.0, "weight_decay": 0.0}}, "AdamW does not take optimizer.params.*-1"),
+        (
+            {"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "momentum": 1.5}},
+            "Muon does not take optimizer.params.*momentum=1.5",
+        ),
+    ],
+)
 def test_what_an_optimiser_does_not_take_is_refused(config, message):
     with pytest.raises(SettingsError, match=message):
         build_optimizer(config, nn.Linear(2, 2), fused=False)
 
 
 def test_every_optimiser_has_its_parameters_and_the_other_way_round():
-    assert set(OPTIMIZERS) == set(OPTIMIZER_PARAMS) and all({"lr", "weight_decay"} <= set(params) for params in OPTIMIZER_PARAMS.values())
+    assert set(OPTIMIZERS) == set(OPTIMIZER_PARAMS) and all(
+        {"lr", "weight_decay"} <= set(params) for params in OPTIMIZER_PARAMS.values()
+    )
 
 
 # --- what decays, and what Muon trains, over the whole drawer -------------------------------------------------------
 
-NOT_A_WEIGHT = re.compile(r"(bias|norm|position|pos_embed|token|table|scale|temperature|gamma|factor|shift|affine)[^.]*$")
+NOT_A_WEIGHT = re.compile(
+    r"(bias|norm|position|pos_embed|token|table|scale|temperature|gamma|factor|shift|affine)[^.]*$"
+)
 SMALL_PARTS = ["model.width=32", "model.depth=2", "model.patch=4", "model.heads=2", "model.head_size=16"]
-DRAWER = [f"model.{kind}={name}" for kind in ("patch_embedding", "position", "attention", "feed_forward", "pooling") for name in TABLES[kind]]
-WHOLE = [f"model.architecture={name}" for name in ARCHITECTURES if name != "vit"] + ["model.architecture=timm:vit_tiny_patch16_224"]
+DRAWER = [
+    f"model.{kind}={name}"
+    for kind in ("patch_embedding", "position", "attention", "feed_forward", "pooling")
+    for name in TABLES[kind]
+]
+WHOLE = [f"model.architecture={name}" for name in ARCHITECTURES if name != "vit"] + [
+    "model.architecture=timm:vit_tiny_patch16_224"
+]
 
 
 def drawn(choice: str) -> nn.Module:
@@ -135,7 +186,9 @@ def drawn(choice: str) -> nn.Module:
     whole = choice.startswith("model.architecture")
     with torch.device("meta"):
         side = 224 if "timm" in choice else 32
-        return build_model(resolve(None, [choice] if whole else [*SMALL_PARTS, choice]).model, num_classes=10, image_side=side)
+        return build_model(
+            resolve(None, [choice] if whole else [*SMALL_PARTS, choice]).model, num_classes=10, image_side=side
+        )
 
 
 @pytest.mark.parametrize("choice", DRAWER + WHOLE)
@@ -146,7 +199,9 @@ def test_no_norm_bias_position_or_token_decays_in_any_part_of_the_drawer(choice)
     assert set(groups) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
-        is_weight = parameter.ndim >= 2 and not NOT_A_WEIGHT.search(last) and "Norm" not in type(modules[owner]).__name__
+        is_weight = (
+            parameter.ndim >= 2 and not NOT_A_WEIGHT.search(last) and "Norm" not in type(modules[owner]).__name__
+        )
         assert (groups[name]["weight_decay"] == DECAY) == is_weight, f"{name} {tuple(parameter.shape)}"
 
 
@@ -160,7 +215,11 @@ def test_muon_gets_hidden_matrices_and_nothing_else(choice):
     assert hidden and all(p.ndim >= 2 and not NOT_A_WEIGHT.search(name) for name, p in hidden.items())
     last = f"{len(model) - 1}."
     if len(model) > 1:  # the first layer reads the images, the last gives the scores
-        inner = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "is_input_or_output_layer", None) is False)
+        inner = tuple(
+            f"{name}."
+            for name, module in model.named_modules()
+            if getattr(module, "is_input_or_output_layer", None) is False
+        )
         assert not any(name.startswith(("0.", last)) and not name.startswith(inner) for name in hidden)
     else:
         assert not any("head" in name or "patch_embed" in name for name in hidden)
@@ -172,7 +231,10 @@ def test_the_groups_are_shown_as_a_table():
     config = resolve(None, ["optimizer.type=Muon", "optimizer.params.matrix_lr_factor=2.0"]).engine["optimizer"]
     head, *rows = describe_groups(config, network()).splitlines()
     assert head.split()[:2] == ["trained", "by"] and [row.split()[:3] for row in rows] == [
-        ["AdamW", "0.001", "0"], ["AdamW", "0.001", "0.05"], ["Muon", "0.002", "0.05"]]
+        ["AdamW", "0.001", "0"],
+        ["AdamW", "0.001", "0.05"],
+        ["Muon", "0.002", "0.05"],
+    ]
     assert sum(int(row.split()[4].replace(",", "")) for row in rows) == sum(p.numel() for p in network().parameters())
 
 
@@ -254,7 +316,9 @@ def test_it_steps_as_its_paper_says(name):
     params = {**OPTIMIZER_PARAMS[name], "lr": 0.05, "weight_decay": 0.1}
     found = trained({"type": name, "params": params}, gradients, start)
     for i, decay in enumerate((0.1, 0.0)):
-        expected = REFERENCES[name](start[i].double(), [step[i].double() for step in gradients], **{**params, "weight_decay": decay})
+        expected = REFERENCES[name](
+            start[i].double(), [step[i].double() for step in gradients], **{**params, "weight_decay": decay}
+        )
         torch.testing.assert_close(found[i].double(), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -271,17 +335,30 @@ def test_muon_steps_as_pytorchs_own_does_and_adamw_trains_the_rest(monkeypatch):
         reference.step()
     torch.testing.assert_close(found[0], matrix.detach(), atol=5e-3, rtol=0)  # bf16 of a step of 0.05
     assert (found[0] - start[0]).abs().max() > 0.1
-    vector = adam(start[1].double(), [step[1].double() for step in gradients], 0.05, (0.9, 0.999), 1e-8, 0.0, decoupled=True)
+    vector = adam(
+        start[1].double(), [step[1].double() for step in gradients], 0.05, (0.9, 0.999), 1e-8, 0.0, decoupled=True
+    )
     torch.testing.assert_close(found[1].double(), vector, atol=2e-6, rtol=1e-5)
 
 
 def test_matrices_of_all_shapes_are_orthogonalised_each_for_itself():
     torch.manual_seed(0)
-    tensors = [torch.randn(8, 8), torch.randn(5, 12), torch.randn(12, 5), torch.randn(3, 6, 4), torch.randn(6, 2, 3, 3), torch.randn(8, 8)]
+    tensors = [
+        torch.randn(8, 8),
+        torch.randn(5, 12),
+        torch.randn(12, 5),
+        torch.randn(3, 6, 4),
+        torch.randn(6, 2, 3, 3),
+        torch.randn(8, 8),
+    ]
     together = muon.orthogonalise(tensors)
     assert [step.shape for step in together] == [tensor.shape for tensor in tensors]
     for tensor, step in zip(tensors, together, strict=True):
-        for given, made in zip(tensor if tensor.ndim == 3 else [tensor.flatten(1)], step if step.ndim == 3 else [step.flatten(1)], strict=True):
+        for given, made in zip(
+            tensor if tensor.ndim == 3 else [tensor.flatten(1)],
+            step if step.ndim == 3 else [step.flatten(1)],
+            strict=True,
+        ):
             u, _, v = torch.linalg.svd(given, full_matrices=False)
             singular = torch.linalg.svdvals(made) / (0.2 * max(given.shape) ** 0.5)
             assert 0.5 < singular.min() and singular.max() < 1.3
@@ -311,6 +388,9 @@ def test_what_an_optimiser_counts_for_a_group_follows_from_the_step(name):
 
 
 def test_an_average_in_place_of_a_schedule_wants_no_schedule():
-    with pytest.raises(SettingsError, match="AdamWScheduleFree averages in place of a falling learning rate; give it --set schedule.shape=constant"):
+    with pytest.raises(
+        SettingsError,
+        match="AdamWScheduleFree averages in place of a falling learning rate; give it --set schedule.shape=constant",
+    ):
         check_optimizer(resolve(None, ["optimizer.type=AdamWScheduleFree"]), "zero")
     check_optimizer(resolve(None, ["optimizer.type=AdamWScheduleFree", "schedule.shape=constant"]), "zero")

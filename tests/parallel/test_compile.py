@@ -56,7 +56,9 @@ def captured() -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> dict:
-    return perform(tmp_path_factory.mktemp("captured") / "on-2", 2, reference.job, {}, {}, ["tests.parallel.test_compile:captured"])
+    return perform(
+        tmp_path_factory.mktemp("captured") / "on-2", 2, reference.job, {}, {}, ["tests.parallel.test_compile:captured"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +77,15 @@ def test_captured_layers_train_as_plain_ones_do_and_keep_their_names(on_two, pla
 
 def small() -> nn.Module:
     """Two layers with dropout: what a compiler takes a while for, and what draws random numbers."""
-    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 16), nn.GELU(), nn.Dropout(0.1)), nn.Linear(16, NUM_CLASSES))
+    return nn.Sequential(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 16), nn.GELU(), nn.Dropout(0.1)),
+        nn.Linear(16, NUM_CLASSES),
+    )
 
 
 def really_compiled() -> dict[str, dict]:
     """Losses and weights of the small network: plain without dropout, compiled without it, compiled with it, and that resumed."""
+
     def engine(compile: str, dropout: bool):
         def build() -> nn.Module:
             network = small()
@@ -89,7 +95,11 @@ def really_compiled() -> dict[str, dict]:
         return make_engine("ddp", settings_for(f"compile={compile}"), build)
 
     results = {}
-    for name, one in (("plain", engine("off", False)), ("compiled", engine("on", False)), ("dropout", engine("on", True))):
+    for name, one in (
+        ("plain", engine("off", False)),
+        ("compiled", engine("on", False)),
+        ("dropout", engine("on", True)),
+    ):
         results[name] = {"losses": train(one, SAVED_AT)}
         if name == "dropout":
             with TemporaryDirectory() as folder:
@@ -115,21 +125,31 @@ def test_compiled_layers_train_as_plain_ones_do_and_a_resumed_run_has_the_same_b
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize(("setting", "device", "refusal", "graphs_refusal", "comes_to"), [
-    ("auto", CPU, None, None, "off"), ("auto", GPU, None, None, "on"), ("auto", GPU, "cannot", None, "off"), ("off", GPU, None, None, "off"),
-    ("on", CPU, None, "cannot", "on"), ("reduce-overhead", GPU, None, None, "reduce-overhead"),
-])
+@pytest.mark.parametrize(
+    ("setting", "device", "refusal", "graphs_refusal", "comes_to"),
+    [
+        ("auto", CPU, None, None, "off"),
+        ("auto", GPU, None, None, "on"),
+        ("auto", GPU, "cannot", None, "off"),
+        ("off", GPU, None, None, "off"),
+        ("on", CPU, None, "cannot", "on"),
+        ("reduce-overhead", GPU, None, None, "reduce-overhead"),
+    ],
+)
 def test_what_the_setting_comes_to(monkeypatch, setting, device, refusal, graphs_refusal, comes_to):
     monkeypatch.setattr(compiling, "trouble_with", lambda device: None)
     assert compiling.choose(setting, device, refusal, graphs_refusal) == comes_to
 
 
-@pytest.mark.parametrize(("setting", "device", "refusals", "sentence"), [
-    ("on", GPU, ("it copies", None), "compile=on: it copies"),
-    ("reduce-overhead", GPU, (None, "it moves"), "compile=reduce-overhead: it moves"),
-    ("max-autotune", CPU, (None, None), "compile=max-autotune: CUDA graphs need a GPU"),
-    ("onn", GPU, (None, None), "unknown compile 'onn'; did you mean 'on'"),
-])
+@pytest.mark.parametrize(
+    ("setting", "device", "refusals", "sentence"),
+    [
+        ("on", GPU, ("it copies", None), "compile=on: it copies"),
+        ("reduce-overhead", GPU, (None, "it moves"), "compile=reduce-overhead: it moves"),
+        ("max-autotune", CPU, (None, None), "compile=max-autotune: CUDA graphs need a GPU"),
+        ("onn", GPU, (None, None), "unknown compile 'onn'; did you mean 'on'"),
+    ],
+)
 def test_what_cannot_be_is_refused_by_name(setting, device, refusals, sentence):
     with pytest.raises(SettingsError, match=sentence):
         compiling.choose(setting, device, *refusals)
@@ -139,7 +159,10 @@ def test_a_machine_that_cannot_compile_trains_without_unless_it_was_asked_for(mo
     monkeypatch.setattr(compiling, "trouble_with", lambda device: "no C compiler")
     assert compiling.choose("auto", GPU, None, None) == "off"
     assert "torch.compile does not work on this machine (no C compiler)" in capsys.readouterr().out
-    with pytest.raises(SettingsError, match="compile=on: torch.compile does not work on this machine .no C compiler.; compile=off trains without"):
+    with pytest.raises(
+        SettingsError,
+        match="compile=on: torch.compile does not work on this machine .no C compiler.; compile=off trains without",
+    ):
         compiling.choose("on", GPU, None, None)
 
 
@@ -151,6 +174,7 @@ def test_evaluation_runs_the_plain_network(monkeypatch):
         def noted(*arguments):
             calls.append(options)
             return forward(*arguments)
+
         return noted
 
     monkeypatch.setattr(torch, "compile", pretend)

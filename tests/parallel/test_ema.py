@@ -38,8 +38,16 @@ ENGINES = {
     "zero 3": ("zero", ["zero_optimization.stage=3"]),  # last: it replaces F.linear for the rest of the process
 }
 # From an engine on two processes to an engine on one or two
-MOVES = [("zero 2", 2, "pipeline"), ("pipeline", 2, "fsdp"), ("fsdp", 2, "zero 2"), ("ddp", 2, "zero 3"),
-         ("zero 3", 1, "ddp"), ("zero 1", 1, "fsdp"), ("ddp", 1, "zero 2"), ("offloaded 2", 1, "zero 3")]
+MOVES = [
+    ("zero 2", 2, "pipeline"),
+    ("pipeline", 2, "fsdp"),
+    ("fsdp", 2, "zero 2"),
+    ("ddp", 2, "zero 3"),
+    ("zero 3", 1, "ddp"),
+    ("zero 1", 1, "fsdp"),
+    ("ddp", 1, "zero 2"),
+    ("offloaded 2", 1, "zero 3"),
+]
 
 
 def moving() -> dict[str, dict]:
@@ -63,7 +71,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_two(folder) -> dict:
-    cases = {engine: [strategy, [*RECIPES["clipped"], *EMA, *overrides], {"look": True}] for engine, (strategy, overrides) in ENGINES.items()}
+    cases = {
+        engine: [strategy, [*RECIPES["clipped"], *EMA, *overrides], {"look": True}]
+        for engine, (strategy, overrides) in ENGINES.items()
+    }
     cases |= {"bf16": ["zero", ["bf16.enabled=true", "zero_optimization.stage=2", *EMA], {}]}
     cases = dict(sorted(cases.items(), key=lambda case: "zero_optimization.stage=3" in case[1][1]))
     return perform(folder / "on-2", 2, reference.job, cases, {}, ["tests.parallel.test_ema:moving"])
@@ -73,11 +84,22 @@ def on_two(folder) -> dict:
 def moved(folder, on_two) -> dict[int, dict]:
     def cases(processes: int) -> dict[str, list]:
         moves = [*MOVES, *((engine, 2, engine) for engine in ENGINES)]
-        found = {f"{move}": [ENGINES[move[2]][0], [*RECIPES["clipped"], *EMA, *ENGINES[move[2]][1]], str(folder / "on-2" / move[0]), {}]
-                 for move in moves if move[1] == processes}
+        found = {
+            f"{move}": [
+                ENGINES[move[2]][0],
+                [*RECIPES["clipped"], *EMA, *ENGINES[move[2]][1]],
+                str(folder / "on-2" / move[0]),
+                {},
+            ]
+            for move in moves
+            if move[1] == processes
+        }
         return dict(sorted(found.items(), key=lambda case: "zero_optimization.stage=3" in case[1][1]))
 
-    return {processes: perform(folder / f"moved-to-{processes}", processes, reference.job, {}, cases(processes), []) for processes in (1, 2)}
+    return {
+        processes: perform(folder / f"moved-to-{processes}", processes, reference.job, {}, cases(processes), [])
+        for processes in (1, 2)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,10 @@ ENGINES = {  # name of a case: strategy and settings
     "zero 1": ("zero", []),
     "pipeline": ("pipeline", ["parallel.stages=2"]),
 }
-WORKERS = {"gossip": ("gossip", []), "local": ("local", ["parallel.local_steps=3"])}  # test_gossip.py has the rest of them
+WORKERS = {
+    "gossip": ("gossip", []),
+    "local": ("local", ["parallel.local_steps=3"]),
+}  # test_gossip.py has the rest of them
 
 
 # --- what runs inside the forked processes ------------------------------------------------------------------------
@@ -66,7 +69,12 @@ def batch_norm_cases() -> dict[str, dict]:
             engine.train_batch(stream)
         scores = engine.forward(data()[0][0])
         equal = engine.mean(scores.double().sum()) == scores.double().sum().item()  # the mean of equal numbers
-        results[f"batch norm {name}"] = {"first": first, "weights": engine.weights(), "counts": counts_of(engine), "equal": equal}
+        results[f"batch norm {name}"] = {
+            "first": first,
+            "weights": engine.weights(),
+            "counts": counts_of(engine),
+            "equal": equal,
+        }
     return results
 
 
@@ -82,9 +90,15 @@ def bf16_cases() -> dict[str, dict]:
     in_bf16 = {**ENGINES, **WORKERS, **AUTOCAST}
     with TemporaryDirectory() as folder:
         folder = Path(processes_main(folder))
-        results = {f"bf16 {name}": train_and_save(strategy, settings(more), folder / name) for name, (strategy, more) in in_bf16.items()}
+        results = {
+            f"bf16 {name}": train_and_save(strategy, settings(more), folder / name)
+            for name, (strategy, more) in in_bf16.items()
+        }
         dist.barrier()
-        results |= {f"bf16 {name}, resumed": go_on(strategy, settings(more), folder / name) for name, (strategy, more) in in_bf16.items()}
+        results |= {
+            f"bf16 {name}, resumed": go_on(strategy, settings(more), folder / name)
+            for name, (strategy, more) in in_bf16.items()
+        }
         dist.barrier()
     return results
 
@@ -112,7 +126,9 @@ def cut_cases() -> dict[str, dict]:
     """Other ways to cut the pipeline, and a network whose stages differ in their parameter groups."""
     results = {}
     for cut in ("uniform", "time"):
-        engine = make_engine("pipeline", settings_for("gradient_clipping=0.05", f"parallel.partition={cut}", f"image_side={SIDE}"))
+        engine = make_engine(
+            "pipeline", settings_for("gradient_clipping=0.05", f"parallel.partition={cut}", f"image_side={SIDE}")
+        )
         results[f"cut {cut}"] = {"losses": train(engine), "cuts": engine.cuts, "layers": len(network(settings_for()))}
     engine = make_engine("pipeline", settings_for("gradient_clipping=0.05"), uneven)
     results["uneven"] = {"losses": train(engine), "weights": engine.weights()}
@@ -121,8 +137,10 @@ def cut_cases() -> dict[str, dict]:
 
 def uneven() -> nn.Module:
     """A first stage of matrices alone, a second of matrices and vectors: one parameter group and two."""
-    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 32, bias=False), nn.Linear(32, 16, bias=False)),
-                         nn.Sequential(nn.ReLU(), nn.Linear(16, NUM_CLASSES)))
+    return nn.Sequential(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 32, bias=False), nn.Linear(32, 16, bias=False)),
+        nn.Sequential(nn.ReLU(), nn.Linear(16, NUM_CLASSES)),
+    )
 
 
 # --- the jobs, each once ------------------------------------------------------------------------------------------
@@ -136,16 +154,37 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def on_one(folder) -> dict:
     """One process: a pipeline of one stage is still a pipeline."""
-    cases = {f"{engine} {recipe}": [strategy, RECIPES[recipe] + (["parallel.stages=1"] if strategy == "pipeline" else []), {}]
-             for engine, (strategy, _) in ENGINES.items() for recipe in ("clipped", "accumulated, clipped")}
+    cases = {
+        f"{engine} {recipe}": [
+            strategy,
+            RECIPES[recipe] + (["parallel.stages=1"] if strategy == "pipeline" else []),
+            {},
+        ]
+        for engine, (strategy, _) in ENGINES.items()
+        for recipe in ("clipped", "accumulated, clipped")
+    }
     return perform(folder / "on-1", 1, reference.job, cases, {}, ["tests.parallel.test_engines:dp_case"])
 
 
 # From (processes, engine) to (processes, engine)
-MOVES = [(2, "ddp", 2, "ddp"), (2, "fsdp", 2, "fsdp"), (2, "pipeline", 2, "pipeline"),
-         (2, "zero 1", 2, "ddp"), (2, "ddp", 2, "fsdp"), (2, "fsdp", 2, "zero 1"), (2, "pipeline", 2, "fsdp"), (2, "zero 1", 2, "pipeline"),
-         (1, "ddp", 2, "fsdp"), (1, "fsdp", 2, "pipeline"), (1, "pipeline", 2, "ddp"),
-         (2, "fsdp", 1, "ddp"), (2, "ddp", 1, "zero 1"), (2, "zero 1", 1, "fsdp"), (2, "pipeline", 1, "ddp"), (2, "ddp", 1, "pipeline")]
+MOVES = [
+    (2, "ddp", 2, "ddp"),
+    (2, "fsdp", 2, "fsdp"),
+    (2, "pipeline", 2, "pipeline"),
+    (2, "zero 1", 2, "ddp"),
+    (2, "ddp", 2, "fsdp"),
+    (2, "fsdp", 2, "zero 1"),
+    (2, "pipeline", 2, "fsdp"),
+    (2, "zero 1", 2, "pipeline"),
+    (1, "ddp", 2, "fsdp"),
+    (1, "fsdp", 2, "pipeline"),
+    (1, "pipeline", 2, "ddp"),
+    (2, "fsdp", 1, "ddp"),
+    (2, "ddp", 1, "zero 1"),
+    (2, "zero 1", 1, "fsdp"),
+    (2, "pipeline", 1, "ddp"),
+    (2, "ddp", 1, "pipeline"),
+]
 
 
 def moves_to(processes: int, folder: Path) -> dict[str, list]:
@@ -153,19 +192,38 @@ def moves_to(processes: int, folder: Path) -> dict[str, list]:
         stages = ["parallel.stages=1"] if processes == 1 and engine == "pipeline" else ENGINES[engine][1]
         return RECIPES["clipped"] + stages
 
-    return {f"{move}": [ENGINES[move[3]][0], overrides(move[3]), str(folder / f"on-{move[0]}" / f"{move[1]} clipped"), {}]
-            for move in MOVES if move[2] == processes}
+    return {
+        f"{move}": [ENGINES[move[3]][0], overrides(move[3]), str(folder / f"on-{move[0]}" / f"{move[1]} clipped"), {}]
+        for move in MOVES
+        if move[2] == processes
+    }
 
 
 @pytest.fixture(scope="module")
 def on_two(folder, on_one) -> dict:
-    cases = {f"{engine} {recipe}": [strategy, overrides + more, {}]
-             for engine, (strategy, more) in ENGINES.items() for recipe, overrides in RECIPES.items()}
-    cases |= {f"{engine} soft": [strategy, RECIPES["accumulated, clipped"] + more, {"soft": True}] for engine, (strategy, more) in ENGINES.items()}
+    cases = {
+        f"{engine} {recipe}": [strategy, overrides + more, {}]
+        for engine, (strategy, more) in ENGINES.items()
+        for recipe, overrides in RECIPES.items()
+    }
+    cases |= {
+        f"{engine} soft": [strategy, RECIPES["accumulated, clipped"] + more, {"soft": True}]
+        for engine, (strategy, more) in ENGINES.items()
+    }
     cases["pipeline stage 0 plain"] = ["pipeline", [*RECIPES["plain"], "zero_optimization.stage=0"], {}]
-    cases["pipeline 1 x 2 accumulated, clipped"] = ["pipeline", [*RECIPES["accumulated, clipped"], "parallel.stages=1"], {}]
-    return perform(folder / "on-2", 2, reference.job, cases, moves_to(2, folder),
-                   [f"tests.parallel.test_engines:{cases}" for cases in ("batch_norm_cases", "bf16_cases", "cut_cases")])
+    cases["pipeline 1 x 2 accumulated, clipped"] = [
+        "pipeline",
+        [*RECIPES["accumulated, clipped"], "parallel.stages=1"],
+        {},
+    ]
+    return perform(
+        folder / "on-2",
+        2,
+        reference.job,
+        cases,
+        moves_to(2, folder),
+        [f"tests.parallel.test_engines:{cases}" for cases in ("batch_norm_cases", "bf16_cases", "cut_cases")],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +238,11 @@ def plain() -> dict[str, dict]:
 
 # --- the properties -----------------------------------------------------------------------------------------------
 
-TWO = [*(f"{engine} {recipe}" for engine in ENGINES for recipe in RECIPES),
-       "pipeline stage 0 plain", "pipeline 1 x 2 accumulated, clipped"]
+TWO = [
+    *(f"{engine} {recipe}" for engine in ENGINES for recipe in RECIPES),
+    "pipeline stage 0 plain",
+    "pipeline 1 x 2 accumulated, clipped",
+]
 ONE = [f"{engine} {recipe}" for engine in ENGINES for recipe in ("clipped", "accumulated, clipped")]
 
 
@@ -220,7 +281,9 @@ def test_the_recipes_differ_by_more_than_what_is_tolerated(plain):
     assert largest_difference(clipped["weights"], accumulated["weights"]) > 5e-4
 
 
-@pytest.mark.parametrize("case", [case for case in TWO if recipe_of(case) == "clipped"] + ["pipeline 1 x 2 accumulated, clipped"])
+@pytest.mark.parametrize(
+    "case", [case for case in TWO if recipe_of(case) == "clipped"] + ["pipeline 1 x 2 accumulated, clipped"]
+)
 def test_counts_are_exact_sums_that_leave_padding_out(on_two, case):
     assert_counts(on_two[case]["counts"], on_two[case]["weights"])
 
@@ -286,7 +349,10 @@ def test_a_pipeline_trains_the_same_however_it_is_cut(on_two, plain, cut):
 def test_four_processes_are_two_stages_times_two_replicas_or_four_workers(folder, plain):
     cases = {f"pipeline {recipe}": ["pipeline", overrides, {}] for recipe, overrides in RECIPES.items()}
     cases |= {"gossip": ["gossip", [], {}], "local": ["local", ["parallel.local_steps=3"], {}]}
-    again = {f"{name}, resumed": [strategy, overrides, str(folder / "on-4" / name), {}] for name, (strategy, overrides, _) in cases.items()}
+    again = {
+        f"{name}, resumed": [strategy, overrides, str(folder / "on-4" / name), {}]
+        for name, (strategy, overrides, _) in cases.items()
+    }
     results = perform(folder / "on-4", 4, reference.job, cases, again, [])
     for recipe in RECIPES:
         assert_trains_as(results[f"pipeline {recipe}"], plain[recipe])

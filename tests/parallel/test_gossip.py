@@ -71,12 +71,22 @@ def job(out: str) -> None:
         engine.save(folder)
         losses += train(engine)
         before, apart = engine.state_tensors(keep=True), engine.epoch_facts()
-        results[name] = {"losses": losses, "counts": counts_of(engine), "weights": engine.weights(), "apart": apart,
-                         "kept": largest_difference(before, engine.state_tensors(keep=True)) == 0, "all": engine.gather_state()}
+        results[name] = {
+            "losses": losses,
+            "counts": counts_of(engine),
+            "weights": engine.weights(),
+            "apart": apart,
+            "kept": largest_difference(before, engine.state_tensors(keep=True)) == 0,
+            "all": engine.gather_state(),
+        }
         dist.barrier()
         engine = make_engine(strategy, settings_of(name))
         engine.load(folder)
-        results[f"{name}, resumed"] = {"losses": train(engine), "all": engine.gather_state(), "weights": engine.weights()}
+        results[f"{name}, resumed"] = {
+            "losses": train(engine),
+            "all": engine.gather_state(),
+            "weights": engine.weights(),
+        }
     results["refused"] = [refusal("ddp", Path(out, "local")), refusal("gossip", Path(out, "local"))]
     results["batch norm"] = batch_norm_case()
     if os.environ["RANK"] == "0":
@@ -89,10 +99,19 @@ def job_alone(out: str) -> None:
     """One process: what it makes of a state of two, and a gossip with nobody."""
     import torch.distributed as dist
 
-    results: dict = {"refused": [refusal(strategy, Path(out).parent / "two" / strategy_case)
-                                 for strategy, strategy_case in (("gossip", "gossip AdamW"), ("local", "local"))]}
+    results: dict = {
+        "refused": [
+            refusal(strategy, Path(out).parent / "two" / strategy_case)
+            for strategy, strategy_case in (("gossip", "gossip AdamW"), ("local", "local"))
+        ]
+    }
     engine = make_engine("gossip", settings_of("gossip SGD"))
-    results["alone"] = {"losses": train(engine), "weights": engine.weights(), "apart": engine.epoch_facts(), "said": engine.describe()}
+    results["alone"] = {
+        "losses": train(engine),
+        "weights": engine.weights(),
+        "apart": engine.epoch_facts(),
+        "said": engine.describe(),
+    }
     torch.save(results, Path(out, "results"))
     dist.destroy_process_group()
 
@@ -162,10 +181,19 @@ def test_one_process_is_a_plain_loop(on_one):
 @pytest.mark.parametrize("case", WORKERS)
 def test_the_mean_model_is_counted_and_handed_over_and_every_worker_keeps_its_own(on_two, case):
     result = on_two[case]
-    mean = {name: (result["all"][f"0/weights/{name}"] + result["all"][f"1/weights/{name}"]) / 2 for name in result["weights"]}
+    mean = {
+        name: (result["all"][f"0/weights/{name}"] + result["all"][f"1/weights/{name}"]) / 2
+        for name in result["weights"]
+    }
     assert largest_difference(result["weights"], mean) < 1e-6 and result["kept"]
-    apart = sum((value.double() - mean[name].double()).square().sum() for name, value in own(result["all"], 0).items()).sqrt().item()
-    assert result["apart"]["worker_distance"] == pytest.approx(apart, rel=1e-4, abs=1e-6)  # two workers are equally far from their mean
+    apart = (
+        sum((value.double() - mean[name].double()).square().sum() for name, value in own(result["all"], 0).items())
+        .sqrt()
+        .item()
+    )
+    assert result["apart"]["worker_distance"] == pytest.approx(
+        apart, rel=1e-4, abs=1e-6
+    )  # two workers are equally far from their mean
     model = network(settings_for())
     model.load_state_dict(result["weights"])
     images, labels = (part.flatten(0, 1) for part in data())
@@ -185,7 +213,11 @@ def own(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 def test_workers_that_do_not_meet_are_apart(on_two):
     assert on_two["local, one meeting after the last"]["apart"]["worker_distance"] > 0.01
-    assert 1e-4 < on_two["local"]["apart"]["worker_distance"] < on_two["local, one meeting after the last"]["apart"]["worker_distance"]
+    assert (
+        1e-4
+        < on_two["local"]["apart"]["worker_distance"]
+        < on_two["local, one meeting after the last"]["apart"]["worker_distance"]
+    )
 
 
 @pytest.mark.parametrize("case", WORKERS)
@@ -199,7 +231,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(on_two, case):
 
 def test_a_state_of_other_workers_is_refused_by_name(on_two, on_one):
     for strategy, said in zip(("gossip", "local"), on_one["refused"], strict=True):
-        assert f"strategy {strategy} keeps a state for each process: this one was saved by 2 processes and cannot go on with 1" in said
+        assert (
+            f"strategy {strategy} keeps a state for each process: this one was saved by 2 processes and cannot go on with 1"
+            in said
+        )
     ddp, gossip = on_two["refused"]
     assert "holds the state of one worker a process, for local, strategy ddp has that of one model" in ddp
     assert "holds the state of one worker a process, for local, strategy gossip has" in gossip

@@ -28,16 +28,28 @@ ENGINES = {
     "zero 3": ("zero", ["zero_optimization.stage=3"]),  # last: it replaces F.linear for the rest of the process
 }
 PIECES = ("zero 1", "zero 2", "zero 3", "pipeline")  # hand the optimiser pieces of parameters, which Lamb cannot take
-ELEMENTWISE = ("Adam", "SGD", "Lion")  # do not care how parameters are cut: the stages between are those of AdamW, in test_zero.py
-PAIRS = [(engine, name) for engine in ENGINES for name in OPTIMIZERS
-         if not (name == "Lamb" and engine in PIECES) and not (name in ELEMENTWISE and engine in ("zero 0", "zero 2"))]
+ELEMENTWISE = (
+    "Adam",
+    "SGD",
+    "Lion",
+)  # do not care how parameters are cut: the stages between are those of AdamW, in test_zero.py
+PAIRS = [
+    (engine, name)
+    for engine in ENGINES
+    for name in OPTIMIZERS
+    if not (name == "Lamb" and engine in PIECES) and not (name in ELEMENTWISE and engine in ("zero 0", "zero 2"))
+]
 # From an engine on two processes to an engine on one
 MOVES = [("zero 2", "fsdp"), ("pipeline", "zero 3"), ("zero 3", "ddp"), ("fsdp", "zero 1")]
 
 
 def overrides(engine: str, name: str) -> list[str]:
-    return [f"optimizer.type={name}", "gradient_clipping=0.05" if name != "Lion" else "gradient_clipping=0.0",
-            *OPTIMIZERS[name], *ENGINES[engine][1]]
+    return [
+        f"optimizer.type={name}",
+        "gradient_clipping=0.05" if name != "Lion" else "gradient_clipping=0.0",
+        *OPTIMIZERS[name],
+        *ENGINES[engine][1],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +59,41 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_two(folder) -> dict:
-    cases = {f"{engine} {name}": [ENGINES[engine][0], overrides(engine, name), {"look": True}] for engine, name in PAIRS}
+    cases = {
+        f"{engine} {name}": [ENGINES[engine][0], overrides(engine, name), {"look": True}] for engine, name in PAIRS
+    }
     return perform(folder / "on-2", 2, reference.job, cases, {}, [])
 
 
 @pytest.fixture(scope="module")
 def resumed(folder, on_two) -> dict:
-    cases = {f"{engine} {name}": [ENGINES[engine][0], overrides(engine, name), str(folder / "on-2" / f"{engine} {name}"), {}]
-             for engine, name in PAIRS}
+    cases = {
+        f"{engine} {name}": [ENGINES[engine][0], overrides(engine, name), str(folder / "on-2" / f"{engine} {name}"), {}]
+        for engine, name in PAIRS
+    }
     return perform(folder / "resumed", 2, reference.job, {}, cases, [])
 
 
 @pytest.fixture(scope="module")
 def moved(folder, on_two) -> dict:
-    cases = {f"{move} {name}": [ENGINES[move[1]][0], overrides(move[1], name) + (["parallel.stages=1"] if move[1] == "pipeline" else []),
-                                str(folder / "on-2" / f"{move[0]} {name}"), {}] for move in MOVES for name in ("Muon", "AdamWScheduleFree")}
-    return perform(folder / "moved", 1, reference.job, {}, dict(sorted(cases.items(), key=lambda case: "zero 3" in case[0].split(",")[1])), [])
+    cases = {
+        f"{move} {name}": [
+            ENGINES[move[1]][0],
+            overrides(move[1], name) + (["parallel.stages=1"] if move[1] == "pipeline" else []),
+            str(folder / "on-2" / f"{move[0]} {name}"),
+            {},
+        ]
+        for move in MOVES
+        for name in ("Muon", "AdamWScheduleFree")
+    }
+    return perform(
+        folder / "moved",
+        1,
+        reference.job,
+        {},
+        dict(sorted(cases.items(), key=lambda case: "zero 3" in case[0].split(",")[1])),
+        [],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +115,10 @@ def test_it_trains_as_in_a_plain_loop(on_two, plain, engine, name):
 def test_a_resumed_run_has_the_same_bits(on_two, resumed, engine, name):
     result, unbroken = resumed[f"{engine} {name}"], on_two[f"{engine} {name}"]
     assert result["losses"] == unbroken["losses"][SAVED_AT:]
-    assert largest_difference(result["raw"], unbroken["raw"]) == 0 and largest_difference(result["weights"], unbroken["weights"]) == 0
+    assert (
+        largest_difference(result["raw"], unbroken["raw"]) == 0
+        and largest_difference(result["weights"], unbroken["weights"]) == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["Muon", "AdamWScheduleFree"])

@@ -36,7 +36,13 @@ STOPPED = 75
 
 
 DILOCO = ["parallel.local_steps=3"]
-AVERAGING = ["optimizer.type=SGD", "gradient_clipping=0.0", "parallel.local_steps=1", "parallel.outer_lr=1.0", "parallel.outer_momentum=0.0"]
+AVERAGING = [
+    "optimizer.type=SGD",
+    "gradient_clipping=0.0",
+    "parallel.local_steps=1",
+    "parallel.outer_lr=1.0",
+    "parallel.outer_momentum=0.0",
+]
 
 
 def peer_engine(settings, port: int, join: str | None = None, number: int = 0):
@@ -71,7 +77,12 @@ def job_alone(out: str, port: int) -> None:
         losses = train(engine, SAVED_AT)
         engine.save(folder)
         losses += train(engine)
-        results[stage] = {"losses": losses, "weights": engine.weights(), "state": engine.gather_state(), "facts": engine.epoch_facts()}
+        results[stage] = {
+            "losses": losses,
+            "weights": engine.weights(),
+            "state": engine.gather_state(),
+            "facts": engine.epoch_facts(),
+        }
         engine.meeting.close()
         engine = peer_engine(settings, port)
         engine.load(folder)
@@ -98,7 +109,11 @@ def alone(tmp_path_factory) -> dict:
 def test_a_peer_alone_trains_as_one_worker_of_local_does(alone, stage):
     assert alone[stage]["losses"] == pytest.approx(alone["local"]["losses"], abs=1e-5)
     assert largest_difference(alone[stage]["weights"], alone["local"]["weights"]) < 1e-5
-    assert alone[stage]["facts"]["peers"] == 1 and alone[stage]["facts"]["outer_steps"] == 3 and alone[stage]["facts"]["exchange_bytes"] == 0
+    assert (
+        alone[stage]["facts"]["peers"] == 1
+        and alone[stage]["facts"]["outer_steps"] == 3
+        and alone[stage]["facts"]["exchange_bytes"] == 0
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -112,7 +127,12 @@ def job_averaging(out: str, port: int, join: str | None, stage: int, go: str) ->
     """A peer that reads its half of every batch; the first one takes its first step when it is told to."""
     import torch.distributed as dist
 
-    engine = peer_engine(averaging_settings(f"train_batch_size={BATCH // 2}", f"zero_optimization.stage={stage}"), port, join, number=int(bool(join)))
+    engine = peer_engine(
+        averaging_settings(f"train_batch_size={BATCH // 2}", f"zero_optimization.stage={stage}"),
+        port,
+        join,
+        number=int(bool(join)),
+    )
     engine.begin(facts_for())
     images, labels = data()
     half = slice(BATCH // 2, BATCH) if join else slice(0, BATCH // 2)
@@ -120,8 +140,10 @@ def job_averaging(out: str, port: int, join: str | None, stage: int, go: str) ->
     assert engine.step == int(bool(join))  # the second one comes in at the first exchange
     while not os.path.exists(go):
         time.sleep(0.02)
-    stream = ((images[step, half][which * size : (which + 1) * size], labels[step, half][which * size : (which + 1) * size])
-              for step in range(engine.step, STEPS))
+    stream = (
+        (images[step, half][which * size : (which + 1) * size], labels[step, half][which * size : (which + 1) * size])
+        for step in range(engine.step, STEPS)
+    )
     while engine.step < STEPS:
         engine.train_batch(stream)
     weights = engine.weights()
@@ -146,7 +168,9 @@ def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_
         _check(program.end(), 0)
     a, b = (torch.load(tmp_path / name, weights_only=False) for name in "ab")
     assert largest_difference(a["weights"], b["weights"]) == 0 and largest_difference(a["outer"], b["outer"]) == 0
-    assert a["facts"]["peers"] == b["facts"]["peers"] == 2 and a["facts"]["exchange_bytes"] == 4 * sum(v.numel() for v in a["weights"].values())
+    assert a["facts"]["peers"] == b["facts"]["peers"] == 2 and a["facts"]["exchange_bytes"] == 4 * sum(
+        v.numel() for v in a["weights"].values()
+    )
 
     torch.manual_seed(3)
     settings = averaging_settings()
@@ -154,7 +178,10 @@ def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_
     from optim.lr_schedule import Schedule
     from optim.optimizers import build_optimizer
 
-    optimizer, schedule = build_optimizer(settings.engine["optimizer"], model, fused=False), Schedule(settings.schedule, 20)
+    optimizer, schedule = (
+        build_optimizer(settings.engine["optimizer"], model, fused=False),
+        Schedule(settings.schedule, 20),
+    )
     for step, (images, labels) in enumerate(zip(*data(), strict=True)):
         seen = slice(0, BATCH // 2) if step == 0 else slice(0, BATCH)
         for group in optimizer.param_groups:
@@ -169,8 +196,20 @@ def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_
 
 
 def peer(training: list, name: str, *arguments, **environment) -> Program:
-    return start("train.py", *training, "--name", name, "--strategy", "local", "--set", "parallel.local_steps=5",
-                 "--set", "parallel.patience_seconds=30", *arguments, **environment)
+    return start(
+        "train.py",
+        *training,
+        "--name",
+        name,
+        "--strategy",
+        "local",
+        "--set",
+        "parallel.local_steps=5",
+        "--set",
+        "parallel.patience_seconds=30",
+        *arguments,
+        **environment,
+    )
 
 
 def listens_at(program: Program) -> str:

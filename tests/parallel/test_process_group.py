@@ -25,7 +25,9 @@ def meet() -> None:
     dist.all_reduce(total)
     dist.all_reduce(total, group=process_group.control_group())
     assert total.tolist() == [dist.get_world_size() ** 2] * 3
-    listening = {link.laddr.ip for link in psutil.Process().net_connections("inet") if link.status == psutil.CONN_LISTEN}
+    listening = {
+        link.laddr.ip for link in psutil.Process().net_connections("inet") if link.status == psutil.CONN_LISTEN
+    }
     assert listening and listening <= HERE, listening
     dist.barrier()
     dist.destroy_process_group()
@@ -68,4 +70,3 @@ def make_two_groups() -> None:
         assert process_group.all_gather_objects(3) == [3]
         process_group.control_group()
         process_group.destroy_process_group()
-

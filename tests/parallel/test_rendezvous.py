@@ -52,10 +52,23 @@ def circle(quick):
     """Make peers that meet: `circle(n)` gives n of them, `circle(1, join)` one more, with `port` a first one at that port."""
     opened: list[PeerGroup] = []
 
-    def make(count: int, join: PeerGroup | None = None, port: int | None = None, facts: dict | None = None, patience: float = 5.0) -> list[PeerGroup]:
+    def make(
+        count: int,
+        join: PeerGroup | None = None,
+        port: int | None = None,
+        facts: dict | None = None,
+        patience: float = 5.0,
+    ) -> list[PeerGroup]:
         for _ in range(count):
             first = join or (opened[0] if opened and port is None else None)
-            meeting = PeerGroup(HERE, port or free_pair(), first.place.text if first else None, len(opened), patience, say=lambda text: None)
+            meeting = PeerGroup(
+                HERE,
+                port or free_pair(),
+                first.place.text if first else None,
+                len(opened),
+                patience,
+                say=lambda text: None,
+            )
             meeting.open(facts or {"seed": 0})
             opened.append(meeting)
         return opened[-count:]
@@ -72,8 +85,12 @@ def standing(value: float, count: int = 3, share: float = 1.0, outer: float = 7.
 def exchange(meetings: list[PeerGroup], standings: list[PeerState]) -> list:
     """All of them at once."""
     with ThreadPoolExecutor(len(meetings)) as pool:
-        return [future.result(LIMIT_SECONDS) for future in
-                [pool.submit(meeting.exchange, standing) for meeting, standing in zip(meetings, standings, strict=True)]]
+        return [
+            future.result(LIMIT_SECONDS)
+            for future in [
+                pool.submit(meeting.exchange, standing) for meeting, standing in zip(meetings, standings, strict=True)
+            ]
+        ]
 
 
 def test_the_mean_is_the_same_for_all_and_weighs_what_each_has_trained(circle):
@@ -119,10 +136,23 @@ def test_a_peer_that_dies_in_the_middle_of_an_exchange_costs_only_a_second_try(c
     peers, said = circle(2), []
     for peer in peers:
         peer.say = said.append
-    client = endpoint.coordination().LighthouseClient(endpoint.lighthouse_of(peers[0].place.text), connect_timeout=timedelta(seconds=2))
+    client = endpoint.coordination().LighthouseClient(
+        endpoint.lighthouse_of(peers[0].place.text), connect_timeout=timedelta(seconds=2)
+    )
     about = {"number": 9, "since": time.time(), "step": 12, "share": 1.0, "mark": standing(0.0).mark()}
-    dead = threading.Thread(target=lambda: client.quorum("dead", timeout=timedelta(seconds=9), address="", store_address=f"{HERE}:9", step=3,
-                                                         world_size=1, shrink_only=False, data=about), daemon=True)
+    dead = threading.Thread(
+        target=lambda: client.quorum(
+            "dead",
+            timeout=timedelta(seconds=9),
+            address="",
+            store_address=f"{HERE}:9",
+            step=3,
+            world_size=1,
+            shrink_only=False,
+            data=about,
+        ),
+        daemon=True,
+    )
     dead.start()  # it asks to take part, and is never heard of again
     time.sleep(0.3)
     outcomes = exchange(peers, [standing(1.0), standing(3.0)])
@@ -149,7 +179,12 @@ def test_the_meeting_outlives_the_first_peer_and_comes_home_when_it_is_back(circ
     assert late._meeting_place() == others[0].place.text
     (back,) = circle(1, port=home)
     time.sleep(0.5)
-    standings = [standing(2.0, count=5), standing(4.0, count=5), standing(0.0, count=0, outer=0.0), standing(50.0, count=3, outer=2.0)]
+    standings = [
+        standing(2.0, count=5),
+        standing(4.0, count=5),
+        standing(0.0, count=0, outer=0.0),
+        standing(50.0, count=3, outer=2.0),
+    ]
     outcomes = exchange([*others, late, back], standings)
     assert all(len(outcome.members) == 4 and torch.equal(outcome.mean, torch.full((5,), 3.0)) for outcome in outcomes)
     assert all(peer._meeting_place() == back.place.text for peer in (*others, late, back))
@@ -167,12 +202,15 @@ def member(count: int, mark: str, since: float) -> Member:
     return Member(id=f"{since}", place="", number=0, since=since, count=count, step=count, share=1.0, mark=mark)
 
 
-@pytest.mark.parametrize(("members", "leader"), [
-    ([member(3, "a", 1), member(4, "b", 2)], 1),
-    ([member(4, "a", 1), member(4, "b", 2), member(4, "b", 3)], 1),
-    ([member(4, "a", 2), member(4, "b", 1)], 1),
-    ([member(5, "a", 3), member(4, "b", 1), member(4, "b", 2)], 0),
-])
+@pytest.mark.parametrize(
+    ("members", "leader"),
+    [
+        ([member(3, "a", 1), member(4, "b", 2)], 1),
+        ([member(4, "a", 1), member(4, "b", 2), member(4, "b", 3)], 1),
+        ([member(4, "a", 2), member(4, "b", 1)], 1),
+        ([member(5, "a", 3), member(4, "b", 1), member(4, "b", 2)], 0),
+    ],
+)
 def test_the_furthest_leads_then_the_most_then_the_oldest(members, leader):
     assert choose_leader(members) is members[leader] and choose_leader(members[::-1]) is members[leader]
 
@@ -182,30 +220,45 @@ def test_the_furthest_leads_then_the_most_then_the_oldest(members, leader):
 
 def test_a_peer_of_another_run_is_told_what_differs(circle):
     circle(1, facts={"settings": {"parallel": {"local_steps": 8}}, "seed": 0})
-    with pytest.raises(SettingsError, match=r"does not fit the run at 127.*settings.parallel.local_steps is 8 there and 16 here"):
+    with pytest.raises(
+        SettingsError, match=r"does not fit the run at 127.*settings.parallel.local_steps is 8 there and 16 here"
+    ):
         circle(1, facts={"settings": {"parallel": {"local_steps": 16}}, "seed": 0})
 
 
 def test_nobody_there_and_a_port_in_use(circle):
     (first,) = circle(1)
-    with pytest.raises(RunError, match=rf"port {first.port} or {first.port + 1} of {HERE} is in use.*--host-peers {HERE}:PORT"):
+    with pytest.raises(
+        RunError, match=rf"port {first.port} or {first.port + 1} of {HERE} is in use.*--host-peers {HERE}:PORT"
+    ):
         circle(1, port=first.port)
     with pytest.raises(RunError, match=rf"no peer answers at {HERE}:9"):
         PeerGroup(HERE, free_pair(), f"{HERE}:9", 1).open({})
 
 
 def flags(**given) -> Namespace:
-    return Namespace(**{"host_peers": None, "join": None, "peer_address": None, "name": None, "runs_dir": "runs", **given})
+    return Namespace(
+        **{"host_peers": None, "join": None, "peer_address": None, "name": None, "runs_dir": "runs", **given}
+    )
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ({"host_peers": "0.0.0.0"}, "would listen on every network of this machine; name the one address"),
-    ({"host_peers": "192.0.2.7"}, "192.0.2.7 is no address of this machine, which has 127.0.0.1"),
-    ({"host_peers": "127.0.0.1:99999"}, "--host-peers 127.0.0.1:99999: the port must be a number from 1024 to 65534"),
-    ({"join": "no such name:29600"}, "'no such name' is neither an IPv4 address nor a name that this machine knows"),
-    ({"host_peers": "127.0.0.1", "join": "127.0.0.1"}, "give one of them"),
-    ({"peer_address": "127.0.0.1"}, "give --host-peers or --join with it"),
-])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"host_peers": "0.0.0.0"}, "would listen on every network of this machine; name the one address"),
+        ({"host_peers": "192.0.2.7"}, "192.0.2.7 is no address of this machine, which has 127.0.0.1"),
+        (
+            {"host_peers": "127.0.0.1:99999"},
+            "--host-peers 127.0.0.1:99999: the port must be a number from 1024 to 65534",
+        ),
+        (
+            {"join": "no such name:29600"},
+            "'no such name' is neither an IPv4 address nor a name that this machine knows",
+        ),
+        ({"host_peers": "127.0.0.1", "join": "127.0.0.1"}, "give one of them"),
+        ({"peer_address": "127.0.0.1"}, "give --host-peers or --join with it"),
+    ],
+)
 def test_bad_addresses_are_refused(given, said):
     with pytest.raises(SettingsError, match=said):
         meeting_of(flags(**given), 120.0)
@@ -227,8 +280,17 @@ def test_peers_are_for_local_only():
 
 def test_peers_agree_on_everything_but_how_each_spreads_its_work():
     plain = agreement(facts_for(), 5)
-    assert agreement(facts_for("zero_optimization.stage=3", "bf16.enabled=true", "gradient_accumulation_steps=2"), 5) == plain
-    for other in ("parallel.local_steps=5", "optimizer.params.lr=1e-4", "model.depth=3", "train_batch_size=64", "augmentation.flip=0.0"):
+    assert (
+        agreement(facts_for("zero_optimization.stage=3", "bf16.enabled=true", "gradient_accumulation_steps=2"), 5)
+        == plain
+    )
+    for other in (
+        "parallel.local_steps=5",
+        "optimizer.params.lr=1e-4",
+        "model.depth=3",
+        "train_batch_size=64",
+        "augmentation.flip=0.0",
+    ):
         assert agreement(facts_for(other), 5) != plain
     assert agreement(facts_for(), 6) != plain and {**facts_for(), "dataset": {"fingerprint": "g"}} != plain
     assert dict(leaves(plain)) == plain
@@ -236,7 +298,8 @@ def test_peers_agree_on_everything_but_how_each_spreads_its_work():
 
 def test_the_join_command_hands_on_what_must_be_equal():
     assert join_command(facts_for(), "10.0.0.1:29600") == (
-        "./launch_local_train.sh --strategy local --join 10.0.0.1:29600 --preset cpu --set a=1 --epochs 3")
+        "./launch_local_train.sh --strategy local --join 10.0.0.1:29600 --preset cpu --set a=1 --epochs 3"
+    )
 
 
 def test_every_peer_sees_images_in_an_order_of_its_own_and_the_same_after_a_restart():
@@ -251,7 +314,10 @@ def test_the_cost_of_an_exchange():
     steps = enough_steps(0.32, 0.1)
     assert 0.32 / (0.32 + 0.1 * steps) <= 0.05 < 0.32 / (0.32 + 0.1 * (steps - 1))
     lines = lines_of_cost(1_000_000, 32, 0.1, 0.1)
-    assert "2 peers: each sends 4.0 MB an outer step, 0.32 s, 9.1% of the time; parallel.local_steps=61 would make it 5%" in lines[1]
+    assert (
+        "2 peers: each sends 4.0 MB an outer step, 0.32 s, 9.1% of the time; parallel.local_steps=61 would make it 5%"
+        in lines[1]
+    )
 
 
 def test_the_outer_step_is_that_of_torch():
@@ -267,8 +333,13 @@ def test_the_outer_step_is_that_of_torch():
 
 def test_a_bad_start_is_one_clear_sentence(training, circle):
     (other,) = circle(1, facts={"--seed": 5})
-    done = programs.run("train.py", *training, "--name", "other", "--strategy", "local", "--join", other.place.text, code=1)
-    assert done.err.count("\n") == 1 and f"error: this peer does not fit the run at {other.place.text}: --seed is 5 there and 0 here" in done.err
+    done = programs.run(
+        "train.py", *training, "--name", "other", "--strategy", "local", "--join", other.place.text, code=1
+    )
+    assert (
+        done.err.count("\n") == 1
+        and f"error: this peer does not fit the run at {other.place.text}: --seed is 5 there and 0 here" in done.err
+    )
     nobody = f"{HERE}:{free_pair()}"
     done = programs.run("train.py", *training, "--name", "nobody", "--strategy", "local", "--join", nobody, code=1)
     assert done.err.count("\n") == 1 and f"error: no peer answers at {nobody}" in done.err

@@ -16,32 +16,59 @@ from parallel.setting_checks import check_unused_settings
 REFUSED = {  # strategy and settings: what the sentence says
     ("ddp", ("zero_optimization.stage=2",)): "strategy ddp would not use zero_optimization.stage=2",
     ("fsdp", ("zero_optimization.stage=0",)): "strategy fsdp would not use zero_optimization.stage=0",
-    ("gossip", ("zero_optimization.offload_optimizer.device=cpu",)): "strategy gossip would not use zero_optimization.offload_optimizer.device=cpu",
+    (
+        "gossip",
+        ("zero_optimization.offload_optimizer.device=cpu",),
+    ): "strategy gossip would not use zero_optimization.offload_optimizer.device=cpu",
     ("ddp", ("parallel.topology=complete",)): "strategy ddp would not use parallel.topology=complete",
     ("zero", ("parallel.stages=4",)): "strategy zero would not use parallel.stages=4",
     ("gossip", ("parallel.local_steps=4",)): "strategy gossip would not use parallel.local_steps=4",
     ("local", ("parallel.moment_steps=4",)): "strategy local would not use parallel.moment_steps=4",
     ("gossip", ("parallel.topology=rings",)): "unknown parallel.topology 'rings'; did you mean 'ring'",
-    ("gossip", ("parallel.topology=alternating_exponential_ring",)): "needs 2, 4, 8, ... machines .* not 2 processes with 2 on this machine",
+    (
+        "gossip",
+        ("parallel.topology=alternating_exponential_ring",),
+    ): "needs 2, 4, 8, ... machines .* not 2 processes with 2 on this machine",
     ("gossip", ("parallel.moment_steps=2", "optimizer.type=SGD")): "parallel.moment_steps=2 is about Adam's moments",
     ("gossip", ("parallel.moment_steps=0",)): "parallel.moment_steps=0 does not go .* a window of 0 steps",
     ("local", ("parallel.local_steps=0",)): "parallel.local_steps must be at least 1, not 0",
     ("local", ("parallel.outer_momentum=1.0",)): "parallel.outer_momentum in 0..1, not 0.7 and 1.0",
     ("pipeline", ("zero_optimization.stage=2",)): "pipeline works with zero_optimization.stage 0 or 1, not 2",
-    ("pipeline", ("zero_optimization.stage=0",)): "clips wrongly at zero_optimization.stage=0; take stage 1, or gradient_clipping=0.0",
-    ("pipeline", ("zero_optimization.offload_optimizer.device=cpu",)): "pipeline would not use zero_optimization.offload_optimizer",
+    (
+        "pipeline",
+        ("zero_optimization.stage=0",),
+    ): "clips wrongly at zero_optimization.stage=0; take stage 1, or gradient_clipping=0.0",
+    (
+        "pipeline",
+        ("zero_optimization.offload_optimizer.device=cpu",),
+    ): "pipeline would not use zero_optimization.offload_optimizer",
     ("pipeline", ("parallel.stages=3",)): "parallel.stages=3 does not divide the number of processes, 2",
     ("pipeline", ("parallel.partition=size",)): "unknown parallel.partition 'size'",
     ("pipeline", ("parallel.partition=time",)): "give the image side with --set image_side=32",
     ("dp", ()): "strategy dp shares a batch among the GPUs of one machine, and there are 0 here",
     ("ddp", ("train_batch_size=7",)): "train_batch_size=7 cannot be cut into 2 data-parallel processes",
     ("ddp", ("optimizer.type=AdamWW",)): "unknown optimizer.type 'AdamWW'",
-    ("gossip", ("optimizer.type=AdamWScheduleFree", "schedule.shape=constant")): "gossip does not go with .*AdamWScheduleFree: the workers exchange",
-    ("ddp", ("optimizer.type=AdamWScheduleFree",)): "averages in place of a falling learning rate; give it --set schedule.shape=constant",
-    ("pipeline", ("optimizer.type=Lamb",)): "Lamb looks at the norm of each parameter, and zero_optimization.stage=1 hands it pieces of many",
-    ("fsdp", ("compile=reduce-overhead",)): "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow",
+    (
+        "gossip",
+        ("optimizer.type=AdamWScheduleFree", "schedule.shape=constant"),
+    ): "gossip does not go with .*AdamWScheduleFree: the workers exchange",
+    (
+        "ddp",
+        ("optimizer.type=AdamWScheduleFree",),
+    ): "averages in place of a falling learning rate; give it --set schedule.shape=constant",
+    (
+        "pipeline",
+        ("optimizer.type=Lamb",),
+    ): "Lamb looks at the norm of each parameter, and zero_optimization.stage=1 hands it pieces of many",
+    (
+        "fsdp",
+        ("compile=reduce-overhead",),
+    ): "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow",
     ("ddp", ("compile=max-autotune",)): "compile=max-autotune: CUDA graphs need a GPU",
-    ("pipeline", ("channels_last=true",)): "strategy pipeline would not use channels_last: what goes from stage to stage",
+    (
+        "pipeline",
+        ("channels_last=true",),
+    ): "strategy pipeline would not use channels_last: what goes from stage to stage",
     ("ddp", ("channels_last=true",)): "channels_last=true is about convolutions, and this network has none",
     ("ddp", ("ema.decay=-0.1",)): "ema.decay must lie between 0 .off. and 1, not -0.1",
 }
@@ -54,13 +81,22 @@ def refusals() -> dict[str, str]:
     cases = {f"{strategy}: {' '.join(overrides)}": refusal(strategy, *overrides) for strategy, overrides in REFUSED}
     with pretended_gpus():
         cases["dp: by a launcher"] = refusal("dp")
-    cases["ddp: BatchNorm"] = refusal("ddp", "optimizer.type=AdamWScheduleFree", "schedule.shape=constant", build=with_batch_norm)
+    cases["ddp: BatchNorm"] = refusal(
+        "ddp", "optimizer.type=AdamWScheduleFree", "schedule.shape=constant", build=with_batch_norm
+    )
     return cases | {"fsdp: a scalar": refusal("fsdp", build=lambda: nn.Sequential(scalar))}
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> dict[str, str]:
-    return perform(tmp_path_factory.mktemp("refusals") / "on-2", 2, reference.job, {}, {}, ["tests.parallel.test_setting_checks:refusals"])
+    return perform(
+        tmp_path_factory.mktemp("refusals") / "on-2",
+        2,
+        reference.job,
+        {},
+        {},
+        ["tests.parallel.test_setting_checks:refusals"],
+    )
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case[0]}: {' '.join(case[1])}")
@@ -78,7 +114,10 @@ def test_batch_norm_does_not_go_with_an_optimiser_that_averages_itself(on_two):
 
 
 def test_a_dp_engine_refuses_to_compile():
-    with pretended_gpus(), pytest.raises(SettingsError, match="compile=on: DataParallel copies the network to every GPU in every step"):
+    with (
+        pretended_gpus(),
+        pytest.raises(SettingsError, match="compile=on: DataParallel copies the network to every GPU in every step"),
+    ):
         reference.make_engine("dp", settings_for("compile=on"))
 
 

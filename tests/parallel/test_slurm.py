@@ -23,16 +23,35 @@ from common.paths import PROJECT
 from parallel.slurm import expand_nodes, rank_environment
 
 LIMIT_SECONDS = 120  # of one step of a job; a hang, not a slow machine
-STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-        "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0",
-        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+STEP = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+}
 
 
 def test_slurms_variables_become_those_of_a_launcher():
     environment = dict(STEP)
     assert rank_environment(environment)
-    got = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    assert got == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20084"}
+    got = {
+        name: environment[name]
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    assert got == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "10.0.0.7",
+        "MASTER_PORT": "20084",
+    }
 
 
 def test_names_that_resolve_are_used_and_one_node_meets_at_home(monkeypatch):
@@ -52,16 +71,23 @@ def test_a_task_that_sees_one_gpu_of_its_own_calls_it_the_first():
         assert environment["LOCAL_RANK"] == local
 
 
-@pytest.mark.parametrize("environment", [{}, {**STEP, "RANK": "3"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "12"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {**STEP, "RANK": "3"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "12"}]
+)
 def test_launchers_come_first_and_a_batch_script_is_alone(environment):
     before = dict(environment)
     assert not rank_environment(environment) and environment == before
 
 
-@pytest.mark.parametrize("text, names", [
-    ("n1", ["n1"]), ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]), ("a[1-2]b[3-4]", ["a1b3", "a1b4", "a2b3", "a2b4"]),
-    ("rack1-[09-11].lan", ["rack1-09.lan", "rack1-10.lan", "rack1-11.lan"]),
-])
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("n1", ["n1"]),
+        ("gpu[01-03,7],login", ["gpu01", "gpu02", "gpu03", "gpu7", "login"]),
+        ("a[1-2]b[3-4]", ["a1b3", "a1b4", "a2b3", "a2b4"]),
+        ("rack1-[09-11].lan", ["rack1-09.lan", "rack1-10.lan", "rack1-11.lan"]),
+    ],
+)
 def test_slurms_short_names_are_expanded(text, names):
     assert expand_nodes(text) == names
 
@@ -107,7 +133,11 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 
 def missing():
     """Why there can be no Slurm here; empty when there can."""
-    absent = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+    absent = [
+        name
+        for name in ("slurmctld", "slurmd", "sbatch", "munged")
+        if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    ]
     if os.geteuid() != 0:
         return "needs root"
     return f"needs {', '.join(absent)}: apt-get install --no-install-recommends slurm-wlm munge" if absent else ""
@@ -122,11 +152,19 @@ def slurm(tmp_path_factory):
     for name in ("state", "spool-n1", "spool-n2"):
         (folder / name).mkdir(parents=True)
     (folder / "slurm.conf").write_text(CONF.format(dir=folder))
-    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin", "PYTHON": sys.executable,
-                   "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin",
+        "PYTHON": sys.executable,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def command(*words, cwd=None):
-        done = subprocess.run([str(word) for word in words], env=environment, cwd=cwd, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            [str(word) for word in words], env=environment, cwd=cwd, capture_output=True, text=True, timeout=30
+        )
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout.strip()
 
@@ -139,13 +177,31 @@ def slurm(tmp_path_factory):
     key.chmod(0o400)
     munged = None
     if subprocess.run(["munge", "-n"], capture_output=True).returncode:
-        munged = subprocess.Popen(["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--foreground", f"--pid-file=/run/munge/{os.getpid()}.pid"])
+        munged = subprocess.Popen(
+            [
+                "runuser",
+                "-u",
+                "munge",
+                "--",
+                "/usr/sbin/munged",
+                "--foreground",
+                f"--pid-file=/run/munge/{os.getpid()}.pid",
+            ]
+        )
         wait_until(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, 30)
     quiet = dict(env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    programs = [subprocess.Popen([name, "-D", *words], **quiet)
-                for name, *words in (["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"])]
+    programs = [
+        subprocess.Popen([name, "-D", *words], **quiet)
+        for name, *words in (["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"])
+    ]
     try:
-        wait_until(lambda: "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout, 60)
+        wait_until(
+            lambda: (
+                "idle"
+                in subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True).stdout
+            ),
+            60,
+        )
         yield command
         command("scancel", "-u", "root")
         wait_until(lambda: not command("squeue", "-h"), 60)
@@ -172,7 +228,7 @@ def preempt(slurm, jobs, folder, out):
     for job in jobs:
         wait_until(lambda job=job: "Restarts=1" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
         wait_until(lambda job=job: "JobState=PENDING" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
-        slurm("scontrol", "update", f"jobid={job}", "starttime=now")    # Slurm would wait two minutes
+        slurm("scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm would wait two minutes
     for job in jobs:
         wait_until(lambda job=job: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
 
@@ -190,8 +246,25 @@ def test_preempted_training_saves_goes_back_into_the_queue_and_finishes(slurm, p
     def out():
         return next((path.read_text() for path in project.glob("slurm-*.out")), "")
 
-    job = slurm("sbatch", "--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "cluster/slurm/several_nodes.sbatch",
-                "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path / "runs", "--name", "job", "--epochs", "60", cwd=project)
+    job = slurm(
+        "sbatch",
+        "--parsable",
+        "--partition=low",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "cluster/slurm/several_nodes.sbatch",
+        "--preset",
+        tiny,
+        "--data-dir",
+        shapes,
+        "--runs-dir",
+        tmp_path / "runs",
+        "--name",
+        "job",
+        "--epochs",
+        "60",
+        cwd=project,
+    )
     wait_until(lambda: list(tmp_path.glob("runs/job/state/step-*")), LIMIT_SECONDS, out)
     preempt(slurm, [job], tmp_path, out)
     assert "and saved; start the same run again" in out() and "resuming  after step" in out()
@@ -211,12 +284,25 @@ steps = 60
 seeds = 2
 arms = [{{name = "plain", idea = "As ever."}}, {{name = "gated", idea = "A gate.", model.feed_forward = "geglu"}}]
 """)
-    array = slurm("sbatch", "--parsable", "--partition=low", "--array=1-2", "cluster/slurm/compare.sbatch", tmp_path / "gate.toml",
-                  "--data-dir", shapes, "--runs-dir", tmp_path / "runs", "--results-dir", tmp_path / "results", cwd=project)
+    array = slurm(
+        "sbatch",
+        "--parsable",
+        "--partition=low",
+        "--array=1-2",
+        "cluster/slurm/compare.sbatch",
+        tmp_path / "gate.toml",
+        "--data-dir",
+        shapes,
+        "--runs-dir",
+        tmp_path / "runs",
+        "--results-dir",
+        tmp_path / "results",
+        cwd=project,
+    )
     wait_until(lambda: len(list(tmp_path.glob("runs/gate/*/state/step-*"))) > 1, LIMIT_SECONDS, out)
     preempt(slurm, [f"{array}_{i}" for i in (1, 2)], tmp_path, out)
     report = json.loads((tmp_path / "results/gate/report.json").read_text())
     assert report["missing"] == {} and "stopped; start the same comparison again to go on" in out()
     started = [re.findall(r"\] (\S+) started", path.read_text()) for path in sorted(project.glob("slurm-*.out"))]
-    assert len(started) == 2 and not set(started[0]) & set(started[1])    # no run is made by two elements
+    assert len(started) == 2 and not set(started[0]) & set(started[1])  # no run is made by two elements
     assert {*started[0], *started[1]} == {f"{arm}-seed{seed}" for arm in ("plain", "gated") for seed in (0, 1)}

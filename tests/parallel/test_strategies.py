@@ -20,7 +20,12 @@ def start(training: list, processes: int, name: str, strategy: str, *arguments: 
     if strategy == "local":
         words += ["--set", "parallel.local_steps=3"]
     world = str(processes)
-    meeting = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(programs.free_port())}
+    meeting = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(programs.free_port()),
+    }
     ranks = [programs.start(*words, **meeting, RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
     done = [rank.end() for rank in ranks]
     assert all(rank.code == code for rank in done), "\n".join(rank.text for rank in done)
@@ -35,7 +40,9 @@ def test_two_processes_train_and_evaluate_agrees(training, runs, strategy):
     assert [line["step"] for line in lines] == [4, 6] and lines[-1]["test_seen"] == 10 * TEST_PER_CLASS
     done = programs.run("evaluate.py", record.folder, "--json", record.folder / "report.json")
     assert f"({lines[-1]['test_correct']}/{lines[-1]['test_seen']})" in done.out
-    assert json.loads((record.folder / "report.json").read_text())["loss"] == pytest.approx(lines[-1]["test_loss"], abs=1e-5)
+    assert json.loads((record.folder / "report.json").read_text())["loss"] == pytest.approx(
+        lines[-1]["test_loss"], abs=1e-5
+    )
     apart = [line.get("worker_distance") for line in lines]
     if strategy in ("gossip", "local"):
         # two workers make one pair, equal after every step; the others are apart until the sixth step ends with an outer one
@@ -53,7 +60,9 @@ def test_two_processes_that_are_stopped_go_on_with_the_same_bits(training, runs,
     start(training, 2, f"{strategy}-stopped", strategy, "--stop-at", "2", code=75)
     start(training, 2, f"{strategy}-stopped", strategy)
     stopped = RunFolder(runs / f"{strategy}-stopped")
-    assert (stopped.folder / "weights.safetensors").read_bytes() == (unbroken.folder / "weights.safetensors").read_bytes()
+    assert (stopped.folder / "weights.safetensors").read_bytes() == (
+        unbroken.folder / "weights.safetensors"
+    ).read_bytes()
     assert [line["test_loss"] for line in stopped.metrics()] == [line["test_loss"] for line in unbroken.metrics()]
 
 
@@ -72,7 +81,9 @@ def never_moved(training, runs) -> dict:
 
 
 @pytest.mark.parametrize(("before", "after"), MOVES, ids=lambda side: f"{side[1]} {side[2][1:]} on {side[0]}")
-def test_a_run_goes_on_under_another_strategy_and_ends_with_the_same_weights(training, runs, never_moved, before, after):
+def test_a_run_goes_on_under_another_strategy_and_ends_with_the_same_weights(
+    training, runs, never_moved, before, after
+):
     name = f"{before[1]}-to-{after[1]}"
     start(training, *before[:1], name, before[1], *before[2], *FIXED, "--stop-at", "3", code=75)
     assert "resuming  after step 3 of 6" in start(training, *after[:1], name, after[1], *after[2], *FIXED)

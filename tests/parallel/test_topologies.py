@@ -44,7 +44,9 @@ def test_the_known_graphs():
     assert rounds_of("one_peer_exponential", 4, 4) == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
     # of two pairs of machines, one averages at home while the other sends
     assert rounds_of("alternating_exponential_ring", 8, 2)[:2] == [
-        [[0, 1], [2, 3], [4, 5, 6, 7]], [[0, 1, 2, 3], [4, 5], [6, 7]]]
+        [[0, 1], [2, 3], [4, 5, 6, 7]],
+        [[0, 1, 2, 3], [4, 5], [6, 7]],
+    ]
 
 
 @pytest.mark.parametrize(("workers", "per_machine"), [(4, 4), (6, 2), (5, 2)])
@@ -76,7 +78,9 @@ def job_mixing(out: str) -> None:
 
 def test_four_processes_mix_as_the_matrices_say(tmp_path):
     meeting = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [Program(job_mixing, (str(tmp_path),), {**meeting, "RANK": str(i), "LOCAL_RANK": str(i % 2)}) for i in range(4)]
+    ranks = [
+        Program(job_mixing, (str(tmp_path),), {**meeting, "RANK": str(i), "LOCAL_RANK": str(i % 2)}) for i in range(4)
+    ]
     for done in [rank.end() for rank in ranks]:
         _check(done, 0)
     results = torch.load(tmp_path / "results", weights_only=False)

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from reference import RECIPES, SAVED_AT, STEPS, assert_counts, largest_difference, perform, plain_loop, refusal, settings_for, with_batch_norm
+from reference import (
+    RECIPES,
+    SAVED_AT,
+    STEPS,
+    assert_counts,
+    largest_difference,
+    perform,
+    plain_loop,
+    refusal,
+    settings_for,
+    with_batch_norm,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -35,11 +46,22 @@ def job_refusals(out: str) -> None:
 
 
 def training_cases() -> dict[str, list]:
-    exact = {f"{recipe} {number}": ["zero", stage(number, *overrides), {}] for number in STAGES for recipe, overrides in RECIPES.items()}
+    exact = {
+        f"{recipe} {number}": ["zero", stage(number, *overrides), {}]
+        for number in STAGES
+        for recipe, overrides in RECIPES.items()
+    }
     bf16 = {f"bf16 {number}": ["zero", stage(number, "bf16.enabled=true"), {}] for number in (1, 2, 3)}
-    offloaded = {f"offloaded {number}": ["zero", stage(number, *RECIPES["clipped"], *OFFLOADED), {}] for number in (1, 2, 3)}
-    normalised = {f"batch norm, bf16 {number}": ["zero", stage(number, "bf16.enabled=true"), {"build": with_batch_norm}] for number in (1, 3)}
-    return dict(sorted((exact | bf16 | offloaded | normalised).items(), key=lambda case: case[1][1][0]))  # stage 3 last, see `moved`
+    offloaded = {
+        f"offloaded {number}": ["zero", stage(number, *RECIPES["clipped"], *OFFLOADED), {}] for number in (1, 2, 3)
+    }
+    normalised = {
+        f"batch norm, bf16 {number}": ["zero", stage(number, "bf16.enabled=true"), {"build": with_batch_norm}]
+        for number in (1, 3)
+    }
+    return dict(
+        sorted((exact | bf16 | offloaded | normalised).items(), key=lambda case: case[1][1][0])
+    )  # stage 3 last, see `moved`
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +72,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder) -> dict[int, dict]:
     """Results of every case, by number of processes."""
-    return {processes: perform(folder / f"on-{processes}", processes, reference.job, training_cases(), {}, []) for processes in (1, 2)}
+    return {
+        processes: perform(folder / f"on-{processes}", processes, reference.job, training_cases(), {}, [])
+        for processes in (1, 2)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +84,62 @@ def plain() -> dict[str, dict]:
 
 
 # From (processes, stage) to (processes, stage)
-MOVES = [(2, 0, 1, 3), (2, 3, 1, 0), (2, 1, 1, 2), (2, 2, 1, 1), (1, 0, 2, 1), (1, 3, 2, 2), (1, 2, 2, 3), (1, 1, 2, 0),
-         (2, 3, 2, 3), (2, 1, 2, 1)]
+MOVES = [
+    (2, 0, 1, 3),
+    (2, 3, 1, 0),
+    (2, 1, 1, 2),
+    (2, 2, 1, 1),
+    (1, 0, 2, 1),
+    (1, 3, 2, 2),
+    (1, 2, 2, 3),
+    (1, 1, 2, 0),
+    (2, 3, 2, 3),
+    (2, 1, 2, 1),
+]
 BF16_MOVES = [(2, 1, 1, 3), (1, 3, 2, 2), (2, 2, 2, 2)]
 
 
 @pytest.fixture(scope="module")
 def moved(folder, trained) -> dict[int, dict]:
     """What went on elsewhere, by the number of processes it went on with."""
+
     def cases(processes: int) -> dict[str, list]:
-        fp32 = {f"{move}": ["zero", stage(move[3], *RECIPES["clipped"]), str(folder / f"on-{move[0]}" / f"clipped {move[1]}"), {}]
-                for move in MOVES if move[2] == processes}
-        bf16 = {f"bf16 {move}": ["zero", stage(move[3], "bf16.enabled=true"), str(folder / f"on-{move[0]}" / f"bf16 {move[1]}"), {}]
-                for move in BF16_MOVES if move[2] == processes}
-        offloaded = {f"offloaded {number}": ["zero", stage(number, *RECIPES["clipped"], *OFFLOADED), str(folder / "on-2" / f"offloaded {number}"), {}]
-                     for number in (1, 2, 3)}
+        fp32 = {
+            f"{move}": [
+                "zero",
+                stage(move[3], *RECIPES["clipped"]),
+                str(folder / f"on-{move[0]}" / f"clipped {move[1]}"),
+                {},
+            ]
+            for move in MOVES
+            if move[2] == processes
+        }
+        bf16 = {
+            f"bf16 {move}": [
+                "zero",
+                stage(move[3], "bf16.enabled=true"),
+                str(folder / f"on-{move[0]}" / f"bf16 {move[1]}"),
+                {},
+            ]
+            for move in BF16_MOVES
+            if move[2] == processes
+        }
+        offloaded = {
+            f"offloaded {number}": [
+                "zero",
+                stage(number, *RECIPES["clipped"], *OFFLOADED),
+                str(folder / "on-2" / f"offloaded {number}"),
+                {},
+            ]
+            for number in (1, 2, 3)
+        }
         # Stage 3 last: it replaces F.linear for the rest of the process by one that rounds differently.
         return dict(sorted((fp32 | bf16 | offloaded).items(), key=lambda case: case[1][1][0]))
 
-    return {processes: perform(folder / f"moved-to-{processes}", processes, reference.job, {}, cases(processes), []) for processes in (1, 2)}
+    return {
+        processes: perform(folder / f"moved-to-{processes}", processes, reference.job, {}, cases(processes), [])
+        for processes in (1, 2)
+    }
 
 
 # --- the properties -----------------------------------------------------------------------------------------------
@@ -145,42 +207,67 @@ def test_a_bf16_state_moves_without_being_rounded(folder, moved, trained, move):
     saved = load_file(folder / f"on-{move[0]}" / f"bf16 {move[1]}" / "state.safetensors")
     assert largest_difference(result["state"], saved) == 0
     unbroken = trained[move[0]][f"bf16 {move[1]}"]["losses"][SAVED_AT:]
-    assert result["losses"] == unbroken if move[:2] == move[2:] else result["losses"] == pytest.approx(unbroken, abs=0.05)
+    assert (
+        result["losses"] == unbroken if move[:2] == move[2:] else result["losses"] == pytest.approx(unbroken, abs=0.05)
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_optimiser_that_is_kept_on_the_cpu_trains_and_resumes_alike(folder, trained, moved, plain, processes, number):
+def test_an_optimiser_that_is_kept_on_the_cpu_trains_and_resumes_alike(
+    folder, trained, moved, plain, processes, number
+):
     """Without a GPU both live in the same memory, so this is about what DeepSpeed does differently, not about where it is."""
     result, resumed = trained[processes][f"offloaded {number}"], moved[processes][f"offloaded {number}"]
     assert result["losses"] == pytest.approx(plain["clipped"]["losses"], abs=1e-6)
     assert largest_difference(result["weights"], plain["clipped"]["weights"]) < 1e-6
-    assert largest_difference(resumed["state"], load_file(folder / "on-2" / f"offloaded {number}" / "state.safetensors")) == 0
+    assert (
+        largest_difference(resumed["state"], load_file(folder / "on-2" / f"offloaded {number}" / "state.safetensors"))
+        == 0
+    )
     assert largest_difference(resumed["weights"], plain["clipped"]["weights"]) < 1e-6
 
 
 REFUSED = {
     ("bf16.enabled=true", "zero_optimization.stage=0"): "bf16 needs zero_optimization.stage 1, 2 or 3",
     ("zero_optimization.stage=4",): "zero_optimization.stage is 0, 1, 2 or 3, not 4",
-    ("train_batch_size=7",): "train_batch_size=7 cannot be cut into 2 data-parallel processes .* choose a multiple of 2",
+    (
+        "train_batch_size=7",
+    ): "train_batch_size=7 cannot be cut into 2 data-parallel processes .* choose a multiple of 2",
     ("gradient_accumulation_steps=8",): "train_batch_size=8 .* gradient_accumulation_steps=8; choose a multiple of 16",
     ("optimizer.type=AdamWW",): "unknown optimizer.type 'AdamWW'; did you mean 'AdamW'",
-    ("optimizer.type=Lamb",): "Lamb looks at the norm of each parameter, and zero_optimization.stage=1 hands it pieces .* take stage 0",
-    ("zero_optimization.stage=0", *OFFLOADED): "zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3",
+    (
+        "optimizer.type=Lamb",
+    ): "Lamb looks at the norm of each parameter, and zero_optimization.stage=1 hands it pieces .* take stage 0",
+    (
+        "zero_optimization.stage=0",
+        *OFFLOADED,
+    ): "zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3",
     ("zero_optimization.offload_optimizer.device=nvme",): "offload_optimizer.device is none or cpu, not nvme",
-    ("optimizer.type=Muon", *OFFLOADED): "optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer cannot",
-    ("zero_optimization.stage=3", "compile=on"): "compile=on: zero_optimization.stage=3 loses the gradients of compiled layers",
+    (
+        "optimizer.type=Muon",
+        *OFFLOADED,
+    ): "optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer cannot",
+    (
+        "zero_optimization.stage=3",
+        "compile=on",
+    ): "compile=on: zero_optimization.stage=3 loses the gradients of compiled layers",
     ("compile=reduce-overhead",): "compile=reduce-overhead: this strategy cannot record CUDA graphs; ddp can",
     ("compile=fast",): "unknown compile 'fast'",
     ("channels_last=true",): "channels_last=true is about convolutions, and this network has none",
     ("ema.decay=1.0",): "ema.decay must lie between 0 .off. and 1, not 1.0",
-    ("ema.decay=0.9", "optimizer.type=AdamWScheduleFree"): "AdamWScheduleFree keeps an average of the weights itself; leave ema.decay at 0",
+    (
+        "ema.decay=0.9",
+        "optimizer.type=AdamWScheduleFree",
+    ): "AdamWScheduleFree keeps an average of the weights itself; leave ema.decay at 0",
 }
 
 
 @pytest.mark.parametrize("case", [*REFUSED, "a scalar"], ids=str)
 def test_what_would_not_train_as_asked_is_refused(refusals, case):
-    assert re.search(REFUSED.get(case, "parameter 1.temperature has no dimension"), refusals[f"{case}"]), refusals[f"{case}"]
+    assert re.search(REFUSED.get(case, "parameter 1.temperature has no dimension"), refusals[f"{case}"]), refusals[
+        f"{case}"
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,29 @@ from records.checkpoint_store import Checkpoints, Interval, disk_space_needed, f
 from records.run_folder import RunFolder
 from training import resume, resume_conditions
 
-STATE = {"weights/a": torch.arange(6.0).reshape(2, 3), "weights/b": torch.tensor(float("nan")), "scalars/step": torch.tensor(3)}
-FACTS = {"settings": {"a": 1}, "seed": 0, "max_steps": None, "hold_out": None, "preset": "x/tiny.toml", "total_steps": 8,
-         "dataset": {"name": "shapes", "fingerprint": "f"}}
+STATE = {
+    "weights/a": torch.arange(6.0).reshape(2, 3),
+    "weights/b": torch.tensor(float("nan")),
+    "scalars/step": torch.tensor(3),
+}
+FACTS = {
+    "settings": {"a": 1},
+    "seed": 0,
+    "max_steps": None,
+    "hold_out": None,
+    "preset": "x/tiny.toml",
+    "total_steps": 8,
+    "dataset": {"name": "shapes", "fingerprint": "f"},
+}
 
 
 def texts(step: int, finished: bool = False) -> dict[str, str]:
-    return {"engine.json": json.dumps({"step": step}), "progress.json": json.dumps({"epoch": step, "finished": finished}),
-            "run.json": json.dumps(FACTS), "metrics.jsonl": ""}
+    return {
+        "engine.json": json.dumps({"step": step}),
+        "progress.json": json.dumps({"epoch": step, "finished": finished}),
+        "run.json": json.dumps(FACTS),
+        "metrics.jsonl": "",
+    }
 
 
 def store(record: RunFolder, keep: int = 2) -> Checkpoints:
@@ -49,7 +64,12 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
 
 def test_sums_are_those_of_sha256sum(tmp_path):
     store(RunFolder(tmp_path)).write(2, STATE, texts(2))
-    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "state" / "step-00000002", check=True, capture_output=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+        cwd=tmp_path / "state" / "step-00000002",
+        check=True,
+        capture_output=True,
+    )
 
 
 def cut(path: Path) -> None:
@@ -70,8 +90,16 @@ def test_whatever_is_harmed_is_seen_and_the_one_before_serves(tmp_path, harm, na
         store(record).write(step, STATE, texts(step))
     harm(tmp_path / "state" / "step-00000004" / name)
     newest, said = store(record).newest_intact()
-    assert newest.name == "step-00000002" and find_damage(newest) is None and read_facts(newest, "progress.json")["epoch"] == 2
-    assert len(said) == 1 and said[0].startswith("step-00000004 is damaged (") and said[0].endswith("it is now state/damaged-step-00000004")
+    assert (
+        newest.name == "step-00000002"
+        and find_damage(newest) is None
+        and read_facts(newest, "progress.json")["epoch"] == 2
+    )
+    assert (
+        len(said) == 1
+        and said[0].startswith("step-00000004 is damaged (")
+        and said[0].endswith("it is now state/damaged-step-00000004")
+    )
     assert name == "SHA256SUMS" or name in said[0]
     assert checkpoints(record) == ["damaged-step-00000004", "step-00000002"]
 
@@ -93,6 +121,7 @@ def operations(monkeypatch, fail_at: int) -> list[str]:
             if len(done) == fail_at:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return function(*arguments, **keywords)
+
         return wrapper
 
     monkeypatch.setattr(checkpoint_store, "flush_to_disk", counted("flush", checkpoint_store.flush_to_disk))
@@ -106,8 +135,11 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monke
     record = RunFolder(tmp_path)
     store(record, keep=1).write(2, STATE, texts(2))
     done = operations(monkeypatch, fail_at)
-    with pytest.raises(RunError, match=r"the checkpoint after step 4 could not be written \(No space left on device: .* are free in .*; "
-                                       "the one after step [24] is whole; mend the disk and start the same run again"):
+    with pytest.raises(
+        RunError,
+        match=r"the checkpoint after step 4 could not be written \(No space left on device: .* are free in .*; "
+        "the one after step [24] is whole; mend the disk and start the same run again",
+    ):
         store(record, keep=1).write(4, STATE, texts(4))
     monkeypatch.undo()
     assert len(done) == fail_at
@@ -135,11 +167,21 @@ def test_only_the_last_damaged_ones_fill_the_disk(tmp_path):
         _, said = store(record).newest_intact()
         assert f"the run ended while step-{step + 1:08d} was being written" in said[0]
     store(record).write(12, STATE, texts(12))
-    assert [name for name in checkpoints(record) if "damaged" in name] == ["damaged-step-00000009", "damaged-step-00000011"]
+    assert [name for name in checkpoints(record) if "damaged" in name] == [
+        "damaged-step-00000009",
+        "damaged-step-00000011",
+    ]
 
 
-@pytest.mark.parametrize(("text", "interval"), [("500steps", Interval(steps=500)), ("1step", Interval(steps=1)),
-                                                ("10min", Interval(seconds=600)), ("30s", Interval(seconds=30))])
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("500steps", Interval(steps=500)),
+        ("1step", Interval(steps=1)),
+        ("10min", Interval(seconds=600)),
+        ("30s", Interval(seconds=30)),
+    ],
+)
 def test_an_interval_is_read(text, interval):
     assert Interval.parse(text) == interval
 
@@ -153,26 +195,80 @@ def test_what_is_no_interval_is_refused(text):
 # --- under other conditions ---------------------------------------------------------------------------------------
 
 
-BEFORE = {"processes": 2, "micro_batch": 32, "strategy": "zero", "stage": 1, "threads": 4, "device": "CPU", "device_name": "x86", "precision": "fp32",
-          "deterministic": False, "source": "tensor", "torch": "2.11", "commit": "abc"}
+BEFORE = {
+    "processes": 2,
+    "micro_batch": 32,
+    "strategy": "zero",
+    "stage": 1,
+    "threads": 4,
+    "device": "CPU",
+    "device_name": "x86",
+    "precision": "fp32",
+    "deterministic": False,
+    "source": "tensor",
+    "torch": "2.11",
+    "commit": "abc",
+}
 
 
-@pytest.mark.parametrize(("now", "batch_norm", "accepted", "refused"), [
-    ({}, True, [], []),
-    ({"processes": 1, "micro_batch": 64}, False, ["processes: 2 before, 1 now", "images a micro-batch: 32 before, 64 now"], []),
-    ({"processes": 1, "micro_batch": 64}, True, ["processes: 2 before, 1 now"], ["images a micro-batch: 32 before, 64 now (BatchNorm"]),
-    ({"strategy": "ddp", "stage": None}, False, ["strategy: zero before, ddp now (the same sums, rounded in another order)"], []),
-    ({"stage": 3, "threads": 1, "torch": "2.12", "commit": "def"}, False,
-     ["ZeRO stage: 1 before, 3 now", "CPU threads: 4 before, 1 now", "PyTorch: 2.11 before, 2.12 now", "commit of this project: abc before"], []),
-    ({"device": "GPU", "device_name": "H200", "threads": None}, False, [], ["kind of device: CPU before, GPU now (another arithmetic"]),
-    ({"precision": "autocast", "deterministic": True, "source": "resident"}, False, [],
-     ["precision: fp32 before, autocast now", "--deterministic: False before, True now", "source of the images: tensor before, resident now"]),
-])
+@pytest.mark.parametrize(
+    ("now", "batch_norm", "accepted", "refused"),
+    [
+        ({}, True, [], []),
+        (
+            {"processes": 1, "micro_batch": 64},
+            False,
+            ["processes: 2 before, 1 now", "images a micro-batch: 32 before, 64 now"],
+            [],
+        ),
+        (
+            {"processes": 1, "micro_batch": 64},
+            True,
+            ["processes: 2 before, 1 now"],
+            ["images a micro-batch: 32 before, 64 now (BatchNorm"],
+        ),
+        (
+            {"strategy": "ddp", "stage": None},
+            False,
+            ["strategy: zero before, ddp now (the same sums, rounded in another order)"],
+            [],
+        ),
+        (
+            {"stage": 3, "threads": 1, "torch": "2.12", "commit": "def"},
+            False,
+            [
+                "ZeRO stage: 1 before, 3 now",
+                "CPU threads: 4 before, 1 now",
+                "PyTorch: 2.11 before, 2.12 now",
+                "commit of this project: abc before",
+            ],
+            [],
+        ),
+        (
+            {"device": "GPU", "device_name": "H200", "threads": None},
+            False,
+            [],
+            ["kind of device: CPU before, GPU now (another arithmetic"],
+        ),
+        (
+            {"precision": "autocast", "deterministic": True, "source": "resident"},
+            False,
+            [],
+            [
+                "precision: fp32 before, autocast now",
+                "--deterministic: False before, True now",
+                "source of the images: tensor before, resident now",
+            ],
+        ),
+    ],
+)
 def test_each_change_of_conditions_has_its_sentence_and_verdict(now, batch_norm, accepted, refused):
     assert BEFORE.keys() == resume_conditions.CHANGES.keys()
     found = resume_conditions.compare(BEFORE, {**BEFORE, **now}, batch_norm)
     for sentences, starts in zip(found, (accepted, refused), strict=True):
-        assert len(sentences) == len(starts) and all(text.startswith(start) for text, start in zip(sentences, starts, strict=True)), sentences
+        assert len(sentences) == len(starts) and all(
+            text.startswith(start) for text, start in zip(sentences, starts, strict=True)
+        ), sentences
 
 
 # --- the run folder -----------------------------------------------------------------------------------------------
@@ -195,12 +291,15 @@ def test_without_a_name_a_run_goes_on_where_one_of_the_same_settings_is_unfinish
     assert other.folder.name == "tiny-shapes-seed0-2" and choice(tmp_path).folder.name == "tiny-shapes-seed0-3"
 
 
-@pytest.mark.parametrize(("changed", "sentence"), [
-    ({"settings": {"a": 2}}, "settings.a was 1, is 2"),
-    ({"max_steps": 3}, "max_steps was None, is 3"),
-    ({"hold_out": 0.1}, "hold_out was None, is 0.1"),
-    ({"dataset": {"name": "shapes", "fingerprint": "g"}}, "the dataset's fingerprint was 'f', is 'g'"),
-])
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"settings": {"a": 2}}, "settings.a was 1, is 2"),
+        ({"max_steps": 3}, "max_steps was None, is 3"),
+        ({"hold_out": 0.1}, "hold_out was None, is 0.1"),
+        ({"dataset": {"name": "shapes", "fingerprint": "g"}}, "the dataset's fingerprint was 'f', is 'g'"),
+    ],
+)
 def test_a_name_that_holds_another_run_is_refused_by_what_differs(tmp_path, changed, sentence):
     choice(tmp_path, name="mine").create(FACTS)
     with pytest.raises(RunError, match=sentence):
@@ -224,7 +323,9 @@ def test_a_run_folder_without_a_readable_run_json_is_named_or_mended(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     first, second = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "mine")
     first.lock()
-    with pytest.raises(RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait for its end, stop it"):
+    with pytest.raises(
+        RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait for its end, stop it"
+    ):
         second.lock()
     with pytest.raises(RunError, match="is in use"):
         RunFolder(tmp_path / "mine").rename_aside()
@@ -244,7 +345,9 @@ def test_a_disk_that_is_mounted_read_only_is_named(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount a disk here")
     try:
-        with pytest.raises(RunError, match=r"disk/mine cannot be written \(Read-only file system\); choose another --runs-dir"):
+        with pytest.raises(
+            RunError, match=r"disk/mine cannot be written \(Read-only file system\); choose another --runs-dir"
+        ):
             RunFolder(disk / "mine").lock()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -258,7 +361,10 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"metrics.jsonl could not be written \(No space left on device\); what stood there before is untouched"):
+    with pytest.raises(
+        RunError,
+        match=r"metrics.jsonl could not be written \(No space left on device\); what stood there before is untouched",
+    ):
         write_atomically(path, "new")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -277,12 +383,17 @@ def test_room_is_looked_for_before_the_start(tmp_path, monkeypatch):
     args = resume.FolderOptions(tmp_path, None, False, keep_checkpoints=2, allow_inexact_resume=False)
     resume.check_room(tmp_path / "new", disk_space_needed(1000, 2), args)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
-    with pytest.raises(RunError, match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room"):
+    with pytest.raises(
+        RunError,
+        match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room",
+    ):
         resume.check_room(tmp_path / "new", disk_space_needed(1_000_000, 2), args)
 
 
 @pytest.mark.parametrize("fail_at", range(1, 30))
-def test_a_checkpoint_of_the_same_step_is_replaced_without_a_moment_in_which_none_is_whole(tmp_path, monkeypatch, fail_at):
+def test_a_checkpoint_of_the_same_step_is_replaced_without_a_moment_in_which_none_is_whole(
+    tmp_path, monkeypatch, fail_at
+):
     """A process that is killed at any operation while it writes step 2 again: the next start finds a whole step 2."""
     record = RunFolder(tmp_path)
     store(record, keep=1).write(2, STATE, texts(2))
@@ -298,10 +409,16 @@ def test_a_checkpoint_of_the_same_step_is_replaced_without_a_moment_in_which_non
             if len(done) == fail_at:
                 raise Killed
             return function(*arguments, **keywords)
+
         return counted
 
     with monkeypatch.context() as patch:
-        for target, name in ((checkpoint_store, "flush_to_disk"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree")):
+        for target, name in (
+            (checkpoint_store, "flush_to_disk"),
+            (Path, "rename"),
+            (Path, "write_text"),
+            (shutil, "rmtree"),
+        ):
             patch.setattr(target, name, interrupted(getattr(target, name)))
         try:
             store(record, keep=1).write(2, STATE, texts(2))

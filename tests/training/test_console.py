@@ -18,9 +18,23 @@ from train import default_preset
 from training import console
 from training.console import NORMAL, QUIET, VERBOSE, Console
 
-LINE = {"epoch": 3, "step": 30, "learning_rate": 1e-3, "train_loss": 3.3484, "images_per_second": 562.6, "training_seconds": 88.732,
-        "data_wait_seconds": 0.4436, "memory_gib": 1.456, "tracking_seconds": 0.02, "test_loss": 3.0, "test_accuracy": 0.256,
-        "test_top5_accuracy": 0.5554, "test_correct": 2560, "test_seen": 10000, "test_seconds": 5.3}
+LINE = {
+    "epoch": 3,
+    "step": 30,
+    "learning_rate": 1e-3,
+    "train_loss": 3.3484,
+    "images_per_second": 562.6,
+    "training_seconds": 88.732,
+    "data_wait_seconds": 0.4436,
+    "memory_gib": 1.456,
+    "tracking_seconds": 0.02,
+    "test_loss": 3.0,
+    "test_accuracy": 0.256,
+    "test_top5_accuracy": 0.5554,
+    "test_correct": 2560,
+    "test_seen": 10000,
+    "test_seconds": 5.3,
+}
 
 
 class Terminal(io.StringIO):
@@ -48,22 +62,43 @@ def test_the_line_of_an_epoch_has_its_numbers(out, now):
     shown.clock.start(0, 100)
     shown.clock.step, now[0] = 30, 1180.0
     shown.epoch(LINE, ["test"], 10)
-    assert out.getvalue() == ("epoch  3/10  train loss 3.348  test accuracy  25.60%  (2560/10000)      563 images/s    89 s  "
-                              "data wait  0.5%  left   7 min\n")
+    assert out.getvalue() == (
+        "epoch  3/10  train loss 3.348  test accuracy  25.60%  (2560/10000)      563 images/s    89 s  "
+        "data wait  0.5%  left   7 min\n"
+    )
 
 
 def test_lines_stand_under_one_another(out, now):
     """Column by column: what is a letter in one line is no digit in the next."""
     shown = Console(out=out)
     shown.clock.start(0, 100)
-    changed = {"epoch": 10, "train_loss": 0.123, "test_accuracy": 1.0, "test_correct": 10000, "images_per_second": 51_000.0,
-               "training_seconds": 3.0, "data_wait_seconds": 0.9}
-    for line, step in ((LINE, 30), ({**LINE, **changed}, 90), ({**LINE, "test_correct": 7, "test_accuracy": 0.0007}, 30)):
+    changed = {
+        "epoch": 10,
+        "train_loss": 0.123,
+        "test_accuracy": 1.0,
+        "test_correct": 10000,
+        "images_per_second": 51_000.0,
+        "training_seconds": 3.0,
+        "data_wait_seconds": 0.9,
+    }
+    for line, step in (
+        (LINE, 30),
+        ({**LINE, **changed}, 90),
+        ({**LINE, "test_correct": 7, "test_accuracy": 0.0007}, 30),
+    ):
         shown.clock.step, now[0] = step, now[0] + 100
         shown.epoch(line, ["test"], 10)
     lines = out.getvalue().splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert len({tuple(line.index(word) for word in ("train loss", "test accuracy", "images/s", "data wait", "left")) for line in lines}) == 1
+    assert (
+        len(
+            {
+                tuple(line.index(word) for word in ("train loss", "test accuracy", "images/s", "data wait", "left"))
+                for line in lines
+            }
+        )
+        == 1
+    )
 
 
 def test_averaged_and_trained_weights_stand_side_by_side(out):
@@ -71,7 +106,9 @@ def test_averaged_and_trained_weights_stand_side_by_side(out):
     assert "test accuracy  25.60%  (2560/10000), trained weights  24.44%" in out.getvalue()
 
 
-@pytest.mark.parametrize(("level", "is_main", "lines"), [(QUIET, True, 1), (NORMAL, True, 3), (VERBOSE, True, 4), (VERBOSE, False, 0)])
+@pytest.mark.parametrize(
+    ("level", "is_main", "lines"), [(QUIET, True, 1), (NORMAL, True, 3), (VERBOSE, True, 4), (VERBOSE, False, 0)]
+)
 def test_how_much_is_said(out, level, is_main, lines):
     shown = Console(level, is_main, out)
     shown.print_field("run", "runs/mine")
@@ -79,13 +116,22 @@ def test_how_much_is_said(out, level, is_main, lines):
     shown.result(LINE, "runs/mine")
     assert len(out.getvalue().splitlines()) == lines
     if is_main:
-        assert out.getvalue().endswith("done      test accuracy 25.60% (2560/10000) after 3 epochs; see runs/mine/report.html\n")
+        assert out.getvalue().endswith(
+            "done      test accuracy 25.60% (2560/10000) after 3 epochs; see runs/mine/report.html\n"
+        )
     assert ("top 5 55.54%" in out.getvalue()) == (level == VERBOSE and is_main)
 
 
-@pytest.mark.parametrize(("stream", "environment", "coloured"), [
-    (Terminal, {}, True), (Terminal, {"NO_COLOR": "1"}, False), (Terminal, {"NO_COLOR": ""}, True), (Terminal, {"TERM": "dumb"}, False),
-    (io.StringIO, {}, False)])
+@pytest.mark.parametrize(
+    ("stream", "environment", "coloured"),
+    [
+        (Terminal, {}, True),
+        (Terminal, {"NO_COLOR": "1"}, False),
+        (Terminal, {"NO_COLOR": ""}, True),
+        (Terminal, {"TERM": "dumb"}, False),
+        (io.StringIO, {}, False),
+    ],
+)
 def test_colours_are_for_terminals(out, monkeypatch, stream, environment, coloured):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -122,9 +168,11 @@ def test_a_log_file_gets_a_line_every_two_minutes_of_a_long_epoch(out, now):
             now[0] += 50
             bar.advance()
             bar.loss(2.5)
-    assert out.getvalue().splitlines() == ["  in epoch 1: step 3 of 50, train loss 2.500, left 81 min",
-                                           "  in epoch 1: step 6 of 50, train loss 2.500, left 78 min",
-                                           "  in epoch 1: step 9 of 50, train loss 2.500, left 76 min"]
+    assert out.getvalue().splitlines() == [
+        "  in epoch 1: step 3 of 50, train loss 2.500, left 81 min",
+        "  in epoch 1: step 6 of 50, train loss 2.500, left 78 min",
+        "  in epoch 1: step 9 of 50, train loss 2.500, left 76 min",
+    ]
     assert shown.bars.getvalue() == ""
 
 
@@ -147,10 +195,24 @@ def test_a_terminal_gets_a_bar_with_the_time_left(out, now, monkeypatch):
 
 def test_quiet_prints_the_result_and_nothing_else(training, runs):
     """In a process of its own, so that what libraries print when they are imported would be seen too."""
-    command = [sys.executable, "train.py", *map(str, training), "--name", "quiet", "--max-steps", "3", "--quiet", "--no-tensorboard"]
+    command = [
+        sys.executable,
+        "train.py",
+        *map(str, training),
+        "--name",
+        "quiet",
+        "--max-steps",
+        "3",
+        "--quiet",
+        "--no-tensorboard",
+    ]
     environment = {key: value for key, value in programs.clean_environment().items() if key != "DS_ACCELERATOR"}
-    done = subprocess.run(command, cwd=programs.PROJECT, env=environment, text=True, capture_output=True, timeout=programs.LIMIT_SECONDS)
-    assert re.fullmatch(r"done      test accuracy [\d.]+% \(\d+/70\) after 1 epoch; see \S+/quiet/report\.html\n", done.stdout), done
+    done = subprocess.run(
+        command, cwd=programs.PROJECT, env=environment, text=True, capture_output=True, timeout=programs.LIMIT_SECONDS
+    )
+    assert re.fullmatch(
+        r"done      test accuracy [\d.]+% \(\d+/70\) after 1 epoch; see \S+/quiet/report\.html\n", done.stdout
+    ), done
     assert done.stderr == "" and not (runs / "quiet" / "tensorboard").exists()
     assert (runs / "quiet" / "report.html").is_file() and len(RunFolder(runs / "quiet").metrics()) == 1
 
@@ -164,7 +226,9 @@ def test_verbose_names_what_is_not_the_default(training):
 
 def test_an_epoch_that_took_no_time_divides_by_nothing():
     out = io.StringIO()
-    Console(out=out).epoch({**LINE, "training_seconds": 0.0, "data_wait_seconds": 0.0, "images_per_second": 0.0}, ["test"], 10)
+    Console(out=out).epoch(
+        {**LINE, "training_seconds": 0.0, "data_wait_seconds": 0.0, "images_per_second": 0.0}, ["test"], 10
+    )
     assert "data wait  0.0%" in out.getvalue()
 
 
@@ -184,6 +248,8 @@ def test_the_preset_is_that_of_the_device_that_will_be_used(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     out = io.StringIO()
-    assert default_preset(pick_device(), Console(out=out)).startswith("cpu") and "because there is no GPU" in out.getvalue()
+    assert (
+        default_preset(pick_device(), Console(out=out)).startswith("cpu")
+        and "because there is no GPU" in out.getvalue()
+    )
     assert default_preset(torch.device("cuda"), Console(out=out)) == "spt-lsa"
-

@@ -1,6 +1,6 @@
 """Training without a GPU: precision, compilation and number of processes are chosen for the machine, and every part trains under its preset.
 
-    pytest tests/test_cpu.py        no GPU, no data, under a minute
+pytest tests/test_cpu.py        no GPU, no data, under a minute
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from training import cpu_processes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PARTS = [(kind, name) for kind, table in TABLES.items() if kind != "architecture" for name in table]
-SMALL = ["train_batch_size=4", "model.width=16", "model.heads=2", "model.head_size=8", "model.depth=1", "model.patch_embedding_options.first=4"]
+SMALL = [
+    "train_batch_size=4",
+    "model.width=16",
+    "model.heads=2",
+    "model.head_size=8",
+    "model.depth=1",
+    "model.patch_embedding_options.first=4",
+]
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------
@@ -69,12 +76,19 @@ def test_dropout_leaves_out_weights_of_explicit_attention_and_keeps_their_mean()
 
 
 def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch):
-    for flags, comes_to, said in (({"avx2", "amx_bf16"}, "autocast", "amx_bf16"), ({"avx512_bf16"}, "autocast", "avx512_bf16"),
-                                  ({"avx2", "avx512f"}, False, "fp32, because the device"), (set(), False, "fp32")):
+    for flags, comes_to, said in (
+        ({"avx2", "amx_bf16"}, "autocast", "amx_bf16"),
+        ({"avx512_bf16"}, "autocast", "avx512_bf16"),
+        ({"avx2", "avx512f"}, False, "fp32, because the device"),
+        (set(), False, "fp32"),
+    ):
         monkeypatch.setattr(precision, "cpu_flags", lambda flags=flags: frozenset(flags))
         chosen, sentence = precision.choose("auto", None, CPU)
         assert chosen == comes_to and said in sentence
-        assert precision.choose("auto", "it has none", CPU) == (False, "fp32, because it has none (--set bf16.enabled=true chooses bf16)")
+        assert precision.choose("auto", "it has none", CPU) == (
+            False,
+            "fp32, because it has none (--set bf16.enabled=true chooses bf16)",
+        )
 
 
 @pytest.mark.parametrize("setting", [True, False, "autocast"])
@@ -139,21 +153,26 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is():
 # --- processes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("overrides", "strategy", "cores", "number", "said"), [
-    ([], None, 2, 2, "two processes with half of the 2 cores each"),
-    ([], "ddp", 16, 2, "half of the 16 cores"),
-    ([], None, 1, 1, "there is one core"),
-    ([], None, 3, 1, "3 cores are not two equal halves"),
-    ([], "gossip", 2, 1, "strategy gossip takes as many as NUM_PROCS says"),
-    (["train_batch_size=3"], None, 2, 1, "a batch of 3"),
-    (["train_batch_size=6", "gradient_accumulation_steps=2"], None, 2, 1, "a batch of 6"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "strategy", "cores", "number", "said"),
+    [
+        ([], None, 2, 2, "two processes with half of the 2 cores each"),
+        ([], "ddp", 16, 2, "half of the 16 cores"),
+        ([], None, 1, 1, "there is one core"),
+        ([], None, 3, 1, "3 cores are not two equal halves"),
+        ([], "gossip", 2, 1, "strategy gossip takes as many as NUM_PROCS says"),
+        (["train_batch_size=3"], None, 2, 1, "a batch of 3"),
+        (["train_batch_size=6", "gradient_accumulation_steps=2"], None, 2, 1, "a batch of 6"),
+    ],
+)
 def test_two_processes_where_they_are_faster_and_train_the_same(overrides, strategy, cores, number, said):
     chosen, reason = cpu_processes.choose(resolve("cpu", overrides, strategy=strategy), cores)
     assert chosen == number and said in reason
 
 
-@pytest.mark.parametrize(("words", "number"), [(["--strategy", "dp"], "1"), (["--no-such-option"], "1"), (["--micro-batch", "auto"], "1")])
+@pytest.mark.parametrize(
+    ("words", "number"), [(["--strategy", "dp"], "1"), (["--no-such-option"], "1"), (["--micro-batch", "auto"], "1")]
+)
 def test_the_launcher_gets_a_number_whatever_the_arguments(monkeypatch, capsys, words, number):
     monkeypatch.setattr("sys.argv", ["train.py", *words])
     cpu_processes.main()
@@ -200,7 +219,9 @@ def test_the_networks_maps_stay_channels_last():
     model = build_model(settings.model, 5, 16)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+            module.register_forward_pre_hook(
+                lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
     model(torch.randn(2, 3, 16, 16))
     assert len(seen) > 4 and all(seen)
 
@@ -209,18 +230,22 @@ def bf16_runs() -> dict[str, dict]:
     """The preset in small, unbroken and resumed, under both engines."""
     import torch.distributed as dist
 
+    from parallel import process_group
 
-    init_process_group()
+    process_group.init_process_group()
     words = [*SMALL, "train_batch_size=8", "bf16.enabled=autocast"]
     results = {}
     for strategy in ("zero", "ddp"):
+
         def engine(strategy=strategy):
             from schedule import Schedule
 
             from parallel import engine_class
 
             settings = resolve("cpu", words, strategy=strategy)
-            return engine_class(strategy)(lambda: build_model(settings.model, 10, 16), settings, Schedule(settings.schedule, 20), 3)
+            return engine_class(strategy)(
+                lambda: build_model(settings.model, 10, 16), settings, Schedule(settings.schedule, 20), 3
+            )
 
         box = [TemporaryDirectory().name]
         dist.broadcast_object_list(box, src=0)
@@ -234,8 +259,14 @@ def bf16_runs() -> dict[str, dict]:
         dist.barrier()
         other = engine()
         other.load(folder)
-        results[strategy] = {"losses": losses, "weights": one.weights(), "precision": one.precision, "again": reference.train(other),
-                             "weights again": other.weights(), "muon": one.masters()[0].working_dtype}
+        results[strategy] = {
+            "losses": losses,
+            "weights": one.weights(),
+            "precision": one.precision,
+            "again": reference.train(other),
+            "weights again": other.weights(),
+            "muon": one.masters()[0].working_dtype,
+        }
     return results
 
 

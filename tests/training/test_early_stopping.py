@@ -37,20 +37,37 @@ def test_the_averaged_weights_are_evaluated_and_handed_over_and_the_trained_ones
     last = averaged.metrics()[-1]
     for file, name in (("weights.safetensors", "test"), ("raw_weights.safetensors", "test_raw")):
         report = evaluated(averaged, file, "test")
-        assert report["correct"] == last[f"{name}_correct"] and report["loss"] == pytest.approx(last[f"{name}_loss"], abs=1e-5)
+        assert report["correct"] == last[f"{name}_correct"] and report["loss"] == pytest.approx(
+            last[f"{name}_loss"], abs=1e-5
+        )
     average, raw = (load_file(averaged.folder / file) for file in ("weights.safetensors", "raw_weights.safetensors"))
-    assert average.keys() == raw.keys() and not torch.equal(average["1.attention.part.qkv.weight"], raw["1.attention.part.qkv.weight"])
+    assert average.keys() == raw.keys() and not torch.equal(
+        average["1.attention.part.qkv.weight"], raw["1.attention.part.qkv.weight"]
+    )
     assert last["test_loss"] != last["test_raw_loss"]
 
 
 def test_the_best_weights_are_chosen_by_the_average(averaged):
     lines = averaged.metrics()
     assert all({"validation_accuracy", "validation_raw_accuracy"} <= set(line) for line in lines)
-    assert evaluated(averaged, "best.safetensors", "validation")["correct"] == max(line["validation_correct"] for line in lines)
+    assert evaluated(averaged, "best.safetensors", "validation")["correct"] == max(
+        line["validation_correct"] for line in lines
+    )
 
 
 def test_a_run_with_an_average_that_is_stopped_and_resumed_equals_one_that_was_not(averaged, training, runs):
-    same = ["train.py", *training, "--name", "averaged-stopped", "--epochs", 4, "--hold-out", 0.2, "--set", "ema.decay=0.8"]
+    same = [
+        "train.py",
+        *training,
+        "--name",
+        "averaged-stopped",
+        "--epochs",
+        4,
+        "--hold-out",
+        0.2,
+        "--set",
+        "ema.decay=0.8",
+    ]
     run(*same, "--stop-at", 5, code=STOPPED)
     run(*same)
     stopped = RunFolder(runs / "averaged-stopped")
@@ -88,4 +105,7 @@ def test_its_patience_survives_a_stop(training, runs):
 
 def test_patience_needs_a_held_out_part(training):
     done = run("train.py", *training, "--name", "no-part", "--patience", 3, code=1)
-    assert done.err.strip() == "error: --patience waits for a better accuracy on a held-out part, and there is none; give --hold-out 0.1"
+    assert (
+        done.err.strip()
+        == "error: --patience waits for a better accuracy on a held-out part, and there is none; give --hold-out 0.1"
+    )

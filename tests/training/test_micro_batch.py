@@ -46,9 +46,14 @@ def test_the_global_batch_stays():
     assert sizes(12, 2) == [1, 2, 3, 6]
     for micro in sizes(96, 4):
         assert micro * accumulation_for(micro, 96, 4) * 4 == 96
-    with pytest.raises(SettingsError, match="--micro-batch 5: a global batch of 96 on 4 processes is not made of such parts; choose 3, 4, 6 or"):
+    with pytest.raises(
+        SettingsError,
+        match="--micro-batch 5: a global batch of 96 on 4 processes is not made of such parts; choose 3, 4, 6 or",
+    ):
         accumulation_for(5, 96, 4)
-    with pytest.raises(SettingsError, match="train_batch_size=10 cannot be cut into 4 data-parallel processes; choose a multiple of 4"):
+    with pytest.raises(
+        SettingsError, match="train_batch_size=10 cannot be cut into 4 data-parallel processes; choose a multiple of 4"
+    ):
         sizes(10, 4)
 
 
@@ -70,10 +75,16 @@ def test_a_trial_is_a_training_step_and_survives_running_out_of_memory():
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize(("room", "sentence"), [
-    (20, "the GPU has no room for 64 images at once, but for 16: start the same run again with --micro-batch 16, of which 4 a process make the same"),
-    (0, "the GPU has no room for 64 images at once, nor for fewer: take a smaller network"),
-])
+@pytest.mark.parametrize(
+    ("room", "sentence"),
+    [
+        (
+            20,
+            "the GPU has no room for 64 images at once, but for 16: start the same run again with --micro-batch 16, of which 4 a process make the same",
+        ),
+        (0, "the GPU has no room for 64 images at once, nor for fewer: take a smaller network"),
+    ],
+)
 def test_the_advice_names_what_fits(room, sentence):
     chosen = MicroBatch(Engine, settings(), lambda: Hungry(room), dataset(), 8)
     assert sentence in chosen.advice()
@@ -83,7 +94,9 @@ def test_auto_takes_the_smallest_of_what_the_gpus_have_room_for(monkeypatch):
     chosen = MicroBatch(Engine, settings(), lambda: Hungry(40), dataset(), 8)
     chosen.new_trial = lambda: Trial(lambda: Hungry(40), settings(), dataset(), 8, torch.device("cpu"))
     monkeypatch.setattr(micro_batch.process_group, "pick_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(micro_batch.process_group, "all_gather_objects", lambda value: [value, 16])  # another process has less
+    monkeypatch.setattr(
+        micro_batch.process_group, "all_gather_objects", lambda value: [value, 16]
+    )  # another process has less
     assert "16 images at once" in chosen.choose("auto")
     assert chosen.settings.engine["gradient_accumulation_steps"] == 4
     assert chosen.choose("8") == "" and chosen.settings.engine["gradient_accumulation_steps"] == 8

@@ -32,8 +32,12 @@ ENGINES = {
     "zero 1 in bf16": ("zero", ["bf16.enabled=true"]),
     "zero 3": ("zero", ["zero_optimization.stage=3"]),
 }
-SEEN = {**ENGINES, "zero 0": ("zero", ["zero_optimization.stage=0"]), "pipeline": ("pipeline", ["parallel.stages=2"]),
-        "unclipped": ("ddp", ["gradient_clipping=0.0"])}
+SEEN = {
+    **ENGINES,
+    "zero 0": ("zero", ["zero_optimization.stage=0"]),
+    "pipeline": ("pipeline", ["parallel.stages=2"]),
+    "unclipped": ("ddp", ["gradient_clipping=0.0"]),
+}
 
 
 def poisoned(engine):
@@ -81,7 +85,10 @@ def on_two(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", [name + kind for name in ENGINES for kind in ("", ", batch norm")])
 def test_a_bad_step_in_one_process_is_skipped_in_all_and_leaves_nothing(on_two, name):
     case = on_two[name]
-    assert case["skipped"] == [[False] * 2] * (BAD_STEP - 1) + [[True] * 2] + [[False] * 2] * 2 and case["step"] == BAD_STEP + 2
+    assert (
+        case["skipped"] == [[False] * 2] * (BAD_STEP - 1) + [[True] * 2] + [[False] * 2] * 2
+        and case["step"] == BAD_STEP + 2
+    )
     before, after, later = (case["states"][i] for i in (BAD_STEP - 2, BAD_STEP - 1, -1))
     assert before.keys() == after.keys()
     if name.startswith("gossip"):  # the workers still meet, which brings them nearer to one another
@@ -111,7 +118,12 @@ def test_losses_are_looked_at_late_and_the_first_bad_step_is_found():
         watch.add(10 + i, i, torch.tensor(loss), torch.tensor(norm))
         assert watch.bad is None  # nobody waits for the device yet
     watch.look()
-    assert (watch.bad.step, watch.bad.index, watch.bad.what, watch.bad.own) == (12, 2, "the gradient's norm is inf", False)
+    assert (watch.bad.step, watch.bad.index, watch.bad.what, watch.bad.own) == (
+        12,
+        2,
+        "the gradient's norm is inf",
+        False,
+    )
 
 
 def test_every_loss_is_given_once_and_one_may_be_to_blame():
@@ -125,10 +137,15 @@ def test_every_loss_is_given_once_and_one_may_be_to_blame():
 def test_a_state_that_is_not_a_number_is_never_saved(tmp_path):
     record = RunFolder(tmp_path)
     record.create({})
-    saver = CheckpointWriter(SimpleNamespace(step=4, any=bool), Interval(), {}, record, Checkpoints(tmp_path / "state", 2))
+    saver = CheckpointWriter(
+        SimpleNamespace(step=4, any=bool), Interval(), {}, record, Checkpoints(tmp_path / "state", 2)
+    )
     weights = {"a": torch.tensor([1.0, math.nan])}
     saver.write(Snapshot(4, {"weights/a": weights["a"]}, {}, {"weights.safetensors": weights}, [0.0], 0.0), Progress())
-    with pytest.raises(RunError, match="weights/a is not a number after step 4, so this state is not saved; the last checkpoint is untouched"):
+    with pytest.raises(
+        RunError,
+        match="weights/a is not a number after step 4, so this state is not saved; the last checkpoint is untouched",
+    ):
         saver.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
@@ -157,32 +174,56 @@ def test_a_bad_step_stops_the_run_with_its_images_and_can_be_skipped(training, r
     words = [str(word) for word in (*training, "--name", "poisoned", "--checkpoint-every", "1step")]
     bad_step = STEPS_PER_EPOCH + 3
     done = Program(poisoned_train, (1, 2, *words), {}).end()
-    assert done.code == 1 and f"error: the loss is nan at optimiser step {bad_step}; the last checkpoint is untouched" in done.err
+    assert (
+        done.code == 1
+        and f"error: the loss is nan at optimiser step {bad_step}; the last checkpoint is untouched" in done.err
+    )
     assert "--skip-bad-steps" in done.err and "Traceback" not in done.err
     record = RunFolder(runs / "poisoned")
     assert record.newest_checkpoint().name == f"step-{bad_step - 1:08d}"
     train = Dataset.open(shapes).splits["train"]
     due = epoch_order(0, 1, len(train))[2 * 64 : 3 * 64]
-    listed = [line.split("\t") for line in (record.folder / "bad_steps" / f"step-{bad_step:08d}.txt").read_text().splitlines()]
+    listed = [
+        line.split("\t") for line in (record.folder / "bad_steps" / f"step-{bad_step:08d}.txt").read_text().splitlines()
+    ]
     assert [(int(position), path) for position, path, _ in listed] == [(i, train.paths[i]) for i in due]
     assert f"its 64 images, {due[0]} {train.paths[due[0]]}" in done.err
     done = Program(poisoned_train, (1, 2, *words, "--skip-bad-steps"), {}).end()
     assert done.code == 0 and f"skipped   step {bad_step}: the loss is nan; its 64 images, " in done.out
     lines = record.metrics()
     assert [line["skipped_steps"] for line in lines] == [0, 1, *[0] * (EPOCHS - 2)]
-    assert all(math.isfinite(line["train_loss"]) for line in lines) and lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=0.1)
+    assert all(math.isfinite(line["train_loss"]) for line in lines) and lines[1]["train_loss"] == pytest.approx(
+        lines[0]["train_loss"], rel=0.1
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(training, runs):
-    exploding = [*training, "--name", "exploding", "--set", "optimizer.params.lr=1e30", "--set", "schedule.warmup_fraction=0.0"]
+    exploding = [
+        *training,
+        "--name",
+        "exploding",
+        "--set",
+        "optimizer.params.lr=1e30",
+        "--set",
+        "schedule.warmup_fraction=0.0",
+    ]
     run("train.py", *exploding, "--stop-at", 1, code=STOPPED)
     record = RunFolder(runs / "exploding")
     before = (record.newest_checkpoint() / "state.safetensors").read_bytes()
     done = run("train.py", *exploding, code=1)
-    assert "error: the loss is nan at optimiser step 2; the last checkpoint is untouched" in done.err and "Traceback" not in done.err
-    assert checkpoints(record) == ["step-00000001"] and (record.newest_checkpoint() / "state.safetensors").read_bytes() == before
+    assert (
+        "error: the loss is nan at optimiser step 2; the last checkpoint is untouched" in done.err
+        and "Traceback" not in done.err
+    )
+    assert (
+        checkpoints(record) == ["step-00000001"]
+        and (record.newest_checkpoint() / "state.safetensors").read_bytes() == before
+    )
     assert not (record.folder / "weights.safetensors").exists()
     done = run("train.py", *exploding, "--skip-bad-steps", code=1)
-    assert "error: 10 steps in a row had a loss or a gradient that is not finite" in done.err and "optimizer.params.lr" in done.err
+    assert (
+        "error: 10 steps in a row had a loss or a gradient that is not finite" in done.err
+        and "optimizer.params.lr" in done.err
+    )
     first, last = load(before), load_file(record.newest_checkpoint() / "state.safetensors")
     assert all(torch.equal(first[key], last[key]) for key in first)  # nothing came of the steps that were skipped

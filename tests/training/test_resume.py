@@ -88,7 +88,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken)
     (record.folder / "run.json").write_text('{"settings": {')
     said = run("train.py", *training, "--name", "killed").out
     assert f"resuming  after step {step}" in said
-    assert "note      the run ended while step-00000099 was being written; what there is of it is now state/damaged-step-00000099" in said
+    assert (
+        "note      the run ended while step-00000099 was being written; what there is of it is now state/damaged-step-00000099"
+        in said
+    )
     assert f"note      run.json was lost or damaged, and is restored from step-{step:08d}" in said
     assert_same_as(record, unbroken)
     assert checkpoints(record) == ["damaged-step-00000099", "step-00000044", LAST]
@@ -107,9 +110,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_serves(training
     record = copy_of(unbroken, runs / "damaged")
     damaged = (record.folder / "state" / LAST).rename(record.folder / "state" / "step-00000046")
     (damaged / "state.safetensors").write_bytes((damaged / "state.safetensors").read_bytes()[:1000])
-    (damaged / "progress.json").write_text((damaged / "progress.json").read_text().replace("true", "false"))  # it was the last one's
+    (damaged / "progress.json").write_text(
+        (damaged / "progress.json").read_text().replace("true", "false")
+    )  # it was the last one's
     said = run("train.py", *training, "--name", "damaged").out
-    assert "note      step-00000046 is damaged (state.safetensors is not what was written); it is now state/damaged-step-00000046" in said
+    assert (
+        "note      step-00000046 is damaged (state.safetensors is not what was written); it is now state/damaged-step-00000046"
+        in said
+    )
     assert "resuming  after step 44 of 48" in said
     assert_same_as(record, unbroken)
 
@@ -119,8 +127,10 @@ def test_when_no_checkpoint_is_whole_nothing_is_overwritten(training, runs, unbr
     shutil.rmtree(record.folder / "state" / LAST)
     (record.folder / "state" / "step-00000044" / "engine.json").unlink()
     weights = (record.folder / "weights.safetensors").read_bytes()
-    for sentence in ("has 12 finished epochs, but no checkpoint that is whole; step-00000044 is damaged (engine.json is missing)",
-                     "has 12 finished epochs, but no checkpoint that is whole. Start over with --fresh"):
+    for sentence in (
+        "has 12 finished epochs, but no checkpoint that is whole; step-00000044 is damaged (engine.json is missing)",
+        "has 12 finished epochs, but no checkpoint that is whole. Start over with --fresh",
+    ):
         done = run("train.py", *training, "--name", "all-damaged", code=1)
         assert sentence in done.err and "Traceback" not in done.err
     assert (record.folder / "weights.safetensors").read_bytes() == weights and results(record) == results(unbroken)
@@ -135,7 +145,9 @@ def limited(size: int, *words: str) -> None:
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of its own, of 6 MB; skipped where this process may not mount one."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
         pytest.skip("may not mount a disk here")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
@@ -152,7 +164,12 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_room_lets_it_go_on(trainin
         except OSError:
             pass
     done = program.end()
-    assert done.code == 1 and "No space left on device" in done.err and "mend the disk" in done.err.lower() and "Traceback" not in done.err
+    assert (
+        done.code == 1
+        and "No space left on device" in done.err
+        and "mend the disk" in done.err.lower()
+        and "Traceback" not in done.err
+    )
     record = RunFolder(small_disk / "full")
     whole = record.newest_checkpoint()
     assert whole is not None and not list((record.folder / "state").glob("unfinished-*"))
@@ -165,7 +182,10 @@ def test_a_write_that_fails_in_the_background_ends_the_run_with_a_sentence(train
     words = [str(word) for word in (*training, "--name", "too-large", "--checkpoint-every", "3steps")]
     done = Program(limited, (100_000, *words), {}).end()  # the weights fit, the state does not
     assert done.code == 1 and "error: the checkpoint after step 3 could not be written (File too large" in done.err
-    assert "there is none before it; mend the disk and start the same run again" in done.err and "Traceback" not in done.err
+    assert (
+        "there is none before it; mend the disk and start the same run again" in done.err
+        and "Traceback" not in done.err
+    )
     run("train.py", *words)
     assert_same_as(RunFolder(runs / "too-large"), unbroken)
 
@@ -178,10 +198,20 @@ def test_going_on_in_another_way_is_refused_with_the_reason_or_allowed_and_noted
     shutil.rmtree(record.folder / "state" / LAST)
     words = [*training, "--name", "moved", "--source", "resident"]
     done = run("train.py", *words, code=1)
-    assert "would not go on as the same training: source of the images: tensor before, resident now (pixels differ by" in done.err
-    assert "--allow-inexact-resume" in done.err and checkpoints(record) == ["step-00000044"] and "changes" not in record.facts()
+    assert (
+        "would not go on as the same training: source of the images: tensor before, resident now (pixels differ by"
+        in done.err
+    )
+    assert (
+        "--allow-inexact-resume" in done.err
+        and checkpoints(record) == ["step-00000044"]
+        and "changes" not in record.facts()
+    )
     said = run("train.py", *words, "--allow-inexact-resume", "--strategy", "ddp").out
-    assert "note      from step 44 on not the same to the bit as an unbroken run: strategy: zero before, ddp now (the same sums" in said
+    assert (
+        "note      from step 44 on not the same to the bit as an unbroken run: strategy: zero before, ddp now (the same sums"
+        in said
+    )
     assert "source of the images: tensor before, resident now" in said
     (change,) = record.facts()["changes"]
     assert change["after_step"] == 44 and len(change["what"]) == 2
@@ -205,7 +235,10 @@ def test_two_processes_go_on_with_the_same_bits_and_one_with_a_note(training, ru
     run_ranks(2, ranked, *common, "--name", "pair-stopped")
     assert_same_as(stopped, RunFolder(runs / "pair"))
     said = run("train.py", *common, "--name", "pair-to-one").out
-    assert "note      from step 6 on not the same to the bit as an unbroken run: processes: 2 before, 1 now (the same sums" in said
+    assert (
+        "note      from step 6 on not the same to the bit as an unbroken run: processes: 2 before, 1 now (the same sums"
+        in said
+    )
     assert "dropout draws other masks" in said and "images a micro-batch: 32 before, 64 now" in said
     assert results(alone)[0] == results(stopped)[0] and len(results(alone)) == 2
 
@@ -219,5 +252,3 @@ def test_two_runs_into_one_folder_are_kept_apart_and_a_kill_frees_it(training, r
     first.send(signal.SIGKILL)
     first.end()
     RunFolder(runs / "locked").lock()
-
-

@@ -21,8 +21,16 @@ from records.run_folder import RunFolder
 from training import trackers
 from training.trackers import StepLosses, TensorBoard, Tracker, Tracking, WeightsAndBiases, check_trackers, numbers_of
 
-FACTS = {"settings": {"epochs": 3}, "command": ["train.py", "--name", "x"], "commit": "abc", "versions": {"torch": "2"}, "preset": "tiny", "seed": 0,
-         "dataset": {"name": "shapes"}, "device": "CPU"}
+FACTS = {
+    "settings": {"epochs": 3},
+    "command": ["train.py", "--name", "x"],
+    "commit": "abc",
+    "versions": {"torch": "2"},
+    "preset": "tiny",
+    "seed": 0,
+    "dataset": {"name": "shapes"},
+    "device": "CPU",
+}
 
 
 def events(folder: Path):
@@ -71,7 +79,7 @@ def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
     batches.close()
     S, gap = 32, 2
     assert sheet.shape == (8 * (S + gap), 8 * (S + gap), 3)
-    np.testing.assert_array_equal(sheet[gap:gap + S, gap:gap + S], first[0])
+    np.testing.assert_array_equal(sheet[gap : gap + S, gap : gap + S], first[0])
     np.testing.assert_array_equal(sheet[-S:, -S:], first[63])
     (text,) = found.Tensors("settings/text_summary")
     assert '"train_batch_size": 64' in text.tensor_proto.string_val[0].decode()
@@ -80,8 +88,20 @@ def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
 def test_what_belongs_together_is_one_chart(unbroken):
     import re
 
-    names = [name for name in scalars(unbroken.folder) if any(re.fullmatch(tag, name) for tags in trackers.CHARTS.values() for tag in tags)]
-    assert {"train_loss", "test_loss", "step_loss", "test_accuracy", "test_top5_accuracy", "learning_rate", "training_seconds"} <= set(names)
+    names = [
+        name
+        for name in scalars(unbroken.folder)
+        if any(re.fullmatch(tag, name) for tags in trackers.CHARTS.values() for tag in tags)
+    ]
+    assert {
+        "train_loss",
+        "test_loss",
+        "step_loss",
+        "test_accuracy",
+        "test_top5_accuracy",
+        "learning_rate",
+        "training_seconds",
+    } <= set(names)
     assert "custom_scalars__config__" in events(unbroken.folder).Tags()["tensors"]
 
 
@@ -157,8 +177,14 @@ def test_weights_and_biases_is_told_the_numbers_of_metrics(service, unbroken, tm
     watcher.close(failed=False)
     (run,) = service.runs.values()
     assert run.told[0] == (0, {"first_batch": (10, 10, 3)}) and run.told[1] == (4, {"step_loss": 0.25})
-    assert run.told[2::2] == [(line["step"], {key: value for key, value in line.items() if key != "step"}) for line in unbroken.metrics()]
-    assert run.arguments["project"] == "project" and run.arguments["name"] == tmp_path.name and run.arguments["config"]["settings"] == {"epochs": 3}
+    assert run.told[2::2] == [
+        (line["step"], {key: value for key, value in line.items() if key != "step"}) for line in unbroken.metrics()
+    ]
+    assert (
+        run.arguments["project"] == "project"
+        and run.arguments["name"] == tmp_path.name
+        and run.arguments["config"]["settings"] == {"epochs": 3}
+    )
     assert run.finished == 0
 
 
@@ -175,10 +201,15 @@ def test_a_resumed_run_goes_on_with_the_same_one_and_tells_nothing_twice(service
 
 def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_path, monkeypatch):
     service.refuses = "No API key configured.\nmore lines"
-    with pytest.raises(RunError, match=r"^Weights & Biases says 'No API key configured.'; WANDB_MODE=offline keeps the numbers on this disk$"):
+    with pytest.raises(
+        RunError,
+        match=r"^Weights & Biases says 'No API key configured.'; WANDB_MODE=offline keeps the numbers on this disk$",
+    ):
         WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="--wandb needs the package wandb, which is not installed: pip install wandb"):
+    with pytest.raises(
+        SettingsError, match="--wandb needs the package wandb, which is not installed: pip install wandb"
+    ):
         check_trackers(tensorboard=False, wandb="")
     with pytest.raises(SettingsError, match="--no-tensorboard"):
         check_trackers(tensorboard=True, wandb=None)
@@ -252,7 +283,10 @@ def test_without_watchers_nothing_is_made():
 
 
 def test_every_line_says_what_watching_cost(unbroken):
-    assert all(line["tracking_seconds"] >= 0 for line in unbroken.metrics()) and unbroken.metrics()[0]["tracking_seconds"] > 0
+    assert (
+        all(line["tracking_seconds"] >= 0 for line in unbroken.metrics())
+        and unbroken.metrics()[0]["tracking_seconds"] > 0
+    )
 
 
 def test_steps_that_are_made_again_are_forgotten(tmp_path):
@@ -262,7 +296,11 @@ def test_steps_that_are_made_again_are_forgotten(tmp_path):
     with (tmp_path / "steps.jsonl").open("a") as file:
         file.write('{"step": 8, "st')
     StepLosses(tmp_path, 4).loss(6, 0.5, 2)
-    assert [(line["step"], line["step_loss"]) for line in read_lines(tmp_path / "steps.jsonl")] == [(2, 2.0), (4, 4.0), (6, 0.5)]
+    assert [(line["step"], line["step_loss"]) for line in read_lines(tmp_path / "steps.jsonl")] == [
+        (2, 2.0),
+        (4, 4.0),
+        (6, 0.5),
+    ]
 
 
 def test_only_numbers_are_told():
@@ -282,7 +320,9 @@ def test_the_batch_that_is_shown_is_still_trained_on(shapes, source):
     from dali_pipeline import Batches
     from image_data.dataset import Dataset
 
-    looked, fresh = (Batches(Dataset.open(shapes), "train", 64, augmentation=AugmentationSettings(), source=source) for _ in range(2))
+    looked, fresh = (
+        Batches(Dataset.open(shapes), "train", 64, augmentation=AugmentationSettings(), source=source) for _ in range(2)
+    )
     next(looked.epoch(0, 0, 1))
     for (images, labels), (expected, expected_labels) in zip(looked.epoch(0), fresh.epoch(0), strict=True):
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)

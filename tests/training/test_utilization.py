@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from common.files import read_lines
+from reports.utilization import utilisation
 from training.utilization import FILE, Gpus, Sampler
 
 
@@ -24,7 +25,9 @@ def sampled(folder: Path, at_least: int) -> list[dict]:
 
 def test_samples_say_what_the_machine_does_and_their_clock_goes_on(tmp_path):
     first = sampled(tmp_path, 3)
-    assert len(first) >= 3 and all(0 <= line["cpu_percent"] <= 100 and line["ram_gib"] > 0.05 and line["process_ram_gib"] > 0.01 for line in first)
+    assert len(first) >= 3 and all(
+        0 <= line["cpu_percent"] <= 100 and line["ram_gib"] > 0.05 and line["process_ram_gib"] > 0.01 for line in first
+    )
     with (tmp_path / FILE).open("a") as file:
         file.write('{"seconds": 99')  # torn by a power cut
     both = sampled(tmp_path, len(first) + 2)
@@ -91,3 +94,18 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch):
     for module in (broken, None):  # None: the package is not installed
         monkeypatch.setitem(sys.modules, "pynvml", module)
         assert (Gpus().percent(), Gpus().memory_gib()) == ([], [])
+
+
+def test_a_run_that_went_from_a_gpu_to_a_cpu_has_a_picture():
+    samples = [
+        {
+            "seconds": float(i),
+            "cpu_percent": 50.0,
+            "ram_gib": 4.0,
+            "process_ram_gib": 1.0,
+            "gpu_percent": gpu,
+            "gpu_memory_gib": gpu,
+        }
+        for i, gpu in enumerate([[90.0], [None], [], []])
+    ]
+    assert utilisation(samples, "from a GPU to a CPU").axes
