@@ -1,12 +1,13 @@
-"""report.py and reports/: what pictures show is what the run says; the page needs nothing from elsewhere.
+"""report.py and reports/: pictures show the numbers of the run, and the page needs no other file.
 
-Pictures are asked for their data (lines, bars, cells), never for pixels. Run: python -m pytest tests/test_report.py
+Pictures are checked by their data (lines, bars, cells), not by their pixels. Run: python -m pytest tests/test_report.py
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,26 +19,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.text import Text
 from programs import run as run_script
 from small_runs import TEST_PER_CLASS
 
 import report
+from common import output_files
+from common.errors import SettingsError
 from common.files import read_lines
 from common.text import duration, shorten
 from config.differences import changed_settings
-from config.settings import ModelSettings
+from config.settings import ModelSettings, Settings
+from image_data.dataset import Dataset
 from model import build_model
 from models.attention import ATTENTIONS
+from models.calibration import Calibration, CalibrationCounts
 from models.pooling import POOLINGS
 from records.run_data import RunData
 from records.run_folder import RunFolder
-from reports import classes, curves, images
-from reports import utilization as machine
+from reports import classes, curves, images, style
+from reports.calibration import reliability
 from reports.cifar100_superclasses import SUPERCLASSES, groups_of
-from reports.page import page
+from reports.curves import several
+from reports.page import page, write_page
 from reports.pictures import SplitAnalysis, pictures_of
 from reports.predictions import Predictions, attention_maps, attention_weights
-from reports.style import in_time_unit
+from reports.style import in_time_unit, save
+from reports.utilization import binned, utilization
 
 CIFAR_100 = sorted(name for members in SUPERCLASSES.values() for name in members)
 
@@ -49,7 +57,7 @@ def done(unbroken) -> RunData:
 
 @pytest.fixture(scope="module")
 def copied(unbroken, tmp_path_factory) -> RunFolder:
-    """The finished run, in a folder that may be written to."""
+    """A writable copy of the finished run."""
     folder = tmp_path_factory.mktemp("reported") / "mine"
     return RunFolder(
         Path(shutil.copytree(unbroken.folder, folder, ignore=shutil.ignore_patterns("state", "report.html")))
@@ -57,18 +65,18 @@ def copied(unbroken, tmp_path_factory) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def seen(done, shapes) -> SplitAnalysis:
+def analysis(done, shapes) -> SplitAnalysis:
     args = SimpleNamespace(split=None, data_dir=shapes, weights="weights.safetensors", batch_size=16, source="auto")
-    return report.inspect(done, args)
+    return report.analyze(done, args)
 
 
 def drawn(axes) -> dict[str, tuple[list[float], list[float]]]:
-    """Label -> what the line of that label shows."""
+    """Return label -> x and y values of each line."""
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
 
 
 def with_metrics(run: RunData, **columns: list[float]) -> RunData:
-    """The run with further columns in its metrics."""
+    """Return the run with further columns in its metrics."""
     metrics = [
         {**line, **{key: values[i] for key, values in columns.items() if values[i] is not None}}
         for i, line in enumerate(run.metrics)
@@ -82,10 +90,10 @@ def with_metrics(run: RunData, **columns: list[float]) -> RunData:
 def test_curves_show_the_metrics(done):
     loss, accuracy = curves.training(done).axes
     epochs = list(range(1, len(done.metrics) + 1))
-    assert drawn(loss)["training (augmented)"] == (epochs, [line["train_loss"] for line in done.metrics])
+    assert drawn(loss)["training, mean of the epoch"] == (epochs, [line["train_loss"] for line in done.metrics])
     assert drawn(loss)["test"] == (epochs, [line["test_loss"] for line in done.metrics])
-    assert drawn(accuracy)["test, top 1"] == (epochs, [100 * line["test_accuracy"] for line in done.metrics])
-    assert drawn(accuracy)["test, top 5"] == (epochs, [100 * line["test_top5_accuracy"] for line in done.metrics])
+    assert drawn(accuracy)["test, top-1"] == (epochs, [100 * line["test_accuracy"] for line in done.metrics])
+    assert drawn(accuracy)["test, top-5"] == (epochs, [100 * line["test_top5_accuracy"] for line in done.metrics])
     assert loss.get_ylabel() == "cross-entropy (nats)" and accuracy.get_ylabel() == "accuracy (%)"
 
 
@@ -99,15 +107,15 @@ def test_losses_by_step_are_those_of_the_epochs(done):
     assert means == pytest.approx([line["train_loss"] for line in done.metrics], abs=1e-6)
 
 
-def test_averaged_and_trained_weights_have_a_line_each(done):
+def test_ema_and_raw_weights_have_one_line_each(done):
     raw = [0.01 * i for i in range(len(done.metrics))]
     lines = {line.label: line for line in curves.accuracy_lines(with_metrics(done, test_raw_accuracy=raw))}
-    assert lines["test, top 1, trained weights"].y == pytest.approx([100 * value for value in raw])
-    assert lines["test, top 1, averaged weights (EMA)"].y == [100 * line["test_accuracy"] for line in done.metrics]
+    assert lines["test, top-1, raw weights"].y == pytest.approx([100 * value for value in raw])
+    assert lines["test, top-1, EMA weights"].y == [100 * line["test_accuracy"] for line in done.metrics]
     assert not any("weights" in line.label for line in curves.accuracy_lines(done))
 
 
-def test_a_held_out_part_has_a_curve_and_the_test_split_a_point(done):
+def test_the_validation_split_has_a_curve_and_the_test_split_a_point(done):
     count = len(done.metrics)
     once = [
         {key: value for key, value in line.items() if i == count - 1 or not key.startswith("test_")}
@@ -117,18 +125,18 @@ def test_a_held_out_part_has_a_curve_and_the_test_split_a_point(done):
         replace(done, metrics=once), validation_accuracy=[0.3] * count, validation_top5_accuracy=[0.6] * count
     )
     lines = {line.label: line for line in curves.accuracy_lines(run)}
-    assert lines["held-out part, top 1"].y == [30.0] * count
-    assert (lines["test, top 1"].x, lines["test, top 1"].y) == ([count], [100 * done.metrics[-1]["test_accuracy"]])
+    assert lines["validation, top-1"].y == [30.0] * count
+    assert (lines["test, top-1"].x, lines["test, top-1"].y) == ([count], [100 * done.metrics[-1]["test_accuracy"]])
 
 
-def test_a_run_of_part_of_an_epoch_ends_where_it_ended(done):
+def test_a_run_of_half_an_epoch_has_a_point_there(done):
     step = done.facts["steps_per_epoch"] // 2
     short = replace(done, metrics=[{**done.metrics[0], "step": step}], steps=[])
-    assert short.last_epoch == pytest.approx(0.5) and drawn(curves.training(short).axes[1])["test, top 1"][0] == [0.5]
+    assert short.last_epoch == pytest.approx(0.5) and drawn(curves.training(short).axes[1])["test, top-1"][0] == [0.5]
     assert "after 1 epoch" in short.headline() and not short.headline().endswith("epochs")
 
 
-def test_the_learning_rate_goes_through_what_was_measured(done):
+def test_the_learning_rate_agrees_with_the_metrics(done):
     line = curves.learning_rate(done)
     at = dict(zip(line.x, line.y, strict=True))
     assert [at[entry["epoch"]] for entry in done.metrics] == pytest.approx(
@@ -136,7 +144,7 @@ def test_the_learning_rate_goes_through_what_was_measured(done):
     )
 
 
-def test_speed_shows_throughput_and_waiting(done):
+def test_speed_shows_throughput_and_data_wait(done):
     _, throughput, wait = curves.speed(done).axes
     assert drawn(throughput)["images"][1] == [line["images_per_second"] for line in done.metrics]
     assert drawn(wait)["wait"][1] == [
@@ -152,7 +160,7 @@ def test_several_runs_have_their_own_lines(done):
     assert len({(line.get_color(), line.get_linestyle()) for line in accuracy.lines}) == 2
 
 
-# --- the machine --------------------------------------------------------------------------------------------------
+# --- hardware utilization -----------------------------------------------------------------------------------------
 
 
 def sample(seconds: float, cpu: float, gpus: list[float | None]) -> dict:
@@ -166,27 +174,27 @@ def sample(seconds: float, cpu: float, gpus: list[float | None]) -> dict:
     }
 
 
-def test_utilisation_shows_every_sample_of_a_short_run():
-    busy, memory = machine.utilisation([sample(2.0 * i, 10.0 * i, [50.0 + i, None]) for i in range(1, 6)], "title").axes
+def test_utilization_shows_every_sample_of_a_short_run():
+    busy, memory = utilization([sample(2.0 * i, 10.0 * i, [50.0 + i, None]) for i in range(1, 6)], "title").axes
     assert drawn(busy)["CPU, all cores"] == ([2, 4, 6, 8, 10], [10, 20, 30, 40, 50])
     assert drawn(busy)["GPU 0"][1] == [51, 52, 53, 54, 55] and "GPU 1" not in drawn(busy)
     assert (
         drawn(memory)["GPU 1"][1] == [3.0] * 5
-        and memory.get_xlabel() == "seconds of running"
+        and memory.get_xlabel() == "running time (seconds)"
         and memory.get_ylabel() == "memory used (GiB)"
     )
 
 
 def test_many_samples_and_many_gpus_are_drawn_as_mean_and_range():
-    x, mean, low, high = machine.binned(np.arange(10.0), np.array([[i, i + 2.0] for i in range(10)]), most=5)
+    x, mean, low, high = binned(np.arange(10.0), np.array([[i, i + 2.0] for i in range(10)]), most=5)
     assert (list(x), list(mean)) == ([0.5, 2.5, 4.5, 6.5, 8.5], [1.5, 3.5, 5.5, 7.5, 9.5])
     assert (list(low), list(high)) == ([0, 2, 4, 6, 8], [3, 5, 7, 9, 11])
-    assert np.isnan(machine.binned(np.arange(2.0), np.full((2, 1), np.nan))[1]).all()
-    busy = machine.utilisation([sample(1.0, 1.0, [10.0] * 4 + [30.0] * 4)] * 2, "title").axes[0]
+    assert np.isnan(binned(np.arange(2.0), np.full((2, 1), np.nan))[1]).all()
+    busy = utilization([sample(1.0, 1.0, [10.0] * 4 + [30.0] * 4)] * 2, "title").axes[0]
     assert drawn(busy)["8 GPUs, mean and range"][1] == [20.0, 20.0]
 
 
-def test_times_have_a_unit_that_suits_them():
+def test_times_have_a_suitable_unit():
     assert in_time_unit([0, 120]) == ([0, 120], "seconds")
     assert in_time_unit([0, 600]) == ([0, 10], "minutes") and in_time_unit([0, 36000]) == ([0, 10], "hours")
     assert [duration(seconds) for seconds in (7.4, 99, 120, 5000, 11_100)] == [
@@ -206,7 +214,7 @@ def some_confusion(num_classes: int, seed: int = 0) -> np.ndarray:
     return matrix + 20 * np.eye(num_classes, dtype=matrix.dtype)
 
 
-def test_the_superclasses_part_the_classes_of_cifar_100():
+def test_the_superclasses_partition_the_classes_of_cifar_100():
     assert (
         len(SUPERCLASSES) == 20
         and all(len(members) == 5 for members in SUPERCLASSES.values())
@@ -277,22 +285,22 @@ def test_long_names_keep_both_their_ends():
     assert all(len(name) <= 20 and name.startswith("a_very") for name in names) and len(set(names)) == 3
 
 
-# --- what the network makes of the data ---------------------------------------------------------------------------
+# --- predictions --------------------------------------------------------------------------------------------------
 
 
-def test_the_inspection_counts_what_training_counted(seen, done):
+def test_the_analysis_agrees_with_the_metrics_of_training(analysis, done):
     last = done.metrics[-1]
-    assert (np.trace(seen.confusion), seen.confusion.sum()) == (last["test_correct"], last["test_seen"])
-    assert seen.loss == pytest.approx(last["test_loss"], rel=1e-5) and seen.split == "test"
-    assert set(seen.confusion.sum(axis=1)) == {TEST_PER_CLASS}
+    assert (np.trace(analysis.confusion), analysis.confusion.sum()) == (last["test_correct"], last["test_seen"])
+    assert analysis.loss == pytest.approx(last["test_loss"], rel=1e-5) and analysis.split == "test"
+    assert set(analysis.confusion.sum(axis=1)) == {TEST_PER_CLASS}
 
 
-def test_mistakes_are_wrong_and_the_worst_come_first(seen, shapes):
+def test_mistakes_are_misclassified_images_by_falling_loss(analysis, shapes):
     from PIL import Image
 
-    losses = [mistake.loss for mistake in seen.mistakes]
+    losses = [mistake.loss for mistake in analysis.mistakes]
     assert losses == sorted(losses, reverse=True) and 0 < len(losses) <= report.NUM_MISTAKES
-    for mistake in seen.mistakes:
+    for mistake in analysis.mistakes:
         assert (
             mistake.true != mistake.predicted
             and Path(mistake.path).parent.name == mistake.true
@@ -301,10 +309,10 @@ def test_mistakes_are_wrong_and_the_worst_come_first(seen, shapes):
         np.testing.assert_allclose(
             mistake.pixels, np.asarray(Image.open(next(shapes.rglob(mistake.path))).convert("RGB")), atol=1
         )
-    figure = images.most_wrong(seen.mistakes, "title")
+    figure = images.most_wrong(analysis.mistakes, "title")
     captions = [axes.get_title() for axes in figure.axes if axes.images]
-    assert len(captions) == len(seen.mistakes) and all(
-        m.true in text for m, text in zip(seen.mistakes, captions, strict=True)
+    assert len(captions) == len(analysis.mistakes) and all(
+        m.true in text for m, text in zip(analysis.mistakes, captions, strict=True)
     )
 
 
@@ -315,7 +323,7 @@ def test_a_network_without_mistakes_has_none():
     assert found.worst(5).tolist() == [0]
 
 
-def test_the_attention_that_is_drawn_is_the_one_that_is_used():
+def test_recorded_attention_weights_are_those_of_the_forward_pass():
     q, k, v = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
     mask = ~torch.eye(5, dtype=torch.bool)
     weights = attention_weights(q, k, v, attn_mask=mask)
@@ -333,23 +341,142 @@ def test_every_attention_has_a_map_for_each_block(attention, pooling):
     np.testing.assert_allclose(maps.mean(axis=(2, 3)), 1, rtol=1e-5)
 
 
-def test_other_architectures_have_no_map(done, seen):
+def test_other_architectures_have_no_attention_map(done, analysis):
     facts = json.loads(json.dumps(done.facts))
     facts["settings"]["model"] = vars(ModelSettings(architecture="resnet18-cifar"))
     run = replace(done, facts=facts)
-    told = report.attention_of(
+    reason = report.attention_of(
         run, torch.nn.Identity(), SimpleNamespace(splits={"test": SimpleNamespace(labels=np.zeros(3))}), "test", {}
     )
-    assert told == "Attention is drawn for the architecture vit only; this run is a resnet18-cifar."
-    seen = replace(seen, attention=told)
-    assert "attention" not in [picture.name for picture in pictures_of(run, seen)] and told in page(run, seen, [])
+    assert reason == "Attention maps exist for the architecture vit only; this run uses resnet18-cifar."
+    analysis = replace(analysis, attention=reason)
+    assert "attention" not in [picture.name for picture in pictures_of(run, analysis)] and reason in page(
+        run, analysis, []
+    )
+
+
+@pytest.mark.parametrize("kind", ["no call", "other tokens"])
+def test_an_attention_that_cannot_be_recorded_is_one_sentence(kind, done, shapes, monkeypatch):
+    class Own(ATTENTIONS["mhsa" if "mhsa" in ATTENTIONS else next(iter(ATTENTIONS))]):
+        def attend(self, q, k, v, mask=None):
+            if kind == "no call":
+                return (10 * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)).softmax(dim=-1) @ v
+            return F.scaled_dot_product_attention(q, k[:, :, ::4], v[:, :, ::4])
+
+    monkeypatch.setitem(ATTENTIONS, "own", Own)
+    facts = json.loads(json.dumps(done.facts))
+    facts["settings"]["model"]["attention"] = "own"
+    run, dataset = replace(done, facts=facts), Dataset.open(shapes)
+    model = build_model(Settings.from_dict(facts["settings"]).model, 10, 32).eval()
+    reason = report.attention_of(run, model, dataset, "test", {"device": torch.device("cpu"), "source": "auto"})
+    assert isinstance(reason, str) and reason.startswith("No attention map: the attention 'own' ")
+    assert ("0 calls of" in reason) == (kind == "no call")
+
+
+def test_the_calibration_is_that_of_the_predictions(analysis, done):
+    found = analysis.calibration
+    assert (sum(found.seen), sum(found.correct)) == (done.metrics[-1]["test_seen"], done.metrics[-1]["test_correct"])
+
+
+def test_the_expected_calibration_error_is_the_weighted_mean_gap():
+    generator = np.random.default_rng(0)
+    confidence, correct = generator.uniform(0, 1, 1000), generator.random(1000) < 0.4
+    counts = CalibrationCounts(torch.device("cpu"), num_bins=10)
+    for part in np.array_split(np.arange(1000), 7):
+        columns = (torch.tensor(confidence[part]), torch.tensor(correct[part]), torch.ones(len(part), dtype=torch.bool))
+        counts.add_confidences(*columns)
+    found, expected = counts.result(), 0.0
+    for i in range(10):
+        inside = (confidence > i / 10) & (confidence <= (i + 1) / 10)
+        assert found.seen[i] == inside.sum() and found.correct[i] == correct[inside].sum()
+        expected += abs(correct[inside].sum() - confidence[inside].sum()) / 1000
+    assert found.expected_error == pytest.approx(expected)
+    sure = CalibrationCounts(torch.device("cpu"))
+    sure.add(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), torch.tensor([1, 1, -1]))
+    assert sure.result().seen[-1] == 2 and sum(sure.result().seen) == 2 and sure.result().expected_error == 0.5
+
+
+def test_the_reliability_diagram_shows_accuracy_by_confidence():
+    found = Calibration(seen=[0, 10, 30], correct=[0, 5, 27], confidence_sum=[0.0, 4.0, 27.0])
+    top, bottom = reliability(found, "mine").axes
+    assert [bar.get_height() for bar in top.patches] == [50, 90]
+    assert [bar.get_height() for bar in bottom.patches] == [0, 25, 75]
+    assert reliability(found, "mine").get_suptitle() == "mine: expected calibration error 2.50 %"
+
+
+# --- names and captions of pictures ---------------------------------------------------------------------------------
+
+
+ODD_NAMES = ["a_$x_{$", "$5 to $10", "猫", "a\x1b[31mb\nc", os.fsdecode(b"caf\xe9"), "|`*", "<b>", "", "é", "x" * 90]
+
+
+def test_odd_names_are_drawn_as_they_are(done, analysis, tmp_path, capsys):
+    facts = json.loads(json.dumps(done.facts))
+    facts["dataset"]["classes"] = ODD_NAMES
+    wrong = [replace(mistake, true=ODD_NAMES[0], predicted=ODD_NAMES[4]) for mistake in analysis.mistakes[:2]]
+    pixels, maps, names = analysis.attention
+    analysis = replace(analysis, mistakes=wrong, attention=(pixels, maps, ODD_NAMES[: len(names)]))
+    run = replace(done, name="$\\frac{$ \udce9", facts=facts, folder=tmp_path)
+    pictures = pictures_of(run, analysis)
+    for picture in pictures:
+        save(picture.figure, tmp_path / f"{picture.name}.png")
+    texts = {text.get_text() for picture in pictures for text in picture.figure.findobj(Text)}
+    assert "$5 to $10" in texts and "a\ufffd[31mb\ufffdc" in texts
+    write_page(run, analysis, pictures).read_text()
+    several([run, run], [run.name, "$x$"])
+    assert capsys.readouterr().err.count("no installed font has the characters") <= 1
+
+
+def test_a_character_without_font_is_reported_once_and_another_font_is_used(monkeypatch, capsys):
+    monkeypatch.setattr(style, "_reported", set())
+    monkeypatch.setattr(style, "_fonts_for", lambda missing: (["Some Font"], missing - {ord("猫")}))
+    figure, ((axes,),) = style.make_figure(2, 2)
+    axes.set_title("猫 \U0001f9ff")
+    for _ in range(2):
+        style.use_installed_fonts(figure)
+    assert axes.title.get_fontfamily() == [style.FONT, "Some Font"]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "characters '\U0001f9ff'; pictures show boxes" in error
+
+
+def test_embedded_pictures_follow_dark_mode_and_have_no_background(done):
+    svg = base64.b64decode(style.embed(curves.training(done)).split(",", 1)[1]).decode()
+    assert "prefers-color-scheme: dark" in svg and "fill: #ffffff" not in svg
+    assert style.INK in svg and f'[style*="stroke: {style.INK}"]{{stroke:' in svg
+
+
+def test_a_line_of_one_point_is_a_dot(done):
+    short = replace(done, metrics=done.metrics[:1], steps=done.steps[:1])
+    for axes in (*curves.training(short).axes, *curves.speed(short).axes):
+        for line in axes.lines:
+            assert len(line.get_xdata()) > 1 or line.get_marker() == "o"
+    assert "training, by step" in drawn(curves.training(short).axes[0])
+
+
+def test_an_epoch_of_zero_seconds_has_a_report(done):
+    zero = {"training_seconds": 0.0, "images_per_second": 0.0, "data_wait_seconds": 0.0}
+    run = replace(done, metrics=[{**done.metrics[0], **zero}])
+    assert drawn(curves.speed(run).axes[2])["wait"][1] == [0.0]
+    page(run, None, pictures_of(run, None))
+
+
+def test_the_caption_names_the_regularization_that_was_used(done):
+    facts = json.loads(json.dumps(done.facts))
+    model, augmentation = facts["settings"]["model"], facts["settings"]["augmentation"]
+    model["dropout"], facts["settings"]["loss"]["label_smoothing"] = 0.0, 0.1
+    caption = pictures_of(replace(done, facts=facts), None)[0].caption
+    assert "augmented images, label smoothing, so" in caption and "dropout" not in caption
+    facts["settings"]["loss"]["label_smoothing"], model["dropout"] = 0.0, 0.1
+    for key in ("flip", "crop_padding"):
+        augmentation[key] = 0
+    assert "with dropout, so" in pictures_of(replace(done, facts=facts), None)[0].caption
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
 class References(HTMLParser):
-    """Everything that a browser would fetch or follow."""
+    """The tags and every reference that a browser would fetch or follow."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -388,7 +515,7 @@ def test_training_leaves_a_page(unbroken, done):
     assert len(re.findall("<img ", text)) == len(pictures_of(done, None))
 
 
-def test_report_adds_what_needs_the_data(copied, shapes, done):
+def test_report_adds_the_pictures_that_need_the_dataset(copied, shapes, done):
     out = run_script("report.py", copied.folder, "--data-dir", shapes).out
     text = (copied.folder / "report.html").read_text()
     assert_stands_alone(text, copied.folder)
@@ -437,12 +564,26 @@ def test_without_the_dataset_there_is_still_a_page(copied, tmp_path):
     facts["dataset"]["folder"] = str(tmp_path / "nowhere")
     (folder / "run.json").write_text(json.dumps(facts))
     said = run_script("report.py", folder)
-    assert "note: only the pictures that need no data, because" in said.err and "nowhere" in said.err
+    assert "warning: only the pictures that need no dataset are drawn: " in said.err and "nowhere" in said.err
     assert {path.stem for path in (folder / "pictures").iterdir()} <= {"curves", "speed", "utilisation"} and (
         folder / "report.html"
     ).is_file()
     refused = run_script("report.py", folder, "--data-dir", tmp_path / "nowhere", code=1)
     assert refused.err.startswith("error: ") and refused.err.count("\n") == 1
+
+
+def test_a_report_can_go_into_another_folder(copied, tmp_path, monkeypatch):
+    out = run_script(
+        "report.py", copied.folder.name, "--runs-dir", copied.folder.parent, "--quick", "--out", tmp_path / "new"
+    )
+    assert "report.html" in out.out and (tmp_path / "new" / "pictures" / "curves.svg").is_file()
+    assert_stands_alone((tmp_path / "new" / "report.html").read_text(), tmp_path / "new")
+    run = RunData.read(copied.folder)
+    monkeypatch.setattr(output_files.os, "access", lambda path, mode: False)
+    with pytest.raises(SettingsError, match=r"another one: --out FOLDER\): the folder .* is not writable"):
+        report.output_folder(run, None)
+    with pytest.raises(SettingsError, match="does not exist. Create it: mkdir -p "):
+        report.output_folder(run, tmp_path / "no" / "folder")
 
 
 def test_several_runs_in_one_picture(copied, tmp_path):
@@ -453,19 +594,25 @@ def test_several_runs_in_one_picture(copied, tmp_path):
     accuracy = f"{100 * copied.metrics()[-1]['test_accuracy']:.2f}% test accuracy after 12 epochs"
     assert f"mine : {accuracy}" in out and f"other: {accuracy}" in out
     refused = run_script("report.py", copied.folder, other, "--out", tmp_path / "compare.doc", code=1)
-    assert refused.err == "error: --out ends in .png or .svg, not '.doc'\n"
+    assert refused.err == "error: --out of several runs ends in .png or .svg, not '.doc'\n"
 
 
-def test_what_cannot_be_reported_is_refused_by_name(copied, tmp_path):
+def test_what_cannot_be_reported_is_rejected_by_name(copied, tmp_path):
     assert "is not a run folder" in run_script("report.py", tmp_path, code=1).err
     empty = RunFolder(tmp_path / "empty")
     empty.create(copied.facts())
     assert run_script("report.py", empty.folder, code=1).err == f"error: {empty.folder} has no finished epoch yet\n"
-    assert "--out is for several runs" in run_script("report.py", copied.folder, "--out", "a.png", code=1).err
-    assert "held out no part" in run_script("report.py", copied.folder, "--split", "validation", code=1).err
+    assert (
+        "--out of one run is a folder, not 'a.png'"
+        in run_script("report.py", copied.folder, "--out", "a.png", code=1).err
+    )
+    assert (
+        "has no validation split. Use --split test"
+        in run_script("report.py", copied.folder, "--split", "validation", code=1).err
+    )
 
 
-def test_a_torn_line_is_left_out(tmp_path):
+def test_a_truncated_line_is_left_out(tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert (
         read_lines(tmp_path / "steps.jsonl") == [{"step": 1}, {"step": 2}] and read_lines(tmp_path / "none.jsonl") == []
