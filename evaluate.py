@@ -86,6 +86,7 @@ def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
     names = [os.path.relpath(trained.record.folder) for trained in runs]
     if len(set(names)) < len(names):
         raise SettingsError("the same run is named twice. Name different runs")
+    names = [f"./{name}" if name in ("soup", ENSEMBLE) else name for name in names]  # runs of these names
     with split_of(runs[0], args) as (dataset, batches, device, precision, is_main):
         trained_networks = [trained.network(args.weights, device, precision) for trained in runs]
         networks = dict(zip(names, trained_networks, strict=True))

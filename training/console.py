@@ -236,7 +236,7 @@ def use_colors(stream: TextIO) -> bool:
 
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun: 1 process, 2 processes."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def show_library_logs() -> None:
