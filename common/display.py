@@ -82,8 +82,9 @@ class LastingStream:
     def _drop_output(self, error: OSError | ValueError) -> None:
         """Point the file descriptor to the null device: the buffered text is dropped, and later writes succeed."""
         try:
+            descriptor = self._stream.fileno()
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
+            os.dup2(null, descriptor)
             os.close(null)
         except (OSError, ValueError):
             self._stream = open(os.devnull, "w")  # noqa: SIM115  the stream has no descriptor, or a closed one

@@ -10,7 +10,7 @@ from common.text import shorten
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from records.run_data import RunData
-from reports.style import BLACK, BLUE, COLORS, ORANGE, SKY, SPLITS, finish, make_figure, set_title, whole_epochs
+from reports.style import BLACK, BLUE, COLORS, ORANGE, SKY, SPLITS, finish, make_figure, set_epoch_axis, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def training(run: RunData) -> Figure:
     for axes, lines in ((left, loss_lines(run)), (right, accuracy_lines(run))):
         for line in lines:
             line.draw(axes)
-        whole_epochs(axes, run.last_epoch)
+        set_epoch_axis(axes, run.last_epoch)
     for line in accuracy_lines(run):
         if line.style != ":":
             line.annotate_last(right)
@@ -113,7 +113,7 @@ def speed(run: RunData) -> Figure:
     Line("images", epochs, throughput, BLUE).draw(images)
     Line("wait", epochs, waits, ORANGE).draw(wait)
     for axes in (rate, images, wait):
-        whole_epochs(axes, run.last_epoch)
+        set_epoch_axis(axes, run.last_epoch)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     finish(rate, ylabel="learning rate", ylim=(0, None))
     finish(images, ylabel="training throughput (images/s)", ylim=(0, 1.15 * max(throughput, default=1) or 1))
@@ -136,7 +136,7 @@ def several(runs: list[RunData], names: list[str]) -> Figure:
         Line(name, *run.series("train_loss"), **look).draw(left)
         Line(name, *run.series(f"{split}_accuracy", 100.0), **look).draw(right)
     for axes in (left, right):
-        whole_epochs(axes, max(run.last_epoch for run in runs))
+        set_epoch_axis(axes, max(run.last_epoch for run in runs))
     finish(left, ylabel="training loss (nats)")
     finish(right, ylabel=f"{SPLITS[split][0]} accuracy (%)")
     for axes in (left, right):

@@ -10,6 +10,7 @@ import io
 import sys
 import textwrap
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,12 +97,13 @@ def use_installed_fonts(figure: Figure) -> None:
         )
 
 
-def _characters_of(family: str) -> set[int]:
+@cache
+def _characters_of(family: str) -> frozenset[int]:
     """Return the code points that the font of a family has."""
     from matplotlib.font_manager import findfont
     from matplotlib.ft2font import FT2Font
 
-    return set(FT2Font(findfont(family)).get_charmap())
+    return frozenset(FT2Font(findfont(family)).get_charmap())
 
 
 def _fonts_for(missing: set[int]) -> tuple[list[str], set[int]]:
@@ -139,7 +141,7 @@ def finish(axes: Any, **labels: Any) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
-def whole_epochs(axes: Any, last: float) -> None:
+def set_epoch_axis(axes: Any, last: float) -> None:
     """Make the x axis one of epochs from 0 to `last`, with ticks at integers where there are at least two epochs."""
     axes.set(xlabel="epoch", xlim=(0, last * 1.02))
     axes.xaxis.get_major_locator().set_params(integer=last >= 2)

@@ -128,8 +128,8 @@ def test_a_run_resumed_from_an_older_checkpoint_logs_what_an_uninterrupted_one_d
     shutil.rmtree(record.folder / "state" / "step-00000010")
     assert scalars(record.folder)["step_loss"][-1][0] == 10
     time.sleep(1.0)  # the names of event files count seconds
-    said = programs.run("train.py", *training, "--name", "went-back", "--stop-at", 13, code=75).out
-    assert "resuming  after step 8" in said
+    printed = programs.run("train.py", *training, "--name", "went-back", "--stop-at", 13, code=75).out
+    assert "resuming  after step 8" in printed
     for name in ("step_loss", "train_loss", "test_accuracy", "learning_rate"):
         expected = [event for event in scalars(unbroken.folder)[name] if event[0] <= 13]
         assert scalars(record.folder)[name] == expected, name
@@ -145,20 +145,20 @@ class Service(ModuleType):
     def __init__(self):
         super().__init__("wandb")
         self.runs: dict[str, SimpleNamespace] = {}
-        self.refuses: str | None = None
+        self.error: str | None = None
         self.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
         self.Settings, self.Image = SimpleNamespace, lambda pixels: pixels.shape
 
     def init(self, **arguments) -> SimpleNamespace:
-        if self.refuses:
-            raise self.errors.Error(self.refuses)
-        new = SimpleNamespace(arguments=arguments, told=[], step=0, finished=None)
+        if self.error:
+            raise self.errors.Error(self.error)
+        new = SimpleNamespace(arguments=arguments, logged=[], step=0, finished=None)
         run = self.runs.setdefault(arguments["id"], new)
 
         def log(numbers: dict, step: int) -> None:
-            assert step >= run.step, "it refuses to go back"
+            assert step >= run.step, "wandb rejects earlier steps"
             run.step = step
-            run.told.append((step, numbers))
+            run.logged.append((step, numbers))
 
         run.log, run.finish = log, lambda exit_code: setattr(run, "finished", exit_code)
         return run
@@ -172,15 +172,15 @@ def service(monkeypatch) -> Service:
 
 
 def test_weights_and_biases_logs_the_numbers_of_metrics(service, unbroken, tmp_path):
-    watcher = WeightsAndBiases(tmp_path, FACTS, 0, "project", silent=True)
-    watcher.batch(np.zeros((2, 2, 4, 4, 3), dtype=np.uint8))
+    tracker = WeightsAndBiases(tmp_path, FACTS, 0, "project", silent=True)
+    tracker.batch(np.zeros((2, 2, 4, 4, 3), dtype=np.uint8))
     for line in unbroken.metrics():
-        watcher.loss(line["step"], 0.25, 4)
-        watcher.epoch(line)
-    watcher.close(failed=False)
+        tracker.loss(line["step"], 0.25, 4)
+        tracker.epoch(line)
+    tracker.close(failed=False)
     (run,) = service.runs.values()
-    assert run.told[0] == (0, {"first_batch": (10, 10, 3)}) and run.told[1] == (4, {"step_loss": 0.25})
-    assert run.told[2::2] == [
+    assert run.logged[0] == (0, {"first_batch": (10, 10, 3)}) and run.logged[1] == (4, {"step_loss": 0.25})
+    assert run.logged[2::2] == [
         (line["step"], {key: value for key, value in line.items() if key != "step"}) for line in unbroken.metrics()
     ]
     assert (
@@ -197,13 +197,13 @@ def test_a_resumed_run_continues_the_same_wandb_run_and_logs_no_step_twice(servi
     again.epoch({"step": 6, "train_loss": 1.5})
     again.epoch({"step": 12, "train_loss": 0.5})
     (run,) = service.runs.values()
-    assert run.told == [(8, {"train_loss": 1.0}), (12, {"train_loss": 0.5})]
+    assert run.logged == [(8, {"train_loss": 1.0}), (12, {"train_loss": 0.5})]
     WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)  # the run starts over
     assert len(service.runs) == 2
 
 
 def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_path, monkeypatch):
-    service.refuses = "No API key configured.\nmore lines"
+    service.error = "No API key configured.\nmore lines"
     with pytest.raises(
         RunError,
         match=r"^Weights & Biases reports 'No API key configured.'. To log to this disk only, set WANDB_MODE=offline$",
@@ -222,73 +222,73 @@ def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_pat
 # --- all trackers -------------------------------------------------------------------------------------------------
 
 
-class Listener(Tracker):
+class Recorder(Tracker):
     def __init__(self):
-        self.heard = []
+        self.received = []
 
     def loss(self, step: int, mean: float, steps: int) -> None:
-        self.heard.append((step, mean, steps))
+        self.received.append((step, mean, steps))
 
     def epoch(self, line: dict) -> None:
         time.sleep(0.02)
 
     def close(self, failed: bool) -> None:
-        self.heard.append("failed" if failed else "closed")
+        self.received.append("failed" if failed else "closed")
 
 
 def test_losses_are_logged_as_means_and_none_is_lost():
-    listener = Listener()
-    tracking = Tracking([listener], total_steps=5000)  # five steps a point
+    recorder = Recorder()
+    tracking = Tracking([recorder], total_steps=5000)  # five steps a point
     losses = [(i, float(i)) for i in range(1, 24)]
     for start, stop in ((0, 3), (3, 6), (6, 7), (7, 23)):  # as they come from the device
         tracking.losses(losses[start:stop])
-    assert listener.heard == [(5, 3.0, 5), (10, 8.0, 5), (15, 13.0, 5), (20, 18.0, 5)]
+    assert recorder.received == [(5, 3.0, 5), (10, 8.0, 5), (15, 13.0, 5), (20, 18.0, 5)]
     tracking.losses([(4998, 0.0), (5000, 1.0)])  # between these, steps were skipped
-    assert listener.heard[4:] == [(4998, 16.5, 4), (5000, 1.0, 1)]
+    assert recorder.received[4:] == [(4998, 16.5, 4), (5000, 1.0, 1)]
 
 
 def test_the_logging_overhead_is_returned_once():
-    tracking = Tracking([Listener()], seconds=0.5)
+    tracking = Tracking([Recorder()], seconds=0.5)
     assert tracking.take_seconds() == 0.5 and tracking.take_seconds() == 0
     tracking.epoch({"step": 1})
     assert 0.02 <= tracking.take_seconds() < 5
 
 
 def test_trackers_learn_whether_the_run_failed():
-    listener = Listener()
-    with Tracking([listener]):
+    recorder = Recorder()
+    with Tracking([recorder]):
         pass
-    with pytest.raises(ZeroDivisionError), Tracking([listener]):
+    with pytest.raises(ZeroDivisionError), Tracking([recorder]):
         raise ZeroDivisionError
-    assert listener.heard == ["closed", "failed"]
+    assert recorder.received == ["closed", "failed"]
 
 
 def test_a_tracker_that_fails_is_disabled_and_training_continues():
-    class Full(Listener):
+    class Full(Recorder):
         def epoch(self, line: dict) -> None:
             raise OSError(28, "No space left on device")
 
-    said, listener = [], Listener()
-    with Tracking([Full(), listener], say=said.append) as tracking:
+    printed, recorder = [], Recorder()
+    with Tracking([Full(), recorder], say=printed.append) as tracking:
         tracking.epoch({"step": 1})
         tracking.losses([(2, 1.0)])
-    assert said == ["warning: Full is disabled (No space left on device); training continues"]
-    assert listener.heard == [(2, 1.0, 1), "closed"] and tracking.trackers == [listener]
+    assert printed == ["warning: Full is disabled (No space left on device); training continues"]
+    assert recorder.received == [(2, 1.0, 1), "closed"] and tracking.trackers == [recorder]
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run():
-    class Broken(Listener):
+    class Broken(Recorder):
         def epoch(self, line: dict) -> None:
             raise ValueError("cannot parse $x_{$")
 
-    said: list[str] = []
-    with Tracking([Broken()], say=said.append) as tracking:
+    printed: list[str] = []
+    with Tracking([Broken()], say=printed.append) as tracking:
         tracking.epoch({"step": 1})
-    assert said == ["warning: Broken is disabled (ValueError: cannot parse $x_{$); training continues"]
+    assert printed == ["warning: Broken is disabled (ValueError: cannot parse $x_{$); training continues"]
 
 
 def test_without_trackers_nothing_is_made():
-    Tracking([Listener()]).first_batch(lambda: pytest.fail("nobody wants it"))
+    Tracking([Recorder()]).first_batch(lambda: pytest.fail("nobody wants it"))
     tracking = Tracking([])
     tracking.first_batch(lambda: pytest.fail("nobody wants it"))
     tracking.losses([(1, 1.0)])
