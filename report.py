@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,13 @@ def draw(run: RunData, analysis: SplitAnalysis | None, folder: Path) -> None:
     from reports.style import save
 
     pictures = pictures_of(run, analysis)
+    with suppress(OSError):  # the page links to this folder where it exists
+        (folder / "pictures").mkdir(exist_ok=True)
+    print(f"page      {os.path.relpath(write_page(run, analysis, pictures, folder))}")
     for picture in pictures:
         for suffix in ("png", "svg"):
             save(picture.figure, folder / "pictures" / f"{picture.name}.{suffix}")
     print(f"pictures  {os.path.relpath(folder)}/pictures/: {', '.join(picture.name for picture in pictures)}")
-    print(f"page      {os.path.relpath(write_page(run, analysis, pictures, folder))}")
 
 
 def compare(runs: list[RunData], path: Path) -> None:

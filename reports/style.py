@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import RunError
 from common.text import listed
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ def make_figure(width: float, height: float, rows: int = 1, columns: int = 1, **
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG or SVG, whichever the suffix of `path` names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a figure as PNG or SVG, whichever the suffix of `path` names. Raises RunError where it is not writable."""
     use_installed_fonts(figure)
-    figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}). Check the disk and its permissions") from error
     return path
 
 

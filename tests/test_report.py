@@ -75,6 +75,14 @@ def test_a_report_can_go_into_another_folder(copied, tmp_path, monkeypatch):
         report.output_folder(run, tmp_path / "no" / "folder")
 
 
+def test_a_picture_that_cannot_be_written_is_one_sentence(copied, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pictures").write_text("a file, where a folder is needed")
+    done = run_script("report.py", copied.folder, "--quick", "--out", tmp_path / "out", code=1)
+    assert done.err.startswith("error: ") and "cannot be written" in done.err and done.err.count("\n") == 1
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_several_runs_in_one_picture(copied, tmp_path):
     other = shutil.copytree(copied.folder, tmp_path / "other", ignore=shutil.ignore_patterns("pictures"))
     for name in ("compare.svg", "compare.png"):

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.display import protect_streams
 from common.errors import RunError
+from common.files import write_atomically
 from common.paths import RESULTS, RUNS
 from config.command_line import Parser, run_cli
 from records.named_run import find_run
@@ -52,7 +53,7 @@ def main() -> None:
     content = kept(RunFolder(folder), args.note)
     (RESULTS / "runs").mkdir(parents=True, exist_ok=True)
     path = RESULTS / "runs" / f"{folder.resolve().name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
     print(f"wrote results/runs/{path.name}")
 
 
