@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -69,6 +70,10 @@ class LastingStream:
         except (OSError, ValueError) as error:  # ValueError: write to a closed file
             self._drop_output(error)
             return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         try:

@@ -15,7 +15,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, TextIO
 
-from common.display import lasting
+from common.display import protect_streams
 from common.text import duration
 from config.differences import changed_settings
 
@@ -38,7 +38,9 @@ class Console:
     ):
         self.level = level if is_main else QUIET
         self.is_main = is_main
-        self.out, self.bars = out or lasting(sys.stdout), bars or lasting(sys.stderr)
+        if out is None:
+            protect_streams()  # before DeepSpeed is imported, whose logger keeps the stream that it finds
+        self.out, self.bars = out or sys.stdout, bars or sys.stderr
         self.has_colors = use_colors(self.out)
         self.clock = Clock()
         logger = logging.getLogger("engine")
