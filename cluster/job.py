@@ -29,7 +29,7 @@ LAST_WORDS_SECONDS = 3  # between the first failure and the end of the others, w
 KILL_SECONDS = 15  # until an agent has ended its ranks
 SAVE_SECONDS = 120  # after a signal
 LEAVE_SECONDS = 60  # between the first host that is done and the last
-BATCH = re.compile(r"batch +(\d+) = \d+ x (\d+) accumulated x (\d+) processes")
+BATCH = re.compile(r"batch +global batch (\d+) = \d+ per process x (\d+) accumulation steps? x (\d+) process")
 
 
 @dataclass(frozen=True)
