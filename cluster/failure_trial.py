@@ -1,10 +1,10 @@
-"""How fast does a failure end a job everywhere, and how fast does a restart train again? Tried with two hosts made of this machine.
+"""Measure how fast a failure ends a job on all hosts, and how fast a restart trains again, on two simulated hosts.
 
-    python cluster/failure_trial.py                        as root, with openssh-server and iproute2; some minutes; prints a table
-    python cluster/failure_trial.py --only "cable cut"     one row; repeat for more
+    python cluster/failure_trial.py                        prints a table; needs root, openssh-server, iproute2 and
+    minutes python cluster/failure_trial.py --only "cable cut"     one row; repeat for more
 
-The hosts are network namespaces (local_hosts.py). They train a tiny network for real; once a checkpoint is there, something is
-killed or cut, and the clock runs until the last process of training has ended on both hosts.
+The hosts are network namespaces (simulated_hosts.py) that train a tiny network. After the first checkpoint, a process
+is killed or a cable cut, and the time is measured until the last process of training has ended on both hosts.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cluster import simulated_hosts as local_hosts  # noqa: E402
+from cluster import simulated_hosts  # noqa: E402
 from cluster.simulated_hosts import Hosts, read, wait_until  # noqa: E402
 from common.paths import PROJECT
 from config.command_line import Parser  # noqa: E402
 
-START_SECONDS, END_SECONDS = 180, 180  # at most, on a busy machine
+START_SECONDS, END_SECONDS = 180, 180  # upper limits, for a busy machine
 TINY = ("patch=8", "width=32", "depth=2", "heads=2", "head_size=16", "feed_forward_options.hidden=48")
-OURS = ("train.py", "deepspeed.launcher", "agent.py")  # in the commands of what a job leaves on a host while it lasts
+OURS = ("train.py", "deepspeed.launcher", "agent.py")  # part of the commands of a job's processes on a host
 
 
 @dataclass
 class Trial:
-    """Training at work on both hosts."""
+    """Training that runs on both hosts."""
 
     hosts: Hosts
     launcher: subprocess.Popen
@@ -44,7 +44,7 @@ class Trial:
         return max((int(path.name.removeprefix("step-")) for path in self.run.glob("state/step-*")), default=0)
 
     def send(self, number: signal.Signals, script: str) -> None:
-        """To the process on the second host that runs this script of ours."""
+        """Send a signal to the process on the second host that runs this script of the project."""
         commands = {pid: read(f"/proc/{pid}/cmdline").split("\0") for pid in self.hosts.processes("box2")}
         (pid,) = [pid for pid, words in commands.items() if str(PROJECT / script) in words and "-m" not in words]
         os.kill(pid, number)
@@ -52,7 +52,7 @@ class Trial:
     def kill_rank(self) -> None:
         self.send(signal.SIGKILL, "train.py")
 
-    def halt_rank(self) -> None:
+    def suspend_rank(self) -> None:
         self.send(signal.SIGSTOP, "train.py")
 
     def kill_agent(self) -> None:
@@ -70,7 +70,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Event:
-    """What happens, and how the clock is read: at the end of the job, or when training goes on after a restart."""
+    """What happens, and when the measurement ends: at the end of the job, or, with restarts, when training resumes."""
 
     cause: Callable[[Trial], None]
     restarts: int = 0
@@ -78,7 +78,7 @@ class Event:
 
 EVENTS = {
     "rank killed (`SIGKILL`)": Event(Trial.kill_rank),
-    "rank halted (`SIGSTOP`)": Event(Trial.halt_rank),
+    "rank suspended (`SIGSTOP`)": Event(Trial.suspend_rank),
     "cable cut": Event(Trial.cut_cable),
     "agent killed": Event(Trial.kill_agent),
     "launcher killed": Event(Trial.kill_launcher),
@@ -91,7 +91,7 @@ EVENTS = {
 def main() -> int:
     parser = Parser(
         "python cluster/failure_trial.py",
-        "How fast a failure ends a job, and a restart trains again, with two hosts made of this machine.",
+        "Measure how fast a failure ends a job, and a restart trains again, on two simulated hosts.",
         example='python cluster/failure_trial.py --only "cable cut"',
         notes="events:\n" + "\n".join(f"  {name}" for name in EVENTS),
     )
@@ -99,13 +99,13 @@ def main() -> int:
         "--only",
         action="append",
         metavar="WORDS",
-        help="the events whose names have these words; repeat for more (default: all)",
+        help="events whose names contain these words; repeat for more (default: all)",
     )
     args = parser.parse_args()
-    if reason := local_hosts.missing():
-        print(f"no hosts can be made of this machine: {reason}", file=sys.stderr)
+    if reason := simulated_hosts.missing():
+        print(f"error: hosts cannot be simulated on this machine: {reason}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the hosts are taken down first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the hosts are removed first
     chosen = {
         name: event for name, event in EVENTS.items() if not args.only or any(words in name for words in args.only)
     }
@@ -121,7 +121,8 @@ def main() -> int:
             flush=True,
         )
         print(
-            "| event | seconds to the last process, or to the next checkpoint | launcher ends after | exit code |\n|---|---|---|---|",
+            "| event | seconds to the last process, or to the next checkpoint | launcher ends after | exit code |\n"
+            "|---|---|---|---|",
             flush=True,
         )
         for number, (name, event) in enumerate(chosen.items()):
@@ -130,7 +131,7 @@ def main() -> int:
 
 
 def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, str, str]:
-    """Let training begin, cause the event, and read the clock: (seconds, seconds of the launcher, exit code)."""
+    """Start training, cause the event, and measure: (seconds, seconds of the launcher, exit code)."""
     arguments = [
         "--preset",
         "cpu",
@@ -172,13 +173,13 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
             return f"{time.monotonic() - began:.0f}", "", ""
         ends: dict[str, float] = {}
 
-        def all_over() -> bool:
-            for what, over in (("ranks", not at_work(hosts)), ("launcher", launcher.poll() is not None)):
+        def has_ended() -> bool:
+            for what, over in (("ranks", not running(hosts)), ("launcher", launcher.poll() is not None)):
                 if over:
                     ends.setdefault(what, time.monotonic() - began)
             return len(ends) == 2
 
-        wait_until(all_over, END_SECONDS, lambda: f"{at_work(hosts)}\n{read(str(log))}")
+        wait_until(has_ended, END_SECONDS, lambda: f"{running(hosts)}\n{read(str(log))}")
         was_killed = launcher.returncode < 0
         return (
             f"{ends['ranks']:.0f}",
@@ -186,18 +187,18 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
             "" if was_killed else str(launcher.returncode),
         )
     finally:
-        hosts.mend("box2")
+        hosts.reconnect("box2")
         launcher.terminate()
         launcher.wait(END_SECONDS)
         wait_until(lambda: not hosts.at_work(), END_SECONDS, lambda: f"left behind: {hosts.at_work()}")
 
 
 def resumed_at(log: Path) -> int:
-    """The step that the run went on from."""
+    """The step from which the run resumed."""
     return int(re.findall(r"resuming  after step ([\d,]+)", read(str(log)))[-1].replace(",", ""))
 
 
-def at_work(hosts: Hosts) -> list[str]:
+def running(hosts: Hosts) -> list[str]:
     """The processes of training on both hosts."""
     return [
         words
