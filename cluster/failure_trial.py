@@ -61,6 +61,17 @@ class Trial:
     def cut_cable(self) -> None:
         self.hosts.cut("box2")
 
+    def cut_all_cables(self) -> None:
+        for name in self.hosts.names:
+            self.hosts.cut(name)
+
+    def lose_first_host(self) -> None:
+        """Cut its cable and kill everything on it, the launcher included, as a power failure would."""
+        self.hosts.cut("box1")
+        for pid in self.hosts.processes("box1"):
+            if "sshd" not in read(f"/proc/{pid}/cmdline"):
+                os.kill(pid, signal.SIGKILL)
+
     def kill_launcher(self) -> None:
         self.launcher.kill()
 
@@ -80,6 +91,8 @@ EVENTS = {
     "rank killed (`SIGKILL`)": Event(Trial.kill_rank),
     "rank suspended (`SIGSTOP`)": Event(Trial.suspend_rank),
     "cable cut": Event(Trial.cut_cable),
+    "all cables cut (the switch)": Event(Trial.cut_all_cables),
+    "first host lost, with the launcher on it": Event(Trial.lose_first_host),
     "agent killed": Event(Trial.kill_agent),
     "launcher killed": Event(Trial.kill_launcher),
     "SIGTERM to the launcher": Event(Trial.stop_launcher),
@@ -187,7 +200,8 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
             "" if was_killed else str(launcher.returncode),
         )
     finally:
-        hosts.reconnect("box2")
+        for host in hosts.names:
+            hosts.reconnect(host)
         launcher.terminate()
         launcher.wait(END_SECONDS)
         wait_until(lambda: not hosts.at_work(), END_SECONDS, lambda: f"left behind: {hosts.at_work()}")

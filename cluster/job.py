@@ -291,7 +291,7 @@ class Job:
                 if agent.is_running:
                     self._lose(agent, "does not end its ranks")
 
-    # --- afterwards -----------------------------------------------------------------------------------------------
+    # --- afterwards ------------------------------------------------------------------------------------------------
 
     def _outcome(self) -> Outcome:
         self._sweep()

@@ -158,9 +158,7 @@ def main() -> int:
         report = regrouped
         arguments = [word for word in arguments if word != "--fresh"]
         if ranks_of(report.hosts) != ranks_of(outcome.hosts) and INEXACT not in arguments:
-            say(
-                f"The number of ranks changes, so batch statistics (BatchNorm) differ from before: adding {INEXACT}."
-            )
+            say(f"The number of ranks changes, so batch statistics (BatchNorm) differ from before: adding {INEXACT}.")
             arguments = [*arguments, INEXACT]
         say(f"Restarting from the last checkpoint ({left - 1} more restart{'' if left == 2 else 's'} after this one).")
     if stop.requested and outcome.code not in (0, EXIT_STOPPED):
@@ -238,7 +236,7 @@ def show_failure(outcome: Outcome) -> None:
         say(f"The output of every rank is in {os.path.relpath(outcome.logs)} on its host.")
 
 
-# --- restarting -------------------------------------------------------------------------------------------------------
+# --- restarting ---------------------------------------------------------------------------------------------------
 
 
 def ranks_of(hosts: list[Host]) -> int:

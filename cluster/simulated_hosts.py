@@ -102,7 +102,7 @@ class Hosts:
     def cable(self, name: str) -> str:
         return f"{name}v{self.word}"
 
-    # --- creating the hosts -----------------------------------------------------------------------------------------
+    # --- creating the hosts ----------------------------------------------------------------------------------------
 
     def _keys(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ class Hosts:
                 )
             time.sleep(0.02)
 
-    # --- using the hosts ----------------------------------------------------------------------------------------------
+    # --- using the hosts -------------------------------------------------------------------------------------------
 
     def command(self, name: str, words: list) -> list[str]:
         """The command that starts a program on a host from this machine, without a network."""

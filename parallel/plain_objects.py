@@ -1,7 +1,7 @@
 """Small objects as tensors, for messages between processes: values and data classes, but nothing that could run code.
 
-PyTorch's `broadcast_object_list` unpickles whatever arrives, so a stranger that reaches the port first could run any code in
-the other processes.
+PyTorch's `broadcast_object_list` unpickles whatever arrives, so a stranger that reaches the port first could run any
+code in the other processes.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def make_store(limit: timedelta) -> dist.Store | None:
     """The store where the ranks meet. It listens on MASTER_ADDR alone, while PyTorch's own listens on every interface.
 
     Its keys begin with RENDEZVOUS_SECRET if the launcher set one (cluster/job.py). So neither a stranger nor a rank of
-    another job at the same port counts as a rank. Returns None, for PyTorch's own store, if torchrun has made a store, or
-    if this PyTorch (2.0) cannot choose the interface.
+    another job at the same port counts as a rank. Returns None, for PyTorch's own store, if torchrun has made a store,
+    or if this PyTorch (2.0) cannot choose the interface.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(
         dist.TCPStore.__init__.__doc__
@@ -109,7 +109,7 @@ def make_store(limit: timedelta) -> dist.Store | None:
 
 
 def own_address(name: str, world_size: int) -> str:
-    """The IPv4 address to listen on for MASTER_ADDR; empty for all, if this machine does not have the address itself.
+    """The IPv4 address to listen on for MASTER_ADDR; empty for all, if this machine does not have the address.
 
     A host's own name often resolves to the loopback there (/etc/hosts), where other hosts cannot connect. Behind address
     translation MASTER_ADDR is not an address of the host.

@@ -90,7 +90,7 @@ class Engine(zero.Engine):
             self.meeting.close()
         super().close()
 
-    # --- training -------------------------------------------------------------------------------------------------
+    # --- training --------------------------------------------------------------------------------------------------
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Join the others and take over their state; the first peer begins alone."""
@@ -170,7 +170,7 @@ class Engine(zero.Engine):
         if problem:
             raise RunError(problem) if self.is_main else SystemExit(1)
 
-    # --- the outer step, in the main process ----------------------------------------------------------------------
+    # --- the outer step, in the main process -----------------------------------------------------------------------
 
     def _make_outer(self) -> None:
         """Create the outer optimizer from the current weights, unless a checkpoint restored it."""
@@ -246,7 +246,7 @@ class Engine(zero.Engine):
         if joined and self.alone:
             self.say(line_of_exchange(outcome.seconds, outcome.wait_seconds, worked_seconds, self.alone))
 
-    # --- the weights, between the job's processes and one vector ----------------------------------------------------
+    # --- the weights, between the job's processes and one vector ---------------------------------------------------
 
     def _masters(self, keep: bool) -> dict[str, Tensor]:
         """The full fp32 trained parameters on the CPU; empty unless this process keeps them. Collective."""
@@ -286,7 +286,7 @@ class Engine(zero.Engine):
         for buffer, piece in zip(buffers, pieces[len(trained) :], strict=True):
             buffer.copy_(piece)
 
-    # --- the state: that of zero and of the outer step --------------------------------------------------------------
+    # --- the state: that of zero and of the outer step -------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
         state = super().gather_state()

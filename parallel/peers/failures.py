@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -21,16 +22,16 @@ FAILURES = 2  # of a member, until it is left out
 
 
 class MemberFailures:
-    """What the peer with this ID knows of others that fail."""
+    """The failures of other peers that the peer with this ID has seen; `connect` tests a path."""
 
-    def __init__(self, own_id: str):
-        self.id = own_id
+    def __init__(self, own_id: str, connect: Callable[[str, int], bool] | None = None):
+        self.id, self.connect = own_id, connect or can_connect
         self.counts: Counter[str] = Counter()  # since the last exchange that worked
         self.unreachable: dict[str, tuple[str, int] | None] = {}  # ID -> address to try again, None: never
 
     def still_unreachable(self) -> frozenset[str]:
         """IDs of peers that this one cannot exchange with. A path that works again is removed."""
-        tried = {key: background(can_connect, *target) for key, target in self.unreachable.items() if target}
+        tried = {key: background(self.connect, *target) for key, target in self.unreachable.items() if target}
         for key, future in tried.items():
             if future.result():
                 del self.unreachable[key]
@@ -44,7 +45,7 @@ class MemberFailures:
         """Connect to every other member, twice if needed. Return those that cannot be reached."""
         missing = [member for member in members if member.id != self.id]
         for _ in range(FAILURES):
-            tried = [(member, background(can_connect, member.address, member.probe_port)) for member in missing]
+            tried = [(member, background(self.connect, member.address, member.probe_port)) for member in missing]
             missing = [member for member, future in tried if not future.result()]
         for member in missing:
             self.unreachable[member.id] = (member.address, member.probe_port)

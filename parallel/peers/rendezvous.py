@@ -91,7 +91,7 @@ class PeerGroup:
         self._touched = time.monotonic()
         self._exchanging = False
 
-    # --- joining and leaving --------------------------------------------------------------------------------------
+    # --- joining and leaving ---------------------------------------------------------------------------------------
 
     def open(self, facts: dict[str, Any]) -> None:
         """Listen, and check that this peer's facts equal those of the run that it joins.
@@ -172,7 +172,7 @@ class PeerGroup:
         if self.endpoint is not None:
             self.endpoint.close()
 
-    # --- an exchange ----------------------------------------------------------------------------------------------
+    # --- an exchange -----------------------------------------------------------------------------------------------
 
     def exchange(self, state: PeerState, joining: bool = False) -> ExchangeResult:
         """Average with all peers that are there, with as many attempts as it takes; alone, return what was brought.
@@ -312,7 +312,7 @@ class PeerGroup:
             data=own.announcement(),
         )
 
-    # --- the mean -------------------------------------------------------------------------------------------------
+    # --- the mean --------------------------------------------------------------------------------------------------
 
     def _average(self, state: PeerState, members: list[Member], name: str) -> tuple[Tensor, bool, Tensor | None]:
         """The mean, whether anybody had trained, and the leader's outer state if this peer needs it.

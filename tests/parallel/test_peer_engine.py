@@ -32,7 +32,7 @@ endpoint.coordination()  # before anything else imports torchft: it is quiet the
 HERE = "127.0.0.1"
 STOPPED = 75
 
-# --- engines in forked processes ----------------------------------------------------------------------------------
+# --- engines in forked processes -----------------------------------------------------------------------------------
 
 
 DILOCO = ["parallel.local_steps=3"]
@@ -192,7 +192,7 @@ def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_
     assert largest_difference(a["weights"], model.state_dict()) < 1e-6
 
 
-# --- train.py -------------------------------------------------------------------------------------------------------
+# --- train.py -----------------------------------------------------------------------------------------------------
 
 
 def peer(training: list, name: str, *arguments, **environment) -> Program:

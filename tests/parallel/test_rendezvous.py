@@ -11,6 +11,7 @@ import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 
 import programs
@@ -21,9 +22,9 @@ from peers import facts_for, free_pair
 from common.errors import RunError, SettingsError
 from config.differences import leaves
 from parallel.diloco import OuterStep
-from parallel.peers import endpoint, failures, heartbeat
+from parallel.peers import endpoint, failures, heartbeat, rendezvous
 from parallel.peers.link_cost import enough_steps, lines_of_cost, seconds_over
-from parallel.peers.membership import Member, PeerState, choose_leader, ring_bytes
+from parallel.peers.membership import Member, PeerState, choose_leader, ring_bytes, without_unreachable
 from parallel.peers.rendezvous import PeerGroup
 from parallel.peers.setup import agreement, data_seed, join_command, meeting_of, peer_number
 from parallel.strategies import engine_class
@@ -35,7 +36,7 @@ endpoint.coordination()  # before anything else imports torchft: it is quiet the
 HERE = "127.0.0.1"
 LIMIT_SECONDS = 60  # of one exchange
 
-# --- exchanges in this process -----------------------------------------------------------------------------------
+# --- exchanges in this process -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -210,6 +211,120 @@ def test_a_peer_that_joins_does_not_train_alone_without_consent(circle):
         late.exchange(standing(1.0), joining=True)
 
 
+# --- peers that do not fit, fail or cannot be reached -------------------------------------------------------------
+
+
+def exchange_beside(circle, strange: dict | None, count: int = 3) -> tuple[list, list[str]]:
+    """Two peers exchange while a stranger with this announcement is in the quorum: (results, lines for the user)."""
+    peers, said = circle(2), []
+    peers[0].most_outer_steps = peers[1].most_outer_steps = 100
+    for peer in peers:
+        peer.say = said.append
+    data = None if strange is None else announcement(peers[0], standing(0.0), **strange)
+    ask(peers[0], "stranger", count, data, where=f"{HERE}:{free_pair()}")
+    return exchange(peers, [standing(1.0), standing(3.0)]), said
+
+
+@pytest.mark.parametrize(
+    ("strange", "count", "said"),
+    [
+        (None, 3, "announces nothing"),
+        ({"protocol": 1}, 3, "has protocol 1, this one 2"),
+        ({"protocol": "\x00" * 500}, 3, "has protocol"),
+        ({"share": float("1e9")}, 3, "announces share=1000000000.0"),
+        ({"since": "yesterday"}, 3, "announces since='yesterday'"),
+        ({"step": True}, 3, "announces step=True"),
+        ({"sizes": [7, 10]}, 3, "has vectors of 7 and 10 values, here 5 and 10"),
+        ({"sizes": "many"}, 3, "announces sizes='many'"),
+        ({"code": "0" * 16}, 3, "runs other code (00000000, here "),
+        ({"state_hash": {}}, 3, "announces state_hash={}"),
+        ({"unreachable": [1]}, 3, "announces unreachable=[1]"),
+        ({}, 101, "announces outer step 101 and step 12, which this run does not have"),
+    ],
+)
+def test_a_peer_that_does_not_fit_is_left_out_and_named(circle, strange, count, said):
+    outcomes, lines = exchange_beside(circle, strange, count)
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
+    assert len(lines) == 2 and all("is left out: it" in line and said in line for line in lines)
+
+
+def test_a_peer_that_never_arrives_is_left_out_after_its_second_failure(circle):
+    """It answers on its ports and announces what a peer would, with the most outer steps, so it would lead."""
+    peers, said, listener = circle(2), [], socket.create_server((HERE, 0))
+    peers[0].say = said.append
+    port = listener.getsockname()[1]
+    data = announcement(peers[0], standing(0.0), probe_port=port)
+    with ThreadPoolExecutor(1) as pool:
+        beats = heartbeat.Heartbeat(peers[0].endpoint.text, "ghost", lambda: True)
+        beats.start()
+        # It asks again and again, like a peer.
+        pool.submit(lambda: [ask(peers[0], "ghost", 3, data, f"{HERE}:{port}") or time.sleep(0.7) for _ in range(9)])
+        outcomes = exchange(peers, [standing(1.0), standing(3.0)])
+        beats.ended.set()
+    listener.close()
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
+    assert any(f"{HERE}:{port} is left out" in line for line in said), said
+
+
+def test_a_pair_without_a_path_loses_its_younger_peer_and_the_others_continue(circle):
+    peers, said = circle(3), []
+    without_path = {1: peers[2].endpoint.probe_port, 2: peers[1].endpoint.probe_port}
+    for peer, port in ((peers[i], port) for i, port in without_path.items()):
+        peer.failures.connect = lambda address, to, port=port: to != port and failures.can_connect(address, to)
+    peers[0].say = said.append
+    began = time.monotonic()
+    outcomes = exchange(peers, [standing(1.0), standing(3.0), standing(50.0)])
+    assert time.monotonic() - began < 10
+    assert [len(outcome.members) for outcome in outcomes] == [2, 2, 1]
+    assert [outcome.mean[0].item() for outcome in outcomes] == [2.0, 2.0, 50.0]
+    assert any(f"{peers[2].endpoint.text} is left out" in line for line in said), said
+    for peer in peers[1:]:
+        peer.failures.connect = failures.can_connect  # the path is there again
+    outcomes = exchange(peers, [standing(1.0, count=4), standing(3.0, count=4), standing(50.0, count=4, outer=5.0)])
+    assert all(len(outcome.members) == 3 and outcome.mean[0] == 2.0 for outcome in outcomes)
+
+
+def test_a_peer_with_nan_weights_does_not_count_and_takes_the_others_state(circle):
+    nan = float("nan")
+    outcomes = exchange(circle(3), [standing(1.0), standing(3.0), standing(nan, count=9, outer=nan)])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and outcome.count == 3 for outcome in outcomes)
+    assert torch.equal(outcomes[2].outer, torch.full((10,), 7.0))
+
+
+def test_a_peer_that_announces_finite_weights_and_sends_nan_does_not_spoil_the_mean(circle, monkeypatch):
+    peers, said = circle(3), []
+    peers[0].say = said.append
+    faulty = peers[2]._announce
+    peers[2]._announce = lambda state: replace(faulty(state), finite=True, share=1.0)
+    outcomes = exchange(peers, [standing(1.0), standing(3.0), standing(float("nan"))])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) for outcome in outcomes[:2])
+    assert any(f"{peers[2].endpoint.text} sent weights that are not finite" in line for line in said), said
+
+
+def test_what_answers_at_the_join_address_but_is_no_peer_is_named(quick):
+    port = free_pair()
+    store = torch.distributed.TCPStore(HERE, port, None, True, timedelta(seconds=5), wait_for_workers=False)
+    store.set("facts", "{")
+    store.set("places", b"\xff")
+    with pytest.raises(RunError, match=f"the program at {HERE}:{port} is not a peer"):
+        PeerGroup(HERE, free_pair(), f"{HERE}:{port}", 1).open({})
+
+
+def test_a_peer_with_other_code_is_rejected(circle, monkeypatch):
+    circle(1)
+    monkeypatch.setattr(rendezvous, "code_fingerprint", lambda: "1" * 16)
+    with pytest.raises(SettingsError, match="the fingerprint of the code is [0-9a-f]{16} there and 1{16} here"):
+        circle(1)
+
+
+def test_whoever_lacks_a_path_to_most_is_left_out():
+    members = [member(3, "a", since) for since in range(4)]
+    reports = [replace(one, unreachable=frozenset({"2"})) for one in members[:2]] + members[2:]
+    assert without_unreachable(reports) == ([reports[0], reports[1], reports[3]], [reports[2]])
+    liar = replace(members[0], unreachable=frozenset({"1", "2", "3"}))
+    assert without_unreachable([liar, *members[1:]]) == (members[1:], [liar])
+
+
 def member(count: int, state_hash: str, since: float, **more) -> Member:
     return Member(f"{since}", "", 0, since, count, count, 1.0, state_hash, **more)
 
@@ -227,7 +342,7 @@ def test_the_furthest_peer_leads_then_the_majority_then_the_oldest(members, lead
     assert choose_leader(members) is members[leader] and choose_leader(members[::-1]) is members[leader]
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 
 def test_a_peer_with_other_settings_is_rejected_and_the_difference_named(circle):
@@ -284,7 +399,7 @@ def test_peers_are_for_local_only():
         engine_class("zero", object())
 
 
-# --- facts of a peer -----------------------------------------------------------------------------------------------
+# --- facts of a peer ----------------------------------------------------------------------------------------------
 
 
 def test_peers_must_agree_on_everything_but_parallelism_and_precision():
