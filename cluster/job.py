@@ -32,7 +32,7 @@ KILL_SECONDS = 15  # until an agent has ended its ranks
 SAVE_SECONDS = 120  # after a signal
 LEAVE_SECONDS = 60  # between the first host that finishes and the last
 # train.py's line of batch sizes: global batch, accumulation steps, processes. Words between the numbers may change.
-BATCH = re.compile(r"(?:global )?batch +([\d,]+) = [\d,]+[^x;]*x +([\d,]+)[^x;]*x +([\d,]+) +process")
+BATCH = re.compile(r"\bbatch +([\d,]+) = [\d,]+[^x;]*x +([\d,]+)[^x;]*x +([\d,]+) +process")
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Job:
             self.folder = os.path.abspath(line[10:].strip())
             for agent in self.agents:
                 agent.send(f"logs {self.folder}/logs/{self.name}/{agent.host.machine}")
-        if found := BATCH.match(line):
+        if found := BATCH.search(line):
             self.batch = tuple(int(text.replace(",", "")) for text in found.groups())
 
     def _lose(self, agent: Agent, how: str) -> None:

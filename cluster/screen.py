@@ -50,7 +50,8 @@ class QueuedStream:
                 text += f"... {dropped} pieces of output are not shown: the screen was blocked; the logs have them\n"
             try:
                 if not is_closed:
-                    self.stream.write(text)
+                    encoding = self.stream.encoding or "utf-8"  # may be ASCII (LANG=C)
+                    self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
                     self.stream.flush()
             except (OSError, ValueError):  # the reader is gone (`| head`): training continues without a screen
                 is_closed = True

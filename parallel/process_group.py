@@ -11,10 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.errors import RunError
-from parallel.plain_objects import pack, unpack
-
-LOOPBACK = ("127.0.0.1", "localhost")
+from parallel.plain_objects import gather_values
+from parallel.rank_store import LOOPBACK, make_store
 
 
 def local_rank() -> int:
@@ -45,8 +43,8 @@ def pick_device() -> torch.device:
 def init_process_group(timeout_seconds: float = 600) -> torch.device:
     """Join the process group that a launcher described in the environment; alone, make a group of one.
 
-    Returns the device of this process. The backend is NCCL on GPUs and Gloo on CPUs. The store of rank 0 listens on
-    MASTER_ADDR alone. If that is a loopback address, nobody outside this machine can connect to any process.
+    Returns the device of this process. The backend is NCCL on GPUs and Gloo on CPUs. Where all processes are on this machine
+    (they meet at a loopback address), nobody outside it can connect to any of them.
     """
     device = pick_device()
     if "RANK" not in os.environ:
@@ -80,49 +78,6 @@ def destroy_process_group() -> None:
     control_group.cache_clear()
 
 
-def make_store(limit: timedelta) -> dist.Store | None:
-    """The store where the ranks meet. It listens on MASTER_ADDR alone, while PyTorch's own listens on every interface.
-
-    Its keys begin with RENDEZVOUS_SECRET if the launcher set one (cluster/job.py). So neither a stranger nor a rank of
-    another job at the same port counts as a rank. Returns None, for PyTorch's own store, if torchrun has made a store,
-    or if this PyTorch (2.0) cannot choose the interface.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(
-        dist.TCPStore.__init__.__doc__
-    ):
-        return None
-    port, world_size = int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
-    name, is_first = os.environ["MASTER_ADDR"], os.environ["RANK"] == "0"
-    address = "127.0.0.1" if name in LOOPBACK else name
-    secret = os.environ.get("RENDEZVOUS_SECRET", "")
-    if not is_first:
-        store = dist.TCPStore(address, port, world_size, False, limit)
-    else:
-        try:
-            listener = socket.create_server((own_address(address, world_size), port), backlog=2048)
-        except OSError as error:
-            raise RunError(
-                f"cannot listen on MASTER_ADDR={name}, MASTER_PORT={port}: {error.strerror}. Choose a free MASTER_PORT"
-            ) from None
-        store = dist.TCPStore(address, port, world_size, True, limit, master_listen_fd=listener.detach())
-    return dist.PrefixStore(secret, store) if secret else store
-
-
-def own_address(name: str, world_size: int) -> str:
-    """The IPv4 address to listen on for MASTER_ADDR; empty for all, if this machine does not have the address.
-
-    A host's own name often resolves to the loopback there (/etc/hosts), where other hosts cannot connect. Behind address
-    translation MASTER_ADDR is not an address of the host.
-    """
-    try:
-        address = socket.gethostbyname(name)
-        with socket.socket() as test:
-            test.bind((address, 0))
-    except OSError:
-        return ""
-    return "" if address.startswith("127.") and num_local() < world_size else address
-
-
 @cache
 def control_group() -> dist.ProcessGroup:
     """A Gloo group of all processes for the small messages of the loop, which must not wait for a GPU's queue."""
@@ -130,32 +85,9 @@ def control_group() -> dist.ProcessGroup:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Every process's value, by rank, on every process; joins the process group first. Collective."""
+    """Every process's value, by rank, on every process; joins them first. Collective."""
     init_process_group()
-    if dist.get_world_size() == 1:
-        return [value]
-    own = pack(value)
-    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(own)]), group=control_group())
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(own)] = own
-    packed = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(packed, padded, group=control_group())
-    return [unpack(data[: int(size)]) for data, size in zip(packed, sizes, strict=True)]
-
-
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every process. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    is_first = dist.get_rank() == 0
-    own = pack(value) if is_first else torch.empty(0, dtype=torch.uint8)
-    size = torch.tensor([len(own)])
-    dist.broadcast(size, src=0, group=control_group())
-    data = own if is_first else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(data, src=0, group=control_group())
-    return value if is_first else unpack(data)
+    return gather_values(value, control_group()) if dist.get_world_size() > 1 else [value]
 
 
 def limit_waits(at_least: float = 0.0) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shlex
 import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -29,7 +31,8 @@ from cluster import host_checks, preflight, probe, remote, sync
 from cluster.job import BATCH, Agent, message_in
 from cluster.remote import Host
 from cluster.screen import QueuedStream
-from parallel import plain_objects, process_group
+from common.paths import PROJECT
+from parallel import plain_objects, process_group, rank_store
 
 # --- a blocked screen ----------------------------------------------------------------------------------------------
 
@@ -96,6 +99,13 @@ def test_a_closed_screen_does_not_end_the_launcher():
     assert stream.drain(time.monotonic() + 5)
 
 
+def test_a_screen_without_unicode_shows_the_text_all_the_same():
+    raw = io.BytesIO()
+    stream = QueuedStream(io.TextIOWrapper(raw, encoding="ascii"))
+    print("é", file=stream)
+    assert stream.drain(time.monotonic() + 5) and raw.getvalue() == b"\\xe9\n"
+
+
 def test_a_host_that_reads_nothing_does_not_block_the_launcher():
     process = subprocess.Popen(["sleep", "30"], stdin=subprocess.PIPE, text=True)
     agent = Agent(Host("node1", 1), process)
@@ -140,11 +150,12 @@ def test_an_answer_is_found_between_the_lines_of_a_login_script():
     [
         "batch     1,024 = 64 x 2 accumulated x 8 processes; 48 steps an epoch",
         "global batch 1024 = 64 per process x 2 accumulation steps x 8 processes",
+        "batch     global batch 1024 = 64 per process x 2 accumulation steps x 8 processes; 48 steps per epoch",
         "batch     1024 = 64 per process x 2 accumulation steps x 8 processes",
     ],
 )
 def test_the_line_of_batch_sizes_is_read(line):
-    assert [int(text.replace(",", "")) for text in BATCH.match(line).groups()] == [1024, 2, 8]
+    assert [int(text.replace(",", "")) for text in BATCH.search(line).groups()] == [1024, 2, 8]
 
 
 # --- hosts and ports ----------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ def meet_and_look(expected: str) -> None:
     process_group.init_process_group()
     values = process_group.all_gather_objects({"rank": dist.get_rank(), "path": Path("/a")})
     assert values == [{"rank": rank, "path": Path("/a")} for rank in range(dist.get_world_size())]
-    assert process_group.broadcast_object(dist.get_rank()) == 0
+    assert plain_objects.broadcast_value(dist.get_rank(), process_group.control_group()) == 0
     if dist.get_rank() == 0:
         port = int(os.environ["MASTER_PORT"])
         listening = {
@@ -299,8 +310,8 @@ def test_the_store_listens_on_the_address_where_the_ranks_meet_and_on_no_other(a
 def test_a_name_that_means_the_loopback_here_is_not_used_for_several_hosts(monkeypatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: {"me": "127.0.1.1", "nat": "192.0.2.1"}.get(name, name))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert process_group.own_address("me", 2) == "" and process_group.own_address("me", 1) == "127.0.1.1"
-    assert process_group.own_address("nat", 2) == ""
+    assert rank_store.own_address("me", 2) == "" and rank_store.own_address("me", 1) == "127.0.1.1"
+    assert rank_store.own_address("nat", 2) == ""
 
 
 def test_ranks_without_the_secret_do_not_count(monkeypatch):
@@ -310,8 +321,8 @@ def test_ranks_without_the_secret_do_not_count(monkeypatch):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RENDEZVOUS_SECRET", "ours")
-    store = process_group.make_store(process_group.timedelta(seconds=5))
-    stranger = dist.TCPStore("127.0.0.1", port, None, False, process_group.timedelta(seconds=5))
+    store = rank_store.make_store(timedelta(seconds=5))
+    stranger = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5))
     stranger.set("rank0", "an address")
     assert not store.check(["rank0"])
 
@@ -336,3 +347,34 @@ def test_messages_hold_values_and_no_code(tmp_path, monkeypatch):
         with pytest.raises(pickle.UnpicklingError, match="no plain value"):
             plain_objects.unpack(plain_objects.pack(evil))
     assert not Path("owned").exists()
+
+
+# --- more hosts than this supervision is for -----------------------------------------------------------------------
+
+
+def test_the_torchrun_command_of_the_documentation_trains(shapes, tiny, tmp_path):
+    """With two nodes of one process each, both on this machine."""
+    page = (PROJECT / "docs/cluster.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("torchrun ")]
+    words = shlex.split(line)
+    assert "--nnodes=128" in words and "--rdzv-endpoint=node001:29500" in words
+    port = free_port()
+    changes = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+        "--nnodes=128": ["--nnodes=2"],
+        "--nproc-per-node=8": ["--nproc-per-node=1"],
+        "--rdzv-endpoint=node001:29500": [f"--rdzv-endpoint=127.0.0.1:{port}"],
+        "spt-lsa": [str(tiny)],
+    }
+    command = [word for given in words for word in changes.get(given, [given])]
+    command += ["--data-dir", str(shapes), "--runs-dir", str(tmp_path), "--max-steps", "3"]
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            command, cwd=PROJECT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    texts = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert any("x 2 process" in text for text in texts) and (tmp_path / "big/weights.safetensors").exists()
