@@ -2,6 +2,7 @@
 
     python cluster/failure_trial.py                        prints a table; needs root, openssh-server, iproute2 and
     minutes python cluster/failure_trial.py --only "cable cut"     one row; repeat for more
+    python cluster/failure_trial.py --launcher torchrun    the same events under torchrun, as a baseline
 
 The hosts are network namespaces (simulated_hosts.py) that train a tiny network. After the first checkpoint, a process
 is killed or a cable cut, and the time is measured until the last process of training has ended on both hosts.
@@ -29,7 +30,12 @@ from config.command_line import Parser  # noqa: E402
 
 START_SECONDS, END_SECONDS = 180, 180  # upper limits, for a busy machine
 TINY = ("patch=8", "width=32", "depth=2", "heads=2", "head_size=16", "feed_forward_options.hidden=48")
-OURS = ("train.py", "deepspeed.launcher", "agent.py")  # part of the commands of a job's processes on a host
+OURS = (
+    "train.py",
+    "deepspeed.launcher",
+    "agent.py",
+    "torch.distributed.run",
+)  # part of the commands of a job's processes on a host
 
 
 @dataclass
@@ -37,7 +43,7 @@ class Trial:
     """Training that runs on both hosts."""
 
     hosts: Hosts
-    launcher: subprocess.Popen
+    launchers: list[subprocess.Popen]  # one on the first host; with torchrun one on each
     run: Path
 
     def newest(self) -> int:
@@ -73,10 +79,11 @@ class Trial:
                 os.kill(pid, signal.SIGKILL)
 
     def kill_launcher(self) -> None:
-        self.launcher.kill()
+        self.launchers[0].kill()
 
     def stop_launcher(self) -> None:
-        self.launcher.terminate()
+        for launcher in self.launchers:
+            launcher.terminate()
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Event:
 
     cause: Callable[[Trial], None]
     restarts: int = 0
+    only_this: bool = False  # torchrun has no such process
 
 
 EVENTS = {
@@ -93,11 +101,11 @@ EVENTS = {
     "cable cut": Event(Trial.cut_cable),
     "all cables cut (the switch)": Event(Trial.cut_all_cables),
     "first host lost, with the launcher on it": Event(Trial.lose_first_host),
-    "agent killed": Event(Trial.kill_agent),
+    "agent killed": Event(Trial.kill_agent, only_this=True),
     "launcher killed": Event(Trial.kill_launcher),
     "SIGTERM to the launcher": Event(Trial.stop_launcher),
-    "rank killed, `--restarts 1`: both hosts train again": Event(Trial.kill_rank, restarts=1),
-    "cable cut, `--restarts 1`: the first host trains on alone": Event(Trial.cut_cable, restarts=1),
+    "rank killed, `--restarts 1`: both hosts train again": Event(Trial.kill_rank, restarts=1, only_this=True),
+    "cable cut, `--restarts 1`: the first host trains on alone": Event(Trial.cut_cable, restarts=1, only_this=True),
 }
 
 
@@ -114,13 +122,22 @@ def main() -> int:
         metavar="WORDS",
         help="events whose names contain these words; repeat for more (default: all)",
     )
+    parser.add_argument(
+        "--launcher",
+        choices=("this", "torchrun"),
+        default="this",
+        help="launcher to measure: launch_distributed_train.sh, or torchrun on each host (default: this)",
+    )
     args = parser.parse_args()
     if reason := simulated_hosts.missing():
         print(f"error: hosts cannot be simulated on this machine: {reason}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the hosts are removed first
+    is_torchrun = args.launcher == "torchrun"
     chosen = {
-        name: event for name, event in EVENTS.items() if not args.only or any(words in name for words in args.only)
+        name: event
+        for name, event in EVENTS.items()
+        if (not args.only or any(words in name for words in args.only)) and not (is_torchrun and event.only_this)
     }
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder, "hosts"), 2) as hosts:
         Path(folder, "hostfile").write_text("box1 slots=1\nbox2 slots=1\n")
@@ -139,12 +156,13 @@ def main() -> int:
             flush=True,
         )
         for number, (name, event) in enumerate(chosen.items()):
-            print(f"| {name} | {' | '.join(measure(hosts, Path(folder), f'run{number}', event))} |", flush=True)
+            cells = measure(hosts, Path(folder), f"run{number}", event, is_torchrun)
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return 0
 
 
-def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, str, str]:
-    """Start training, cause the event, and measure: (seconds, seconds of the launcher, exit code)."""
+def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: bool) -> list[subprocess.Popen]:
+    """Start training on both hosts; the output goes to folder/NAME.log."""
     arguments = [
         "--preset",
         "cpu",
@@ -157,21 +175,39 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
         "10000",
         "--name",
         name,
-        "--restarts",
-        str(event.restarts),
     ]
+    commands = {"box1": [PROJECT / "launch_distributed_train.sh", *arguments, "--restarts", str(restarts)]}
+    variables = {"HOSTFILE": f"{folder}/hostfile", "PYTHON": sys.executable}
+    if is_torchrun:
+        options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-id={name}"]
+        options.append(f"--rdzv-endpoint={simulated_hosts.ADDRESSES}.1:29500")
+        # HANG_SECONDS is what launch_distributed_train.sh sets; torchrun would leave PyTorch's 10 minutes.
+        variables = {"GLOO_SOCKET_IFNAME": "eth0", "HANG_SECONDS": "50"}
+        commands = {
+            host: [sys.executable, "-m", "torch.distributed.run", *options, PROJECT / "train.py", *arguments]
+            for host in hosts.names
+        }
+        for number, words in enumerate(commands.values(), start=1):
+            words.insert(3, f"--local-addr={simulated_hosts.ADDRESSES}.{number}")
+    with (folder / f"{name}.log").open("w") as output:
+        return [
+            subprocess.Popen(
+                hosts.command(host, words),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=hosts.environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", **variables),
+            )
+            for host, words in commands.items()
+        ]
+
+
+def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bool) -> tuple[str, str, str]:
+    """Start training, cause the event, and measure: (seconds, seconds of the launcher, exit code)."""
     log = folder / f"{name}.log"
-    with log.open("w") as output:
-        launcher = subprocess.Popen(
-            hosts.command("box1", [PROJECT / "launch_distributed_train.sh", *arguments]),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=hosts.environment(
-                HOSTFILE=f"{folder}/hostfile", PYTHON=sys.executable, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
-            ),
-        )
-    trial = Trial(hosts, launcher, folder / "runs" / name)
+    launchers = start(hosts, folder, name, event.restarts, is_torchrun)
+    launcher = launchers[0]
+    trial = Trial(hosts, launchers, folder / "runs" / name)
     try:
         wait_until(lambda: launcher.poll() is not None or trial.newest(), START_SECONDS, lambda: read(str(log)))
         assert launcher.poll() is None, read(str(log))
@@ -202,8 +238,9 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
     finally:
         for host in hosts.names:
             hosts.reconnect(host)
-        launcher.terminate()
-        launcher.wait(END_SECONDS)
+        for launcher in launchers:
+            launcher.terminate()
+            launcher.wait(END_SECONDS)
         wait_until(lambda: not hosts.at_work(), END_SECONDS, lambda: f"left behind: {hosts.at_work()}")
 
 
