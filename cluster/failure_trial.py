@@ -1,9 +1,10 @@
 """Measure how fast a failure ends a job on all hosts, and how fast a restart trains again, on two simulated hosts.
 
-    python cluster/failure_trial.py                        prints a table; needs root, openssh-server, iproute2 and
-    minutes python cluster/failure_trial.py --only "cable cut"     one row; repeat for more
-    python cluster/failure_trial.py --launcher torchrun    the same events under torchrun, as a baseline
+    python cluster/failure_trial.py                        prints a table, after some minutes
+    python cluster/failure_trial.py --only "cable cut"     measures one row; repeat the option for more
+    python cluster/failure_trial.py --launcher torchrun    measures the same events under torchrun, as a baseline
 
+It needs root, openssh-server and iproute2.
 The hosts are network namespaces (simulated_hosts.py) that train a tiny network. After the first checkpoint, a process
 is killed or a cable cut, and the time is measured until the last process of training has ended on both hosts.
 """

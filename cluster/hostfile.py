@@ -1,7 +1,6 @@
 """Read a hostfile: one machine per line, `[user@]host slots=NUMBER_OF_GPUS`, with `#` comments.
 
-    python3 cluster/hostfile.py hostfile        prints one line `host slots` per machine, or one error message (exit
-    code 1)
+    python3 cluster/hostfile.py hostfile     prints a line `host slots` per machine, or an error message (exit code 1)
 
 DeepSpeed reads the same file less strictly: it takes `node1, slots=2` for a host named "node1,", `slots=2.5` for 2 and
 `slots=0` for a machine, and then waits for that machine. Everything that DeepSpeed would misread is rejected here.

@@ -1,8 +1,8 @@
 """Check in parallel whether training can start on every host of the hostfile, and print what to fix first.
 
-    python cluster/preflight.py                  check the project's hostfile and its dataset data/cifar100 python
-    cluster/preflight.py --hostfile lab --data-dir data/imagenet --measure        also bandwidth and latency python
-    cluster/preflight.py --sync           copy code and dataset to hosts that lack them, create the environment there
+    python cluster/preflight.py              checks the project's hostfile and its dataset data/cifar100
+    python cluster/preflight.py --hostfile lab --data-dir data/imagenet --measure        also bandwidth and latency
+    python cluster/preflight.py --sync       copies code and dataset to hosts that lack them, creates the environment
 
 Prints a table with one row per host. Exit codes: 0 training can start, 3 something must be fixed, 2 the hostfile is
 wrong. ./launch_distributed_train.sh runs the same check before each start.

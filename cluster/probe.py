@@ -1,7 +1,6 @@
 """Report one host's state to the preflight: code, Python environment, GPUs, data, disk space, addresses and clock.
 
-    python3 cluster/probe.py '{"project": "/path/of/the/project", "python": "/path/of/python", "data":
-    "/path/of/the/data"}'
+    python3 cluster/probe.py '{"project": "/path/of/project", "python": "/path/of/python", "data": "/path/of/data"}'
 
 Prints one line, `probe:` and JSON. The preflight sends this file over SSH to a bare `python3 -`, because the project
 may not be there yet. So it uses only the standard library of Python 3.6, and whatever is missing is reported, not

@@ -1,7 +1,7 @@
 """Test a connection between two hosts: whether one reaches the other, by which address, and how fast.
 
-    python3 cluster/reachability.py '{"role": "listen", "token": "x", "seconds": 20}' python3 cluster/reachability.py
-    '{"role": "connect", "token": "x", "port": 23456, "addresses": ["10.0.0.1"], "measure": true}'
+    python3 cluster/reachability.py '{"role": "listen", "token": "x", "seconds": 20}'
+    python3 cluster/reachability.py '{"role": "connect", "token": "x", "port": 23456, "addresses": ["10.0.0.1"]}'
 
 Prints lines of `reachability:` and JSON. Like probe.py, it is sent over SSH to a bare `python3 -` (3.6 or newer).
 """

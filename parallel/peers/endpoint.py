@@ -3,8 +3,8 @@
 A peer listens on one address of its machine and on no other, with three things: at `port` a store, where newcomers
 read the facts of the run and where it meets; at `port + 1` torchft's lighthouse, which keeps the membership; and on
 ports that the system chooses, a socket that only accepts connections (it tests the path) and, during an exchange,
-Gloo's sockets. Every peer
-has a lighthouse, so that the run outlives any single peer: all meet at the first lighthouse that answers.
+Gloo's sockets. Every peer has a lighthouse, so that the run outlives any single peer: all meet at the first one that
+answers.
 """
 
 from __future__ import annotations

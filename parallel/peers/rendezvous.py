@@ -1,17 +1,16 @@
 """Choose the peers of an exchange (by torchft's lighthouse) and average with them (in a Gloo group).
 
 torchft's `Manager` is not used: it listens on every network of the machine, lets any client end the process, and
-unpickles what it receives. Its lighthouse and client are enough, because an exchange needs nothing from the one
-before:
+unpickles what it receives. Its lighthouse and client are enough, because no exchange needs anything from
+the one before:
 
 1. The peer asks the lighthouse for a quorum: all peers whose heartbeats it receives, once they have asked too.
 2. Peers that do not fit (membership.py) are left out and named. Each member connects to every other member once. A pair
    without a path is announced with the next quorum, and all leave out the same member of it.
 3. The members make a Gloo group for this one exchange. Idle connections do not survive minutes on the internet.
 4. Each member has announced its number of outer steps and a hash of its outer state. The furthest one leads, and
-members
-   with another state take the leader's. This one rule covers late joiners, restarted peers and those whose last
-   exchange failed halfway; after every exchange all members are equal.
+   members with another state take the leader's. This one rule covers late joiners, restarted peers and those whose
+   last exchange failed halfway; after every exchange all members are equal.
 5. They average the weights, then confirm. If a member dies before that, the others begin again at 1. A mean that is not
    finite is replaced by the mean of the finite contributions.
 """

@@ -1,7 +1,7 @@
 """Slurm: its variables become a launcher's; in a real Slurm, preempted training saves, is requeued and finishes.
 
-    ./run_tests.sh tests/parallel/test_slurm.py          ./run_tests.sh tests/parallel/test_slurm.py -m slow      with
-    a real Slurm
+    ./run_tests.sh tests/parallel/test_slurm.py
+    ./run_tests.sh tests/parallel/test_slurm.py -m slow      with a real Slurm
 
 The tests start a real Slurm with two nodes on this machine, which needs root and Debian's packages slurm-wlm and munge.
 """
