@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LOOPBACK = ("127.0.0.1", "localhost")
+from parallel.plain_objects import gather_values
+from parallel.rank_store import LOOPBACK, make_store
 
 
 def local_rank() -> int:
@@ -60,11 +61,11 @@ def init_process_group(timeout_seconds: float = 600) -> torch.device:
         }
         os.environ.update(alone)
     if not dist.is_initialized():
-        limit, store = timedelta(seconds=timeout_seconds), None
+        limit = timedelta(seconds=timeout_seconds)
         if os.environ["MASTER_ADDR"] in LOOPBACK:
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
-            store = loopback_store(limit)
+        store = make_store(limit)
         numbers = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, **numbers)
     return device
@@ -77,26 +78,6 @@ def destroy_process_group() -> None:
     control_group.cache_clear()
 
 
-def loopback_store(limit: timedelta) -> dist.Store | None:
-    """Where the processes of this machine meet, on the loopback interface alone: PyTorch's own listens on all of them.
-
-    None where torchrun has made one already, or where this PyTorch (2.0) cannot be told.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(
-        dist.TCPStore.__init__.__doc__
-    ):
-        return None
-    port, world_size, is_first = (
-        int(os.environ["MASTER_PORT"]),
-        int(os.environ["WORLD_SIZE"]),
-        os.environ["RANK"] == "0",
-    )
-    if not is_first:
-        return dist.TCPStore("127.0.0.1", port, world_size, False, limit)
-    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
-    return dist.TCPStore("127.0.0.1", port, world_size, True, limit, master_listen_fd=listener.detach())
-
-
 @cache
 def control_group() -> dist.ProcessGroup:
     """A Gloo group of all processes for the small messages of the loop, which must not wait for a GPU's queue."""
@@ -106,10 +87,7 @@ def control_group() -> dist.ProcessGroup:
 def all_gather_objects(value: Any) -> list[Any]:
     """Every process's value, by rank, on every process; joins them first. Collective."""
     init_process_group()
-    values: list[Any] = [value] * dist.get_world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=control_group())
-    return values
+    return gather_values(value, control_group()) if dist.get_world_size() > 1 else [value]
 
 
 def limit_waits(at_least: float = 0.0) -> None:

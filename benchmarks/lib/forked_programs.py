@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.lib.private_folder import private_folder
 from common.paths import PROJECT
 
 LIMIT_SECONDS = 180  # of one program; a hang, not a slow machine
@@ -45,7 +46,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_EXTENSIONS_DIR": str(Path(tempfile.gettempdir()) / f"test-extensions-{os.getuid()}"),
+    "TORCH_EXTENSIONS_DIR": str(private_folder("test-extensions")),
 }
 LAUNCHED = (
     "RANK",
