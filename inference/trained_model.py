@@ -125,7 +125,7 @@ def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str
     from safetensors.torch import load_file
 
     from model import build_model
-    from parallel.buffers import normalise_in_fp32
+    from parallel.buffers import normalize_in_fp32
 
     settings = Settings.from_dict(facts["settings"])
     side = settings.image_side or facts["dataset"]["image_side"]
@@ -137,7 +137,7 @@ def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str
             f"{weights} is damaged or holds the weights of another network: {str(error).splitlines()[0]}"
         ) from None
     if precision == "bf16":  # as in training: buffers, such as BatchNorm's statistics, stay in fp32
-        normalise_in_fp32(model)
+        normalize_in_fp32(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     return model.to(device).eval()

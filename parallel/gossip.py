@@ -1,10 +1,10 @@
-"""Decentralised training: every worker steps on its own gradient, then averages its weights with a few neighbours.
+"""Decentralized training: every worker steps on its own gradient, then averages its weights with a few neighbors.
 
-Adapt, then combine: on the complete graph with SGD the mean of x_i - lr g_i is x - lr mean(g), which is SGD on the
-global batch; sparser graphs move less data a step and let the workers differ a little. Adam's moments stay each
-worker's own (DAdam, arXiv 1901.09109), or take in several steps at once (AccumAdam, arXiv 2410.11998). Clipping is by
-the worker's own gradient. It is an implementation of its own because the package decent-dp cannot resume, and because
-DeepSpeed's stages above 0 shard the optimiser over the very workers that are to differ.
+This is adapt-then-combine. On the complete graph with SGD, the mean of x_i - lr g_i is x - lr mean(g), which is SGD on
+the global batch. Sparser graphs send less data per step and let the workers differ a little. Adam's moments stay local
+to each worker (DAdam, arXiv 1901.09109), or several steps enter them at once (AccumAdam, arXiv 2410.11998). Clipping
+uses the worker's own gradient. This is a separate implementation because the package decent-dp cannot resume, and
+because DeepSpeed's stages above 0 shard the optimizer over the workers, which must differ here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from parallel.topologies import Round, rounds_of
 
 
 class Engine(MultiWorkerEngine):
-    """A worker that averages with its group of the current round after every step."""
+    """A worker that averages its weights with its group of the current round after every step."""
 
     name = "gossip"
     used_settings = frozenset({"topology", "moment_steps"})
@@ -40,7 +40,9 @@ class Engine(MultiWorkerEngine):
         config = self.settings.engine["optimizer"]
         if config["type"] not in ("Adam", "AdamW"):
             raise SettingsError(
-                f"parallel.moment_steps={window} is about Adam's moments, which optimizer.type={config['type']} does not have"
+                f"parallel.moment_steps={window} needs Adam's moments, which optimizer.type={config['type']} "
+                "does not have; "
+                "choose optimizer.type=AdamW or leave it at 1"
             )
         params = config["params"]
         try:
@@ -48,7 +50,7 @@ class Engine(MultiWorkerEngine):
             return AccumAdam(groups, **params, window=window, decoupled=config["type"] == "AdamW")
         except (TypeError, ValueError) as error:
             raise SettingsError(
-                f"parallel.moment_steps={window} does not go with optimizer.params as they stand: {error}"
+                f"parallel.moment_steps={window} cannot be combined with these optimizer.params: {error}"
             ) from error
 
     @torch.no_grad()
@@ -64,7 +66,7 @@ class Engine(MultiWorkerEngine):
 
 
 def join_groups(rounds: list[Round]) -> list[dist.ProcessGroup]:
-    """This process's group in each round. Collective: every process makes every group, in the same order."""
+    """Return this process's group in each round. Collective: every process creates every group, in the same order."""
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     mine = []
     for groups in rounds:

@@ -1,4 +1,4 @@
-"""Named tensors on their way between processes."""
+"""Transfer of named tensors between processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ State = dict[str, Tensor]
 
 
 def broadcast_tensors(state: State | None) -> State:
-    """The main process's tensors, on the CPU of every process. Collective."""
+    """Return the main process's tensors on the CPU of every process. Collective."""
     if dist.get_world_size() == 1:
         return state
     own = [(key, value.shape, value.dtype) for key, value in state.items()] if state is not None else None
@@ -25,7 +25,7 @@ def broadcast_tensors(state: State | None) -> State:
 
 
 def gather_tensors(state: State) -> list[State] | None:
-    """The CPU tensors of every process, by rank, on the main process; None elsewhere. Collective."""
+    """Return the CPU tensors of every process, by rank, on the main process; None elsewhere. Collective."""
     if dist.get_rank():
         _send(state, 0)
         return None
@@ -33,7 +33,7 @@ def gather_tensors(state: State) -> list[State] | None:
 
 
 def scatter_tensors(states: list[State] | None) -> State:
-    """The inverse of `collect`: to each process its own. Collective."""
+    """Inverse of `gather_tensors`: send each process its own tensors. Collective."""
     if dist.get_rank():
         return _receive(0)
     for rank, state in enumerate(states):

@@ -55,7 +55,7 @@ def test_from_the_gpu_to_the_cpu_only_when_allowed(shapes, tiny, tmp_path):
         *common,
     ]
     refused = on_gpu(*on_cpu)
-    assert refused.returncode == 1 and "kind of device: GPU before, CPU now" in refused.stderr
+    assert refused.returncode == 1 and "device type: GPU before, CPU now" in refused.stderr
     done = on_gpu(*on_cpu, "--allow-inexact-resume")
     assert done.returncode == 0 and "resuming  after step 6" in done.stdout, done.stderr
 
@@ -81,7 +81,7 @@ def test_the_largest_micro_batch_is_found_and_too_large_a_one_is_told_with_the_o
         "wide",
     ]
     full = on_gpu(*common)
-    assert full.returncode == 1 and "the GPU has no room for 256 images at once, but for " in full.stderr, full.stderr
+    assert full.returncode == 1 and "out of GPU memory with a micro-batch of 256 images; " in full.stderr, full.stderr
     done = on_gpu(*common, "--micro-batch", "auto")
     assert done.returncode == 0 and "the largest that the GPU has room for" in done.stdout, done.stderr
     assert RunFolder(tmp_path / "wide").facts()["batch"]["total"] == 256

@@ -31,7 +31,7 @@ REFUSED = {  # strategy and settings: what the sentence says
     ): "needs 2, 4, 8, ... machines .* not 2 processes with 2 on this machine",
     ("gossip", ("parallel.moment_steps=2", "optimizer.type=SGD")): "parallel.moment_steps=2 is about Adam's moments",
     ("gossip", ("parallel.moment_steps=0",)): "parallel.moment_steps=0 does not go .* a window of 0 steps",
-    ("local", ("parallel.local_steps=0",)): "parallel.local_steps must be at least 1, not 0",
+    ("local", ("parallel.local_steps=0",)): "parallel.local_steps must be >= 1, got 0",
     ("local", ("parallel.outer_momentum=1.0",)): "parallel.outer_momentum in 0..1, not 0.7 and 1.0",
     ("pipeline", ("zero_optimization.stage=2",)): "pipeline works with zero_optimization.stage 0 or 1, not 2",
     (
@@ -46,7 +46,7 @@ REFUSED = {  # strategy and settings: what the sentence says
     ("pipeline", ("parallel.partition=size",)): "unknown parallel.partition 'size'",
     ("pipeline", ("parallel.partition=time",)): "give the image side with --set image_side=32",
     ("dp", ()): "strategy dp shares a batch among the GPUs of one machine, and there are 0 here",
-    ("ddp", ("train_batch_size=7",)): "train_batch_size=7 cannot be cut into 2 data-parallel processes",
+    ("ddp", ("train_batch_size=7",)): "train_batch_size=7 is not divisible by 2 data-parallel processes",
     ("ddp", ("optimizer.type=AdamWW",)): "unknown optimizer.type 'AdamWW'",
     (
         "gossip",

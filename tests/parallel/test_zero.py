@@ -233,7 +233,7 @@ REFUSED = {
     ("zero_optimization.stage=4",): "zero_optimization.stage is 0, 1, 2 or 3, not 4",
     (
         "train_batch_size=7",
-    ): "train_batch_size=7 cannot be cut into 2 data-parallel processes .* choose a multiple of 2",
+    ): "train_batch_size=7 is not divisible by 2 data-parallel processes .* choose a multiple of 2",
     ("gradient_accumulation_steps=8",): "train_batch_size=8 .* gradient_accumulation_steps=8; choose a multiple of 16",
     ("optimizer.type=AdamWW",): "unknown optimizer.type 'AdamWW'; did you mean 'AdamW'",
     (

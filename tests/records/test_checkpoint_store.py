@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monke
     with pytest.raises(
         RunError,
         match=r"the checkpoint after step 4 could not be written \(No space left on device: .* are free in .*; "
-        "the one after step [24] is whole; mend the disk and start the same run again",
+        "the one after step [24] is intact; free or repair the disk and start the same run again",
     ):
         store(record, keep=1).write(4, STATE, texts(4))
     monkeypatch.undo()
@@ -154,7 +154,7 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed_when_writing(tmp_path, mo
 
     store(RunFolder(tmp_path)).write(2, STATE, texts(2))
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: {**STATE, "weights/a": STATE["weights/a"] + 1e-6})
-    with pytest.raises(RunError, match="gives back other bytes than were written to it"):
+    with pytest.raises(RunError, match="returns other bytes than were written"):
         store(RunFolder(tmp_path)).write(4, STATE, texts(4))
     assert checkpoints(RunFolder(tmp_path)) == ["step-00000002"]
 
@@ -218,19 +218,19 @@ BEFORE = {
         (
             {"processes": 1, "micro_batch": 64},
             False,
-            ["processes: 2 before, 1 now", "images a micro-batch: 32 before, 64 now"],
+            ["processes: 2 before, 1 now", "micro-batch size: 32 before, 64 now"],
             [],
         ),
         (
             {"processes": 1, "micro_batch": 64},
             True,
             ["processes: 2 before, 1 now"],
-            ["images a micro-batch: 32 before, 64 now (BatchNorm"],
+            ["micro-batch size: 32 before, 64 now (BatchNorm"],
         ),
         (
             {"strategy": "ddp", "stage": None},
             False,
-            ["strategy: zero before, ddp now (the same sums, rounded in another order)"],
+            ["strategy: zero before, ddp now (same sums, rounded in another order)"],
             [],
         ),
         (
@@ -248,7 +248,7 @@ BEFORE = {
             {"device": "GPU", "device_name": "H200", "threads": None},
             False,
             [],
-            ["kind of device: CPU before, GPU now (another arithmetic"],
+            ["device type: CPU before, GPU now (other arithmetic"],
         ),
         (
             {"precision": "autocast", "deterministic": True, "source": "resident"},
@@ -324,7 +324,7 @@ def test_one_process_at_a_time(tmp_path):
     first, second = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "mine")
     first.lock()
     with pytest.raises(
-        RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait for its end, stop it"
+        RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait until it ends, stop it"
     ):
         second.lock()
     with pytest.raises(RunError, match="is in use"):
@@ -363,7 +363,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         RunError,
-        match=r"metrics.jsonl could not be written \(No space left on device\); what stood there before is untouched",
+        match=r"metrics.jsonl could not be written \(No space left on device\); its previous content is unchanged",
     ):
         write_atomically(path, "new")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -14,7 +14,7 @@ import torch
 
 from parallel.process_group import pick_device
 from records.run_folder import RunFolder
-from train import default_preset
+from training.run_setup import default_preset
 from training import console
 from training.console import NORMAL, QUIET, VERBOSE, Console
 

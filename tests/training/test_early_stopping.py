@@ -88,7 +88,9 @@ def test_a_run_that_does_not_get_better_ends_and_says_so(training, runs):
     *early, last = record.metrics()
     assert last["epoch"] == 4 and last["ended_early"] is True and not any("ended_early" in line for line in early)
     assert "test_accuracy" in last and not any("test_accuracy" in line for line in early)  # looked at once, at the end
-    assert "ended early: no better validation accuracy than" in done.out and "for 3 epochs (--patience 3)" in done.out
+    assert (
+        "early stopping: no better validation accuracy than" in done.out and "for 3 epochs (--patience 3)" in done.out
+    )
     assert record.facts()["patience"] == 3
     again = run("train.py", *training, "--name", "impatient", *STANDING_STILL, code=1)
     assert "is finished; evaluate it" in again.err
@@ -105,7 +107,4 @@ def test_its_patience_survives_a_stop(training, runs):
 
 def test_patience_needs_a_held_out_part(training):
     done = run("train.py", *training, "--name", "no-part", "--patience", 3, code=1)
-    assert (
-        done.err.strip()
-        == "error: --patience waits for a better accuracy on a held-out part, and there is none; give --hold-out 0.1"
-    )
+    assert done.err.strip() == "error: --patience needs a validation split: add --hold-out 0.1"

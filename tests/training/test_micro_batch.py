@@ -48,11 +48,11 @@ def test_the_global_batch_stays():
         assert micro * accumulation_for(micro, 96, 4) * 4 == 96
     with pytest.raises(
         SettingsError,
-        match="--micro-batch 5: a global batch of 96 on 4 processes is not made of such parts; choose 3, 4, 6 or",
+        match=r"--micro-batch 5 does not divide a global batch of 96 on 4 process\(es\); choose 3, 4, 6 or",
     ):
         accumulation_for(5, 96, 4)
     with pytest.raises(
-        SettingsError, match="train_batch_size=10 cannot be cut into 4 data-parallel processes; choose a multiple of 4"
+        SettingsError, match="train_batch_size=10 is not divisible by 4 data-parallel processes; choose a multiple of 4"
     ):
         sizes(10, 4)
 
@@ -80,9 +80,13 @@ def test_a_trial_is_a_training_step_and_survives_running_out_of_memory():
     [
         (
             20,
-            "the GPU has no room for 64 images at once, but for 16: start the same run again with --micro-batch 16, of which 4 a process make the same",
+            "out of GPU memory with a micro-batch of 64 images; 16 fit. Start the same run again with --micro-batch 16: "
+            "4 accumulation steps give the same global batch",
         ),
-        (0, "the GPU has no room for 64 images at once, nor for fewer: take a smaller network"),
+        (
+            0,
+            "out of GPU memory with a micro-batch of 64 images, and smaller ones do not fit either; choose a smaller network",
+        ),
     ],
 )
 def test_the_advice_names_what_fits(room, sentence):

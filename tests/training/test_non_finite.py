@@ -144,7 +144,7 @@ def test_a_state_that_is_not_a_number_is_never_saved(tmp_path):
     saver.write(Snapshot(4, {"weights/a": weights["a"]}, {}, {"weights.safetensors": weights}, [0.0], 0.0), Progress())
     with pytest.raises(
         RunError,
-        match="weights/a is not a number after step 4, so this state is not saved; the last checkpoint is untouched",
+        match="weights/a contains NaN after step 4, so this state is not saved; the last checkpoint is unchanged",
     ):
         saver.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
@@ -176,7 +176,7 @@ def test_a_bad_step_stops_the_run_with_its_images_and_can_be_skipped(training, r
     done = Program(poisoned_train, (1, 2, *words), {}).end()
     assert (
         done.code == 1
-        and f"error: the loss is nan at optimiser step {bad_step}; the last checkpoint is untouched" in done.err
+        and f"error: the loss is nan at optimizer step {bad_step}; the last checkpoint is unchanged" in done.err
     )
     assert "--skip-bad-steps" in done.err and "Traceback" not in done.err
     record = RunFolder(runs / "poisoned")
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(train
     before = (record.newest_checkpoint() / "state.safetensors").read_bytes()
     done = run("train.py", *exploding, code=1)
     assert (
-        "error: the loss is nan at optimiser step 2; the last checkpoint is untouched" in done.err
+        "error: the loss is nan at optimizer step 2; the last checkpoint is unchanged" in done.err
         and "Traceback" not in done.err
     )
     assert (

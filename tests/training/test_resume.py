@@ -29,7 +29,7 @@ def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(t
         said = run("train.py", *training, "--name", "stopped", "--stop-at", step, code=STOPPED).out
         assert f"stopped after step {step} and saved" in said and record.newest_checkpoint().name == f"step-{step:08d}"
         assert not (record.folder / "weights.safetensors").exists() or step > STEPS_PER_EPOCH
-    assert "resuming  after step 6 of 48" in said and "not the same to the bit" not in said
+    assert "resuming  after step 6 of 48" in said and "not bitwise the same" not in said
     said = run("train.py", *training, "--name", "stopped").out
     assert "resuming  after step 8 of 48" in said
     assert_same_as(record, unbroken)
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken)
     said = run("train.py", *training, "--name", "killed").out
     assert f"resuming  after step {step}" in said
     assert (
-        "note      the run ended while step-00000099 was being written; what there is of it is now state/damaged-step-00000099"
+        "note      the run ended while step-00000099 was being written; the partial checkpoint is now state/damaged-step-00000099"
         in said
     )
     assert f"note      run.json was lost or damaged, and is restored from step-{step:08d}" in said
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_serves(training
     )  # it was the last one's
     said = run("train.py", *training, "--name", "damaged").out
     assert (
-        "note      step-00000046 is damaged (state.safetensors is not what was written); it is now state/damaged-step-00000046"
+        "note      step-00000046 is damaged (state.safetensors does not match its checksum); it is now state/damaged-step-00000046"
         in said
     )
     assert "resuming  after step 44 of 48" in said
@@ -128,8 +128,8 @@ def test_when_no_checkpoint_is_whole_nothing_is_overwritten(training, runs, unbr
     (record.folder / "state" / "step-00000044" / "engine.json").unlink()
     weights = (record.folder / "weights.safetensors").read_bytes()
     for sentence in (
-        "has 12 finished epochs, but no checkpoint that is whole; step-00000044 is damaged (engine.json is missing)",
-        "has 12 finished epochs, but no checkpoint that is whole. Start over with --fresh",
+        "has 12 finished epochs, but no intact checkpoint; step-00000044 is damaged (engine.json is missing)",
+        "has 12 finished epochs, but no intact checkpoint. Start over with --fresh",
     ):
         done = run("train.py", *training, "--name", "all-damaged", code=1)
         assert sentence in done.err and "Traceback" not in done.err
@@ -167,7 +167,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_room_lets_it_go_on(trainin
     assert (
         done.code == 1
         and "No space left on device" in done.err
-        and "mend the disk" in done.err.lower()
+        and "free or repair the disk" in done.err.lower()
         and "Traceback" not in done.err
     )
     record = RunFolder(small_disk / "full")
@@ -183,7 +183,7 @@ def test_a_write_that_fails_in_the_background_ends_the_run_with_a_sentence(train
     done = Program(limited, (100_000, *words), {}).end()  # the weights fit, the state does not
     assert done.code == 1 and "error: the checkpoint after step 3 could not be written (File too large" in done.err
     assert (
-        "there is none before it; mend the disk and start the same run again" in done.err
+        "there is no earlier one; free or repair the disk and start the same run again" in done.err
         and "Traceback" not in done.err
     )
     run("train.py", *words)
@@ -199,8 +199,7 @@ def test_going_on_in_another_way_is_refused_with_the_reason_or_allowed_and_noted
     words = [*training, "--name", "moved", "--source", "resident"]
     done = run("train.py", *words, code=1)
     assert (
-        "would not go on as the same training: source of the images: tensor before, resident now (pixels differ by"
-        in done.err
+        "would not resume as the same training: image source: tensor before, resident now (pixels differ by" in done.err
     )
     assert (
         "--allow-inexact-resume" in done.err
@@ -209,7 +208,7 @@ def test_going_on_in_another_way_is_refused_with_the_reason_or_allowed_and_noted
     )
     said = run("train.py", *words, "--allow-inexact-resume", "--strategy", "ddp").out
     assert (
-        "note      from step 44 on not the same to the bit as an unbroken run: strategy: zero before, ddp now (the same sums"
+        "note      from step 44 on not bitwise the same as an uninterrupted run: strategy: zero before, ddp now (same sums"
         in said
     )
     assert "source of the images: tensor before, resident now" in said
@@ -236,10 +235,10 @@ def test_two_processes_go_on_with_the_same_bits_and_one_with_a_note(training, ru
     assert_same_as(stopped, RunFolder(runs / "pair"))
     said = run("train.py", *common, "--name", "pair-to-one").out
     assert (
-        "note      from step 6 on not the same to the bit as an unbroken run: processes: 2 before, 1 now (the same sums"
+        "note      from step 6 on not bitwise the same as an uninterrupted run: processes: 2 before, 1 now (same sums"
         in said
     )
-    assert "dropout draws other masks" in said and "images a micro-batch: 32 before, 64 now" in said
+    assert "other dropout masks" in said and "micro-batch size: 32 before, 64 now" in said
     assert results(alone)[0] == results(stopped)[0] and len(results(alone)) == 2
 
 
