@@ -165,8 +165,8 @@ def _join_in_thread(device: torch.device, timeout_seconds: float) -> None:
                 rank, world_size, meeting, timeout_seconds,
             )  # fmt: skip
     if failures:
-        error = failures[0]
-        if isinstance(error, (RuntimeError, OSError, ValueError)) and not isinstance(error, UserError):  # PyTorch's store
+        error = failures[0]  # of PyTorch's store, unless it is ours
+        if isinstance(error, (RuntimeError, OSError, ValueError)) and not isinstance(error, UserError):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(
                 f"process {rank} of {world_size} could not join the others at {meeting}: {reason}. "
