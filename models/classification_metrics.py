@@ -20,7 +20,8 @@ class ClassificationCounts:
     Attributes:
         counts: int64 (3,): correct, correct among the five likeliest, seen.
         loss_sum: float64: summed cross-entropy.
-        confusion: int64 (K * K,): row by row, rows are true classes and columns predicted ones; None without `num_classes`.
+        confusion: int64 (K * K,): row by row, rows are true classes and columns predicted ones; None without
+        `num_classes`.
     """
 
     def __init__(self, device: torch.device, num_classes: int | None = None):

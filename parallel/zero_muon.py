@@ -1,7 +1,7 @@
 """How the flat tensors that ZeRO's optimisers update hold matrices, for Muon, which must see them whole.
 
 A step then gathers what Muon would move each matrix by, as it stands in all processes: as many numbers as the hidden
-matrices have, once a step. Every process orthogonalises them all, and keeps its own part.
+matrices have, once a step. Every process orthogonalizes them all, and keeps its own part.
 """
 
 from __future__ import annotations
