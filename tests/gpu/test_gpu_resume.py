@@ -111,5 +111,5 @@ def test_the_largest_micro_batch_is_found_and_named_in_the_error_of_a_larger_one
     full = on_gpu(*common)
     assert full.returncode == 1 and "out of GPU memory with a micro-batch of 256 images; " in full.stderr, full.stderr
     done = on_gpu(*common, "--micro-batch", "auto")
-    assert done.returncode == 0 and "the largest that the GPU has room for" in done.stdout, done.stderr
+    assert done.returncode == 0 and "the largest that fits into GPU memory" in done.stdout, done.stderr
     assert RunFolder(tmp_path / "wide").facts()["batch"]["total"] == 256
