@@ -303,7 +303,7 @@ arms = [{{name = "plain", idea = "As ever."}}, {{name = "gated", idea = "A gate.
     wait_until(lambda: len(list(tmp_path.glob("runs/gate/*/state/step-*"))) > 1, LIMIT_SECONDS, out)
     preempt(slurm, [f"{array}_{i}" for i in (1, 2)], tmp_path, out)
     report = json.loads((tmp_path / "results/gate/report.json").read_text())
-    assert report["missing"] == {} and "stopped; start the same comparison again to go on" in out()
+    assert report["missing"] == {} and "stopped; start the same command again to resume" in out()
     started = [re.findall(r"\] (\S+) started", path.read_text()) for path in sorted(project.glob("slurm-*.out"))]
     assert len(started) == 2 and not set(started[0]) & set(started[1])  # no run is made by two elements
     assert {*started[0], *started[1]} == {f"{arm}-seed{seed}" for arm in ("plain", "gated") for seed in (0, 1)}
