@@ -64,7 +64,14 @@ def schedules() -> str:
     return "\n".join(rows)
 
 
-OTHERS = {"optimizer": optimizers, "schedule": schedules}
+def settings() -> str:
+    """Return one table per group of settings, under its heading."""
+    from tools.list_settings import markdown
+
+    return markdown(None, [])
+
+
+OTHERS = {"optimizer": optimizers, "schedule": schedules, "settings": settings}
 
 
 def update(text: str) -> str:
@@ -77,7 +84,7 @@ def update(text: str) -> str:
 if __name__ == "__main__":
     Parser(
         "python tools/update_docs.py",
-        "Write the tables of components, optimizers and schedules into docs/.",
+        "Write the tables of components, optimizers, schedules and settings into docs/.",
         example="python tools/update_docs.py",
     ).parse_args()
     for page in PAGES:
