@@ -1,4 +1,4 @@
-"""What would not train as asked is refused, in a sentence that names it, by the strategy that would not do it."""
+"""Every strategy rejects settings that it would not use, in a sentence that names them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from common.errors import SettingsError
 from parallel.setting_checks import check_unused_settings
 
-REFUSED = {  # strategy and settings: what the sentence says
+REFUSED = {  # strategy and settings: text in the message
     ("ddp", ("zero_optimization.stage=2",)): "strategy ddp would not use zero_optimization.stage=2",
     ("fsdp", ("zero_optimization.stage=0",)): "strategy fsdp would not use zero_optimization.stage=0",
     (
@@ -100,7 +100,7 @@ def on_two(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case[0]}: {' '.join(case[1])}")
-def test_what_would_not_train_as_asked_is_refused(on_two, case):
+def test_an_unusable_setting_is_rejected(on_two, case):
     said = on_two[f"{case[0]}: {' '.join(case[1])}"]
     assert re.search(REFUSED[case], said), said
 
@@ -109,7 +109,7 @@ def test_dp_by_a_launcher_is_refused(on_two):
     assert "start it without a launcher: python train.py --strategy dp" in on_two["dp: by a launcher"]
 
 
-def test_batch_norm_does_not_go_with_an_optimiser_that_averages_itself(on_two):
+def test_batch_norm_does_not_go_with_an_optimizer_that_averages_itself(on_two):
     assert "BatchNorm's statistics would be those of the latter" in on_two["ddp: BatchNorm"]
 
 

@@ -1,4 +1,4 @@
-"""Training without a GPU: precision, compilation and number of processes are chosen for the machine, and every part trains under its preset.
+"""Training without a GPU: precision, compilation and processes suit the machine; every part trains under the preset.
 
 pytest tests/test_cpu.py        no GPU, no data, under a minute
 """
@@ -40,7 +40,7 @@ SMALL = [
 ]
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -72,7 +72,7 @@ def test_dropout_leaves_out_weights_of_explicit_attention_and_keeps_their_mean()
     assert found.std() > 0.05 and abs(found.mean() - 1) < 0.02
 
 
-# --- precision ----------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------------------------
 
 
 def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch):
@@ -109,7 +109,7 @@ def test_the_setting_takes_words_and_truths(value):
         resolve(None, ["bf16.enabled=autocats"])
 
 
-def test_muon_orthogonalises_in_bf16_where_it_is_told_to():
+def test_muon_orthogonalizes_in_bf16_where_it_is_told_to():
     matrices = [torch.randn(24, 16, generator=torch.Generator().manual_seed(0))]
     exact, half = orthogonalise(matrices)[0], orthogonalise(matrices, torch.bfloat16)[0]
     assert half.dtype == torch.float32 and not torch.equal(exact, half)
@@ -118,7 +118,7 @@ def test_muon_orthogonalises_in_bf16_where_it_is_told_to():
     torch.testing.assert_close(standing, exact)
 
 
-# --- compilation --------------------------------------------------------------------------------------------------------
+# --- compilation ----------------------------------------------------------------------------------------------------
 
 
 def test_auto_compiles_on_a_cpu_where_it_pays(monkeypatch):
@@ -150,7 +150,7 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is():
     torch._dynamo.config.suppress_errors = False
 
 
-# --- processes ----------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_launcher_gets_a_number_whatever_the_arguments(monkeypatch, capsys, 
     assert capsys.readouterr().out.split()[0] == number
 
 
-# --- the preset ---------------------------------------------------------------------------------------------------------
+# --- the preset -----------------------------------------------------------------------------------------------------
 
 
 def small(**parts: str):
@@ -191,7 +191,7 @@ def small(**parts: str):
 
 @pytest.mark.parametrize(("kind", "name"), PARTS)
 def test_every_part_trains_under_the_preset(kind, name):
-    """Three steps of its optimiser, in bf16 as on a processor that multiplies it."""
+    """Three steps of its optimizer, in bf16 as on a processor that multiplies it."""
     torch.manual_seed(0)
     settings = small(**{kind: name})
     model = build_model(settings.model, 5, 16)
