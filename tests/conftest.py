@@ -28,6 +28,15 @@ LONGEST = (
 )
 
 
+def pytest_configure() -> None:
+    """Handle SIGINT even where the test runner was started in the background, where shells make it ignored.
+
+    Programs inherit an ignored signal, and bash cannot trap one.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list) -> None:
     """Run the longest files first, so that no worker is left with one at the end."""
     places = {name: place for place, name in enumerate(LONGEST)}

@@ -2,8 +2,8 @@
 
     ./run_tests.sh tests/test_launchers.py
 
-The scripts are copied next to a stub of train.py, and `nvidia-smi` is a fake, so that all machines test the same. Several
-machines:
+The scripts are copied next to a stub of train.py, and `nvidia-smi` is a fake, so that all machines test the same.
+Several machines:
 test_cluster.py.
 """
 

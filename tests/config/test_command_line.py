@@ -260,8 +260,8 @@ def complete(line: str) -> set[str]:
     """What bash offers at the end of `line`, after `source environment/completion.sh`."""
     words = " ".join(f"'{word}'" for word in re.split(r"(=)| ", line) if word is not None)
     script = f"""
-        source environment/completion.sh && COMP_LINE='{line}' COMP_POINT={len(line)} COMP_TYPE=9 COMP_WORDS=({words}) \\
-            COMP_CWORD=$(({len(words.split())} - 1))
+        source environment/completion.sh && COMP_LINE='{line}' COMP_POINT={len(line)} COMP_TYPE=9 \\
+            COMP_WORDS=({words}) COMP_CWORD=$(({len(words.split())} - 1))
         function=$(complete -p {line.split()[0]} 2>/dev/null | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
         "${{function:-_python_argcomplete_global}}" {line.split()[0]} 2>/dev/null
         printf '%s\\n' "${{COMPREPLY[@]}}"

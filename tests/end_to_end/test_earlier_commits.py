@@ -1,8 +1,8 @@
 """Files of commit 5db9433 are read, resumed to the same bits and evaluated: dataset, runs, checkpoint, experiment.
 
 tests/fixtures/made_by_5db9433.zip holds: `dataset` (three classes of generated images of 8 x 8 pixels, prepared),
-`runs/stopped` (stopped after step 5 of 8), `runs/finished` (the same run, uninterrupted) and `comparison` (two variants,
-two seeds, and their report).
+`runs/stopped` (stopped after step 5 of 8), `runs/finished` (the same run, uninterrupted) and `comparison` (two
+variants, two seeds, and their report).
 """
 
 from __future__ import annotations

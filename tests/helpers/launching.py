@@ -43,7 +43,7 @@ time.sleep(0.2)                         # a second signal would come about now
 ranks, latest = int(os.environ["WORLD_SIZE"]), time.time() + 10
 while stop and time.time() < latest and not all((out / f"saved{i}").exists() for i in range(ranks)):
     # As train.py does: the launcher tells the others to stop when the first one leaves.
-    time.sleep(0.01)                  
+    time.sleep(0.01)
 (out / f"ended{rank}").write_text(str(len(stop)))
 sys.exit(75 if stop else int(os.environ.get("STUB_CODE", 0)))
 """

@@ -232,8 +232,8 @@ def test_a_stopped_run_resumes_with_the_same_bits(on_two, case):
 def test_a_state_of_other_workers_is_rejected_by_name(on_two, on_one):
     for strategy, said in zip(("gossip", "local"), on_one["refused"], strict=True):
         assert (
-            f"strategy {strategy} keeps a state for each process: this one was saved by 2 processes and cannot "
-            "go on with 1" in said
+            f"strategy {strategy} keeps one state per process: this one was saved by 2 processes and cannot "
+            "resume with 1" in said
         )
     ddp, gossip = on_two["refused"]
     assert "holds the state of one worker a process, for local, strategy ddp has that of one model" in ddp

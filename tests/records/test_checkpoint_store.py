@@ -204,6 +204,7 @@ BEFORE = {
     "device": "CPU",
     "device_name": "x86",
     "precision": "fp32",
+    "compile": "off",
     "deterministic": False,
     "source": "tensor",
     "torch": "2.11",
@@ -385,7 +386,7 @@ def test_free_disk_space_is_checked_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     with pytest.raises(
         RunError,
-        match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room",
+        match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; free some space",
     ):
         resume.check_room(tmp_path / "new", disk_space_needed(1_000_000, 2), args)
 

@@ -1,6 +1,6 @@
 """Training without a GPU: precision, compilation and processes suit the machine; every part trains under the preset.
 
-pytest tests/test_cpu.py        no GPU, no data, under a minute
+pytest tests/training/test_cpu.py        no GPU, no data, under a minute
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_explicit_attention_is_scaled_dot_product_attention(masked):
 
 def test_attention_takes_the_explicit_form_in_bf16_on_a_cpu_alone(monkeypatch):
     calls = []
-    monkeypatch.setattr("attention.explicit_attention", lambda q, k, v, **_: calls.append(v.dtype) or v)
+    monkeypatch.setattr("models.attention.explicit_attention", lambda q, k, v, **_: calls.append(v.dtype) or v)
     x = torch.ones(1, 1, 2, 4)
     attend(x, x, x)
     assert not calls
@@ -111,7 +111,7 @@ def test_the_setting_takes_words_and_truths(value):
 
 def test_muon_orthogonalizes_in_bf16_where_it_is_told_to():
     matrices = [torch.randn(24, 16, generator=torch.Generator().manual_seed(0))]
-    exact, half = orthogonalise(matrices)[0], orthogonalise(matrices, torch.bfloat16)[0]
+    exact, half = orthogonalise(matrices)[0], orthogonalise(matrices, dtype=torch.bfloat16)[0]
     assert half.dtype == torch.float32 and not torch.equal(exact, half)
     torch.testing.assert_close(half, exact, atol=0.05, rtol=0.05)
     standing = newton_schulz(matrices[0].T[None], torch.float32)[0].T * (0.2 * 24**0.5)
@@ -272,7 +272,7 @@ def bf16_runs() -> dict[str, dict]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_in_bf16_resumes_with_the_same_bits(tmp_path, processes):
-    found = perform(tmp_path / "bf16", processes, reference.job, {}, {}, ["test_cpu:bf16_runs"])
+    found = perform(tmp_path / "bf16", processes, reference.job, {}, {}, ["tests.training.test_cpu:bf16_runs"])
     for result in found.values():
         assert result["precision"] == "autocast"
         assert result["muon"] == (torch.bfloat16 if precision.fast_bf16(CPU) else None)

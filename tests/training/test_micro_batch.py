@@ -103,6 +103,6 @@ def test_auto_uses_the_smallest_size_over_all_gpus(monkeypatch):
     monkeypatch.setattr(
         micro_batch.process_group, "all_gather_objects", lambda value: [value, 16]
     )  # another process has less
-    assert "16 images at once" in chosen.choose("auto")
+    assert "16 images per micro-batch" in chosen.choose("auto")
     assert chosen.settings.engine["gradient_accumulation_steps"] == 4
     assert chosen.choose("8") == "" and chosen.settings.engine["gradient_accumulation_steps"] == 8
