@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import process_group
+from parallel.plain_objects import broadcast_value
 
 
 class Collectives:
@@ -41,9 +42,7 @@ class Collectives:
         """Return the main process's value on every process. Collective."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=process_group.control_group())
-        return box[0]
+        return broadcast_value(value, process_group.control_group())
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """Return every process's value, by rank, on every process. Collective."""

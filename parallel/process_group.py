@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.errors import RunError, SettingsError
+from common.errors import RunError, SettingsError, UserError
 from common.stop_signal import stop_requested
+from parallel.plain_objects import gather_values
+from parallel.rank_store import LOOPBACK, make_store
 
 LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
-LOOPBACK = ("127.0.0.1", "localhost")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DEVICES = ("", "cpu", "cuda")  # values of DS_ACCELERATOR that this project trains with
 SAY_SECONDS = 5.0  # of waiting for other processes before a line says so
@@ -124,11 +125,11 @@ def init_process_group(timeout_seconds: float = 600) -> torch.device:
 
 
 def _join(device: torch.device, timeout_seconds: float) -> None:
-    limit, store = timedelta(seconds=timeout_seconds), None
+    limit = timedelta(seconds=timeout_seconds)
     if os.environ["MASTER_ADDR"] in LOOPBACK:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-        store = loopback_store(limit)
+    store = make_store(limit)
     numbers = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, **numbers)
 
@@ -164,8 +165,8 @@ def _join_in_thread(device: torch.device, timeout_seconds: float) -> None:
                 rank, world_size, meeting, timeout_seconds,
             )  # fmt: skip
     if failures:
-        error = failures[0]
-        if isinstance(error, (RuntimeError, OSError, ValueError)):  # of PyTorch's store
+        error = failures[0]  # of PyTorch's store, unless it is ours
+        if isinstance(error, (RuntimeError, OSError, ValueError)) and not isinstance(error, UserError):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(
                 f"process {rank} of {world_size} could not join the others at {meeting}: {reason}. "
@@ -181,23 +182,6 @@ def destroy_process_group() -> None:
     control_group.cache_clear()
 
 
-def loopback_store(limit: timedelta) -> dist.Store | None:
-    """Return the store where the processes of this machine meet, on the loopback interface alone.
-
-    PyTorch's own store listens on all interfaces. None where torchrun has made a store already, or where this PyTorch
-    (2.0) takes no listening socket.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(
-        dist.TCPStore.__init__.__doc__
-    ):
-        return None
-    port, world_size = int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
-    if os.environ["RANK"] != "0":
-        return dist.TCPStore("127.0.0.1", port, world_size, False, limit)
-    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
-    return dist.TCPStore("127.0.0.1", port, world_size, True, limit, master_listen_fd=listener.detach())
-
-
 @cache
 def control_group() -> dist.ProcessGroup:
     """A Gloo group of all processes for the small messages of the loop, which must not wait for a GPU's queue."""
@@ -207,10 +191,7 @@ def control_group() -> dist.ProcessGroup:
 def all_gather_objects(value: Any) -> list[Any]:
     """Return every process's value, by rank, on every process; joins the process group first. Collective."""
     init_process_group()
-    values: list[Any] = [value] * dist.get_world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=control_group())
-    return values
+    return gather_values(value, control_group()) if dist.get_world_size() > 1 else [value]
 
 
 def limit_waits(at_least: float = 0.0) -> None:

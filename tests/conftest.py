@@ -114,7 +114,7 @@ def signals():
 @pytest.fixture
 def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
     """Write an experiment file and call compare.py on it; returns exit code, output and errors."""
-    from comparisons import ARMS, COMMON
+    from comparisons import COMMON, VARIANTS
 
     import compare
     from config.command_line import run_cli
@@ -122,7 +122,7 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
     (tmp_path / "tiny.toml").write_text(tiny.read_text())
     monkeypatch.chdir(tmp_path)
 
-    def ask(text: str = COMMON + ARMS, *words: str):
+    def ask(text: str = COMMON + VARIANTS, *words: str):
         (tmp_path / "gates.toml").write_text(text)
         monkeypatch.setattr(
             sys,

@@ -341,7 +341,7 @@ def test_muon_steps_as_pytorchs_own_does_and_adamw_trains_the_rest(monkeypatch):
     torch.testing.assert_close(found[1].double(), vector, atol=2e-6, rtol=1e-5)
 
 
-def test_matrices_of_all_shapes_are_orthogonalised_each_for_itself():
+def test_matrices_of_all_shapes_are_orthogonalized_each_for_itself():
     torch.manual_seed(0)
     tensors = [
         torch.randn(8, 8),
@@ -351,7 +351,7 @@ def test_matrices_of_all_shapes_are_orthogonalised_each_for_itself():
         torch.randn(6, 2, 3, 3),
         torch.randn(8, 8),
     ]
-    together = muon.orthogonalise(tensors)
+    together = muon.orthogonalize(tensors)
     assert [step.shape for step in together] == [tensor.shape for tensor in tensors]
     for tensor, step in zip(tensors, together, strict=True):
         for given, made in zip(
@@ -363,7 +363,7 @@ def test_matrices_of_all_shapes_are_orthogonalised_each_for_itself():
             singular = torch.linalg.svdvals(made) / (0.2 * max(given.shape) ** 0.5)
             assert 0.5 < singular.min() and singular.max() < 1.3
             assert torch.nn.functional.cosine_similarity(made.flatten(), (u @ v).flatten(), dim=0) > 0.97
-    torch.testing.assert_close(together[1], muon.orthogonalise(tensors[1:2])[0])
+    torch.testing.assert_close(together[1], muon.orthogonalize(tensors[1:2])[0])
 
 
 @pytest.mark.parametrize("name", ["Lamb", "AdamWScheduleFree"])

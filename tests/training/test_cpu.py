@@ -22,7 +22,7 @@ from common.errors import SettingsError
 from config.settings import resolve
 from model import TABLES, build_model
 from models.attention import attend, explicit_attention
-from optim.muon import Muon, newton_schulz, orthogonalise
+from optim.muon import Muon, newton_schulz, orthogonalize
 from optim.optimizers import build_optimizer
 from parallel import compile as compiling
 from parallel import precision
@@ -111,7 +111,7 @@ def test_the_setting_takes_words_and_truths(value):
 
 def test_muon_orthogonalizes_in_bf16_where_it_is_told_to():
     matrices = [torch.randn(24, 16, generator=torch.Generator().manual_seed(0))]
-    exact, half = orthogonalise(matrices)[0], orthogonalise(matrices, dtype=torch.bfloat16)[0]
+    exact, half = orthogonalize(matrices)[0], orthogonalize(matrices, dtype=torch.bfloat16)[0]
     assert half.dtype == torch.float32 and not torch.equal(exact, half)
     torch.testing.assert_close(half, exact, atol=0.05, rtol=0.05)
     standing = newton_schulz(matrices[0].T[None], torch.float32)[0].T * (0.2 * 24**0.5)
