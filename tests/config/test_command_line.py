@@ -39,7 +39,8 @@ def without_heavy_imports(script: str, *arguments: str) -> subprocess.CompletedP
     """Run a script with imports of HEAVY failing."""
     code = (
         f"import runpy, sys\nsys.modules |= dict.fromkeys({HEAVY!r})\nsys.argv = [{script!r}, *{list(arguments)!r}]\n"
-        f"sys.path[0] = {str((PROJECT / script).parent)!r}\nrunpy.run_path({str(PROJECT / script)!r}, run_name='__main__')"
+        f"sys.path[0] = {str((PROJECT / script).parent)!r}\nrunpy.run_path({str(PROJECT / script)!r}, "
+        "run_name='__main__')"
     )
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -108,7 +109,8 @@ for option in ("--epochs", "--set", "--split", "--data-dir"):
         ),
         (
             "--device cpu",
-            "unknown option --device: training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
+            "unknown option --device: training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu "
+            "chooses the CPU",
         ),
         (
             "--resume runs/first",
@@ -258,7 +260,8 @@ def complete(line: str) -> set[str]:
     """What bash offers at the end of `line`, after `source environment/completion.sh`."""
     words = " ".join(f"'{word}'" for word in re.split(r"(=)| ", line) if word is not None)
     script = f"""
-        source environment/completion.sh && COMP_LINE='{line}' COMP_POINT={len(line)} COMP_TYPE=9 COMP_WORDS=({words}) COMP_CWORD=$(({len(words.split())} - 1))
+        source environment/completion.sh && COMP_LINE='{line}' COMP_POINT={len(line)} COMP_TYPE=9 \\
+            COMP_WORDS=({words}) COMP_CWORD=$(({len(words.split())} - 1))
         function=$(complete -p {line.split()[0]} 2>/dev/null | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
         "${{function:-_python_argcomplete_global}}" {line.split()[0]} 2>/dev/null
         printf '%s\\n' "${{COMPREPLY[@]}}"

@@ -112,7 +112,8 @@ def test_values_are_read_as_typed():
 
 def test_a_preset_beats_the_defaults_set_beats_the_preset_and_flags_beat_all(preset):
     mine = preset(
-        "epochs = 7\n[model]\nwidth = 40\ndepth = 3\n[engine]\ntrain_batch_size = 32\n[engine.optimizer.params]\nlr = 0.5\n"
+        "epochs = 7\n[model]\nwidth = 40\ndepth = 3\n[engine]\ntrain_batch_size = "
+        "32\n[engine.optimizer.params]\nlr = 0.5\n"
     )
     default, settings = (
         resolve(None, []),
@@ -363,5 +364,6 @@ def test_the_sentence_for_an_unknown_name_lists_the_known_ones():
 
 
 def test_a_mistyped_setting_is_reported_without_loading_pytorch():
-    code = "import sys, config.settings; sys.exit(any(name.split('.')[0] in ('torch', 'deepspeed') for name in sys.modules))"
+    heavy = "any(name.split('.')[0] in ('torch', 'deepspeed') for name in sys.modules)"
+    code = f"import sys, config.settings; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=60).returncode == 0
