@@ -128,6 +128,7 @@ class ParallelSettings:
         "parameters"  # pipeline: what the stages share evenly: parameters, layers (uniform) or measured time
     )
     topology: str = "ring"  # gossip: who averages with whom, a name of parallel/topologies.py
+    gossip_order: str = "adapt_then_combine"  # gossip: step, then average; adapt_with_combine: average, then step
     moment_steps: int = 1  # gossip: steps whose mean gradient enters Adam's moments as one (AccumAdam); 1 is plain Adam
     local_steps: int = 32  # local: steps that each worker makes alone
     outer_lr: float = 0.7  # local: of the outer step, SGD with Nesterov momentum
@@ -162,6 +163,8 @@ class Settings:
     def from_dict(cls, tree: dict[str, Any]) -> Settings:
         """The inverse of `as_dict`. Raises SettingsError for keys this version does not know."""
         settings = cls(engine=copy.deepcopy(tree["engine"]))
+        optimizer = settings.engine["optimizer"]  # a run of an earlier commit may lack parameters that were added since
+        optimizer["params"] = {**OPTIMIZER_PARAMS.get(optimizer["type"], {}), **optimizer["params"]}
         for name in [f.name for f in fields(ModelSettings) if f.name.endswith("_options")]:
             setattr(settings.model, name, {})  # the tree says all
         _merge(settings, {key: value for key, value in tree.items() if key != "engine"})

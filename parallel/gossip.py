@@ -4,7 +4,11 @@ Adapt, then combine: on the complete graph with SGD the mean of x_i - lr g_i is 
 global batch; sparser graphs move less data a step and let the workers differ a little. Adam's moments stay each
 worker's own (DAdam, arXiv 1901.09109), or take in several steps at once (AccumAdam, arXiv 2410.11998). Clipping is by
 the worker's own gradient. It is an implementation of its own because the package decent-dp cannot resume, and because
-DeepSpeed's stages above 0 shard the optimiser over the very workers that are to differ.
+DeepSpeed's stages above 0 shard the optimizer over the very workers that are to differ.
+
+`parallel.gossip_order` is the order of a step: "adapt_then_combine" (default) steps, then averages the stepped weights.
+"adapt_with_combine" is the order of Decent-DP (8749e97) and D-PSGD (arXiv 1705.09056): the gradient is computed at the
+worker's own weights and applied to the averaged ones, so workers always differ by their last step.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from common.errors import SettingsError
+from common.errors import SettingsError, unknown
 from optim.accum_adam import AccumAdam
 from optim.param_groups import parameter_groups
 from parallel import process_group
@@ -20,17 +24,21 @@ from parallel.buffers import mean_over
 from parallel.multi_worker import MultiWorkerEngine
 from parallel.topologies import Round, rounds_of
 
+ORDERS = ("adapt_then_combine", "adapt_with_combine")
+
 
 class Engine(MultiWorkerEngine):
     """A worker that averages with its group of the current round after every step."""
 
     name = "gossip"
-    used_settings = frozenset({"topology", "moment_steps"})
+    used_settings = frozenset({"topology", "moment_steps", "gossip_order"})
     checkpoint_kind = "one worker a process, for gossip"
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.topology = self.settings.parallel.topology
+        self.topology, self.order = self.settings.parallel.topology, self.settings.parallel.gossip_order
+        if self.order not in ORDERS:
+            raise SettingsError(unknown("parallel.gossip_order", self.order, list(ORDERS)))
         self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), process_group.num_local()))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -51,9 +59,18 @@ class Engine(MultiWorkerEngine):
                 f"parallel.moment_steps={window} does not go with optimizer.params as they stand: {error}"
             ) from error
 
-    @torch.no_grad()
+    def before_step(self) -> None:
+        if self.order == "adapt_with_combine":
+            self.average(self.step)
+
     def finish_step(self) -> None:
-        group = self.groups[(self.step - 1) % len(self.groups)]
+        if self.order == "adapt_then_combine":
+            self.average(self.step - 1)
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """Average the weights with the group of this step's round. Collective."""
+        group = self.groups[step % len(self.groups)]
         if dist.get_world_size(group) > 1:
             for parameter, mean in zip(self.trainable, mean_over(self.trainable, group), strict=True):
                 parameter.copy_(mean)

@@ -64,6 +64,9 @@ class TorchEngine(engine.Engine):
         """Around the forward and backward of one micro-batch; gradients need to be exchanged in the last one only."""
         return nullcontext()
 
+    def before_step(self) -> None:
+        """Called before every optimizer step, when the gradients are complete and `self.step` does not count it yet."""
+
     def finish_step(self) -> None:
         """Called after every optimiser step, when `self.step` counts it."""
 
@@ -97,6 +100,7 @@ class TorchEngine(engine.Engine):
         self.grad_norm = self.unshard(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
         # Looking at them makes the device wait: only where the person asked for it.
         self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
+        self.before_step()
         if self.skipped:
             self.keeper.restore()
         else:
