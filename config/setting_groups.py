@@ -31,7 +31,9 @@ class ModelSettings:
     attention: str = setting("lsa", "attention module", table=("models/attention.py", "ATTENTIONS"))
     feed_forward: str = setting("mlp", "feed-forward module", table=("models/feed_forward.py", "FEED_FORWARDS"))
     pooling: str = setting(
-        "class_token", "token pooling: turns the tokens into one vector that is classified", table=("models/pooling.py", "POOLINGS")
+        "class_token",
+        "token pooling: turns the tokens into one vector that is classified",
+        table=("models/pooling.py", "POOLINGS"),
     )
     patch_embedding_options: dict[str, Any] = setting({}, OPTIONS)
     position_options: dict[str, Any] = setting({}, OPTIONS)
@@ -161,6 +163,11 @@ class ParallelSettings:
     )
     topology: str = setting(
         "ring", "gossip: graph of workers that average their weights", table=("parallel/topologies.py", "TOPOLOGIES")
+    )
+    gossip_order: str = setting(
+        "adapt_then_combine",
+        "gossip: adapt_then_combine: step, then average; adapt_with_combine: average, then step",
+        choices=("adapt_then_combine", "adapt_with_combine"),
     )
     moment_steps: int = setting(
         1,
