@@ -1,11 +1,10 @@
 """Decentralized training: every worker steps on its own gradient, then averages its weights with a few neighbors.
 
-The default order is adapt-then-combine. On the complete graph with SGD, the mean of x_i - lr g_i is x - lr mean(g):
-SGD on
-the global batch. Sparser graphs send less data per step and let the workers differ a little. Adam's moments stay local
-to each worker (DAdam, arXiv 1901.09109), or several steps enter them at once (AccumAdam, arXiv 2410.11998). Clipping
-uses the worker's own gradient. This is a separate implementation because the package decent-dp cannot resume, and
-because DeepSpeed's stages above 0 shard the optimizer over the workers, which must differ here.
+The default order is adapt-then-combine. On the complete graph with SGD, the mean of x_i - lr g_i is x - lr mean(g): SGD
+on the global batch. Sparser graphs send less data per step and let the workers differ a little. Adam's moments stay
+local to each worker (DAdam, arXiv 1901.09109), or several steps enter them at once (AccumAdam, arXiv 2410.11998).
+Clipping uses the worker's own gradient. This is a separate implementation because the package decent-dp cannot resume,
+and because DeepSpeed's stages above 0 shard the optimizer over the workers, which must differ here.
 
 `parallel.gossip_order` is the order of a step: "adapt_then_combine" (default) steps, then averages the stepped weights.
 "adapt_with_combine" is the order of Decent-DP (8749e97) and D-PSGD (arXiv 1705.09056): the gradient is computed at the
