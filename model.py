@@ -1,20 +1,21 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The networks, each as a list of layers: `build_layers(settings, num_classes, image_side)`.
+"""The vision transformer and SL-ViT, the component registry TABLES, and `build_model`.
 
-`nn.Sequential(*layers)` is the plain model; a pipeline engine cuts the same list into stages. Every layer maps one
-tensor to one tensor, and no layer knows of data files or of processes. To add a network, write a function that returns
-such a list and add it to ARCHITECTURES.
+A network is a list of layers: `build_layers(settings, num_classes, image_side)`. `nn.Sequential(*layers)` is the plain
+model; the pipeline strategy splits the same list into stages. Every layer maps one tensor to one tensor and is
+independent of data files and processes. To add a network, write a function that returns such a list and add it to
+ARCHITECTURES.
 
-    python model.py                                    # what every table holds
+    python model.py                                    # list all registries
     python model.py --set model.feed_forward=geglu     # layers and parameters of one network
-    python model.py --groups --set optimizer.type=Muon # which of them decay, learn slower, are trained by whom
+    python model.py --groups --set optimizer.type=Muon # its parameter groups: optimizer, learning rate, weight decay
 
 B images, T tokens, C width, H heads, D head size, F hidden size, P patch, K classes, S image side.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before PyTorch is imported: --help and mistyped settings answer at once
+if __name__ == "__main__":  # before PyTorch is imported, so that --help and errors in settings are fast
     from config.command_line import run_cli
     from tools.describe_model import describe_model
 
@@ -42,7 +43,7 @@ from models.published.table import get_architecture
 
 
 class Embed(nn.Module):
-    """Images (B, 3, S, S) -> tokens (B, T, C): patches, class tokens before them, positions, dropout."""
+    """Input layer, images (B, 3, S, S) -> tokens (B, T, C): patch embedding, CLS token, position, dropout."""
 
     no_weight_decay = {"class_token"}
 
@@ -56,14 +57,14 @@ class Embed(nn.Module):
         x = self.patches(images)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
-        return self.dropout(self.position(x)).contiguous()  # stages send it over a wire, which wants it contiguous
+        return self.dropout(self.position(x)).contiguous()  # pipeline stages send it, which needs contiguous memory
 
 
 class ResidualBranch(nn.Module):
-    """One residual step, (B, T, C) -> (B, T, C): x + residual_scale * drop_path(scale * part(norm(x))).
+    """Residual branch, (B, T, C) -> same: x + residual_scale * drop_path(scale * part(norm(x))).
 
-    A part with `own_norm` normalises itself: there is no norm before it.
-    `layer_scale` is the initial value of `scale`, a learnt factor for each channel (arXiv 2103.17239); 0 leaves it out.
+    A part with `own_norm` gets no LayerNorm before it.
+    `layer_scale` is the initial value of `scale`, a learned factor per channel (arXiv 2103.17239); 0 omits it.
     """
 
     def __init__(
@@ -84,26 +85,27 @@ class ResidualBranch(nn.Module):
 
 
 class Block(nn.Sequential):
-    """A block of the network, (B, T, C) -> (B, T, C): the branches that one of BLOCKS names, one after the other."""
+    """Transformer block, (B, T, C) -> (B, T, C): the residual branches that an entry of BLOCKS returns, in sequence."""
 
 
-# The functions of BLOCKS make the branches of one block: `branch` wraps a part, the other two make a new part at each call.
+# The functions of BLOCKS make the branches of one block. `branch` wraps a part; the other two return a new part per
+# call.
 WrapBranch = Callable[..., ResidualBranch]
 MakePart = Callable[[], nn.Module]
 
 
 def pre_norm(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
-    """Attention, then a feed-forward (arXiv 2010.11929)."""
+    """Pre-norm block: attention, then a feed-forward (arXiv 2010.11929)."""
     return {"attention": branch(attention()), "feed_forward": branch(feed_forward())}
 
 
 def pair(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
-    """Attention, then two feed-forwards; at equal parameters each has half the hidden size."""
+    """Attention, then two feed-forwards; halve `hidden` for equal parameters."""
     return {"attention": branch(attention()), "first": branch(feed_forward()), "second": branch(feed_forward())}
 
 
 def macaron(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
-    """A feed-forward before attention and one after, each counting half (arXiv 1906.02762); at equal parameters as `pair`."""
+    """Macaron block: half-step feed-forwards around attention (arXiv 1906.02762); halve `hidden` as for `pair`."""
     return {
         "before": branch(feed_forward(), residual_scale=0.5),
         "attention": branch(attention()),
@@ -112,7 +114,7 @@ def macaron(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> 
 
 
 def no_attention(branch: WrapBranch, attention: MakePart, feed_forward: MakePart) -> dict[str, nn.Module]:
-    """A feed-forward alone, to see what attention gives: tokens meet in convolutions and in the pooling only."""
+    """Feed-forward only, an ablation of attention: tokens mix in convolutions and in the pooling only."""
     return {"feed_forward": branch(feed_forward())}
 
 
@@ -120,7 +122,7 @@ BLOCKS = {"pre_norm": pre_norm, "pair": pair, "macaron": macaron, "no_attention"
 
 
 class Head(nn.Module):
-    """Tokens (B, T, C) -> class scores (B, K)."""
+    """Output layer, tokens (B, T, C) -> class scores (B, K): pooling, LayerNorm, linear classifier."""
 
     def __init__(self, dims: Dimensions, pooling: nn.Module):
         super().__init__()
@@ -136,11 +138,11 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
     """Vision transformer (arXiv 2010.11929) whose parts are chosen by name.
 
     Raises:
-        SettingsError: a name is in no table, or the image side is no multiple of the patch.
+        SettingsError: an unknown name, or an image side that is not a multiple of the patch.
     """
     s = settings
     if image_side % s.patch:
-        raise SettingsError(f"model.patch={s.patch} does not divide the image side {image_side}")
+        raise SettingsError(f"model.patch={s.patch} does not divide the image side {image_side}. Set it to a divisor")
     for kind, name, table in (("pooling", s.pooling, POOLINGS), ("block", s.block, BLOCKS)):
         if name not in table:
             raise SettingsError(unknown(kind, name, list(table)))
@@ -163,7 +165,8 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
         if rotation is not None:
             if not hasattr(part, "rotate"):
                 raise SettingsError(
-                    f"model.attention={s.attention} has no place for model.position={s.position}, which acts inside it"
+                    f"model.attention={s.attention} does not support model.position={s.position}, which acts inside "
+                    "attention. Choose another position, for example learned"
                 )
             part.rotate = rotation
         return part
@@ -181,11 +184,13 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
 
 @uses_settings("drop_path")
 def sl_vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """SL-ViT: the vit with SPT and LSA in its published size; 2.75 M parameters (arXiv 2112.13492).
+    """SL-ViT: ViT with SPT and LSA in its published size; 2.75 M parameters by our count (arXiv 2112.13492).
 
-    It is `vit` with the published sizes and the authors' initialisation. Two differences from their code: the
-    temperature is one a block, as in the paper, where the code has one a head (99 parameters of 2.75 M at depth 9); stochastic
-    depth rises over the blocks, where the code has 0.1 in all. The authors' patch is 4 pixels at 32 and 8 at 64.
+    It is `vit` with the published sizes and the authors' initialization. The patch is 4 pixels at image side 32 and 8
+    at 64, as in the authors' code (aanna0701/SPT_LSA_ViT). Departures from that code:
+    - one learned temperature per block, as in the paper; the code has one per head (99 of 2.75 M parameters);
+    - stochastic depth rises linearly over the blocks; the code uses 0.1 in all of them;
+    - weight decay applies to matrices only, and not to the CLS token or positions; the code decays all parameters.
     """
     published = ModelSettings(
         architecture=settings.architecture,
@@ -210,12 +215,12 @@ def sl_vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[n
 
 
 def init_sl_vit(module: nn.Module) -> None:
-    """For `apply`: as in the authors' code, linear maps after Glorot; class token and positions from a standard normal."""
+    """Initialize as the authors' code, for `apply`: Glorot for linear maps, N(0, 1) for CLS token and positions."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_normal_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    for name in getattr(module, "no_weight_decay", ()):  # the class token and the position table
+    for name in getattr(module, "no_weight_decay", ()):  # the CLS token and the position table
         if getattr(module, name) is not None:
             nn.init.normal_(getattr(module, name))
 
@@ -234,26 +239,27 @@ TABLES = {
 
 
 def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """The network as a list of layers, (B, 3, S, S) -> (B, K).
+    """Return the network as a list of layers, (B, 3, S, S) -> (B, K).
 
     Raises:
-        SettingsError: an unknown name, a size that does not fit, or a setting that this architecture would not use.
+        SettingsError: an unknown name, a size that does not fit, or a setting that this architecture does not use.
     """
     build = get_architecture(settings.architecture, ARCHITECTURES)
-    used = getattr(build, "used_settings", None)  # None: all of them
+    used = getattr(build, "used_settings", None)  # None: all settings
     for field in fields(ModelSettings):
         chosen, default = getattr(settings, field.name), getattr(ModelSettings(), field.name)
         if used is not None and field.name not in {"architecture", *used} and chosen != default:
             raise SettingsError(
-                f"model.architecture={settings.architecture} would not use model.{field.name}={chosen}: "
-                f"its name fixes everything but {', '.join(sorted(used)) or 'nothing'}"
+                f"model.architecture={settings.architecture} does not use model.{field.name}={chosen}. "
+                f"It only uses {', '.join(f'model.{name}' for name in sorted(used)) or 'its name'}: "
+                f"remove model.{field.name}"
             )
     layers = build(settings, num_classes, image_side)
-    if len(layers) > 1:  # a network in one layer marks its own
+    if len(layers) > 1:  # a network of one layer marks its own modules
         layers[0].is_input_or_output_layer = layers[-1].is_input_or_output_layer = True
     return layers
 
 
 def build_model(settings: ModelSettings, num_classes: int, image_side: int) -> nn.Sequential:
-    """The plain model: the layers in sequence."""
+    """Return the plain model: the layers in sequence."""
     return nn.Sequential(*build_layers(settings, num_classes, image_side))

@@ -1,1 +1,1 @@
-"""Networks as lists of layers, and the tables of their parts."""
+"""Networks as lists of layers, and the component registries."""

@@ -1,24 +1,29 @@
-"""How tokens look at one another: the table of attentions, each (B, T, C) -> (B, T, C).
+"""Attention modules, each (B, T, C) -> (B, T, C), and the registry ATTENTIONS.
 
-Most ideas change one of two methods of Attention: `heads_of`, which makes queries, keys and values, or `attend`, which
-lets the queries find values. Between the two, queries and keys go through `rotate`: nothing, unless `model.position` acts
-inside attention (rotary), when `vit()` puts its rotation there. An attention without `rotate` cannot be combined with it.
+Most ideas change one of two methods of `Attention`: `heads_of` computes q, k and v, and `attend` computes the attention
+output from them. Between the two, `rotate` is applied to q and k. It is the identity unless `model.position` acts
+inside attention (rotary): then `vit()` sets it. An attention without an attribute `rotate` cannot be combined with
+rotary.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import SettingsError, unknown
+from models.layers import trunc_normal
 from models.parts import Dimensions
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V of (B, H, T, D) each; `mask` (T, T) is true where a token may look.
+    """Return softmax(q k^T / sqrt(D)) v for q, k, v of shape (B, H, T, D).
 
-    PyTorch's fused kernel, except in bf16 on a CPU, where that kernel takes longer than fp32 does.
+    `mask` (T, T) is true where a query may attend to a key. PyTorch's fused kernel is used, except in bf16 on a CPU,
+    where that kernel is slower than fp32.
     """
     explicit = v.device.type == "cpu" and v.dtype == torch.bfloat16
     form = explicit_attention if explicit else F.scaled_dot_product_attention
@@ -28,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """The same as two matrix products with a softmax between."""
+    """Compute the same as two matrix products with a softmax between them."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
@@ -37,16 +42,29 @@ def explicit_attention(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with softmax over scaled dot products (arXiv 1706.03762)."""
+    """Multi-head self-attention: softmax over scaled dot products (arXiv 1706.03762).
 
-    def __init__(self, dims: Dimensions):
+    `qkv_std` is the standard deviation of the initial weights of queries, keys and values; timm and the papers use 0.02.
+    The default 0 is PyTorch's initialization of linear maps: 1 / sqrt(3 C), 0.042 at width 192.
+    """
+
+    def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
         super().__init__()
+        if not 0 <= qkv_std < math.inf:
+            raise SettingsError(f"model.attention_options.qkv_std must be at least 0, got {qkv_std}. Set it to 0.02")
         inner = dims.heads * dims.head_size
         self.heads, self.head_size, self.dropout = dims.heads, dims.head_size, dims.dropout
         self.qkv = nn.Linear(dims.width, 3 * inner, bias=False)
+        self.set_up_qkv([inner] * 3, qkv_std)
         self.rotate: nn.Module = nn.Identity()
         self.project = nn.Linear(inner, dims.width)
         self.project_dropout = nn.Dropout(dims.dropout)
+
+    def set_up_qkv(self, rows: list[int], std: float) -> None:
+        """Initialize the weights with `std` unless it is 0, and tell Muon the rows of queries, keys and values."""
+        self.qkv.row_splits = tuple(rows)
+        if std:
+            trunc_normal(self.qkv.weight, std)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads_of(x)
@@ -54,31 +72,31 @@ class Attention(nn.Module):
         return self.project_dropout(self.project(x))
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> queries, keys and values, (B, H, T, D) each."""
+        """Return queries, keys and values, (B, H, T, D) each, of tokens (B, T, C)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, self.head_size)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, H, T, D) each -> (B, H, T, D); `mask` (T, T) is true where a token may look."""
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms, temperatures and rotations give float32
+        """Return the attention output (B, H, T, D); `mask` (T, T) is true where a query may attend to a key."""
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms, temperatures and rotations return float32
         return attend(q, k, v, mask, self.dropout if self.training else 0.0)
 
 
 class LocalitySelfAttention(Attention):
-    """LSA: a learnt temperature, and no token attends to itself (arXiv 2112.13492, section 3.2)."""
+    """Locality self-attention (LSA): learned temperature, masked diagonal (arXiv 2112.13492, section 3.2)."""
 
-    def __init__(self, dims: Dimensions):
-        super().__init__(dims)
+    def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
+        super().__init__(dims, qkv_std)
         self.log_scale = nn.Parameter(torch.tensor([dims.head_size**-0.5]).log())
         self.register_buffer("others", ~torch.eye(dims.num_tokens, dtype=torch.bool), persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        # The fixed scale, which PyTorch 2.0 cannot be told to leave out, is taken back before the learnt one.
+        # PyTorch 2.0 has no `scale` argument: undo its fixed scale, then apply the learned one.
         return super().attend(q * (self.log_scale.exp() * self.head_size**0.5), k, v, self.others)
 
 
 class RMSNorm(nn.Module):
-    """Scale to a root mean square of 1, then by a learnt vector (arXiv 1910.07467); PyTorch has its own only from 2.4 on."""
+    """Root mean square normalization with learned scale (arXiv 1910.07467); torch.nn.RMSNorm needs PyTorch 2.4."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -92,10 +110,13 @@ NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 class NormedAttention(Attention):
-    """Queries and keys normalised in each head, so that scores stay bounded; norm is "rms" or "layer" (arXiv 2010.04245, 2302.05442)."""
+    """QK normalization: queries and keys normalized per head, which bounds the scores (arXiv 2010.04245, 2302.05442).
 
-    def __init__(self, dims: Dimensions, norm: str = "rms"):
-        super().__init__(dims)
+    `norm` is "rms" (RMSNorm) or "layer" (LayerNorm).
+    """
+
+    def __init__(self, dims: Dimensions, norm: str = "rms", qkv_std: float = 0.0):
+        super().__init__(dims, qkv_std)
         if norm not in NORMS:
             raise SettingsError("attention=qk_norm: " + unknown("norm", norm, list(NORMS)))
         self.q_norm, self.k_norm = NORMS[norm](dims.head_size), NORMS[norm](dims.head_size)
@@ -106,18 +127,20 @@ class NormedAttention(Attention):
 
 
 class HeadTokens(Attention):
-    """One more token a head, made of the head's channels of the mean token, for heads to interact (arXiv 2210.05958, section 3.2).
+    """Head tokens (HI-MHSA): one extra token per head, made from its channels (arXiv 2210.05958, section 3.2).
 
-    The head tokens attend and are attended to like others; then their mean goes to the class tokens, where there are any.
+    A head token is computed from the mean token. Head tokens take part in attention like all others. Their mean is then
+    added to the CLS token, if there is one.
     """
 
     no_weight_decay = {"head_position"}
 
-    def __init__(self, dims: Dimensions):
-        super().__init__(dims)
+    def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
+        super().__init__(dims, qkv_std)
         if dims.width % dims.heads:
             raise SettingsError(
-                f"attention=head_tokens: model.heads={dims.heads} does not divide model.width={dims.width}"
+                f"attention=head_tokens: model.heads={dims.heads} does not divide model.width={dims.width}. "
+                f"Set model.heads to a divisor of {dims.width}"
             )
         self.num_prefix = dims.num_prefix
         self.lift = nn.Linear(dims.width // dims.heads, dims.width)
@@ -134,14 +157,16 @@ class HeadTokens(Attention):
 
 
 class MultiQuery(Attention):
-    """All heads share kv_heads heads of keys and values: 1 is multi-query (arXiv 1911.02150), more is grouped (arXiv 2305.13245)."""
+    """Multi-query (arXiv 1911.02150) or, with kv_heads > 1, grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, dims: Dimensions, kv_heads: int = 1):
+    def __init__(self, dims: Dimensions, kv_heads: int = 1, qkv_std: float = 0.0):
         super().__init__(dims)
         if kv_heads < 1 or dims.heads % kv_heads:
             raise SettingsError(f"attention=multi_query: kv_heads={kv_heads} does not divide model.heads={dims.heads}")
         self.kv_heads = kv_heads
-        self.qkv = nn.Linear(dims.width, (dims.heads + 2 * kv_heads) * dims.head_size, bias=False)
+        rows = [heads * dims.head_size for heads in (dims.heads, kv_heads, kv_heads)]
+        self.qkv = nn.Linear(dims.width, sum(rows), bias=False)
+        self.set_up_qkv(rows, qkv_std)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(x).unflatten(2, (-1, self.head_size)).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""Dense 3x3 convolutions with a norm and ReLU: the feed-forward made of them, and what a stem shares with it.
+"""Dense 3x3 convolutions with norm and ReLU, shared by stems and feed-forwards.
 
-Tokens (B, T, C), read as images (B, C, h, h), have their channels side by side in memory, which is how a CPU takes
-convolutions fastest, so neither direction copies anything.
+Tokens (B, T, C), viewed as images (B, C, h, h), are in the memory format channels-last. CPUs run convolutions fastest
+in that format, and neither direction copies anything.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(1, chan
 
 
 def check_norm(part: str, norm: str) -> None:
-    """Raises SettingsError where NORMS has no such entry."""
+    """Raise SettingsError if NORMS has no entry `norm`."""
     if norm not in NORMS:
         raise SettingsError(f"{part}: " + unknown("norm", norm, list(NORMS)))
 
 
 class ConvolveNorm(nn.Module):
-    """3x3 convolution, with `pool` 2x2 max-pooling, norm, ReLU: (B, A, h, h) -> (B, A', h, h) or (B, A', h/2, h/2)."""
+    """3x3 convolution, 2x2 max-pooling if `pool`, norm, ReLU: (B, A, h, h) -> (B, A', h, h) or (B, A', h/2, h/2)."""
 
     def __init__(self, before: int, after: int, norm: str, pool: bool = False):
         super().__init__()
@@ -37,7 +37,7 @@ class ConvolveNorm(nn.Module):
 
 
 class ResidualPair(nn.Sequential):
-    """x + two of them in a row: (B, A, h, h) -> same."""
+    """x + two ConvolveNorm in sequence: (B, A, h, h) -> same."""
 
     def __init__(self, channels: int, norm: str):
         super().__init__(ConvolveNorm(channels, channels, norm), ConvolveNorm(channels, channels, norm))
@@ -47,15 +47,15 @@ class ResidualPair(nn.Sequential):
 
 
 class ResidualConvolution(nn.Module):
-    """Two dense 3x3 convolutions over the token grid, each with a norm and ReLU (arXiv 1512.03385); hidden 0 means C.
+    """Two dense 3x3 convolutions over the token grid, each with norm and ReLU (arXiv 1512.03385); hidden=0 means C.
 
-    It brings its own norms, so a block puts none before it; the block's sum is its shortcut. Class tokens have no place
-    on the grid and pass by, so with pooling=class_token the convolutions of the last block reach no score. `norm` is
-    "batch", which learns fastest, or "group": a GroupNorm of one group, for which an image does not depend on its batch
-    mates in training.
+    The module has its own norms, so a block adds no LayerNorm before it; the residual connection of the block is its
+    shortcut. Class tokens are not on the grid and get 0: with pooling=class_token the convolutions of the last block
+    do not reach the scores. `norm` is "batch", which learns fastest, or "group": a GroupNorm of one group. With
+    "group" an image does not depend on the other images of its batch, in training either.
     """
 
-    num_matrices = 18  # of C x F weights
+    num_matrices = 18  # times C x F weights
     own_norm = True
 
     def __init__(self, dims: Dimensions, hidden: int = 0, norm: str = "batch"):

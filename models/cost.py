@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and FLOPs of one image."""
+"""Cost of a network: trainable parameters and FLOPs per image."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from common.errors import SettingsError
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs, whatever machine it runs on."""
+    """Cost of a network, independent of the machine."""
 
     parameters: int
-    flops: int  # of one image's forward pass; a multiply-add counts as 2
+    flops: int  # forward pass of one image; a multiply-add counts as 2
 
 
 def count_flops(model: Any, image_side: int, device: str) -> int:
-    """FLOPs of one image's forward pass as PyTorch counts them, a multiply-add as 2; attention in its plain form.
+    """Return the FLOPs of the forward pass of one image, counted by PyTorch; a multiply-add counts as 2.
+
+    Attention runs as plain matrix products, because the counter does not see into fused kernels.
 
     Raises:
-        SettingsError: this PyTorch is older than 2.3 and cannot count them.
+        SettingsError: PyTorch is older than 2.3 and cannot count FLOPs.
     """
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
     except ImportError:
         raise SettingsError(
-            f"FLOPs cannot be counted with PyTorch {torch.__version__}; install 2.3 or newer "
+            f"FLOPs cannot be counted with PyTorch {torch.__version__}. Install 2.3 or newer "
             "(environment/requirements-cuda12.txt or requirements.txt)"
         ) from None
     counter = FlopCounterMode(display=False)

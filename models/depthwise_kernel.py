@@ -1,20 +1,22 @@
 """The inside of a convolution MLP as one Triton kernel: GELU, depthwise 3x3 convolution, GELU, shortcut.
 
-    h = gelu(x)        y = h + gelu(conv(h) + bias)        prefix tokens, which have no place on the grid: y = h
+    h = gelu(x)        y = h + gelu(conv(h) + bias)        prefix tokens, which are not on the grid: y = h
 
-It is bound by memory, so what counts is how often the tensors of F channels cross it. A program takes a few images,
-BLOCK channels and a strip of columns (all of them up to WHOLE), and walks down the rows with three rows of h in
-registers: every element is read once and its GELU computed once. Bytes an element in bf16:
+The operation is memory-bound, so its cost is the number of times that tensors of F channels are read or written. A
+program processes a few images, BLOCK channels and a strip of columns (all columns of a grid of up to WHOLE). It
+iterates over the rows with three rows of h in registers: every element is read once and its GELU computed once. Bytes
+per element in bf16:
 
-    forward    4    x in, y out; nothing but x is saved
-    backward   6    x and dy in, dx out; conv(h), dz (its gradient) and the gradient of h stay in registers
+    forward    4    reads x, writes y; only x is saved for backward
+    backward   6    reads x and dy, writes dx; conv(h), its gradient dz and the gradient of h stay in registers
 
-Two kernels with dz between them would need 14 backward. The gradients of weight and bias are summed in registers over
-a program's images, written once (5 % more bytes on a grid of 8, 1 % on one of 16) and added up by PyTorch: no atomics,
-the same bits every time. Arithmetic is fp32 whatever the tensors are; the error function is Abramowitz and Stegun's
-7.1.26, exact to 1.5e-7, which costs half of the library's and shares its exponential with the derivative.
+Two backward kernels with dz in memory between them would need 14. The gradients of weight and bias are accumulated in
+registers over the images of a program, written once (5 % more bytes on a grid of 8, 1 % on a grid of 16) and summed by
+PyTorch. There are no atomics, so results are bitwise reproducible. Arithmetic is fp32 for all dtypes. The error
+function is formula 7.1.26 of Abramowitz and Stegun, accurate to 1.5e-7. It costs half of Triton's and shares its
+exponential with the derivative.
 
-DEPTHWISE_KERNEL=off in the environment, or `set_enabled(False)`, takes the PyTorch path everywhere. With
+DEPTHWISE_KERNEL=off in the environment, or `set_enabled(False)`, selects the PyTorch path everywhere. With
 TRITON_INTERPRET=1, set before Triton is imported, the kernels run on a CPU, slowly.
 """
 
@@ -32,32 +34,32 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # on a machine without it the PyTorch path is all there is
+except ImportError:  # without Triton only the PyTorch path exists
     triton = None
 
-LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
+LOGGER = logging.getLogger("engine")  # train.py shows this logger on the console
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WHOLE = 16  # columns of the widest grid that a program takes whole
-STRIP = 8  # columns of a wider one that it takes at a time; those beside them are computed twice
-PIXELS = 512  # about so many a program walks over backward: its sums of weight gradients are few bytes beside them
+WHOLE = 16  # columns of the widest grid that a program processes without strips
+STRIP = 8  # columns per strip of a wider grid; columns at the border of a strip are computed twice
+PIXELS = 512  # approximate pixels per backward program; more make the written weight gradients negligible
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _enabled = os.environ.get("DEPTHWISE_KERNEL", "on") != "off"
 
 
 def set_enabled(enabled: bool) -> None:
-    """Whether the kernel is used where it can be, from the next forward on; compiled layers keep a version of each."""
+    """Enable or disable the kernel from the next forward on; a compiled layer keeps a version for each choice."""
     global _enabled
     _enabled = enabled
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernel is used for tokens x: on a GPU, with Triton there."""
+    """Return whether the kernel is used for tokens x: on a GPU with Triton."""
     on_device = x.device.type == "cuda" and torch.version.hip is None or INTERPRETED and x.device.type == "cpu"
     return _enabled and triton is not None and on_device and x.dtype in DTYPES
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
-    """The same by PyTorch's operations; weight and bias of x's type, or under autocast."""
+    """Compute the same with PyTorch operations; weight and bias have the dtype of x, or autocast is on."""
     x = F.gelu(x)
     prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
     image = patches.transpose(1, 2).unflatten(2, (grid, grid))  # (B, F, S/P, S/P)
@@ -67,7 +69,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -
 
 
 def plain_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
-    """Gradients of `plain` for x, weight and bias: autograd does not look inside an operator of one's own."""
+    """Return the gradients of `plain` for x, weight and bias: autograd does not see inside a custom operator."""
 
     def image_of(tokens: Tensor) -> Tensor:
         return tokens[:, num_prefix:].transpose(1, 2).unflatten(2, (grid, grid))
@@ -75,33 +77,26 @@ def plain_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: in
     h, kernel = image_of(F.gelu(x)), weight.to(x.dtype)
     z = F.conv2d(h, kernel, bias.to(x.dtype), padding=1, groups=len(weight))
     dz = torch.ops.aten.gelu_backward(image_of(dy), z)
-    how = (
-        [len(bias)],
-        [1, 1],
-        [1, 1],
-        [1, 1],
-        False,
-        [0, 0],
-        len(bias),
-        [True] * 3,
-    )  # stride, padding, dilation; groups
-    dh, dweight, dbias = torch.ops.aten.convolution_backward(dz, h, kernel, *how)
+    stride, padding, dilation = [1, 1], [1, 1], [1, 1]
+    dh, dweight, dbias = torch.ops.aten.convolution_backward(
+        dz, h, kernel, [len(bias)], stride, padding, dilation, False, [0, 0], len(bias), [True] * 3
+    )
     through = torch.cat([dy[:, :num_prefix], dy[:, num_prefix:] + dh.flatten(2).transpose(1, 2)], dim=1)
     dx = torch.ops.aten.gelu_backward(through, x)
     return [gradient.to(like.dtype).contiguous() for gradient, like in ((dx, x), (dweight, weight), (dbias, bias))]
 
 
-# --- the kernels ------------------------------------------------------------------------------------------------------
-# A row is a tuple of vectors of BLOCK channels, one a column, so that a shift by a column is another name and no work.
-# PAD is 0 for a whole grid, whose border is known when the kernel is compiled, and 1 for a strip of it.
+# --- kernels ----------------------------------------------------------------------------------------------------------
+# A row is a tuple of vectors of BLOCK channels, one per column, so a shift by one column costs nothing.
+# PAD is 0 for a grid without strips, whose border is known at compile time, and 1 for a strip.
 
 if triton is not None:
 
     @triton.jit
     def _gaussian(x):
-        """P(N(0, 1) < x), and exp(-x^2 / 2)."""
+        """Return P(N(0, 1) < x) and exp(-x^2 / 2)."""
         density = tl.exp2(x * x * -0.7213475204444817)
-        root = tl.rsqrt(tl.fma(tl.abs(x), 0.23164189, 1.0))  # 0.3275911 / sqrt(2); its square instead of a division
+        root = tl.rsqrt(tl.fma(tl.abs(x), 0.23164189, 1.0))  # 0.3275911 / sqrt(2); squared below, instead of a division
         t = root * root
         series = tl.fma(
             t, tl.fma(t, tl.fma(t, tl.fma(t, 0.5307027145, -0.7265760135), 0.7107068705), -0.142248368), 0.127414796
@@ -116,7 +111,7 @@ if triton is not None:
 
     @triton.jit
     def _slope(x):
-        """The derivative of GELU."""
+        """Return the derivative of GELU."""
         below, density = _gaussian(x)
         return tl.fma(x * 0.3989422804014327, density, below)
 
@@ -127,7 +122,7 @@ if triton is not None:
 
     @triton.jit
     def _load(row, column, pointers, mask, G: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr):
-        """BLOCK channels of a pixel in fp32, 0 outside of the image; `pointers` are those of row 0, column 0."""
+        """Load BLOCK channels of a pixel as fp32, 0 outside the image; `pointers` point to row 0, column 0."""
         inside = mask & (row < G)
         if PAD > 0:
             inside = inside & (column >= 0) & (column < G)
@@ -137,7 +132,7 @@ if triton is not None:
     def _loaded(
         row, first, pointers, mask, COUNT: tl.constexpr, G: tl.constexpr, CHANNELS: tl.constexpr, PAD: tl.constexpr
     ):
-        """A row in fp32: COUNT columns from `first` on."""
+        """Load COUNT columns of a row, from column `first`, as fp32."""
         values = ()
         for j in tl.static_range(COUNT):
             values = values + (_load(row, first + j, pointers, mask, G, CHANNELS, PAD),)
@@ -145,7 +140,7 @@ if triton is not None:
 
     @triton.jit
     def _activated(values, COUNT: tl.constexpr):
-        """h of a row."""
+        """Return h of a row."""
         activated = ()
         for j in tl.static_range(COUNT):
             activated = activated + (_gelu(values[j]),)
@@ -153,7 +148,7 @@ if triton is not None:
 
     @triton.jit
     def _activated_with_slopes(values, COUNT: tl.constexpr, EDGE: tl.constexpr):
-        """h of a row, and GELU's derivative in all but EDGE columns at either end."""
+        """Return h of a row, and the derivative of GELU except in EDGE columns at each end."""
         activated, slopes = (), ()
         for j in tl.static_range(COUNT):
             if j >= EDGE and j < COUNT - EDGE:
@@ -176,7 +171,7 @@ if triton is not None:
         CHANNELS: tl.constexpr,
         PAD: tl.constexpr,
     ):
-        """A row of COUNT columns from `first` on, those outside of the image left out."""
+        """Store COUNT columns of a row, from column `first`, except those outside the image."""
         for j in tl.static_range(COUNT):
             inside = mask
             if PAD > 0:
@@ -199,7 +194,7 @@ if triton is not None:
 
     @triton.jit
     def _convolved(above, here, below, weights, bias, at: tl.constexpr, COUNT: tl.constexpr):
-        """conv(h) + bias at column `at` of three rows of COUNT columns."""
+        """Return conv(h) + bias at column `at` of three rows of COUNT columns."""
         total = bias
         for kx in tl.static_range(3):
             if at + kx - 1 >= 0 and at + kx - 1 < COUNT:
@@ -271,9 +266,9 @@ if triton is not None:
         IMAGES: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """dx; and in sums (programs of a block of channels, 10, CHANNELS) a program's part of the other gradients.
+        """Compute dx, and each program's gradients of weight and bias in sums (programs per block, 10, CHANNELS).
 
-        At row r: h of row r + 1, then dz of row r, which is the last that row r - 1 of dx waits for.
+        Row r computes h of row r + 1, then dz of row r, with which row r - 1 of dx is complete.
         """
         PAD: tl.constexpr = 0 if STRIPS == 1 else 1
         BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
@@ -304,8 +299,8 @@ if triton is not None:
             here, slopes = _activated_with_slopes(
                 _loaded(0, first - 2 * PAD, patches, mask, WIDTH, G, CHANNELS, PAD), WIDTH, 2 * PAD
             )
-            earlier = _zeros(COLUMNS, BLOCK)  # gradient of h in row r - 1, all but what comes from dz of row r
-            current = _zeros(COLUMNS, BLOCK)  # in row r, what comes from dz of row r - 1
+            earlier = _zeros(COLUMNS, BLOCK)  # gradient of h in row r - 1, without the share of dz of row r
+            current = _zeros(COLUMNS, BLOCK)  # gradient of h in row r, the share of dz of row r - 1
             for row in range(G):
                 given = _loaded(row, first - PAD, incoming, mask, MIDDLE, G, CHANNELS, PAD)
                 values = _loaded(row + 1, first - 2 * PAD, patches, mask, WIDTH, G, CHANNELS, PAD)
@@ -313,7 +308,7 @@ if triton is not None:
                 dz = ()
                 for j in tl.static_range(MIDDLE):
                     dz = dz + (given[j] * _slope(_convolved(above, here, below, w, b, j + PAD, WIDTH)),)
-                # gradients of weight and bias: of the strip's own columns alone
+                # gradients of weight and bias: only from the strip's own columns
                 totals = ()
                 for k in tl.static_range(9):
                     total = gradients[k]
@@ -356,12 +351,12 @@ if triton is not None:
             tl.store(sums + (program // BLOCKS * 10 + k) * CHANNELS + channels, gradients[k], mask=exists)
 
 
-# --- how they are started ---------------------------------------------------------------------------------------------
+# --- launch -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the work is cut: a program's channels, warps of 32 threads, columns of the grid, and images."""
+    """Work per program: channels, warps of 32 threads, columns of the grid, and images."""
 
     block: int
     warps: int
@@ -372,15 +367,15 @@ class Launch:
         return dict(COLUMNS=self.columns, STRIPS=-(-grid // self.columns), IMAGES=self.images, BLOCK=self.block)
 
     def programs(self, batch: int, grid: int, channels: int) -> tuple[int, int]:
-        """Of one block of channels, and of all."""
+        """Return the number of programs for one block of channels, and in total."""
         of_a_block = -(-batch // self.images) * -(-grid // self.columns)
         return of_a_block, of_a_block * -(-channels // self.block)
 
 
 def launch(batch: int, grid: int, backward: bool) -> Launch:
-    """One channel a thread, so that the rows fit into registers; forward on a wide grid, two.
+    """Return the launch configuration: one channel per thread, so that rows fit in registers; two in a wide forward.
 
-    The fastest of the cuts that were tried on an H200 (results/LOG.md): 768 channels on grids of 8 and 16.
+    The fastest of the configurations tried on an H200 with 768 channels on grids of 8 and 16 (results/LOG.md).
     """
     columns = grid if grid <= WHOLE else STRIP
     narrow = grid <= 8
@@ -392,7 +387,7 @@ def launch(batch: int, grid: int, backward: bool) -> Launch:
 def run_forward(
     x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int, how: Launch | None = None
 ) -> Tensor:
-    """y of contiguous tensors, by the kernel."""
+    """Run the forward kernel on contiguous tensors and return y."""
     B, _, channels = x.shape
     how = how or launch(B, grid, backward=False)
     y = torch.empty_like(x)
@@ -415,7 +410,7 @@ def run_forward(
 def run_backward(
     x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int, how: Launch | None = None
 ) -> list[Tensor]:
-    """Gradients of x, weight and bias for contiguous tensors, by the kernel."""
+    """Run the backward kernel on contiguous tensors and return the gradients of x, weight and bias."""
     B, _, channels = x.shape
     how = how or launch(B, grid, backward=True)
     of_a_block, programs = how.programs(B, grid, channels)
@@ -445,33 +440,35 @@ def run_backward(
 
 @cache
 def trouble(device: torch.device) -> str | None:
-    """Why the kernels do not run on this device, such as a missing C compiler; None where they do."""
+    """Return why the kernels do not run on this device, such as a missing C compiler; None if they run."""
     try:
         x, weight, bias = (torch.ones(shape, device=device) for shape in ((1, 4, 16), (16, 1, 3, 3), (16,)))
         run_backward(x, weight, bias, run_forward(x, weight, bias, 2, 0), 2, 0)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of the compiler behind the compiler: whatever it is
+    except Exception as error:  # any error of Triton or the compilers that it calls
         text = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
         )
-        LOGGER.warning("kernel    off, because Triton does not work on this machine (%s)", text)
+        LOGGER.warning("kernel    off: Triton does not work on this machine (%s)", text)
         return text
     return None
 
 
 def runs_on(x: Tensor) -> bool:
-    """Whether the kernel runs on x, and not PyTorch's operations in its place."""
+    """Return whether the kernel runs on x; otherwise PyTorch operations do."""
     possible = x.device.type == "cuda" or INTERPRETED and x.device.type == "cpu"
     return triton is not None and possible and x.dtype in DTYPES and x.numel() > 0 and trouble(x.device) is None
 
 
 @torch.library.custom_op("vision_transformers::conv_gelu", mutates_args=())
 def conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
-    """h + GELU(conv(h) + bias) of h = GELU(x).
+    """Return h + GELU(conv(h) + bias) for h = GELU(x).
 
     Args:
-        x: tokens (B, num_prefix + grid^2, F), weight: (F, 1, 3, 3), bias: (F,).
+        x: tokens (B, num_prefix + grid^2, F).
+        weight: (F, 1, 3, 3).
+        bias: (F,).
     """
     if runs_on(x):
         return run_forward(x.contiguous(), weight.contiguous(), bias.contiguous(), grid, num_prefix)
@@ -485,7 +482,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Te
 
 @torch.library.custom_op("vision_transformers::conv_gelu_backward", mutates_args=())
 def conv_gelu_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
-    """Gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     if runs_on(x):
         return run_backward(
             x.contiguous(), weight.contiguous(), bias.contiguous(), dy.to(x.dtype).contiguous(), grid, num_prefix

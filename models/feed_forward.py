@@ -1,20 +1,20 @@
-"""The drawer of feed-forwards: what happens to each token between two attentions.
+"""The feed-forward registry: position-wise networks between two attention layers, (B, T, C) -> (B, T, C).
 
-To try an idea, write one class here and add one line to FEED_FORWARDS at the end:
+To add a feed-forward, write one class here and add one line to FEED_FORWARDS at the end:
 
     class Mine(nn.Module):
-        \"\"\"One line that says what it is.\"\"\"
+        \"\"\"One line that describes it.\"\"\"
 
-        def __init__(self, dims: Dimensions, hidden: int = 0):      # every argument after `dims` is an option
+        def __init__(self, dims: Dimensions, hidden: int = 0):      # arguments after `dims` are options
             ...
 
         def forward(self, x):                                        # (B, T, C) -> (B, T, C)
             ...
 
-It then trains with `--set model.feed_forward=mine --set model.feed_forward_options.hidden=384`, and the help, the tests
-and `compare.py` know it. An option `hidden` of 0 stands for the field's usual size, which the class docstring names.
-The trees (FFF) are in `models/tree_feed_forward.py`, dense convolutions in `models/convolutions.py`. A class that says
-`own_norm = True` gets no LayerNorm before it. Two feed-forwards a block, macaron or in a row: `--set model.block=`.
+It then trains with `--set model.feed_forward=mine --set model.feed_forward_options.hidden=384`, and `--help`, the tests
+and `compare.py` list it. The option hidden=0 means the usual size, which the class docstring names. The trees (FFF)
+are in `models/tree_feed_forward.py`, dense convolutions in `models/convolutions.py`. A class with `own_norm = True`
+gets no LayerNorm before it. For two feed-forwards per block see `--set model.block=pair` or `macaron`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from models.tree_feed_forward import FFF, FFFFanOut
 
 
 class MLP(nn.Module):
-    """Two linear maps with GELU between; hidden 0 means 4 C (arXiv 2010.11929)."""
+    """Two-layer MLP with GELU; hidden=0 means 4 C (arXiv 2010.11929)."""
 
-    num_matrices = 2  # of C x F weights: what Mix, Chain and Pair size their members by; a class that names none has 2
+    # Number of C x F matrices, by which Mix, Chain and Pair choose sizes; 2 for a class without this attribute.
+    num_matrices = 2
 
     def __init__(self, dims: Dimensions, hidden: int = 0):
         super().__init__()
@@ -47,7 +48,7 @@ class MLP(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear map gated by the GELU of another; hidden 0 means 8/3 C, the MLP's parameter count (arXiv 2002.05202)."""
+    """Gated linear unit with GELU; hidden=0 means 8/3 C, the parameter count of the MLP (arXiv 2002.05202)."""
 
     num_matrices = 3
     gate = staticmethod(F.gelu)
@@ -65,17 +66,17 @@ class GEGLU(nn.Module):
 
 
 class SwiGLU(GEGLU):
-    """A linear map gated by the SiLU of another; hidden 0 means 8/3 C, the MLP's parameter count (arXiv 2002.05202)."""
+    """Gated linear unit with SiLU; hidden=0 means 8/3 C, the parameter count of the MLP (arXiv 2002.05202)."""
 
     gate = staticmethod(F.silu)
 
 
 class ConvMLP(nn.Module):
-    """MLP with a depthwise 3x3 convolution over the token grid between its maps; hidden 0 means 4 C (arXiv 2104.05707, 2210.05958).
+    """MLP with a depthwise 3x3 convolution over the token grid; hidden=0 means 4 C (arXiv 2104.05707, 2210.05958).
 
-    The convolution has a shortcut around it, as DHVT's has; class tokens have no place on the grid and pass it by, so with
-    pooling=class_token the convolution of the last block reaches no score. There is no BatchNorm: an image's output does
-    not depend on the images that share its batch.
+    The convolution acts on the hidden channels and has a shortcut, as in DHVT. CLS tokens are not on the grid and
+    bypass it: with pooling=class_token the convolution of the last block does not reach the scores. There is no
+    BatchNorm, so the output for an image does not depend on the other images of its batch.
     """
 
     def __init__(self, dims: Dimensions, hidden: int = 0):
@@ -83,7 +84,7 @@ class ConvMLP(nn.Module):
         hidden = hidden or 4 * dims.width
         self.num_prefix, self.grid = dims.num_prefix, dims.grid
         self.expand = nn.Linear(dims.width, hidden)
-        self.neighbours = Neighbours(hidden)
+        self.neighbours = DepthwiseResidual(hidden)
         self.contract = nn.Linear(hidden, dims.width)
         self.dropout = nn.Dropout(dims.dropout)
 
@@ -91,10 +92,11 @@ class ConvMLP(nn.Module):
         return self.dropout(self.contract(self.dropout(self.neighbours(self.expand(x), self.grid, self.num_prefix))))
 
 
-class Neighbours(nn.Conv2d):
-    """The inside of a ConvMLP: GELU, a depthwise 3x3 convolution with GELU, and the shortcut around it.
+class DepthwiseResidual(nn.Conv2d):
+    """The inside of a ConvMLP: GELU, then a depthwise 3x3 convolution with GELU and a shortcut.
 
-    A convolution that does more, so that the weights are used by the module that owns them: ZeRO gathers them for that.
+    It subclasses Conv2d so that the module that owns the weights also uses them: ZeRO stage 3 gathers weights per
+    module.
     """
 
     def __init__(self, channels: int):
@@ -107,21 +109,23 @@ class Neighbours(nn.Conv2d):
 
 
 class SoftMoE(nn.Module):
-    """Soft mixture of experts: each MLP works on slots, weighted means of all tokens of one image (arXiv 2308.00951).
+    """Soft mixture of experts: MLPs on slots, which are weighted means of all tokens of an image (arXiv 2308.00951).
 
-    Weights in and out are softmaxes of the same scores, over the tokens and over the slots: every expert gets a gradient
-    from every image, and nothing is dropped. The scores are scaled cosines (section 2.3 of the paper).
-    hidden 0 means 4 C in each expert; slots 0 means T / experts for each, so that all together cost one MLP's time.
+    Dispatch and combine weights are softmaxes of the same scores, over the tokens and over the slots. Every expert
+    gets a gradient from every image, and no token is dropped. The scores are scaled cosines (section 2.3 of the
+    paper). hidden=0 means 4 C per expert. slots=0 means T / experts per expert, so that all experts cost as much as
+    one MLP.
     """
 
-    num_matrices = 8  # with 4 experts
+    num_matrices = 8  # 2 for each of 4 experts
+    slot_rows = True  # has about T x C weights besides, independent of `hidden`
     no_weight_decay = {"bias_expand", "bias_contract"}
-    muon_matrices = {"expand", "contract"}  # one an expert
+    muon_matrices = {"expand", "contract"}  # one matrix per expert
 
     def __init__(self, dims: Dimensions, hidden: int = 0, experts: int = 4, slots: int = 0):
         super().__init__()
         if experts < 1:
-            raise SettingsError(f"feed_forward=soft_moe: experts must be at least 1, not {experts}")
+            raise SettingsError(f"feed_forward=soft_moe: experts must be at least 1, got {experts}")
         C, hidden, slots = dims.width, hidden or 4 * dims.width, slots or max(1, dims.num_tokens // experts)
         self.experts = experts
         self.slot_vectors = nn.Parameter(torch.randn(experts * slots, C) * C**-0.5)
@@ -143,9 +147,10 @@ class SoftMoE(nn.Module):
 
 
 class Pair(nn.Module):
-    """Two feed-forwards of one kind, the second on the normalised sum of input and first; hidden 0 means 4 C for both together.
+    """Two feed-forwards of one kind, the second on the normalized sum of input and first; hidden=0 means 4 C in total.
 
-    `hidden` counts as in Mix. For two on the block's own residual stream, see `model.block`: `pair` and `macaron`.
+    `hidden` has the same meaning as in Mix. For two feed-forwards on the residual stream of the block, use
+    `model.block=pair` or `macaron`.
     """
 
     def __init__(self, dims: Dimensions, kind: str = "mlp", hidden: int = 0):
@@ -160,11 +165,12 @@ class Pair(nn.Module):
 
 
 class Mix(nn.Module):
-    """The sum of two kinds of feed-forward that share the parameters of one MLP; hidden 0 means 4 C.
+    """Sum of two kinds of feed-forward with the parameters of one MLP in total; hidden=0 means 4 C.
 
-    `hidden` is the hidden size of the MLP whose parameter count both together have, `share` the first one's part of it;
-    a kind that has no option `hidden`, such as a tree, keeps its own size. This and Chain are our reading of the idea
-    "mix or chain CSC-I", a term that is defined nowhere: two different feed-forwards in one block, side by side or in a row.
+    `hidden` is the hidden size of the MLP that has as many parameters as both together; `share` is the share of the
+    first one. A kind without an option `hidden`, such as a tree, keeps its own size. Mix and Chain are our reading of
+    the idea "mix or chain CSC-I", a term without a published definition: two feed-forwards per block, in parallel or
+    in sequence.
     """
 
     def __init__(
@@ -179,7 +185,7 @@ class Mix(nn.Module):
 
 
 class Chain(nn.Module):
-    """One kind of feed-forward, a LayerNorm, then another kind; sizes as in Mix, and like it a reading of "mix or chain CSC-I"."""
+    """Two kinds of feed-forward in sequence, with a LayerNorm between them; sizes as in Mix, 4 C in total."""
 
     def __init__(
         self, dims: Dimensions, first: str = "mlp", second: str = "geglu", hidden: int = 0, share: float = 0.5
@@ -194,15 +200,21 @@ class Chain(nn.Module):
 
 
 def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn.Module:
-    """A feed-forward with `share` of the parameters of an MLP of `hidden` (0: 4 C), where its kind has an option `hidden`."""
+    """Return a feed-forward with `share` of the parameters of an MLP of size `hidden` (0: 4 C).
+
+    A kind without an option `hidden` keeps its own size.
+
+    Raises:
+        SettingsError: `share` is not between 0 and 1, or `kind` is unknown.
+    """
     if not 0 < share < 1:
-        raise SettingsError(f"feed_forward_options.share must lie between 0 and 1, not {share}")
+        raise SettingsError(f"model.feed_forward_options.share must be between 0 and 1, got {share}")
     options = {}
     if kind in FEED_FORWARDS and "hidden" in part_options(FEED_FORWARDS[kind]):
-        of_one_matrix = share * MLP.num_matrices * (hidden or 4 * dims.width)
-        options["hidden"] = max(
-            1, round(of_one_matrix / getattr(FEED_FORWARDS[kind], "num_matrices", MLP.num_matrices))
-        )
+        part = FEED_FORWARDS[kind]
+        rows = share * MLP.num_matrices * (hidden or 4 * dims.width)  # the budget in rows of C weights
+        rows -= dims.num_tokens if getattr(part, "slot_rows", False) else 0
+        options["hidden"] = max(1, round(rows / getattr(part, "num_matrices", MLP.num_matrices)))
     return make_part(FEED_FORWARDS, "feed_forward", kind, dims, options)
 
 

@@ -1,9 +1,9 @@
-"""Weights to start from, out of a local file: `load_initial_weights(model, path)`, behind `train.py --init-weights FILE`.
+"""Initial weights from a local file: `load_initial_weights(model, path)`, used by `train.py --init-weights FILE`.
 
-In: safetensors, or a plain state_dict that torch.save wrote (.pt, .pth, .bin), also nested under "state_dict" or "model".
-Tensors are named as here ("0.patches.project.weight") or as the library names them whose model is wrapped (timm,
-torchvision). Out: the model's tensors overwritten where names and shapes agree, and lines that say what was not.
-The head keeps its fresh initialisation when the number of classes differs. No code in a file is ever run.
+Input: safetensors, or a plain state_dict saved by torch.save (.pt, .pth, .bin), also nested under "state_dict" or
+"model". Tensors have this project's names ("0.patches.project.weight") or those of the wrapped library (timm,
+torchvision). Output: tensors of the model overwritten where names and shapes match, and a report of all others.
+The head keeps its random initialization when the number of classes differs. No code in a file is executed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from common.errors import SettingsError
 
 Weights = dict[str, Tensor]
 
-NESTS = ("state_dict", "model_state_dict", "model")  # where training programs put the state_dict among other things
-WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DistributedDataParallel and torch.compile
-SAFE_TORCH = (2, 6)  # the first whose `weights_only` keeps its promise
-SHOWN = 20  # names in one line of the report
+NESTS = ("state_dict", "model_state_dict", "model")  # keys under which training programs store the state_dict
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+SAFE_TORCH = (2, 6)  # first PyTorch in which `weights_only` is safe (CVE-2025-32434)
+SHOWN = 20  # names per line of the report
 
 
 def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
-    """Copy the weights in `path` into `model`, and say in a few lines what was loaded, changed, missing and unused.
+    """Copy the weights in `path` into `model` and return a report: tensors loaded, resampled, missing and unused.
 
     Raises:
-        SettingsError: the file cannot be read safely, or holds nothing of this network.
+        SettingsError: the file cannot be read safely, or it has no tensor of this network besides the head.
     """
     path = Path(path)
     stored = read_weights(path)
@@ -42,7 +42,7 @@ def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
     for name in ours.keys() & weights.keys():
         old, new = weights[name], ours[name]
         fits = old if old.shape == new.shape else resample_positions(old, new.shape) if name in tables else None
-        old = stored.get(name, stored.get(theirs.get(name, name), old))  # as it stands in the file
+        old = stored.get(name, stored.get(theirs.get(name, name), old))  # as it is in the file
         change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
         if fits is None:
             (replaced if name in head and old.shape[:1] != new.shape[:1] else misfits).append(change)
@@ -57,18 +57,18 @@ def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
     share = sum(ours[name].numel() for name in fitting) / sum(tensor.numel() for tensor in ours.values())
     return [
         f"{path}: {len(fitting)} of {len(ours)} tensors loaded, {100 * share:.1f}% of the values",
-        *line("head left fresh, the number of classes differs", replaced),
+        *line("head randomly initialized, the number of classes differs", replaced),
         *line("resampled to this image side or patch", resampled),
-        *line("left fresh, another shape in the file", misfits),
-        *line("left fresh, not in the file", ours.keys() - weights.keys()),
+        *line("randomly initialized, other shape in the file", misfits),
+        *line("randomly initialized, not in the file", ours.keys() - weights.keys()),
         *line("in the file, not used", weights.keys() - ours.keys()),
     ]
 
 
 def read_weights(path: Path) -> Weights:
-    """The named tensors of a file, out of the nests and wrappers that training programs put around them."""
+    """Return the named tensors of a file, without the nesting and prefixes that training programs add."""
     if not path.is_file():
-        raise SettingsError(f"--init-weights {path}: there is no such file")
+        raise SettingsError(f"--init-weights {path}: no such file. Give the path of a .safetensors or .pth file")
     tree = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     while isinstance(tree, dict) and any(isinstance(tree.get(nest), dict) for nest in NESTS):
         tree = next(tree[nest] for nest in NESTS if isinstance(tree.get(nest), dict))
@@ -80,7 +80,7 @@ def read_weights(path: Path) -> Weights:
             weights[name] = tensor
     if not weights:
         raise SettingsError(
-            f"--init-weights {path} holds no named tensors; give a state_dict: torch.save(model.state_dict(), FILE)"
+            f"--init-weights {path} has no named tensors. Save a state_dict: torch.save(model.state_dict(), FILE)"
         )
     return weights
 
@@ -93,36 +93,36 @@ def read_safetensors(path: Path) -> Any:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise SettingsError(
-            f"--init-weights {path} cannot be read as safetensors ({error}); fetch or save it again"
+            f"--init-weights {path} cannot be read as safetensors ({error}). Download or save it again"
         ) from error
 
 
 def read_torch_file(path: Path) -> Any:
     if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
         raise SettingsError(
-            f"--init-weights {path}: PyTorch {torch.__version__} can be made to run code by a file of torch.save (CVE-2025-32434); "
-            "give the weights as safetensors, or update PyTorch"
+            f"--init-weights {path}: PyTorch {torch.__version__} may run code from a torch.save file (CVE-2025-32434). "
+            "Give the weights as safetensors, or install PyTorch 2.6 or newer"
         )
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # the restricted unpickler: tensors and plain containers
+        # weights_only: a restricted unpickler that reads tensors and plain containers only
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SettingsError(
-            f"--init-weights {path} is damaged or holds pickled Python objects besides tensors, which could run code when read and "
-            "are refused; where you trust it, save the tensors alone: torch.save(model.state_dict(), FILE), or as safetensors"
+            f"--init-weights {path} is damaged, or has pickled Python objects besides tensors, which could run code. "
+            "If you trust it, save its tensors only: torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise SettingsError(
-            f"--init-weights {path} is neither safetensors (by that suffix) nor a file of torch.save: {error}"
+            f"--init-weights {path} is not a file of torch.save ({error}). Give one, or a file *.safetensors"
         ) from error
 
 
 def to_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
-    """Tensors named as in `model.state_dict()`, where they can be.
+    """Return the tensors under the names of `model.state_dict()`, where they can be mapped.
 
-    A layer that wraps a library's module says how the two name their tensors: `name_prefixes = (ours, theirs)`.
-    One that can do more (other image sides, other dialects) has `adapt_weights`, from their names to their names.
+    A layer that wraps a library's module has `name_prefixes = (ours, theirs)`, the prefixes of both naming schemes.
+    A layer that can convert more (image sides, older checkpoint formats) has `adapt_weights`, which maps the library's
+    names to the library's names.
     """
     theirs = external_names(model)
     weights = {theirs.get(name, name): tensor for name, tensor in weights.items()}
@@ -132,14 +132,14 @@ def to_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
                 weights = layer.adapt_weights(weights)
             except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
                 raise SettingsError(
-                    f"--init-weights {path} holds weights of another model than model.architecture ({error})"
+                    f"--init-weights {path} has weights of another network ({error}). Set model.architecture to it"
                 ) from error
     ours = {their: our for our, their in theirs.items()}
     return {ours.get(name, name): tensor for name, tensor in weights.items()}
 
 
 def external_names(model: nn.Sequential) -> dict[str, str]:
-    """Our name -> the library's name, for every tensor of a wrapped module."""
+    """Return our name -> the library's name, for every tensor of a wrapped module."""
     names = {}
     for i, layer in model.named_children():
         if hasattr(layer, "name_prefixes"):
@@ -149,7 +149,7 @@ def external_names(model: nn.Sequential) -> dict[str, str]:
 
 
 def head_names(model: nn.Sequential) -> set[str]:
-    """The tensors that make class scores: those of the last linear map, unless a layer names its `head_modules`."""
+    """Return the names of the classifier's tensors: those of `head_modules` of a layer, else of the last linear map."""
     heads = [head for layer in model if hasattr(layer, "head_modules") for head in layer.head_modules()]
     heads = heads or [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     paths = [path for path, module in model.named_modules() if any(module is head for head in heads)]
@@ -157,17 +157,19 @@ def head_names(model: nn.Sequential) -> set[str]:
 
 
 def position_names(model: nn.Sequential) -> set[str]:
-    """Tables of our own layers that may hold a vector a token; a library's own are left to `adapt_weights`."""
-    tables = {
-        f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "no_weight_decay", ())
+    """Return the names of the tables with one vector per token, which modules name in `position_tables`.
+
+    Tables of wrapped libraries are resampled by `adapt_weights`.
+    """
+    return {
+        f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "position_tables", ())
     }
-    return tables - external_names(model).keys()
 
 
 def resample_positions(table: Tensor, shape: torch.Size) -> Tensor | None:
-    """A position table, (tokens, C) or (side, side, C), for another image side; None when it cannot be one.
+    """Resample a position table, (tokens, C) or (side, side, C), to another image side; None if it cannot be one.
 
-    Tokens that stand before the grid, such as a class token's, are kept.
+    Positions before those of the grid, such as that of a CLS token, are kept.
     """
     if table.ndim != len(shape) or table.ndim not in (2, 3) or table.shape[-1] != shape[-1]:
         return None
@@ -182,13 +184,13 @@ def resample_positions(table: Tensor, shape: torch.Size) -> Tensor | None:
 
 
 def resample_grid(grid: Tensor, side: int) -> Tensor:
-    """(h, h, C) -> (side, side, C)."""
+    """Resample a grid bicubically, (h, h, C) -> (side, side, C)."""
     images = grid.float().permute(2, 0, 1)[None]
     return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
 def line(what: str, names: Any) -> list[str]:
-    """One line of the report, or none when there is nothing to name."""
+    """Return one line of the report, or none without names."""
     names = sorted(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return [f"  {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
@@ -196,6 +198,7 @@ def line(what: str, names: Any) -> list[str]:
 
 def nothing_fits(path: Path, theirs: list[str], ours: list[str]) -> str:
     return (
-        f"--init-weights {path} fits no tensor of this network but perhaps its head: it holds {len(theirs)} tensors such as "
-        f"'{theirs[0]}', the network {len(ours)} such as '{ours[0]}'; set model.architecture and its sizes to those of the file"
+        f"--init-weights {path} matches no tensor of this network except perhaps its head: the file has {len(theirs)} "
+        f"tensors such as '{theirs[0]}', the network {len(ours)} such as '{ours[0]}'. Set model.architecture and its "
+        "sizes to those of the file"
     )

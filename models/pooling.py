@@ -1,4 +1,4 @@
-"""From tokens (B, T, C) to one vector (B, C): a table of poolings."""
+"""Poolings: tokens (B, T, C) to one vector per image (B, C)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from models.parts import Dimensions
 
 
 class ClassTokenPooling(nn.Module):
-    """The first token, a learnt one without a patch, speaks for the image (arXiv 2010.11929)."""
+    """CLS token: a learned token whose final state is classified (arXiv 2010.11929)."""
 
     num_prefix = 1
 
@@ -20,7 +20,7 @@ class ClassTokenPooling(nn.Module):
 
 
 class MeanPooling(nn.Module):
-    """The mean of all tokens."""
+    """Mean of all tokens (global average pooling)."""
 
     num_prefix = 0
 
@@ -32,7 +32,7 @@ class MeanPooling(nn.Module):
 
 
 class SequencePooling(nn.Module):
-    """A mean of all tokens by learnt weights: softmax of a linear score of each (arXiv 2104.05704, section 3.2)."""
+    """Sequence (attention) pooling: softmax-weighted mean of tokens (arXiv 2104.05704, section 3.2)."""
 
     num_prefix = 0
 

@@ -1,4 +1,4 @@
-"""Where tokens stand: a table of positions, added to tokens or turned into queries and keys."""
+"""Positional embeddings: added to the tokens, or rotations of queries and keys inside attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.parts import Dimensions
 
 
 class NoPosition(nn.Module):
-    """Tokens as they are: the network is told nothing of where they stand."""
+    """No positional embedding."""
 
     def __init__(self, dims: Dimensions):
         super().__init__()
@@ -20,14 +20,15 @@ class NoPosition(nn.Module):
         return x
 
     def rotation(self) -> nn.Module | None:
-        """What turns queries and keys (B, H, T, D) inside attention, a new one at each call; None where nothing does."""
+        """Return a new module that rotates queries and keys (B, H, T, D) inside attention, or None."""
         return None
 
 
 class LearnedPosition(NoPosition):
-    """One learnt vector a token, added (arXiv 2010.11929)."""
+    """Learned absolute position embedding: one vector per token, added (arXiv 2010.11929)."""
 
     no_weight_decay = {"table"}
+    position_tables = {"table"}
 
     def __init__(self, dims: Dimensions):
         super().__init__(dims)
@@ -38,7 +39,11 @@ class LearnedPosition(NoPosition):
 
 
 class SinCosPosition(NoPosition):
-    """Fixed sines and cosines of row and column, half the channels each, added to patch tokens (arXiv 2205.01580)."""
+    """Fixed 2-D sine-cosine position embedding, added to patch tokens (formula of MoCo v3, arXiv 2104.02057).
+
+    Half of the channels encode the row, half the column. The frequencies are base ** (-i / n), i = 0 ... n - 1, as in
+    MoCo v3; big_vision (arXiv 2205.01580) divides by n - 1 instead.
+    """
 
     def __init__(self, dims: Dimensions):
         super().__init__(dims)
@@ -51,7 +56,7 @@ class SinCosPosition(NoPosition):
 
 
 class RotaryPosition(NoPosition):
-    """Queries and keys turned by angles of row and column, so that scores know the distance (arXiv 2104.09864, 2-D as in 2403.13298)."""
+    """2-D rotary position embedding (RoPE): scores depend on relative position (arXiv 2104.09864, 2403.13298)."""
 
     def __init__(self, dims: Dimensions, base: float = 100.0):
         super().__init__(dims)
@@ -62,9 +67,9 @@ class RotaryPosition(NoPosition):
 
 
 class Rotation(nn.Module):
-    """(B, H, T, D) -> (B, H, T, D): pairs of channels turned, half of them by the token's row, half by its column.
+    """Rotates pairs of channels, (B, H, T, D) -> same: half of the pairs by the row, half by the column of the token.
 
-    Only tokens with a place on the grid turn; class tokens before them and head tokens after them stay as they are.
+    Only patch tokens are rotated. CLS tokens before them and head tokens after them are unchanged.
     """
 
     def __init__(self, dims: Dimensions, base: float):
@@ -81,9 +86,13 @@ class Rotation(nn.Module):
 
 
 def grid_angles(dims: Dimensions, channels: int, base: float, setting: str) -> Tensor:
-    """An angle for each patch token and pair of channels, (T without class tokens, channels / 2): row, then column, times a frequency."""
+    """Return an angle per patch token and pair of channels, (grid^2, channels / 2): row or column times a frequency.
+
+    Raises:
+        SettingsError: `channels`, the value of `setting`, is not a multiple of 4.
+    """
     if channels % 4:
-        raise SettingsError(f"this model.position needs a {setting} that 4 divides, not {channels}")
+        raise SettingsError(f"this model.position needs a multiple of 4 as {setting}, got {channels}")
     frequencies = base ** (-torch.arange(channels // 4) / (channels // 4))
     place = torch.arange(dims.grid).unsqueeze(1) * frequencies
     rows, columns = place.repeat_interleave(dims.grid, dim=0), place.repeat(dims.grid, 1)

@@ -1,16 +1,20 @@
-"""Fast feedforward networks: a tree of neurons in which a token uses only those on its way from the root to a leaf.
+"""Fast feedforward networks (FFF): trees of neurons in which a token uses only the neurons on its path to a leaf.
 
-`depth` counts the steps down, so a tree has depth + 1 levels. Each node holds a group of neurons, and each neuron has a row
-in, a bias and a row out, as in an MLP: its score for token x is `row_in . x + bias`, its value a function of the scores of its
-group, and it adds `value * row_out`. The scores of a node also say which of its children the token visits next. That choice
-has no gradient of its own; a neuron learns from the tokens that come through it, and is 0 to all others.
+`depth` counts the steps from the root to a leaf, so a tree has depth + 1 levels. Each node holds a group of neurons. A
+neuron has an input row, a bias and an output row, as in an MLP. Its score for token x is `row_in . x + bias`; its
+value is a function of the scores of its group; it adds `value * row_out` to the output. The scores of a node also
+choose the child that the token visits next. That choice has no gradient: a neuron learns from the tokens that visit
+it, and contributes 0 to all others.
 
 Two evaluations give the same result and the same gradients (`evaluation`):
-    mask    compute every neuron, then set to 0 those off the path: two large products, work that grows with the tree
-    path    gather the rows of the visited neurons level by level: work that grows with depth, but two rows moved a token and neuron
-Which is faster where was measured at commit 5db9433 (results/LOG.md): at width 512 the path from about 1,000 neurons on for one
-CPU core; for a GPU (H200) from 1,000 to 4,000 on in evaluation, and hardly ever in training. The two agree to rounding, so a
-token whose score is 0 to the last digit may take the other branch; on a GPU, `path` adds up gradients in no fixed order.
+    mask    compute every neuron, then zero those off the path: two large products, cost grows with the number of
+    neurons path    gather the rows of the visited neurons level by level: cost grows with depth, but two rows are
+    moved per
+            token and neuron
+Measured at commit 5db9433 (results/LOG.md), width 512: on one CPU core `path` is faster from about 1,000 neurons on.
+On a GPU (H200) it is faster from 1,000 to 4,000 neurons on in evaluation, and almost never in training. The two agree
+up to rounding, so a token whose score is 0 up to rounding may take the other branch. On a GPU `path` accumulates
+gradients in a nondeterministic order.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from models.parts import Dimensions
 
 
 class Level(nn.Module):
-    """All nodes at one depth. Parameters of its own, so that a depth can have a learning rate of its own."""
+    """All nodes at one depth, with separate parameters, so that each depth can have its own learning rate."""
 
     def __init__(self, num_nodes: int, group: int, width: int, num_visited: int, learning_rate_factor: float):
         super().__init__()
@@ -36,20 +40,23 @@ class Level(nn.Module):
 
 
 class Tree(nn.Module):
-    """What both trees share: `group` neurons a node, `branches` children a node. Subclasses say what a group gives and where it leads."""
+    """Base class of both trees: `group` neurons and `branches` children per node.
+
+    Subclasses define the value of a neuron and the choice of the child.
+    """
 
     def __init__(
         self, dims: Dimensions, group: int, branches: int, depth: int, dense: int, evaluation: str, root_factor: float
     ):
         super().__init__()
-        for name, value, allowed in (
-            ("depth", depth, depth >= 0),
-            ("fan_out", group, group >= 1),
-            ("dense", dense, dense >= 0),
-            ("root_factor", root_factor, root_factor > 0),
+        for name, value, allowed, least in (
+            ("depth", depth, depth >= 0, "0"),
+            ("fan_out", group, group >= 1, "1"),
+            ("dense", dense, dense >= 0, "0"),
+            ("root_factor", root_factor, root_factor > 0, "a number above 0, for example 0.1"),
         ):
             if not allowed:
-                raise SettingsError(f"a feed-forward tree cannot have {name}={value}")
+                raise SettingsError(f"a feed-forward tree cannot have {name}={value}. Set it to {least} or more")
         if evaluation not in EVALUATIONS:
             raise SettingsError(unknown("evaluation", evaluation, list(EVALUATIONS)))
         self.group, self.branches, self.evaluation = group, branches, evaluation
@@ -58,17 +65,17 @@ class Tree(nn.Module):
             Level(branches**d, group, dims.width, self.num_visited, root_factor ** (1 - d / depth) if depth else 1.0)
             for d in range(depth + 1)
         )
-        # A small MLP, without a bias at its output: rows that every token uses.
+        # A small MLP that every token uses; its output has no bias.
         self.dense_in = nn.Linear(dims.width, dense) if dense else None
         self.dense_out = nn.Linear(dense, dims.width, bias=False) if dense else None
         self.dropout = nn.Dropout(dims.dropout)
 
     def values(self, scores: Tensor) -> Tensor:
-        """(..., group) -> (..., group): what the neurons of a visited node multiply their rows out by."""
+        """Return the factors of the output rows of a visited node, (..., group) -> (..., group)."""
         raise NotImplementedError
 
     def child(self, scores: Tensor) -> Tensor:
-        """(..., group) -> (...): which child of the node comes next, from 0."""
+        """Return the index of the child that comes next, (..., group) -> (...), from 0."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ class Tree(nn.Module):
         return self.dropout(y)
 
     def every_neuron(self, tokens: Tensor) -> Tensor:
-        """The evaluation `mask`, (N, C) -> (N, C)."""
+        """Evaluate every neuron and mask those off the path, (N, C) -> (N, C): the evaluation `mask`."""
         rows_in, bias, rows_out = (
             torch.cat([getattr(level, name) for level in self.levels]) for name in ("rows_in", "bias", "rows_out")
         )
@@ -88,7 +95,7 @@ class Tree(nn.Module):
         return values.flatten(1) @ rows_out
 
     def visited(self, scores: Tensor) -> Tensor:
-        """Scores (N, nodes, group) -> (N, nodes), true where the token comes through the node."""
+        """Return which nodes a token visits, scores (N, nodes, group) -> (N, nodes)."""
         num_nodes = [self.branches**d for d in range(len(self.levels))]
         children = torch.arange(self.branches, device=scores.device)
         levels = [scores.new_ones(len(scores), 1, dtype=torch.bool)]
@@ -97,9 +104,9 @@ class Tree(nn.Module):
         return torch.cat(levels, dim=1)
 
     def path_only(self, tokens: Tensor) -> Tensor:
-        """The evaluation `path`, (N, C) -> (N, C)."""
+        """Evaluate only the neurons on the path, (N, C) -> (N, C): the evaluation `path`."""
         y = torch.zeros_like(tokens)
-        node = tokens.new_zeros(len(tokens), dtype=torch.long)  # of its level, from 0
+        node = tokens.new_zeros(len(tokens), dtype=torch.long)  # index within its level, from 0
         for level in self.levels:
             rows_in, rows_out = (
                 F.embedding(node, rows.view(-1, self.group * rows.shape[1])).view(len(node), self.group, -1)
@@ -115,11 +122,13 @@ EVALUATIONS = {"mask": Tree.every_neuron, "path": Tree.path_only}
 
 
 class FFF(Tree):
-    """Fast feedforward: a binary tree of neurons, the sign of each leads left or right (arXiv 2308.14711, 2311.10770).
+    """Fast feedforward (FFF) as in UltraFastBERT: binary tree, the sign of a score picks the child (arXiv 2311.10770).
 
-    Depth 7 has 255 neurons, of which a token uses 8. A neuron gives GELU(score), as in an MLP.
-    `dense` adds that many neurons that every token uses. `root_factor` is the root's share of the learning rate, rising
-    geometrically to 1 at the leaves: under 1, the decisions that all tokens share change slower than those that few do.
+    Depth 7 has 255 neurons, of which a token uses 8. The value of a neuron is GELU(score), as in an MLP. The FFF of
+    arXiv 2308.14711 is another network: its nodes only route, by soft decisions in training, and its leaves are small
+    MLPs. `dense` adds that many neurons that every token uses. `root_factor` multiplies the learning rate at the root
+    and rises geometrically to 1 at the leaves. Below 1, decisions shared by all tokens change more slowly than those
+    of few.
     """
 
     def __init__(
@@ -135,11 +144,12 @@ class FFF(Tree):
 
 
 class FFFFanOut(Tree):
-    """FFF with groups of fan_out neurons: their softmax weighs what they give, the largest leads on to its child.
+    """FFF with groups of fan_out neurons per node: softmax weights their outputs, the largest score picks the child.
 
-    Fan-out 4 and depth 3 have (1 + 4 + 16 + 64) groups of 4: 340 neurons, of which a token uses 16. A neuron gives
-    fan_out * softmax(scores) * GELU(score), so that an undecided group counts as much as without the softmax; through it,
-    unlike a sign, the decision learns. `dense`, `evaluation` and `root_factor` as for `fff`.
+    Fan-out 4 and depth 3 have (1 + 4 + 16 + 64) groups of 4: 340 neurons, of which a token uses 16. The value of a
+    neuron is fan_out * softmax(scores) * GELU(score), so a group with equal scores gives the same as without the
+    softmax. Unlike a sign, the softmax has a gradient, so the decision learns. `dense`, `evaluation` and `root_factor`
+    as for `fff`.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Optimizers, parameter groups and the learning-rate schedule."""
+"""Optimizers, parameter groups and learning rate schedules."""

@@ -1,8 +1,9 @@
-"""AccumAdam: Adam for small batches a worker (arXiv 2410.11998, appendix C).
+"""AccumAdam: Adam for small per-worker batches (arXiv 2410.11998, appendix C).
 
-A decentralised worker sees only its own images, so its gradients are noisy, and Adam's second moment then holds mostly
-noise. Here the moments move once in a window of `window` steps, by the mean gradient of the window; the step itself is
-made every time, with the current gradient added to the moments of the finished windows. With a window of 1 this is Adam.
+A decentralized worker sees only its own images. Its gradients are noisy, and Adam's second moment then consists mostly
+of noise. AccumAdam updates the moments once per window of `window` steps, by the mean gradient of the window. It still
+makes a step for every gradient, from the moments of the finished windows and the current gradient. A window of 1 is
+Adam.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 
 
 class AccumAdam(torch.optim.Optimizer):
-    """Adam, or AdamW (`decoupled`), whose moments take in the mean gradient of `window` steps at a time.
+    """Adam, or AdamW if `decoupled`, whose moments are updated by the mean gradient of `window` steps.
 
-    Where the algorithm as printed decays the stored second moment by beta1, this takes beta2, as the authors' own
-    implementation does; epsilon stands outside the square root, and the bias correction counts windows.
+    The printed algorithm decays the stored second moment by beta1; this uses beta2, as the authors' implementation
+    does. Epsilon is added outside the square root, and the bias correction counts windows.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class AccumAdam(torch.optim.Optimizer):
         decoupled: bool,
     ):
         if window < 1:
-            raise ValueError(f"a window of {window} steps")
+            raise ValueError(f"window must be at least 1, got {window}")
         super().__init__(
             params,
             dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, window=window, decoupled=decoupled),
@@ -59,14 +60,14 @@ class AccumAdam(torch.optim.Optimizer):
         elif group["weight_decay"]:
             gradient = gradient.add(x, alpha=group["weight_decay"])
         state["window_sum"] += gradient
-        # What the moments would be if the current gradient were the window's.
+        # The moments if the current gradient were the mean of the window.
         mean = state["exp_avg"].lerp(gradient, 1 - beta1)
         square = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        begun = -(-step // window)
+        begun = -(-step // window)  # windows begun
         square = (square / (1 - beta2**begun)).sqrt_().add_(group["eps"])
         x.addcdiv_(mean, square, value=-group["lr"] / (1 - beta1**begun))
         if step % window == 0:
-            whole = state["window_sum"] / window
-            state["exp_avg"].lerp_(whole, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(whole, whole, value=1 - beta2)
+            mean_gradient = state["window_sum"] / window
+            state["exp_avg"].lerp_(mean_gradient, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(mean_gradient, mean_gradient, value=1 - beta2)
             state["window_sum"].zero_()

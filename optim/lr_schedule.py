@@ -1,7 +1,7 @@
-"""The learning rate over a run: a factor of the base rate, a function of the optimiser step alone.
+"""Learning rate schedule: a factor of the base learning rate that depends on the optimizer step only.
 
-Every engine asks this one function before each optimiser step, so a resumed run needs no scheduler state. A shape is a
-function of what comes after the warm-up; to add one, write it and add a line to SCHEDULES.
+Every engine calls this function before each optimizer step, so a resumed run needs no scheduler state. A shape is a
+function for the steps after the warmup. To add one, write the function and add a line to SCHEDULES.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from config.settings import ScheduleSettings
 
 @dataclass(frozen=True)
 class Timeline:
-    """A run in optimiser steps: `warmup` of them first, the final factor reached at step `last` and held to the end."""
+    """Steps of a run: `warmup` steps first; the final factor is reached at step `last` and held until `total`."""
 
     total: int
     warmup: int
     last: int
 
     def progress(self, step: int) -> float:
-        """From 0 at the first step after the warm-up to 1 at `last`, and after it."""
+        """Return 0 at the first step after the warmup, rising linearly to 1 at `last`, and 1 after it."""
         return min(1.0, (step - self.warmup) / max(1, self.last - self.warmup))
 
 
 def cosine(step: int, course: Timeline, settings: ScheduleSettings) -> float:
-    """Half a cosine from 1 down to final_factor (arXiv 1608.03983)."""
+    """Cosine decay from 1 to final_factor (arXiv 1608.03983)."""
     return settings.final_factor + (1 - settings.final_factor) * (1 + math.cos(math.pi * course.progress(step))) / 2
 
 
 def linear(step: int, course: Timeline, settings: ScheduleSettings) -> float:
-    """A straight line from 1 down to final_factor."""
+    """Linear decay from 1 to final_factor."""
     return 1 - (1 - settings.final_factor) * course.progress(step)
 
 
 def constant(step: int, course: Timeline, settings: ScheduleSettings) -> float:
-    """1 throughout."""
+    """Constant 1."""
     return 1.0
 
 
 def trapezoid(step: int, course: Timeline, settings: ScheduleSettings) -> float:
-    """1 until the cool-down, which falls in a straight line to final_factor (arXiv 2106.04560, 2405.18392)."""
+    """Warmup-stable-decay (WSD): 1, then linear cooldown to final_factor (arXiv 2106.04560, 2405.18392)."""
     cooldown = round(settings.cooldown_fraction * course.total)
     fallen = min(1.0, max(0.0, (step - (course.last - cooldown)) / max(1, cooldown)))
     return 1 - (1 - settings.final_factor) * fallen
 
 
 def step_decay(step: int, course: Timeline, settings: ScheduleSettings) -> float:
-    """Times milestone_factor at each of the milestones, which are shares of the whole run (arXiv 1512.03385)."""
+    """Step decay: multiplied by milestone_factor at each milestone, a share of the run (arXiv 1512.03385)."""
     return settings.milestone_factor ** sum(
         step >= round(milestone * course.total) for milestone in settings.milestones
     )
@@ -63,7 +63,7 @@ SCHEDULES: dict[str, Callable[[int, Timeline, ScheduleSettings], float]] = {
     "trapezoid": trapezoid,
     "step": step_decay,
 }
-# The settings that some shapes use, and which; all use those of the warm-up.
+# Settings that only some shapes use, and these shapes; all shapes use the settings of the warmup.
 USED_BY = {
     "final_factor": ("cosine", "linear", "trapezoid"),
     "hold_fraction": ("cosine", "linear", "trapezoid"),
@@ -82,13 +82,13 @@ FRACTIONS = (
 
 
 class Schedule:
-    """`schedule(step)` is the factor for optimiser step 0, 1, ..., total_steps - 1.
+    """`schedule(step)` is the factor for optimizer step 0, 1, ..., total_steps - 1.
 
-    The warm-up rises in a straight line over the first `warmup_fraction` of the steps and reaches 1 at its last; then the
-    shape runs from 1 to its end, which it reaches at the run's last step, or `hold_fraction` of the run before it.
+    The warmup rises linearly over the first `warmup_fraction` of the steps and reaches 1 at its last step. The shape
+    then decays from 1 to its final value, which it reaches at the last step, or `hold_fraction` of the run before it.
 
     Raises:
-        SettingsError: an unknown shape, a setting that the shape would not use, or shares that do not fit into the run.
+        SettingsError: an unknown shape, a setting that the shape does not use, or shares that exceed the run.
     """
 
     def __init__(self, settings: ScheduleSettings, total_steps: int):
@@ -105,29 +105,29 @@ class Schedule:
 
 
 def check(settings: ScheduleSettings) -> None:
-    """Raises SettingsError; see Schedule."""
+    """Raise SettingsError for settings that Schedule rejects."""
     if settings.shape not in SCHEDULES:
         raise SettingsError(unknown("schedule.shape", settings.shape, list(SCHEDULES)))
     for name in FRACTIONS:
         if not 0 <= getattr(settings, name) <= 1:
-            raise SettingsError(f"schedule.{name} must lie between 0 and 1, not {getattr(settings, name)}")
+            raise SettingsError(f"schedule.{name} must be between 0 and 1, got {getattr(settings, name)}")
     for name, shapes in USED_BY.items():
         if settings.shape not in shapes and getattr(settings, name) != getattr(ScheduleSettings(), name):
             raise SettingsError(
-                f"schedule.shape={settings.shape} would not use schedule.{name}={getattr(settings, name)}; "
-                f"{' and '.join(shapes)} would"
+                f"schedule.shape={settings.shape} does not use schedule.{name}={getattr(settings, name)}. "
+                f"Remove it, or set schedule.shape to {' or '.join(shapes)}"
             )
     cooldown = settings.cooldown_fraction if settings.shape == "trapezoid" else 0.0
     if settings.warmup_fraction + cooldown + settings.hold_fraction > 1:
         raise SettingsError(
-            "schedule.warmup_fraction, cooldown_fraction and hold_fraction are shares of one run; together they must "
-            f"not exceed 1, and are {settings.warmup_fraction}, {cooldown} and {settings.hold_fraction}"
+            "schedule.warmup_fraction, cooldown_fraction and hold_fraction are shares of one run; their sum must be at "
+            f"most 1, got {settings.warmup_fraction}, {cooldown} and {settings.hold_fraction}"
         )
     points = settings.milestones
     if settings.shape == "step" and (
         not points or sorted(points) != points or not settings.warmup_fraction <= points[0] <= points[-1] < 1
     ):
         raise SettingsError(
-            f"schedule.milestones must rise, from schedule.warmup_fraction={settings.warmup_fraction} or later to below 1, "
-            f"not {points}"
+            "schedule.milestones must increase, start at or after "
+            f"schedule.warmup_fraction={settings.warmup_fraction} and stay below 1, got {points}"
         )

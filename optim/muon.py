@@ -1,12 +1,12 @@
-"""Muon (kellerjordan.github.io/posts/muon, arXiv 2502.16982): hidden matrices move by an orthogonalised momentum.
+"""Muon (kellerjordan.github.io/posts/muon, arXiv 2502.16982): orthogonalized momentum for hidden matrices.
 
-    M <- momentum M + (1 - momentum) G          U <- orthogonalise(G and M, mixed as Nesterov does)
+    M <- momentum M + (1 - momentum) G          U <- orthogonalize(Nesterov combination of G and M)
     W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) U
 
-The factor gives the step the size of one of AdamW's, whose rate and decay it shares. What is no hidden matrix is trained
-by AdamW in the same object. It equals torch.optim.Muon, which takes one whole matrix after the other; this one takes all
-matrices of one shape at once (the blocks of a transformer are alike), and takes matrices that are cut over processes:
-the momentum stays cut, and only the step is made whole, orthogonalised, and cut again.
+The factor scales the step to the size of an AdamW step, so both share learning rate and weight decay. The same object
+trains all other parameters with AdamW. The result equals torch.optim.Muon, which processes one unsharded matrix at a
+time. This implementation batches all matrices of one shape (the blocks of a transformer have equal shapes) and
+supports sharded matrices: the momentum stays sharded; only the step is gathered, orthogonalized and sharded again.
 """
 
 from __future__ import annotations
@@ -20,28 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the quintic iteration, chosen by its author to bring small singular values up fast
+# Coefficients of the quintic iteration, chosen by its author so that small singular values grow fast.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 class MatrixSharding(ABC):
-    """How a tensor that the optimiser updates in this process holds parts of whole parameters."""
+    """How a tensor that the optimizer updates in this process holds shards of parameters."""
 
     @abstractmethod
     def whole(self, part: Tensor) -> list[Tensor]:
-        """The whole tensors, given this process's part of all of them. Collective."""
+        """Return the unsharded tensors, given this process's shard of all of them. Collective."""
 
     @abstractmethod
     def part(self, whole: Sequence[Tensor]) -> Tensor:
-        """This process's part of them."""
+        """Return this process's shard of them."""
 
 
 class Unsharded(MatrixSharding):
-    """A tensor that is a parameter."""
+    """A tensor that is one whole parameter."""
 
     def whole(self, part: Tensor) -> list[Tensor]:
         return [part]
@@ -51,12 +48,14 @@ class Unsharded(MatrixSharding):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `hidden` true are trained by Muon, the others by AdamW.
+    """Muon for groups with `hidden` true, AdamW for the others.
+
+    The matrices of a group with `row_splits`, such as (C, C, C), are orthogonalized as several matrices of so many rows.
 
     Attributes:
-        shardings: how the tensors of the hidden groups hold matrices, by tensor; a tensor that is not here is a whole one.
+        shardings: how the tensors of the hidden groups hold matrices, by tensor; a missing tensor is one whole matrix.
         compiled: whether the iteration is compiled; an engine that compiles the network on a GPU sets it.
-        working_dtype: in which the iteration computes; None: bf16 on a GPU, as its author has it, and fp32 on a CPU.
+        working_dtype: dtype of the iteration; None means bf16 on a GPU, as in the author's code, and fp32 on a CPU.
     """
 
     def __init__(
@@ -72,7 +71,8 @@ class Muon(torch.optim.Optimizer):
     ):
         if not 0 <= momentum < 1 or matrix_lr_factor <= 0:
             raise ValueError(
-                f"momentum={momentum} and matrix_lr_factor={matrix_lr_factor}: it needs 0 <= momentum < 1, and a factor above 0"
+                f"momentum must be from 0 to below 1 and matrix_lr_factor above 0, got momentum={momentum}, "
+                f"matrix_lr_factor={matrix_lr_factor}"
             )
         super().__init__(
             params, dict(lr=lr, momentum=momentum, matrix_lr_factor=matrix_lr_factor, weight_decay=weight_decay)
@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
         self.shardings: dict[Tensor, MatrixSharding] = {}
         self.compiled = False
         self.working_dtype: torch.dtype | None = None
-        # It shares the groups (the same dictionaries) and the state, so an engine that exchanges parameters sees one optimiser.
+        # Shares the groups (the same dictionaries) and the state: an engine that swaps parameters sees one optimizer.
         rest = [group for group in self.param_groups if not group["hidden"]]
         self.adamw = (
             torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
             if group["hidden"]:
                 self._step_hidden(group)
         if self.adamw is not None:
-            # DeepSpeed lets the optimiser see one of its groups after the other.
+            # DeepSpeed shows the optimizer one group at a time.
             self.adamw.param_groups = [group for group in self.param_groups if not group["hidden"]]
             self.adamw.state = self.state
             self.adamw.step()
@@ -106,9 +106,12 @@ class Muon(torch.optim.Optimizer):
         cuts = [self.shardings.get(tensor, Unsharded()) for tensor in tensors]
         directions = self._directions(tensors, group["momentum"])
         matrices = [cut.whole(direction) for direction, cut in zip(directions, cuts, strict=True)]
-        made = iter(
-            orthogonalise([matrix for of_tensor in matrices for matrix in of_tensor], self.compiled, self.working_dtype)
-        )
+        unsharded = [matrix for of_tensor in matrices for matrix in of_tensor]
+        splits = group.get("row_splits")
+        parts = [part for matrix in unsharded for part in (matrix.split(splits) if splits else (matrix,))]
+        made = iter(orthogonalize(parts, self.compiled, self.working_dtype))
+        if splits:
+            made = iter([torch.cat([next(made) for _ in splits]) for _ in unsharded])
         steps = [cut.part([next(made) for _ in of_tensor]) for cut, of_tensor in zip(cuts, matrices, strict=True)]
         decay, rate = 1 - group["lr"] * group["weight_decay"], -group["lr"] * group["matrix_lr_factor"]
         if all_plain([*tensors, *steps]):
@@ -120,7 +123,7 @@ class Muon(torch.optim.Optimizer):
             tensor.add_(step, alpha=rate)
 
     def _directions(self, tensors: list[Tensor], momentum: float) -> list[Tensor]:
-        """The momentum follows the gradients; Nesterov's mixture of both."""
+        """Update the momentum by the gradients and return the Nesterov combination of both."""
         for tensor in tensors:
             if "momentum_buffer" not in self.state[tensor]:
                 self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
@@ -134,15 +137,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def all_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether one kernel may update them all: plain tensors of a GPU. On a CPU it would be a loop, too."""
+    """Return whether foreach kernels may update them: plain tensors on a GPU. On a CPU foreach is a loop anyway."""
     return all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda for tensor in tensors)
 
 
-def orthogonalise(tensors: list[Tensor], compiled: bool = False, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Each matrix U S V^T as about U V^T, times 0.2 sqrt(max(rows, columns)).
+def orthogonalize(tensors: list[Tensor], compiled: bool = False, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Replace each matrix U S V^T by approximately U V^T, times 0.2 sqrt(max(rows, columns)).
 
-    Of (N, rows, columns) every one of the N is a matrix, and a kernel (out, in, k, k) is one of (out, in k k). Matrices of
-    one shape go through the iteration together, a tall one lying on its side. `dtype` as Muon's `working_dtype`.
+    A tensor (N, rows, columns) is N matrices; a kernel (out, in, k, k) is one matrix (out, in k k). Matrices of one
+    shape are iterated as a batch; tall ones are transposed. `dtype` as Muon's `working_dtype`.
     """
     stacks = [tensor if tensor.ndim == 3 else tensor.flatten(1)[None] for tensor in tensors]
     tall = [stack.shape[1] > stack.shape[2] for stack in stacks]
@@ -161,12 +164,12 @@ def orthogonalise(tensors: list[Tensor], compiled: bool = False, dtype: torch.dt
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """bf16, as its author has it; on a CPU fp32, which is faster on most."""
+    """Return bf16, as in the author's code; fp32 on a CPU, which is faster on most."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, rows, columns), rows <= columns -> the same with singular values between about 0.7 and 1.2."""
+    """Iterate (N, rows, columns), rows <= columns, until singular values are about 0.7 to 1.2; same shape."""
     a, b, c = NEWTON_SCHULZ
     x = x.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -178,5 +181,5 @@ def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def compiled_newton_schulz() -> Callable[[Tensor, torch.dtype], Tensor]:
-    """One compilation for each shape of a stack; the element-wise work between the products is one kernel then."""
+    """Return the compiled iteration, one compilation per shape; element-wise work between products is then fused."""
     return torch.compile(newton_schulz, dynamic=False)

@@ -1,10 +1,11 @@
-"""Optimisers by the name that `ds_config.json` gives, and the parameter groups that every engine hands them.
+"""Optimizer registry, by the names in `ds_config.json`, and building an optimizer over the parameter groups.
 
-To add one, write a line in OPTIMIZERS and one in `config/optimizer_defaults.py`, which holds what it may be given.
+To add one, write a line in OPTIMIZERS and one in `config/optimizer_defaults.py`, which lists its parameters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,31 +20,31 @@ from optim.param_groups import Groups, parameter_groups
 
 
 def adamw(groups: Groups, **params: Any) -> torch.optim.Optimizer:
-    """Adam with the weight decay beside the gradient, not inside it (arXiv 1711.05101); PyTorch's."""
+    """Adam with decoupled weight decay (arXiv 1711.05101); implementation: PyTorch."""
     return torch.optim.AdamW(groups, **params)
 
 
 def adam(groups: Groups, **params: Any) -> torch.optim.Optimizer:
-    """Adam as it was published, the decay added to the gradient (arXiv 1412.6980); PyTorch's."""
+    """Adam as published, with L2 weight decay added to the gradient (arXiv 1412.6980); implementation: PyTorch."""
     return torch.optim.Adam(groups, **params)
 
 
 def sgd(groups: Groups, **params: Any) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum; PyTorch's."""
+    """Stochastic gradient descent with momentum; implementation: PyTorch."""
     return torch.optim.SGD(groups, **params)
 
 
 def muon(groups: Groups, **params: Any) -> torch.optim.Optimizer:
-    """Hidden matrices move by an orthogonalised momentum (arXiv 2502.16982), all else by AdamW; `optim/muon.py`."""
+    """Orthogonalized momentum for hidden matrices (arXiv 2502.16982), AdamW for all other parameters."""
     return Muon(groups, **params)
 
 
 def adamw_schedule_free(groups: Groups, **params: Any) -> torch.optim.Optimizer:
-    """Averages its own steps in place of a falling rate (arXiv 2405.15682), and that is evaluated; its authors' package."""
+    """Schedule-free AdamW: averages iterates instead of LR decay (arXiv 2405.15682); implementation: schedulefree."""
     import schedulefree
 
     class AdamWScheduleFree(schedulefree.AdamWScheduleFree):
-        """ZeRO's stage 3 steps one group after the other, the rest left empty; the package counts that as a step of all."""
+        """Skips empty groups: ZeRO stage 3 steps one group at a time, which the package counts as a step of all."""
 
         def step(self, closure: None = None) -> None:
             groups = self.param_groups
@@ -52,19 +53,19 @@ def adamw_schedule_free(groups: Groups, **params: Any) -> torch.optim.Optimizer:
             self.param_groups = groups
 
     optimizer = AdamWScheduleFree(groups, **params)
-    optimizer.train()  # for good: see `averaged_weights`
+    optimizer.train()  # permanently: see `averaged_weights`
     return optimizer
 
 
 def lamb(groups: Groups, **params: Any) -> torch.optim.Optimizer:
-    """Adam with the step scaled to each parameter's norm, for large batches (arXiv 1904.00962); timm's."""
+    """LAMB: Adam with layer-wise trust ratio, for large batches (arXiv 1904.00962); implementation: timm."""
     from timm.optim import Lamb
 
-    return Lamb(groups, max_grad_norm=None, **params)  # clipping is `gradient_clipping`'s business
+    return Lamb(groups, max_grad_norm=None, **params)  # the setting gradient_clipping clips
 
 
 def lion(groups: Groups, **params: Any) -> torch.optim.Optimizer:
-    """Every number moves by the rate, in the direction of its momentum's sign (arXiv 2302.06675); timm's."""
+    """Lion: the sign of the momentum times the learning rate (arXiv 2302.06675); implementation: timm."""
     from timm.optim import Lion
 
     return Lion(groups, **params)
@@ -79,40 +80,42 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Lamb": lamb,
     "Lion": lion,
 }
-FUSED = ("AdamW", "Adam", "SGD", "Muon")  # have a form that updates all parameters in one kernel
-NEEDS_FULL_TENSORS = ("Lamb",)  # look at the norm of whole parameters, so they must not be handed pieces
-COUNTS_OWN_STEPS = (
-    "Lamb",
-    "AdamWScheduleFree",
-)  # count steps themselves, so a step must not be left out (see `restore_counters`)
-AVERAGES_WEIGHTS = ("AdamWScheduleFree",)  # keep an average of the weights, and evaluate that
+FUSED = ("AdamW", "Adam", "SGD", "Muon")  # have a fused implementation, which updates all parameters in one kernel
+NEEDS_FULL_TENSORS = ("Lamb",)  # use norms of whole parameters, so they cannot run on flat shards
+# Count steps per group, so no step may be skipped (see `restore_counters`).
+COUNTS_OWN_STEPS = ("Lamb", "AdamWScheduleFree")
+AVERAGES_WEIGHTS = ("AdamWScheduleFree",)  # keep an average of the weights, which is evaluated
 
 
 def build_optimizer(config: dict[str, Any], model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    """The optimiser of the `optimizer` section of `ds_config.json`, over the model's parameter groups.
+    """Return the optimizer of the section `optimizer` of `ds_config.json` over the parameter groups of `model`.
 
-    PyTorch's own optimisers, in DeepSpeed too: DeepSpeed's fused ones compile a CUDA extension at first use, which needs
-    nvcc, and read "Adam" as AdamW. `fused` asks for the single-kernel form where there is one (GPU only).
+    DeepSpeed gets PyTorch's optimizers too: its own fused ones compile a CUDA extension at first use, which needs nvcc,
+    and it treats "Adam" as AdamW. `fused` selects the single-kernel implementation where there is one (GPU only).
 
     Raises:
-        SettingsError: an unknown type, or parameters that it does not take.
+        SettingsError: an unknown type, or parameters that the optimizer rejects.
     """
     name, params = config["type"], dict(config["params"])
     if name not in OPTIMIZERS:
         raise SettingsError(unknown("optimizer.type", name, list(OPTIMIZERS)))
+    for key in ("lr", "weight_decay", "eps"):
+        if not 0 <= params.get(key, 0.0) < math.inf:
+            raise SettingsError(f"optimizer.params.{key} must be at least 0, got {params[key]}")
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
-    groups = parameter_groups(model, params["lr"], params["weight_decay"], find_hidden=name == "Muon")
+    split_qkv = params.pop("split_qkv", False)  # only Muon has it
+    groups = parameter_groups(model, params["lr"], params["weight_decay"], name == "Muon", split_qkv)
     try:
         return OPTIMIZERS[name](groups, **params, **({"fused": True} if fused and name in FUSED else {}))
     except (TypeError, ValueError) as error:
-        raise SettingsError(f"optimizer.type={name} does not take optimizer.params as they stand: {error}") from error
+        raise SettingsError(f"optimizer.type={name} rejects optimizer.params: {error}. Correct them") from error
 
 
 def describe_groups(config: dict[str, Any], model: nn.Module) -> str:
-    """The groups as a table for the screen: who trains them, rate, decay, tensors, numbers, and the first names of each."""
+    """Return the parameter groups as a text table: optimizer, learning rate, weight decay, sizes, first names."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    rows = [("trained by", "rate", "decay", "tensors", "parameters", "such as")]
+    rows = [("optimizer", "lr", "weight decay", "tensors", "parameters", "for example")]
     for group in build_optimizer(config, model, fused=False).param_groups:
         by = "AdamW" if config["type"] == "Muon" and not group["hidden"] else config["type"]
         rate = group["initial_lr"] * (config["params"]["matrix_lr_factor"] if group.get("hidden") else 1)
@@ -134,14 +137,15 @@ def describe_groups(config: dict[str, Any], model: nn.Module) -> str:
     )
 
 
-# --- optimisers that average ----------------------------------------------------------------------------------------
+# --- optimizers that average the weights
+# ----------------------------------------------------------------------------------------
 
 
 def averaged_weights(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> list[Tensor] | None:
-    """What an optimiser that averages wants evaluated in the place of `tensors`, which it updates; None for one that does not.
+    """Return the averages to evaluate instead of `tensors`; None for an optimizer that keeps no average.
 
-    Schedule-free training moves y = (1 - beta) z + beta x and evaluates x. The package's own `eval()` turns y into x in
-    place and `train()` back, which rounds; here the caller keeps y, so that an evaluation leaves no trace in the training.
+    Schedule-free training updates y = (1 - beta) z + beta x and evaluates x. The package's `eval()` turns y into x in
+    place and `train()` back, which rounds. Here y is left unchanged, so that evaluation does not affect training.
     """
     if type(optimizer).__name__ not in AVERAGES_WEIGHTS:
         return None
@@ -154,9 +158,10 @@ def averaged_weights(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) ->
 
 
 def scalars_of(states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """States that are one number for a whole tensor, such as Adam's `step`: the same for all tensors that are counted for.
+    """Return the scalar optimizer states, such as Adam's `step`, as the maximum over all tensors.
 
-    The largest is theirs: a tensor that nothing counts for, such as one of Muon's, keeps the number that it was restored with.
+    The counted tensors all have the same value, the maximum. A tensor without a counter, such as one trained by Muon,
+    keeps the value that it was restored with.
     """
     found: dict[str, Tensor] = {}
     for key, value in (item for state in states for item in state.items()):
@@ -167,31 +172,36 @@ def scalars_of(states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def restore_counters(optimizer: torch.optim.Optimizer, step: int, schedule: Schedule) -> None:
-    """What an optimiser counts for each group rather than each parameter, as it stands after `step` steps.
+    """Set the counters that an optimizer keeps per group, not per parameter, to their values after `step` steps.
 
-    It follows from the step and the learning rates, so it is no part of a checkpoint.
+    They follow from the step and the learning rates, so they are not part of a checkpoint.
     """
     for group in optimizer.param_groups if step and type(optimizer).__name__ in COUNTS_OWN_STEPS else ():
         if type(optimizer).__name__ == "Lamb":
             group["step"] = torch.tensor(float(step))
         else:
             group["k"], group["lr_max"], group["weight_sum"] = step, -1.0, 0.0
-            for done in range(step):  # the same sums in the same order, hence the same bits
+            for done in range(step):  # same sums in the same order, so bitwise equal
                 group["lr_max"] = max(group["initial_lr"] * schedule(done), group["lr_max"])
                 group["weight_sum"] += group["lr_max"] ** group["weight_lr_power"]
 
 
 def check_optimizer(settings: Settings, strategy: str, own_average_refusal: str | None = None) -> None:
-    """Raises SettingsError where the optimiser does not go with the other settings; `own_average_refusal`: why not with this strategy."""
+    """Raise SettingsError if the optimizer conflicts with other settings.
+
+    `own_average_refusal` is the reason why the strategy does not support an optimizer that averages the weights.
+    """
     name = settings.engine["optimizer"]["type"]
     if name not in AVERAGES_WEIGHTS:
         return
     if own_average_refusal:
-        raise SettingsError(f"strategy {strategy} does not go with optimizer.type={name}: {own_average_refusal}")
+        raise SettingsError(f"strategy {strategy} does not support optimizer.type={name}: {own_average_refusal}")
     if settings.ema.decay:
-        raise SettingsError(f"optimizer.type={name} keeps an average of the weights itself; leave ema.decay at 0")
+        raise SettingsError(
+            f"optimizer.type={name} averages the weights itself. Set ema.decay=0, not {settings.ema.decay}"
+        )
     if settings.schedule.shape != "constant":
         raise SettingsError(
-            f"optimizer.type={name} averages in place of a falling learning rate; give it --set schedule.shape=constant "
-            f"(now {settings.schedule.shape}), with a warm-up"
+            f"optimizer.type={name} needs a constant learning rate after the warmup, got schedule.shape="
+            f"{settings.schedule.shape}. Add --set schedule.shape=constant"
         )

@@ -1,4 +1,4 @@
-"""The parameter groups that every engine hands to its optimizer."""
+"""Parameter groups for the optimizer, the same for every engine."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from torch import nn
 Groups = list[dict[str, Any]]
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float, find_hidden: bool = False) -> Groups:
-    """Trainable parameters, grouped by weight decay and learning rate, and with `find_hidden` by `hidden` as well.
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, find_hidden: bool = False, split_rows: bool = False
+) -> Groups:
+    """Return the trainable parameters, grouped by weight decay and learning rate; with `find_hidden` also by `hidden`.
 
-    Vectors and scalars (norms, biases, temperatures) do not decay. A module may say more about its own parameters:
-    `no_weight_decay`, a set of names, and `learning_rate_factors`, a dictionary from name to factor.
-    Each group carries its `initial_lr`, which the schedule multiplies.
+    Weight decay does not apply to vectors and scalars (norms, biases, temperatures). A module may set more for its own
+    parameters: `no_weight_decay`, a set of names, and `learning_rate_factors`, a dictionary from name to factor.
+    Each group has its `initial_lr`, which the schedule multiplies.
 
-    Hidden are the weights of linear maps and of convolutions that mix channels, but for those of modules marked
-    `is_input_or_output_layer`, which read the images or give the scores (a part of one that does neither says `is_input_or_output_layer = False`). A module that
-    holds matrices of its own names them in `muon_matrices`.
+    Hidden parameters are the weights of linear maps and of convolutions that mix channels. Excluded are modules marked
+    `is_input_or_output_layer`, which read the images or return the scores; a submodule of one that does neither sets
+    `is_input_or_output_layer = False`. A module with matrices of its own names them in `muon_matrices`.
+
+    With `split_rows`, hidden weights of modules with `row_splits` (queries, keys and values in one weight) are in groups
+    of their own, which have the same `row_splits`. Weights may be sharded, so the numbers belong to the group.
     """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
-    grouped: set[int] = set()  # a parameter may belong to several modules
+    grouped: set[int] = set()  # ids; several modules may share a parameter
     edges = _marked(model, True) - _marked(model, False)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -31,7 +36,8 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
                 decays = parameter.ndim >= 2 and name not in getattr(module, "no_weight_decay", ())
                 factor = getattr(module, "learning_rate_factors", {}).get(name, 1.0)
                 hidden = find_hidden and id(module) not in edges and _is_matrix(module, name)
-                groups[hidden, weight_decay if decays else 0.0, factor].append(parameter)
+                splits = tuple(getattr(module, "row_splits", ())) if split_rows and hidden else ()
+                groups[hidden, weight_decay if decays else 0.0, factor, splits].append(parameter)
     return [
         {
             "params": parameters,
@@ -39,13 +45,14 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
             "lr": learning_rate * factor,
             "initial_lr": learning_rate * factor,
             **({"hidden": hidden} if find_hidden else {}),
+            **({"row_splits": splits} if splits else {}),
         }
-        for (hidden, decay, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (hidden, decay, factor, splits), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def _marked(model: nn.Module, is_input_or_output_layer: bool) -> set[int]:
-    """All modules inside those that say `is_input_or_output_layer` in so many words, by id."""
+    """Return the ids of all modules inside those whose `is_input_or_output_layer` has this value."""
     return {
         id(inner)
         for module in model.modules()
@@ -55,6 +62,7 @@ def _marked(model: nn.Module, is_input_or_output_layer: bool) -> set[int]:
 
 
 def _is_matrix(module: nn.Module, name: str) -> bool:
+    """Return whether a parameter of a module is a matrix that Muon may train."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return name == "weight" and module.groups == 1  # a depthwise kernel mixes no channels
     return name == "weight" if isinstance(module, nn.Linear) else name in getattr(module, "muon_matrices", ())

@@ -1,10 +1,14 @@
-"""Decentralised training: every worker steps on its own gradient, then averages its weights with a few neighbours.
+"""Decentralized training: every worker steps on its own gradient, then averages its weights with a few neighbors.
 
-Adapt, then combine: on the complete graph with SGD the mean of x_i - lr g_i is x - lr mean(g), which is SGD on the
-global batch; sparser graphs move less data a step and let the workers differ a little. Adam's moments stay each
-worker's own (DAdam, arXiv 1901.09109), or take in several steps at once (AccumAdam, arXiv 2410.11998). Clipping is by
-the worker's own gradient. It is an implementation of its own because the package decent-dp cannot resume, and because
-DeepSpeed's stages above 0 shard the optimiser over the very workers that are to differ.
+The default order is adapt-then-combine. On the complete graph with SGD, the mean of x_i - lr g_i is x - lr mean(g): SGD
+on the global batch. Sparser graphs send less data per step and let the workers differ a little. Adam's moments stay
+local to each worker (DAdam, arXiv 1901.09109), or several steps enter them at once (AccumAdam, arXiv 2410.11998).
+Clipping uses the worker's own gradient. This is a separate implementation because the package decent-dp cannot resume,
+and because DeepSpeed's stages above 0 shard the optimizer over the workers, which must differ here.
+
+`parallel.gossip_order` is the order of a step: "adapt_then_combine" (default) steps, then averages the stepped weights.
+"adapt_with_combine" is the order of Decent-DP (8749e97) and D-PSGD (arXiv 1705.09056): the gradient is computed at the
+worker's own weights and applied to the averaged ones, so workers always differ by their last step.
 """
 
 from __future__ import annotations
@@ -22,15 +26,15 @@ from parallel.topologies import Round, rounds_of
 
 
 class Engine(MultiWorkerEngine):
-    """A worker that averages with its group of the current round after every step."""
+    """A worker that averages its weights with its group of the current round after every step."""
 
     name = "gossip"
-    used_settings = frozenset({"topology", "moment_steps"})
+    used_settings = frozenset({"topology", "moment_steps", "gossip_order"})
     checkpoint_kind = "one worker a process, for gossip"
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.topology = self.settings.parallel.topology
+        self.topology, self.order = self.settings.parallel.topology, self.settings.parallel.gossip_order
         self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), process_group.num_local()))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -40,7 +44,9 @@ class Engine(MultiWorkerEngine):
         config = self.settings.engine["optimizer"]
         if config["type"] not in ("Adam", "AdamW"):
             raise SettingsError(
-                f"parallel.moment_steps={window} is about Adam's moments, which optimizer.type={config['type']} does not have"
+                f"parallel.moment_steps={window} needs Adam's moments, which optimizer.type={config['type']} "
+                "does not have; "
+                "choose optimizer.type=AdamW or leave it at 1"
             )
         params = config["params"]
         try:
@@ -48,12 +54,21 @@ class Engine(MultiWorkerEngine):
             return AccumAdam(groups, **params, window=window, decoupled=config["type"] == "AdamW")
         except (TypeError, ValueError) as error:
             raise SettingsError(
-                f"parallel.moment_steps={window} does not go with optimizer.params as they stand: {error}"
+                f"parallel.moment_steps={window} cannot be combined with these optimizer.params: {error}"
             ) from error
 
-    @torch.no_grad()
+    def before_step(self) -> None:
+        if self.order == "adapt_with_combine":
+            self.average(self.step)
+
     def finish_step(self) -> None:
-        group = self.groups[(self.step - 1) % len(self.groups)]
+        if self.order == "adapt_then_combine":
+            self.average(self.step - 1)
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """Average the weights with the group of this step's round. Collective."""
+        group = self.groups[step % len(self.groups)]
         if dist.get_world_size(group) > 1:
             for parameter, mean in zip(self.trainable, mean_over(self.trainable, group), strict=True):
                 parameter.copy_(mean)
@@ -64,7 +79,7 @@ class Engine(MultiWorkerEngine):
 
 
 def join_groups(rounds: list[Round]) -> list[dist.ProcessGroup]:
-    """This process's group in each round. Collective: every process makes every group, in the same order."""
+    """Return this process's group in each round. Collective: every process creates every group, in the same order."""
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     mine = []
     for groups in rounds:

@@ -1,4 +1,4 @@
-"""Every part that has a name, or the layers and parameters of one network: `python model.py`."""
+"""Command line of `python model.py`: list the component registries, or the layers and parameters of one network."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from config.settings import resolve
 
 
 def describe_model() -> None:
-    """What `python model.py` does."""
+    """Run `python model.py`."""
     parser = Parser(
         "python model.py",
-        "List the tables of parts, or describe one network.",
+        "List the component registries, or describe one network.",
         example="python model.py --preset cpu --set model.feed_forward=geglu",
     )
     add_settings(parser)
@@ -25,7 +25,7 @@ def describe_model() -> None:
         help="pixels along one side of an image (default: 32)",
     )
     parser.add_argument(
-        "--groups", action="store_true", help="show which parameters the optimiser treats alike, and how"
+        "--groups", action="store_true", help="show the parameter groups: optimizer, learning rate, weight decay"
     )
     args = parser.parse_args()
     from model import build_model  # after the arguments: it imports PyTorch
@@ -47,7 +47,7 @@ def describe_model() -> None:
 
 
 def list_parts() -> None:
-    """Every table with its entries, their first lines and options."""
+    """Print every registry: its entries, their first docstring lines and their options."""
     from model import TABLES
     from models.parts import part_options
 

@@ -1,1 +1,1 @@
-"""Networks of published papers, with their published sizes."""
+"""Published networks in their published sizes."""

@@ -1,7 +1,10 @@
-"""Compact Convolutional Transformer (arXiv 2104.05704): a convolutional tokenizer, and sequence pooling for the class token.
+"""Compact Convolutional Transformer (CCT, arXiv 2104.05704): convolutional tokenizer, sequence pooling, no CLS token.
 
-CCT-7/3x1 is 7 blocks after one 3x3 convolution. `dropout` is that of the attention weights (published 0.1); tokens and
-MLPs have none. Published `drop_path` 0.1.
+CCT-7/3x1 has 7 blocks after one 3x3 convolution. `dropout` applies to the attention weights (published: 0.1); tokens
+and MLPs have no dropout. Published `drop_path`: 0.1.
+
+Departure from the authors' code (SHI-Labs/Compact-Transformers): weight decay does not apply to the position table;
+the code decays it like the weights of linear maps and convolutions.
 
 B images, T tokens, C width, H heads, D head size, S image side.
 """
@@ -14,15 +17,16 @@ from torch import Tensor, nn
 
 from config.settings import ModelSettings
 from models.attention import attend
-from models.layers import MLP, DropPath, drop_path_rates, init_linear, uses_settings
+from models.layers import MLP, DropPath, drop_path_rates, init_linear, trunc_normal, uses_settings
 
 WIDTH, DEPTH, HEADS, HIDDEN = 256, 7, 4, 512
 
 
 class Tokenizer(nn.Module):
-    """Images (B, 3, S, S) -> tokens (B, T, C): 3x3 convolution, ReLU, max-pooling to half the side, learnt positions."""
+    """Images (B, 3, S, S) -> tokens (B, T, C): 3x3 convolution, ReLU, 2x max-pooling, learned positions."""
 
     no_weight_decay = {"positions"}
+    position_tables = {"positions"}
 
     def __init__(self, width: int, image_side: int):
         super().__init__()
@@ -30,7 +34,7 @@ class Tokenizer(nn.Module):
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.positions = nn.Parameter(torch.empty(((image_side + 1) // 2) ** 2, width))
         nn.init.kaiming_normal_(self.convolve.weight)
-        nn.init.trunc_normal_(self.positions, std=0.2)  # ten times the usual: so in the authors' code
+        trunc_normal(self.positions, std=0.2)  # ten times the usual value, as in the authors' code
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.pool(F.relu(self.convolve(images)))
@@ -38,13 +42,14 @@ class Tokenizer(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, T, C) -> (B, T, C). Unlike a pre-norm block, the MLP's branch is added to the normalised tokens."""
+    """CCT block, (B, T, C) -> (B, T, C). Unlike a pre-norm block, the MLP branch is added to the normalized tokens."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, drop_path: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv.row_splits = (width,) * 3  # queries, keys, values
         self.project = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.feed_forward = MLP(width, hidden)
@@ -55,7 +60,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.feed_forward(x))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Multi-head self-attention."""
+        """Return the output of multi-head self-attention, (B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         x = attend(q, k, v, dropout=self.dropout if self.training else 0.0)
@@ -63,7 +68,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (B, T, C) -> class scores (B, K), each token weighed by a linear map of itself (SeqPool)."""
+    """Tokens (B, T, C) -> class scores (B, K) by sequence pooling: softmax weights from a linear map of the tokens."""
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()

@@ -1,8 +1,12 @@
-"""Dynamic Hybrid Vision Transformer (arXiv 2210.05958): convolutions in the patch embedding and in the MLP, head tokens in attention.
+"""Dynamic Hybrid Vision Transformer (DHVT, arXiv 2210.05958): convolutions in patch embedding and MLP, head tokens.
 
-DHVT-T has width 192 and 4 heads, DHVT-S 384 and 8; /4 and /2 are the patch. There is no position table: the convolutions
-tell where a token stands. Published `drop_path` 0.1, no dropout. The published runs synchronise the patch embedding's
-batch normalisation over processes; a plain one is used here.
+DHVT-T has width 192 and 4 heads, DHVT-S 384 and 8; /4 and /2 are the patch. There is no positional embedding: the
+convolutions encode position. Published `drop_path`: 0.1, no dropout.
+
+Departures from the authors' code (ArieSeirack/DHVT):
+- BatchNorm of the patch embedding is not synchronized over processes; the published runs use SyncBatchNorm;
+- weight decay does not apply to the head positions and to the channel affines of the patch embedding; the code decays
+  both, since they have more than one dimension there.
 
 B images, T patch tokens, C width, H heads, D head size, F hidden size, S image side.
 """
@@ -16,14 +20,14 @@ from torch import Tensor, nn
 from common.errors import SettingsError
 from config.settings import ModelSettings
 from models.attention import attend
-from models.layers import DropPath, drop_path_rates, init_linear, uses_settings
+from models.layers import DropPath, drop_path_rates, init_linear, trunc_normal, uses_settings
 
 DEPTH, HIDDEN_FACTOR, SQUEEZE = 12, 4, 4
 EPSILON = 1e-6  # of every LayerNorm, as in the authors' code
 
 
 class ChannelAffine(nn.Module):
-    """A learnt scale and shift a channel, (B, C, S, S) -> (B, C, S, S)."""
+    """Learned scale and shift per channel, (B, C, S, S) -> (B, C, S, S)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -35,7 +39,7 @@ class ChannelAffine(nn.Module):
 
 
 class OverlappingPatches(nn.Module):
-    """SOPE: images (B, 3, S, S) -> class and patch tokens (B, 1 + T, C); each 3x3 convolution halves the side."""
+    """SOPE: images (B, 3, S, S) -> CLS and patch tokens (B, 1 + T, C); each 3x3 convolution halves the side."""
 
     no_weight_decay = {"class_token"}
 
@@ -50,11 +54,11 @@ class OverlappingPatches(nn.Module):
                 nn.BatchNorm2d(after),
                 nn.GELU(),
             ]
-        # GELU stands between stages; where there is only one stage, the authors' code keeps it after that one.
+        # GELU is between stages; with a single stage, the authors' code has it after that stage.
         self.stages = nn.Sequential(*(stages if halvings == 1 else stages[:-1]))
         self.before, self.after = ChannelAffine(3), ChannelAffine(width)
         self.class_token = nn.Parameter(torch.empty(1, width))
-        nn.init.trunc_normal_(self.class_token, std=0.02)
+        trunc_normal(self.class_token, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.after(self.stages(self.before(images))).flatten(2).transpose(1, 2)
@@ -62,7 +66,7 @@ class OverlappingPatches(nn.Module):
 
 
 class HeadTokenAttention(nn.Module):
-    """HI-MHSA: every head adds a token that sums up its channels, all tokens attend to all. (B, 1 + T, C) -> same."""
+    """HI-MHSA: self-attention with one extra token per head, made from its channels. (B, 1 + T, C) -> same."""
 
     no_weight_decay = {"head_positions"}
 
@@ -73,8 +77,9 @@ class HeadTokenAttention(nn.Module):
         self.head_norm = nn.LayerNorm(width // heads)
         self.head_positions = nn.Parameter(torch.empty(heads, width))
         self.qkv = nn.Linear(width, 3 * width)
+        self.qkv.row_splits = (width,) * 3  # queries, keys, values
         self.project = nn.Linear(width, width)
-        nn.init.trunc_normal_(self.head_positions, std=0.02)
+        trunc_normal(self.head_positions, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
@@ -88,9 +93,9 @@ class HeadTokenAttention(nn.Module):
 
 
 class DynamicAggregation(nn.Module):
-    """DAFF: the MLP with a depthwise 3x3 convolution and its shortcut on the patch tokens. (B, 1 + T, C) -> same.
+    """DAFF: MLP with a depthwise 3x3 convolution and shortcut on the patch tokens. (B, 1 + T, C) -> same.
 
-    The class token takes no part; the mean of the patch tokens, squeezed and excited, scales its channels.
+    The CLS token bypasses it. Its channels are scaled by a squeeze-and-excitation of the mean patch token.
     """
 
     def __init__(self, width: int, grid: int):
@@ -132,7 +137,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (B, 1 + T, C) -> class scores (B, K), from the class token."""
+    """Tokens (B, 1 + T, C) -> class scores (B, K), from the CLS token."""
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()
@@ -146,11 +151,11 @@ class Head(nn.Module):
 def dhvt(
     width: int, heads: int, patch: int, settings: ModelSettings, num_classes: int, image_side: int
 ) -> list[nn.Module]:
-    """The layers of a DHVT of any size. Raises SettingsError when the patch does not divide the image side."""
+    """Return the layers of a DHVT of any size. Raises SettingsError if the patch does not divide the image side."""
     if image_side % patch:
         raise SettingsError(
-            f"model.architecture={settings.architecture} cuts patches of {patch} pixels, which do not divide "
-            f"the image side {image_side}"
+            f"model.architecture={settings.architecture} has patches of {patch} pixels, which do not divide the "
+            f"image side {image_side}. Set a multiple: --set image_side={max(1, image_side // patch) * patch}"
         )
     layers = [
         OverlappingPatches(width, patch),
@@ -164,23 +169,23 @@ def dhvt(
 
 @uses_settings("drop_path")
 def dhvt_t_4(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """DHVT-T/4: hybrid of convolution and attention with head tokens, patch 4; 6.0 M parameters (arXiv 2210.05958)."""
+    """DHVT-T/4: hybrid of convolution and attention, head tokens, patch 4; 6.0 M parameters (arXiv 2210.05958)."""
     return dhvt(192, 4, 4, settings, num_classes, image_side)
 
 
 @uses_settings("drop_path")
 def dhvt_t_2(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """DHVT-T/2: as DHVT-T/4, patch 2; 5.8 M parameters (arXiv 2210.05958)."""
+    """DHVT-T/2: DHVT-T/4 with patch 2; 5.8 M parameters (arXiv 2210.05958)."""
     return dhvt(192, 4, 2, settings, num_classes, image_side)
 
 
 @uses_settings("drop_path")
 def dhvt_s_4(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """DHVT-S/4: twice as wide, 8 heads, patch 4; 23.4 M parameters (arXiv 2210.05958)."""
+    """DHVT-S/4: DHVT with width 384, 8 heads, patch 4; 23.4 M parameters (arXiv 2210.05958)."""
     return dhvt(384, 8, 4, settings, num_classes, image_side)
 
 
 @uses_settings("drop_path")
 def dhvt_s_2(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """DHVT-S/2: twice as wide, 8 heads, patch 2; 22.8 M parameters (arXiv 2210.05958)."""
+    """DHVT-S/2: DHVT with width 384, 8 heads, patch 2; 22.8 M parameters (arXiv 2210.05958)."""
     return dhvt(384, 8, 2, settings, num_classes, image_side)

@@ -1,7 +1,13 @@
-"""Inception Transformer, iFormer (arXiv 2205.12956): convolution and max-pooling for high frequencies, attention for low ones.
+"""Inception Transformer (iFormer, arXiv 2205.12956): convolution, max-pooling and attention in parallel.
 
-Four stages at 1/4, 1/8, 1/16 and 1/32 of the image side; the deeper the stage, the more channels go to attention.
-Published `drop_path` at 224 pixels: 0.2 (small), 0.4 (base), 0.5 (large); no dropout. The position maps have the image's own size.
+Convolution and max-pooling process high frequencies, attention low ones.
+
+Four stages at 1/4, 1/8, 1/16 and 1/32 of the image side; deeper stages give more channels to attention. Published
+`drop_path` at 224 pixels: 0.2 (small), 0.4 (base), 0.5 (large); no dropout.
+
+Departures from the authors' code (sail-sg/iFormer):
+- position maps have the size of the chosen image side; the code interpolates maps made for 224 pixels;
+- weight decay does not apply to the position maps; the code decays them, since its list of exceptions has other names.
 
 B images, h map side, C width, H heads, D head size; maps are channels last, (B, h, h, C), between layers.
 """
@@ -17,7 +23,7 @@ from torch import Tensor, nn
 from common.errors import SettingsError
 from config.settings import ModelSettings
 from models.attention import attend
-from models.layers import MLP, DropPath, drop_path_rates, uses_settings
+from models.layers import MLP, DropPath, drop_path_rates, trunc_normal, uses_settings
 
 HEAD_SIZE, HIDDEN_FACTOR = 32, 4
 EPSILON = 1e-6  # of every LayerNorm, as in the authors' code
@@ -26,14 +32,15 @@ LAYER_SCALE = 1e-6  # initial factor of a branch, in the other stages
 
 
 class Positions(nn.Module):
-    """One learnt vector a place, added: (B, C, h, h) -> (B, h, h, C)."""
+    """Learned position map, one vector per place, added: (B, C, h, h) -> (B, h, h, C)."""
 
     no_weight_decay = {"table"}
+    position_tables = {"table"}
 
     def __init__(self, width: int, side: int):
         super().__init__()
         self.table = nn.Parameter(torch.empty(side, side, width))
-        nn.init.trunc_normal_(self.table, std=0.02)
+        trunc_normal(self.table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.permute(0, 2, 3, 1) + self.table).contiguous()
@@ -60,7 +67,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Between stages: (B, h, h, C) -> (B, h/2, h/2, C')."""
+    """Downsampling between stages: (B, h, h, C) -> (B, h/2, h/2, C')."""
 
     def __init__(self, before: int, after: int, side: int):
         super().__init__()
@@ -72,12 +79,13 @@ class Downsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Low frequencies: self-attention over the places of a map (B, C, h, h), without a projection after it."""
+    """Low frequencies: self-attention over the places of a map (B, C, h, h), without an output projection."""
 
     def __init__(self, heads: int, pooled: bool):
         super().__init__()
         self.heads, self.pooled = heads, pooled
         self.qkv = nn.Linear(heads * HEAD_SIZE, 3 * heads * HEAD_SIZE)
+        self.qkv.row_splits = (heads * HEAD_SIZE,) * 3  # queries, keys, values
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pooled:
@@ -94,7 +102,7 @@ class Attention(nn.Module):
 
 
 class InceptionMixer(nn.Module):
-    """Channels split in three: through convolution, through max-pooling, through attention; then fused (the Inception token mixer)."""
+    """Inception token mixer: channels split over convolution, max-pooling and attention, then fused; (B, h, h, C)."""
 
     def __init__(self, width: int, heads: int, pooled: bool):
         super().__init__()
@@ -122,7 +130,7 @@ class InceptionMixer(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor a channel that starts near 0 (arXiv 2103.17239)."""
+    """LayerScale: learned factor per channel, initially near 0 (arXiv 2103.17239)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -151,7 +159,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Map (B, h, h, C) -> class scores (B, K), from the mean of all places."""
+    """Map (B, h, h, C) -> class scores (B, K), from the mean over all places."""
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()
@@ -165,7 +173,7 @@ class Head(nn.Module):
 def iformer(
     widths: Sequence[int], heads: Sequence[Sequence[int]], settings: ModelSettings, num_classes: int, image_side: int
 ) -> list[nn.Module]:
-    """The layers of an iFormer of any size.
+    """Return the layers of an iFormer of any size.
 
     Args:
         widths: C of each stage.
@@ -176,7 +184,8 @@ def iformer(
     """
     if image_side % 16:
         raise SettingsError(
-            f"model.architecture={settings.architecture} needs an image side that is a multiple of 16, not {image_side}"
+            f"model.architecture={settings.architecture} needs a multiple of 16 as image side, got {image_side}. "
+            f"Set one: --set image_side={16 * max(1, round(image_side / 16))}"
         )
     rates = iter(drop_path_rates(settings.drop_path, sum(map(len, heads))))
     layers: list[nn.Module] = []
@@ -193,16 +202,16 @@ def iformer(
 
 
 def init_weights(module: nn.Module) -> None:
-    """For `apply`: linear maps and convolutions from a narrow truncated normal, without bias, as in the authors' code."""
+    """Initialize as the authors' code, for `apply`: truncated normal (std 0.02) for weights, zeros for biases."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        trunc_normal(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 @uses_settings("drop_path")
 def iformer_small(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """iFormer-S: convolution, max-pooling and attention side by side; 19.9 M parameters (arXiv 2205.12956)."""
+    """iFormer-S: convolution, max-pooling and attention in parallel; 19.9 M parameters (arXiv 2205.12956)."""
     heads = [[1] * 3, [3] * 3, [7] * 4 + [9] * 5, [11] * 3]
     return iformer([96, 192, 320, 384], heads, settings, num_classes, image_side)
 

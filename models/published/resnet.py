@@ -1,7 +1,7 @@
-"""Residual networks (arXiv 1512.03385) from torchvision: ResNet-50 as it is, ResNet-18 with the stem that suits 32-pixel images.
+"""Residual networks (arXiv 1512.03385) from torchvision: ResNet-50, and ResNet-18 with a stem for 32-pixel images.
 
-The layers are torchvision's own modules, cut into stem, blocks and head. `name_prefixes` on each layer says how
-torchvision names its tensors, so that its weight files load (see `models/initial_weights.py`).
+The layers are torchvision's own modules, split into stem, blocks and head. `name_prefixes` of each layer maps their
+names to those of torchvision, so that torchvision's weight files load (see `models/initial_weights.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torchvision.models import ResNet
 
 
-def in_layers(network: ResNet) -> list[nn.Module]:
-    """A torchvision ResNet as a list: stem, one layer a block, head."""
+def to_layers(network: ResNet) -> list[nn.Module]:
+    """Return a torchvision ResNet as a list of layers: stem, blocks, head."""
     stem = nn.Sequential(OrderedDict((name, getattr(network, name)) for name in ("conv1", "bn1", "relu", "maxpool")))
     head = nn.Sequential(OrderedDict(avgpool=network.avgpool, flatten=nn.Flatten(), fc=network.fc))
     named = [("", stem)]
@@ -34,27 +34,28 @@ def in_layers(network: ResNet) -> list[nn.Module]:
 
 
 def torchvision_models() -> ModuleType:
-    """The module torchvision.models, imported when a network needs it. Raises SettingsError when it is not installed."""
+    """Import torchvision.models when a network needs it. Raises SettingsError if it cannot be imported."""
     try:
         from torchvision import models
     except ImportError as error:
         raise SettingsError(
-            f"the ResNets come from torchvision, which cannot be imported ({error}): pip install torchvision"
+            f"the ResNets need torchvision, which cannot be imported ({error}): pip install torchvision"
         ) from error
     return models
 
 
 @uses_settings()
 def resnet50(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """ResNet-50 of torchvision, made for 224 pixels; 25.6 M parameters at 1000 classes (arXiv 1512.03385)."""
-    return in_layers(torchvision_models().resnet50(weights=None, num_classes=num_classes))
+    """ResNet-50 of torchvision, for 224 pixels; 25.6 M parameters with 1000 classes (arXiv 1512.03385)."""
+    return to_layers(torchvision_models().resnet50(weights=None, num_classes=num_classes))
 
 
 @uses_settings()
 def resnet18_cifar(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
-    """ResNet-18 of torchvision with a 3x3 stem that keeps the side, no max-pooling; 11.2 M parameters (arXiv 1512.03385)."""
+    """ResNet-18 of torchvision with a 3x3 stride-1 stem, no max-pooling; 11.2 M parameters (arXiv 1512.03385)."""
     network = torchvision_models().resnet18(weights=None, num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision starts its own
+    # as torchvision initializes its own
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
-    return in_layers(network)
+    return to_layers(network)

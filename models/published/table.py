@@ -1,8 +1,8 @@
-"""Published networks by name. Each is a function (settings, number of classes, image side) -> list of layers.
+"""Registry of published networks. Each entry is a function (settings, number of classes, image side) -> list of layers.
 
-Every layer maps one tensor to one tensor; stem, each block, head, wherever the network allows. The name fixes the sizes;
-which settings a network reads all the same stands in its attribute `used_settings`. To add one, write a file here and add a
-line to ARCHITECTURES. torchvision and timm are imported only when a network of theirs is built.
+Every layer maps one tensor to one tensor: stem, each block, head, as far as the network allows. The name fixes the
+sizes; the attribute `used_settings` names the settings that a network still reads. To add a network, write a file here
+and add a line to ARCHITECTURES. torchvision and timm are imported only when one of their networks is built.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIMM_PREFIX = "timm:"
 
 
 def get_architecture(name: str, table: dict[str, Architecture] = ARCHITECTURES) -> Architecture:
-    """The architecture `name` of `table`, or timm's model for `timm:NAME`. Raises SettingsError for an unknown name."""
+    """Return entry `name` of `table`, or timm's model for `timm:NAME`. Raises SettingsError for an unknown name."""
     if name.startswith(TIMM_PREFIX):
         return timm_architecture(name.removeprefix(TIMM_PREFIX))
     if name not in table:

@@ -1,4 +1,4 @@
-"""How processes come together: nobody outside this machine can connect to those of a run on one machine; and the same bits on request."""
+"""The process group: processes of one machine listen on its loopback interface alone; deterministic kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def meet() -> None:
-    """Join, exchange something in every group, and look at what this process listens on."""
+    """Join, exchange a value in every group, and list the addresses on which this process listens."""
     import torch.distributed as dist
 
     process_group.init_process_group()
@@ -38,7 +38,7 @@ def test_the_processes_of_one_machine_listen_on_its_loopback_interface_alone(cou
     run_ranks(count, meet)
 
 
-def test_a_process_that_nothing_launched_listens_nowhere_else_either():
+def test_a_process_without_a_launcher_listens_on_the_loopback_interface_alone():
     done = Program(meet, (), {}).end()
     assert done.code == 0, done.text
 
@@ -51,13 +51,13 @@ def deterministic() -> None:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
 
 
-def test_deterministic_kernels_are_asked_for_and_what_has_none_is_refused():
+def test_deterministic_kernels_are_used_and_an_operation_without_one_fails():
     done = Program(deterministic, (), {}).end()
     assert done.code == 0, done.text
 
 
 def test_a_group_that_was_left_is_not_used_again():
-    """Two engines one after the other in a process: the second makes groups of its own."""
+    """Two engines one after the other in a process: the second creates its own groups."""
     done = Program(make_two_groups, (), {}).end()
     assert done.code == 0, done.text
 
