@@ -14,7 +14,6 @@ same images give byte-identical files on every machine and for any number of wor
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -23,11 +22,6 @@ from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.downloads import SOURCES
 from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.prepare import PACK_LIMIT_GIB, prepare
-
-
-def user_path(text: str) -> Path:
-    """Convert an option to a path. A shell does not expand the ~ in --data-dir=~/data."""
-    return Path(os.path.expanduser(text))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,12 +40,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     source.add_argument(
         "--archive",
-        type=user_path,
+        type=Path,
         metavar="FILE",
         help="zip or tar of an image tree, or cifar-10-python.tar.gz or cifar-100-python.tar.gz (default: download)",
     )
     source.add_argument(
-        "--root", type=user_path, metavar="DIR", help="image tree on disk, which is read in place (default: download)"
+        "--root", type=Path, metavar="DIR", help="image tree on disk, which is read in place (default: download)"
     )
     where.add_argument(
         "--test-fraction",
@@ -75,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("output")
     out.add_argument(
         "--data-dir",
-        type=user_path,
+        type=Path,
         metavar="DIR",
         help="folder to write to (default: data/<dataset>, data/<name of the archive>, or --root)",
     )

@@ -102,7 +102,7 @@ class DaliBackend:
         except RuntimeError as error:
             self.reader.raise_for_unreadable(planned.readable)
             self._raise_for_refused(planned)
-            raise DatasetError(f"DALI failed to make a batch: {str(error).splitlines()[0]}") from error
+            raise DatasetError(f"DALI failed to make a batch: {_cause(error)}") from error
         device, side = self.spec.device, self.spec.side
         images = torch.empty(len(planned.positions), 3, side, side, device=device)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -114,8 +114,9 @@ class DaliBackend:
         """Find the file that Pillow decodes and DALI does not. Raises DatasetError."""
         if not isinstance(self.reader, FileReader):
             return
+        on_gpu = self.device_id is not None
         pipeline = pipeline_def(_decode_one)(
-            on_gpu=self.spec.device.type == "cuda", batch_size=1, num_threads=1, device_id=self.device_id
+            on_gpu, batch_size=1, num_threads=1, device_id=self.device_id, prefetch_queue_depth=1
         )
         pipeline.build()
         for position in planned.readable:
@@ -125,7 +126,7 @@ class DaliBackend:
             except RuntimeError as error:
                 raise DatasetError(
                     f"DALI {DALI_VERSION} cannot decode {self.reader.paths[position]} "
-                    f"({str(error).splitlines()[0]}). Save the image again, for example as PNG"
+                    f"({_cause(error)}). Save the image again, for example as PNG"
                 ) from None
 
 
@@ -168,6 +169,13 @@ class Graph:
         )
         pipeline.build()
         return pipeline
+
+
+def _cause(error: Exception) -> str:
+    """Return the line of DALI's message that says what failed, after its own traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    at = lines.index("encountered:") + 1 if "encountered:" in lines else 0
+    return (lines[at:] or [type(error).__name__])[0]
 
 
 def _decode_one(on_gpu: bool):

@@ -101,7 +101,7 @@ def predictions(
             decoded = [image for image in pixels.values() if not isinstance(image, str)]
             found: Iterator[Predictions] = iter(())
             if decoded:
-                images = trained.normalise(torch.from_numpy(np.stack(decoded)).to(first.device)).to(first.dtype)
+                images = trained.normalize(torch.from_numpy(np.stack(decoded)).to(first.device)).to(first.dtype)
                 with torch.autocast(first.device.type, torch.bfloat16, enabled=autocast):
                     found = iter(top(network(images).float(), trained.classes))
             for path, image in pixels.items():

@@ -6,7 +6,6 @@ Each row shows a training image and then its augmented versions of several epoch
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,11 +43,11 @@ def parse_arguments() -> argparse.Namespace:
         example="python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment",
     )
     parser.add_argument(
-        "--preview", type=user_path, required=True, metavar="FILE", help="picture to write, .png or .svg (required)"
+        "--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg (required)"
     )
     parser.add_argument(
         "--data-dir",
-        type=user_path,
+        type=Path,
         default=DATA / "cifar100",
         metavar="DIR",
         help="prepared dataset (default: data/cifar100)",
@@ -86,11 +85,6 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=int, default=0, metavar="N", help="random seed of data order and augmentation (default: 0)"
     )
     return parser.parse_args()
-
-
-def user_path(text: str) -> Path:
-    """Convert an option to a path. A shell does not expand the ~ in --preview=~/grid.png."""
-    return Path(os.path.expanduser(text))
 
 
 def preview(

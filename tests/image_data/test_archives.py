@@ -77,7 +77,7 @@ def test_a_damaged_archive_leaves_nothing(zipped, tmp_path, capsys):
     zipped.write_bytes(damaged)
     assert "is damaged or cut short" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     zipped.write_bytes(damaged[:1000])
-    assert "neither a zip nor a tar archive" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
+    assert "is the beginning of a zip archive" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".prepare.lock"]
 
 

@@ -136,7 +136,7 @@ def test_epochs_and_neighboring_batches_differ_in_every_draw(other):
     assert {"flip", "crop_offset", "erase_boxes", "kind 0", "share", "boxes", "noise", "positions"} <= set(ours)
     for name, value in ours.items():
         if name == "noise":
-            assert not np.isin(value, theirs["noise"]).any()
+            assert (value[:9000] == theirs["noise"][:9000]).mean() < 0.01
         elif name not in ("matrix 1", "matrix 2", "matrix 3"):  # color jitter has no matrices
             assert not np.array_equal(value, theirs[name]), name
     if other.epoch == 3:

@@ -166,7 +166,7 @@ def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
     batches = Batches(replace(dataset, splits={"test": test}), "test", len(test), source="files", image_side=image_side)
     ((theirs, _),) = batches.epoch()
     batches.close()
-    ours = trained.normalise(np.stack([fit(read_image(dataset.root / path), trained) for path in test.paths]))
+    ours = trained.normalize(np.stack([fit(read_image(dataset.root / path), trained) for path in test.paths]))
     assert ours.shape == theirs.shape
     level = 1 / (255 * torch.tensor(dataset.std).view(3, 1, 1))  # one level of 255, in normalized units
     # DALI and PyTorch round differently when they resize.
