@@ -40,7 +40,9 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], runs_dir: Path,
     spread = spread_of(experiment, runs_dir, results_dir)
     print(f"power     {statement(replace(experiment, seeds=experiment.max_seeds or experiment.seeds), spread)}")
     if spread is None:
-        print("note: no earlier run tells that deviation; run a pilot with --seeds 2, whose runs are reused")
+        print(
+            "note: no earlier run shows the spread between seeds; a pilot with --seeds 2 does, and its runs are reused"
+        )
     commit, _, problem = commit_of_project()
     if commit is None:
         print(f"note: the commit of this project is unknown: {problem}")

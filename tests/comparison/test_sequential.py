@@ -58,7 +58,7 @@ def test_compare_adds_seeds_until_decided(ask, invented, tmp_path):
     code, out, err = ask(ROUNDS + VARIANTS)
     assert code == 0 and err == "" and "2 variants x 6 to 18 seeds" in out
     seeds = len(invented.started) // 2
-    assert seeds == 12 and "(look 2 of 3, level 0.013)" in out
+    assert seeds == 12 and "(look 2 of 3, level 0.016)" in out
     text, data = report(tmp_path)
     assert data["results"]["validation"][1]["difference"]["verdict"] == "confirmed better" and data["missing"] == {}
     invented.started.clear()
@@ -70,11 +70,9 @@ def test_compare_drops_a_hopeless_variant_and_runs_the_others_on(ask, invented, 
     rng = np.random.default_rng(4)
     third = '[[variants]]\nname = "third"\nidea = "Another gate."\nmodel.feed_forward = "swiglu"\n'
     for seed in range(18):
-        invented.accuracy |= {
-            f"plain-seed{seed}": 0.5 + rng.normal() / 100,
-            f"gated-seed{seed}": 0.5 + rng.normal() / 100 + (seed % 2) / 20 - 0.025,
-            f"third-seed{seed}": 0.6,
-        }
+        plain = 0.5 + rng.normal() / 100
+        gated = plain + (0.025 if seed % 2 else -0.025)
+        invented.accuracy |= {f"plain-seed{seed}": plain, f"gated-seed{seed}": gated, f"third-seed{seed}": 0.6}
     code, out, _ = ask(ROUNDS + VARIANTS + third)
     assert code == 0 and "dropped as hopeless" in out
     counts = {name: sum(run.startswith(name) for run in invented.started) for name in ("plain", "gated", "third")}
