@@ -31,7 +31,9 @@ class ModelSettings:
     attention: str = setting("lsa", "attention module", table=("models/attention.py", "ATTENTIONS"))
     feed_forward: str = setting("mlp", "feed-forward module", table=("models/feed_forward.py", "FEED_FORWARDS"))
     pooling: str = setting(
-        "class_token", "token pooling: turns the tokens into one vector that is classified", table=("models/pooling.py", "POOLINGS")
+        "class_token",
+        "token pooling: turns the tokens into one vector that is classified",
+        table=("models/pooling.py", "POOLINGS"),
     )
     patch_embedding_options: dict[str, Any] = setting({}, OPTIONS)
     position_options: dict[str, Any] = setting({}, OPTIONS)
