@@ -4,7 +4,8 @@
 
 A setting given as an option (`--lr 1e-3`, `--model.width=64`) is answered with the `--set` that does it. `~` at the
 start of a path is the home folder, also in `--runs-dir=~/runs`, which shells leave alone. `source
-environment/completion.sh` makes the Tab key complete options, presets, strategies and settings. Nothing here imports PyTorch.
+environment/completion.sh` makes the Tab key complete options, presets, strategies and settings. Nothing here imports
+PyTorch.
 """
 
 from __future__ import annotations

@@ -108,6 +108,11 @@ def test_a_failing_rank_fails_the_script(repo):
     assert "Training failed (exit code 3)" in result.stderr
 
 
+def test_a_run_with_nothing_left_to_train_is_no_failure(repo):
+    result = run(repo, "launch_local_train.sh", STUB_CODE="2")  # train.py's exit code for a finished run
+    assert result.returncode == 2 and "failed" not in result.stderr
+
+
 def wait_until(condition, seconds=60):
     deadline = time.time() + seconds
     while not condition():

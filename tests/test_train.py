@@ -54,6 +54,15 @@ def test_every_epoch_has_a_line_of_exact_counts(unbroken):
         assert line["images_per_second"] > 0 and 0 <= line["data_wait_seconds"] <= line["training_seconds"]
 
 
+def test_the_learning_rate_of_a_line_is_that_of_the_last_step_made(unbroken):
+    from config.settings import Settings
+    from optim.lr_schedule import Schedule
+
+    schedule = Schedule(Settings.from_dict(unbroken.facts()["settings"]).schedule, EPOCHS * STEPS_PER_EPOCH)
+    for line in unbroken.metrics():
+        assert line["learning_rate"] == pytest.approx(3e-3 * schedule(line["step"] - 1), rel=1e-12)
+
+
 def test_the_loss_decreases_and_the_learning_rate_reaches_its_end(unbroken):
     lines = unbroken.metrics()
     assert lines[-1]["train_loss"] < lines[0]["train_loss"] - 0.1
@@ -121,16 +130,22 @@ def test_the_validation_split_selects_and_the_test_split_is_used_at_the_end_only
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "named", "code"),
     [
-        (["--set", "model.depth=3"], "settings.model.depth was 2, is 3"),
-        (["--seed", 5, "--epochs", 3], "settings.epochs was 12, is 3; seed was 0, is 5"),
-        ([], "is finished; evaluate it with python evaluate.py"),
+        (["--set", "model.depth=3"], "settings.model.depth was 2, is 3", 1),
+        (["--seed", 5, "--epochs", 3], "settings.epochs was 12, is 3; seed was 0, is 5", 1),
+        ([], "is finished; evaluate it with python evaluate.py", 2),
+        (
+            ["--epochs", 20],
+            "is finished; its schedule ended with it (settings.epochs was 12, is 20). To train longer",
+            2,
+        ),
+        (["--max-steps", 100], "start from its weights: --name unbroken-longer --init-weights ", 2),
     ],
 )
-def test_a_run_of_other_settings_and_a_finished_one_are_rejected(training, unbroken, changes, named):
+def test_a_run_of_other_settings_and_a_finished_one_are_rejected(training, unbroken, changes, named, code):
     before = {path: path.read_bytes() for path in unbroken.folder.rglob("*") if path.is_file()}
-    done = run("train.py", *training, "--name", "unbroken", *changes, code=1)
+    done = run("train.py", *training, "--name", "unbroken", *changes, code=code)
     assert named in done.err and "--fresh" in done.err and "Traceback" not in done.err
     assert {path: path.read_bytes() for path in unbroken.folder.rglob("*") if path.is_file()} == before
 

@@ -59,7 +59,7 @@ BATCH_NORM = Change("micro-batch size", "BatchNorm computes its statistics per m
 
 
 def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
-    """Return the conditions of this process; under the same ones a resumed run is bitwise equal (GPU: --deterministic)."""
+    """Return the conditions of this process, under which a resumed run has the same bits (docs/resume.md)."""
     on_gpu = engine.device.type == "cuda"
     return {
         "processes": dist.get_world_size() if dist.is_initialized() else 1,

@@ -119,6 +119,25 @@ NEW = {  # none of these may leave a run folder
         2,
     ),
     "no checkpoints": Case(["--keep-checkpoints", "0"], "argument --keep-checkpoints: must be at least 1, not 0", 2),
+    # what is wrong is said before a dataset is prepared: no folder `new` may be there at the end
+    **{
+        f"before the data: {' '.join(words)}": Case(
+            ["--data-dir", "{place}/new", "--dataset", "shapes", *words], sentence, code
+        )
+        for words, sentence, code in [
+            ([SET, "model.feed_forward=gegl"], "unknown feed-forward 'gegl'; did you mean 'geglu'?", 1),
+            (["--strategy", "fdsp"], "unknown strategy 'fdsp'; did you mean 'fsdp'?", 1),
+            (["--hold-out", "10"], "argument --hold-out: must be a number between 0 and 1", 2),
+            ([SET, "model.feed_forward_options.hiden=3"], "unknown option 'hiden'; did you mean 'hidden'?", 1),
+            ([SET, "schedule.shape=cosin"], "unknown schedule.shape 'cosin'; did you mean 'cosine'?", 1),
+            ([SET, "model.dropout=1.5"], "model.dropout must be in [0, 1), got 1.5", 1),
+            ([SET, "train_batch_size=0"], "train_batch_size must be >= 1, got 0", 1),
+            ([SET, "parallel.topology=complete"], "strategy zero would not use parallel.topology=complete", 1),
+            (["--init-weights", "{place}/none.pt"], "none.pt: there is no such file", 1),
+            (["--seed", "9" * 20], "argument --seed: must be a whole number from 0 to 9223372036854775807", 2),
+            (["--name", ".."], "argument --name: must be a single folder name, not '..'", 2),
+        ]
+    },
     # the dataset
     "no archive": Case(
         ["--data-dir", "{place}/new", "--archive", "/nowhere.zip"], "--archive /nowhere.zip does not exist"

@@ -165,7 +165,7 @@ def test_a_machine_that_cannot_compile_trains_uncompiled_unless_compiling_was_re
     assert "torch.compile does not work on this machine (no C compiler)" in capsys.readouterr().out
     with pytest.raises(
         SettingsError,
-        match="compile=on: torch.compile does not work on this machine .no C compiler.; --set compile=off trains without",
+        match="compile=on: torch.compile does not work on this machine .no C compiler.; --set compile=off trains",
     ):
         compiling.choose("on", GPU, None, None)
 

@@ -5,6 +5,7 @@ test_optimizers_by_strategy.py tests optimizers that average by themselves (sche
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def moving() -> dict[str, dict]:
     return results
 
 
+def restored() -> dict[str, dict]:
+    """The EMA of a network with buffers, before it was saved and after another engine has loaded it."""
+    results = {}
+    for strategy in ("ddp", "zero", "fsdp"):
+        with tempfile.TemporaryDirectory() as place:
+            engine = make_engine(strategy, settings_for(*EMA), with_batch_norm)
+            place = engine.broadcast_object(place)
+            stream = batches(engine)
+            for _ in range(SAVED_AT):
+                engine.train_batch(stream)
+            engine.save(Path(place))
+            saved = engine.gather_state()
+            engine.any(False)  # wait until the main process has written
+            other = make_engine(strategy, settings_for(*EMA), with_batch_norm)
+            other.load(Path(place))
+            results[f"restored {strategy}"] = {"saved": saved, "loaded": other.gather_state()}
+            engine.any(False)
+    return results
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("averages")
@@ -77,7 +98,14 @@ def on_two(folder) -> dict:
     }
     cases |= {"bf16": ["zero", ["bf16.enabled=true", "zero_optimization.stage=2", *EMA], {}]}
     cases = dict(sorted(cases.items(), key=lambda case: "zero_optimization.stage=3" in case[1][1]))
-    return perform(folder / "on-2", 2, reference.job, cases, {}, ["tests.parallel.test_ema:moving"])
+    return perform(
+        folder / "on-2",
+        2,
+        reference.job,
+        cases,
+        {},
+        ["tests.parallel.test_ema:moving", "tests.parallel.test_ema:restored"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +187,16 @@ def test_buffers_are_averaged_too_and_the_mean_of_workers_averages_is_that_of_th
     assert average.pop(whole) == seen[-1][whole] == SAVED_AT and expected.pop(whole) is not None
     assert largest_difference(average, expected) < 1e-6
     assert not torch.equal(average["0.norm.running_mean"], seen[-1]["0.norm.running_mean"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero", "fsdp"])
+def test_the_ema_of_buffers_is_restored(on_two, strategy):
+    saved, loaded = on_two[f"restored {strategy}"]["saved"], on_two[f"restored {strategy}"]["loaded"]
+    buffers = [key for key in saved if key.startswith("ema/") and "running_" in key]
+    assert buffers and saved.keys() == loaded.keys()
+    for key in saved:
+        assert torch.equal(saved[key], loaded[key]), key
+    assert any(not torch.equal(saved[key], saved[key.replace("ema/", "weights/", 1)]) for key in buffers)
 
 
 def test_the_decay_warms_up_or_does_not():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import sys
+import time
 
 import psutil
 import pytest
 import torch
-from programs import run_ranks
+from programs import free_port, run_ranks
 
 from benchmarks.lib.forked_programs import Program
+from common.errors import RunError, SettingsError
+from common.stop_signal import StopSignal
 from parallel import process_group
 from training.determinism import make_deterministic
 
@@ -54,6 +60,55 @@ def deterministic() -> None:
 def test_deterministic_kernels_are_used_and_an_operation_without_one_fails():
     done = Program(deterministic, (), {}).end()
     assert done.code == 0, done.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"DS_ACCELERATOR": "CPU"}, "DS_ACCELERATOR=CPU is unknown; write DS_ACCELERATOR=cpu, or unset it"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not; unset WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' is not a number; unset it"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK='one' is not a number"),
+        ({"RANK": "0"}, "RANK is set, but WORLD_SIZE and MASTER_ADDR and MASTER_PORT are not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "RANK is set, but MASTER_ADDR is not"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "RANK=2 must be below WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_an_inconsistent_environment_is_one_sentence(monkeypatch, variables, sentence):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as refusal:
+        process_group.check_environment()
+    assert sentence in str(refusal.value)
+
+
+def wait_for_nobody() -> None:
+    """Wait as one of two processes, of which the other one never starts."""
+    logging.getLogger("engine").addHandler(logging.StreamHandler(sys.stdout))
+    StopSignal()
+    process_group.SAY_SECONDS = 0.5
+    try:
+        process_group.init_process_group()
+    except RunError as error:
+        print(error, flush=True)
+        os._exit(1)
+
+
+def test_waiting_for_other_processes_is_reported_and_ends_on_sigterm():
+    port = free_port()
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = Program(wait_for_nobody, (), alone)
+    program.wait_for(f"process 0 of 2 waits at 127.0.0.1:{port} for the other processes")
+    program.send(signal.SIGTERM)
+    asked = time.monotonic()
+    done = program.end()
+    assert time.monotonic() - asked < 5 and done.code == 1
+    assert f"stopped while process 0 of 2 waited for the others at 127.0.0.1:{port}" in done.out
 
 
 def test_a_group_that_was_left_is_not_used_again():

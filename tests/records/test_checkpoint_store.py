@@ -130,9 +130,50 @@ def operations(monkeypatch, fail_at: int) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("fail_at", range(1, 14))
-def test_a_full_disk_at_any_operation_leaves_the_previous_checkpoint(tmp_path, monkeypatch, fail_at):
-    record = RunFolder(tmp_path)
+def write_operations(folder: Path, monkeypatch) -> list[str]:
+    """The flushes, renames and writes of one checkpoint."""
+    with monkeypatch.context() as patch:
+        done = operations(patch, fail_at=0)
+        store(RunFolder(folder)).write(4, STATE, texts(4))
+    return done
+
+
+def test_a_checkpoint_is_flushed_verified_renamed_and_its_folder_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(
+        checkpoint_store, "flush_to_disk", lambda path, forget=False: flushed.append((path.name, forget))
+    )
+    removed = []
+    monkeypatch.setattr(Checkpoints, "_prune", lambda self, best: removed.append(len(flushed)))
+    store(RunFolder(tmp_path)).write(4, STATE, texts(4))
+    names = ["state.safetensors", *texts(4)]
+    assert flushed[: len(names)] == [(name, True) for name in names]  # read back from the disk, not from memory
+    assert flushed[len(names) :] == [("SHA256SUMS", False), ("unfinished-step-00000004", False), ("state", False)]
+    assert removed == [len(flushed)]  # older ones go when the new one is on the disk
+    monkeypatch.undo()
+    assert write_operations(tmp_path / "order", monkeypatch)[-2:] == ["rename", "flush"]
+
+
+def test_a_flush_drops_the_file_from_the_page_cache_where_asked(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    dropped = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: dropped.append(arguments[1:]))
+    checkpoint_store.flush_to_disk(tmp_path / "a")
+    assert not dropped
+    checkpoint_store.flush_to_disk(tmp_path / "a", forget=True)
+    assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)]
+
+
+def test_a_full_disk_at_any_operation_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    count = len(write_operations(tmp_path / "counted", monkeypatch))
+    assert count > 10
+    for fail_at in range(1, count + 1):
+        with monkeypatch.context() as patch:
+            fill_disk_at(tmp_path / str(fail_at), patch, fail_at)
+
+
+def fill_disk_at(folder: Path, monkeypatch, fail_at: int) -> None:
+    record = RunFolder(folder)
     store(record, keep=1).write(2, STATE, texts(2))
     done = operations(monkeypatch, fail_at)
     with pytest.raises(
@@ -386,7 +427,7 @@ def test_free_disk_space_is_checked_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     with pytest.raises(
         RunError,
-        match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; free some space",
+        match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; free some",
     ):
         resume.check_room(tmp_path / "new", disk_space_needed(1_000_000, 2), args)
 

@@ -92,7 +92,7 @@ def test_a_run_without_improvement_stops_early(training, runs):
         "early stopping: no better validation accuracy than" in done.out and "for 3 epochs (--patience 3)" in done.out
     )
     assert record.facts()["patience"] == 3
-    again = run("train.py", *training, "--name", "impatient", *STANDING_STILL, code=1)
+    again = run("train.py", *training, "--name", "impatient", *STANDING_STILL, code=2)
     assert "is finished; evaluate it" in again.err
 
 

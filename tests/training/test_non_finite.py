@@ -21,7 +21,7 @@ from image_data.dataset import Dataset
 from records.checkpoint_store import Checkpoints, Interval
 from records.run_folder import Progress, RunFolder
 from training.checkpoint_writer import CheckpointWriter, Snapshot
-from training.non_finite import LossMonitor, check_finite
+from training.non_finite import LossMonitor, NonFiniteStep, check_finite, describe
 
 BAD_STEP = 3  # of the engines, counted from 1
 ENGINES = {
@@ -56,7 +56,9 @@ def job(out: str) -> None:
     results: dict = {}
     for name, (strategy, overrides) in ENGINES.items():
         for kind, build in (("", None), (", batch norm", with_batch_norm)):
-            engine = make_engine(strategy, settings_for("gradient_accumulation_steps=2", *overrides), build)
+            engine = make_engine(
+                strategy, settings_for("gradient_accumulation_steps=2", "ema.decay=0.5", *overrides), build
+            )
             engine.skip_bad_steps()
             stream, skipped, states = poisoned(engine), [], []
             for _ in range(BAD_STEP + 2):
@@ -90,7 +92,7 @@ def test_a_bad_step_in_one_process_is_skipped_in_all_and_leaves_nothing(on_two, 
         and case["step"] == BAD_STEP + 2
     )
     before, after, later = (case["states"][i] for i in (BAD_STEP - 2, BAD_STEP - 1, -1))
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys() and any(key.rpartition("ema/")[1] for key in after)
     if name.startswith("gossip"):  # the workers still average, which brings them closer
         assert all(value.isfinite().all() for value in after.values())
     else:
@@ -148,6 +150,32 @@ def test_a_state_with_nan_is_never_saved(tmp_path):
     ):
         saver.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_images_of_a_bad_step_are_those_of_all_its_micro_batches_on_the_process_with_the_bad_loss(tmp_path, rank):
+    asked, bad = [], NonFiniteStep(step=13, index=3, what="the loss is nan", own=True)
+    only_gradient = NonFiniteStep(step=13, index=3, what="the gradient's norm is nan", own=False)
+    seen = [only_gradient, bad]
+
+    def all_gather_objects(value):
+        if isinstance(value, NonFiniteStep):
+            return seen
+        return [value, ["7\tcat/7.png\tcat"]] if rank == 0 else [[], value]
+
+    def positions(epoch, start, stop):
+        asked.append((epoch, start, stop))
+        return torch.tensor([7])
+
+    split = SimpleNamespace(paths=[f"cat/{i}.png" for i in range(9)], labels=[0] * 9)
+    training = SimpleNamespace(
+        source="tensor", split=split, dataset=SimpleNamespace(classes=["cat"]), positions=positions
+    )
+    engine = SimpleNamespace(batch_sizes=SimpleNamespace(accumulation=4), all_gather_objects=all_gather_objects)
+    first, text = describe(engine, seen[rank], training, Progress(epoch=2), tmp_path)
+    assert first == bad and "its 1 images, 7 cat/7.png cat" in text
+    assert asked == ([] if rank == 0 else [(2, 12, 16)])  # index 3 of 4 micro-batches each
+    assert (tmp_path / "bad_steps" / "step-00000013.txt").read_text() == "7\tcat/7.png\tcat\n"
 
 
 # --- in a run -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,16 @@ def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(t
     assert "changes" not in record.facts()
 
 
+def test_a_run_with_accumulation_resumes_within_an_epoch_to_the_same_bits(training, runs):
+    """The position in the epoch counts micro-batches, of which a step has several."""
+    words = [*training, "--set", "gradient_accumulation_steps=4", "--max-steps", 9]
+    run("train.py", *words, "--name", "accumulated")
+    for step in (2, 7):
+        run("train.py", *words, "--name", "accumulated-stopped", "--stop-at", step, code=STOPPED)
+    run("train.py", *words, "--name", "accumulated-stopped")
+    assert_same_as(RunFolder(runs / "accumulated-stopped"), RunFolder(runs / "accumulated"))
+
+
 @pytest.mark.parametrize("strategy", ["zero", "ddp"])
 def test_two_optimizers_in_one_keep_their_counts_over_several_stops(training, runs, strategy):
     """Muon's matrices have no count of steps, the rest, which AdamW trains, has."""
