@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -127,6 +128,7 @@ def job_averaging(out: str, port: int, join: str | None, stage: int, go: str) ->
     """Train on half of every batch; the first peer waits for the file `go` before its first step."""
     import torch.distributed as dist
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # as train.py's console does
     engine = peer_engine(
         averaging_settings(f"train_batch_size={BATCH // 2}", f"zero_optimization.stage={stage}"),
         port,
@@ -226,6 +228,7 @@ def test_the_run_survives_a_killed_a_late_and_a_stopped_peer(training, runs):
     long = ("--set", "train_batch_size=20", "--epochs", "30")  # 15 steps an epoch
     first = peer(training, "peer-a", "--host-peers", f"{HERE}:{free_pair()}", *long)
     place = listens_at(first)
+    first.wait_for("accuracy")  # of an epoch, with which it writes its weights
     second = peer(training, "peer-b", "--join", place, *long)
     second.wait_for("2 including this one")
     first.send(signal.SIGKILL)
