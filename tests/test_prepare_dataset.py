@@ -213,7 +213,7 @@ def test_misuse_is_one_sentence(tmp_path, capsys):
     with pytest.raises(PrepareError, match=r"unknown dataset 'imagenet' \(known: cifar100, cifar10, shapes\)"):
         prepare(tmp_path, dataset="imagenet")
     with pytest.raises(PrepareError, match="train_per_class"):
-        prepare(tmp_path, dataset="shapes", shapes={"colour": 3})
+        prepare(tmp_path, dataset="shapes", shapes={"hue": 3})
     assert "--workers must be at least 1" in refusal(capsys, "--workers", 0, "--data-dir", tmp_path)
     (tmp_path / "file").touch()
     assert "cannot prepare" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / "file" / "under")

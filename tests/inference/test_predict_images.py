@@ -87,7 +87,7 @@ def write_all_kinds(folder: Path) -> Iterable[str]:
     for name, mode in (
         ("rgb.png", "RGB"),
         ("alpha.png", "RGBA"),
-        ("grey.png", "L"),
+        ("gray.png", "L"),
         ("bits.png", "1"),
         ("palette.gif", "P"),
         ("print.jpg", "CMYK"),
