@@ -26,8 +26,9 @@ from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.paths import PROJECT, RESULTS, RUNS
 from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, read
+from comparison.planned_run import PlannedRun
 from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
-from comparison.run_queue import PlannedRun, check_existing_runs, device_slots, launch, mixed_sources, run_all
+from comparison.run_queue import check_existing_runs, device_slots, launch, mixed_sources, run_all
 from config.command_line import Parser, at_least_one, run_cli
 
 if TYPE_CHECKING:

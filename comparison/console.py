@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from comparison.experiment import Experiment
+from comparison.planned_run import PlannedRun
 from comparison.power import spread_of, statement
-from comparison.run_queue import PlannedRun
 from comparison.variant_costs import VariantCost, unequal_costs
 from records.provenance import commit_of_project
 

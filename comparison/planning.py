@@ -12,7 +12,7 @@ from common.errors import RunError, SettingsError
 from common.paths import DATA, PROJECT
 from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, Variant
-from comparison.run_queue import PlannedRun
+from comparison.planned_run import PlannedRun
 from comparison.time_budget import calibrate
 from records.run_folder import RunFolder
 

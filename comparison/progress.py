@@ -6,16 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from common.errors import RunError
 from common.text import duration
+from comparison.planned_run import PlannedRun
 from records.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from comparison.run_queue import PlannedRun
 
 TABLE_SECONDS = 2.0  # between two drawings of the table, for which metrics of running runs are read
 MOST_COLUMNS = 12  # seeds with a column of their own; with more, the table counts runs

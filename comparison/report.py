@@ -19,9 +19,9 @@ from common.files import write_atomically
 from common.machine import cpu_name
 from common.text import listed, without_paths
 from comparison.experiment import Experiment
+from comparison.planned_run import PlannedRun
 from comparison.power import spread_of_pairs, statement
 from comparison.report_text import SPLITS, markdown
-from comparison.run_queue import PlannedRun
 from comparison.sequential import evaluate, plan_looks
 from comparison.significance import CONFIRMED, Difference, compare
 from comparison.variant_costs import VariantCost, unequal_costs

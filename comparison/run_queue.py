@@ -12,63 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from common.errors import EXIT_STOPPED, RunError, SettingsError
+from common.errors import EXIT_STOPPED, RunError
 from common.machine import visible_gpus
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from common.text import last_error, listed
+from comparison.planned_run import PlannedRun
 from comparison.progress import progress_for
-from config.differences import differences
-from config.settings import Settings
 from records.provenance import changed_between, changed_since
 from records.run_folder import RunFolder
 
 LAUNCHER = PROJECT / "launch_local_train.sh"
 POLL_SECONDS = 0.2  # between checks of the child processes
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run of one variant. `expected` are the facts that its run.json must hold to count as this run."""
-
-    name: str
-    folder: Path
-    arguments: list[str]  # of train.py
-    expected: dict[str, Any]
-    variant: str = ""
-
-    def state(self) -> str:
-        """Return "new", "unfinished", "finished", or what differs between the existing run and this one."""
-        record = RunFolder(self.folder)
-        if not record.exists:
-            return "new"
-        facts = record.facts()
-        changed = [
-            text for key, value in self.expected.items() for text in differences(_comparable(key, facts), value, key)
-        ]
-        if changed:
-            return "; ".join(changed)
-        return "finished" if record.is_finished() else "unfinished"
-
-    @property
-    def log(self) -> Path:
-        """Output of the run."""
-        return self.folder.with_name(f"{self.folder.name}.log")
-
-
-def _comparable(key: str, facts: dict[str, Any]) -> Any:
-    if key == "fingerprint":
-        return facts["dataset"]["fingerprint"]
-    if key == "settings":  # a run from before a setting existed used that setting's default
-        try:
-            return Settings.from_dict(facts["settings"]).as_dict()
-        except SettingsError:
-            pass
-    return facts[key]
 
 
 def check_existing_runs(tasks: list[PlannedRun], redo: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from comparison.experiment import Experiment, Variant
-from comparison.run_queue import PlannedRun
+from comparison.planned_run import PlannedRun
 from records.run_folder import RunFolder
 
 SHORT_STEPS = 20

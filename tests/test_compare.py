@@ -16,7 +16,8 @@ from common.stop_signal import StopSignal
 from common.text import last_error
 from comparison.experiment import read
 from comparison.matching import match_sizes
-from comparison.run_queue import PlannedRun, run_all
+from comparison.planned_run import PlannedRun
+from comparison.run_queue import run_all
 from comparison.significance import seeds_needed
 from comparison.time_budget import steps_for
 from comparison.variant_costs import costs

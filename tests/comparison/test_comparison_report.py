@@ -22,7 +22,7 @@ import compare
 from benchmarks.lib.forked_programs import run_script
 from common.paths import PROJECT
 from common.text import without_paths
-from comparison.run_queue import PlannedRun
+from comparison.planned_run import PlannedRun
 from image_data.dataset import Dataset
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder

@@ -8,8 +8,8 @@ import pytest
 from comparisons import COMMON, VARIANTS, write_run
 
 from comparison.experiment import read
+from comparison.planned_run import PlannedRun
 from comparison.power import Spread, spread_of, statement
-from comparison.run_queue import PlannedRun
 from comparison.significance import detectable_effect
 
 

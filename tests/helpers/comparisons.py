@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from comparison.run_queue import PlannedRun
+from comparison.planned_run import PlannedRun
 from records.provenance import digest_of
 from records.run_folder import RunFolder
 
