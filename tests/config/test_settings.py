@@ -296,7 +296,7 @@ def test_a_number_out_of_its_declared_range_is_one_sentence(path):
         ("train_batch_size=0", "train_batch_size must be >= 1, got 0"),
         ("loss.label_smoothing=1.5", r"loss.label_smoothing must be in \[0, 1\], got 1.5"),
         ("model.dropout=NaN", r"model.dropout must be in \[0, 1\), got nan"),
-        ("model.depth=0", "model.depth must be >= 1, got 0"),
+        ("model.depth=0", r"model.depth must be in \[1, 1000\], got 0"),
         ("optimizer.params.lr=-1.0", "optimizer.params.lr must be >= 0, got -1.0"),
         ("optimizer.params.lr=1e999", "optimizer.params.lr must be >= 0, got inf"),
         ("optimizer.params.betas=[0.9]", r"optimizer.params.betas must be a list of 2 numbers, got \[0.9\]"),
