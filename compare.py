@@ -16,37 +16,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, RunError, SettingsError
-from common.paths import DATA, PROJECT, RESULTS, RUNS
+from common.paths import PROJECT, RESULTS, RUNS
 from common.stop_signal import StopSignal
-from comparison.experiment import Experiment, Variant, read
+from comparison.experiment import Experiment, read
+from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
 from comparison.run_queue import PlannedRun, check_existing_runs, device_slots, launch, mixed_sources, run_all
-from comparison.time_budget import calibrate
 from config.command_line import Parser, at_least_one, run_cli
-from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from comparison.variant_costs import VariantCost
-
-
-@dataclass(frozen=True)
-class Data:
-    """What planning needs to know about the dataset."""
-
-    folder: Path
-    num_train: int  # training images, without the validation split
-    num_classes: int
-    image_side: int
-    fingerprint: str | None  # None if the dataset is not prepared yet
 
 
 def main() -> int:
@@ -57,8 +42,14 @@ def main() -> int:
             "a budget in seconds cannot be split into shards, since one machine must measure the speeds of all "
             "variants; leave out --shard"
         )
+    if args.shard and experiment.max_seeds:
+        raise SettingsError('until = "decided" needs the results of all runs after each round; leave out --shard')
     runs = args.runs_dir.resolve() / experiment.name
-    data = data_of_runs(runs, args) if args.report_only else dataset_facts(experiment, args)
+    data = (
+        data_of_runs(runs, args.data_dir)
+        if args.report_only
+        else dataset_facts(experiment, args.data_dir, args.dry_run)
+    )
     # after the arguments, since these import PyTorch and SciPy
     from comparison.console import print_plan, print_runs
     from comparison.matching import match_sizes
@@ -75,12 +66,16 @@ def main() -> int:
         check_existing_runs(tasks, args.redo_changed)
         return run_all(tasks, device_slots(args.parallel), stop, launch)
 
-    tasks, failures = plan(experiment, data, runs, run)
-    mine = share(experiment, tasks, args.shard)
-    if args.dry_run:
-        print_runs(mine)
-        return 0
-    failures |= run(list(mine.values()))
+    if experiment.max_seeds and not args.dry_run:
+        experiment, tasks, failures = run_until_decided(experiment, data, runs, run, stop)
+        mine = tasks
+    else:
+        tasks, failures = plan(experiment, data, runs, run)
+        mine = share(experiment, tasks, args.shard)
+        if args.dry_run:
+            print_runs(mine)
+            return 0
+        failures |= run(list(mine.values()))
     if stop.number:
         print("stopped; start the same command again to resume")
         return EXIT_STOPPED
@@ -93,115 +88,6 @@ def main() -> int:
         )
         return 1 if failures else 0
     return report(experiment, counted, tasks, failures, args)
-
-
-def dataset_facts(experiment: Experiment, args: argparse.Namespace) -> Data:
-    """Return the facts of the experiment's dataset, which is prepared first if necessary (not for a dry run)."""
-    from image_data.dataset import Dataset
-    from image_data.preparation.prepare import prepare
-
-    folder = (args.data_dir or DATA / experiment.dataset).resolve()
-    if not Dataset.is_prepared(folder):
-        if args.dry_run:
-            print(f"note: {os.path.relpath(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
-            num_train = round(50_000 * (1 - experiment.hold_out))
-            return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
-        prepare(folder, dataset=experiment.dataset)
-    dataset = Dataset.open(folder)
-    if experiment.hold_out:
-        dataset = dataset.hold_out(experiment.hold_out)
-    return Data(
-        folder, len(dataset.splits["train"]), len(dataset.classes), dataset.image_side or 0, dataset.fingerprint
-    )
-
-
-def data_of_runs(runs: Path, args: argparse.Namespace) -> Data:
-    """Return the same facts from the existing runs, since a report needs no dataset.
-
-    Raises:
-        RunError: there is no run.
-    """
-    for path in sorted(runs.glob("*/run.json")):
-        facts = RunFolder(path.parent).facts()["dataset"]
-        folder = (args.data_dir or PROJECT / facts["folder"]).resolve()
-        return Data(
-            folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"]
-        )
-    raise RunError(f"{os.path.relpath(runs)} has no run to report on; leave out --report-only")
-
-
-def plan(
-    experiment: Experiment, data: Data, runs: Path, run: Callable[[list[PlannedRun]], dict[str, str]]
-) -> tuple[dict[tuple[str, int], PlannedRun], dict[str, str]]:
-    """Plan all runs.
-
-    Args:
-        run: makes the calibration runs that a budget in seconds needs.
-
-    Returns:
-        The runs by variant and seed, in the random order in which they are made, and the calibration runs that failed.
-    """
-    steps: dict[str, int | None]
-    failures: dict[str, str] = {}
-    if experiment.budget == "seconds":
-        steps, failures = calibrate(
-            experiment, lambda variant, name, count: make_task(experiment, variant, 0, data, runs / name, count), run
-        )
-    else:
-        count = int(experiment.budget_amount) if experiment.budget == "steps" else None
-        steps = dict.fromkeys([variant.name for variant in experiment.variants], count)
-    order = experiment.tasks()
-    random.Random(experiment.name).shuffle(order)
-    return {
-        (one.name, seed): make_task(experiment, one, seed, data, runs / f"{one.name}-seed{seed}", steps[one.name])
-        for one, seed in order
-        if one.name in steps
-    }, failures
-
-
-def share(
-    experiment: Experiment, tasks: dict[tuple[str, int], PlannedRun], shard: tuple[int, int] | None
-) -> dict[tuple[str, int], PlannedRun]:
-    """Return the runs of shard I of N; None is all of them.
-
-    Runs are dealt seed by seed, so that all shards have nearly the same number. The deal starts one variant later with
-    each seed; otherwise one machine could make all runs of a variant, and speeds are compared as well.
-    """
-    number, count = shard or (1, 1)
-    variants = [variant.name for variant in experiment.variants]
-
-    def place(variant: str, seed: int) -> int:
-        return seed * len(variants) + (variants.index(variant) + seed) % len(variants)
-
-    return {key: task for key, task in tasks.items() if place(*key) % count == number - 1}
-
-
-def make_task(
-    experiment: Experiment, variant: Variant, seed: int, data: Data, folder: Path, steps: int | None
-) -> PlannedRun:
-    """Plan one run of train.py. With `steps` None, the budget is in epochs."""
-    batch = variant.settings.engine["train_batch_size"]
-    if data.num_train < batch:
-        raise SettingsError(
-            f"variant '{variant.name}': train_batch_size={batch} is more than the {data.num_train} training images; "
-            "choose a smaller batch"
-        )
-    epochs = -(-steps // (data.num_train // batch)) if steps else int(experiment.budget_amount)
-    hold_out = experiment.hold_out or None
-    expected = {
-        "settings": replace(variant.settings, epochs=epochs).as_dict(),
-        "seed": seed,
-        "max_steps": steps,
-        "hold_out": hold_out,
-        "fingerprint": data.fingerprint,
-    }
-    words = ["--preset", experiment.preset, "--data-dir", data.folder, "--runs-dir", folder.parent]
-    words += ["--name", folder.name, "--seed", seed, "--epochs", epochs]
-    words += ["--max-steps", steps] if steps else []
-    words += ["--hold-out", hold_out] if hold_out else []
-    words += [word for text in variant.overrides for word in ("--set", text)]
-    group = folder.name if folder.name.startswith("calibration-") else variant.name
-    return PlannedRun(folder.name, folder, [str(word) for word in words], expected, group)
 
 
 def report(
@@ -229,7 +115,8 @@ def report(
     finished = {(variant.name, run.seed) for variant in results for run in variant.runs}
     missing = dict(failures)
     for variant, seed in experiment.tasks():
-        if (variant.name, seed) not in finished:
+        is_planned = not experiment.max_seeds or (variant.name, seed) in tasks
+        if is_planned and (variant.name, seed) not in finished:
             missing.setdefault(f"{variant.name}-seed{seed}", "is not finished")
     for name, reason in missing.items():
         print(f"missing: {name}: {reason}", file=sys.stderr)

@@ -131,8 +131,8 @@ def run_command(command: Sequence[str], log: Path, limit_seconds: float, check: 
     finally:
         end(child)
     if code:
-        said = log.read_text(errors="replace").rpartition("\n$ ")[2].partition("\n")[2]
-        raise NotReached(f"{last_error(said) or 'no output'} (exit code {code}); see {log.name}")
+        printed = log.read_text(errors="replace").rpartition("\n$ ")[2].partition("\n")[2]
+        raise NotReached(f"{last_error(printed) or 'no output'} (exit code {code}); see {log.name}")
 
 
 def end(child: subprocess.Popen) -> None:

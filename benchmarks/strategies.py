@@ -231,7 +231,7 @@ def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
     alternate(
         turns,
         options.rounds,
-        lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"),
+        lambda number, name, text: note(f"round {number + 1} of {options.rounds}: {name}: {text}"),
     )
     table = [summarize(turn, options.steps) for turn in turns.values()]
     reference = table[0].get("running_seconds")

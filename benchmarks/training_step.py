@@ -223,7 +223,7 @@ def measure_group(systems: list[System], context: Any) -> list[dict[str, Any]]:
         alternate(
             {system.label: system.turn for system in systems if not system.left_out},
             options.rounds,
-            lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"),
+            lambda number, name, text: note(f"round {number + 1} of {options.rounds}: {name}: {text}"),
         )
         return [measured(system) for system in systems]
     finally:

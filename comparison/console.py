@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from comparison.experiment import Experiment
@@ -17,8 +18,9 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], runs_dir: Path,
     first = experiment.variants[0].settings
     split = f"validation split ({100 * experiment.hold_out:g} % of train)" if experiment.hold_out else "test split"
     print(f"question  {experiment.question}")
+    seeds = f"{experiment.seeds} to {experiment.max_seeds}" if experiment.max_seeds else f"{experiment.seeds}"
     print(
-        f"runs      {len(experiment.variants)} variants x {experiment.seeds} seeds, "
+        f"runs      {len(experiment.variants)} variants x {seeds} seeds, "
         f"{experiment.budget_amount:g} {experiment.budget} each, preset {Path(experiment.preset).stem}, "
         f"batch {first.engine['train_batch_size']}; compared on the {split}"
     )
@@ -36,9 +38,11 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], runs_dir: Path,
     if experiment.match == "none" and any("parameters:" in text for texts in unequal.values() for text in texts):
         print('note: match = "parameters" in the experiment file resizes the option hidden of unequal variants')
     spread = spread_of(experiment, runs_dir, results_dir)
-    print(f"power     {statement(experiment, spread)}")
+    print(f"power     {statement(replace(experiment, seeds=experiment.max_seeds or experiment.seeds), spread)}")
     if spread is None:
-        print("note: no earlier run tells that deviation; run a pilot with --seeds 2, whose runs are reused")
+        print(
+            "note: no earlier run shows the spread between seeds; a pilot with --seeds 2 does, and its runs are reused"
+        )
     commit, _, problem = commit_of_project()
     if commit is None:
         print(f"note: the commit of this project is unknown: {problem}")

@@ -8,6 +8,8 @@
     dataset = "cifar100"            # default
     match = "parameters"            # or "flops": resize `hidden` of each variant to the first variant's cost within 1 %
     margin = 0.5                    # points: a smaller difference does not matter, so variants can be found equivalent
+    until = "decided"               # add seeds in rounds of `seeds` until all variants are decided ...
+    max_seeds = 30                  # ... or have this many
 
     [[variants]]                    # the first variant is the one that all others are compared with
     name = "mlp"
@@ -47,7 +49,16 @@ else:
     import tomli as tomllib
 
 BUDGETS = ("epochs", "steps", "seconds")
-DEFAULTS = {"preset": "cpu", "dataset": "cifar100", "seeds": 3, "hold_out": 0.1, "match": "none", "margin": None}
+DEFAULTS = {
+    "preset": "cpu",
+    "dataset": "cifar100",
+    "seeds": 3,
+    "hold_out": 0.1,
+    "match": "none",
+    "margin": None,
+    "until": "seeds",
+    "max_seeds": None,
+}
 OWN = ("question", "sizes", "variants", *DEFAULTS, *BUDGETS)  # every other key is a setting
 MATCHES = ("none", "parameters", "flops")
 MOST_SEEDS = 1000  # against a typing mistake; the statistics have no limit
@@ -80,6 +91,8 @@ class Experiment:
     variants: list[Variant]
     match: str = "none"  # the cost that is made equal: none, parameters or flops
     margin: float | None = None  # points within which a difference does not matter
+    max_seeds: int | None = None  # with until = "decided": seeds are added in rounds up to this many
+    round_seeds: int | None = None  # seeds per round; `seeds` is then the number that was reached
 
     def tasks(self) -> list[tuple[Variant, int]]:
         """Return every variant with every seed."""
@@ -145,6 +158,8 @@ def read(
         variants,
         facts["match"],
         facts["margin"] and float(facts["margin"]),
+        facts["max_seeds"],
+        facts["seeds"] if facts["max_seeds"] else None,
     )
 
 
@@ -226,6 +241,8 @@ def _check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
         ("hold_out", (int, float)),
         ("match", str),
         ("margin", (int, float, type(None))),
+        ("until", str),
+        ("max_seeds", (int, type(None))),
     ):
         if not isinstance(facts.get(key), kinds) or isinstance(facts[key], bool):
             problem = f"{key} cannot be {facts[key]!r}" if key in facts else f'{key} is missing; add {key} = "..."'
@@ -238,9 +255,21 @@ def _check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
             "it must lie between 0 and 1 (0 only with --final, which reports the test split)"
         )
     _check_match(path.name, facts["match"])
+    _check_rounds(path.name, facts["until"], facts["seeds"], facts["max_seeds"])
     margin = facts["margin"]
     if margin is not None and not 0 < margin < 100:
         raise SettingsError(f"{path.name}: margin must be a number of points between 0 and 100, not {margin!r}")
+
+
+def _check_rounds(where: str, until: str, seeds: int, max_seeds: int | None) -> None:
+    if until not in ("seeds", "decided"):
+        raise SettingsError(f"{where}: " + unknown("until", until, ["seeds", "decided"]))
+    if (until == "decided") != (max_seeds is not None):
+        raise SettingsError(f'{where}: until = "decided" and max_seeds = N belong together; give both or none')
+    if max_seeds is not None and not seeds < max_seeds <= MOST_SEEDS:
+        raise SettingsError(
+            f"{where}: max_seeds must lie between seeds + 1 = {seeds + 1} and {MOST_SEEDS}, not {max_seeds}"
+        )
 
 
 def _check_match(where: str, match: Any) -> None:

@@ -22,6 +22,7 @@ from comparison.experiment import Experiment
 from comparison.power import spread_of_pairs, statement
 from comparison.report_text import SPLITS, markdown
 from comparison.run_queue import PlannedRun
+from comparison.sequential import evaluate, plan_looks
 from comparison.significance import CONFIRMED, Difference, compare
 from comparison.variant_costs import VariantCost, unequal_costs
 from records.provenance import changed_between, commit_of_project, versions
@@ -107,6 +108,16 @@ def variant_results(
     return results
 
 
+def accuracies_of(experiment: Experiment, tasks: dict[tuple[str, int], PlannedRun]) -> dict[str, dict[int, float]]:
+    """Return variant -> seed -> accuracy in points of the finished runs, on the split that variants are compared on."""
+    split = "validation" if experiment.hold_out else "test"
+    found: dict[str, dict[int, float]] = {variant.name: {} for variant in experiment.variants}
+    for (name, seed), task in tasks.items():
+        if run := load(task, seed, final=not experiment.hold_out):
+            found[name][seed] = run.accuracy(split)
+    return found
+
+
 def inequalities(runs: list[Run], reference: list[Run], experiment: Experiment) -> list[str]:
     """Return what keeps these runs from being treated like those of the first variant.
 
@@ -175,15 +186,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     exploring = "validation" if experiment.hold_out else "test"
     splits = [exploring] + (["test"] if final and exploring != "test" else [])
-    compared = {
-        split: compare(
-            {variant.name: variant.accuracies(split) for variant in results},
-            results[0].name,
-            experiment.margin,
-            len(experiment.variants) - 1,
-        )
-        for split in splits
-    }
+    compared = {split: _compare(experiment, results, split, exploring) for split in splits}
     rows = {split: [_row(variant, split, compared[split].get(variant.name)) for variant in results] for split in splits}
     spread = spread_of_pairs({one.name: one.accuracies(splits[-1]) for one in results}, "this report")
     report = {
@@ -195,6 +198,18 @@ def write(
     write_atomically(folder / "report.md", markdown(experiment, report, splits))
     _draw(experiment, results, folder, splits[-1], exploring, compared[splits[-1]])
     return folder / "report.md"
+
+
+def _compare(experiment: Experiment, results: list[VariantResult], split: str, exploring: str) -> dict[str, Difference]:
+    """Compare on one split. With seeds in rounds, each variant's verdict is that of the look that decided it."""
+    accuracies = {variant.name: variant.accuracies(split) for variant in results}
+    first, planned = results[0].name, len(experiment.variants) - 1
+    if experiment.max_seeds and experiment.round_seeds and split == exploring:
+        looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
+        outcome = evaluate(accuracies, first, looks, experiment.margin, planned)
+        if outcome.looks:
+            return outcome.differences
+    return compare(accuracies, first, experiment.margin, planned)
 
 
 def _draw(

@@ -56,7 +56,11 @@ class Difference:
 
 
 def compare(
-    accuracies: dict[str, dict[int, float]], first: str, margin: float | None = None, planned: int | None = None
+    accuracies: dict[str, dict[int, float]],
+    first: str,
+    margin: float | None = None,
+    planned: int | None = None,
+    alpha: float = ALPHA,
 ) -> dict[str, Difference]:
     """Compare every other variant with `first`; variants that share no seed with it are left out.
 
@@ -64,6 +68,7 @@ def compare(
         accuracies: variant -> seed -> accuracy in points.
         margin: points within which a difference does not matter; None makes no claim of equivalence.
         planned: number of comparisons that were planned; by default that of the other variants in `accuracies`.
+        alpha: error rate of all claims together.
     """
     planned = planned or max(1, len(accuracies) - 1)
     paired: dict[str, dict[int, float]] = {}
@@ -76,7 +81,7 @@ def compare(
     t_tests = holm([paired_t_p(one) if len(one) > 1 else 1.0 for one in values], planned)
     equivalences = holm([tost_p(one, margin) if margin and len(one) > 1 else 1.0 for one in values], planned)
     return {
-        variant: verdict_for(by_seed, flip, t_test, equivalent, planned, margin)
+        variant: verdict_for(by_seed, flip, t_test, equivalent, planned, margin, alpha)
         for (variant, by_seed), flip, t_test, equivalent in zip(
             paired.items(), flips, t_tests, equivalences, strict=True
         )
@@ -170,11 +175,11 @@ def seeds_needed(num_comparisons: int) -> int:
     return next(n for n in range(2, 1100) if num_comparisons * least_p(n) < ALPHA)
 
 
-def power_of(effect: float, num_seeds: int, num_comparisons: int) -> float:
+def power_of(effect: float, num_seeds: int, num_comparisons: int, alpha: float = ALPHA) -> float:
     """Return the power of the paired t test for a true d_z, at the strictest level that Holm's correction asks for."""
     if num_seeds < 2:
         return 0.0
-    critical = stats.t.ppf(1 - ALPHA / num_comparisons / 2, num_seeds - 1)
+    critical = stats.t.ppf(1 - alpha / num_comparisons / 2, num_seeds - 1)
     power = float(stats.nct.sf(critical, num_seeds - 1, abs(effect) * math.sqrt(num_seeds)))
     return 1.0 if math.isnan(power) else power  # scipy's noncentral t returns NaN far beyond power 1
 
@@ -212,6 +217,7 @@ def verdict_for(
     p_equivalent: float,
     planned: int,
     margin: float | None,
+    alpha: float = ALPHA,
 ) -> Difference:
     """Return the verdict on one variant and the sentence that states it: the effect first, then how to read it."""
     differences = list(by_seed.values())
@@ -248,9 +254,9 @@ def verdict_for(
         f"{_p(p_t_corrected)} paired t, {_p(p_corrected)} sign-flip{correction}"
         + (f"; d = {effect:.1f})" if effect is not None else ")")
     )
-    is_equivalent = bool(margin) and n >= LEAST_SEEDS_EQUIVALENT and p_equivalent < ALPHA
+    is_equivalent = bool(margin) and n >= LEAST_SEEDS_EQUIVALENT and p_equivalent < alpha
     excludes_zero = abs(mean) > half
-    if excludes_zero and max(p_corrected, p_t_corrected) < ALPHA:
+    if excludes_zero and max(p_corrected, p_t_corrected) < alpha:
         small = f", although within the margin of ±{margin:g} points" if is_equivalent else ""
         return difference(CONFIRMED[mean < 0], numbers, small)
     if is_equivalent:

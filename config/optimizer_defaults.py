@@ -28,6 +28,7 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Any]] = {
         "betas": [0.9, 0.999],
         "eps": 1e-8,
         "weight_decay": 0.05,
+        "split_qkv": False,  # orthogonalize the projections of queries, keys and values as three matrices
     },
     "AdamWScheduleFree": {
         "lr": 2.5e-3,

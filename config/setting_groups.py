@@ -164,6 +164,11 @@ class ParallelSettings:
     topology: str = setting(
         "ring", "gossip: graph of workers that average their weights", table=("parallel/topologies.py", "TOPOLOGIES")
     )
+    gossip_order: str = setting(
+        "adapt_then_combine",
+        "gossip: adapt_then_combine: step, then average; adapt_with_combine: average, then step",
+        choices=("adapt_then_combine", "adapt_with_combine"),
+    )
     moment_steps: int = setting(
         1,
         "gossip: optimizer steps whose mean gradient enters Adam's moments at once (AccumAdam); 1: plain Adam",

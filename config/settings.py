@@ -77,6 +77,8 @@ class Settings:
     def from_dict(cls, tree: dict[str, Any]) -> Settings:
         """Inverse of `as_dict`. Raises SettingsError for keys that this version does not know."""
         settings = cls(engine=copy.deepcopy(tree["engine"]))
+        optimizer = settings.engine["optimizer"]  # a run of an earlier commit may lack parameters that were added since
+        optimizer["params"] = {**OPTIMIZER_PARAMS.get(optimizer["type"], {}), **optimizer["params"]}
         for name in [f.name for f in fields(ModelSettings) if f.name.endswith("_options")]:
             setattr(settings.model, name, {})  # the tree holds all options
         _merge(settings, {key: value for key, value in tree.items() if key != "engine"})

@@ -8,6 +8,8 @@ rotary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,14 +44,14 @@ def explicit_attention(
 class Attention(nn.Module):
     """Multi-head self-attention: softmax over scaled dot products (arXiv 1706.03762).
 
-    `qkv_std` is the standard deviation of the initial weights of queries, keys and values, which timm and the papers set to
-    0.02. The default 0 is PyTorch's initialization of linear maps: 1 / sqrt(3 C), 0.042 at width 192.
+    `qkv_std` is the standard deviation of the initial weights of queries, keys and values; timm and the papers use 0.02.
+    The default 0 is PyTorch's initialization of linear maps: 1 / sqrt(3 C), 0.042 at width 192.
     """
 
     def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
         super().__init__()
-        if qkv_std < 0:
-            raise SettingsError(f"model.attention_options.qkv_std must be at least 0, got {qkv_std}")
+        if not 0 <= qkv_std < math.inf:
+            raise SettingsError(f"model.attention_options.qkv_std must be at least 0, got {qkv_std}. Set it to 0.02")
         inner = dims.heads * dims.head_size
         self.heads, self.head_size, self.dropout = dims.heads, dims.head_size, dims.dropout
         self.qkv = nn.Linear(dims.width, 3 * inner, bias=False)

@@ -48,7 +48,9 @@ class Unsharded(MatrixSharding):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `hidden` true are trained by Muon, the others by AdamW.
+    """Muon for groups with `hidden` true, AdamW for the others.
+
+    The matrices of a group with `row_splits`, such as (C, C, C), are orthogonalized as several matrices of so many rows.
 
     Attributes:
         shardings: how the tensors of the hidden groups hold matrices, by tensor; a missing tensor is one whole matrix.
@@ -104,9 +106,12 @@ class Muon(torch.optim.Optimizer):
         cuts = [self.shardings.get(tensor, Unsharded()) for tensor in tensors]
         directions = self._directions(tensors, group["momentum"])
         matrices = [cut.whole(direction) for direction, cut in zip(directions, cuts, strict=True)]
-        made = iter(
-            orthogonalize([matrix for of_tensor in matrices for matrix in of_tensor], self.compiled, self.working_dtype)
-        )
+        unsharded = [matrix for of_tensor in matrices for matrix in of_tensor]
+        splits = group.get("row_splits")
+        parts = [part for matrix in unsharded for part in (matrix.split(splits) if splits else (matrix,))]
+        made = iter(orthogonalize(parts, self.compiled, self.working_dtype))
+        if splits:
+            made = iter([torch.cat([next(made) for _ in splits]) for _ in unsharded])
         steps = [cut.part([next(made) for _ in of_tensor]) for cut, of_tensor in zip(cuts, matrices, strict=True)]
         decay, rate = 1 - group["lr"] * group["weight_decay"], -group["lr"] * group["matrix_lr_factor"]
         if all_plain([*tensors, *steps]):

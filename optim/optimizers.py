@@ -5,6 +5,7 @@ To add one, write a line in OPTIMIZERS and one in `config/optimizer_defaults.py`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -98,13 +99,17 @@ def build_optimizer(config: dict[str, Any], model: nn.Module, fused: bool) -> to
     name, params = config["type"], dict(config["params"])
     if name not in OPTIMIZERS:
         raise SettingsError(unknown("optimizer.type", name, list(OPTIMIZERS)))
+    for key in ("lr", "weight_decay", "eps"):
+        if not 0 <= params.get(key, 0.0) < math.inf:
+            raise SettingsError(f"optimizer.params.{key} must be at least 0, got {params[key]}")
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
-    groups = parameter_groups(model, params["lr"], params["weight_decay"], find_hidden=name == "Muon")
+    split_qkv = params.pop("split_qkv", False)  # only Muon has it
+    groups = parameter_groups(model, params["lr"], params["weight_decay"], name == "Muon", split_qkv)
     try:
         return OPTIMIZERS[name](groups, **params, **({"fused": True} if fused and name in FUSED else {}))
     except (TypeError, ValueError) as error:
-        raise SettingsError(f"optimizer.type={name} does not take optimizer.params as they stand: {error}") from error
+        raise SettingsError(f"optimizer.type={name} rejects optimizer.params: {error}. Correct them") from error
 
 
 def describe_groups(config: dict[str, Any], model: nn.Module) -> str:

@@ -10,7 +10,9 @@ from torch import nn
 Groups = list[dict[str, Any]]
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float, find_hidden: bool = False) -> Groups:
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, find_hidden: bool = False, split_rows: bool = False
+) -> Groups:
     """Return the trainable parameters, grouped by weight decay and learning rate; with `find_hidden` also by `hidden`.
 
     Weight decay does not apply to vectors and scalars (norms, biases, temperatures). A module may set more for its own
@@ -20,6 +22,9 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     Hidden parameters are the weights of linear maps and of convolutions that mix channels. Excluded are modules marked
     `is_input_or_output_layer`, which read the images or return the scores; a submodule of one that does neither sets
     `is_input_or_output_layer = False`. A module with matrices of its own names them in `muon_matrices`.
+
+    With `split_rows`, hidden weights of modules with `row_splits` (queries, keys and values in one weight) are in groups
+    of their own, which have the same `row_splits`. Weights may be sharded, so the numbers belong to the group.
     """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     grouped: set[int] = set()  # ids; several modules may share a parameter
@@ -31,7 +36,8 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
                 decays = parameter.ndim >= 2 and name not in getattr(module, "no_weight_decay", ())
                 factor = getattr(module, "learning_rate_factors", {}).get(name, 1.0)
                 hidden = find_hidden and id(module) not in edges and _is_matrix(module, name)
-                groups[hidden, weight_decay if decays else 0.0, factor].append(parameter)
+                splits = tuple(getattr(module, "row_splits", ())) if split_rows and hidden else ()
+                groups[hidden, weight_decay if decays else 0.0, factor, splits].append(parameter)
     return [
         {
             "params": parameters,
@@ -39,8 +45,9 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
             "lr": learning_rate * factor,
             "initial_lr": learning_rate * factor,
             **({"hidden": hidden} if find_hidden else {}),
+            **({"row_splits": splits} if splits else {}),
         }
-        for (hidden, decay, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (hidden, decay, factor, splits), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

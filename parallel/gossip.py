@@ -1,10 +1,14 @@
 """Decentralized training: every worker steps on its own gradient, then averages its weights with a few neighbors.
 
-This is adapt-then-combine. On the complete graph with SGD, the mean of x_i - lr g_i is x - lr mean(g), which is SGD on
-the global batch. Sparser graphs send less data per step and let the workers differ a little. Adam's moments stay local
-to each worker (DAdam, arXiv 1901.09109), or several steps enter them at once (AccumAdam, arXiv 2410.11998). Clipping
-uses the worker's own gradient. This is a separate implementation because the package decent-dp cannot resume, and
-because DeepSpeed's stages above 0 shard the optimizer over the workers, which must differ here.
+The default order is adapt-then-combine. On the complete graph with SGD, the mean of x_i - lr g_i is x - lr mean(g): SGD
+on the global batch. Sparser graphs send less data per step and let the workers differ a little. Adam's moments stay
+local to each worker (DAdam, arXiv 1901.09109), or several steps enter them at once (AccumAdam, arXiv 2410.11998).
+Clipping uses the worker's own gradient. This is a separate implementation because the package decent-dp cannot resume,
+and because DeepSpeed's stages above 0 shard the optimizer over the workers, which must differ here.
+
+`parallel.gossip_order` is the order of a step: "adapt_then_combine" (default) steps, then averages the stepped weights.
+"adapt_with_combine" is the order of Decent-DP (8749e97) and D-PSGD (arXiv 1705.09056): the gradient is computed at the
+worker's own weights and applied to the averaged ones, so workers always differ by their last step.
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ class Engine(MultiWorkerEngine):
     """A worker that averages its weights with its group of the current round after every step."""
 
     name = "gossip"
-    used_settings = frozenset({"topology", "moment_steps"})
+    used_settings = frozenset({"topology", "moment_steps", "gossip_order"})
     checkpoint_kind = "one worker a process, for gossip"
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self.topology = self.settings.parallel.topology
+        self.topology, self.order = self.settings.parallel.topology, self.settings.parallel.gossip_order
         self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), process_group.num_local()))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -53,9 +57,18 @@ class Engine(MultiWorkerEngine):
                 f"parallel.moment_steps={window} cannot be combined with these optimizer.params: {error}"
             ) from error
 
-    @torch.no_grad()
+    def before_step(self) -> None:
+        if self.order == "adapt_with_combine":
+            self.average(self.step)
+
     def finish_step(self) -> None:
-        group = self.groups[(self.step - 1) % len(self.groups)]
+        if self.order == "adapt_then_combine":
+            self.average(self.step - 1)
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """Average the weights with the group of this step's round. Collective."""
+        group = self.groups[step % len(self.groups)]
         if dist.get_world_size(group) > 1:
             for parameter, mean in zip(self.trainable, mean_over(self.trainable, group), strict=True):
                 parameter.copy_(mean)

@@ -64,6 +64,9 @@ class TorchEngine(engine.Engine):
         """Return the context of a micro-batch's forward and backward; only the last one must exchange gradients."""
         return nullcontext()
 
+    def before_step(self) -> None:
+        """Called before every optimizer step, when the gradients are complete and `self.step` does not count it yet."""
+
     def finish_step(self) -> None:
         """Called after every optimizer step, when `self.step` counts it."""
 
@@ -98,6 +101,7 @@ class TorchEngine(engine.Engine):
         self.grad_norm = self.unshard(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
         # Reading them synchronizes the device: only with --skip-bad-steps.
         self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
+        self.before_step()
         if self.skipped:
             self.keeper.restore()
         else:

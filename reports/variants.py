@@ -47,7 +47,9 @@ def paired_differences(
             annotation_clip=False,
         )
     axes.set_yticks(range(len(differences)), list(differences))
-    axes.set(xlabel=f"{label}\ndiamond: mean, bar: 95 % interval, ticks: seeds", ylim=(len(differences) - 0.5, -0.5))
+    axes.set(
+        xlabel=f"{label}\ndiamond: mean, bar: 95 % interval, ticks: seeds", ylim=(max(1, len(differences)) - 0.5, -0.5)
+    )
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
     set_title(figure, title)

@@ -88,12 +88,12 @@ class CountExchanges(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _add(self, kind: str, args: tuple) -> None:
-        group, whole = group_size(args), max(map(num_bytes, args))
+        group, full = group_size(args), max(map(num_bytes, args))
         if kind == "all_gather" and len([arg for arg in args if num_bytes(arg)]) == 1:
-            whole *= group  # the functional form receives only this process's shard
-        key = kind, group, whole <= CONTROL_BYTES
+            full *= group  # the functional form receives only this process's shard
+        key = kind, group, full <= CONTROL_BYTES
         self.calls[key] += 1
-        self.payload[key] += whole
+        self.payload[key] += full
 
     def exchanges(self, steps: int) -> list[Exchange]:
         """Return the exchanges per step."""

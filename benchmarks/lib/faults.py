@@ -52,7 +52,7 @@ class Round:
         return RunFolder(self.folder / "run")
 
     def begin(self, plan: tuple[int, str, float] | None = None) -> Program:
-        """Start the run; `plan` is what `Operations.strike` does."""
+        """Start the run; `plan` is what `Operations.inject` does."""
         return Program(train, (str(self.folder / "run"), plan, *self.command), {})
 
     def some_time(self, program: Program) -> None:
@@ -214,7 +214,7 @@ class Operations:
     amount: float
     count: int = 0
     listening: bool = True
-    struck: bool = False
+    injected: bool = False
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not (self.listening and event in CHANGES and str(arguments[0]).startswith(self.folder)):
@@ -225,11 +225,11 @@ class Operations:
         needs_none = (
             self.what == "no room" and event in REMOVALS
         )  # removing a file needs no space: take the next operation
-        if self.what and not self.struck and self.count >= self.number and not needs_none:
-            self.struck = True
-            self.strike()
+        if self.what and not self.injected and self.count >= self.number and not needs_none:
+            self.injected = True
+            self.inject()
 
-    def strike(self) -> None:
+    def inject(self) -> None:
         if self.what == "die":
             # SIGALRM is not caught, so the process dies in the middle of whatever it is doing.
             signal.setitimer(signal.ITIMER_REAL, self.amount)

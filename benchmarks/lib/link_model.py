@@ -97,7 +97,7 @@ def on_the_wire(exchanges: Sequence[Exchange], measured: Layout, layout: Layout)
     of processes. The activations between two stages are those of the full batch, divided over the replicas.
     """
     num_bytes = rounds = 0.0
-    whole = [[list(range(layout.processes))]]
+    everyone = [[list(range(layout.processes))]]
     for exchange in exchanges:
         payload, groups = exchange.payload, layout.rounds()
         if exchange.kind in ("send", "receive"):
@@ -106,7 +106,7 @@ def on_the_wire(exchanges: Sequence[Exchange], measured: Layout, layout: Layout)
                 [layout.adjacent_stages()],
             )
         elif exchange.control:
-            groups = whole
+            groups = everyone
         for chosen in groups:
             most, latency = busiest(exchange.kind, chosen, payload, layout.per_host)
             num_bytes += most / len(groups)

@@ -95,10 +95,10 @@ def parts_table(report: Report) -> list[list[str]]:
     for row in report["rows"]:
         if row["left_out"] or not row["parts"]:
             continue
-        whole = sum(row["parts"].values())
-        shared = [f"{1e3 * whole * row['exposed_share']:.2f}"] if "exposed_share" in row else []
+        total = sum(row["parts"].values())
+        communication = [f"{1e3 * total * row['exposed_share']:.2f}"] if "exposed_share" in row else []
         table.append(
-            [row["label"], *(f"{1e3 * row['parts'][part]:.2f}" for part in PARTS), f"{1e3 * whole:.2f}", *shared]
+            [row["label"], *(f"{1e3 * row['parts'][part]:.2f}" for part in PARTS), f"{1e3 * total:.2f}", *communication]
         )
     return table
 

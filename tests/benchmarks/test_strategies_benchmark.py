@@ -1,4 +1,4 @@
-"""benchmarks/strategies.py: every strategy does the same work and has its row; bytes and seconds add up. No speeds here.
+"""benchmarks/strategies.py: every strategy does the same work and has its row; bytes and seconds add up. No speeds.
 
 pytest tests/benchmarks/test_strategies_benchmark.py
 """

@@ -236,7 +236,8 @@ def test_baselines_use_channels_last_and_the_compile_mode(shapes, tiny, monkeypa
     def prepared(loop):
         loop.optimizer = loop.adamw(list(loop.network.parameters()))
 
-    overrides = ["channels_last=true", "model.patch_embedding=conv_stem", "optimizer.type=AdamW"]
+    stem = ["model.patch_embedding=conv_stem", "model.patch_embedding_options.layers=3"]
+    overrides = ["channels_last=true", *stem, "optimizer.type=AdamW"]
     settings = resolve(str(tiny), overrides, strategy="ddp")
     monkeypatch.setattr(step_baselines.Bare, "prepare", prepared)
     monkeypatch.setattr(step_baselines.process_group, "init_process_group", lambda: torch.device("cpu"))

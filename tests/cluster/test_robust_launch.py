@@ -343,6 +343,14 @@ def test_messages_hold_values_and_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = [None, 1.5, "a", [1, (2, {"k": {3}})], Path("/x"), torch.float32, torch.Size([1]), Progress()]
     assert plain_objects.unpack(plain_objects.pack(values)) == values
+    tensors = [
+        torch.arange(6.0).reshape(2, 3),
+        torch.tensor(3, dtype=torch.int64),
+        torch.empty(0, 4),
+        torch.ones(2).bfloat16(),
+    ]
+    for one, other in zip(plain_objects.unpack(plain_objects.pack(tensors)), tensors, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
     for evil in (Evil(), [Evil()], subprocess.run, Fact(1)):
         with pytest.raises(pickle.UnpicklingError, match="no plain value"):
             plain_objects.unpack(plain_objects.pack(evil))

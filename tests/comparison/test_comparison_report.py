@@ -40,7 +40,7 @@ def test_unequal_variants_are_named_and_marked(ask, invented, tmp_path):
     ask(COMMON + VARIANTS.replace("32", "40") + "train_batch_size = 32\n")
     text, data = report(tmp_path)
     assert data["arms"]["gated"]["unequal"] == [
-        "parameters: 15,434 instead of 13,850 (1.11 x)",
+        "parameters: 50,060 instead of 48,460 (1.03 x)",
         "source code: 'train.py' differ",
         "device: 1 x NVIDIA H200 instead of 1 x CPU",
         "images trained on: 192 instead of 384",

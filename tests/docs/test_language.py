@@ -74,7 +74,9 @@ def offenses(text: str) -> list[tuple[int, str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         line = EXEMPT_WORDS.sub("", line)
         for pattern, instead in FORBIDDEN.items():
-            found += [(number, match[0], instead) for match in re.finditer(rf"(?<![\w-])(?:{pattern})(?![\w-])", line, re.I)]
+            found += [
+                (number, match[0], instead) for match in re.finditer(rf"(?<![\w-])(?:{pattern})(?![\w-])", line, re.I)
+            ]
     return found
 
 

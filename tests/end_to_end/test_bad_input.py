@@ -146,7 +146,7 @@ NEW = {  # none of these may leave a run folder
     ),
     "nothing there": Case(
         ["--data-dir", "{place}/new"],
-        "new holds neither a prepared dataset nor images in train/<class>/; check the path",
+        "new holds neither a prepared dataset nor images in train/<class>/. Check the path",
     ),
     "no list": Case(["--data-dir", "{place}/no-list"], "no-list is damaged"),
     "damaged facts": Case(["--data-dir", "{place}/no-facts"], "no-facts is damaged"),
@@ -175,7 +175,7 @@ OLD = {  # these concern an existing run
     ),
     "a missing image": Case(
         ["--name", "new", "--data-dir", "{place}/no-image", "--source", "files"],
-        "cannot be read (No such file or directory); restore it, or run prepare_dataset.py --force",
+        "cannot be read (No such file or directory). Restore the file, or run prepare_dataset.py --force",
     ),
     "another architecture": Case(["--name", "other-network"], "the checkpoint holds another network: "),
     "other classes": Case(["--name", "other-classes"], "3.classify.weight is (9, 32), here (10, 32)"),

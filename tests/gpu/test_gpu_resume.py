@@ -74,8 +74,8 @@ def test_a_gpu_run_resumes_on_a_cpu_only_when_allowed(shapes, tiny, tmp_path, st
     assert on_gpu(*common, "--stop-at", 6).returncode == STOPPED
     on_cpu = [
         "-c",
-        "import os, runpy, sys; os.environ['CUDA_VISIBLE_DEVICES'] = ''; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], "
-        "run_name='__main__')",
+        "import os, runpy, sys; os.environ['CUDA_VISIBLE_DEVICES'] = ''; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')",
         *common,
     ]
     refused = on_gpu(*on_cpu)

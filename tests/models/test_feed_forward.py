@@ -1,4 +1,4 @@
-"""The feed-forwards: trees in both evaluations and against plain Python, soft experts, and kinds put together.
+"""Feed-forwards: trees in both evaluations and against plain Python, soft mixture of experts, combined kinds.
 
 pytest tests/models/test_feed_forward.py        no GPU, no data, some seconds
 """
@@ -32,7 +32,7 @@ TREES = [
 
 
 def dimensions(**changes) -> Dimensions:
-    """Those of the tiny network, with changes."""
+    """Return the dimensions of the tiny network, with changes."""
     dims = Dimensions(5, 16, patch=4, width=16, depth=2, heads=2, head_size=8, num_prefix=1, dropout=0.0)
     return replace(dims, **changes)
 
@@ -47,7 +47,7 @@ def tokens(count: int = 8, num_tokens: int = 17, width: int = 16) -> Tensor:
 
 
 def gradients(tree: Tree, x: Tensor, evaluation: str) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of tokens and parameters of a loss that tells outputs apart."""
+    """Return the output, and the gradients of tokens and parameters under a random linear loss."""
     tree.evaluation = evaluation
     x = x.clone().requires_grad_()
     y = tree(x)
@@ -71,7 +71,7 @@ def gelu(x: float) -> float:
 
 
 def one_token(tree: Tree, x: list[float]) -> tuple[list[float], int]:
-    """The definition, in plain Python: the output for one token, and how many neurons of the tree it used."""
+    """The definition in plain Python: the output for one token, and the number of neurons that it used."""
     y, node, used = [0.0] * len(x), 0, 0
     for level in tree.levels:
         rows_in, bias, rows_out = level.rows_in.tolist(), level.bias.tolist(), level.rows_out.tolist()
@@ -101,16 +101,16 @@ def test_trees_equal_the_definition_token_by_token(name, options, evaluation):
     ("name", "options", "neurons", "visited"),
     [
         ("fff", {}, 255, 8),
-        ("fff_fan_out", {}, 340, 16),  # the presets of the idea
+        ("fff_fan_out", {}, 340, 16),  # the default sizes
         ("fff", {"depth": 2}, 7, 3),
         ("fff_fan_out", {"fan_out": 3, "depth": 2}, 39, 9),
     ],
 )
-def test_how_many_neurons_there_are_and_how_many_a_token_uses(name, options, neurons, visited):
+def test_number_of_neurons_in_total_and_per_token(name, options, neurons, visited):
     tree = make(name, options)
     assert sum(len(level.bias) for level in tree.levels) == neurons
     assert tree.num_visited == visited == one_token(tree, tokens()[0, 0].tolist())[1]
-    # An output row at a time: the gradient of one token's output shows which neurons gave something to it.
+    # The gradient of one token's output shows which neurons contributed to it.
     for token in tokens(1, 12)[0]:
         tree.zero_grad()
         tree(token.view(1, 1, -1)).sum().backward()
@@ -170,10 +170,10 @@ def test_a_step_moves_the_root_by_its_factor():
         ("fff_fan_out", {"fan_out": 0}, "fan_out=0"),
         ("fff", {"evaluation": "paht"}, "did you mean 'path'"),
         ("mix", {"first": "gegelu"}, "did you mean 'geglu'"),
-        ("chain", {"share": 1.0}, "share must lie between 0 and 1"),
+        ("chain", {"share": 1.0}, "share must be between 0 and 1"),
     ],
 )
-def test_values_that_cannot_work_are_refused_by_name(name, options, said):
+def test_invalid_option_values_raise_errors(name, options, said):
     with pytest.raises(SettingsError, match=said):
         make(name, options)
 
@@ -211,10 +211,10 @@ def test_soft_experts_equal_the_definition(options):
 
 def test_soft_experts_have_as_many_slots_as_there_are_tokens():
     assert len(SoftMoE(dimensions()).slot_vectors) == 16  # 17 tokens over 4 experts
-    assert len(SoftMoE(dimensions(), experts=100).slot_vectors) == 100  # one at least
+    assert len(SoftMoE(dimensions(), experts=100).slot_vectors) == 100  # at least one per expert
 
 
-# Kinds put together, and sizes
+# Combined kinds, and sizes
 
 
 @pytest.mark.parametrize("name", ["mix", "chain"])
@@ -242,7 +242,16 @@ def test_sizes_are_those_of_one_mlp(kind, hidden):
     assert count_parameters(make(kind, {"hidden": hidden}, width=256)) == pytest.approx(mlp, rel=0.03)
 
 
-def test_pair_and_mix_share_as_told():
+@pytest.mark.parametrize(("kind", "options"), [("pair", {"kind": "soft_moe"}), ("mix", {"second": "soft_moe"})])
+@pytest.mark.parametrize("width", [128, 256])
+def test_sizes_with_soft_experts_are_those_of_one_mlp(kind, options, width):
+    """The slot vectors of soft_moe count too, which do not depend on `hidden`."""
+    sizes = dict(width=width, image_side=32)
+    mlp = count_parameters(make("mlp", {}, **sizes))
+    assert count_parameters(make(kind, options, **sizes)) == pytest.approx(mlp, rel=0.03)
+
+
+def test_pair_and_mix_split_the_hidden_size():
     part = make("mix", {"first": "mlp", "second": "mlp", "hidden": 40, "share": 0.25})
     assert (part.first.expand.out_features, part.second.expand.out_features) == (10, 30)
     pair = make("pair", {"kind": "geglu", "hidden": 48})
@@ -274,7 +283,7 @@ def test_the_convolution_sees_neighbours_on_the_grid_and_never_class_tokens():
     assert changed(2 + 4 * row + column) == neighbours
 
 
-def test_the_mlp_is_what_it_says():
+def test_mlp_equals_the_formula():
     part, x = MLP(dimensions(), hidden=7), tokens()
     assert count_parameters(part) == 16 * 7 + 7 + 7 * 16 + 16
     torch.testing.assert_close(part(x), part.contract(torch.nn.functional.gelu(part.expand(x))))

@@ -1,4 +1,4 @@
-"""models/initial_weights.py: weights from a file go where they belong, and everything else is named or refused.
+"""models/initial_weights.py: weights of a file are loaded by name and shape; all others are reported or rejected.
 
 pytest tests/models/test_initial_weights.py      no GPU, some seconds; the tests of timm need timm
 """
@@ -15,6 +15,7 @@ from torch import nn
 
 from common.errors import SettingsError
 from config.settings import ModelSettings
+from model import ARCHITECTURES
 from models.initial_weights import load_initial_weights, resample_positions
 from models.published.table import get_architecture
 
@@ -42,7 +43,7 @@ def wrapped(weights):
 
 
 @pytest.mark.parametrize("dress", [plain, nested, wrapped])
-def test_a_torch_file_loads_whole(tmp_path: Path, dress):
+def test_all_tensors_of_a_torch_file_are_loaded(tmp_path: Path, dress):
     source, model = build(seed=1), build(seed=2)
     assert not same(source, model)
     torch.save(dress(source.state_dict()), tmp_path / "w.pth")
@@ -61,7 +62,7 @@ def test_a_prefix_is_stripped_at_the_start_of_a_name_only(tmp_path: Path):
 @pytest.mark.parametrize(
     "name, head", [("cct-7-3x1", "8.classify"), ("dhvt-t-4", "13.classify"), ("resnet18-cifar", "9.fc")]
 )
-def test_the_head_stays_fresh_when_the_classes_differ(tmp_path: Path, name, head):
+def test_the_head_is_initialized_randomly_when_the_classes_differ(tmp_path: Path, name, head):
     source, model, before = build(name, 10, seed=1), build(name, 100, seed=2), build(name, 100, seed=2)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     report = load_initial_weights(model, tmp_path / "w.safetensors")
@@ -81,7 +82,7 @@ def test_missing_unused_and_misfitting_tensors_are_named(tmp_path: Path):
     told = {
         "not in the file": "3.norm.bias",
         "not used": "stranger",
-        "another shape": "2.qkv.weight (5, 5) -> (768, 256)",
+        "other shape": "2.qkv.weight (5, 5) -> (768, 256)",
     }
     for what, name in told.items():
         assert any(what in line and name in line for line in report.splitlines()), report
@@ -116,12 +117,27 @@ def test_resampling_keeps_class_token_order_and_constants():
     assert resample_positions(table, torch.Size((17, 4))) is None
 
 
+def test_only_position_tables_are_resampled(tmp_path: Path):
+    """head_position of `head_tokens` has one vector per head: with other heads it is not a grid to be resampled."""
+    sizes = dict(width=72, depth=1, head_size=8, attention="head_tokens", position="none", patch=8, pooling="mean")
+    source, model = (
+        nn.Sequential(*get_architecture("vit", ARCHITECTURES)(ModelSettings(heads=heads, **sizes), 10, 32))
+        for heads in (4, 9)
+    )
+    before = model[1].attention.part.head_position.detach().clone()
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    report = load_initial_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model[1].attention.part.head_position, before)
+    assert any("other shape" in line and "head_position (4, 72) -> (9, 72)" in line for line in report), report
+    assert not any("resampled" in line for line in report)
+
+
 class Bomb:
     def __reduce__(self):
         return (Path.touch, (Path("exploded"),))
 
 
-def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, monkeypatch):
+def test_pickled_code_is_rejected_and_not_executed(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": build().state_dict(), "args": Bomb()}, "w.pth")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
@@ -139,10 +155,10 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, monkeypatch):
         ("text.pth", b"", "w?text.pth"),
         ("list.pth", [torch.zeros(2)], "no named tensors"),
         ("other.pth", {"features.0.weight": torch.zeros(2)}, "features.0.weight"),
-        ("head.pth", {"8.classify.bias": torch.zeros(100)}, "fits no tensor"),
+        ("head.pth", {"8.classify.bias": torch.zeros(100)}, "matches no tensor"),
     ],
 )
-def test_files_that_hold_nothing_of_the_network_are_refused(tmp_path: Path, name, content, part):
+def test_files_without_tensors_of_the_network_are_rejected(tmp_path: Path, name, content, part):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The names and options of parts: what is refused and how it is said, and how a new part comes in."""
+"""Names and options of parts: error messages for invalid ones, and adding a new part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from models.parts import Dimensions, part_options
 PART_TABLES = {kind: table for kind, table in TABLES.items() if kind != "architecture"}
 
 
-# What is refused, and how it is said
+# Invalid names and options
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ PART_TABLES = {kind: table for kind, table in TABLES.items() if kind != "archite
         ("block", "macron", "macaron"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_nearest_one(kind, wrong, meant):
+def test_an_unknown_name_is_rejected_with_the_nearest_one(kind, wrong, meant):
     with pytest.raises(SettingsError, match=f"'{wrong}'; did you mean '{meant}'"):
         tiny(**{kind: wrong})
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PART_TABLES if f"{kind}_options" in vars(TINY)])
-def test_options_of_one_kind_are_refused_by_another_and_types_are_checked(kind):
+def test_options_of_another_part_and_wrong_types_are_rejected(kind):
     table = PART_TABLES[kind]
     every_option = {option: default for part in table.values() for option, default in part_options(part).items()}
     for name, part in table.items():
@@ -66,16 +66,18 @@ def test_options_of_one_kind_are_refused_by_another_and_types_are_checked(kind):
             "kv_heads=3 does not divide model.heads=2",
         ),
         ({"attention": "multi_query", "attention_options": {"kv_heads": 0}}, "kv_heads=0"),
+        ({"attention_options": {"qkv_std": -0.02}}, "qkv_std must be at least 0, got -0.02"),
+        ({"attention_options": {"qkv_std": math.nan}}, "qkv_std must be at least 0, got nan"),
         ({"attention": "qk_norm", "attention_options": {"norm": "rmss"}}, "did you mean 'rms'"),
         ({"attention": "head_tokens", "heads": 3}, "model.heads=3 does not divide model.width=16"),
-        ({"position": "rotary", "head_size": 6}, "model.head_size that 4 divides, not 6"),
-        ({"position": "sin_cos", "width": 18}, "model.width that 4 divides, not 18"),
+        ({"position": "rotary", "head_size": 6}, "needs a multiple of 4 as model.head_size, got 6"),
+        ({"position": "sin_cos", "width": 18}, "needs a multiple of 4 as model.width, got 18"),
         ({"patch_embedding": "conv_stem", "patch_embedding_options": {"layers": 1}}, "patch=4, layers=1"),
         ({"patch": 5}, "model.patch=5 does not divide the image side 16"),
         ({"feed_forward": "soft_moe", "feed_forward_options": {"experts": 0}}, "experts must be at least 1"),
     ],
 )
-def test_values_that_cannot_work_are_refused_by_name(changes, said):
+def test_invalid_option_values_raise_errors(changes, said):
     with pytest.raises(SettingsError, match=said.replace(".", r"\.")):
         tiny(**changes)
 
@@ -97,11 +99,11 @@ def test_options_reach_the_parts_from_the_command_line():
     assert block.attention.part.rotate.sin[8, 1].item() == pytest.approx(math.sin(angle), rel=1e-5)
 
 
-# A new idea: one class and one line
+# A new part: one class and one line
 
 
 class Mine(nn.Module):
-    """Each token by a learnt factor for each channel."""
+    """Multiply each token by a learned factor per channel."""
 
     def __init__(self, dims: Dimensions, start: float = 1.0):
         super().__init__()
@@ -111,7 +113,7 @@ class Mine(nn.Module):
         return x * self.factor
 
 
-def test_a_new_class_and_one_line_are_all_it_takes(monkeypatch, tmp_path):
+def test_a_new_part_needs_one_class_and_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(FEED_FORWARDS, "mine", Mine)
     model = tiny(feed_forward="mine", feed_forward_options={"start": 2.0})
     assert model[1].feed_forward.part.factor[0] == 2.0

@@ -1,4 +1,4 @@
-"""Single parts against their definition, written out."""
+"""Parts against their definitions, written out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_patch_embedding_makes_one_token_a_patch_row_by_row(name, patch):
 
 
 def plain_attention(part: Attention, x: Tensor, temperature: float, diagonal: bool) -> Tensor:
-    """Softmax attention written out, for one image."""
+    """Softmax attention written out for one image."""
     q, k, v = part.qkv(x)[0].view(-1, 3, 2, 8).unbind(1)
     heads = []
     for h in range(2):
@@ -91,7 +91,7 @@ def test_multi_query_shares_keys_and_values():
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_normed_queries_make_scores_blind_to_the_size_of_tokens(norm):
+def test_qk_norm_makes_scores_independent_of_the_scale_of_tokens(norm):
     part = NormedAttention(dimensions(), norm=norm)
     q, k, v = part.heads_of(tokens())
     larger_q, larger_k, _ = part.heads_of(100 * tokens())
@@ -114,11 +114,11 @@ def test_head_tokens_equal_the_formula():
     torch.testing.assert_close(part(x)[0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_rotary_scores_depend_on_the_distance_alone_and_class_tokens_do_not_turn():
+def test_rotary_scores_depend_on_relative_position_and_class_tokens_are_not_rotated():
     dims = dimensions(image_side=32, head_size=16)  # a grid of 8 x 8
     rotate = Rotation(dims, base=100.0)
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
-    everywhere = torch.ones(1, 1, dims.num_tokens + 2, 1)  # two head tokens behind
+    everywhere = torch.ones(1, 1, dims.num_tokens + 2, 1)  # two head tokens at the end
     turned_q, turned_k = rotate(everywhere * q)[0, 0], rotate(everywhere * k)[0, 0]
     for turned, vector in ((turned_q, q), (turned_k, k)):
         assert torch.equal(turned[0], vector) and torch.equal(turned[-2:], vector.expand(2, -1))
@@ -130,14 +130,14 @@ def test_rotary_scores_depend_on_the_distance_alone_and_class_tokens_do_not_turn
     assert not torch.isclose(scores[0, 0, 0, 1], scores[0, 0, 1, 0])  # along a row is not along a column
 
 
-def test_fixed_positions_are_no_parameters_and_leave_class_tokens_alone():
+def test_fixed_positions_are_not_parameters_and_do_not_change_class_tokens():
     part = POSITIONS["sin_cos"](dimensions())
     added = part(torch.zeros(1, 17, 16))[0]
     assert not list(part.parameters()) and not part.state_dict()
     assert not added[0].any() and len({tuple(row) for row in added.tolist()}) == 17
 
 
-def test_sequence_pooling_is_a_mean_by_learnt_weights():
+def test_sequence_pooling_is_a_weighted_mean():
     part, x = POOLINGS["sequence"](dimensions(num_prefix=0)), tokens()
     weights = (x @ part.score.weight[0]).softmax(dim=1)
     torch.testing.assert_close(part(x), (weights.unsqueeze(-1) * x).sum(1))

@@ -1,8 +1,8 @@
-"""What every entry of every table of parts promises.
+"""Properties that every entry of every part registry has.
 
     pytest tests/models/test_parts.py        no GPU, no data, some seconds
 
-The tests loop over the tables: a new class and its line in a table are tested without a word here.
+The tests loop over the registries, so a new entry is tested without changes here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from models.position import POSITIONS
 from optim.param_groups import parameter_groups
 from parallel.buffers import normalize_in_fp32
 
-# Trainable parameters of the tiny network with that entry in place of TINY's own. A change here is a change of what runs
-# recorded so far mean: make it on purpose.
+# Trainable parameters of the tiny network with that entry instead of TINY's own. A change makes recorded runs
+# incomparable: change a number only on purpose.
 PARAMETERS = {
     "patch_embedding": {
         "linear": 7_655,
@@ -60,11 +60,11 @@ ENTRIES = [(kind, name) for kind, table in PART_TABLES.items() for name in table
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
-def test_shapes_are_kept_and_layers_hand_on_contiguous_tensors(kind, name):
+def test_layers_keep_shapes_and_return_contiguous_tensors(kind, name):
     x = images()
     for layer in build_layers(replace(TINY, **{kind: name}), CLASSES, SIDE):
         x = layer(x)
-        assert x.is_contiguous(), f"{type(layer).__name__} hands on a strided tensor, which a pipeline cannot send"
+        assert x.is_contiguous(), f"{type(layer).__name__} returns a strided tensor, which a pipeline cannot send"
         assert x.shape in ((3, 16, 16), (3, 17, 16), (3, CLASSES))
     assert x.shape == (3, CLASSES)
 
@@ -82,23 +82,23 @@ def test_every_parameter_gets_a_finite_gradient(kind, name):
     model = tiny(**{kind: name})
     F.cross_entropy(model(images(8)), torch.arange(8) % CLASSES).backward()
     for parameter_name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{parameter_name} has no part in the output"
-        assert parameter.grad.isfinite().all(), f"{parameter_name} has a gradient that is not finite"
+        assert parameter.grad is not None, f"{parameter_name} does not affect the output"
+        assert parameter.grad.isfinite().all(), f"{parameter_name} has a non-finite gradient"
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, name in ENTRIES if kind in ("feed_forward", "attention")]
 )
-def test_every_parameter_of_a_part_changes_what_it_gives(kind, name):
+def test_every_parameter_of_a_part_affects_its_output(kind, name):
     torch.manual_seed(0)
     part, x = make_part(PART_TABLES[kind], kind, name, dimensions(), {}), tokens(16)
     (part(x) * tokens(16).flip(0)).sum().backward()
     idle = [parameter_name for parameter_name, parameter in part.named_parameters() if not parameter.grad.any()]
-    assert not idle, f"{', '.join(idle)}: gradient 0 in all places"
+    assert not idle, f"{', '.join(idle)}: gradient is 0 everywhere"
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
-def test_an_image_does_not_depend_on_its_batch_mates(kind, name):
+def test_an_image_does_not_depend_on_other_images_of_its_batch(kind, name):
     model = tiny(**{kind: name}).eval()
     x = images(4)
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
@@ -120,7 +120,7 @@ def test_evaluation_is_deterministic_and_weights_round_trip(kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
 def test_half_precision_runs_by_casting_and_by_autocast(kind, name):
-    """DeepSpeed casts the parameters to bfloat16 and leaves the buffers, PyTorch's own engines leave all as it is and autocast."""
+    """DeepSpeed casts parameters to bf16 but not buffers; PyTorch engines use autocast."""
     model = tiny(**{kind: name, "layer_scale": 0.1, "drop_path": 0.5})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         F.cross_entropy(model(images()).float(), torch.arange(3)).backward()
@@ -151,7 +151,7 @@ def test_recorded_counts_are_of_entries_that_exist():
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
-def test_hints_for_the_optimiser_name_real_parameters_and_none_is_a_scalar(kind, name):
+def test_optimizer_hints_name_parameters_and_no_parameter_is_a_scalar(kind, name):
     model = tiny(**{kind: name, "layer_scale": 0.1})
     for module in model.modules():
         own = {parameter_name for parameter_name, _ in module.named_parameters(recurse=False)}
@@ -171,7 +171,7 @@ def test_hints_for_the_optimiser_name_real_parameters_and_none_is_a_scalar(kind,
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_attentions_positions_and_poolings_combine(attention, position, pooling):
-    """An attention without a place for rotations is refused with the rotary position, never silently left unturned."""
+    """An attention without `rotate` is rejected with the rotary position, never silently left unrotated."""
     changes = {"attention": attention, "position": position, "pooling": pooling, "depth": 1}
     if position == "rotary" and not hasattr(ATTENTIONS[attention](dimensions()), "rotate"):
         with pytest.raises(SettingsError, match="rotary"):
@@ -183,17 +183,17 @@ def test_attentions_positions_and_poolings_combine(attention, position, pooling)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_rotary_reaches_every_attention(attention):
     with_, without = (tiny(attention=attention, position=position).eval() for position in ("rotary", "none"))
-    with_.load_state_dict(without.state_dict())  # no parameters of its own
+    with_.load_state_dict(without.state_dict())  # rotary has no parameters
     assert not torch.allclose(with_(images()), without(images()), atol=1e-4)
 
 
-def test_an_attention_without_rotation_is_refused_with_rotary(monkeypatch):
+def test_an_attention_without_rotate_is_rejected_with_rotary(monkeypatch):
     class Plain(nn.Module):
         def __init__(self, dims: Dimensions):
             super().__init__()
 
     monkeypatch.setitem(ATTENTIONS, "plain", Plain)
-    with pytest.raises(SettingsError, match=r"model\.attention=plain has no place for model\.position=rotary"):
+    with pytest.raises(SettingsError, match=r"model\.attention=plain does not support model\.position=rotary"):
         tiny(attention="plain", position="rotary")
 
 

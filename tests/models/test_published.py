@@ -1,4 +1,4 @@
-"""The published networks: their sizes are the published ones, and each keeps the contract of a list of layers.
+"""Published networks have their published sizes and satisfy the contract of a list of layers.
 
 pytest tests/models/test_published.py      no GPU, under a minute; the tests of timm need timm
 """
@@ -18,12 +18,13 @@ from common.errors import SettingsError
 from common.paths import PROJECT
 from config.settings import ModelSettings
 from model import sl_vit
-from models.layers import DropPath
+from models.layers import DropPath, trunc_normal
 from models.published.table import ARCHITECTURES as PUBLISHED
 from models.published.table import get_architecture
+from models.published.timm_models import keep_no_weight_decay
 from optim.param_groups import parameter_groups
 
-# name, classes, image side, our count, the published figure in millions and its decimals, where it stands
+# name, classes, image side, our count, the published figure in millions, its source
 ARCHITECTURES = {"sl-vit": sl_vit, **PUBLISHED}
 COUNTS = [
     ("cct-7-3x1", 10, 32, 3_760_139, "3.760", "README of SHI-Labs/Compact-Transformers (CIFAR-10)"),
@@ -32,7 +33,7 @@ COUNTS = [
     ("dhvt-t-2", 100, 32, 5_845_162, "5.8", "arXiv 2210.05958, table 4"),
     ("dhvt-s-4", 100, 32, 23_425_450, "23.4", "arXiv 2210.05958, table 4"),
     ("dhvt-s-2", 100, 32, 22_766_698, "22.8", "arXiv 2210.05958, table 4"),
-    ("sl-vit", 100, 32, 2_747_149, "2.75", "README of aanna0701/SPT_LSA_ViT"),
+    ("sl-vit", 100, 32, 2_747_149, "2.75", "our count; no published figure found"),
     ("iformer-small", 1000, 224, 19_866_344, "19.866", "sail-sg/iFormer, docstrings of the models"),
     ("iformer-base", 1000, 224, 47_866_216, "47.866", "sail-sg/iFormer, docstrings of the models"),
     ("iformer-large", 1000, 224, 86_637_096, "86.637", "sail-sg/iFormer, docstrings of the models"),
@@ -49,7 +50,7 @@ COUNTS = [
     ),
 ]
 
-# Small enough to be run on one core; the others differ in size only and are checked on the meta device.
+# Small enough for one core; the others differ in size only and are checked on the meta device.
 SMALL = ["cct-7-3x1", "dhvt-t-4", "dhvt-t-2", "sl-vit", "iformer-small", "resnet50", "resnet18-cifar", "lenet"]
 
 
@@ -83,7 +84,7 @@ def test_every_architecture_has_a_published_count():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_layers_pass_one_contiguous_tensor_on(name):
+def test_layers_return_one_contiguous_tensor(name):
     with torch.device("meta"):
         x = torch.zeros(2, 3, 32, 32)
         for layer in get_architecture(name, ARCHITECTURES)(ModelSettings(architecture=name), 100, 32):
@@ -102,14 +103,14 @@ def test_other_image_sides(name):
 @pytest.mark.parametrize(
     "name, side, part", [("dhvt-t-4", 30, "image side 30"), ("iformer-small", 40, "multiple of 16")]
 )
-def test_an_image_side_that_does_not_fit_is_refused(name, side, part):
+def test_an_invalid_image_side_is_rejected(name, side, part):
     with pytest.raises(SettingsError, match=part) as caught:
         build(name, 10, side)
     assert name in str(caught.value)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_an_image_does_not_see_its_batch_mates(name, built):
+def test_an_image_does_not_depend_on_other_images_of_its_batch(name, built):
     model = built[name].eval()
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_positions_and_class_tokens_do_not_decay(name):
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "timm:any"])
-def test_honoured_settings_exist_and_change_something(name):
+def test_used_settings_exist_and_have_an_effect(name):
     used = get_architecture(name, ARCHITECTURES).used_settings
     assert used <= {field.name for field in dataclasses.fields(ModelSettings)}
     if name in SMALL and "drop_path" in used:
@@ -169,6 +170,23 @@ def test_honoured_settings_exist_and_change_something(name):
         model = build(name, drop_path=0.9).train()
         kept = [module.keep.item() for module in model.modules() if isinstance(module, DropPath)]
         assert kept[0] == 1 and kept[-1] == pytest.approx(0.1)
+
+
+def test_truncated_normal_has_no_outliers(monkeypatch):
+    """PyTorch returns exactly -2 where its uniform draw is the lower end of the range, one in 2^24 in float32."""
+    plain = torch.nn.init.trunc_normal_
+
+    def with_outlier(tensor, std):
+        plain(tensor, std=std)
+        with torch.no_grad():
+            tensor.view(-1)[0] = -2.0
+
+    torch.manual_seed(0)
+    expected = plain(torch.empty(1000), std=0.02)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", with_outlier)
+    torch.manual_seed(0)
+    found = trunc_normal(torch.empty(1000), std=0.02)
+    assert found.abs().max() <= 0.121 and torch.equal(found[1:], expected[1:])
 
 
 def test_dropout_of_cct_acts_in_training_only():
@@ -179,7 +197,7 @@ def test_dropout_of_cct_acts_in_training_only():
         assert torch.equal(model.eval()(images), model(images))
 
 
-def test_an_unknown_name_is_refused_with_the_nearest():
+def test_an_unknown_name_is_rejected_with_the_nearest():
     with pytest.raises(SettingsError, match="did you mean 'dhvt-t-4'"):
         get_architecture("dhvt-t4")
 
@@ -194,6 +212,26 @@ def test_without_timm_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(SettingsError, match="pip install timm"):
         build("timm:test_vit")
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.2])
+def test_drop_path_reaches_timm_models_also_at_zero(drop_path):
+    """nest has a default of 0.5, which model.drop_path=0 must replace; vgg has no stochastic depth."""
+    pytest.importorskip("timm", reason="timm is optional and not installed")
+    with torch.device("meta"):
+        model = build("timm:nest_tiny", 10, 224, drop_path=drop_path)
+        rates = [module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")]
+        assert max(rates, default=0.0) == pytest.approx(drop_path)
+        if not drop_path:
+            build("timm:vgg11", 10, 224)
+
+
+@pytest.mark.parametrize("form", [set, list, tuple, dict.fromkeys])
+def test_no_weight_decay_of_timm_models_may_have_any_form(form):
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network.no_weight_decay = lambda: form(["1.weight", "absent"])
+    keep_no_weight_decay(network)
+    assert network[1].no_weight_decay == {"weight"} and network.no_weight_decay == set()
 
 
 def test_timm_models_by_name():
@@ -215,12 +253,13 @@ def test_timm_models_by_name():
 @pytest.mark.parametrize(
     "name, side, part",
     [
+        ("inception_v3", 32, "fails on 32-pixel images"),
         ("vit_bas_patch32_224", 224, "did you mean vit_base_patch32_224"),
         ("hf-hub:a/b", 224, "no model"),
         ("vit_base_patch32_224", 32, "single patch"),
     ],
 )
-def test_timm_names_that_cannot_work_are_refused(name, side, part):
+def test_invalid_timm_models_are_rejected(name, side, part):
     pytest.importorskip("timm", reason="timm is optional and not installed")
     with pytest.raises(SettingsError, match=part), torch.device("meta"):
         build(f"timm:{name}", 10, side)

@@ -1,4 +1,4 @@
-"""The optimisers that workers with models of their own have, against their papers: optim/accum_adam.py and parallel/diloco.py."""
+"""optim/accum_adam.py and parallel/diloco.py against their papers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_accumadam_follows_its_algorithm():
 
 
 def test_the_outer_step_is_nesterovs():
-    """DiLoCo's default: v <- 0.9 v + d, theta <- theta - 0.7 (d + 0.9 v), d the way the workers have come, backwards."""
+    """DiLoCo's default: v <- 0.9 v + d, theta <- theta - 0.7 (d + 0.9 v), d is the negative mean progress of the workers."""
     start, means = torch.tensor([1.0, 2.0]), [torch.tensor([0.5, 2.5]), torch.tensor([0.2, 2.0])]
     outer = OuterStep({"w": start}, learning_rate=0.7, momentum=0.9)
     theta, v = start, torch.zeros(2)

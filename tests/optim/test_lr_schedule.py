@@ -1,4 +1,4 @@
-"""optim/lr_schedule.py: the learning rate rises to 1, falls to its end as PyTorch's own schedulers do, and depends on nothing but the step."""
+"""optim/lr_schedule.py: the factor rises to 1, decays as PyTorch's schedulers do, and depends on the step only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def factors(total: int, **settings) -> list[float]:
 
 @pytest.mark.parametrize("shape", SCHEDULES)
 @pytest.mark.parametrize(("total", "warmup"), [(100, 0.05), (100, 0.0), (7, 0.15), (1000, 0.33), (12, 0.08)])
-def test_it_rises_in_a_straight_line_to_one_and_never_rises_again(shape, total, warmup):
+def test_warmup_is_linear_to_one_and_the_factor_never_rises_again(shape, total, warmup):
     f, rising = factors(total, shape=shape, warmup_fraction=warmup), round(warmup * total)
     assert f[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
     assert f[rising] == pytest.approx(1) and all(0 < value <= 1 for value in f)
@@ -35,7 +35,7 @@ def test_it_reaches_the_final_factor_at_the_last_step_and_may_hold_it(shape, hal
 
 
 def pytorchs(schedulers: list, total: int) -> list[float]:
-    """The factors that PyTorch's schedulers, multiplied, give in `total` steps."""
+    """Return the factors of PyTorch's chained schedulers in `total` steps."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     made = lr_scheduler.ChainedScheduler([make(optimizer) for make in schedulers])
     factors = []
@@ -66,20 +66,18 @@ def pytorchs(schedulers: list, total: int) -> list[float]:
         ),
     ],
 )
-def test_it_falls_as_pytorchs_scheduler_does(settings, reference):
+def test_it_decays_as_pytorchs_scheduler(settings, reference):
     assert factors(90, warmup_fraction=0.0, **settings) == pytest.approx(pytorchs([reference], 90))
 
 
 @pytest.mark.parametrize("start", [0.0, 0.001, 1.0])
-def test_the_warm_up_may_start_above_nothing(start):
+def test_the_warmup_may_start_above_zero(start):
     f = factors(40, warmup_fraction=0.25, warmup_start_factor=start, shape="constant")
     shifted = pytorchs([lambda o: lr_scheduler.LinearLR(o, start_factor=start or 1e-12, total_iters=10)], 41)[1:]
-    assert f == pytest.approx(
-        shifted, abs=1e-9
-    )  # ours makes no step at the start factor itself: it would be lost when that is 0
+    assert f == pytest.approx(shifted, abs=1e-9)  # ours makes no step at the start factor itself, which may be 0
 
 
-def test_cosine_leaves_the_top_and_reaches_the_bottom_gently_while_linear_does_not():
+def test_cosine_is_flat_at_both_ends_and_linear_is_not():
     cosine, linear = (
         factors(101, shape=shape, warmup_fraction=0.0, final_factor=0.0) for shape in ("cosine", "linear")
     )
@@ -91,7 +89,7 @@ def test_a_run_of_a_single_step_trains(warmup):
     assert factors(1, warmup_fraction=warmup) == [1.0]
 
 
-def test_it_has_no_memory():
+def test_it_depends_on_the_step_only():
     schedule = Schedule(ScheduleSettings(warmup_fraction=0.2), 20)
     assert [schedule(step) for step in reversed(range(20))] == factors(20, warmup_fraction=0.2)[::-1]
 
@@ -100,30 +98,30 @@ def test_it_has_no_memory():
     ("settings", "message"),
     [
         ({"shape": "cosinus"}, "unknown schedule.shape 'cosinus'; did you mean 'cosine'"),
-        ({"warmup_fraction": 1.5}, "schedule.warmup_fraction must lie between 0 and 1, not 1.5"),
-        ({"final_factor": -0.1}, "schedule.final_factor must lie between 0 and 1, not -0.1"),
+        ({"warmup_fraction": 1.5}, "schedule.warmup_fraction must be between 0 and 1, got 1.5"),
+        ({"final_factor": -0.1}, "schedule.final_factor must be between 0 and 1, got -0.1"),
         (
             {"cooldown_fraction": 0.5},
-            "schedule.shape=cosine would not use schedule.cooldown_fraction=0.5; trapezoid would",
+            "schedule.shape=cosine does not use schedule.cooldown_fraction=0.5. Remove it, or set schedule.shape to trap",
         ),
         (
             {"shape": "constant", "final_factor": 0.5},
-            "schedule.shape=constant would not use schedule.final_factor=0.5; cosine and linear and trap",
+            "schedule.shape=constant does not use schedule.final_factor=0.5.* to cosine or linear or trapezoid",
         ),
-        ({"shape": "step", "hold_fraction": 0.5}, "schedule.shape=step would not use schedule.hold_fraction"),
+        ({"shape": "step", "hold_fraction": 0.5}, "schedule.shape=step does not use schedule.hold_fraction"),
         (
             {"shape": "trapezoid", "cooldown_fraction": 0.9, "hold_fraction": 0.1},
-            "together they must not exceed 1, and are 0.05, 0.9 and 0.1",
+            "their sum must be at most 1, got 0.05, 0.9 and 0.1",
         ),
-        ({"shape": "step", "milestones": [0.5, 0.3]}, "schedule.milestones must rise"),
-        ({"shape": "step", "milestones": []}, "schedule.milestones must rise"),
+        ({"shape": "step", "milestones": [0.5, 0.3]}, "schedule.milestones must increase"),
+        ({"shape": "step", "milestones": []}, "schedule.milestones must increase"),
         (
             {"shape": "step", "milestones": [0.1], "warmup_fraction": 0.2},
-            "schedule.milestones must rise, from schedule.warmup_fraction=0.2",
+            "must increase, start at or after schedule.warmup_fraction=0.2",
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(settings, message):
+def test_invalid_settings_are_rejected(settings, message):
     with pytest.raises(SettingsError, match=message):
         Schedule(ScheduleSettings(**settings), 10)
 

@@ -1,5 +1,4 @@
-"""optim/optimizers.py: every parameter is in exactly one group, only weights that multiply something decay, and each optimiser
-steps as its reference does."""
+"""optim/optimizers.py: parameter groups, weight decay, and each optimizer against its reference."""
 
 from __future__ import annotations
 
@@ -91,7 +90,7 @@ def test_a_layer_may_name_what_does_not_decay_and_what_learns_slower():
     assert all(group["initial_lr"] == group["lr"] for group in groups.values())
 
 
-def test_a_factor_slows_what_the_optimiser_does():
+def test_a_factor_slows_what_the_optimizer_does():
     layer = TreeLayer()
     optimizer = build_optimizer({"type": "SGD", "params": {"lr": 1.0, "weight_decay": 0.0}}, layer, fused=False)
     (layer.root.sum() + layer.leaf.sum()).backward()
@@ -118,7 +117,7 @@ def test_groups_come_in_the_same_order_on_every_process():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_optimiser_is_the_one_that_is_named_with_its_settings(name):
+def test_the_optimizer_is_the_one_that_is_named_with_its_settings(name):
     config = resolve(
         None,
         [
@@ -145,21 +144,24 @@ def test_the_optimiser_is_the_one_that_is_named_with_its_settings(name):
         ),
         (
             {"type": "SGD", "params": {"lr": 0.1, "weight_decay": 0.0, "betas": [0.9, 0.99]}},
-            "SGD does not take optimizer.params.*betas",
+            "SGD rejects optimizer.params.*betas",
         ),
-        ({"type": "AdamW", "params": {"lr": -1.0, "weight_decay": 0.0}}, "AdamW does not take optimizer.params.*-1"),
+        (
+            {"type": "AdamW", "params": {"lr": -1.0, "weight_decay": 0.0}},
+            "optimizer.params.lr must be at least 0, got -1.0",
+        ),
         (
             {"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "momentum": 1.5}},
-            "Muon does not take optimizer.params.*momentum=1.5",
+            "Muon rejects optimizer.params.*momentum=1.5",
         ),
     ],
 )
-def test_what_an_optimiser_does_not_take_is_refused(config, message):
+def test_what_an_optimizer_does_not_take_is_refused(config, message):
     with pytest.raises(SettingsError, match=message):
         build_optimizer(config, nn.Linear(2, 2), fused=False)
 
 
-def test_every_optimiser_has_its_parameters_and_the_other_way_round():
+def test_every_optimizer_has_its_parameters_and_the_other_way_round():
     assert set(OPTIMIZERS) == set(OPTIMIZER_PARAMS) and all(
         {"lr", "weight_decay"} <= set(params) for params in OPTIMIZER_PARAMS.values()
     )
@@ -171,7 +173,7 @@ NOT_A_WEIGHT = re.compile(
     r"(bias|norm|position|pos_embed|token|table|scale|temperature|gamma|factor|shift|affine)[^.]*$"
 )
 SMALL_PARTS = ["model.width=32", "model.depth=2", "model.patch=4", "model.heads=2", "model.head_size=16"]
-DRAWER = [
+CHOICES = [
     f"model.{kind}={name}"
     for kind in ("patch_embedding", "position", "attention", "feed_forward", "pooling")
     for name in TABLES[kind]
@@ -191,8 +193,8 @@ def drawn(choice: str) -> nn.Module:
         )
 
 
-@pytest.mark.parametrize("choice", DRAWER + WHOLE)
-def test_no_norm_bias_position_or_token_decays_in_any_part_of_the_drawer(choice):
+@pytest.mark.parametrize("choice", CHOICES + WHOLE)
+def test_no_norm_bias_position_or_token_decays_in_any_part_of_the_registry(choice):
     model = drawn(choice)
     groups = settings_of(model)
     modules = dict(model.named_modules())
@@ -205,7 +207,7 @@ def test_no_norm_bias_position_or_token_decays_in_any_part_of_the_drawer(choice)
         assert (groups[name]["weight_decay"] == DECAY) == is_weight, f"{name} {tuple(parameter.shape)}"
 
 
-@pytest.mark.parametrize("choice", DRAWER + WHOLE)
+@pytest.mark.parametrize("choice", CHOICES + WHOLE)
 def test_muon_gets_hidden_matrices_and_nothing_else(choice):
     model = drawn(choice)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -230,7 +232,7 @@ def test_muon_gets_hidden_matrices_and_nothing_else(choice):
 def test_the_groups_are_shown_as_a_table():
     config = resolve(None, ["optimizer.type=Muon", "optimizer.params.matrix_lr_factor=2.0"]).engine["optimizer"]
     head, *rows = describe_groups(config, network()).splitlines()
-    assert head.split()[:2] == ["trained", "by"] and [row.split()[:3] for row in rows] == [
+    assert head.split()[:3] == ["optimizer", "lr", "weight"] and [row.split()[:3] for row in rows] == [
         ["AdamW", "0.001", "0"],
         ["AdamW", "0.001", "0.05"],
         ["Muon", "0.002", "0.05"],
@@ -367,7 +369,7 @@ def test_matrices_of_all_shapes_are_orthogonalized_each_for_itself():
 
 
 @pytest.mark.parametrize("name", ["Lamb", "AdamWScheduleFree"])
-def test_what_an_optimiser_counts_for_a_group_follows_from_the_step(name):
+def test_what_an_optimizer_counts_for_a_group_follows_from_the_step(name):
     config = resolve(None, [f"optimizer.type={name}"]).engine["optimizer"]
     schedule = Schedule(ScheduleSettings(shape="constant", warmup_fraction=0.3), 20)
 
@@ -389,8 +391,31 @@ def test_what_an_optimiser_counts_for_a_group_follows_from_the_step(name):
 
 def test_an_average_in_place_of_a_schedule_wants_no_schedule():
     with pytest.raises(
-        SettingsError,
-        match="AdamWScheduleFree averages in place of a falling learning rate; give it --set schedule.shape=constant",
+        SettingsError, match="AdamWScheduleFree needs a constant learning rate .* Add --set schedule.shape=constant"
     ):
         check_optimizer(resolve(None, ["optimizer.type=AdamWScheduleFree"]), "zero")
     check_optimizer(resolve(None, ["optimizer.type=AdamWScheduleFree", "schedule.shape=constant"]), "zero")
+
+
+# --- Muon's option split_qkv ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("attention", ["softmax", "multi_query"])
+def test_split_qkv_orthogonalizes_queries_keys_and_values_one_by_one(split, attention):
+    changes = [f"model.attention={attention}", "model.pooling=mean"]
+    config = resolve(None, ["optimizer.type=Muon", f"optimizer.params.split_qkv={str(split).lower()}"]).engine
+    config["optimizer"]["params"] |= {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0}
+    torch.manual_seed(0)
+    model = network(*changes)
+    optimizer = build_optimizer(config["optimizer"], model, fused=False)
+    part = model[1].attention.part
+    before, gradient = part.qkv.weight.detach().clone(), torch.randn_like(part.qkv.weight)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    part.qkv.weight.grad = gradient.clone()
+    optimizer.step()
+    matrices = list(gradient.split(part.qkv.row_splits)) if split else [gradient]
+    expected = torch.cat(muon.orthogonalize(matrices))
+    torch.testing.assert_close(before - part.qkv.weight.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))

@@ -38,6 +38,11 @@ DILOCO = ["parallel.local_steps=3"]
 WORKERS = {  # name of a case: strategy, settings, whether the optimizer is SGD
     "gossip SGD": ("gossip", ["parallel.topology=complete"], True),
     "gossip SGD accumulated": ("gossip", ["parallel.topology=complete", "gradient_accumulation_steps=2"], True),
+    "gossip SGD, average then step": (
+        "gossip",
+        ["parallel.topology=complete", "parallel.gossip_order=adapt_with_combine"],
+        True,
+    ),
     "local SGD": ("local", ALONE, True),
     "gossip AdamW": ("gossip", ["parallel.topology=complete"], False),
     "local AdamW": ("local", ALONE, False),
@@ -164,6 +169,14 @@ def test_sgd_on_the_complete_graph_is_sgd_on_the_global_batch(on_two, case):
     assert result["losses"] == pytest.approx(plain["losses"], abs=1e-6)
     assert largest_difference(result["weights"], plain["weights"]) < 1e-6
     assert result["apart"]["worker_distance"] < 1e-6
+
+
+def test_gossip_order_adapt_with_combine_applies_each_gradient_to_the_averaged_weights(on_two):
+    """D-PSGD's order: workers differ by their last step; weights and losses are not those of the other order."""
+    result, other = on_two["gossip SGD, average then step"], on_two["gossip SGD"]
+    assert result["apart"]["worker_distance"] > 1e-4 > other["apart"]["worker_distance"]
+    assert largest_difference(result["weights"], other["weights"]) > 1e-6
+    assert result["losses"][0] == pytest.approx(other["losses"][0], abs=1e-6)
 
 
 def test_a_local_run_that_averages_in_every_step_is_gossip_on_the_complete_graph(on_two):

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -363,10 +362,9 @@ def test_nobody_listens_and_a_port_in_use(circle):
         PeerGroup(HERE, free_pair(), f"{HERE}:9", 1).open({})
 
 
-def flags(**given) -> Namespace:
-    return Namespace(
-        **{"host_peers": None, "join": None, "peer_address": None, "name": None, "runs_dir": "runs", **given}
-    )
+def flags(**given) -> dict:
+    """Arguments of `meeting_of`, as without any flag but `given`."""
+    return {"host_peers": None, "join": None, "peer_address": None, "name": None, "runs_dir": "runs", **given}
 
 
 @pytest.mark.parametrize(
@@ -385,13 +383,13 @@ def flags(**given) -> Namespace:
 )
 def test_wrong_addresses_are_rejected(given, said):
     with pytest.raises(SettingsError, match=said):
-        meeting_of(flags(**given), 120.0)
+        meeting_of(**flags(**given), patience_seconds=120.0)
 
 
 def test_nothing_listens_on_a_public_address_without_consent(monkeypatch):
     monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("8.8.4.4", 1))
     with pytest.raises(SettingsError, match="from its public address 8.8.4.4.*give --peer-address 8.8.4.4"):
-        meeting_of(flags(join=HERE), 120.0)
+        meeting_of(**flags(join=HERE), patience_seconds=120.0)
 
 
 def test_peers_are_for_local_only():

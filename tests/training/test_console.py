@@ -14,9 +14,9 @@ import torch
 
 from parallel.process_group import pick_device
 from records.run_folder import RunFolder
-from training.run_setup import default_preset
 from training import console
 from training.console import NORMAL, QUIET, VERBOSE, Console
+from training.run_setup import default_preset
 
 LINE = {
     "epoch": 3,
