@@ -233,6 +233,20 @@ def test_resolved_settings_survive_a_round_trip_through_json():
     assert settings.engine["optimizer"]["params"]["lr"] == 2.0
 
 
+def test_options_of_a_replaced_part_are_dropped_and_stay_dropped_in_a_reopened_run(preset):
+    mine = preset(
+        '[model]\nwidth = 40\nfeed_forward = "mlp"\nfeed_forward_options = { hidden = 12 }\n'
+        "attention_options = { a = 1 }\n"
+    )
+    changed = resolve(mine, ["model.feed_forward=geglu"])
+    assert changed.model.feed_forward_options == {} and changed.model.attention_options == {"a": 1}
+    assert changed.model.width == 40
+    other = resolve(mine, ["model.architecture=lenet"])
+    assert other.model.width == resolve(None, []).model.width and other.model.attention_options == {}
+    for settings in (changed, other, resolve(mine, [])):
+        assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
 def test_a_run_of_another_version_is_rejected_by_the_name_of_the_setting():
     tree = resolve(None, []).as_dict()
     tree["model"]["wings"] = 2

@@ -239,7 +239,6 @@ def bf16_runs() -> dict[str, dict]:
 
         def engine(strategy=strategy):
             from optim.lr_schedule import Schedule
-
             from parallel.strategies import engine_class
 
             settings = resolve("cpu", words, strategy=strategy)
