@@ -128,6 +128,9 @@ def run() -> int:
             what = str(error).split(", ")[0].split(". ")[0]
             print(f"error: --deterministic: {what}; leave the flag out, or choose another part", file=sys.stderr)
             return 1
+        if "can't allocate memory" in str(error):  # of PyTorch's allocator for CPUs
+            print("error: out of memory; choose a smaller --micro-batch or a smaller network", file=sys.stderr)
+            return 1
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
         # The process that failed first prints the reason; the tracebacks of all the others would bury it.

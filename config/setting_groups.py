@@ -20,11 +20,11 @@ class ModelSettings:
     """The network. `python model.py` lists the names that each component registry knows."""
 
     architecture: str = setting("vit", "network architecture", table=("models/published/table.py", "ARCHITECTURES"))
-    patch: int = setting(4, "side of a square patch, in pixels", "[1, inf)")
-    width: int = setting(512, "embedding dimension (d_model, C)", "[1, inf)")
-    depth: int = setting(4, "number of transformer blocks", "[1, inf)")
-    heads: int = setting(6, "number of attention heads (H)", "[1, inf)")
-    head_size: int = setting(64, "dimension of one attention head (D)", "[1, inf)")
+    patch: int = setting(4, "side of a square patch, in pixels", "[1, 1024]")
+    width: int = setting(512, "embedding dimension (d_model, C)", "[1, 65536]")
+    depth: int = setting(4, "number of transformer blocks", "[1, 1000]")
+    heads: int = setting(6, "number of attention heads (H)", "[1, 1024]")
+    head_size: int = setting(64, "dimension of one attention head (D)", "[1, 4096]")
     patch_embedding: str = setting("spt", "patch embedding", table=("models/patch_embedding.py", "PATCH_EMBEDDINGS"))
     position: str = setting("learned", "positional embedding", table=("models/position.py", "POSITIONS"))
     block: str = setting("pre_norm", "layout of a transformer block", table=("model.py", "BLOCKS"))
@@ -62,7 +62,7 @@ class AugmentationSettings:
         [3 / 4, 4 / 3], "smallest and largest aspect ratio (width / height) of a resized crop", "(0, inf)", length=2
     )
     crop_padding: int = setting(
-        4, "black pixels added on each side before a random crop back to the image side", "[0, inf)"
+        4, "black pixels added on each side before a random crop back to the image side", "[0, 1024]"
     )
     flip: float = setting(0.5, "probability of a horizontal flip", "[0, 1]")
     flip_mode: str = setting(
@@ -75,7 +75,7 @@ class AugmentationSettings:
         "augmentation policy; auto_augment is the CIFAR policy",
         choices=("none", "rand_augment", "trivial_augment", "auto_augment"),
     )
-    rand_augment_ops: int = setting(2, "RandAugment: operations per image", "[1, inf)")
+    rand_augment_ops: int = setting(2, "RandAugment: operations per image", "[1, 100]")
     rand_augment_magnitude: int = setting(9, "RandAugment: magnitude bin", "[0, 30]")
     brightness: float = setting(0.0, "color jitter x: brightness factor between 1 - x and 1 + x; 0: off", "[0, inf)")
     contrast: float = setting(0.0, "color jitter x: contrast factor between 1 - x and 1 + x; 0: off", "[0, inf)")
@@ -93,7 +93,7 @@ class AugmentationSettings:
     repeats: int = setting(
         1,
         "copies of each image per batch, each augmented independently; an epoch then covers 1/repeats of the images",
-        "[1, inf)",
+        "[1, 1000]",
     )
     mixup: float = setting(0.0, "MixUp: alpha of the Beta distribution; 0: off", "[0, inf)")
     cutmix: float = setting(0.0, "CutMix: alpha of the Beta distribution; 0: off", "[0, inf)")

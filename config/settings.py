@@ -50,7 +50,9 @@ class Settings:
 
     epochs: int = setting(100, "passes over the training split", "[1, inf)")
     strategy: str = setting("zero", "parallelism strategy", table=("parallel/strategies.py", "STRATEGIES"))
-    image_side: int = setting(0, "side of the network's input images, in pixels; 0: the dataset's own side", "[0, inf)")
+    image_side: int = setting(
+        0, "side of the network's input images, in pixels; 0: the dataset's own side", "[0, 4096]"
+    )
     compile: str = setting(
         "auto",
         "torch.compile: auto, on, off, or a mode with CUDA graphs (reduce-overhead, max-autotune)",
@@ -157,7 +159,7 @@ def _read_engine_file() -> dict[str, Any]:
         return engine
     except SettingsError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{DS_CONFIG.name} cannot be read: {error}. Restore it with git checkout") from error
 
 

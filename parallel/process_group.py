@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -39,6 +40,8 @@ def check_environment() -> None:
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdecimal()):
             raise SettingsError(f"{name}={value!r} is not a number; unset it, or start with ./launch_local_train.sh")
+    if not re.fullmatch(r"\d*\.?\d*", os.environ.get("HANG_SECONDS", "")):
+        raise SettingsError(f"HANG_SECONDS={os.environ['HANG_SECONDS']} is not a number of seconds; unset it")
     if "RANK" not in os.environ:
         world_size = os.environ.get("WORLD_SIZE", "1")
         if world_size != "1":
@@ -117,10 +120,7 @@ def init_process_group(timeout_seconds: float = 600) -> torch.device:
         os.environ.update(alone)
     if not dist.is_initialized():
         check_environment()
-        if int(os.environ["WORLD_SIZE"]) == 1:
-            _join(device, timeout_seconds)
-        else:
-            _join_in_thread(device, timeout_seconds)
+        _join_in_thread(device, timeout_seconds)
     return device
 
 
@@ -165,12 +165,12 @@ def _join_in_thread(device: torch.device, timeout_seconds: float) -> None:
                 rank, world_size, meeting, timeout_seconds,
             )  # fmt: skip
     if failures:
-        error = failures[0]  # of PyTorch's store, unless it is ours
-        if isinstance(error, (RuntimeError, OSError, ValueError)) and not isinstance(error, UserError):
+        error = failures[0]  # of PyTorch's store, or of the port, unless it is ours
+        if isinstance(error, (RuntimeError, OSError, ValueError, OverflowError)) and not isinstance(error, UserError):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(
                 f"process {rank} of {world_size} could not join the others at {meeting}: {reason}. "
-                "Start all processes, or unset RANK and WORLD_SIZE to train with one"
+                "Start all processes with a free MASTER_PORT, or unset RANK and WORLD_SIZE to train with one"
             ) from error
         raise error
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from common.errors import SettingsError
+from common.files import gigabytes
 from common.stop_signal import StopSignal
 from config.catalog import check_names
 from config.settings import ModelSettings, Settings, preset_names
@@ -20,8 +21,10 @@ from image_data.dataset import Dataset
 from image_data.local_copy import stage
 from image_data.preparation.prepare import find_or_prepare
 from model import build_model
+from models.cost import count_parameters
 from models.initial_weights import load_initial_weights
 from optim import lr_schedule
+from optim.optimizers import build_optimizer
 from parallel.engine import Engine
 from parallel.precision import choose as choose_precision
 from parallel.precision import fast_bf16
@@ -32,6 +35,7 @@ from training.console import VERBOSE, Console, show_library_logs
 from training.determinism import make_deterministic
 from training.trackers import check_trackers
 
+BYTES_PER_PARAMETER = 4  # fp32; a network whose weights alone exceed the memory cannot be built
 CHECKED_ON_META = ("vit", "sl-vit")  # architectures that this project builds from parts
 
 
@@ -110,17 +114,25 @@ def check_settings(
 
 
 def check_parts(settings: Settings) -> None:
-    """Build the network without memory for its tensors, so that mistyped options are found in milliseconds.
+    """Build network and optimizer without memory for their tensors, so that wrong options are found in milliseconds.
 
     Raises:
-        SettingsError: an unknown option of a part, or sizes that do not fit together.
+        SettingsError: an unknown option of a part, sizes that do not fit together, or a network larger than the memory.
     """
     if settings.model.architecture not in CHECKED_ON_META:
         return  # published networks have rules of their own about the image side, which the dataset may decide
     side = settings.image_side or 8 * settings.model.patch
     try:
         with torch.device("meta"):
-            build_model(settings.model, 10, side)
+            model = build_model(settings.model, 10, side)
+            count = count_parameters(model)
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if BYTES_PER_PARAMETER * count > memory:
+                raise SettingsError(
+                    f"the network has {count:,} parameters, which need {gigabytes(BYTES_PER_PARAMETER * count)}, and "
+                    f"this machine has {gigabytes(memory)} of memory; choose a smaller model.width or model.depth"
+                )
+            build_optimizer(settings.engine["optimizer"], model, fused=False)
     except SettingsError:
         raise
     except Exception:  # noqa: BLE001, S110 (a part that cannot be built on the meta device is checked when it is built)

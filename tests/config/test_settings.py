@@ -233,6 +233,20 @@ def test_resolved_settings_survive_a_round_trip_through_json():
     assert settings.engine["optimizer"]["params"]["lr"] == 2.0
 
 
+def test_options_of_a_replaced_part_are_dropped_and_stay_dropped_in_a_reopened_run(preset):
+    mine = preset(
+        '[model]\nwidth = 40\nfeed_forward = "mlp"\nfeed_forward_options = { hidden = 12 }\n'
+        "attention_options = { a = 1 }\n"
+    )
+    changed = resolve(mine, ["model.feed_forward=geglu"])
+    assert changed.model.feed_forward_options == {} and changed.model.attention_options == {"a": 1}
+    assert changed.model.width == 40
+    other = resolve(mine, ["model.architecture=lenet"])
+    assert other.model.width == resolve(None, []).model.width and other.model.attention_options == {}
+    for settings in (changed, other, resolve(mine, [])):
+        assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
 def test_a_run_of_another_version_is_rejected_by_the_name_of_the_setting():
     tree = resolve(None, []).as_dict()
     tree["model"]["wings"] = 2
@@ -296,7 +310,7 @@ def test_a_number_out_of_its_declared_range_is_one_sentence(path):
         ("train_batch_size=0", "train_batch_size must be >= 1, got 0"),
         ("loss.label_smoothing=1.5", r"loss.label_smoothing must be in \[0, 1\], got 1.5"),
         ("model.dropout=NaN", r"model.dropout must be in \[0, 1\), got nan"),
-        ("model.depth=0", "model.depth must be >= 1, got 0"),
+        ("model.depth=0", r"model.depth must be in \[1, 1000\], got 0"),
         ("optimizer.params.lr=-1.0", "optimizer.params.lr must be >= 0, got -1.0"),
         ("optimizer.params.lr=1e999", "optimizer.params.lr must be >= 0, got inf"),
         ("optimizer.params.betas=[0.9]", r"optimizer.params.betas must be a list of 2 numbers, got \[0.9\]"),

@@ -130,6 +130,8 @@ NEW = {  # none of these may leave a run folder
             (["--hold-out", "10"], "argument --hold-out: must be a number between 0 and 1", 2),
             ([SET, "model.feed_forward_options.hiden=3"], "unknown option 'hiden'; did you mean 'hidden'?", 1),
             ([SET, "schedule.shape=cosin"], "unknown schedule.shape 'cosin'; did you mean 'cosine'?", 1),
+            ([SET, "model.width=60000", SET, "model.depth=900"], "parameters, which need ", 1),
+            ([SET, "optimizer.type=SGD", SET, "optimizer.params.momentum=0.0"], "optimizer.params", 1),
             ([SET, "model.dropout=1.5"], "model.dropout must be in [0, 1), got 1.5", 1),
             ([SET, "train_batch_size=0"], "train_batch_size must be >= 1, got 0", 1),
             ([SET, "parallel.topology=complete"], "strategy zero would not use parallel.topology=complete", 1),

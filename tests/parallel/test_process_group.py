@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -75,6 +76,7 @@ def test_deterministic_kernels_are_used_and_an_operation_without_one_fails():
             {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             "RANK=2 must be below WORLD_SIZE=2",
         ),
+        ({"HANG_SECONDS": "soon"}, "HANG_SECONDS=soon is not a number of seconds"),
     ],
 )
 def test_an_inconsistent_environment_is_one_sentence(monkeypatch, variables, sentence):
@@ -97,6 +99,31 @@ def wait_for_nobody() -> None:
     except RunError as error:
         print(error, flush=True)
         os._exit(1)
+
+
+def meet_at_a_port() -> None:
+    try:
+        process_group.init_process_group()
+    except RunError as error:
+        print(error, flush=True)
+        os._exit(1)
+
+
+@pytest.mark.parametrize("port", ["taken", 99999])
+def test_a_port_that_cannot_be_used_is_one_sentence(port):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1] if port == "taken" else port
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        done = Program(meet_at_a_port, (), alone).end()
+    assert done.code == 1 and f"process 0 of 1 could not join the others at 127.0.0.1:{port}: " in done.out, done.text
 
 
 def test_waiting_for_other_processes_is_reported_and_ends_on_sigterm():

@@ -51,11 +51,11 @@ REFUSED = {  # strategy and settings: text in the message
     (
         "gossip",
         ("optimizer.type=AdamWScheduleFree", "schedule.shape=constant"),
-    ): "gossip does not go with .*AdamWScheduleFree: the workers exchange",
+    ): "gossip does not support optimizer.type=AdamWScheduleFree: the workers exchange",
     (
         "ddp",
         ("optimizer.type=AdamWScheduleFree",),
-    ): "averages in place of a falling learning rate; give it --set schedule.shape=constant",
+    ): "needs a constant learning rate after the warmup, got schedule.shape=cosine. Add --set schedule.shape=constant",
     (
         "pipeline",
         ("optimizer.type=Lamb",),

@@ -299,7 +299,7 @@ BEFORE = {
             [
                 "precision: fp32 before, autocast now",
                 "--deterministic: False before, True now",
-                "source of the images: tensor before, resident now",
+                "image source: tensor before, resident now",
             ],
         ),
     ],

@@ -238,9 +238,8 @@ def bf16_runs() -> dict[str, dict]:
     for strategy in ("zero", "ddp"):
 
         def engine(strategy=strategy):
-            from schedule import Schedule
-
-            from parallel import engine_class
+            from optim.lr_schedule import Schedule
+            from parallel.strategies import engine_class
 
             settings = resolve("cpu", words, strategy=strategy)
             return engine_class(strategy)(

@@ -115,12 +115,12 @@ def test_the_gradients_norm_shows_a_bad_step_without_being_asked(on_two, name):
 
 
 def test_losses_are_read_late_and_the_first_bad_step_is_found():
-    watch = LossMonitor()
+    monitor = LossMonitor()
     for i, (loss, norm) in enumerate(((2.0, 1.0), (1.5, 1.0), (1.0, math.inf), (math.nan, math.nan))):
-        watch.add(10 + i, i, torch.tensor(loss), torch.tensor(norm))
-        assert watch.bad is None  # the device is not synchronized yet
-    watch.look()
-    assert (watch.bad.step, watch.bad.index, watch.bad.what, watch.bad.own) == (
+        monitor.add(10 + i, i, torch.tensor(loss), torch.tensor(norm))
+        assert monitor.bad is None  # the device is not synchronized yet
+    monitor.collect()
+    assert (monitor.bad.step, monitor.bad.index, monitor.bad.what, monitor.bad.own) == (
         12,
         2,
         "the gradient's norm is inf",
@@ -129,26 +129,26 @@ def test_losses_are_read_late_and_the_first_bad_step_is_found():
 
 
 def test_every_loss_is_returned_once():
-    watch = LossMonitor()
-    watch.add(1, 0, torch.tensor(2.0), None)
-    watch.add(2, 1, torch.tensor(1.5), None)
-    assert watch.look() == [(1, 2.0), (2, 1.5)] and watch.look() == [] and watch.bad is None
+    monitor = LossMonitor()
+    monitor.add(1, 0, torch.tensor(2.0), None)
+    monitor.add(2, 1, torch.tensor(1.5), None)
+    assert monitor.collect() == [(1, 2.0), (2, 1.5)] and monitor.collect() == [] and monitor.bad is None
     assert check_finite(7, 6, math.nan, math.nan).what == "the loss is nan" and check_finite(7, 6, 1.0, 1.0) is None
 
 
 def test_a_state_with_nan_is_never_saved(tmp_path):
     record = RunFolder(tmp_path)
     record.create({})
-    saver = CheckpointWriter(
+    writer = CheckpointWriter(
         SimpleNamespace(step=4, any=bool), Interval(), {}, record, Checkpoints(tmp_path / "state", 2)
     )
     weights = {"a": torch.tensor([1.0, math.nan])}
-    saver.write(Snapshot(4, {"weights/a": weights["a"]}, {}, {"weights.safetensors": weights}, [0.0], 0.0), Progress())
+    writer.write(Snapshot(4, {"weights/a": weights["a"]}, {}, {"weights.safetensors": weights}, [0.0], 0.0), Progress())
     with pytest.raises(
         RunError,
         match="weights/a contains NaN after step 4, so this state is not saved; the last checkpoint is unchanged",
     ):
-        saver.settle()
+        writer.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
