@@ -282,4 +282,4 @@ def test_the_batch_line_is_understood_by_the_cluster_launcher(out, accumulation,
     facts |= {"steps_per_epoch": 1, "total_steps": 2}
     Console(out=out).print_run("runs/mine", facts, 32, engine)
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("batch ")]
-    assert tuple(map(int, BATCH.match(line).groups())) == (sizes.total, accumulation, shards)
+    assert tuple(map(int, BATCH.search(line).groups())) == (sizes.total, accumulation, shards)
