@@ -28,6 +28,7 @@ from benchmarks.lib.gpu_check_parts import (
     program,
     step_figures,
 )
+from config.settings import resolve
 from image_data.dataset import Dataset
 
 SEEDS = (0, 1, 2)
@@ -267,14 +268,15 @@ def seeds_figures(check: Check, log: str) -> dict[str, Any]:
 
 
 def long_epochs(check: Check) -> int:
-    """Return the epochs of the long recipe that fit into the time left, at the measured speed."""
+    """Return the epochs of the long recipe that fit into the time left at the measured speed, at most all of it."""
     file = check.file(f"profile-{LONG_RECIPE}.json")
     speed = UNKNOWN_SPEED
     if file.is_file():
         report = json.loads(file.read_text())
         speed = 1e3 * report["batch"] / statistics.median(list(report["turns"].values())[-1]["step_ms"])
     images = len(Dataset.open(data_of(check)).splits["train"])
-    return int((check.seconds_left() - START_SECONDS - ENDING_SECONDS) / (images / speed + EPOCH_SECONDS))
+    fit = int((check.seconds_left() - START_SECONDS - ENDING_SECONDS) / (images / speed + EPOCH_SECONDS))
+    return min(fit, resolve(LONG_RECIPE, []).epochs)
 
 
 def long_commands(check: Check) -> list[list[str]]:
