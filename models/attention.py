@@ -44,7 +44,7 @@ def explicit_attention(
 class Attention(nn.Module):
     """Multi-head self-attention: softmax over scaled dot products (arXiv 1706.03762).
 
-    `qkv_std` is the standard deviation of the initial weights of queries, keys and values; timm and the papers use 0.02.
+    `qkv_std` is the standard deviation of the initial weights of queries, keys and values: 0.02 in timm and the papers.
     The default 0 is PyTorch's initialization of linear maps: 1 / sqrt(3 C), 0.042 at width 192.
     """
 
