@@ -1,22 +1,22 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Batches of images and labels, ready on the device: NVIDIA DALI reads, decodes, augments and normalises.
+"""Input pipeline: batches of augmented, normalized images and labels on the device, made by NVIDIA DALI or PyTorch.
 
-    batches = Batches(dataset, "train", batch_size=128, shard=0, num_shards=1, seed=0, augmentation=AugmentationSettings())
-    for images, labels in batches.epoch(0):     # float32 (B, 3, S, S), normalised; int64 (B,), or (B, K) when mixed
+    batches = Batches(dataset, "train", batch_size=128, seed=0, augmentation=AugmentationSettings())
+    for images, labels in batches.epoch(0):     # normalized float32 (B, 3, S, S); int64 (B,), or (B, K) when mixed
 
-    python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment      # what the network will see
+    python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment      # picture of the augmentation
 
-Three sources stand behind one interface. `resident` takes the packed pixels (on the device, when that is a GPU) and
-`files` reads the files of the tree; both feed the DALI graph of `image_data/dali_backend.py`, which is the same on a GPU and on the
-CPU. `tensor` does the same on whole batches in PyTorch: on a CPU it takes a fraction of DALI's time.
+Three sources share one interface. `resident` reads packed pixels (from GPU memory, if the device is a GPU), and `files`
+reads image files. Both feed the DALI graph of `image_data/dali_backend.py`, which is the same on a GPU and on a CPU.
+`tensor` applies the same operations to whole batches in PyTorch, which is much faster than DALI on a CPU.
 
-None of them draws random numbers: `image_data/augmentation.py` plans what happens to each image. So the k-th batch of an epoch is a
-function of (seed, epoch, k), whatever was read before it and however far the pipeline reads ahead.
+The sources draw no random numbers: `image_data/augmentation.py` plans the augmentation of each image. Batch k of an
+epoch is therefore a function of (seed, epoch, k). It does not depend on earlier reads or on prefetching.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before PyTorch and DALI are imported: --help and mistyped settings answer at once
+if __name__ == "__main__":  # before PyTorch and DALI are imported, so that --help and errors answer at once
     from config.command_line import run_cli
     from tools.preview_augmentation import main
 
@@ -47,30 +47,30 @@ if TYPE_CHECKING:
     from image_data.dali_backend import DaliBackend
     from image_data.torch_backend import TorchBackend
 
-AHEAD = 3  # batches that wait, finished or in the making, while the consumer works on one
-PADDING_LABEL = -1  # of the rows that fill up the last batches of an evaluation
+AHEAD = 3  # prefetched batches, finished or in progress, besides the one in use
+PADDING_LABEL = -1  # label of the rows that pad the last batches of an evaluation
 
 
 class Batches:
-    """The batches of one split for one shard.
+    """Batches of one split for one shard.
 
-    Training (`augmentation` given): an epoch visits each image at most once (unless `repeats` asks for more), in an order
-    that depends on (seed, epoch) alone; consecutive runs of `num_shards * batch_size` images are dealt out to the shards,
-    the remainder is dropped. Evaluation (`augmentation` None): images in the order of the list, every shard gets the same
-    number of full batches, and rows beyond the end carry the label -1.
+    Training (`augmentation` given): an epoch visits each image at most once (more often with `repeats`). The order
+    depends only on (seed, epoch). Each global batch of `num_shards * batch_size` images is divided among the shards,
+    and an incomplete last one is dropped. Evaluation (`augmentation` None): images come in the order of the list.
+    Every shard gets the same number of full batches, and padding rows have the label -1.
 
     Args:
         split: "train", "validation" or "test".
-        batch_size: images a batch of this shard.
-        shard, num_shards: which part of each global batch is ours.
+        batch_size: images per batch of this shard.
+        shard, num_shards: index of this shard and number of shards of each global batch.
         device: torch device; DALI runs on the same GPU, or on the CPU.
-        source: one of SOURCES; "auto" takes packed pixels where there are any ("tensor" on a CPU), else the files.
-        image_side: pixels the network sees; 0 is the dataset's own side.
+        source: one of SOURCES; "auto" uses packed pixels if there are any ("tensor" on a CPU), else the files.
+        image_side: side of the network's input in pixels; 0 is the side of the dataset's images.
         num_threads: CPU threads for reading and decoding.
 
     Raises:
-        DatasetError: fewer images than one global batch, a source that does not fit, or files that cannot be read.
-        SettingsError: an augmentation outside its range.
+        DatasetError: the split is smaller than one global batch, the source does not apply, or a file cannot be read.
+        SettingsError: an augmentation setting is out of range.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Batches:
         self.side = side_of(dataset, image_side)
         self.training = augmentation is not None
         self.source = choose_source(source, self.split, self.side == dataset.image_side, self.device)
-        self.wait_seconds = 0.0  # spent by the consumer of `epoch` waiting for batches, until somebody resets it
+        self.wait_seconds = 0.0  # dataloader wait of the consumer of `epoch`; the consumer resets it
         settings = augmentation or AugmentationSettings(crop_padding=0, flip=0.0)
         global_batch = batch_size * num_shards
         if self.training and len(self.split) < global_batch:
             raise too_few(split, len(self.split), global_batch)
-        # Whole global batches in training; in evaluation the last one is filled up.
+        # Training drops an incomplete global batch; evaluation pads it.
         self._num_batches = len(self.split) // global_batch if self.training else -(-len(self.split) // global_batch)
         self._labels = torch.from_numpy(self.split.labels).to(self.device)
         reader = make_reader(
@@ -132,17 +132,17 @@ class Batches:
             num_threads=num_threads,
         )
         self._backend = backend_class(self.source)(spec, self.planner, reader)
-        # Tensor operations make whole batches at once, so several batches can be in flight; DALI has threads of its own.
+        # With tensor operations several batches can be in flight; DALI has its own threads.
         self._worker = single_threaded_pool(num_threads if self.source == "tensor" and self.device.type == "cpu" else 1)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._requested: deque[tuple[BatchIndex, Future]] = deque()  # of the worker, in this order
+        self._requested: deque[tuple[BatchIndex, Future]] = deque()  # requests to the worker, in order
 
     def __len__(self) -> int:
-        """Batches an epoch, the same for every shard."""
+        """Return the number of batches per epoch, which is the same for every shard."""
         return self._num_batches
 
     def epoch(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches `start` to `stop` (default: all) of an epoch; at no cost that grows with `start`."""
+        """Yield batches `start` to `stop` (default: all) of an epoch. Skipping to `start` costs nothing."""
         stop = len(self) if stop is None else stop
         for index in range(start, stop):
             began = time.perf_counter()
@@ -151,20 +151,19 @@ class Batches:
             yield batch
 
     def close(self) -> None:
-        """Stop reading ahead. A thread that is still at work when the process ends can abort it."""
+        """Stop prefetching. A thread that still runs when the process exits can abort it."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def positions(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Positions in the split of the images of batches `start` to `stop` of an epoch: int64."""
+        """Return the positions in the split of the images of batches `start` to `stop` of an epoch: int64 (N,)."""
         return np.concatenate(
             [self.planner.plan(BatchIndex(epoch, index, stop)).positions for index in range(start, stop)]
         )
 
     def _next_ready(self, batch: BatchIndex) -> tuple[Tensor, Tensor]:
-        """A finished batch; the ones that will most likely follow are being made meanwhile."""
-        if (
-            self._requested and self._requested[0][0].key != batch.key
-        ):  # after a resume, or back to the start of an evaluation
+        """Return a finished batch and prefetch the following ones."""
+        # The prefetched batches are others after a resume, or at the start of another evaluation.
+        if self._requested and self._requested[0][0].key != batch.key:
             for _, future in self._requested:
                 future.cancel()
             self._requested.clear()
@@ -180,7 +179,7 @@ class Batches:
         return images, labels
 
     def _produce(self, batch: BatchIndex) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
-        """One finished batch, and on a GPU the event after which it may be used; in the worker's thread."""
+        """Make a batch in the worker's thread. On a GPU also return the event after which it may be used."""
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             images, planned = self._backend.images(batch)
             labels = self._labels[torch.from_numpy(planned.readable).to(self.device, non_blocking=True)]
@@ -190,7 +189,7 @@ class Batches:
             return images, labels, self._stream.record_event() if self._stream is not None else None
 
     def _mix_and_erase(self, images: Tensor, labels: Tensor, planned: PlannedBatch) -> tuple[Tensor, Tensor]:
-        """What happens to a finished batch on its device."""
+        """Apply random erasing, MixUp and CutMix to a batch on its device."""
         if planned.augmentation is not None and planned.augmentation.erase_boxes is not None:
             images = erase(images, planned.augmentation.erase_boxes, planned.erasing_noise)
         return self._mixer(images, labels, planned.mixing) if planned.mixing is not None else (images, labels)
@@ -207,12 +206,13 @@ def make_batches(
     synthetic: bool,
     closing: ExitStack,
 ) -> tuple[Batches | Synthetic, dict[str, Batches]]:
-    """The training batches of a run and those of every other split, by its name; `closing` ends their threads.
+    """Return the training batches of a run, and the evaluation batches of every other split by name.
 
     Args:
-        data_shard: which of how many parts of each global batch is read here.
-        batch_size: images of a micro-batch of this process.
+        data_shard: index of this shard and number of shards of each global batch.
+        batch_size: images per micro-batch of this process.
         synthetic: train on one fixed random batch.
+        closing: stack that closes the batches.
     """
     shard, num_shards = data_shard
     common = dict(
@@ -234,7 +234,7 @@ def make_batches(
 def make_reader(
     source: str, dataset: Dataset, split: Split, device: torch.device, num_threads: int, padding: int
 ) -> FileReader | PackedReader:
-    """The reader of a source; `padding` is what a random crop needs on each side of an image, in pixels."""
+    """Return the reader of a source; `padding` is the padding of a random crop in pixels."""
     if source == "files":
         return FileReader([dataset.root / path for path in split.paths], num_threads)
     if source == "tensor":
@@ -243,7 +243,7 @@ def make_reader(
 
 
 def backend_class(source: str) -> type[TorchBackend] | type[DaliBackend]:
-    """Who augments the images of a source. Imported when asked for: DALI and torchvision take seconds."""
+    """Return the backend of a source. It is imported on demand, because DALI and torchvision take seconds to import."""
     if source == "tensor":
         from image_data.torch_backend import TorchBackend
 
@@ -254,39 +254,39 @@ def backend_class(source: str) -> type[TorchBackend] | type[DaliBackend]:
 
 
 def single_threaded_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Threads in which PyTorch's operations do not split up further.
+    """Return threads in which PyTorch runs each operation on a single core.
 
-    PyTorch splits an operation over all cores in whatever thread it is called; here that would take cores from the
-    training step and spend more time waiting at the seams than working. Its setting is global, but a thread that has once
-    asked for it keeps its own, so it is lowered only while the new threads ask.
+    By default PyTorch splits an operation over all cores, in any thread. For augmentation that would take cores from
+    the training step, and synchronization would take longer than the work. The setting is global, but a thread keeps
+    the value that it has once read. It is therefore lowered only while the new threads read it.
     """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="batches")
-    all_here = Barrier(num_threads)
+    barrier = Barrier(num_threads)
 
-    def ask() -> None:
-        all_here.wait()  # so that each task gets a thread of its own
+    def read_setting() -> None:
+        barrier.wait()  # so that each task runs in its own thread
         torch.get_num_threads()
 
     torch.set_num_threads(1)
-    for task in [pool.submit(ask) for _ in range(num_threads)]:
+    for task in [pool.submit(read_setting) for _ in range(num_threads)]:
         task.result()
     torch.set_num_threads(before)
     return pool
 
 
 def side_of(dataset: Dataset, image_side: int) -> int:
-    """Pixels the network sees. Raises DatasetError where nothing says how many."""
+    """Return the side of the network's input in pixels. Raises DatasetError if it is not determined."""
     side = image_side or dataset.image_side
     if not side:
         raise DatasetError(
-            f"the images of {dataset.folder} differ in size; say what the network is to see with --set image_side=128"
+            f"the images of {dataset.folder} differ in size. Add the input size of the network: --set image_side=128"
         )
     return side
 
 
 def choose_source(source: str, split: Split, own_side: bool, device: torch.device) -> str:
-    """The source that "auto" means here, or the one asked for. Raises DatasetError where it cannot serve."""
+    """Return the source to use; "auto" selects one. Raises DatasetError if the source does not apply."""
     if source not in SOURCES:
         raise DatasetError(unknown("source", source, list(SOURCES)))
     if source == "auto":
@@ -294,13 +294,13 @@ def choose_source(source: str, split: Split, own_side: bool, device: torch.devic
         return packed if split.packed is not None else "files"
     if source == "tensor" and not own_side:
         raise DatasetError(
-            "the tensor source does not resize: use --source resident or files, or leave image_side alone"
+            "--source tensor does not resize images. Use --source resident or files, or remove image_side"
         )
     return source
 
 
 class Synthetic:
-    """One fixed batch of noise, again and again, in place of Batches: the speed of everything but the data."""
+    """A fixed random batch in place of Batches (`--synthetic`): benchmarks training without data loading."""
 
     source = "synthetic"
 
@@ -315,5 +315,6 @@ class Synthetic:
         return self.num_batches
 
     def epoch(self, epoch: int = 0, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batch as often as `Batches.epoch` yields one."""
         for _ in range(start, len(self) if stop is None else stop):
             yield self.images, self.labels

@@ -1,13 +1,14 @@
 # PYTHON_ARGCOMPLETE_OK
-"""How good a run is: exact loss, top-1 and top-5 accuracy on the test split, per class, and what it confuses.
+"""Evaluate a run: exact loss, top-1 and top-5 accuracy, calibration, accuracy by class, confusions.
 
     python evaluate.py                                       # the newest run
-    python evaluate.py runs/mine --json result.json
-    python evaluate.py runs/mine --predict cat.png           # what it sees in images of your own
-    python evaluate.py runs/mine --export onnx               # its network as one file, checked
+    python evaluate.py mine --json result.json               # runs/mine
+    python evaluate.py runs/mine --predict cat.png           # classify your own images
+    python evaluate.py runs/mine --export onnx               # export the network as one file and check it
+    python evaluate.py runs/a runs/b --soup --ensemble       # averaged weights, averaged predictions
 
-Reads only the run folder and, to count, the dataset; needs no DeepSpeed, no GPU, and no particular number of processes.
-Under torchrun the processes share the images, and the sums are the same.
+It reads the run folder and, for an evaluation, the dataset. It needs no DeepSpeed, no GPU and no particular number of
+processes: under torchrun the processes share the images, and the result is the same.
 """
 
 from __future__ import annotations
@@ -16,113 +17,123 @@ import argparse
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from common.display import protect_streams
 from common.errors import RunError, SettingsError
 from common.files import write_atomically
+from common.output_files import check_output_file
 from common.paths import RUNS
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
-from inference.evaluation import describe, evaluate, open_dataset
+from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, summarize
 from inference.trained_model import WEIGHTS, TrainedModel
-from records.run_folder import newest_run
+from records.named_run import find_run
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Iterator
 
-# The options that each task uses besides `run` and `--runs-dir`; any other is refused rather than ignored.
+# The options that each task uses besides `run` and `--runs-dir`; any other is rejected rather than ignored.
+COUNTING = {"data_dir", "split", "weights", "precision", "batch_size", "source", "json"}
 USED = {
-    "evaluation": {"data_dir", "split", "weights", "precision", "batch_size", "source", "per_class", "json"},
+    "an evaluation": COUNTING | {"per_class", "flip"},
+    "several runs": COUNTING | {"soup", "ensemble"},
     "--predict": {"predict", "weights", "precision", "batch_size", "output"},
     "--export": {"export", "weights", "data_dir", "output"},
 }
 
 
 def main() -> int:
+    protect_streams()
     args = parse_arguments()
-    trained = TrainedModel.open(args.run or newest_run(args.runs_dir))
+    runs = [TrainedModel.open(find_run(name, args.runs_dir)) for name in args.runs or [None]]
     if args.predict:
-        return predict_images(trained, args)
+        return predict_images(runs[0], args)
     if args.export:
-        return export_network(trained, args)
-    return evaluate_run(trained, args)
+        return export_network(runs[0], args)
+    return evaluate_several(runs, args) if len(runs) > 1 else evaluate_run(runs[0], args)
 
 
 def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
-    """Count, and write and print the report."""
-    from dali_pipeline import Batches
-    from parallel.process_group import destroy_process_group, init_process_group
+    """Evaluate one run, print the result, then write it."""
+    from reports.evaluation import print_report, save_report
 
-    record, facts = trained.record, trained.facts
-    dataset = open_dataset(trained, args.data_dir)
-    device = init_process_group()
-    which, of_how_many = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    is_main = which == 0
-    if args.split == "validation":
-        if not facts["hold_out"]:
-            raise RunError(f"{record.folder} held out no part of the training split; evaluate it on --split test")
-        dataset = dataset.hold_out(facts["hold_out"])
-    precision = args.precision or facts["precision"]
-    model = trained.network(args.weights, device, precision)
-    batches = Batches(
-        dataset,
-        args.split,
-        args.batch_size,
-        which,
-        of_how_many,
-        device=device,
-        source=args.source,
-        image_side=facts["settings"]["image_side"],
-    )
-    if is_main and dataset.fingerprint != facts["dataset"]["fingerprint"]:
-        print("note: this is not the dataset that the run was trained on (its fingerprint differs)", file=sys.stderr)
-    result = evaluate(
-        model,
-        batches,
-        len(dataset.classes),
-        device,
-        autocast=precision == "autocast",
-        show=is_main and sys.stderr.isatty(),
-    )
-    batches.close()
+    with split_of(trained, args) as (dataset, batches, device, precision, is_main):
+        networks = {"": trained.network(args.weights, device, precision)}
+        options = dict(device=device, autocast=precision == "autocast", show=is_main and sys.stderr.isatty())
+        results = evaluate(networks, batches, len(dataset.classes), flip=args.flip, **options)
     if is_main:
-        facts = {
-            "run": record.folder.name,
-            "split": args.split,
-            "weights": args.weights,
-            "precision": precision,
-            "epochs": len(record.metrics()),
-        }
-        report = facts | describe(result, dataset.classes)
+        facts = {"run": trained.record.folder.name, "split": args.split, "weights": args.weights}
+        report = facts | {"precision": precision, "epochs": len(trained.record.metrics())}
+        report |= describe(results[""], dataset.classes)
+        if args.flip:
+            report["test_time_flip"] = summarize(results[FLIP])
         print_report(report, args.per_class)
-        save_report(trained, report, result["confusion"], args.json)
-    destroy_process_group()
+        if args.json:
+            write_atomically(args.json, json.dumps(report, indent=2))
+        save_report(trained, report, results[""])
     return 0
 
 
-def save_report(trained: TrainedModel, report: dict[str, Any], confusion: np.ndarray, also: Path | None) -> None:
-    """Write what an evaluation found into the run folder: report, picture, model card."""
-    from inference.model_card import write_card
-    from reports.classes import confusion as draw_confusion
-    from reports.style import save
+def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
+    """Evaluate each run, and their averaged weights (--soup) or averaged predictions (--ensemble)."""
+    from inference.several_runs import average_weights, check_same_input
+    from reports.evaluation import print_several
 
-    folder, split = trained.record.folder, report["split"]
-    save(
-        draw_confusion(confusion, trained.classes, f"{folder.name}: {100 * report['accuracy']:.2f}% on {split}"),
-        folder / f"confusion_{split}.png",
-    )
-    text = json.dumps(report, indent=2)
-    write_atomically(folder / f"evaluation_{split}.json", text)
-    if also:
-        write_atomically(also, text)
-    write_card(trained.record)
+    check_same_input(runs)
+    names = [os.path.relpath(trained.record.folder) for trained in runs]
+    if len(set(names)) < len(names):
+        raise SettingsError("the same run is named twice. Name different runs")
+    names = [f"./{name}" if name in ("soup", ENSEMBLE) else name for name in names]  # runs of these names
+    with split_of(runs[0], args) as (dataset, batches, device, precision, is_main):
+        trained_networks = [trained.network(args.weights, device, precision) for trained in runs]
+        networks = dict(zip(names, trained_networks, strict=True))
+        if args.soup:
+            networks["soup"], has_statistics = average_weights(trained_networks, runs)
+            if has_statistics and is_main:
+                print("warning: the soup averages BatchNorm statistics, which fit no network exactly", file=sys.stderr)
+        options = dict(device=device, autocast=precision == "autocast", show=is_main and sys.stderr.isatty())
+        ensemble = tuple(names) if args.ensemble else ()
+        results = evaluate(networks, batches, len(dataset.classes), ensemble=ensemble, **options)
+    if is_main:
+        report = {"split": args.split, "weights": args.weights, "precision": precision}
+        report |= {"runs": {name: summarize(results[name]) for name in names}}
+        report |= {name: summarize(results[name]) for name in ("soup", ENSEMBLE) if name in results}
+        print_several(report)
+        if args.json:
+            write_atomically(args.json, json.dumps(report, indent=2))
+    return 0
+
+
+@contextmanager
+def split_of(trained: TrainedModel, args: argparse.Namespace) -> Iterator[tuple[Any, Any, Any, str, bool]]:
+    """Open the split to evaluate: dataset, batches of this process, device, precision, whether this process prints."""
+    from dali_pipeline import Batches
+    from parallel.process_group import destroy_process_group, init_process_group
+
+    facts = trained.facts
+    dataset = open_dataset(trained, args.data_dir)
+    device = init_process_group()
+    rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if args.split == "validation":
+        if not facts["hold_out"]:
+            raise RunError(f"{trained.record.folder} has no validation split. Evaluate it with --split test")
+        dataset = dataset.hold_out(facts["hold_out"])
+    if rank == 0 and dataset.fingerprint != facts["dataset"]["fingerprint"]:
+        print("warning: this is not the dataset of the training (its fingerprint differs)", file=sys.stderr)
+    source = dict(device=device, source=args.source, image_side=facts["settings"]["image_side"])
+    batches = Batches(dataset, args.split, args.batch_size, rank, num_processes, **source)
+    try:
+        yield dataset, batches, device, args.precision or facts["precision"], rank == 0
+    finally:
+        batches.close()
+    destroy_process_group()
 
 
 def predict_images(trained: TrainedModel, args: argparse.Namespace) -> int:
-    """Show what the network sees in the images of --predict. Returns the exit code: 1 when one of them could not be read."""
+    """Print or write the five most probable classes of the images of --predict. Returns 1 where one is unreadable."""
     from inference.predict_images import predict
     from parallel.process_group import pick_device
 
@@ -136,92 +147,96 @@ def export_network(trained: TrainedModel, args: argparse.Namespace) -> int:
     from common.errors import DatasetError
     from inference.model_card import write_card
     from inference.onnx_export import export
+    from reports.evaluation import write_optional
 
+    output = args.output or trained.record.folder / f"model.{args.export}"
+    if not args.output and not os.access(trained.record.folder, os.W_OK):
+        raise SettingsError(f"the folder {trained.record.folder} is not writable. Name a file with --output model.onnx")
     try:
         dataset = open_dataset(trained, args.data_dir)
     except DatasetError:
         if args.data_dir:
             raise
-        dataset = None  # the network can be had without it; the check is then on noise
-    export(trained, args.weights, args.output or trained.record.folder / f"model.{args.export}", dataset)
-    print(f"how to use it: {os.path.relpath(write_card(trained.record))}")
+        dataset = None  # the export needs no dataset; the check then uses noise
+    export(trained, args.weights, output, dataset)
+    if write_optional(trained.record.folder, lambda: write_card(trained.record)):
+        print(f"model card with instructions: {os.path.relpath(trained.record.folder / 'README.md')}")
     return 0
-
-
-def print_report(report: dict[str, Any], all_classes: bool) -> None:
-    """The report for people."""
-    rows = sorted(report["per_class"].items(), key=lambda item: item[1]["correct"] / max(1, item[1]["seen"]))
-    shown = rows if all_classes or len(rows) <= 20 else rows[:10] + rows[-10:]
-    print("class                      accuracy")
-    for i, (name, counts) in enumerate(shown):
-        if i == 10 and len(shown) < len(rows):
-            print(f"  ... {len(rows) - 20} classes between (--per-class shows all)")
-        accuracy = 100 * counts["correct"] / max(1, counts["seen"])
-        print(f"  {name:24} {accuracy:6.2f}%  ({counts['correct']}/{counts['seen']})")
-    print("most frequent confusions")
-    for pair in report["worst_confusions"]:
-        print(f"  {pair['true']} taken for {pair['predicted']}: {pair['count']}")
-    name = report["split"].capitalize()
-    print(f"{name} loss: {report['loss']:.4f}")
-    print(f"{name} top-5 accuracy: {100 * report['top5_accuracy']:.2f}% ({report['correct_top5']}/{report['seen']})")
-    print(f"{name} accuracy: {100 * report['accuracy']:.2f}% ({report['correct']}/{report['seen']})")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        "python evaluate.py [run]",
-        "Exact accuracy of a run; or what its network sees in images; or its network as one file.",
+        "python evaluate.py [run ...]",
+        "Evaluate a run exactly, classify your own images with it, or export its network.",
         example="python evaluate.py runs/mine --batch-size 1000 --json result.json\n"
         "python evaluate.py runs/mine --predict photos/ --output photos.csv\n"
-        "python evaluate.py runs/mine --export onnx",
+        "python evaluate.py runs/mine --export onnx\n"
+        "python evaluate.py runs/a runs/b --soup --ensemble",
     )
-    parser.add_argument("run", nargs="?", type=Path, help="a run folder (default: the newest under runs/)")
     parser.add_argument(
-        "--runs-dir", type=Path, default=RUNS, metavar="DIR", help="where to look for the newest run (default: runs)"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="run",
+        help="run folder or name of a run, several with --soup or --ensemble (default: the newest under runs/)",
+    )
+    parser.add_argument(
+        "--runs-dir",
+        type=Path,
+        default=RUNS,
+        metavar="DIR",
+        help="folder of the runs, searched for names and for the newest run (default: runs)",
     )
     parser.add_argument(
         "--weights",
         default=WEIGHTS,
         metavar="FILE",
-        help=f"file in the run folder: {WEIGHTS} (the default: after the last epoch, averaged where the run averages), "
-        "raw_weights.safetensors (not averaged), best.safetensors (the best epoch on a held-out part)",
+        help=f"file in the run folder: {WEIGHTS} (the default: after the last epoch, EMA where the run has one), "
+        "raw_weights.safetensors (without EMA), best.safetensors (best validation accuracy)",
     )
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16", "autocast"],
-        help="of the arithmetic (default: what the run was trained in)",
+        help="floating-point format of the computation (default: that of the training)",
     )
     parser.add_argument(
         "--batch-size",
         type=at_least_one,
         default=500,
         metavar="N",
-        help="images at a time, which changes no result (default: 500)",
+        help="images per batch; does not change the result (default: 500)",
     )
-    count = parser.add_argument_group("accuracy (what happens when neither of the two below is asked for)")
+    count = parser.add_argument_group("evaluation (the default task)")
     count.add_argument(
         "--split",
         default="test",
         choices=["test", "validation"],
-        help="what to evaluate: test, or the validation part that the run held out (default: test)",
+        help="split to evaluate; validation needs a run with --hold-out (default: test)",
     )
     count.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="the prepared dataset (default: the one the run was trained on)"
+        "--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: that of the training)"
     )
     count.add_argument(
         "--source",
         default="auto",
         choices=SOURCES,
-        help="how images are read: packed through DALI, files through DALI, packed through PyTorch (default: auto)",
+        help="reader of the images: packed through DALI, files through DALI, packed through PyTorch (default: auto)",
     )
     count.add_argument(
-        "--per-class", action="store_true", help="show every class (default: the ten worst and the ten best)"
+        "--per-class", action="store_true", help="print every class (default: the ten worst and the ten best)"
     )
+    count.add_argument(
+        "--flip",
+        action="store_true",
+        help="also evaluate with test-time flip: the mean prediction of each image and its mirror image",
+    )
+    count.add_argument("--soup", action="store_true", help="also evaluate the averaged weights of several runs")
+    count.add_argument("--ensemble", action="store_true", help="also evaluate the averaged predictions of several runs")
     count.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="write the report here too (default: evaluation_<split>.json in the run folder)",
+        help="extra copy of the report (default: only evaluation_<split>.json in the run folder)",
     )
     use = parser.add_argument_group("use of the network")
     use.add_argument(
@@ -229,36 +244,49 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="IMAGE",
-        help="the five likeliest classes of images of any size and format, "
-        "of folders of them as CSV; needs no dataset (default: evaluate)",
+        help="image files of any size and format to classify, or folders of them for a CSV; needs no dataset "
+        "(default: evaluate)",
     )
     use.add_argument(
         "--export",
         choices=["onnx"],
-        help="write the network as ONNX, and compare it with PyTorch on test images (default: evaluate)",
+        help="format to export the network to, checked against PyTorch on test images (default: evaluate)",
     )
     use.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="where --predict writes CSV (default: the screen) or --export the network "
+        help="file for the CSV of --predict (default: the screen) or for the exported network "
         "(default: model.onnx in the run folder)",
     )
     args = parser.parse_args()
-    refuse_unused(parser, args)
+    check_arguments(parser, args)
     return args
 
 
-def refuse_unused(parser: Parser, args: argparse.Namespace) -> None:
-    """Raise SettingsError for an option that the task at hand would not use."""
+def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise SettingsError for options that exclude each other or do not apply, and for output that is not writable."""
     if args.predict and args.export:
-        raise SettingsError("give --predict or --export, not both")
-    task = "--predict" if args.predict else "--export" if args.export else "evaluation"
+        raise SettingsError("--predict and --export exclude each other. Run the command once for each")
+    one_run = "--predict" if args.predict else "--export" if args.export else "an evaluation"
+    task = "several runs" if len(args.runs) > 1 and one_run == "an evaluation" else one_run
+    if len(args.runs) > 1 and task == one_run:
+        raise SettingsError(f"{task} takes one run, not {len(args.runs)}")
+    for name in ("data_dir", "json", "output"):
+        if getattr(args, name):
+            setattr(args, name, getattr(args, name).expanduser())
+    args.predict = args.predict and [path.expanduser() for path in args.predict]
+    for name in ("soup", "ensemble"):
+        if getattr(args, name) and task == "an evaluation":
+            raise SettingsError(f"--{name} needs at least two runs: python evaluate.py runs/a runs/b --{name}")
     for name, value in vars(args).items():
-        if name not in {"run", "runs_dir", *USED[task]} and value != parser.get_default(name):
-            raise SettingsError(
-                f"--{name.replace('_', '-')} has no meaning for {'an ' if task == 'evaluation' else ''}{task}; leave it out"
-            )
+        if name not in {"runs", "runs_dir", *USED[task]} and value != parser.get_default(name):
+            raise SettingsError(f"--{name.replace('_', '-')} does not apply to {task}. Leave it out")
+    if task == "several runs" and not (args.soup or args.ensemble):
+        raise SettingsError("several runs need --soup, --ensemble or both. Name one run for its full report")
+    for name in ("json", "output"):
+        if getattr(args, name):
+            check_output_file(getattr(args, name), f"--{name}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,27 @@
 #!/usr/bin/env bash
-# Does everything work on this machine, and how fast is it? One command for a new GPU box (a CPU gets the parts that it can do).
+# Check that everything works on this machine, and measure how fast it is. For a new GPU machine; a CPU runs the parts that it can.
 #   ./gpu_check.sh                      everything: about ten minutes on a large GPU
 #   ./gpu_check.sh --quick              under three minutes
+#   ./gpu_check.sh --minutes 15         what a GPU can show in 15 minutes, in order of value; installs nothing
+#   ./gpu_check.sh --small              a rehearsal of --minutes on a CPU
 #   ./gpu_check.sh --list               the parts      ./gpu_check.sh --parts data,train      some of them
 #   ./gpu_check.sh --archive cifar100.zip    with the real images; without, with drawn ones (no network is needed)
-# What it finds is written to runs/gpu-check (--out): check.md to read, check.json to keep, a log for each part.
+# Results are in runs/gpu-check (--out): check.md to read, check.json to keep, a log for each part.
+# A Python with PyTorch, NumPy and Pillow is used as it is (PYTHON, else python3, else .venv), with or without DALI and
+# DeepSpeed. Only where there is none, environment/setup.sh installs one, and never with --minutes or --small.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-. "$here/environment/setup.sh"
-exec "$PYTHON" "$here/benchmarks/gpu_check.py" "$@"
+usable() { "$1" -c 'import importlib.util as i, sys; sys.exit(any(i.find_spec(m) is None for m in ("torch", "numpy", "PIL")))' 2>/dev/null; }
+found=""
+for python in "${PYTHON:-python3}" "$here/.venv/bin/python"; do
+    if usable "$python"; then found=$python; break; fi
+done
+if [ -z "$found" ]; then
+    if [[ " $* " == *" --minutes"* || " $* " == *" --small "* ]]; then
+        echo "error: ${PYTHON:-python3} has no PyTorch, NumPy and Pillow. Set PYTHON=/path/to/python, or run environment/setup.sh first." >&2
+        exit 1
+    fi
+    . "$here/environment/setup.sh"
+    found=$PYTHON
+fi
+exec "$found" "$here/benchmarks/gpu_check.py" "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on this machine: on every GPU in it, or on the CPU when there is none. All arguments go to train.py.
+# Train on this machine: on every GPU, or on the CPU without one. All arguments are passed to train.py.
 #   ./launch_local_train.sh [arguments of train.py]
-#   NUM_PROCS=2            number of processes (default: one a GPU; on the CPU what is faster, see training/cpu_processes.py)
-#   CUDA_VISIBLE_DEVICES=  which GPUs; empty: none          DS_ACCELERATOR=cpu  the CPU although there are GPUs
-#   MASTER_PORT=29500      where the processes meet (default: a free port)
-#   DRY_RUN=1              print the command, run nothing, install nothing
-# Relative paths among the arguments mean what they mean where you stand: the script changes no folder.
+#   NUM_PROCS=2            number of processes (default: one per GPU; on the CPU see training/cpu_processes.py)
+#   CUDA_VISIBLE_DEVICES=  GPUs to use; empty: none         DS_ACCELERATOR=cpu  use the CPU even if there are GPUs
+#   MASTER_PORT=29500      port where the processes meet (default: a free port)
+#   DRY_RUN=1              print the command; run and install nothing
+# Relative paths among the arguments refer to the current folder; the script does not change it.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 . "$here/environment/setup.sh"
@@ -16,7 +16,7 @@ case ${1:-} in -h | --help)
     exec "$PYTHON" "$here/train.py" --help ;;
 esac
 
-# 1. The devices, one process each
+# 1. The devices, one process per device
 devices=()
 if [ "${DS_ACCELERATOR:-}" != cpu ]; then
     num_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
@@ -26,7 +26,7 @@ if [ "${DS_ACCELERATOR:-}" != cpu ]; then
         [ "${devices[0]:-}" != -1 ] || devices=()
         for device in "${devices[@]}"; do    # a number, or a name such as GPU-8f3a or MIG-1c2d
             if [[ $device =~ ^-?[0-9]+$ ]] && ! ((device >= 0 && device < num_gpus)); then
-                say "CUDA_VISIBLE_DEVICES names the GPU $device, and this machine has the GPUs 0 to $((num_gpus - 1))."
+                say "CUDA_VISIBLE_DEVICES names the GPU $device, but this machine has the GPUs 0 to $((num_gpus - 1))."
                 exit 2
             fi
         done
@@ -45,17 +45,18 @@ fi
 environment=()
 if [ ${#devices[@]} -eq 0 ]; then
     mapfile -t devices < <(seq 0 $((num_procs - 1)))
-    # Threads of the processes must not fight for the cores: two processes with a thread per core each were 40 times slower.
+    # The processes must not share cores: two processes with one thread per core each were 40 times slower.
     threads=$(($(env -u OMP_NUM_THREADS nproc) / num_procs))
-    # Threads that wait must not spin: on cores that others want too, two of them were five times slower.
-    environment=(env DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
+    # Waiting threads must not spin: on busy cores, two processes with spinning threads were five times slower.
+    environment=(env DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+        "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
 elif ((num_procs > ${#devices[@]})); then
-    say "NUM_PROCS=$num_procs, but only ${#devices[@]} GPU(s) can be used: each process needs one of its own."
+    say "NUM_PROCS=$num_procs, but only ${#devices[@]} GPU(s) can be used: each process needs its own GPU."
     exit 2
 fi
 
-# 2. The command. This is the half of DeepSpeed's launcher that runs on each machine. `deepspeed train.py` would start it in
-# turn, after loading torch once more (1.5 s), would look for /job/hostfile, and dies of a signal without telling the ranks.
+# 2. The command: the part of DeepSpeed's launcher that runs on each machine. `deepspeed train.py` would start it after
+# loading torch once more (1.5 s), would look for /job/hostfile, and dies of a signal without notifying the ranks.
 world=$(printf '"%s",' "${devices[@]:0:num_procs}")
 world=$(printf '{"localhost":[%s]}' "${world%,}" | base64 -w0)
 command=("${environment[@]}" "$PYTHON" -u -m deepspeed.launcher.launch --log_level=critical --no_local_rank "--world_info=$world"
@@ -67,25 +68,25 @@ if [ -n "${DRY_RUN:-}" ]; then
     exit 0
 fi
 
-# 3. Run it, and pass signals on. The launcher gets a process group of its own, so that a Ctrl-C in the terminal reaches this
-# script alone and the ranks exactly once. A signal goes to the ranks, not to the launcher: that would stop one rank after the
-# other and kill each after 30 s, while all of them together need to save. It ends by itself when they do.
+# 3. Run it, and forward signals. The launcher gets its own process group, so that a Ctrl-C in the terminal reaches this
+# script alone, and the ranks exactly once. A signal goes to the ranks, not to the launcher: the launcher would stop one
+# rank after the other and kill each after 30 s, but they need to save together. It exits when they have exited.
 stopped_at=0 signal=0 seconds_to_save=120
 stop() {
     if ((signal == 0)); then
         signal=$1 stopped_at=$SECONDS
-        say "Stopping: training saves its state first (a second Ctrl-C ends it in any case)."
+        say "Stopping: training saves its state first (a second Ctrl-C ends it at once)."
         local pid children=() ranks=()
         read -ra children 2>/dev/null <"/proc/$launcher/task/$launcher/children" || true
         for pid in "${children[@]}"; do
             if grep -qsF "$here/train.py" "/proc/$pid/cmdline"; then ranks+=("$pid"); fi
         done
         kill -TERM "${ranks[@]:-$launcher}" 2>/dev/null || true
-    elif ((SECONDS - stopped_at >= 2)); then    # not the echo that `timeout` sends to the whole group
+    elif ((SECONDS - stopped_at >= 2)); then    # not the second signal that `timeout` sends to the whole group
         kill -TERM "$launcher" 2>/dev/null || true
     fi
 }
-# setpriv: should this script itself be killed, the kernel tells the launcher, which then ends the ranks.
+# setpriv: if this script is killed, the kernel sends SIGTERM to the launcher, which then ends the ranks.
 if command -v setpriv >/dev/null; then command=(setpriv --pdeathsig TERM "${command[@]}"); fi
 set -m
 "${command[@]}" </dev/null &
@@ -96,7 +97,7 @@ trap 'stop 2' INT
 trap 'stop 15' TERM
 
 code=0
-wait "$launcher" || code=$?    # a signal ends this wait early
+wait "$launcher" || code=$?    # a signal interrupts this wait
 while kill -0 "$launcher" 2>/dev/null; do
     if ((signal && SECONDS - stopped_at > seconds_to_save)); then kill -TERM "$launcher" 2>/dev/null || true; fi
     sleep 0.2 || true
@@ -104,18 +105,18 @@ done
 if ((signal)); then
     code=0
     wait "$launcher" || code=$?
-    # 241: a rank that was still importing died of the signal
+    # 241: a rank that was still importing was killed by the signal
     if ((code == 0 || code == 241)); then code=$((128 + signal)); fi
 fi
-# A launcher that was killed leaves its ranks behind; a healthy one has left none.
+# A killed launcher leaves its ranks behind; one that exited normally has left none.
 if kill -TERM -- "-$launcher" 2>/dev/null; then
-    say "The launcher is gone: ending the ranks it left."
+    say "The launcher was killed: ending the ranks that it left."
     for ((tenths = 0; tenths < 300; tenths++)); do
         kill -0 -- "-$launcher" 2>/dev/null || break
         sleep 0.1
     done
     kill -KILL -- "-$launcher" 2>/dev/null || true
 fi
-# 75: training stopped where it was told to, and saved
-((code == 0 || code == 75 || signal)) || say "Training failed (exit code $code)."
+# 75: training stopped on request, and saved. 2: wrong arguments, or the run is finished: nothing was changed.
+((code == 0 || code == 75 || code == 2 || signal)) || say "Training failed (exit code $code)."
 exit "$code"

@@ -1,13 +1,14 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Archive, download or image tree -> the files that training reads (see image_data/dataset.py for what they are).
+"""Prepare a dataset: archive, download or image tree -> the files that training reads (see image_data/dataset.py).
 
     python prepare_dataset.py                                                   # CIFAR-100 into data/cifar100
-    python prepare_dataset.py --data-dir data/pets --archive pets.zip           # a zip or tar of {train,test}/<class>/*.png
+    python prepare_dataset.py --data-dir data/pets --archive pets.zip           # zip or tar: {train,test}/<class>/*.png
+    python prepare_dataset.py --root photos --test-fraction 0.2                 # splits class folders <class>/*.png
     python prepare_dataset.py --root /big/disk/imagenet --data-dir data/imagenet
 
-In: one of --dataset, --archive, --root. Out: labels.txt, the two file lists, packed/*.npy (when all images share one square
-size) and, last of all, dataset.json. The same images give byte-identical files on every machine, for any number of workers.
-Everything is made in <data-dir>/.partial and moved into place when whole, so a killed run leaves nothing half-made.
+It writes labels.txt, two file lists, packed/*.npy (if all images have one square size) and, last, dataset.json. The
+same images give byte-identical files on every machine and for any number of workers. Files are written to
+<data-dir>/.partial and moved into place when complete, so a killed run leaves no incomplete dataset.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 from config.command_line import Parser
+from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.downloads import SOURCES
 from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.prepare import PACK_LIMIT_GIB, prepare
@@ -25,49 +27,67 @@ from image_data.preparation.prepare import PACK_LIMIT_GIB, prepare
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         "python prepare_dataset.py",
-        "Archive, download or image tree -> label files, channel statistics and packed arrays for training.",
+        "Prepare an archive, a download or an image tree for training.",
         example="python prepare_dataset.py --data-dir data/pets --archive pets.zip",
-        notes="A tree is {train,test}/<class>/*.png; class folders may be nested; val or validation stands in for a missing test.",
+        notes="An image tree is {train,test}/<class>/*.png. Class folders may be nested. val can replace test.",
     )
-    where = parser.add_argument_group("where the images come from (at most one)")
+    where = parser.add_argument_group("source of the images (at most one)")
     source = where.add_mutually_exclusive_group()
     source.add_argument(
         "--dataset",
         choices=tuple(SOURCES),
-        help="download CIFAR-100 or CIFAR-10, or draw ten simple shapes without a network (default: cifar100)",
+        help="named dataset: a download, or ten drawn shapes, which need no network (default: cifar100)",
     )
     source.add_argument(
         "--archive",
         type=Path,
         metavar="FILE",
-        help="zip or tar of a tree, or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz (default: download)",
+        help="zip or tar of an image tree, or cifar-10-python.tar.gz or cifar-100-python.tar.gz (default: download)",
     )
     source.add_argument(
-        "--root",
-        type=Path,
-        metavar="DIR",
-        help="a tree that lies on the disk; it stays where it is (default: download)",
+        "--root", type=Path, metavar="DIR", help="image tree on disk, which is read in place (default: download)"
     )
-    out = parser.add_argument_group("what is written")
+    where.add_argument(
+        "--test-fraction",
+        type=float,
+        metavar="SHARE",
+        help="share of each class for the test split of a tree without one, chosen by file name (default: none)",
+    )
+    where.add_argument(
+        "--max-megapixels",
+        type=float,
+        default=MAX_MEGAPIXELS,
+        metavar="N",
+        help="largest image to decode; larger ones count as broken (default: %(default)g)",
+    )
+    where.add_argument(
+        "--unpack-limit-gib",
+        type=float,
+        metavar="GIB",
+        help="largest unpacked size of an archive (default: 100 times its size, at least 0.25)",
+    )
+    out = parser.add_argument_group("output")
     out.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="folder to write to (default: data/<dataset>, data/<archive's name>, or --root)",
+        help="folder to write to (default: data/<dataset>, data/<name of the archive>, or --root)",
     )
     out.add_argument(
         "--pack-limit-gib",
         type=float,
         default=PACK_LIMIT_GIB,
         metavar="GIB",
-        help="pack the pixels into arrays up to this size, 0 never (default: %(default)g)",
+        help="largest size of the packed pixel arrays; 0 disables packing (default: %(default)g)",
     )
     out.add_argument(
-        "--skip-broken", action="store_true", help="leave out images that cannot be decoded (default: refuse)"
+        "--skip-broken", action="store_true", help="skip images that cannot be decoded (default: stop with an error)"
     )
-    out.add_argument("--force", action="store_true", help="redo a folder that is prepared already")
-    how = parser.add_argument_group("how")
-    how.add_argument("--workers", type=int, metavar="N", help="decoding processes (default: one per available core)")
+    out.add_argument("--force", action="store_true", help="prepare again a folder that is already prepared")
+    how = parser.add_argument_group("speed")
+    how.add_argument(
+        "--workers", type=int, metavar="N", help="number of decoding processes (default: one per available core)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -78,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing half-made was left", file=sys.stderr)
+        print("error: interrupted; no incomplete dataset was left", file=sys.stderr)
         return 130
     return 0
 

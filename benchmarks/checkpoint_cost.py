@@ -1,12 +1,13 @@
-"""What checkpoints cost: seconds that training waits for one, seconds that a thread writes it, and the share of training time.
+"""Cost of checkpoints: seconds that training waits, seconds of background writing, share of training time.
 
     python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100
     python benchmarks/checkpoint_cost.py --preset spt-lsa --steps 200 --out results/checkpoint_cost/gpu
 
-Turns of --steps optimiser steps alternate: without a checkpoint, and with one in their middle, which is taken, written, proved
-and renamed as in a run. One costs at most the time that training waits for it and the time that writing it alone takes, as if
-the writing thread took all of its time from training; what neighbouring turns differ by shows whether that is all. The share
-is that cost by the time between two checkpoints of a run with default flags: ten minutes, or an epoch.
+Turns of --steps optimizer steps alternate: without a checkpoint, and with one in the middle, which is captured,
+written, verified and renamed as in a run. A checkpoint costs at most the time that training waits for it plus the time
+to write it alone, as if the writer thread took all its time from training. The difference between adjacent turns shows
+the actual cost. The share is the cost divided by the time between two checkpoints of a run with default flags: ten
+minutes, or one epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.options import add_data, add_settings, keep
-from benchmarks.lib.timing import alternate, machine, spread, synchronise
+from benchmarks.lib.timing import alternate, machine, spread, synchronize
 from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, run_cli
 from config.settings import resolve
@@ -85,7 +86,7 @@ def main() -> int:
 
 
 def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every turn, of every checkpoint's two parts, and the size of one."""
+    """Return seconds of every turn and of the two parts of every checkpoint, and its size in bytes."""
     from training.checkpoint_writer import CheckpointWriter
 
     saver = CheckpointWriter(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
@@ -93,7 +94,7 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
     waited: list[float] = []
 
     def turn(saves: bool) -> float:
-        synchronise(engine.device)
+        synchronize(engine.device)
         began = time.perf_counter()
         for i in range(args.steps):
             engine.train_batch(stream)
@@ -101,7 +102,7 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
                 snapshot = saver.take_snapshot(Progress(), {"weights.safetensors": engine.weights})
                 saver.write(snapshot, Progress())
                 waited.append(snapshot.seconds)
-        synchronise(engine.device)
+        synchronize(engine.device)
         return time.perf_counter() - began
 
     def write_alone() -> float:
@@ -121,6 +122,7 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
 
 
 def endless(training: Batches):
+    """Yield training batches epoch after epoch."""
     epoch = 0
     while True:
         yield from training.epoch(epoch)
@@ -128,26 +130,29 @@ def endless(training: Batches):
 
 
 def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: argparse.Namespace) -> None:
+    """Print the table, and write it with the figures to --out."""
     step_seconds = spread([turn / args.steps for turn in measured["plain"]])
     costs = spread([saving - plain for saving, plain in zip(measured["saving"], measured["plain"], strict=True)])
     waited, written = spread(measured["waited"]), spread(measured["written"])
     between = min(DEFAULT_SECONDS, steps_per_epoch * step_seconds.median)
     share = (waited.median + written.median) / between
     lines = [
-        f"# Checkpoints of `{args.preset}`, {engine.num_parameters:,} parameters",
+        f"# Checkpoint cost of `{args.preset}`, {engine.num_parameters:,} parameters",
         "",
-        f"{engine.name}, {engine.describe()}, {measured['bytes'] / 1e6:.1f} MB a checkpoint; {len(measured['plain'])} rounds of {args.steps} steps; "
-        f"median (minimum .. maximum). Made with `benchmarks/checkpoint_cost.py`, commit {provenance()['commit'][:7]}.",
+        f"{engine.name}, {engine.describe()}, {measured['bytes'] / 1e6:.1f} MB per checkpoint; "
+        f"{len(measured['plain'])} rounds of {args.steps} steps; median (min .. max). "
+        f"Made with `benchmarks/checkpoint_cost.py`, commit {provenance()['commit'][:7]}.",
         "",
         "| | seconds |",
         "|---|---:|",
         f"| one training step | {words(step_seconds)} |",
         f"| training waits for a checkpoint | {words(waited)} |",
-        f"| writing, proving and renaming it, in the background | {words(written)} |",
-        f"| what a turn with a checkpoint takes longer than its neighbour without | {words(costs)} |",
+        f"| writing, verifying and renaming it, in the background | {words(written)} |",
+        f"| turn with a checkpoint minus adjacent turn without | {words(costs)} |",
         f"| between two checkpoints with default flags | {between:.1f} |",
         "",
-        f"Share of training time, at most: **{100 * share:.2f} %** ({'under' if share < GOAL else 'over'} the goal of {100 * GOAL:.0f} %).",
+        f"Share of training time: at most **{100 * share:.2f} %** "
+        f"({'below' if share < GOAL else 'above'} the goal of {100 * GOAL:.0f} %).",
     ]
     text = "\n".join(lines)
     print(text)
@@ -166,35 +171,38 @@ def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: ar
 
 
 def words(of: Any) -> str:
+    """Return median (min .. max) as text."""
     return f"{of.median:.4f} ({of.minimum:.4f} .. {of.maximum:.4f})"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         "python benchmarks/checkpoint_cost.py",
-        "What checkpoints cost: seconds of waiting and of writing, share of the time.",
+        "Measure the cost of checkpoints: seconds of waiting and writing, share of training time.",
         example="python benchmarks/checkpoint_cost.py --preset cpu --data-dir data/cifar100",
     )
     add_data(parser, source=False)
     settings = add_settings(parser, "spt-lsa" if visible_gpus() else "cpu")
-    settings.add_argument(
-        "--strategy", metavar="NAME", help="how processes share the work (default: the preset's, else zero)"
-    )
-    how = parser.add_argument_group("how it is measured")
+    settings.add_argument("--strategy", metavar="NAME", help="parallelism strategy (default: the preset's, else zero)")
+    how = parser.add_argument_group("measurement")
     how.add_argument(
-        "--steps", type=at_least_one, default=20, metavar="N", help="optimiser steps of a turn (default: %(default)s)"
+        "--steps", type=at_least_one, default=20, metavar="N", help="optimizer steps per turn (default: %(default)s)"
     )
     how.add_argument(
-        "--rounds", type=at_least_one, default=10, metavar="N", help="turns of each kind (default: %(default)s)"
+        "--rounds",
+        type=at_least_one,
+        default=10,
+        metavar="N",
+        help="number of turns with and without a checkpoint (default: %(default)s)",
     )
     how.add_argument(
         "--runs-dir",
         type=Path,
         metavar="DIR",
-        help="a folder on the disk to measure (default: the system's for temporary files)",
+        help="folder on the disk to measure (default: the system's temporary folder)",
     )
-    kept = parser.add_argument_group("what is kept")
-    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: nowhere)")
+    kept = parser.add_argument_group("output")
+    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
     return parser.parse_args()
 
 

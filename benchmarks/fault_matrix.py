@@ -1,13 +1,13 @@
-"""Faults at random moments of a run, round after round: does the run end with the very bits of one that nothing disturbed?
+"""Fault injection: does a run that was interrupted at a random moment end with the same bits as an undisturbed run?
 
     python benchmarks/fault_matrix.py                                             every fault twice: a few minutes
-    python benchmarks/fault_matrix.py --rounds 200 --out results/fault_matrix/cpu     the table that is kept
+    python benchmarks/fault_matrix.py --rounds 200 --out results/fault_matrix/cpu     the table in results/
     python benchmarks/fault_matrix.py --rounds 5 --faults killed-saving,cut
 
-A round starts train.py on a small drawn dataset, lets one fault of `faults.py` strike, starts the same command again until the
-run is finished, and compares the weights byte by byte and metrics.jsonl number by number (but for the clock's) with the
-undisturbed run's. "Survived" is both equal after one further start; everything else is "lost", with the reason. A fault that
-finds the run finished has not struck, and the round begins anew.
+A round starts train.py on a small drawn dataset, injects one fault of `faults.py` and starts the same command again
+until the run is finished. It then compares the weights byte by byte and metrics.jsonl number by number (except times)
+with the undisturbed run. "Survived" means that both are equal after one further start; everything else is "lost", with
+the reason. A fault that finds the run finished did not occur, and the round is repeated.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from records.checkpoint_store import UNFINISHED
 from records.provenance import provenance
 from records.run_folder import RunFolder
 
-# Dropout and augmentation are on, so that a resumed run has random numbers to get wrong; a part is held out, so that there is
-# a best checkpoint. 240 images make 3 steps an epoch.
+# Dropout and augmentation are on, so that a resumed run depends on its random numbers. A validation split makes the run
+# keep a best checkpoint. 240 images make 3 steps per epoch.
 TINY = """
 epochs = 10
 [model]
@@ -56,7 +56,7 @@ lr = 3e-3
 SHAPES = {"side": 32, "train_per_class": 30, "test_per_class": 5}
 FLAGS = ("--name", "run", "--hold-out", "0.2", "--checkpoint-every", "2steps")
 CLOCKS = ("_seconds", "_per_second", "_gib")
-MOST_STARTS = 20  # of one round, until its fault strikes before the run is over
+MOST_STARTS = 20  # of one round, until its fault occurs before the run is over
 
 
 # --- rounds -------------------------------------------------------------------------------------------------------
@@ -64,19 +64,19 @@ MOST_STARTS = 20  # of one round, until its fault strikes before the run is over
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a round ended: at which step it struck, and why it is lost, if it is."""
+    """Result of a round: the step of the fault, and the reason if the run was lost."""
 
     fault: str
     seed: int
     step: int  # of the newest checkpoint after the fault, 0: none
-    half_written: bool  # whether a checkpoint was in the making
+    half_written: bool  # whether the fault left a half-written checkpoint
     lost: str | None
 
 
 def run_round(
     fault: str, seed: int, work: Path, words: list[str], undisturbed: RunFolder, seconds: float, operations: int
 ) -> Outcome:
-    """One round in a folder of its own, which stays when the round is lost."""
+    """Run one round in its own folder, which remains if the run was lost."""
     draw = random.Random(seed)
     for _ in range(MOST_STARTS):
         folder = Path(tempfile.mkdtemp(prefix=f"{fault}-{seed}-", dir=work))
@@ -91,18 +91,18 @@ def run_round(
         newest = now.record.newest_checkpoint()
         half_written = bool(list(now.record.folder.glob(f"state/{UNFINISHED}*")))
         done = now.begin().end()
-        if " is finished; " in done.err:  # it was killed between its last word on the disk and its end
+        if " is finished; " in done.err:  # it was killed between its last write and its exit
             shutil.rmtree(folder)
             continue
         lost = difference(now.record, undisturbed) if done.code == 0 else done.text
         if lost is None:
             shutil.rmtree(folder)
         return Outcome(fault, seed, int(newest.name.removeprefix("step-")) if newest else 0, half_written, lost)
-    return Outcome(fault, seed, 0, False, f"struck too late {MOST_STARTS} times")
+    return Outcome(fault, seed, 0, False, f"the fault came too late {MOST_STARTS} times")
 
 
 def difference(record: RunFolder, undisturbed: RunFolder) -> str | None:
-    """What is not the same to the bit in two finished runs."""
+    """Return the first bitwise difference between two finished runs, None if there is none."""
     for name in ("weights.safetensors", "best.safetensors"):
         if (record.folder / name).read_bytes() != (undisturbed.folder / name).read_bytes():
             return f"{name} differs"
@@ -120,7 +120,7 @@ def main() -> int:
     words = make_scene(work)
     undisturbed, seconds, operations = run_undisturbed(work, words)
     if "disk-full" in faults and not may_mount(work):
-        print("disk-full is left out: this process may not mount a disk")
+        print("warning: skipping disk-full: this process may not mount a disk")
         faults.remove("disk-full")
     began = time.monotonic()
     plan = [(faults[i % len(faults)], args.seed + i) for i in range(args.rounds or 2 * len(faults))]
@@ -139,14 +139,14 @@ def main() -> int:
         keep_table(args.out, table, outcomes, time.monotonic() - began)
     lost = any(outcome.lost for outcome in outcomes)
     if lost:
-        print(f"what the lost rounds left is in {work}")
+        print(f"the folders of the lost rounds are in {work}")
     else:
         shutil.rmtree(work)
     return int(lost)
 
 
 def make_scene(work: Path) -> list[str]:
-    """Draw the dataset and write the preset. Returns the arguments of train.py."""
+    """Draw the dataset, write the preset, and return the arguments of train.py."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare(work / "shapes", dataset="shapes", workers=1, shapes=SHAPES)
     (work / "tiny.toml").write_text(TINY)
@@ -154,7 +154,7 @@ def make_scene(work: Path) -> list[str]:
 
 
 def run_undisturbed(work: Path, words: list[str]) -> tuple[RunFolder, float, int]:
-    """The run to compare with, the seconds that it trained and saved, and its file operations."""
+    """Return the reference run, its seconds of training and saving, and its number of file operations."""
     now = Round(work / "undisturbed", [*words, "--runs-dir", str(work / "undisturbed")], 0.0, 0, random.Random(0))
     program = now.begin()
     program.wait_for("engine  ")
@@ -177,8 +177,9 @@ def may_mount(work: Path) -> bool:
 
 
 def as_table(outcomes: list[Outcome]) -> str:
+    """Return the outcomes by fault as a Markdown table."""
     lines = [
-        "| fault | what strikes | tried | survived | lost | met a half-written checkpoint |",
+        "| fault | event | rounds | survived | lost | left a half-written checkpoint |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for fault in dict.fromkeys(outcome.fault for outcome in outcomes):
@@ -204,11 +205,12 @@ def keep_table(out: Path, table: str, outcomes: list[Outcome], seconds: float) -
         "machine": machine(),
         "outcomes": [vars(outcome) for outcome in outcomes],
     }
-    text = f"""# {len(outcomes)} rounds of faults
+    text = f"""# {len(outcomes)} rounds of fault injection
 
-A run of 30 steps is brought down by a fault at a random moment, and the same command is started again. *Survived*: the final
-weights and every number of `metrics.jsonl` are those of the run that nothing disturbed, bit for bit. One CPU process, ZeRO stage
-1, a checkpoint every 2 steps, commit {facts["commit"][:7]}, made with `benchmarks/fault_matrix.py --rounds {len(outcomes)}`.
+A fault interrupts a run of 30 steps at a random moment, and the same command is started again. *Survived*: the final
+weights and every number of `metrics.jsonl` equal those of the undisturbed run, bit for bit. One CPU process, ZeRO stage
+1, a checkpoint every 2 steps, commit {facts["commit"][:7]}, made with
+`benchmarks/fault_matrix.py --rounds {len(outcomes)}`.
 
 {table}
 """
@@ -219,31 +221,37 @@ weights and every number of `metrics.jsonl` are those of the run that nothing di
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         "python benchmarks/fault_matrix.py",
-        "Faults at random moments of a run: does it end with the same bits?",
+        "Interrupt runs at random moments and check that they end with the same bits.",
         example="python benchmarks/fault_matrix.py --rounds 5 --faults killed-saving,cut",
         notes="faults:\n" + "\n".join(f"  {name:14} {fault.__doc__}" for name, fault in FAULTS.items()),
     )
-    what = parser.add_argument_group("what strikes")
+    what = parser.add_argument_group("faults")
     what.add_argument(
         "--faults",
         type=some_of("fault", FAULTS),
         default=",".join(FAULTS),
         metavar="A,B",
-        help="of those below (default: all)",
+        help="faults to inject, see below (default: all)",
     )
     what.add_argument(
         "--rounds",
         type=at_least_one,
         metavar="N",
-        help="how many in all, the faults taking turns (default: two of each)",
+        help="total number of rounds, the faults in turns (default: two per fault)",
     )
-    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
-    how = parser.add_argument_group("how it is done")
+    what.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed for the moments of the faults (default: 0)"
+    )
+    how = parser.add_argument_group("execution")
     how.add_argument(
-        "--at-once", type=at_least_one, default=os.cpu_count(), metavar="N", help="rounds at once (default: one a core)"
+        "--at-once",
+        type=at_least_one,
+        default=os.cpu_count(),
+        metavar="N",
+        help="concurrent rounds (default: one per core)",
     )
-    kept = parser.add_argument_group("what is kept")
-    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: nowhere)")
+    kept = parser.add_argument_group("output")
+    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
     return parser.parse_args()
 
 

@@ -1,10 +1,16 @@
-"""Does everything work on this machine, and how fast? Parts in processes of their own, a page and a JSON of what came out.
+"""Check of a machine: does everything work here, and how fast? Parts in separate processes, a page and a JSON report.
 
-    ./gpu_check.sh [--quick] [--parts a,b] [--archive cifar100.zip] [--out DIR]         (finds or makes the environment first)
+    ./gpu_check.sh [--quick] [--parts a,b] [--archive cifar100.zip] [--out DIR]     all parts: ten minutes on a GPU
+    ./gpu_check.sh --minutes 15                                                     what a GPU can show in 15 minutes
+    ./gpu_check.sh --minutes 15 --small                                             a rehearsal of that on a CPU
 
-In: nothing, or a prepared dataset (--data-dir, or data/cifar100 where it is), or an archive of one. Out, in --out: check.md,
-check.json and a log for each part. Each part has a time limit; one that hangs or crashes is ended, and the others go on.
-The exit code is 0 when no part failed. What the parts do is in `benchmarks/lib/gpu_check_parts.py`.
+In: nothing, a prepared dataset (--data-dir, or data/cifar100 if it exists), or an archive of one. Out, in --out:
+check.md, check.json and a log for each part, written after each part. Each part has a time limit: a part that hangs or
+crashes is ended, and the others continue. The exit code is 0 if no part failed.
+
+`benchmarks/lib/gpu_check_parts.py` holds the parts. With --minutes the phases of `benchmarks/lib/gpu_check_phases.py`
+run instead, in order of value: facts, correctness, input, steps with a profile, accuracy, and a longer recipe in the
+time left. They install nothing and use DALI and DeepSpeed only where these are installed.
 """
 
 from __future__ import annotations
@@ -18,11 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.gpu_check_parts import FIRST, PARTS, Check, NotReached, Part, Skipped
+from benchmarks.lib.gpu_check_phases import PHASES
 from benchmarks.lib.options import origin
 from common.errors import unknown
 from common.machine import visible_gpus
@@ -31,20 +39,26 @@ from common.text import last_error
 from config.command_line import Parser
 
 MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
+LEAST_SECONDS = 15.0  # a part with less time left is skipped
+SMALL_MINUTES = 15.0  # of a rehearsal without --minutes
 
 
 def run_part(name: str, part: Part, check: Check) -> dict[str, Any]:
-    """Its commands one after the other, and what they found."""
-    began, log = time.monotonic(), check.out / f"{name}.log"
-    log.unlink(missing_ok=True)
+    """Run the commands of a part and return its entry of the report."""
+    began, figures = time.monotonic(), {}
+    log = check.out / f"{name}.log"
     try:
-        for command in part.commands(check):
-            run_command(command, log, part.limit(check) - (time.monotonic() - began))
-        status, words, figures = "passed", "", part.read(check, log.read_text(errors="replace") if log.exists() else "")
+        if check.seconds_left() < LEAST_SECONDS:
+            raise Skipped("no time left")
+        run_commands(part, check, log)
+        figures = part.read(check, text_of(log))
+        status, words = "passed", ""
     except Skipped as reason:
-        status, words, figures = "skipped", str(reason), {}
+        status, words = "skipped", str(reason)
     except NotReached as reason:
-        status, words, figures = "failed", str(reason), {}
+        status, words, figures = "failed", str(reason), figures_so_far(part, check, log)
+    except (OSError, ValueError, LookupError) as error:  # commands that end well and leave another result than expected
+        status, words, figures = "failed", f"its result cannot be read: {type(error).__name__}: {error}", {}
     return {
         "name": name,
         "what": part.what,
@@ -55,11 +69,49 @@ def run_part(name: str, part: Part, check: Check) -> dict[str, Any]:
     }
 
 
-def run_command(command: Sequence[str], log: Path, limit_seconds: float) -> None:
-    """In a session of its own, so that all its processes can be ended. Raises NotReached when it fails or takes too long."""
+def run_commands(part: Part, check: Check, log: Path) -> None:
+    """Run the commands one after the other, or all at once. Raises NotReached if one fails or the limit passes."""
+    log.unlink(missing_ok=True)
+    commands, end_at = part.commands(check), time.monotonic() + part.limit(check)
+    if not part.at_once:
+        for command in commands:
+            run_command(command, log, end_at - time.monotonic(), check)
+        return
+    logs = [log.with_name(f"{log.stem}-{i + 1}.log") for i in range(len(commands))]
+    for one in logs:
+        one.unlink(missing_ok=True)
+    with ThreadPoolExecutor(len(commands)) as pool:
+        pending = [
+            pool.submit(run_command, command, one, end_at - time.monotonic(), check)
+            for command, one in zip(commands, logs, strict=True)
+        ]
+    log.write_text("".join(map(text_of, logs)))
+    problems = [str(error) for one in pending if (error := one.exception())]
+    if problems:
+        raise NotReached("; ".join(problems))
+
+
+def text_of(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""
+
+
+def figures_so_far(part: Part, check: Check, log: Path) -> dict[str, Any]:
+    """Return what a failed part has measured, as far as it can be read."""
+    try:
+        return part.read(check, text_of(log))
+    except Exception:  # a failed part may leave any state behind
+        return {}
+
+
+def run_command(command: Sequence[str], log: Path, limit_seconds: float, check: Check) -> None:
+    """Run a command in its own session, so that all its processes can be ended.
+
+    Raises:
+        NotReached: it fails or takes too long.
+    """
     environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    if not visible_gpus():
-        environment["DS_ACCELERATOR"] = "cpu"
+    if not check.num_gpus:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
@@ -75,16 +127,16 @@ def run_command(command: Sequence[str], log: Path, limit_seconds: float) -> None
     try:
         code = child.wait(max(1.0, limit_seconds))
     except subprocess.TimeoutExpired:
-        raise NotReached(f"took too long and was ended; see {log.name}") from None
+        raise NotReached(f"exceeded its time limit and was ended; see {log.name}") from None
     finally:
         end(child)
     if code:
-        said = log.read_text(errors="replace").rpartition("\n$ ")[2].partition("\n")[2]
-        raise NotReached(f"{last_error(said) or 'said nothing'} (exit code {code}); see {log.name}")
+        printed = log.read_text(errors="replace").rpartition("\n$ ")[2].partition("\n")[2]
+        raise NotReached(f"{last_error(printed) or 'no output'} (exit code {code}); see {log.name}")
 
 
 def end(child: subprocess.Popen) -> None:
-    """Whatever of its session is left."""
+    """End all remaining processes of a command's session."""
     try:
         os.killpg(child.pid, signal.SIGTERM if child.poll() is None else signal.SIGKILL)
     except ProcessLookupError:
@@ -97,6 +149,7 @@ def end(child: subprocess.Popen) -> None:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
+    """Return the report as a page."""
     device = report["device"]
     lines = [
         "# GPU check",
@@ -105,20 +158,22 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"- commit: {report['commit']}{' with uncommitted changes' * report['uncommitted_changes']}",
         "- versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "",
-        "| part | | seconds | what came out |",
+        "| part | | seconds | result |",
         "|---|---|---:|---|",
     ]
     for part in report["parts"]:
-        found = part["words"] or "; ".join(f"{key}: {value}" for key, value in part["figures"].items())
-        lines.append(
-            f"| {part['name']}: {part['what']} | {MARKS[part['status']]} | {part['seconds']:.0f} | {found.replace('|', '/')} |"
-        )
+        figures = [f"{key}: {value}" for key, value in part["figures"].items()]
+        found = "; ".join([part["words"]] * bool(part["words"]) + figures).replace("|", "/")
+        mark = MARKS[part["status"]]
+        lines.append(f"| {part['name']}: {part['what']} | {mark} | {part['seconds']:.0f} | {found} |")
     return "\n".join(lines) + "\n"
 
 
 def write(report: dict[str, Any], out: Path) -> None:
-    (out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "check.md").write_text(as_markdown(report))
+    """Write check.json and check.md; each replaces its previous version at once."""
+    for name, text in (("check.json", json.dumps(report, indent=1) + "\n"), ("check.md", as_markdown(report))):
+        (out / f"{name}.part").write_text(text)
+        (out / f"{name}.part").rename(out / name)
 
 
 def show(part: dict[str, Any]) -> None:
@@ -128,74 +183,104 @@ def show(part: dict[str, Any]) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("./gpu_check.sh", __doc__.partition("\n")[0], example="./gpu_check.sh --quick --parts data,train")
-    parser.add_argument(
-        "--parts", default=",".join(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)} (default: all)"
+    parser = Parser(
+        "./gpu_check.sh",
+        "Check that everything works on this machine, and measure how fast it is.",
+        example="./gpu_check.sh --quick --parts data,train\n./gpu_check.sh --minutes 15",
     )
-    parser.add_argument("--list", action="store_true", help="say what the parts are, and do nothing")
-    parser.add_argument("--quick", action="store_true", help="less of each part: under three minutes on a large GPU")
+    parser.add_argument("--parts", metavar="A,B", help="parts to run, see --list (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the parts and exit")
+    parser.add_argument("--quick", action="store_true", help="shorter parts: under three minutes on a large GPU")
     parser.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="a prepared dataset (default: data/cifar100 where it is, else drawn shapes)",
+        "--minutes", type=float, metavar="N", help="run the timed phases in order of value, and end after N minutes"
     )
     parser.add_argument(
-        "--archive", type=Path, metavar="FILE", help="prepare the dataset from this archive (default: none)"
+        "--small",
+        action="store_true",
+        help=f"rehearse the timed phases on a CPU with tiny networks (default: --minutes {SMALL_MINUTES:g})",
     )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="prepared dataset (default: data/cifar100 if prepared, else drawn)"
+    )
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="prepare the dataset from this archive")
     parser.add_argument(
         "--out",
         type=Path,
         default=PROJECT / "runs" / "gpu-check",
         metavar="DIR",
-        help="where to write (default: runs/gpu-check)",
+        help="output folder (default: runs/gpu-check)",
     )
     options = parser.parse_args(arguments)
-    chosen = [name.strip() for name in options.parts.split(",") if name.strip()]
-    for name in chosen:
-        if name not in PARTS:
-            parser.error(f"--parts: {unknown('part', name, list(PARTS))}")
-    options.parts = [name for name in PARTS if name in chosen or name in FIRST]
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
+    if options.small and options.minutes is None:
+        options.minutes = SMALL_MINUTES
+    if options.quick and options.minutes is not None:
+        parser.error("--quick does not apply to --minutes; choose a smaller number of minutes")
+    known = PARTS if options.minutes is None else PHASES
+    chosen = list(known) if options.parts is None else [name.strip() for name in options.parts.split(",")]
+    for name in filter(None, chosen):
+        if name not in known:
+            parser.error(f"--parts: {unknown('part', name, list(known))}")
+    options.parts = {name: part for name, part in known.items() if name in chosen or name in FIRST}
     return options
 
 
+def make_check(options: argparse.Namespace, began: float) -> Check:
+    """Return what the parts need to know about this machine and the command line."""
+    gpus = len(visible_gpus())
+    small = options.minutes is not None and (options.small or not gpus)
+    if small and not options.small:
+        print("warning: no GPU found; rehearsing the phases with tiny networks (--small)", flush=True)
+    return Check(
+        out=options.out.resolve(),
+        num_gpus=0 if small else gpus,
+        quick=options.quick,
+        data_dir=options.data_dir,
+        archive=options.archive,
+        small=small,
+        end_at=None if options.minutes is None else began + 60 * options.minutes,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     options = parse_arguments(arguments)
     if options.list:
-        for name, part in PARTS.items():
-            print(f"{name:12} {part.what}{'' if name not in FIRST else ' (always)'}")
+        for name, part in options.parts.items():
+            print(f"{name:14} {part.what}{'' if name not in FIRST else ' (always)'}")
         return 0
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    check = Check(out, len(visible_gpus()), options.quick, options.data_dir, options.archive)
+    check = make_check(options, began)
+    check.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         **origin(),
         "quick": options.quick,
+        "minutes": options.minutes,
+        "small": check.small,
         "device": {"CPU": platform.processor() or platform.machine()},
         "parts": [],
     }
-    for name in options.parts:
-        print(
-            f"{name}: {PARTS[name].what}{'' if check.num_gpus or name in FIRST else ' (no GPU: as far as a CPU can tell)'}",
-            flush=True,
-        )
-        part = run_part(name, PARTS[name], check)
-        if name == "device" and part["figures"]:
-            report["device"] = part["figures"]
-        show(part)
-        report["parts"].append(part)
-        write(report, out)
-        if name in FIRST and part["status"] == "failed":
-            print(f"without {name} the other parts can say nothing", flush=True)
+    for name, part in options.parts.items():
+        on_cpu = "" if check.num_gpus or name in FIRST or check.small else " (no GPU: the CPU form)"
+        print(f"{name}: {part.what}{on_cpu}", flush=True)
+        entry = run_part(name, part, check)
+        if name == "device" and entry["figures"]:
+            report["device"] = entry["figures"]
+        show(entry)
+        report["parts"].append(entry)
+        write(report, check.out)
+        if name in FIRST and entry["status"] == "failed":
+            print(f"error: {name} failed, and the other parts need it", flush=True)
             break
     counts = {status: sum(part["status"] == status for part in report["parts"]) for status in MARKS}
-    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped; {out / 'check.md'}")
+    found = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+    print(f"{found}; {check.out / 'check.md'}")
     return 1 if counts["failed"] else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that a part at work is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that a running part is ended
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("stopped; what was found until now is written")
+        sys.exit("stopped; the results so far are written")

@@ -1,18 +1,18 @@
-"""Images a second and CPU time an image of our input pipeline and of its peers, taking turns on the same machine.
+"""Images/s and CPU time per image of our input pipeline and of baselines, in turns on the same machine.
 
-    python benchmarks/input_pipeline.py                                        all loaders, both jobs, data/cifar100: 10 minutes
-    python benchmarks/input_pipeline.py --loaders tensor,resident,memory --images 10240 --rounds 3        a quick look
-    python benchmarks/input_pipeline.py --ffcv-python ffcv/bin/python --json results/input.json --markdown results/input.md
+    python benchmarks/input_pipeline.py                                        all loaders, both jobs: 10 minutes
+    python benchmarks/input_pipeline.py --loaders tensor,resident,memory --images 10240 --rounds 3       a short run
+    python benchmarks/input_pipeline.py --ffcv-python ffcv/bin/python --json input.json --markdown input.md
 
-Two jobs: crop 4 + flip + normalise, and the same with RandAugment(2, 9). `loaders.py` holds the loaders; all give float32
-(B, 3, S, S) normalised images and int64 labels on the device, whole shuffled epochs with the remainder dropped. The first
-epoch of each is not counted. Then in each round every loader has a turn of one epoch, or of as many as fill --turn-seconds.
-The wall clock of a turn starts when its first 8 batches have come and stops when the device has them all; CPU time is that
-of the whole turn, with all threads and worker processes. A ratio is ours by the peer's in the same round: of speeds, above
-1 ours is faster; of CPU time, below 1 ours is cheaper.
+Two jobs: crop 4 + flip + normalize, and the same with RandAugment(2, 9). `loaders.py` holds the loaders. All of them
+yield normalized float32 images (B, 3, S, S) and int64 labels on the device, in full shuffled epochs with the remainder
+dropped. The first epoch of each loader does not count. Then every loader has one turn per round, of one epoch or of as
+many as fill --turn-seconds. The wall clock of a turn starts after its first 8 batches and stops when the device has the
+last one. CPU time covers the full turn, with all threads and worker processes. A ratio is ours divided by the
+baseline's in the same round: above 1, our speed is higher; below 1, our CPU time is lower.
 
-FFCV needs a compiler and libraries: apt install g++ pkg-config libopencv-dev libturbojpeg0-dev, and then pip install ffcv,
-here or in an environment of its own, which --ffcv-python names.
+FFCV needs a compiler and libraries: apt install g++ pkg-config libopencv-dev libturbojpeg0-dev, and then pip install
+ffcv, in this environment or in another one that --ffcv-python names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS, Task, Unavailable
+from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS, Task, Unavailable
 from benchmarks.lib.options import add_data, add_reports, keep, origin, some_of
 from benchmarks.lib.timing import SETTLE_SECONDS, alternate, cpu_seconds, machine, ratios, spread
 from common.errors import DatasetError
@@ -39,19 +39,18 @@ from config.command_line import Parser, at_least_one, run_cli
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
 
-TOLERANCE = (
-    0.1  # between the mean (and standard deviation) of a loader's output and ours, for a job without RandAugment
-)
+# Largest difference between mean (and standard deviation) of two loaders' output, for a job without RandAugment.
+TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`least` times the images/s of `peer`; without a peer, that many images/s."""
+    """A speed to reach: `least` times the images/s of `baseline`, or `least` images/s without a baseline."""
 
     text: str
     job: str
     device: str
-    peer: str | None
+    baseline: str | None
     least: float
 
 
@@ -66,7 +65,7 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One loader's part of one round."""
+    """One loader's measurement in one round."""
 
     images: int
     images_per_second: float
@@ -76,16 +75,16 @@ class Turn:
 def measure(
     dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: int, turn_seconds: float
 ) -> dict[str, Any]:
-    """One job: what every loader did in every round, and why the others did not."""
+    """Measure one job: every loader in every round, and the reason for each skipped loader."""
     made, warm, skipped = {}, {}, {}
     for name in makers:
         try:
             loader = makers[name](dataset, task)
-            note(f"{task.job}: {name} warms up")
+            note(f"{task.job}: warming up {name}")
             window, mean, std = loader.warm_up()
         except Unavailable as reason:
             skipped[name] = str(reason)
-            note(f"{task.job}: {name} is left out: {reason}")
+            note(f"{task.job}: skipping {name}: {reason}")
             continue
         made[name] = loader
         epochs = max(1, math.ceil(turn_seconds * window.rate / window.images))
@@ -101,7 +100,8 @@ def measure(
         turns,
         rounds,
         lambda number, name, turn: note(
-            f"{task.job}: round {number + 1} of {rounds}, {name}: {turn.images_per_second:,.0f} images/s, {turn.cpu_us_per_image:.1f} us"
+            f"{task.job}: round {number + 1} of {rounds}, {name}: {turn.images_per_second:,.0f} images/s, "
+            f"{turn.cpu_us_per_image:.1f} us of CPU per image"
         ),
     )
     measured = {
@@ -131,16 +131,18 @@ def take_turn(loader: Any, epochs: int) -> Turn:
 
 
 def compare(measured: dict[str, Any], figure: str) -> dict[str, dict[str, list[float]]]:
-    """Ours by each peer, round by round."""
+    """Return ours divided by each baseline, round by round."""
     return {
-        ours: {peer: ratios(measured[ours][figure], measured[peer][figure]) for peer in measured if peer not in OURS}
+        ours: {
+            other: ratios(measured[ours][figure], measured[other][figure]) for other in measured if other not in OURS
+        }
         for ours in measured
         if ours in OURS
     }
 
 
 def unlike(job: dict[str, Any]) -> list[str]:
-    """Loaders whose output differs in mean or standard deviation from the first one's: they do some other work."""
+    """Return the loaders whose output differs in mean or standard deviation from the first one's."""
     outputs = {name: (facts["output_mean"], facts["output_std"]) for name, facts in job["loaders"].items()}
     first = next(iter(outputs.values()), None)
     return [
@@ -150,18 +152,18 @@ def unlike(job: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_finite(goal: Goal, report: dict[str, Any]) -> dict[str, Any] | None:
-    """Whether the fastest of ours reaches a goal; None for a goal of another device or job."""
+def judge(goal: Goal, report: dict[str, Any]) -> dict[str, Any] | None:
+    """Compare the fastest of our loaders with a goal; None for a goal of another device or job."""
     if goal.device != report["settings"]["device"].partition(":")[0] or goal.job not in report["jobs"]:
         return None
     job = report["jobs"][goal.job]
     speeds = {name: spread(facts["images_per_second"]).median for name, facts in job["loaders"].items() if name in OURS}
     answer = {"goal": goal.text, "job": goal.job, "least": goal.least, "met": None, "loader": None}
-    if not speeds or goal.peer and goal.peer not in job["loaders"]:
+    if not speeds or goal.baseline and goal.baseline not in job["loaders"]:
         return answer
     best = max(speeds, key=speeds.get)
-    values = spread(job["ratios"][best][goal.peer] if goal.peer else job["loaders"][best]["images_per_second"])
-    met = values.median > goal.least if goal.peer is None else values.median >= goal.least
+    values = spread(job["ratios"][best][goal.baseline] if goal.baseline else job["loaders"][best]["images_per_second"])
+    met = values.median > goal.least if goal.baseline is None else values.median >= goal.least
     return {**answer, "met": met, "loader": best, **values._asdict()}
 
 
@@ -178,7 +180,7 @@ def goal_line(verdict: dict[str, Any]) -> str:
 
 
 def job_tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]], list[str]]]:
-    """For each job: title, rows of cells (the first is the head) and notes; twice, for the speeds and for the ratios."""
+    """Return title, table rows (header first) and notes for each job: one table of speeds, two of ratios."""
     result = []
     for name, job in report["jobs"].items():
         measured = job["loaders"]
@@ -186,20 +188,22 @@ def job_tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]], list[
         for loader, facts in measured.items():
             speeds, costs = spread(facts["images_per_second"]), spread(facts["cpu_us_per_image"])
             rows.append([label(loader), *(f"{speed:,.0f}" for speed in speeds), *(f"{cost:.1f}" for cost in costs)])
-        notes = [f"{label(loader)}: left out: {reason}" for loader, reason in job["skipped"].items()]
+        notes = [f"{label(loader)}: skipped: {reason}" for loader, reason in job["skipped"].items()]
         notes += [
-            f"{label(loader)}: its output differs in mean or standard deviation: not the same work"
+            f"{label(loader)}: another job: its output differs in mean or standard deviation"
             for loader in job["unlike"]
         ]
         result.append((JOBS[name], rows, notes))
-        peers = [loader for loader in measured if loader not in OURS]
+        baselines = [loader for loader in measured if loader not in OURS]
         for key, title in (
-            ("ratios", "images/s, ours by the peer's"),
-            ("cpu_ratios", "CPU time an image, ours by the peer's"),
+            ("ratios", "images/s, ours / baseline"),
+            ("cpu_ratios", "CPU time per image, ours / baseline"),
         ):
-            rows = [["median (min .. max)", *peers]]
-            rows += [[label(ours), *(tables.cell(spread(job[key][ours][peer])) for peer in peers)] for ours in job[key]]
-            if peers and len(rows) > 1:
+            rows = [["median (min .. max)", *baselines]]
+            rows += [
+                [label(ours), *(tables.cell(spread(job[key][ours][other])) for other in baselines)] for ours in job[key]
+            ]
+            if baselines and len(rows) > 1:
                 result.append((f"{JOBS[name]}: {title}, round by round", rows, []))
     return result
 
@@ -225,8 +229,8 @@ def as_markdown(report: dict[str, Any]) -> str:
 def headline(report: dict[str, Any]) -> str:
     where, settings = report["machine"], report["settings"]
     return (
-        f"{settings['images_per_epoch']:,} images an epoch of {settings['side']} x {settings['side']} pixels, batches of "
-        f"{settings['batch_size']}, on {where['gpu'] or 'the CPU'}; {where['cpu']}, {where['cores']} cores, "
+        f"{settings['images_per_epoch']:,} images per epoch of {settings['side']} x {settings['side']} pixels, "
+        f"batch size {settings['batch_size']}, on {where['gpu'] or 'the CPU'}; {where['cpu']}, {where['cores']} cores, "
         f"{settings['threads']} threads or workers; {settings['rounds']} rounds. {tables.made_by(report)}"
     )
 
@@ -236,76 +240,76 @@ def note(text: str) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    names = [*OURS, *PEERS, *OPTIONAL]
+    names = [*OURS, *BASELINES, *OPTIONAL]
     parser = Parser(
         "python benchmarks/input_pipeline.py",
-        "Images a second and CPU time an image: our input pipeline and its peers.",
+        "Measure images/s and CPU time per image of our input pipeline and of baselines.",
         example="python benchmarks/input_pipeline.py\n"
         "python benchmarks/input_pipeline.py --loaders tensor,resident,memory --images 10240 --rounds 3",
         notes="jobs:\n" + "\n".join(f"  {name:14} {job}" for name, job in JOBS.items()),
     )
     data = add_data(parser, source=False)
-    data.add_argument("--images", type=at_least_one, metavar="N", help="images of an epoch at most (default: all)")
     data.add_argument(
-        "--batch-size", type=at_least_one, default=512, metavar="N", help="images of a batch (default: %(default)s)"
+        "--images", type=at_least_one, metavar="N", help="maximum number of images per epoch (default: all)"
     )
-    what = parser.add_argument_group("what is compared")
+    data.add_argument(
+        "--batch-size", type=at_least_one, default=512, metavar="N", help="batch size (default: %(default)s)"
+    )
+    what = parser.add_argument_group("systems")
     what.add_argument(
         "--loaders",
         type=some_of("loader", names),
-        default=",".join([*OURS, *PEERS]),
+        default=",".join([*OURS, *BASELINES]),
         metavar="A,B",
-        help=f"of {', '.join(names)} (default: all but the last)",
+        help=f"loaders to compare: {', '.join(names)} (default: all but the last)",
     )
     what.add_argument(
         "--jobs",
         type=some_of("job", JOBS),
         default=",".join(JOBS),
         metavar="A,B",
-        help="of those below (default: both)",
+        help="jobs to measure, see below (default: both)",
     )
-    what.add_argument("--ffcv-python", metavar="FILE", help="a Python that has FFCV (default: this one)")
-    how = parser.add_argument_group("how it is measured")
+    what.add_argument("--ffcv-python", metavar="FILE", help="Python interpreter with FFCV (default: this one)")
+    how = parser.add_argument_group("measurement")
     how.add_argument(
         "--device",
         default="cuda" if visible_gpus() else "cpu",
         metavar="NAME",
-        help="cpu or cuda (default: cuda where there is a GPU)",
+        help="cpu or cuda (default: cuda if there is a GPU)",
     )
     how.add_argument(
         "--threads",
         type=at_least_one,
         default=available_cores(),
         metavar="N",
-        help="threads or workers of each loader (default: the cores, here %(default)s)",
+        help="threads or workers per loader (default: number of cores, here %(default)s)",
     )
     how.add_argument(
-        "--rounds", type=at_least_one, default=5, metavar="N", help="turns of each loader (default: %(default)s)"
+        "--rounds", type=at_least_one, default=5, metavar="N", help="number of turns per loader (default: %(default)s)"
     )
     how.add_argument(
-        "--turn-seconds",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="a turn has epochs for so many seconds (default: %(default)s)",
+        "--turn-seconds", type=float, default=1.0, metavar="S", help="minimum seconds per turn (default: %(default)s)"
     )
     add_reports(parser)
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure what was asked for. Raises DatasetError when the dataset does not allow it."""
+    """Run the measurements. Raises DatasetError if the dataset does not allow them."""
     import torch
 
     from benchmarks.lib.loaders import loaders
 
     dataset, device = Dataset.open(options.data_dir), torch.device(options.device)
     if dataset.image_side is None:
-        raise DatasetError(f"the images of {dataset.folder} differ in size; the peers need one size")
+        raise DatasetError(
+            f"the images of {dataset.folder} differ in size; the baselines need one size. Choose another --data-dir"
+        )
     num_images = min(len(dataset.splits["train"]), options.images or sys.maxsize)
     if num_images < options.batch_size:
         raise DatasetError(
-            f"{num_images} images are fewer than one batch of {options.batch_size}; give a smaller --batch-size"
+            f"{num_images} images are fewer than one batch of {options.batch_size}. Choose a smaller --batch-size"
         )
     num_batches = num_images // options.batch_size
     torch.set_num_threads(options.threads)
@@ -328,7 +332,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "turn_seconds": options.turn_seconds,
     }
     report = {**origin(), "machine": where, "settings": settings, "jobs": jobs}
-    report["goals"] = [verdict for goal in GOALS if (verdict := check_finite(goal, report))]
+    report["goals"] = [verdict for goal in GOALS if (verdict := judge(goal, report))]
     return report
 
 

@@ -1,12 +1,12 @@
-"""What each recipe costs, before it is run: parameters, FLOPs, steps, and the seconds to expect of one GPU.
+"""Cost of each recipe before it is run: parameters, FLOPs, steps, and the expected seconds on one GPU.
 
     python benchmarks/recipe_costs.py                        # the table
     python benchmarks/recipe_costs.py speedrun --peak 312    # one recipe, on a GPU of 312 TFLOP/s (an A100)
     python benchmarks/recipe_costs.py --update               # write it into docs/recipes.md, between its marks
 
-Nothing is trained and no memory is taken: networks are built without weights. FLOPs are those of matrix products and
-convolutions, a multiply-add counted as 2 (papers that write "FLOPs" mostly count it as 1); a training step is taken as
-three forward passes. The utilisation of each recipe is a guess to be replaced by a measurement, and so are its seconds.
+Nothing is trained and no memory is allocated: networks are built without weights. FLOPs count matrix products and
+convolutions, a multiply-add as 2 (papers that write "FLOPs" mostly count it as 1). A training step counts as three
+forward passes. The utilization of each recipe is an estimate until it is measured, and so are its seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PASSES = 3  # forward passes that a training step costs
 
 @dataclass(frozen=True)
 class Data:
-    """What must be known of a dataset to plan a run."""
+    """Properties of a dataset that determine the cost of a run."""
 
     num_train: int
     num_classes: int
@@ -43,22 +43,23 @@ DATASETS = {"cifar100": Data(50_000, 100, 32), "cifar10": Data(50_000, 10, 32), 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a recipe is for: its dataset, the share of the peak expected of a GPU (None: it is made for a CPU or too small), the goal."""
+    """Purpose of a recipe: dataset, expected share of a GPU's peak (None: for a CPU, or too small), goal."""
 
     dataset: str
-    utilisation: float | None
+    utilization: float | None
     goal: str
 
 
-# Utilisation: guesses. Small vision transformers use a tenth to a fifth of an A100 in mixed precision; an H200 has three times its
-# arithmetic, but not three times its bandwidth, and depthwise convolutions are bound by that. ResNet-50 uses 19 % of an A100 at
-# 2,470 images/s (NVIDIA/DeepLearningExamples).
+# Utilization: speedrun and 300ep are measured on one H200 (32.3 s; 37.75 ms per step), others are estimates. Small
+# vision transformers use a tenth to a fifth of an A100 in mixed precision; an H200 has three times its arithmetic, but
+# not three times its bandwidth, and depthwise convolutions are bound by that. ResNet-50 uses 19 % of an A100 at 2,470
+# images/s (NVIDIA/DeepLearningExamples).
 AIMS = {
     "speedrun": Aim("cifar100", 0.127, "75 %, least time"),
     "100ep": Aim("cifar100", 0.08, "> 80.32 %"),
     "300ep": Aim("cifar100", 0.157, "> 83.54 %, <= 6 M"),
     "1500ep": Aim("cifar100", 0.07, "> 85.32 %, <= 6 M"),
-    "dhvt-t-2": Aim("cifar100", 0.05, "83.54 %, the reference"),
+    "dhvt-t-2": Aim("cifar100", 0.05, "83.54 %, the published baseline"),
     "cifar10": Aim("cifar10", 0.07, "> 96.5 %, <= 4 M"),
     "cifar10-fast": Aim("cifar10", 0.08, "94 %, least time"),
     "finetune": Aim("cifar100", 0.25, "> 90 %"),
@@ -73,7 +74,7 @@ AIMS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe in numbers."""
+    """Cost of a recipe."""
 
     name: str
     goal: str
@@ -82,27 +83,27 @@ class Plan:
     epochs: int
     batch: int
     steps: int
-    seconds: float | None  # expected of one GPU
+    seconds: float | None  # expected on one GPU
 
     @property
     def petaflop(self) -> float:
-        """Of the whole run."""
+        """PFLOP of the full run."""
         return PASSES * self.flops * self.steps * self.batch / 1e15
 
 
 def plan(name: str, peak: float = PEAK) -> Plan:
-    """The plan of a preset. Raises SettingsError for one that has no entry in AIMS."""
+    """Return the plan of a preset. Raises SettingsError for a preset without an entry in AIMS."""
     if name not in AIMS:
         raise SettingsError(unknown("recipe", name, list(AIMS)))
     aim, settings = AIMS[name], resolve(name, [])
     data = DATASETS[aim.dataset]
-    from comparison.variant_costs import cost  # not with the file, so that --help answers at once
+    from comparison.variant_costs import cost  # imports PyTorch: late, so that --help answers at once
 
     counted = cost(settings, data.num_classes, settings.image_side or data.image_side)
     batch = settings.engine["train_batch_size"]
     steps = settings.epochs * (data.num_train // batch)
     planned = Plan(name, aim.goal, counted.parameters, counted.flops, settings.epochs, batch, steps, None)
-    if aim.utilisation is None:
+    if aim.utilization is None:
         return planned
     return Plan(
         name,
@@ -112,56 +113,60 @@ def plan(name: str, peak: float = PEAK) -> Plan:
         settings.epochs,
         batch,
         steps,
-        planned.petaflop * 1e3 / (peak * aim.utilisation),
+        planned.petaflop * 1e3 / (peak * aim.utilization),
     )
 
 
 def table(plans: list[Plan]) -> str:
-    """The plans as Markdown."""
+    """Return the plans as a Markdown table."""
     rows = [
-        "| recipe | dataset | goal | parameters | GFLOP an image | epochs | batch | steps | PFLOP | use of the peak | expected time |",
+        "| recipe | dataset | goal | parameters | GFLOP per image | epochs | batch | steps | PFLOP "
+        "| share of peak | expected time |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for p in plans:
-        use = AIMS[p.name].utilisation
+        use = AIMS[p.name].utilization
         of_peak, time = (f"{100 * use:.3g} %", duration(p.seconds)) if use else ("–", "–")
         rows.append(
-            f"| `{p.name}` | {AIMS[p.name].dataset} | {p.goal} | {p.parameters:,} | {figure(p.flops / 1e9)} | {p.epochs:,} | {p.batch:,} | "
+            f"| `{p.name}` | {AIMS[p.name].dataset} | {p.goal} | {p.parameters:,} | {figure(p.flops / 1e9)} "
+            f"| {p.epochs:,} | {p.batch:,} | "
             f"{p.steps:,} | {figure(p.petaflop)} | {of_peak} | {time} |"
         )
     return "\n".join(rows)
 
 
 def figure(number: float) -> str:
-    """Three digits, without an exponent where there are more before the point: "0.0013", "3.79", "2,833"."""
+    """Return three digits, without an exponent for large numbers: "0.0013", "3.79", "2,833"."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """Two digits are more than a guess is worth: "41 s", "17 min", "6.4 h"."""
+    """Return two digits, enough for an estimate: "41 s", "17 min", "6.4 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def update(text: str) -> str:
-    """`text` with the table between its marks made anew."""
+    """Return `text` with the table between its marks replaced."""
     return MARKS.sub(lambda m: f"{m[1]}{table([plan(name) for name in AIMS])}\n{m[2]}", text)
 
 
 def main() -> None:
     parser = Parser(
         "python benchmarks/recipe_costs.py [PRESET ...]",
-        "What each recipe costs, before it is run.",
+        "Estimate the cost of each recipe before it is run.",
         example="python benchmarks/recipe_costs.py speedrun --peak 312",
     )
-    parser.add_argument("recipes", nargs="*", metavar="PRESET", help=f"of {', '.join(preset_names())} (default: all)")
+    parser.add_argument(
+        "recipes", nargs="*", metavar="PRESET", help=f"presets: {', '.join(preset_names())} (default: all)"
+    )
     parser.add_argument(
         "--peak",
         type=float,
         default=PEAK,
         metavar="TFLOPS",
-        help=f"TFLOP/s of the GPU in bf16 (default: an H200's {PEAK:g})",
+        help=f"peak TFLOP/s of the GPU in bf16 (default: {PEAK:g}, an H200)",
     )
     parser.add_argument("--update", action="store_true", help=f"write the table into {DOCUMENT.relative_to(PROJECT)}")
     args = parser.parse_args()

@@ -1,19 +1,21 @@
-"""Every way of sharing the work over processes, at the same global batch: where an epoch's seconds go, and what more hosts would do.
+"""Parallelism strategies at the same global batch size: parts of an epoch, and a projection to more hosts.
 
-    python benchmarks/strategies.py --out results/strategies                       all of them, on all GPUs or on two CPU processes
-    python benchmarks/strategies.py --strategies "ddp,zero 1" --steps 8 --rounds 1                              a quick look
+    python benchmarks/strategies.py --out results/strategies                       all, on all GPUs or two CPU processes
+    python benchmarks/strategies.py --strategies "ddp,zero 1" --steps 8 --rounds 1                         a short run
     python benchmarks/strategies.py --processes 1,2,4 --preset spt-lsa --set bf16.enabled=true --link-gbps 2,25
 
-In: a prepared dataset. Out: two tables on the screen and, in --out, strategies.json, strategies.md, epoch.png and hosts.png.
+In: a prepared dataset. Out: two tables on the screen and, in --out, strategies.json, strategies.md, epoch.png and
+hosts.png.
 
-Every measurement has processes of its own, the engines and batches of train.py, a time limit, and --warm-up steps before the
---steps that count; all take turns, --rounds times. On a CPU each process keeps to the same number of cores, whichever row it
-belongs to, as each would have a GPU of its own. A row that cannot run says why, and the others go on.
+Every measurement uses new processes, the engines and batches of train.py, a time limit, and --warm-up steps before the
+--steps that count. All rows take turns, --rounds times. On a CPU each process uses the same number of cores in every
+row, as each would have its own GPU. A row that cannot run reports the reason, and the others continue.
 
-What an epoch consists of: `data` is the wait for batches, `communication` the time in which something was exchanged and nothing
-computed, waiting for slower processes included, `training` the rest; together they are `running`. Communication is that
-share of further steps under PyTorch's profiler (`exchange.py`), in the first round; what of it lay behind the computation
-costs nothing and is in the JSON (`under_way_share`). The bytes are counted in PyTorch's dispatcher.
+Parts of an epoch: `data` is the wait for batches. `communication` is the time with an exchange in flight and no
+computation, including the wait for slower processes. `training` is the rest. Together they are `running`. The share of
+communication comes from additional steps under PyTorch's profiler (`communication_trace.py`) in the first round.
+Communication that overlaps with computation costs nothing and is in the JSON (`under_way_share`). Bytes are counted in
+PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -41,16 +43,16 @@ from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
 
 WORKER = "benchmarks/lib/strategy_worker.py"
-ONE_PROCESS = "one process"  # plain PyTorch: what all others are compared with
+ONE_PROCESS = "one process"  # plain PyTorch: the reference of all other rows
 
 
 @dataclass(frozen=True)
 class Case:
-    """A strategy with the settings that make it that row of the table."""
+    """A strategy with the settings of its row."""
 
     strategy: str
     overrides: tuple[str, ...] = ()
-    alone: bool = False  # also worth a row on one process
+    alone: bool = False  # also measured on one process
     one_program: bool = False  # one process drives all the GPUs
 
 
@@ -58,7 +60,7 @@ CASES = {
     "ddp": Case("ddp"),
     **{f"zero {stage}": Case("zero", (f"zero_optimization.stage={stage}",), alone=stage == 1) for stage in range(4)},
     "fsdp": Case("fsdp"),
-    # With fewer than about four micro-batches a stage, stages mostly wait.
+    # With fewer than about four micro-batches per stage, stages mostly wait.
     "pipeline": Case("pipeline", ("parallel.stages=2", "gradient_accumulation_steps=8")),
     "gossip": Case("gossip"),
     "local": Case("local"),
@@ -68,11 +70,11 @@ CASES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     name: str
     case: Case
-    processes: int  # or GPUs of the one program
+    processes: int  # or GPUs, where one process drives all of them
     settings: Settings
 
     @property
@@ -85,14 +87,14 @@ class Row:
 
     @property
     def period(self) -> int:
-        """Steps after which the same exchanges come again."""
+        """Steps after which the communication pattern repeats."""
         from parallel.topologies import rounds_of
 
         rounds = len(rounds_of(self.topology, self.processes, self.processes)) if self.topology else 1
         return self._setting("local_steps", rounds)
 
     def _setting(self, name: str, otherwise: Any) -> Any:
-        """A setting of `[parallel]` where the strategy has one of this name."""
+        """Return a setting of `[parallel]` if the strategy has one of this name."""
         from parallel.strategies import engine_class
 
         return (
@@ -103,7 +105,7 @@ class Row:
 
 
 def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
-    """The rows, the reference first. Raises SettingsError for a preset or a setting that does not exist."""
+    """Return the rows, the reference first. Raises SettingsError for an unknown preset or setting."""
 
     def row(name: str, case: Case, processes: int) -> Row:
         chosen = [override for override in options.set if concerns(override, case.strategy)]
@@ -119,7 +121,10 @@ def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
 
 
 def concerns(override: str, strategy: str) -> bool:
-    """Whether a `--set` is for this strategy: `parallel.stages` is for the pipeline's row only, which would be refused by the others."""
+    """Return whether a `--set` applies to this strategy.
+
+    `parallel.stages`, for example, applies to the row of the pipeline only; the other strategies would reject it.
+    """
     from parallel.strategies import engine_class
 
     group, _, name = override.partition("=")[0].strip().partition(".")
@@ -129,17 +134,17 @@ def concerns(override: str, strategy: str) -> bool:
 
 
 class Turn:
-    """One row's part of the rounds: each call is a measurement, until one has failed."""
+    """Measurements of one row: each call makes one, until one has failed."""
 
     def __init__(self, row: Row, options: argparse.Namespace, start: Start):
         self.row, self.options, self.start = row, options, start
         self.failed: str | None = None
-        self.measured: list[list[dict[str, Any]]] = []  # for each round the answers of the processes
+        self.measured: list[list[dict[str, Any]]] = []  # answers of the processes, by round
 
     def __call__(self) -> str:
-        """Measure once; a few words on it for the screen."""
+        """Measure once and return a short text for the screen."""
         if self.failed:
-            return "left out"
+            return "skipped"
         options, row = self.options, self.row
         programs = 1 if row.case.one_program else row.processes
         environment = device_environment(options.threads)
@@ -158,7 +163,7 @@ class Turn:
                 "period": row.period,
             }
             answers = run_group(WORKER, request, programs, options.limit_seconds, environment, self.start)
-        except (Failed, SettingsError) as reason:  # the latter: a graph that does not go with so many processes
+        except (Failed, SettingsError) as reason:  # the latter: a topology that does not allow this number of processes
             self.failed = str(reason)
             return f"failed: {self.failed}"
         self.measured.append(answers)
@@ -167,8 +172,11 @@ class Turn:
         )
 
 
-def summarise(turn: Turn, steps: int) -> dict[str, Any]:
-    """What all rounds of a row say. Seconds are those of the slowest process; `communication` is the mean share of all processes."""
+def summarize(turn: Turn, steps: int) -> dict[str, Any]:
+    """Return the results of all rounds of a row.
+
+    Seconds are those of the slowest process; `communication` is the mean share over all processes.
+    """
     row = turn.row
     facts: dict[str, Any] = {
         "name": row.name,
@@ -207,12 +215,12 @@ def summarise(turn: Turn, steps: int) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
-    """Measure every row. Raises SettingsError or DatasetError for what no row could work with."""
+    """Measure every row. Raises SettingsError or DatasetError if no row could run."""
     import torch
 
     if not Dataset.is_prepared(options.data_dir):
         raise DatasetError(
-            f"{options.data_dir} holds no prepared dataset; make one with prepare_dataset.py, or name another with --data-dir"
+            f"{options.data_dir} holds no prepared dataset. Run prepare_dataset.py, or choose another --data-dir"
         )
     gpus = visible_gpus()
     rows = plan(options, len(gpus))
@@ -223,9 +231,9 @@ def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
     alternate(
         turns,
         options.rounds,
-        lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"),
+        lambda number, name, text: note(f"round {number + 1} of {options.rounds}: {name}: {text}"),
     )
-    table = [summarise(turn, options.steps) for turn in turns.values()]
+    table = [summarize(turn, options.steps) for turn in turns.values()]
     reference = table[0].get("running_seconds")
     for line in table:
         if reference and not line["failed"]:
@@ -250,79 +258,87 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpus = len(visible_gpus())
     parser = Parser(
         "python benchmarks/strategies.py",
-        "Where an epoch's seconds go under every strategy, and what more hosts would do.",
+        "Compare parallelism strategies: parts of an epoch, and a projection to more hosts.",
         example="python benchmarks/strategies.py --out results/strategies\n"
         'python benchmarks/strategies.py --strategies "ddp,zero 1" --steps 8 --rounds 1',
     )
     add_data(parser)
     add_settings(parser, "spt-lsa" if gpus else "cpu")
-    what = parser.add_argument_group("what is compared")
+    what = parser.add_argument_group("systems")
     what.add_argument(
         "--strategies",
         type=some_of("strategy", CASES),
         default=",".join(CASES),
         metavar="A,B",
-        help=f"of {', '.join(CASES)} (default: all; dp needs two GPUs)",
+        help=f"strategies to compare: {', '.join(CASES)} (default: all; dp needs two GPUs)",
     )
     what.add_argument(
         "--processes",
         type=several(int),
         default=f"1,{gpus if gpus > 1 else 2}" if gpus != 1 else "1",
         metavar="N,M",
-        help="numbers of processes (default: one and all GPUs; without a GPU 1,2)",
+        help="numbers of processes (default: 1 and the number of GPUs; without a GPU 1,2)",
     )
-    how = parser.add_argument_group("how it is measured")
+    how = parser.add_argument_group("measurement")
     how.add_argument(
         "--steps",
         type=at_least_one,
         default=64,
         metavar="N",
-        help="optimiser steps of a measurement (default: %(default)s)",
+        help="optimizer steps per measurement (default: %(default)s)",
     )
     how.add_argument(
-        "--warm-up", type=at_least_one, default=5, metavar="N", help="steps before them (default: %(default)s)"
+        "--warm-up",
+        type=at_least_one,
+        default=5,
+        metavar="N",
+        help="warm-up steps before each measurement (default: %(default)s)",
     )
     how.add_argument(
-        "--rounds", type=at_least_one, default=3, metavar="N", help="measurements of each row (default: %(default)s)"
+        "--rounds", type=at_least_one, default=3, metavar="N", help="measurements per row (default: %(default)s)"
     )
     how.add_argument(
         "--threads",
         type=at_least_one,
         metavar="N",
-        help="of each process on a CPU (default: the cores by the most processes)",
+        help="threads per process on a CPU (default: cores / largest number of processes)",
     )
     how.add_argument(
         "--limit-seconds",
         type=float,
         default=600,
         metavar="S",
-        help="seconds that a measurement may take (default: %(default)s)",
+        help="time limit of a measurement in seconds (default: %(default)s)",
     )
     more = parser.add_argument_group("projection to more hosts")
     more.add_argument(
-        "--hosts", type=several(int), default="2,4,8,16", metavar="N,M", help="numbers of hosts (default: %(default)s)"
+        "--hosts",
+        type=several(int),
+        default="2,4,8,16",
+        metavar="N,M",
+        help="numbers of hosts to project to (default: %(default)s)",
     )
     more.add_argument(
         "--link-gbps",
         type=several(float),
         default="1,10",
         metavar="X,Y",
-        help="Gbit/s between hosts (default: %(default)s)",
+        help="link bandwidths between hosts in Gbit/s (default: %(default)s)",
     )
     more.add_argument(
         "--link-latency-us",
         type=float,
         default=50.0,
         metavar="US",
-        help="microseconds of a message between hosts (default: 50)",
+        help="latency between hosts in microseconds (default: 50)",
     )
-    kept = parser.add_argument_group("what is kept")
-    kept.add_argument(
-        "--out", type=Path, metavar="DIR", help="write the report and its pictures here (default: nowhere)"
-    )
+    kept = parser.add_argument_group("output")
+    kept.add_argument("--out", type=Path, metavar="DIR", help="folder for the report and its plots (default: none)")
     options = parser.parse_args(arguments)
     if gpus and max(options.processes) > gpus:
-        parser.error(f"--processes: there are {gpus} GPUs, and each process needs one of its own")
+        parser.error(
+            f"--processes: {max(options.processes)} processes need {max(options.processes)} GPUs, found {gpus}"
+        )
     options.links = [Link(gigabits, 1e-6 * options.link_latency_us) for gigabits in options.link_gbps]
     return options
 
@@ -333,7 +349,7 @@ def main(arguments: Sequence[str] | None = None, start: Start = Fresh) -> int:
 
 
 def measure_and_report(options: argparse.Namespace, start: Start) -> int:
-    """Returns the exit code: 1 when every row failed."""
+    """Measure, print and write the report. Returns the exit code: 1 if every row failed."""
     report = run(options, start)
     print(strategy_report.as_text(report))
     if options.out:
@@ -346,5 +362,5 @@ def measure_and_report(options: argparse.Namespace, start: Start) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the processes at work are ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that running processes are ended
     sys.exit(main())

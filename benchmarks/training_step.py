@@ -1,17 +1,22 @@
-"""What a training step costs: images a second, the share of the device's peak, milliseconds by part; against a bare loop, timm, Lightning.
+"""Cost of a training step: images/s, shares of peak and memory floor, milliseconds by part; against baselines.
 
     python benchmarks/training_step.py                                  one process: the GPU, or the CPU
-    python benchmarks/training_step.py --preset spt-lsa --precision bf16 --compile both --json step.json --markdown step.md
-    python benchmarks/training_step.py --strategies "zero 1" --peers bare --steps 20 --synthetic                a quick look, without data
+    python benchmarks/training_step.py --preset spt-lsa --precision bf16 --compile off,on --json step.json
+    python benchmarks/training_step.py --strategies "zero 1" --baselines bare --steps 20 --synthetic    a short run
 
 In: a prepared dataset. Out: tables on the screen, and in --json and --markdown.
 
-All contenders (`contenders.py`, `step_peers.py`) train the same network on the same batches, each in a process of its own, and
-take turns: --warm-up steps once, then --rounds times --steps steps. The peers have AdamW, so it takes the place of
-a preset's other optimiser, unless --set optimizer.type names one or there are no peers. A ratio is taken round by round against the bare loop
-with the same arithmetic. FLOPs are those of the matrix products of a forward pass as PyTorch counts them, three times (the
-backward pass has two for each); elementwise work and what a GPU recomputes are not in it. The peak is the data sheet's
-(`peaks.py`) and, beside it, what a large product of matrices reached in this very run.
+All systems (`step_systems.py`, `step_baselines.py`) train the same network on the same batches, each in its own
+process: --warm-up steps once, then --rounds times --steps steps. With `--turns alternate` (default on a CPU) all
+systems are in memory and take turns. With `--turns sequential` (default on a GPU) each one ends before the next starts,
+so that only one has to fit. The baselines support AdamW only: it replaces the preset's optimizer unless --set
+optimizer.type names one or there are no baselines. A ratio is taken round by round against the bare loop with the same
+arithmetic.
+
+FLOPs are the matrix products of a forward pass as PyTorch counts them, times three (the backward pass has two for
+each). Elementwise work and recomputation do not count. MFU is the share of the data sheet's peak (`peak_flops.py`); the
+share of a large matmul in the same run is next to it. The memory floor is the counted traffic of a step at the
+bandwidth of a large copy in the same run (`memory_floor.py`): a step that is bound by memory cannot exceed 100 % of it.
 """
 
 from __future__ import annotations
@@ -44,25 +49,29 @@ from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
 
 STRATEGIES = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp")
+MODES = ("off", "on", "reduce-overhead", "max-autotune")
+PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+OTHER_PACKAGES = ("timm", "lightning", "pytorch-lightning")
 
 
-class Contender:
-    """The near end of a contender: its processes, and what they have measured."""
+class System:
+    """One measured system, as the benchmark sees it: its processes and their answers."""
 
-    def __init__(self, name: str, bf16: bool, compiled: bool, options: argparse.Namespace):
-        self.name, self.bf16, self.compiled, self.options = name, bf16, compiled, options
-        self.left_out: str | None = None
+    def __init__(self, name: str, bf16: bool, compile: str, options: argparse.Namespace):
+        self.name, self.bf16, self.compile, self.options = name, bf16, compile, options
+        self.left_out: str | None = None  # the reason, if it cannot run
         self.facts: dict[str, Any] = {}
         self.turns: list[dict[str, Any]] = []
         self.children: list[tuple[Any, Any]] = []
 
     @property
     def label(self) -> str:
-        return f"{self.name}{', bf16' if self.bf16 and self.name != 'bare, bf16 weights' else ''}{', compiled' if self.compiled else ''}"
+        bf16 = ", bf16" if self.bf16 and self.name != "bare, bf16 weights" else ""
+        return f"{self.name}{bf16}{step_report.compiled_label(self.compile)}"
 
     def start(self, context: Any) -> None:
-        """Begin its processes, which make their networks meanwhile."""
-        from benchmarks.lib.step_contenders import serve
+        """Start its processes, which build their networks in the background."""
+        from benchmarks.lib.step_systems import serve
 
         options = self.options
         try:
@@ -71,7 +80,7 @@ class Contender:
                 "settings": self.settings().as_dict(),
                 "data_dir": str(options.data_dir.resolve()),
                 **{key: getattr(options, key) for key in ("source", "synthetic", "threads", "pin", "processes")},
-                "compile": self.compiled,
+                "compile": self.compile,
             }
         except SettingsError as error:
             self.left_out = str(error)
@@ -84,28 +93,31 @@ class Contender:
         }
         for rank in range(options.processes):
             near, far = context.Pipe()
-            child = context.Process(
-                target=serve, args=(far, request, {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}), daemon=True
-            )
+            environment = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            child = context.Process(target=serve, args=(far, request, environment), daemon=True)
             child.start()
             far.close()
             self.children.append((child, near))
 
     def warm_up(self) -> None:
-        """Wait for its processes, and let them make the steps that do not count; alone, for some of it is tuned by the clock."""
+        """Wait for its processes and train the warm-up steps, alone: some libraries tune themselves by timing."""
         if not self.left_out:
             self.facts = self._answers()[0]
         self.ask("warm up", self.options.warm_up)
+        note(f"{self.label}: {'skipped: ' + self.left_out if self.left_out else 'ready'}")
 
     def settings(self) -> Settings:
-        """Raises SettingsError for a preset or a setting that does not exist."""
+        """Return the settings of this system. Raises SettingsError for an unknown preset or setting."""
         case, options = CASES.get(self.name, CASES["ddp"]), self.options
-        chosen = [override for override in options.set if concerns(override, case.strategy)]
-        ours = [f"bf16.enabled={str(self.bf16).lower()}", f"compile={'on' if self.compiled else 'off'}"]
+        try:
+            chosen = [override for override in options.set if concerns(override, case.strategy)]
+        except ImportError as error:
+            raise SettingsError(f"strategy {case.strategy} needs {error.name}, which is not installed") from error
+        ours = [f"bf16.enabled={str(self.bf16).lower()}", f"compile={self.compile}"]
         return resolve(options.preset, [*chosen, *case.overrides, *ours], strategy=case.strategy)
 
     def ask(self, what: str, count: int) -> list[dict[str, Any]]:
-        """The answers of all its processes; an empty list where it is left out."""
+        """Send a request to all processes and return their answers; an empty list if the system is skipped."""
         if not self.left_out:
             for _, near in self.children:
                 near.send((what, count))
@@ -123,19 +135,20 @@ class Contender:
         limit = self.options.limit_seconds
         try:
             if not near.poll(limit):
-                raise Failed(f"still at work after {limit:g} s")
+                raise Failed(f"still running after {limit:g} s")
             answer = near.recv()
         except (EOFError, OSError):
             child.join(5)
-            raise Failed(f"its process ended with exit code {child.exitcode}; what it said stands above") from None
+            raise Failed(f"its process ended with exit code {child.exitcode}; its output is above") from None
         if "left_out" in answer:
             raise Failed(answer["left_out"])
         return answer
 
     def turn(self) -> str:
+        """Train one turn and return a short text for the screen."""
         answers = self.ask("turn", self.options.steps)
         if self.left_out:
-            return f"left out: {self.left_out}"
+            return f"skipped: {self.left_out}"
         seconds = max(answer["seconds"] for answer in answers)
         self.turns.append(
             {
@@ -144,9 +157,10 @@ class Contender:
                 "loss": statistics.mean(answer["losses"][-1] for answer in answers),
             }
         )
-        return f"{1e3 * seconds / self.options.steps:.2f} ms a step"
+        return f"{1e3 * seconds / self.options.steps:.2f} ms per step"
 
     def end(self) -> None:
+        """End its processes."""
         for _, near in self.children:
             if not self.left_out:
                 near.send(None)
@@ -160,73 +174,78 @@ class Contender:
 
 
 def run(options: argparse.Namespace, context: Any) -> dict[str, Any]:
-    """Measure all contenders. Raises DatasetError without a dataset, SettingsError for a setting that does not exist."""
+    """Measure all systems. Raises DatasetError without a dataset, SettingsError for an unknown setting."""
     import torch
 
     if not Dataset.is_prepared(options.data_dir):
         raise DatasetError(
-            f"{options.data_dir} holds no prepared dataset; make one with prepare_dataset.py, or name another with --data-dir"
+            f"{options.data_dir} holds no prepared dataset. Run prepare_dataset.py, or choose another --data-dir"
         )
     device = torch.device("cuda" if visible_gpus() else "cpu")
     options.threads = options.threads or max(1, available_cores() // options.processes)
     options.pin = device.type == "cpu" and options.processes * options.threads <= available_cores()
-    contenders = [
-        Contender(name, bf16, compiled, options)
+    systems = [
+        System(name, bf16, mode, options)
         for bf16 in options.precision
-        for compiled in options.compile
-        for name in [*options.strategies, *options.peers]
+        for mode in options.compile
+        for name in [*options.strategies, *options.baselines]
         if name != "bare, bf16 weights" or bf16
     ]
-    contenders[0].settings()
-    try:
-        with device_of_children(options.threads):
-            for contender in contenders:
-                contender.start(context)
-        for contender in contenders:
-            contender.warm_up()
-            note(f"{contender.label}: {'left out: ' + contender.left_out if contender.left_out else 'ready'}")
-        active = [contender for contender in contenders if not contender.left_out]
-        alternate(
-            {contender.label: contender.turn for contender in active},
-            options.rounds,
-            lambda number, name, said: note(f"round {number + 1} of {options.rounds}: {name}: {said}"),
-        )
-        rows = [measured(contender) for contender in contenders]
-    finally:
-        for contender in contenders:
-            contender.end()
+    systems[0].settings()
+    groups = [systems] if options.turns == "alternate" else [[system] for system in systems]
+    rows = [row for group in groups for row in measure_group(group, context)]
     torch.set_num_threads(options.threads)
-    kept = ("set", "processes", "steps", "warm_up", "rounds", "threads", "pin", "synthetic")
+    kept = ("set", "processes", "steps", "warm_up", "rounds", "turns", "threads", "pin", "synthetic")
     settings = {"preset": Path(options.preset).stem, **{key: getattr(options, key) for key in kept}}
+    usable = [system for system in systems if not system.left_out] or systems[:1]
     report = {
         **origin(),
-        "machine": machine(device, (*PACKAGES, "timm", "lightning", "pytorch-lightning")),
+        "machine": machine(device, (*PACKAGES, *OTHER_PACKAGES)),
         "settings": settings,
         "peaks": peaks(device, options.precision),
-        "flops_per_image": flops(contenders[0], options.data_dir),
+        "memory": memory_traffic(usable, device),
+        "flops_per_image": flops(usable[0]),
         "rows": rows,
     }
     step_report.complete(report)
     return report
 
 
-PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+def measure_group(systems: list[System], context: Any) -> list[dict[str, Any]]:
+    """Measure systems that are in memory at the same time, in turns, and return their rows."""
+    options = systems[0].options
+    try:
+        with device_of_children(options.threads):
+            for system in systems:
+                system.start(context)
+        for system in systems:
+            system.warm_up()
+        alternate(
+            {system.label: system.turn for system in systems if not system.left_out},
+            options.rounds,
+            lambda number, name, text: note(f"round {number + 1} of {options.rounds}: {name}: {text}"),
+        )
+        return [measured(system) for system in systems]
+    finally:
+        for system in systems:
+            system.end()
 
 
-def measured(contender: Contender) -> dict[str, Any]:
-    """Everything that was found out about one contender."""
-    looks = contender.ask("look", contender.options.steps)
+def measured(system: System) -> dict[str, Any]:
+    """Return the row of a system: all measurements of its turns and of its additional steps."""
+    looks = system.ask("look", system.options.steps)
     row: dict[str, Any] = {
-        "label": contender.label,
-        "name": contender.name,
-        "bf16": contender.bf16,
-        "compiled": contender.compiled,
-        "left_out": contender.left_out,
+        "label": system.label,
+        "name": system.name,
+        "bf16": system.bf16,
+        "compile": system.compile,
+        "compiled": system.compile != "off",
+        "left_out": system.left_out,
     }
-    if contender.left_out:
+    if system.left_out:
         return row
-    batch = contender.settings().engine["train_batch_size"]
-    seconds = [turn["seconds"] for turn in contender.turns]
+    batch = system.settings().engine["train_batch_size"]
+    seconds = [turn["seconds"] for turn in system.turns]
     shares = {
         key: statistics.mean(look[key] for look in looks)
         for key in ("exposed_share", "under_way_share")
@@ -234,31 +253,31 @@ def measured(contender: Contender) -> dict[str, Any]:
     }
     return {
         **row,
-        **contender.facts,
+        **system.facts,
         **shares,
         "batch": batch,
         "seconds": seconds,
-        "steps": contender.options.steps,
-        "images_per_second": [contender.options.steps * batch / value for value in seconds],
-        "data_seconds": [turn["data_seconds"] for turn in contender.turns],
-        "loss": contender.turns[-1]["loss"],
+        "steps": system.options.steps,
+        "images_per_second": [system.options.steps * batch / value for value in seconds],
+        "data_seconds": [turn["data_seconds"] for turn in system.turns],
+        "loss": system.turns[-1]["loss"],
         "memory_bytes": max(look["memory_bytes"] for look in looks),
         "parts": looks[0].get("parts"),
         "no_parts": looks[0].get("no_parts"),
     }
 
 
-def flops(contender: Contender, data_dir: Path) -> int:
-    """Of one image's forward pass."""
+def flops(system: System) -> int:
+    """Return the FLOPs of one image's forward pass."""
     from benchmarks.lib.workload import Subject
     from models.cost import count_flops
 
-    subject = Subject(contender.settings(), data_dir)
+    subject = Subject(system.settings(), system.options.data_dir)
     return count_flops(subject.build().eval(), subject.side, "cpu")
 
 
 def peaks(device: Any, precisions: Sequence[bool]) -> dict[str, dict[str, Any]]:
-    """By arithmetic: operations a second of the data sheet, and those of a product of matrices just now."""
+    """Return, by precision, FLOP/s of the data sheet and of a large matrix product just now."""
     result = {}
     for bf16 in precisions:
         paper, source = peak_flops(device, bf16)
@@ -270,9 +289,33 @@ def peaks(device: Any, precisions: Sequence[bool]) -> dict[str, dict[str, Any]]:
     return result
 
 
+def memory_traffic(systems: list[System], device: Any) -> dict[str, Any]:
+    """Return the bandwidth of a large copy, and the bytes of a step of one process by precision (None: not counted)."""
+    from benchmarks.lib.memory_floor import copy_bandwidth, optimizer_bytes, pass_bytes
+    from benchmarks.lib.workload import Subject
+    from models.cost import count_parameters
+    from parallel.batch_sizes import BatchSizes
+
+    counted: dict[str, int | None] = {}
+    problem = None
+    processes = systems[0].options.processes
+    for system in {system.bf16: system for system in systems}.values():
+        settings = system.settings()
+        subject, sizes = Subject(settings, system.options.data_dir), BatchSizes.derive(settings.engine, processes)
+        images = (sizes.micro, 3, subject.side, subject.side)
+        precision = "bf16" if system.bf16 else "fp32"
+        try:
+            passes = sizes.accumulation * pass_bytes(subject.build, images, system.bf16, device)
+            update = optimizer_bytes(count_parameters(subject.build()), settings.engine["optimizer"]["type"])
+            counted[precision] = passes + update // processes
+        except Exception as error:  # fake tensors do not support every operation that a network may use
+            counted[precision], problem = None, f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"copy_bytes_per_second": copy_bandwidth(device), "bytes_per_step": counted, "problem": problem}
+
+
 @contextmanager
 def device_of_children(threads: int) -> Any:
-    """The environment that processes started meanwhile find."""
+    """Set the environment for processes that are started inside the block."""
     before, words = dict(os.environ), device_environment(threads)
     os.environ.update(words)
     try:
@@ -289,91 +332,111 @@ def note(text: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpus = len(visible_gpus())
-    peers = [name for name in table_names("benchmarks/lib/step_baselines.py", "PEERS") if "," not in name]
+    baselines = [name for name in table_names("benchmarks/lib/step_baselines.py", "BASELINES") if "," not in name]
     parser = Parser(
         "python benchmarks/training_step.py",
-        "What a training step costs: images a second, share of the peak, milliseconds by part; against a bare loop, timm, Lightning.",
-        example="python benchmarks/training_step.py --preset spt-lsa --precision fp32,bf16 --compile both --json step.json\n"
-        'python benchmarks/training_step.py --strategies "zero 1" --peers bare --steps 20 --synthetic',
+        "Measure the cost of a training step against a bare PyTorch loop, timm and Lightning.",
+        example="python benchmarks/training_step.py --preset spt-lsa --precision fp32,bf16 --compile off,on\n"
+        'python benchmarks/training_step.py --strategies "zero 1" --baselines bare --steps 20 --synthetic',
     )
     data = add_data(parser)
-    data.add_argument("--synthetic", action="store_true", help="one batch of noise on the device instead of the data")
+    data.add_argument("--synthetic", action="store_true", help="train on a fixed random batch on the device")
     settings = add_settings(parser, "spt-lsa" if gpus else "cpu")
-    settings.add_argument(
-        "--batch", type=at_least_one, metavar="N", help="images of a global batch (default: the preset's)"
-    )
-    what = parser.add_argument_group("what is compared")
+    settings.add_argument("--batch", type=at_least_one, metavar="N", help="global batch size (default: the preset's)")
+    add_systems(parser, baselines, gpus)
+    add_measurement(parser, gpus)
+    add_reports(parser)
+    options = parser.parse_args(arguments)
+    if not options.strategies + options.baselines:
+        parser.error("nothing to measure: --strategies and --baselines are both none")
+    if "bare" in options.baselines:
+        options.baselines.insert(options.baselines.index("bare") + 1, "bare, bf16 weights")
+    options.precision = [name == "bf16" for name in options.precision]
+    if "both" in options.compile:
+        options.compile = [mode for mode in MODES if mode in ("off", "on", *options.compile)]
+    if options.batch:
+        options.set.append(f"train_batch_size={options.batch}")
+    if options.baselines and not any(override.startswith("optimizer.type") for override in options.set):
+        options.set.insert(0, "optimizer.type=AdamW")
+    return options
+
+
+def add_systems(parser: Parser, baselines: list[str], gpus: int) -> None:
+    """Add the options for the compared systems."""
+    what = parser.add_argument_group("systems")
     what.add_argument(
         "--strategies",
         type=some_of("strategy", STRATEGIES, none=True),
         default="ddp,zero 1",
         metavar="A,B",
-        help=f"of {', '.join(STRATEGIES)}, or none (default: %(default)s)",
+        help=f"strategies of ours: {', '.join(STRATEGIES)}, or none (default: %(default)s)",
     )
     what.add_argument(
+        "--baselines",
         "--peers",
-        type=some_of("peer", peers, none=True),
-        default=",".join(peers),
+        type=some_of("baseline", baselines, none=True),
+        default=",".join(baselines),
         metavar="A,B",
-        help=f"of {', '.join(peers)}, or none; bare brings its bf16 form along (default: all)",
+        help=f"baselines: {', '.join(baselines)}, or none; bare includes its form with bf16 weights (default: all)",
     )
     what.add_argument(
         "--precision",
         type=some_of("precision", ("fp32", "bf16")),
         default="bf16" if gpus else "fp32",
         metavar="A,B",
-        help="fp32, bf16 or both: fp32,bf16 (default: bf16 on a GPU, else fp32)",
+        help="precisions to measure: fp32, bf16 or fp32,bf16 (default: bf16 on a GPU, else fp32)",
     )
-    what.add_argument("--compile", default="off", choices=["off", "on", "both"], help="torch.compile (default: off)")
-    how = parser.add_argument_group("how it is measured")
-    how.add_argument("--processes", type=at_least_one, default=1, metavar="N", help="of each contender (default: 1)")
+    what.add_argument(
+        "--compile",
+        type=some_of("mode", (*MODES, "both")),
+        default="off",
+        metavar="A,B",
+        help=f"torch.compile modes: {', '.join(MODES)}; both means off,on (default: off)",
+    )
+
+
+def add_measurement(parser: Parser, gpus: int) -> None:
+    """Add the options for the measurement."""
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--processes", type=at_least_one, default=1, metavar="N", help="processes per system (default: 1)")
     how.add_argument(
         "--steps",
         type=at_least_one,
         default=50 if gpus else 10,
         metavar="N",
-        help="of a turn (default: 50 on a GPU, else 10)",
+        help="steps per turn (default: 50 on a GPU, else 10)",
     )
     how.add_argument(
         "--warm-up",
         type=at_least_one,
         default=20 if gpus else 3,
         metavar="N",
-        help="steps of each contender that do not count (default: 20 on a GPU, else 3)",
+        help="warm-up steps of each system (default: 20 on a GPU, else 3)",
     )
     how.add_argument(
         "--rounds",
         type=at_least_one,
         default=7 if gpus else 5,
         metavar="N",
-        help="turns of each (default: 7 on a GPU, else 5)",
+        help="turns of each system (default: 7 on a GPU, else 5)",
     )
     how.add_argument(
-        "--threads",
-        type=at_least_one,
-        metavar="N",
-        help="of each process on a CPU (default: the cores by the processes)",
+        "--turns",
+        choices=list(step_report.TURNS),
+        default="sequential" if gpus else "alternate",
+        help="order of the turns: alternate keeps all systems in memory, sequential one at a time "
+        "(default: sequential on a GPU, else alternate)",
+    )
+    how.add_argument(
+        "--threads", type=at_least_one, metavar="N", help="threads per process on a CPU (default: cores / processes)"
     )
     how.add_argument(
         "--limit-seconds",
         type=float,
         default=300,
         metavar="S",
-        help="seconds that a turn or a warm-up may take (default: 300)",
+        help="time limit of a turn or a warm-up in seconds (default: 300)",
     )
-    add_reports(parser)
-    options = parser.parse_args(arguments)
-    if not options.strategies + options.peers:
-        parser.error("there is nothing to measure: --strategies and --peers are both none")
-    if "bare" in options.peers:
-        options.peers.insert(options.peers.index("bare") + 1, "bare, bf16 weights")
-    options.precision = [name == "bf16" for name in options.precision]
-    options.compile = {"off": [False], "on": [True], "both": [False, True]}[options.compile]
-    if options.batch:
-        options.set.append(f"train_batch_size={options.batch}")
-    if options.peers and not any(override.startswith("optimizer.type") for override in options.set):
-        options.set.insert(0, "optimizer.type=AdamW")
-    return options
 
 
 def main(arguments: Sequence[str] | None = None, context: Any = None) -> int:
@@ -382,7 +445,7 @@ def main(arguments: Sequence[str] | None = None, context: Any = None) -> int:
 
 
 def measure_and_report(options: argparse.Namespace, context: Any) -> int:
-    """Returns the exit code: 1 when no contender could run."""
+    """Measure, print and write the report. Returns the exit code: 1 if no system could run."""
     report = run(options, context)
     print(step_report.as_text(report))
     keep((options.json, json.dumps(report, indent=1) + "\n"), (options.markdown, step_report.as_markdown(report)))
@@ -390,5 +453,5 @@ def measure_and_report(options: argparse.Namespace, context: Any) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the processes at work are ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that running processes are ended
     sys.exit(main())

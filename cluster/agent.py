@@ -1,12 +1,13 @@
-"""Runs the ranks of one host, keeps their logs, and never outlives the one who started it: run_hosts.py, over SSH.
+"""Run the ranks of one host, keep their logs, and end with the launcher: run_hosts.py starts this program over SSH.
 
-    python cluster/agent.py                  the order is one line of JSON on standard input; then `stop`, `kill`, `beat` or `logs PATH` a line
-    python cluster/agent.py --end MARK       end what a killed agent left
+    python cluster/agent.py                  reads an order (one line of JSON) from standard input, then the commands
+                                             `stop`, `kill`, `beat` and `logs PATH`, one per line
+    python cluster/agent.py --end MARK       ends the processes that a killed agent left behind
 
-It starts `python -m deepspeed.launcher.launch --node_rank=I`, the half of DeepSpeed's launcher that works on each machine, and
-adds what that lacks. It says every few seconds that it is alive. When it hears nothing for `silence` seconds (a cut cable) or
-its input ends (the other side died), it lets the ranks save, and ends them; a rank that somebody halted (SIGSTOP) for as long
-counts as dead. Whatever the ranks started is ended too.
+The agent starts `python -m deepspeed.launcher.launch --node_rank=I`, the per-machine half of DeepSpeed's launcher, and
+adds supervision. It prints a heartbeat every few seconds. If its input ends (the launcher died) or it receives nothing
+for `silence` seconds (cut cable), it lets the ranks save and then ends them. A rank that is suspended (SIGSTOP) for as
+long counts as dead. Every process that the ranks started is ended as well.
 """
 
 import ctypes
@@ -22,12 +23,13 @@ import threading
 import time
 
 TAIL_LINES = 15
+MARK = "agent:"  # begins every message to the launcher; login scripts print to the same pipe
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Supervisor:
-    """The other side: lines come in through a thread, and go out through one, so that a cut connection blocks nobody."""
+    """The connection to the launcher. One thread reads and one writes, so a cut connection never blocks supervision."""
 
     def __init__(self):
         self.orders, self.outgoing = queue.Queue(), queue.Queue()
@@ -46,32 +48,32 @@ class Supervisor:
         while True:
             message = self.outgoing.get()
             try:
-                sys.stdout.write(json.dumps(message) + "\n")
+                sys.stdout.write(MARK + json.dumps(message) + "\n")
                 sys.stdout.flush()
             except OSError:
                 self.gone = True
             self.outgoing.task_done()
 
-    def tell(self, **message):
+    def send(self, **message):
         self.outgoing.put(message)
 
     def flush(self, seconds):
-        """Give what was said some time to leave."""
+        """Wait until queued messages are sent, at most `seconds`."""
         deadline = time.monotonic() + seconds
         while self.outgoing.unfinished_tasks and not self.gone and time.monotonic() < deadline:
             time.sleep(0.02)
 
 
 class Ranks:
-    """The launcher's process and the ranks it starts."""
+    """DeepSpeed's launcher process on this host and the ranks it starts."""
 
     def __init__(self, order):
         self.mark = f"CLUSTER_JOB={order['job']}:{order['index']}"
         self.logs, self.slots = order["logs"], len(order["world"][order["index"]][1])
         self.first_rank = sum(len(devices) for _, devices in order["world"][: order["index"]])
         os.makedirs(self.logs, exist_ok=True)
-        self.pids, self.gone, self.halted, self.destination, self.stopping = {}, [], {}, "", False
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes ours, to be found and ended
+        self.pids, self.gone, self.suspended, self.destination, self.stopping = {}, [], {}, "", False
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphaned descendants become our children, so we can end them
         with open(os.path.join(self.logs, "launcher.log"), "w") as log:
             self.launcher = subprocess.Popen(
                 order["command"],
@@ -85,28 +87,31 @@ class Ranks:
             )
 
     def environment(self, order):
-        """The order's variables over this host's own; the environment's programs first on PATH, for DeepSpeed looks for ninja there."""
+        """The order's variables on top of this host's own.
+
+        The environment's programs come first on PATH, because DeepSpeed looks for ninja there.
+        """
         variables = {**os.environ, **order["environment"]}
         variables["PATH"] = os.path.dirname(order["command"][0]) + ":" + variables.get("PATH", "/usr/bin:/bin")
         name, _, value = self.mark.partition("=")
         variables.update({name: value, "LOCAL_WORLD_SIZE": str(self.slots)})
         if order["on_cpu"]:
-            # Threads of the ranks must not fight for the cores: two ranks with a thread per core each were 40 times slower.
+            # Ranks must not compete for cores: two ranks with one thread per core each were 40 times slower.
             variables["DS_ACCELERATOR"] = "cpu"
             variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.slots)))
         return variables
 
     def find(self):
-        """Notice new ranks among the launcher's children. One that comes after the order to save gets it now."""
+        """Register new ranks among the launcher's children; one that starts after the stop command gets SIGTERM."""
         for pid in children(self.launcher.pid) if len(self.pids) < self.slots else ():
             rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", read(f"/proc/{pid}/environ"))
             if rank and self.mark.encode() in read(f"/proc/{pid}/environ") and int(rank[1]) not in self.pids:
                 self.pids[int(rank[1])] = pid
                 if self.stopping:
-                    send(pid, signal.SIGTERM)
+                    send_signal(pid, signal.SIGTERM)
 
     def watch(self):
-        """Notice new ranks, ranks that ended (in their order) and ranks that somebody halted. Returns the ranks that ended since."""
+        """Register new, ended and suspended ranks. Return the ranks that ended since the last call, in their order."""
         self.find()
         if self.destination and len(self.pids) == self.slots:
             self.move_logs()
@@ -117,23 +122,23 @@ class Ranks:
                 self.gone.append(rank)
                 ended.append(rank)
             if state == "T":
-                self.halted.setdefault(rank, time.monotonic())
+                self.suspended.setdefault(rank, time.monotonic())
             else:
-                self.halted.pop(rank, None)
+                self.suspended.pop(rank, None)
         return ended
 
     def stop(self):
-        """Ask the ranks to save, all at once; the launcher would ask one after the other, and kill each after 30 s."""
+        """Send SIGTERM to all ranks at once, so that they save. The launcher would kill each after 30 s, one by one."""
         self.find()
         self.stopping = True
         for rank, pid in self.pids.items():
             if rank not in self.gone:
-                send(pid, signal.SIGTERM)
+                send_signal(pid, signal.SIGTERM)
         if not self.pids:
-            send(self.launcher.pid, signal.SIGTERM)
+            send_signal(self.launcher.pid, signal.SIGTERM)
 
     def log_of(self, rank):
-        """The path of a rank's log; the launcher names it after the time, and we after the rank alone."""
+        """The path of a rank's log. DeepSpeed's launcher puts the time into the name; here it is the rank alone."""
         path = os.path.join(self.logs, f"rank{rank}.log")
         if not os.path.exists(path):
             for found in glob.glob(os.path.join(glob.escape(self.logs), f"*_rank{rank}.log")):
@@ -141,7 +146,7 @@ class Ranks:
         return path
 
     def move_logs(self):
-        """Into the run folder, once it is known and all logs are open; files that are being written to can be renamed."""
+        """Move the logs into the run folder once all are open. A file that is being written can be renamed."""
         path, self.destination = self.destination, ""
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -151,12 +156,12 @@ class Ranks:
         old, self.logs = self.logs, path
         for folder in (os.path.dirname(old), os.path.dirname(os.path.dirname(old))):
             try:
-                os.rmdir(folder)  # only when it is empty
+                os.rmdir(folder)  # only if it is empty
             except OSError:
                 break
 
     def report(self):
-        """Of each rank: its last lines, and its first error."""
+        """The last lines and the first error of each rank."""
         ranks = range(self.first_rank, self.first_rank + self.slots)
         texts = {rank: read(self.log_of(rank)).decode(errors="replace") for rank in ranks}
         launcher = read(os.path.join(self.logs, "launcher.log")).decode(errors="replace")
@@ -171,7 +176,7 @@ class Ranks:
 
 
 def end(mark):
-    """End every process that has this mark in its environment. Returns how many there were."""
+    """Kill every process that has this mark in its environment. Return how many there were."""
     ended, deadline = set(), time.monotonic() + 5
     while time.monotonic() < deadline:
         left = [
@@ -182,7 +187,7 @@ def end(mark):
             and state_of(pid) not in ("", "Z")
         ]
         for pid in left:
-            send(pid, signal.SIGKILL)
+            send_signal(pid, signal.SIGKILL)
             ended.add(pid)
         if not left:
             break
@@ -191,16 +196,15 @@ def end(mark):
 
 
 def first_error(text):
-    """The first traceback or error line; what follows in a log is mostly its echo. Empty when there is none."""
+    """The first traceback or error line of a log; later errors mostly follow from it. Empty if there is none."""
     lines = text.splitlines()
     for i, line in enumerate(lines):
         if re.match(r"(error\b|\S+\.py: error: |\S*Error: |terminate called|Fatal Python error)", line):
             return lines[i : i + 3]
         if line.startswith("Traceback (most recent call last)"):
-            end = next((j for j in range(i + 1, len(lines)) if lines[j] and not lines[j][0].isspace()), len(lines) - 1)
-            return (lines[i : end + 1] if end - i < TAIL_LINES else ["..."] + lines[end - TAIL_LINES : end + 1])[
-                : TAIL_LINES + 2
-            ]
+            last = next((j for j in range(i + 1, len(lines)) if lines[j] and not lines[j][0].isspace()), len(lines) - 1)
+            found = lines[i : last + 1] if last - i < TAIL_LINES else ["..."] + lines[last - TAIL_LINES : last + 1]
+            return found[: TAIL_LINES + 2]
     return []
 
 
@@ -209,7 +213,7 @@ def children(pid):
 
 
 def state_of(pid):
-    """R, S, D, T (halted), Z (ended, not yet collected), or nothing when there is no such process."""
+    """R, S, D, T (suspended), Z (ended, not yet collected), or an empty text if there is no such process."""
     return read(f"/proc/{pid}/stat").rpartition(b")")[2].decode()[1:2]
 
 
@@ -221,7 +225,7 @@ def read(path):
         return b""
 
 
-def send(pid, number):
+def send_signal(pid, number):
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -229,20 +233,20 @@ def send(pid, number):
 
 
 def watch(ranks, supervisor, order):
-    """Until the launcher ends or somebody ends it. Returns why it was ended, or an empty text."""
+    """Supervise until the launcher process ends or has to be ended. Return why it was ended, or an empty text."""
     limit, reason, deadline, beat, position = order["silence"], "", None, 0.0, 0
     while ranks.launcher.poll() is None:
         now = time.monotonic()
         for rank in ranks.watch():
-            supervisor.tell(event="gone", rank=rank)
+            supervisor.send(event="gone", rank=rank)
         if now - beat > order["beat"]:
             beat = now
-            supervisor.tell(event="beat")
+            supervisor.send(event="beat")
         if order["index"] == 0:
             position = follow(ranks.log_of(0), position, supervisor)
-        halted = [rank for rank, since in ranks.halted.items() if now - since > limit]
-        if halted:
-            return f"rank {halted[0]} was halted (SIGSTOP) for {limit:g} s"
+        suspended = [rank for rank, since in ranks.suspended.items() if now - since > limit]
+        if suspended:
+            return f"rank {suspended[0]} was suspended (SIGSTOP) for {limit:g} s"
         while not supervisor.orders.empty():
             words = supervisor.orders.get().split(" ", 1)
             if words[0] == "kill":
@@ -252,7 +256,7 @@ def watch(ranks, supervisor, order):
             if words[0] == "logs":
                 ranks.destination = words[1]
         if deadline is None and (supervisor.gone or now - supervisor.heard > limit):
-            reason = "lost the one who started it" if supervisor.gone else f"heard nothing for {limit:g} s"
+            reason = "lost the launcher" if supervisor.gone else f"received nothing for {limit:g} s"
             deadline = now + order["grace"]
             ranks.stop()
         if deadline is not None and now > deadline:
@@ -261,44 +265,40 @@ def watch(ranks, supervisor, order):
     if order["index"] == 0:
         follow(ranks.log_of(0), position, supervisor)
     for rank in ranks.watch():
-        supervisor.tell(event="gone", rank=rank)
+        supervisor.send(event="gone", rank=rank)
     return reason
 
 
 def follow(path, position, supervisor):
-    """Pass on the lines that were added to a log since `position`. Returns the new position."""
+    """Forward the complete lines added to a log since `position`. Return the new position."""
     try:
         with open(path, "rb") as file:
             file.seek(position)
             text = file.read()
     except OSError:
         return position
-    whole = text[: text.rfind(b"\n") + 1]
-    for line in whole.decode(errors="replace").splitlines():
-        supervisor.tell(event="line", text=line)
-    return position + len(whole)
+    complete = text[: text.rfind(b"\n") + 1]
+    for line in complete.decode(errors="replace").splitlines():
+        supervisor.send(event="line", text=line)
+    return position + len(complete)
 
 
 def main():
+    # Only commands, silence and the end of the input count; ranks inherit none of these handlers.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(
-            number, lambda *_: None
-        )  # only orders, silence and the end of the input count; the ranks inherit nothing
+        signal.signal(number, lambda *_: None)
     if sys.argv[1:2] == ["--end"]:
         print(end(sys.argv[2]))
         return
     order = json.loads(sys.stdin.readline())
+    supervisor = Supervisor()
     try:
         ranks = Ranks(order)
     except OSError as error:
-        print(
-            json.dumps(
-                {"event": "end", "code": 1, "reason": str(error), "ranks": {}, "launcher": [str(error)], "logs": ""}
-            ),
-            flush=True,
-        )
-        return
-    supervisor = Supervisor()
+        text = str(error)
+        supervisor.send(event="end", code=1, reason=text, ranks={}, launcher=[text], logs="")
+        supervisor.flush(5)
+        os._exit(0)
     try:
         reason = watch(ranks, supervisor, order)
     finally:
@@ -306,8 +306,7 @@ def main():
         code = ranks.launcher.wait()
     if ranks.destination:
         ranks.move_logs()
-    report = ranks.report()
-    supervisor.tell(event="end", code=code, reason=reason, **report)
+    supervisor.send(event="end", code=code, reason=reason, **ranks.report())
     supervisor.flush(5)
     os._exit(0)  # the threads may hang in a connection that is cut
 

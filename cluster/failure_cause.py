@@ -1,7 +1,7 @@
-"""Who failed first, when several ranks and hosts fell one after the other: most errors are echoes of another one's end.
+"""Find which rank or host failed first when several ended: most errors only follow from another process's end.
 
-An error of its own comes before a lost host, a lost host before ranks that ended without a word, and those before errors that
-speak of others.
+Order of blame: a rank with an error of its own, a lost host, a rank that ended without an error message, and last a
+rank whose error refers to another rank.
 """
 
 from __future__ import annotations
@@ -10,37 +10,38 @@ import re
 from typing import Any
 
 EXIT_FAILED, EXIT_LOST_HOST, EXIT_STOPPED = 1, 69, 75
-# What a rank says when another one is the cause.
+# Error messages of a rank that lost the connection to another one.
 ECHO = re.compile(
-    r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|tcpstore|Dist(Network|Backend|Store)|no route|unreachable",
+    r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|tcpstore|Dist(Network|Backend|Store)|"
+    r"no route|unreachable",
     re.IGNORECASE,
 )
-REFUSED = re.compile(r"error\b|\S+\.py: error: ")  # by train.py, before training: the same again would end the same
+REFUSED = re.compile(r"error\b|\S+\.py: error: ")  # by train.py before training: another start would end the same way
 
 
 def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, list[str]]:
-    """Of a start that failed: (exit code, who failed first, lines to show).
+    """Return (exit code, what failed first, lines to show) of a start that failed.
 
     Args:
         agents: `job.Agent` of every host.
         gone: (index of the host, rank) in the order in which ranks were seen to end.
     """
-    told = {
+    reports = {
         (i, int(rank)): facts
         for i, agent in enumerate(agents)
         if agent.end
         for rank, facts in agent.end["ranks"].items()
     }
-    order = [*(key for key in gone if key in told), *(key for key in told if key not in gone)]
+    order = [*(key for key in gone if key in reports), *(key for key in reports if key not in gone)]
     failed = [key for key in order if agents[key[0]].end["code"] not in (0, EXIT_STOPPED)]
 
     def blame(key: tuple[int, int], words: str = "") -> tuple[int, str, list[str]]:
-        agent, facts = agents[key[0]], told[key]
+        agent, facts = agents[key[0]], reports[key]
         lines = facts["error"] or facts["tail"] or agent.end["launcher"]
         return shell_code(agent.end["code"]), f"rank {key[1]} on {agent.host.name} failed first{words}", lines
 
     for key in failed:
-        if told[key]["error"] and not ECHO.search("\n".join(told[key]["error"])):
+        if reports[key]["error"] and not ECHO.search("\n".join(reports[key]["error"])):
             return blame(key)
     for agent in agents:
         if agent.lost:
@@ -49,10 +50,10 @@ def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, lis
         if agent.end["reason"] not in ("", "told to"):
             return EXIT_FAILED, f"{agent.host.name}: {agent.end['reason']}", []
     for key in failed:
-        # Seen to end; or ended, before it was ever seen, on a host that nobody had told to.
-        if not told[key]["error"] and (key in gone or not agents[key[0]].end["reason"]):
+        # The rank was seen to end; or it ended before it was seen, on a host that was not ordered to end its ranks.
+        if not reports[key]["error"] and (key in gone or not agents[key[0]].end["reason"]):
             killed = " (killed? out of memory? see dmesg there)" if shell_code(agents[key[0]].end["code"]) > 128 else ""
-            return blame(key, f", without a word{killed}; its last lines")
+            return blame(key, f" without an error message{killed}; its last lines")
     if failed:
         return blame(failed[0])
     agent = next(agent for agent in agents if agent.end["code"] not in (0, EXIT_STOPPED))
@@ -60,13 +61,13 @@ def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, lis
 
 
 def shell_code(code: int) -> int:
-    """A rank's exit code as a shell would show it: DeepSpeed's launcher turns signal 9 into 247."""
+    """A rank's exit code as a shell shows it. DeepSpeed's launcher turns signal 9 into 247."""
     code = code - 256 if code > 192 else code
     return 128 - code if code < 0 else code or EXIT_FAILED
 
 
 def last_words(agent: Any) -> list[str]:
-    """What SSH, or the agent's Python, said at its end."""
+    """The last lines that SSH, or the agent's Python, wrote to standard error."""
     try:
         return (agent.process.stderr.read() or "").strip().splitlines()[-5:]
     except (OSError, ValueError):

@@ -1,10 +1,12 @@
-"""How fast does a failure end a job everywhere, and how fast does a restart train again? Tried with two hosts made of this machine.
+"""Measure how fast a failure ends a job on all hosts, and how fast a restart trains again, on two simulated hosts.
 
-    python cluster/failure_trial.py                        as root, with openssh-server and iproute2; some minutes; prints a table
-    python cluster/failure_trial.py --only "cable cut"     one row; repeat for more
+    python cluster/failure_trial.py                        prints a table, after some minutes
+    python cluster/failure_trial.py --only "cable cut"     measures one row; repeat the option for more
+    python cluster/failure_trial.py --launcher torchrun    measures the same events under torchrun, as a baseline
 
-The hosts are network namespaces (local_hosts.py). They train a tiny network for real; once a checkpoint is there, something is
-killed or cut, and the clock runs until the last process of training has ended on both hosts.
+It needs root, openssh-server and iproute2.
+The hosts are network namespaces (simulated_hosts.py) that train a tiny network. After the first checkpoint, a process
+is killed or a cable cut, and the time is measured until the last process of training has ended on both hosts.
 """
 
 from __future__ import annotations
@@ -22,29 +24,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cluster import simulated_hosts as local_hosts  # noqa: E402
+from cluster import simulated_hosts  # noqa: E402
 from cluster.simulated_hosts import Hosts, read, wait_until  # noqa: E402
 from common.paths import PROJECT
 from config.command_line import Parser  # noqa: E402
 
-START_SECONDS, END_SECONDS = 180, 180  # at most, on a busy machine
+START_SECONDS, END_SECONDS = 180, 180  # upper limits, for a busy machine
 TINY = ("patch=8", "width=32", "depth=2", "heads=2", "head_size=16", "feed_forward_options.hidden=48")
-OURS = ("train.py", "deepspeed.launcher", "agent.py")  # in the commands of what a job leaves on a host while it lasts
+OURS = (
+    "train.py",
+    "deepspeed.launcher",
+    "agent.py",
+    "torch.distributed.run",
+)  # part of the commands of a job's processes on a host
 
 
 @dataclass
 class Trial:
-    """Training at work on both hosts."""
+    """Training that runs on both hosts."""
 
     hosts: Hosts
-    launcher: subprocess.Popen
+    launchers: list[subprocess.Popen]  # one on the first host; with torchrun one on each
     run: Path
 
     def newest(self) -> int:
         return max((int(path.name.removeprefix("step-")) for path in self.run.glob("state/step-*")), default=0)
 
     def send(self, number: signal.Signals, script: str) -> None:
-        """To the process on the second host that runs this script of ours."""
+        """Send a signal to the process on the second host that runs this script of the project."""
         commands = {pid: read(f"/proc/{pid}/cmdline").split("\0") for pid in self.hosts.processes("box2")}
         (pid,) = [pid for pid, words in commands.items() if str(PROJECT / script) in words and "-m" not in words]
         os.kill(pid, number)
@@ -52,7 +59,7 @@ class Trial:
     def kill_rank(self) -> None:
         self.send(signal.SIGKILL, "train.py")
 
-    def halt_rank(self) -> None:
+    def suspend_rank(self) -> None:
         self.send(signal.SIGSTOP, "train.py")
 
     def kill_agent(self) -> None:
@@ -61,37 +68,52 @@ class Trial:
     def cut_cable(self) -> None:
         self.hosts.cut("box2")
 
+    def cut_all_cables(self) -> None:
+        for name in self.hosts.names:
+            self.hosts.cut(name)
+
+    def lose_first_host(self) -> None:
+        """Cut its cable and kill everything on it, the launcher included, as a power failure would."""
+        self.hosts.cut("box1")
+        for pid in self.hosts.processes("box1"):
+            if "sshd" not in read(f"/proc/{pid}/cmdline"):
+                os.kill(pid, signal.SIGKILL)
+
     def kill_launcher(self) -> None:
-        self.launcher.kill()
+        self.launchers[0].kill()
 
     def stop_launcher(self) -> None:
-        self.launcher.terminate()
+        for launcher in self.launchers:
+            launcher.terminate()
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happens, and how the clock is read: at the end of the job, or when training goes on after a restart."""
+    """What happens, and when the measurement ends: at the end of the job, or, with restarts, when training resumes."""
 
     cause: Callable[[Trial], None]
     restarts: int = 0
+    only_this: bool = False  # torchrun has no such process
 
 
 EVENTS = {
     "rank killed (`SIGKILL`)": Event(Trial.kill_rank),
-    "rank halted (`SIGSTOP`)": Event(Trial.halt_rank),
+    "rank suspended (`SIGSTOP`)": Event(Trial.suspend_rank),
     "cable cut": Event(Trial.cut_cable),
-    "agent killed": Event(Trial.kill_agent),
+    "all cables cut (the switch)": Event(Trial.cut_all_cables),
+    "first host lost, with the launcher on it": Event(Trial.lose_first_host),
+    "agent killed": Event(Trial.kill_agent, only_this=True),
     "launcher killed": Event(Trial.kill_launcher),
     "SIGTERM to the launcher": Event(Trial.stop_launcher),
-    "rank killed, `--restarts 1`: both hosts train again": Event(Trial.kill_rank, restarts=1),
-    "cable cut, `--restarts 1`: the first host trains on alone": Event(Trial.cut_cable, restarts=1),
+    "rank killed, `--restarts 1`: both hosts train again": Event(Trial.kill_rank, restarts=1, only_this=True),
+    "cable cut, `--restarts 1`: the first host trains on alone": Event(Trial.cut_cable, restarts=1, only_this=True),
 }
 
 
 def main() -> int:
     parser = Parser(
         "python cluster/failure_trial.py",
-        "How fast a failure ends a job, and a restart trains again, with two hosts made of this machine.",
+        "Measure how fast a failure ends a job, and a restart trains again, on two simulated hosts.",
         example='python cluster/failure_trial.py --only "cable cut"',
         notes="events:\n" + "\n".join(f"  {name}" for name in EVENTS),
     )
@@ -99,15 +121,24 @@ def main() -> int:
         "--only",
         action="append",
         metavar="WORDS",
-        help="the events whose names have these words; repeat for more (default: all)",
+        help="events whose names contain these words; repeat for more (default: all)",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("this", "torchrun"),
+        default="this",
+        help="launcher to measure: launch_distributed_train.sh, or torchrun on each host (default: this)",
     )
     args = parser.parse_args()
-    if reason := local_hosts.missing():
-        print(f"no hosts can be made of this machine: {reason}", file=sys.stderr)
+    if reason := simulated_hosts.missing():
+        print(f"error: hosts cannot be simulated on this machine: {reason}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the hosts are taken down first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the hosts are removed first
+    is_torchrun = args.launcher == "torchrun"
     chosen = {
-        name: event for name, event in EVENTS.items() if not args.only or any(words in name for words in args.only)
+        name: event
+        for name, event in EVENTS.items()
+        if (not args.only or any(words in name for words in args.only)) and not (is_torchrun and event.only_this)
     }
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder, "hosts"), 2) as hosts:
         Path(folder, "hostfile").write_text("box1 slots=1\nbox2 slots=1\n")
@@ -121,16 +152,18 @@ def main() -> int:
             flush=True,
         )
         print(
-            "| event | seconds to the last process, or to the next checkpoint | launcher ends after | exit code |\n|---|---|---|---|",
+            "| event | seconds to the last process, or to the next checkpoint | launcher ends after | exit code |\n"
+            "|---|---|---|---|",
             flush=True,
         )
         for number, (name, event) in enumerate(chosen.items()):
-            print(f"| {name} | {' | '.join(measure(hosts, Path(folder), f'run{number}', event))} |", flush=True)
+            cells = measure(hosts, Path(folder), f"run{number}", event, is_torchrun)
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return 0
 
 
-def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, str, str]:
-    """Let training begin, cause the event, and read the clock: (seconds, seconds of the launcher, exit code)."""
+def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: bool) -> list[subprocess.Popen]:
+    """Start training on both hosts; the output goes to folder/NAME.log."""
     arguments = [
         "--preset",
         "cpu",
@@ -143,21 +176,39 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
         "10000",
         "--name",
         name,
-        "--restarts",
-        str(event.restarts),
     ]
+    commands = {"box1": [PROJECT / "launch_distributed_train.sh", *arguments, "--restarts", str(restarts)]}
+    variables = {"HOSTFILE": f"{folder}/hostfile", "PYTHON": sys.executable}
+    if is_torchrun:
+        options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-id={name}"]
+        options.append(f"--rdzv-endpoint={simulated_hosts.ADDRESSES}.1:29500")
+        # HANG_SECONDS is what launch_distributed_train.sh sets; torchrun would leave PyTorch's 10 minutes.
+        variables = {"GLOO_SOCKET_IFNAME": "eth0", "HANG_SECONDS": "50"}
+        commands = {
+            host: [sys.executable, "-m", "torch.distributed.run", *options, PROJECT / "train.py", *arguments]
+            for host in hosts.names
+        }
+        for number, words in enumerate(commands.values(), start=1):
+            words.insert(3, f"--local-addr={simulated_hosts.ADDRESSES}.{number}")
+    with (folder / f"{name}.log").open("w") as output:
+        return [
+            subprocess.Popen(
+                hosts.command(host, words),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=hosts.environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", **variables),
+            )
+            for host, words in commands.items()
+        ]
+
+
+def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bool) -> tuple[str, str, str]:
+    """Start training, cause the event, and measure: (seconds, seconds of the launcher, exit code)."""
     log = folder / f"{name}.log"
-    with log.open("w") as output:
-        launcher = subprocess.Popen(
-            hosts.command("box1", [PROJECT / "launch_distributed_train.sh", *arguments]),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=hosts.environment(
-                HOSTFILE=f"{folder}/hostfile", PYTHON=sys.executable, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"
-            ),
-        )
-    trial = Trial(hosts, launcher, folder / "runs" / name)
+    launchers = start(hosts, folder, name, event.restarts, is_torchrun)
+    launcher = launchers[0]
+    trial = Trial(hosts, launchers, folder / "runs" / name)
     try:
         wait_until(lambda: launcher.poll() is not None or trial.newest(), START_SECONDS, lambda: read(str(log)))
         assert launcher.poll() is None, read(str(log))
@@ -172,13 +223,13 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
             return f"{time.monotonic() - began:.0f}", "", ""
         ends: dict[str, float] = {}
 
-        def all_over() -> bool:
-            for what, over in (("ranks", not at_work(hosts)), ("launcher", launcher.poll() is not None)):
+        def has_ended() -> bool:
+            for what, over in (("ranks", not running(hosts)), ("launcher", launcher.poll() is not None)):
                 if over:
                     ends.setdefault(what, time.monotonic() - began)
             return len(ends) == 2
 
-        wait_until(all_over, END_SECONDS, lambda: f"{at_work(hosts)}\n{read(str(log))}")
+        wait_until(has_ended, END_SECONDS, lambda: f"{running(hosts)}\n{read(str(log))}")
         was_killed = launcher.returncode < 0
         return (
             f"{ends['ranks']:.0f}",
@@ -186,18 +237,20 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event) -> tuple[str, s
             "" if was_killed else str(launcher.returncode),
         )
     finally:
-        hosts.mend("box2")
-        launcher.terminate()
-        launcher.wait(END_SECONDS)
+        for host in hosts.names:
+            hosts.reconnect(host)
+        for launcher in launchers:
+            launcher.terminate()
+            launcher.wait(END_SECONDS)
         wait_until(lambda: not hosts.at_work(), END_SECONDS, lambda: f"left behind: {hosts.at_work()}")
 
 
 def resumed_at(log: Path) -> int:
-    """The step that the run went on from."""
+    """The step from which the run resumed."""
     return int(re.findall(r"resuming  after step ([\d,]+)", read(str(log)))[-1].replace(",", ""))
 
 
-def at_work(hosts: Hosts) -> list[str]:
+def running(hosts: Hosts) -> list[str]:
     """The processes of training on both hosts."""
     return [
         words

@@ -1,6 +1,6 @@
-"""What the answers of the hosts mean together: a table with one row a host, and what is to be mended, in words.
+"""Compare the hosts' answers: a table with one row per host, and the problems in words, each with a fix.
 
-Nothing here reaches a host; `preflight.py` does. docs/cluster.md lists every message.
+Nothing here contacts a host; `preflight.py` does. docs/cluster.md lists every message.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.probe import IMPORTABLE
 from cluster.remote import Host, Unreachable
 
 MIN_DISK_GB, MIN_SHM_GB = 5, 0.5
-MIN_FREE_SHARE = 0.9  # of a GPU's memory; less is somebody else's program
+MIN_FREE_SHARE = 0.9  # of a GPU's memory; less means that another program uses it
 MAX_SKEW_SECONDS = 5.0
 PACKAGES = ("python", "torch", "cuda", "deepspeed", "dali", "numpy")
 COLUMNS = ("host", "code", "python", "torch", "deepspeed", "dali", "gpus", "data", "disk", "clock", "port")
@@ -19,30 +20,42 @@ COLUMNS = ("host", "code", "python", "torch", "deepspeed", "dali", "gpus", "data
 
 @dataclass(frozen=True)
 class Problem:
-    """`what` reads on from the host's name; a warning does not stop a start."""
+    """`what` continues a sentence that begins with the host's name. A warning does not prevent the start."""
 
     host: str
     what: str
-    mend: str
+    fix: str
     warning: bool = False
 
     def __str__(self) -> str:
-        return f"{self.host} {self.what}.\n    {'' if self.warning else 'Mend: '}{self.mend}"
+        return f"{self.host} {self.what}.\n    {'' if self.warning else 'Fix: '}{self.fix}"
 
 
 Answer = dict[str, Any] | Unreachable
 
 
 def check(hosts: list[Host], answers: list[Answer], here: dict[str, Any], on_cpu: bool) -> list[Problem]:
-    """Everything that is wrong, the worst first. `here` is the answer of the machine that the command was typed on."""
+    """All problems, errors before warnings. `here` is the answer of the machine on which the command was typed."""
     pairs = list(zip(hosts, answers, strict=True))
     problems = [
-        Problem(host.name, answer.reason, answer.mend) for host, answer in pairs if isinstance(answer, Unreachable)
+        Problem(host.name, answer.reason, answer.fix) for host, answer in pairs if isinstance(answer, Unreachable)
     ]
     present = [(host, answer) for host, answer in pairs if not isinstance(answer, Unreachable)]
-    for test in (_code, _environment, _gpus, _data, _room, _clock):
+    for test in (_machines, _code, _environment, _gpus, _data, _disk_space, _clock):
         problems += test(present, here, on_cpu)
     return sorted(problems, key=lambda problem: problem.warning)
+
+
+def _machines(present: list, here: dict, on_cpu: bool) -> list[Problem]:
+    problems, names = [], {}
+    for host, answer in present:
+        if not answer.get("identity"):
+            continue
+        first = names.setdefault(answer["identity"], host.name)
+        if first != host.name:
+            fix = f"two starts on one machine would compete for its GPUs; write one line for it, under the name {first}"
+            problems.append(Problem(host.name, f"is the same machine as {first}", fix))
+    return problems
 
 
 def _code(present: list, here: dict, on_cpu: bool) -> list[Problem]:
@@ -52,27 +65,38 @@ def _code(present: list, here: dict, on_cpu: bool) -> list[Problem]:
         if not answer["project"] or not files:
             problems.append(
                 Problem(
-                    name, "does not have the project at this path", f"copy it: --sync, or share the disk with {name}"
+                    name, "does not have the project at this path", f"copy it: --sync, or use a disk that {name} shares"
                 )
             )
             continue
         if not answer["cwd"]:
-            problems.append(Problem(name, "does not have the folder you stand in", "start from the project's folder"))
+            problems.append(Problem(name, "does not have your current folder", "start from the project's folder"))
         differ = sorted(path for path in here["code"] if files.get(path) != here["code"][path])
         if differ:
             if answer["commit"] != here["commit"]:
                 what = f"has another commit ({answer['commit'][:8] or 'none'}, here {here['commit'][:8] or 'none'})"
             else:
-                what = "has the same commit, but other changes in it"
-            problems.append(Problem(name, f"{what}: {_few(differ)}", "copy what is here: --sync, or git pull there"))
+                what = "has the same commit, but other uncommitted changes"
+            problems.append(
+                Problem(name, f"{what}: {_first_few(differ)}", "copy this machine's code: --sync, or git pull there")
+            )
+        extra = stale_files(files, here["code"])
+        if extra:
+            fix = "they can shadow modules: --sync moves them to the project's .stale-code, or remove them there"
+            problems.append(Problem(name, f"has code files that are not here: {_first_few(extra)}", fix))
         missing = sorted(path for path in here["given"] if path not in answer["given"])
         other = sorted(
             path for path in here["given"] if answer["given"].get(path, here["given"][path]) != here["given"][path]
         )
         if missing or other:
-            what = f"does not have {_few(missing)}" if missing else f"has another content in {_few(other)}"
-            problems.append(Problem(name, f"{what}, which the command names", "copy it there, to the same path"))
+            what = f"does not have {_first_few(missing)}" if missing else f"has other content in {_first_few(other)}"
+            problems.append(Problem(name, f"{what}, which the command line names", "copy it there, to the same path"))
     return problems
+
+
+def stale_files(files: dict[str, str], here: dict[str, str]) -> list[str]:
+    """The files of a host that Python could import and that this machine does not have."""
+    return sorted(path for path in files.keys() - here.keys() if path.endswith(IMPORTABLE))
 
 
 def _environment(present: list, here: dict, on_cpu: bool) -> list[Problem]:
@@ -80,7 +104,7 @@ def _environment(present: list, here: dict, on_cpu: bool) -> list[Problem]:
         Problem(
             host.name,
             "has no usable Python environment at this path",
-            "make it there: --sync, or environment/setup.sh on that host",
+            "create it there: --sync, or environment/setup.sh on that host",
         )
         for host, answer in present
         if not answer["environment"]
@@ -94,13 +118,13 @@ def _environment(present: list, here: dict, on_cpu: bool) -> list[Problem]:
             if _version(found, name) != _version(wanted, name)
         ]
         if differ:
-            mend = "run environment/setup.sh on both, with the same DRIVER_CUDA"
-            problems.append(Problem(host.name, f"has other versions: {_few(differ)}", mend))
+            fix = "run environment/setup.sh on both, with the same DRIVER_CUDA"
+            problems.append(Problem(host.name, f"has other versions: {_first_few(differ)}", fix))
     return problems
 
 
 def _version(found: dict[str, str], name: str) -> str | None:
-    """3.11.7 and 3.11.9 run the same code."""
+    """The version to compare. Python 3.11.7 and 3.11.9 run the same code, so only major and minor count there."""
     version = found.get(name)
     return ".".join(version.split(".")[:2]) if version and name == "python" else version
 
@@ -114,12 +138,12 @@ def _gpus(present: list, here: dict, on_cpu: bool) -> list[Problem]:
         gpus = answer["gpus"]
         if len(gpus) < host.slots:
             what = f"has {len(gpus)} GPUs and {host.slots} slots" if gpus else "shows no GPU (nvidia-smi)"
-            mend = (
+            fix = (
                 f"write slots={len(gpus)}"
                 if gpus
-                else "look at nvidia-smi on that host, or set DS_ACCELERATOR=cpu to train on the CPUs"
+                else "check nvidia-smi on that host, or set DS_ACCELERATOR=cpu to train on the CPUs"
             )
-            problems.append(Problem(host.name, what, mend))
+            problems.append(Problem(host.name, what, fix))
         busy = [gpu for gpu in gpus[: host.slots] if gpu["total"] and gpu["free"] < MIN_FREE_SHARE * gpu["total"]]
         if busy:
             free = ", ".join(
@@ -127,10 +151,7 @@ def _gpus(present: list, here: dict, on_cpu: bool) -> list[Problem]:
             )
             problems.append(
                 Problem(
-                    host.name,
-                    f"has GPUs that somebody uses ({free})",
-                    "nvidia-smi on that host names the programs",
-                    warning=True,
+                    host.name, f"has GPUs in use ({free})", "nvidia-smi on that host names the programs", warning=True
                 )
             )
         first = present[0][0].name
@@ -138,8 +159,8 @@ def _gpus(present: list, here: dict, on_cpu: bool) -> list[Problem]:
             problems.append(
                 Problem(
                     host.name,
-                    f"has other GPUs ({_few(kinds[host.name])}) than {first} ({_few(kinds[first])})",
-                    "the slowest sets the pace",
+                    f"has other GPUs ({_first_few(kinds[host.name])}) than {first} ({_first_few(kinds[first])})",
+                    "training runs at the pace of the slowest",
                     warning=True,
                 )
             )
@@ -149,7 +170,7 @@ def _gpus(present: list, here: dict, on_cpu: bool) -> list[Problem]:
 def _data(present: list, here: dict, on_cpu: bool) -> list[Problem]:
     reference = next((answer["data"] for answer in [here, *(answer for _, answer in present)] if answer["data"]), None)
     if reference is None:
-        return []  # each host prepares it at the start
+        return []  # each host prepares the dataset at the start
     problems = []
     for host, answer in present:
         found = answer["data"]
@@ -165,7 +186,9 @@ def _data(present: list, here: dict, on_cpu: bool) -> list[Problem]:
         elif found["sizes"] != reference["sizes"]:
             differ = [name for name, size in reference["sizes"].items() if found["sizes"].get(name) != size]
             problems.append(
-                Problem(host.name, f"has an incomplete copy of the dataset ({_few(differ)})", "copy it again: --sync")
+                Problem(
+                    host.name, f"has an incomplete copy of the dataset ({_first_few(differ)})", "copy it again: --sync"
+                )
             )
     return problems
 
@@ -174,7 +197,7 @@ def _short(data: dict[str, Any]) -> str:
     return data["fingerprint"].removeprefix("sha256:")[:8]
 
 
-def _room(present: list, here: dict, on_cpu: bool) -> list[Problem]:
+def _disk_space(present: list, here: dict, on_cpu: bool) -> list[Problem]:
     problems = []
     for host, answer in present:
         if answer["disk"] is not None and answer["disk"] < MIN_DISK_GB:
@@ -183,7 +206,7 @@ def _room(present: list, here: dict, on_cpu: bool) -> list[Problem]:
                 Problem(
                     host.name,
                     f"has {answer['disk']:g} GB left on the disk of the run folders",
-                    "make room, or put them elsewhere with --runs-dir",
+                    "free disk space, or choose another folder with --runs-dir",
                     warning=not full,
                 )
             )
@@ -213,16 +236,20 @@ def _clock(present: list, here: dict, on_cpu: bool) -> list[Problem]:
 
 
 def skew(answer: dict[str, Any]) -> float:
-    """Seconds that a host's clock is ahead of ours: it wrote its time between our question and its answer, just before that."""
+    """Seconds that a host's clock is ahead of ours (negative: behind).
+
+    The host read its clock between our question and the arrival of its answer, so a time within these two is no
+    difference.
+    """
     return min(0.0, answer["time"] - answer["asked"]) or max(0.0, answer["time"] - answer["arrived"])
 
 
-def _few(items: list[str], most: int = 3) -> str:
+def _first_few(items: list[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def table(hosts: list[Host], answers: list[Answer], here: dict[str, Any], ports: dict[str, str], on_cpu: bool) -> str:
-    """One row a host; a cell that differs from what it should be has a `!`."""
+    """One row per host; `!` marks a cell that differs from what it should be."""
     rows = [COLUMNS]
     present = [answer for answer in answers if not isinstance(answer, Unreachable)]
     wanted = next((answer["environment"] for answer in present if answer["environment"]), None)
@@ -233,6 +260,7 @@ def table(hosts: list[Host], answers: list[Answer], here: dict[str, Any], ports:
             continue
         found = answer["environment"] or {}
         same = all(answer["code"].get(path) == digest for path, digest in here["code"].items())
+        same = same and not stale_files(answer["code"], here["code"])
         code = (answer["commit"][:8] or "no git") + ("" if same else "!") if answer["code"] else "missing!"
         versions = [
             found.get(name, "missing") + ("" if found and _version(found, name) == _version(wanted, name) else "!")

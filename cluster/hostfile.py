@@ -1,55 +1,54 @@
-"""Reads a hostfile: one line a machine, `[user@]host slots=NUMBER_OF_GPUS`, with `#` comments.
+"""Read a hostfile: one machine per line, `[user@]host slots=NUMBER_OF_GPUS`, with `#` comments.
 
-    python3 cluster/hostfile.py hostfile        prints `host slots` a line, or says in one sentence what is wrong (exit code 1)
+    python3 cluster/hostfile.py hostfile     prints a line `host slots` per machine, or an error message (exit code 1)
 
-DeepSpeed reads the same file with a looser eye: it takes `node1, slots=2` for a host called "node1,", `slots=2.5` for 2 and
-`slots=0` for a machine, and then waits for it. Everything it would misread is refused here. Needs nothing but Python.
+DeepSpeed reads the same file less strictly: it takes `node1, slots=2` for a host named "node1,", `slots=2.5` for 2 and
+`slots=0` for a machine, and then waits for that machine. Everything that DeepSpeed would misread is rejected here.
+Needs only Python's standard library.
 """
 
 import re
 import sys
 
-EXAMPLE = "write one line a machine, such as: node1 slots=8"
+EXAMPLE = "write one machine per line, such as: node1 slots=8"
 LOCAL_NAMES = {"localhost", "127.0.0.1"}
 
 
 class HostfileError(ValueError):
-    """One sentence for the person who wrote the file."""
+    """One sentence for the user who wrote the file."""
 
 
 def parse_line(line: str, where: str) -> tuple[str, int]:
-    """One line without its comment -> (host, slots)."""
+    """Parse one line without its comment into (host, slots)."""
     host, *options = line.split()
     if host.endswith(",") or any("," in option for option in options):
-        raise HostfileError(
-            f"{where}: there is a comma in '{line}'; host and slots stand apart by a space: node1 slots=8"
-        )
+        raise HostfileError(f"{where}: '{line}' has a comma; separate host and slots by a space: node1 slots=8")
+    if host.startswith("-"):
+        raise HostfileError(f"{where}: '{host}' begins with a dash, which ssh would read as an option; {EXAMPLE}")
     if re.search(r"[\[\]{}*?]", host):
         raise HostfileError(
-            f"{where}: '{host}' looks like a range of hosts, and ranges are not expanded; write one line a host"
+            f"{where}: '{host}' looks like a range of hosts, which is not expanded; write one host per line"
         )
     if ":" in host:
         raise HostfileError(
-            f"{where}: '{host}' has a colon; give a port (or an IPv6 address) in ~/.ssh/config, and only the name here"
+            f"{where}: '{host}' has a colon; write the name only, and its port or IPv6 address in ~/.ssh/config"
         )
-    if not re.fullmatch(r"([\w.-]+@)?[A-Za-z0-9]([\w.-]*\w)?", host, re.ASCII):
-        raise HostfileError(f"{where}: '{host}' is no host name; {EXAMPLE}")
+    if not re.fullmatch(r"(\w[\w.-]*@)?[A-Za-z0-9]([\w.-]*\w)?", host, re.ASCII):
+        raise HostfileError(f"{where}: '{host}' is not a host name; {EXAMPLE}")
     if not options:
         raise HostfileError(f"{where}: '{line}' does not say how many GPUs to use; write: {host} slots=8")
-    slots = re.fullmatch(r"slots=(\d+)", options[0], re.ASCII)
+    slots = re.fullmatch(r"slots=(\d{1,6})", options[0], re.ASCII)
     if len(options) > 1 or not slots:
         raise HostfileError(
-            f"{where}: '{' '.join(options)}' should be slots= and a whole number, without spaces: {host} slots=8"
+            f"{where}: '{' '.join(options)}' must be slots= and a whole number, without spaces: {host} slots=8"
         )
     if int(slots[1]) < 1:
-        raise HostfileError(
-            f"{where}: '{host}' has no slots; slots is the number of GPUs to use, at least 1 (or take the line out)"
-        )
+        raise HostfileError(f"{where}: '{host}' has slots=0; write the number of GPUs, at least 1, or remove the line")
     return host, int(slots[1])
 
 
 def parse(text: str, name: str = "hostfile") -> list[tuple[str, int]]:
-    """The text of a hostfile -> [(host, slots), ...] in its order; the first host is the one where all processes meet."""
+    """Parse a hostfile into [(host, slots), ...] in its order. All processes meet on the first host."""
     hosts, lines = [], {}
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.split("#")[0].strip()
@@ -59,7 +58,7 @@ def parse(text: str, name: str = "hostfile") -> list[tuple[str, int]]:
         machine = host.split("@")[-1]
         if machine in lines:
             raise HostfileError(
-                f"{name}, line {number}: '{machine}' is already on line {lines[machine]}; write one line a machine"
+                f"{name}, line {number}: '{machine}' is already on line {lines[machine]}; write one line per machine"
             )
         lines[machine] = number
         hosts.append((host, slots))
@@ -67,14 +66,15 @@ def parse(text: str, name: str = "hostfile") -> list[tuple[str, int]]:
         raise HostfileError(f"{name} names no host: {EXAMPLE}")
     local = LOCAL_NAMES & lines.keys()
     if local and len(hosts) > 1:
+        word = min(local)
         raise HostfileError(
-            f"{name}, line {lines[min(local)]}: the other hosts cannot reach it by that name; write its name or address"
+            f"{name}, line {lines[word]}: the other hosts cannot reach it as '{word}'; write its name or address"
         )
     return hosts
 
 
 def read(path: str) -> list[tuple[str, int]]:
-    """A path -> [(host, slots), ...]."""
+    """Read the hostfile at a path: [(host, slots), ...]. Raises HostfileError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return parse(file.read(), path)
@@ -89,4 +89,4 @@ if __name__ == "__main__":
         for host, slots in read(sys.argv[1] if len(sys.argv) > 1 else "hostfile"):
             print(host, slots)
     except HostfileError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")

@@ -1,7 +1,8 @@
-"""One start of training on all hosts, from the first order to the last process: who died, of what, and where the logs are.
+"""Start training once on all hosts and supervise it until the last process has ended.
 
-An agent (agent.py) runs on every host, at the end of an SSH connection. Both sides say every few seconds that they are alive;
-a side that hears nothing for `silence` seconds takes the other for dead. The first failure ends the ranks of every host.
+An agent (agent.py) runs on every host, at the end of an SSH connection. Both sides send a heartbeat every few seconds.
+A side that receives nothing for `silence` seconds treats the other as dead. The first failure ends the ranks of all
+hosts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import queue
 import re
+import secrets
 import subprocess
 import threading
 import time
@@ -18,31 +20,32 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cluster import failure_cause as blame
-from cluster import remote
+from cluster import failure_cause, remote
+from cluster.agent import MARK
 from cluster.failure_cause import EXIT_STOPPED
-from cluster.preflight import Meeting
+from cluster.preflight import Rendezvous
 from cluster.remote import Host, say
 from common.paths import PROJECT
 
-LAST_WORDS_SECONDS = 3  # between the first failure and the end of the others, who may know more of it
+LAST_WORDS_SECONDS = 3  # between the first failure and the end of the other ranks, which may report its cause
 KILL_SECONDS = 15  # until an agent has ended its ranks
 SAVE_SECONDS = 120  # after a signal
-LEAVE_SECONDS = 60  # between the first host that is done and the last
-BATCH = re.compile(r"batch +(\d+) = \d+ x (\d+) accumulated x (\d+) processes")
+LEAVE_SECONDS = 60  # between the first host that finishes and the last
+# train.py's line of batch sizes: global batch, accumulation steps, processes. Words between the numbers may change.
+BATCH = re.compile(r"\bbatch +([\d,]+) = [\d,]+[^x;]*x +([\d,]+)[^x;]*x +([\d,]+) +process")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds of patience, from the variables SILENCE_SECONDS, GRACE_SECONDS and REJOIN_SECONDS."""
+    """Time limits in seconds, from the variables SILENCE_SECONDS, GRACE_SECONDS and REJOIN_SECONDS."""
 
-    silence: float = 20  # of the other side, or of a halted rank, before it counts as dead
-    grace: float = 20  # for ranks that lost us, to save
-    rejoin: float = 30  # for a host that went away, at a restart
+    silence: float = 20  # without a heartbeat, or of a suspended rank, until the other side counts as dead
+    grace: float = 20  # for ranks to save after the launcher is lost
+    rejoin: float = 30  # for a lost host to come back before a restart
 
     @classmethod
     def of(cls, environment: Any) -> Limits:
-        """Raises ValueError: one of the variables is no number of seconds."""
+        """Read the limits from variables. Raises ValueError if one of them is not a number of seconds."""
         found = {}
         for limit in fields(cls):
             name = f"{limit.name.upper()}_SECONDS"
@@ -54,16 +57,16 @@ class Limits:
 
     @property
     def beat(self) -> float:
-        """Seconds between two signs of life."""
+        """Seconds between two heartbeats."""
         return self.silence / 7
 
 
 @dataclass
 class Plan:
-    """What to start, everywhere."""
+    """What to start on every host."""
 
     hosts: list[Host]
-    meeting: Meeting
+    rendezvous: Rendezvous
     python: str
     script: str
     arguments: list[str]
@@ -71,13 +74,15 @@ class Plan:
     on_cpu: bool
     runs: Path
     limits: Limits = Limits()
+    # Only ranks of this job know it, so no stranger at the port can pass for a rank (parallel/process_group.py).
+    secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     @property
     def world(self) -> list[tuple[str, list[int]]]:
         return [(host.machine, list(range(host.slots))) for host in self.hosts]
 
     def command(self, index: int) -> list[str]:
-        """DeepSpeed's launcher as it works on one host; `deepspeed --no_ssh` would start the same."""
+        """DeepSpeed's per-machine launcher for one host; `deepspeed --no_ssh` would start the same."""
         world = base64.urlsafe_b64encode(json.dumps(dict(self.world)).encode()).decode()
         return [
             self.python,
@@ -88,19 +93,19 @@ class Plan:
             "--no_local_rank",
             f"--node_rank={index}",
             f"--world_info={world}",
-            f"--master_addr={self.meeting.address}",
-            f"--master_port={self.meeting.port}",
+            f"--master_addr={self.rendezvous.address}",
+            f"--master_port={self.rendezvous.port}",
         ]
 
     def order(self, index: int, job: str) -> dict[str, Any]:
-        """What the agent of a host is told."""
+        """The order for the agent of one host."""
         host = self.hosts[index]
         logs = str(self.runs.absolute() / ".logs" / job / host.machine)
         command = [*self.command(index), f"--enable_each_rank_log={logs}", self.script, *self.arguments]
-        variables = dict(self.environment)
-        if interface := self.meeting.interfaces.get(host.name):
-            # Of several interfaces, the one that leads to the first host; and not the loopback, where many a /etc/hosts
-            # puts the host's own name.
+        variables = {**self.environment, "RENDEZVOUS_SECRET": self.secret}
+        if interface := self.rendezvous.interfaces.get(host.name):
+            # Of several interfaces, the one that leads to the first host. It must not be the loopback interface, where
+            # many an /etc/hosts puts the host's own name.
             for name, value in (
                 ("GLOO_SOCKET_IFNAME", interface),
                 ("TP_SOCKET_IFNAME", interface),
@@ -124,29 +129,37 @@ class Plan:
 
 @dataclass
 class Agent:
-    """The agent of one host, seen from here."""
+    """The launcher's view of one host's agent. A thread writes to it, so a full pipe blocks nothing else."""
 
     host: Host
     process: subprocess.Popen
     heard: float = field(default_factory=time.monotonic)
     end: dict[str, Any] | None = None
     lost: str = ""
+    outgoing: queue.Queue[str] = field(default_factory=queue.Queue)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._write, daemon=True).start()
 
     @property
-    def at_work(self) -> bool:
+    def is_running(self) -> bool:
         return self.end is None and not self.lost
 
-    def tell(self, words: str) -> None:
+    def send(self, words: str) -> None:
+        self.outgoing.put(words)
+
+    def _write(self) -> None:
         try:
-            self.process.stdin.write(words + "\n")
-            self.process.stdin.flush()
+            while True:
+                self.process.stdin.write(self.outgoing.get() + "\n")
+                self.process.stdin.flush()
         except (OSError, ValueError):
-            pass  # its end shows elsewhere
+            pass  # the end of its output is noticed in Job._handle
 
 
 @dataclass
 class Outcome:
-    """How a start ended. `batch` is (global batch, accumulated, shards), `cause` the host and lines to show."""
+    """How a start ended. `batch` is (global batch, accumulation steps, processes); `cause` and `lines` are printed."""
 
     code: int
     hosts: list[Host]
@@ -157,6 +170,17 @@ class Outcome:
     folder: str = ""
     batch: tuple[int, int, int] | None = None
     logs: str = ""
+
+
+def message_in(line: str) -> dict[str, Any] | None:
+    """The agent's message in a line of its output; None for what login scripts print."""
+    if not line.startswith(MARK):
+        return None
+    try:
+        message = json.loads(line[len(MARK) :])
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) and "event" in message else None
 
 
 class Job:
@@ -170,45 +194,50 @@ class Job:
         self.folder, self.batch = "", None
         self.failed_at = self.killed_at = self.stopped_at = self.done_at = 0.0
         self.agents = [self._start(i) for i in range(len(plan.hosts))]
+        self.is_over = threading.Event()
 
     def _start(self, index: int) -> Agent:
         host = self.plan.hosts[index]
         agent = Agent(host, remote.start(host.name, [self.plan.python, str(PROJECT / "cluster" / "agent.py")]))
-        agent.tell(json.dumps(self.plan.order(index, self.name)))
+        agent.send(json.dumps(self.plan.order(index, self.name)))
         threading.Thread(target=self._listen, args=(index, agent.process.stdout), daemon=True).start()
         return agent
 
     def _listen(self, index: int, pipe: Any) -> None:
         for line in pipe:
-            if line.startswith("{"):  # login scripts may print as well
-                self.events.put((index, json.loads(line)))
+            if message := message_in(line):
+                self.events.put((index, message))
         self.events.put((index, None))
 
+    def _beat(self) -> None:
+        """Send heartbeats from a thread of their own, whatever the main thread waits for."""
+        while not self.is_over.wait(self.plan.limits.beat):
+            self._send_all("beat")
+
     def run(self) -> Outcome:
-        """Until every agent has ended, or is given up."""
-        beat, limits = 0.0, self.plan.limits
-        while any(agent.at_work for agent in self.agents):
+        """Supervise until every agent has ended or is given up."""
+        threading.Thread(target=self._beat, daemon=True).start()
+        limits = self.plan.limits
+        while any(agent.is_running for agent in self.agents):
             try:
                 self._handle(*self.events.get(timeout=0.1))
                 continue
             except queue.Empty:
                 pass
             now = time.monotonic()
-            if now - beat > limits.beat:
-                beat = now
-                self._tell_all("beat")
             for agent in self.agents:
-                if agent.at_work and now - agent.heard > limits.silence:
-                    self._lose(agent, f"said nothing for {limits.silence:g} s")
+                if agent.is_running and now - agent.heard > limits.silence:
+                    self._lose(agent, f"sent no heartbeat for {limits.silence:g} s")
             self._drive(now)
+        self.is_over.set()
         return self._outcome()
 
     def _handle(self, index: int, message: dict[str, Any] | None) -> None:
         agent = self.agents[index]
         agent.heard = time.monotonic()
         if message is None:
-            if agent.at_work:
-                self._lose(agent, "ended the connection")
+            if agent.is_running:
+                self._lose(agent, "closed the connection")
         elif message["event"] == "line":
             print(message["text"], flush=True)
             self._learn(message["text"])
@@ -222,29 +251,29 @@ class Job:
                 self.failed_at = self.failed_at or time.monotonic()
 
     def _learn(self, line: str) -> None:
-        """From what the first rank says: where the run folder is, and the sizes of the batch."""
+        """Read the run folder and the batch sizes from what the first rank prints."""
         if line.startswith("run       ") and not self.folder:
             self.folder = os.path.abspath(line[10:].strip())
             for agent in self.agents:
-                agent.tell(f"logs {self.folder}/logs/{self.name}/{agent.host.machine}")
-        if found := BATCH.match(line):
-            self.batch = tuple(map(int, found.groups()))
+                agent.send(f"logs {self.folder}/logs/{self.name}/{agent.host.machine}")
+        if found := BATCH.search(line):
+            self.batch = tuple(int(text.replace(",", "")) for text in found.groups())
 
     def _lose(self, agent: Agent, how: str) -> None:
         agent.lost = how
         self.failed_at = self.failed_at or time.monotonic()
 
-    def _tell_all(self, words: str) -> None:
+    def _send_all(self, words: str) -> None:
         for agent in self.agents:
-            if agent.at_work:
-                agent.tell(words)
+            if agent.is_running:
+                agent.send(words)
 
     def _drive(self, now: float) -> None:
-        """Pass on a signal; end the others after a failure; give up those that do not end."""
+        """Forward a signal, end the other hosts after a failure, and give up hosts that do not end."""
         if self.stop.requested and not self.stopped_at:
             self.stopped_at = now
-            say("Stopping: training saves its state first (a second Ctrl-C ends it in any case).")
-            self._tell_all("stop")
+            say("Stopping: training saves its state first (press Ctrl-C again to end it without saving).")
+            self._send_all("stop")
         due = (
             self.failed_at
             and now - self.failed_at > LAST_WORDS_SECONDS
@@ -256,57 +285,50 @@ class Job:
         )
         if due and not self.killed_at:
             self.killed_at = now
-            self._tell_all("kill")
+            self._send_all("kill")
         if self.killed_at and now - self.killed_at > KILL_SECONDS:
             for agent in self.agents:
-                if agent.at_work:
+                if agent.is_running:
                     self._lose(agent, "does not end its ranks")
 
-    # --- afterwards -----------------------------------------------------------------------------------------------
+    # --- afterwards ------------------------------------------------------------------------------------------------
 
     def _outcome(self) -> Outcome:
         self._sweep()
-        logs = (
-            f"{self.folder}/logs/{self.name}" if self.folder else str(self.plan.runs.absolute() / ".logs" / self.name)
-        )
+        hidden = str(self.plan.runs.absolute() / ".logs" / self.name)
         outcome = Outcome(
             0,
             self.plan.hosts,
             [agent.host for agent in self.agents if agent.lost],
             folder=self.folder,
             batch=self.batch,
-            logs=logs,
+            logs=f"{self.folder}/logs/{self.name}" if self.folder else hidden,
         )
         codes = [agent.end["code"] for agent in self.agents if agent.end]
         if not outcome.lost and all(code in (0, EXIT_STOPPED) for code in codes):
             outcome.code = max(codes)
             return outcome
-        outcome.code, outcome.cause, outcome.lines = blame.cause(self.agents, self.gone)
-        outcome.refused = bool(outcome.lines) and bool(blame.REFUSED.match(outcome.lines[0]))
+        outcome.code, outcome.cause, outcome.lines = failure_cause.cause(self.agents, self.gone)
+        outcome.refused = bool(outcome.lines) and bool(failure_cause.REFUSED.match(outcome.lines[0]))
         return outcome
 
     def _sweep(self) -> None:
-        """End what an agent that was lost may have left; a host that cannot be reached ends its ranks by itself."""
+        """End what a lost agent may have left behind. A host that cannot be reached ends its ranks by itself."""
 
         def one(item: tuple[int, Agent]) -> None:
             index, agent = item
             agent.process.kill()
-            if agent.lost:
-                words = [
-                    self.plan.python,
-                    str(PROJECT / "cluster" / "agent.py"),
-                    "--end",
-                    f"CLUSTER_JOB={self.name}:{index}",
-                ]
-                process = remote.start(agent.host.name, words)
-                try:
-                    process.communicate(timeout=12)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                if process.returncode:
-                    limits = self.plan.limits
-                    say(
-                        f"{agent.host.name} cannot be reached: its ranks end by themselves within {limits.silence + limits.grace:g} s."
-                    )
+            if not agent.lost:
+                return
+            mark = f"CLUSTER_JOB={self.name}:{index}"
+            words = [self.plan.python, str(PROJECT / "cluster" / "agent.py"), "--end", mark]
+            process = remote.start(agent.host.name, words)
+            try:
+                process.communicate(timeout=12)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            if process.returncode != 0:
+                seconds = self.plan.limits.silence + self.plan.limits.grace
+                say(f"{agent.host.name} cannot be reached: its ranks end by themselves within {seconds:g} s.")
 
         remote.at_once(one, enumerate(self.agents))

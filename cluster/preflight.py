@@ -1,11 +1,11 @@
-"""Asks every host of the hostfile at once whether training can start, and says in words what to mend first.
+"""Check in parallel whether training can start on every host of the hostfile, and print what to fix first.
 
-    python cluster/preflight.py                          the hostfile beside the project, its dataset data/cifar100
-    python cluster/preflight.py --hostfile lab --data-dir data/imagenet --measure        bandwidth and latency too
-    python cluster/preflight.py --sync                   copy code and dataset to the hosts that lack them, make the environment there
+    python cluster/preflight.py              checks the project's hostfile and its dataset data/cifar100
+    python cluster/preflight.py --hostfile lab --data-dir data/imagenet --measure        also bandwidth and latency
+    python cluster/preflight.py --sync       copies code and dataset to hosts that lack them, creates the environment
 
-A table with one row a host; exit code 0 when training can start, 3 when something must be mended, 2 for a wrong hostfile.
-./launch_distributed_train.sh does the same before each start.
+Prints a table with one row per host. Exit codes: 0 training can start, 3 something must be fixed, 2 the hostfile is
+wrong. ./launch_distributed_train.sh runs the same check before each start.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ EXIT_USAGE, EXIT_PREFLIGHT = 2, 3
 
 
 @dataclass
-class Meeting:
-    """Where the ranks meet, and the network interface of each host that leads there."""
+class Rendezvous:
+    """Address and port where the ranks meet, and each host's network interface that leads there."""
 
     address: str
     port: int
@@ -45,14 +45,14 @@ class Meeting:
 
 @dataclass
 class Report:
-    """What the hosts answered. `meeting` is None when they cannot start."""
+    """The hosts' answers. `rendezvous` is None if training cannot start."""
 
     hosts: list[Host]
     answers: list[Answer]
     problems: list[Problem]
     table: str
     on_cpu: bool
-    meeting: Meeting | None
+    rendezvous: Rendezvous | None
 
     @property
     def can_start(self) -> bool:
@@ -69,22 +69,22 @@ class Report:
             if problem.warning:
                 say(f"warning: {problem}")
         if serious:
-            say(f"\nFirst: {serious[0]}")
+            say(f"\nerror: {serious[0]}")
             for problem in serious[1:]:
-                say(f"Then:  {problem}")
+                say(f"error: {problem}")
 
 
 def hosts_of(path: str) -> list[Host]:
-    """The machines of a hostfile; ends the program with one sentence where it is wrong."""
+    """The machines of a hostfile. If the file is wrong, print one sentence and end the program."""
     try:
         return [Host(*line) for line in hostfile.read(path)]
     except hostfile.HostfileError as error:
-        say(str(error))
+        say(f"error: {error}")
         raise SystemExit(EXIT_USAGE) from None
 
 
 def request(python: str, data: Path, runs: Path, arguments: list[str]) -> dict[str, Any]:
-    """What to look at on every host: the same paths everywhere."""
+    """The request for every host: the same paths everywhere."""
     words = [word.split("=", 1)[-1] for word in arguments]
     given = sorted({str(Path(word).absolute()) for word in words if word and len(word) < 4096 and Path(word).is_file()})
     return {
@@ -98,29 +98,39 @@ def request(python: str, data: Path, runs: Path, arguments: list[str]) -> dict[s
 
 
 def inspect(hosts: list[Host], what: dict[str, Any]) -> Report:
-    """All hosts at once, in seconds."""
+    """Check all hosts in parallel; takes seconds."""
     here, *answers = remote.at_once(
         lambda name: remote.ask(name, "probe.py", what), ["localhost", *(host.name for host in hosts)]
     )
     if isinstance(here, Unreachable):
-        say(f"this machine {here.reason}: {here.mend}")
+        say(f"error: this machine {here.reason}: {here.fix}")
         raise SystemExit(EXIT_PREFLIGHT)
     present = [answer for answer in answers if not isinstance(answer, Unreachable)]
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not any(answer["gpus"] for answer in present)
     problems = checks.check(hosts, answers, here, on_cpu)
-    ports, meeting = {}, None
+    ports, rendezvous = {}, None
     if len(present) == len(hosts):
-        meeting, unmet = meet(hosts, answers)
+        rendezvous, unmet = find_rendezvous(hosts, answers)
         problems = unmet + problems
         ports = {host.name: "ok" for host in hosts} | {problem.host: "closed!" for problem in unmet}
-    return Report(hosts, answers, problems, checks.table(hosts, answers, here, ports, on_cpu), on_cpu, meeting)
+    return Report(hosts, answers, problems, checks.table(hosts, answers, here, ports, on_cpu), on_cpu, rendezvous)
+
+
+def master_port() -> int | None:
+    """The port from the variable MASTER_PORT; None if it is unset or empty. Raises ValueError."""
+    text = os.environ.get("MASTER_PORT", "")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and 1024 <= int(text) <= 65535):
+        raise ValueError(f"MASTER_PORT must be a port number from 1024 to 65535, not '{text}'")
+    return int(text)
 
 
 @contextmanager
 def listening(name: str, seconds: float = 15) -> Iterator[tuple[int, str]]:
-    """A program on a host that takes a free port and answers who knows the token: (port, token)."""
+    """Start a program on a host that listens on a free port and answers clients with the token: (port, token)."""
     token = secrets.token_hex(16)
-    words = {"role": "listen", "token": token, "seconds": seconds, "port": int(os.environ.get("MASTER_PORT", 0))}
+    words = {"role": "listen", "token": token, "seconds": seconds, "port": master_port() or 0}
     process = remote.start(name, ["python3", "-", json.dumps(words)])
     try:
         process.stdin.write((PROJECT / "cluster" / "reachability.py").read_text())
@@ -131,15 +141,15 @@ def listening(name: str, seconds: float = 15) -> Iterator[tuple[int, str]]:
                 yield found["port"], token
                 return
             if "error" in found:
-                raise Unreachable(f"has no free port ({found['error']})", "choose another MASTER_PORT")
+                raise Unreachable(f"has no free port ({found['error']})", "choose another MASTER_PORT, or unset it")
         raise remote.explain(name, process.wait(), process.stderr.read())
     finally:
         process.kill()
         process.wait()
 
 
-def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | None, list[Problem]]:
-    """An address and a free port of the first host that all others reach, tried by connecting to it."""
+def find_rendezvous(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Rendezvous | None, list[Problem]]:
+    """Find an address and a free port of the first host that all others can connect to."""
     first, others = hosts[0], hosts[1:]
     own = [address for _, address in answers[0]["addresses"]]
     known = os.environ.get("MASTER_ADDR") or remote.address_of(first.name)
@@ -151,21 +161,21 @@ def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | No
     try:
         with listening(first.name) as (port, token):
             if not others:
-                return Meeting("127.0.0.1", port, {}), []
+                return Rendezvous("127.0.0.1", port, {}), []
             if not candidates:
                 return None, [
                     Problem(
                         first.name,
-                        "has no network address (IPv4) but its own loopback",
-                        "connect it to the others' network",
+                        "has no network address (IPv4) except the loopback",
+                        "connect it to the network of the others",
                     )
                 ]
             asked = {"role": "connect", "token": token, "port": port, "addresses": candidates}
             results = remote.at_once(lambda host: remote.ask(host.name, "reachability.py", asked), others)
     except Unreachable as error:
-        return None, [Problem(first.name, error.reason, error.mend)]
+        return None, [Problem(first.name, error.reason, error.fix)]
     lost = [
-        Problem(host.name, result.reason, result.mend)
+        Problem(host.name, result.reason, result.fix)
         for host, result in zip(others, results, strict=True)
         if isinstance(result, Unreachable)
     ]
@@ -175,10 +185,10 @@ def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | No
         reached = [result["reached"][address] for result in results]
         if all("error" not in result for result in reached):
             used = zip(hosts, answers, [address, *(result["here"] for result in reached)], strict=True)
-            return Meeting(
+            return Rendezvous(
                 address, port, {host.name: name for host, answer, own in used if (name := interface_of(answer, own))}
             ), []
-    mend = "open the ports between the hosts (all from 1024 up: training uses many), or name the address: MASTER_ADDR="
+    fix = "open all ports from 1024 up between the hosts (training uses many), or set MASTER_ADDR to another address"
     shut_out = [
         (host, result["reached"])
         for host, result in zip(others, results, strict=True)
@@ -186,14 +196,13 @@ def meet(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[Meeting | No
     ]
     if shut_out:
         return None, [
-            Problem(host.name, f"cannot reach {first.name}: {_tried(reached, port)}", mend)
-            for host, reached in shut_out
+            Problem(host.name, f"cannot reach {first.name}: {_tried(reached, port)}", fix) for host, reached in shut_out
         ]
-    return None, [Problem(first.name, f"has no address that all others reach (of {', '.join(candidates)})", mend)]
+    return None, [Problem(first.name, f"has no address that all others reach (of {', '.join(candidates)})", fix)]
 
 
 def interface_of(answer: dict[str, Any], address: str) -> str | None:
-    """The network interface that has this address on a host."""
+    """The network interface that has this address on a host; None if there is none."""
     return next((name for name, own in answer["addresses"] if own == address), None)
 
 
@@ -202,7 +211,7 @@ def _tried(reached: dict[str, dict], port: int) -> str:
 
 
 def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
-    """Latency and bandwidth from each host to the next, one pair after the other so that none shares its link."""
+    """Measure latency and bandwidth from each host to the next, one pair at a time so that no two share a link."""
     lines = []
     ring = list(zip(hosts, [*hosts[1:], hosts[0]], strict=True)) if len(hosts) > 2 else [(hosts[0], hosts[-1])]
     for source, target in ring if len(hosts) > 1 else []:
@@ -214,7 +223,8 @@ def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
             lines.append(
                 f"{source.name} -> {target.name}: {best['error']}"
                 if "error" in best
-                else f"{source.name} -> {target.name}: {best['gigabits']:g} Gbit/s (one TCP stream), {best['latency_ms']:g} ms there and back"
+                else f"{source.name} -> {target.name}: {best['gigabits']:g} Gbit/s (one TCP stream), "
+                f"{best['latency_ms']:g} ms round trip"
             )
         except Unreachable as error:
             lines.append(f"{source.name} -> {target.name}: {error.reason}")
@@ -224,38 +234,42 @@ def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         "python cluster/preflight.py",
-        "Asks all hosts of the hostfile whether training can start, and says what to mend.",
+        "Check whether training can start on all hosts of the hostfile, and print what to fix.",
         example="python cluster/preflight.py --hostfile hostfile --measure",
     )
-    where = parser.add_argument_group("where it looks")
+    where = parser.add_argument_group("paths")
     where.add_argument(
         "--hostfile",
         default=str(PROJECT / "hostfile"),
         metavar="FILE",
-        help="the hosts and their slots (default: hostfile)",
+        help="hostfile with the hosts and their slots (default: hostfile)",
     )
     where.add_argument(
         "--python",
         default=sys.executable,
         metavar="FILE",
-        help="the interpreter that trains, at the same path on every host (default: this one)",
+        help="Python interpreter for training, at the same path on every host (default: this one)",
     )
     where.add_argument(
         "--data-dir",
         type=Path,
         default=PROJECT / "data" / "cifar100",
         metavar="DIR",
-        help="the prepared dataset (default: data/cifar100)",
+        help="folder of the prepared dataset (default: data/cifar100)",
     )
     where.add_argument(
-        "--runs-dir", type=Path, default=PROJECT / "runs", metavar="DIR", help="where run folders live (default: runs)"
+        "--runs-dir",
+        type=Path,
+        default=PROJECT / "runs",
+        metavar="DIR",
+        help="parent folder of run folders (default: runs)",
     )
-    more = parser.add_argument_group("what it does besides")
-    more.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
+    more = parser.add_argument_group("more actions")
+    more.add_argument("--measure", action="store_true", help="measure bandwidth and latency between the hosts")
     more.add_argument(
         "--sync",
         action="store_true",
-        help="copy code and dataset to the hosts that lack them, and make the environment there",
+        help="copy code and dataset to hosts that lack them, and create the Python environment there",
     )
     return parser.parse_args()
 
@@ -263,13 +277,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     hosts = hosts_of(args.hostfile)
+    try:
+        master_port()
+    except ValueError as error:
+        say(f"error: {error}")
+        return EXIT_USAGE
     began = time.time()
     what = request(args.python, args.data_dir, args.runs_dir, [])
     report = inspect(hosts, what)
     if args.sync:
-        report = sync.mend(report, what, inspect)
+        report = sync.fix_hosts(report, what, inspect)
     report.show()
-    if args.measure and report.meeting:
+    if args.measure and report.rendezvous:
         say("\n".join(measure(hosts, report.answers)))
     say(
         f"{len(hosts)} hosts, {sum(host.slots for host in hosts)} ranks: "

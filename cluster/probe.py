@@ -1,9 +1,10 @@
-"""What one host answers to the preflight: its code, environment, GPUs, data, room, addresses and clock.
+"""Report one host's state to the preflight: code, Python environment, GPUs, data, disk space, addresses and clock.
 
-    python3 cluster/probe.py '{"project": "/path/of/the/project", "python": "/path/of/python", "data": "/path/of/the/data"}'
+    python3 cluster/probe.py '{"project": "/path/of/project", "python": "/path/of/python", "data": "/path/of/data"}'
 
-Prints one line, `probe:` and JSON. The preflight sends this very file over SSH to a bare `python3 -`, for the project need not
-be there yet: nothing but the standard library of Python 3.6 is used, and everything that is missing is an answer, not an error.
+Prints one line, `probe:` and JSON. The preflight sends this file over SSH to a bare `python3 -`, because the project
+may not be there yet. So it uses only the standard library of Python 3.6, and whatever is missing is reported, not
+raised.
 """
 
 import fcntl
@@ -19,21 +20,15 @@ import sys
 import time
 
 CODE = (".py", ".sh", ".toml", ".json", ".txt")
-NOT_CODE = {
-    "data",
-    "runs",
-    "results",
-    "tests",
-    "docs",
-    "benchmarks",
-    "__pycache__",
-}  # at the top, beside hidden folders
-GIVEN_FILE_LIMIT = 2**30  # bytes; of larger ones only the size is compared
-# Asked of the project's interpreter. Reads what is written beside the packages: importing torch would take seconds.
+IMPORTABLE = (".py", ".pyc", ".so")  # a file of these kinds that only one host has can shadow a module
+# Folders at the top of the project, next to hidden ones, that hold no code of training.
+NOT_CODE = {"data", "runs", "results", "tests", "docs", "benchmarks", "__pycache__"}
+GIVEN_FILE_LIMIT = 2**30  # bytes; of larger files only the size is compared
+# Run by the project's interpreter. Reads the metadata of packages, since importing torch would take seconds.
 ENVIRONMENT = """
 import json, os, platform, sys
 from importlib import metadata
-if os.path.exists(os.path.join(sys.prefix, "installing")):  # environment/setup.sh was cut short
+if os.path.exists(os.path.join(sys.prefix, "installing")):  # environment/setup.sh was interrupted
     sys.exit("unfinished")
 found = {"python": platform.python_version(), "prefix": sys.prefix}
 for name in ("torch", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110", "numpy"):
@@ -53,7 +48,7 @@ GPU_QUERY = "index,name,memory.total,memory.free,driver_version"
 
 
 def start(words):
-    """A program whose output is read later, or None where it is not installed."""
+    """Start a program whose output is read later; None if it is not installed."""
     try:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
@@ -63,7 +58,7 @@ def start(words):
 
 
 def output(process, seconds):
-    """What it printed, or an empty text when it failed or takes too long."""
+    """The output of a started program; empty if it failed or took longer than `seconds`."""
     if process is None:
         return ""
     try:
@@ -75,7 +70,7 @@ def output(process, seconds):
 
 
 def digest_of(path, limit=None):
-    """SHA-256 of a file, shortened; of one above `limit` bytes its size."""
+    """Shortened SHA-256 of a file; for a file above `limit` bytes, its size."""
     if limit is not None and os.path.getsize(path) > limit:
         return f"{os.path.getsize(path)} bytes"
     sha = hashlib.sha256()
@@ -85,16 +80,23 @@ def digest_of(path, limit=None):
     return sha.hexdigest()[:16]
 
 
-def code_of(project):
-    """{path: digest} of the files that training runs on."""
+def code_of(project, skip=()):
+    """{path: digest} of the files that training runs on; `skip` are folders of runs or data inside the project."""
     found = {}
+    skip = {os.path.realpath(folder) for folder in skip}
     for folder, folders, names in os.walk(project):
         top = folder == project
         folders[:] = [
-            name for name in folders if name[0] != "." and name != "__pycache__" and not (top and name in NOT_CODE)
+            name
+            for name in folders
+            if name[0] != "."
+            and name != "__pycache__"
+            and not (top and name in NOT_CODE)
+            and os.path.realpath(os.path.join(folder, name)) not in skip
+            and not os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))  # a virtual environment of another name
         ]
         for name in names:
-            if name.endswith(CODE):
+            if name.endswith(CODE + IMPORTABLE):
                 path = os.path.join(folder, name)
                 try:
                     found[os.path.relpath(path, project)] = digest_of(path)
@@ -103,8 +105,21 @@ def code_of(project):
     return found
 
 
+def identity():
+    """A text that differs between machines and between containers: one machine may have two names in a hostfile."""
+    parts = []
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            parts.append(file.read().strip())
+        for kind in ("net", "mnt"):
+            parts.append(os.readlink("/proc/self/ns/" + kind))
+    except OSError:
+        return ""
+    return " ".join(parts)
+
+
 def commit_of(project):
-    """The commit that is checked out, read from .git itself, for git need not be installed; empty when there is none."""
+    """The checked-out commit, empty if there is none. Read from .git itself, because git may not be installed."""
 
     def read(*names):
         with open(os.path.join(*names)) as file:
@@ -112,7 +127,7 @@ def commit_of(project):
 
     git = os.path.join(project, ".git")
     try:
-        if os.path.isfile(git):  # a worktree: HEAD is its own, branches are those of the repository
+        if os.path.isfile(git):  # a worktree has its own HEAD and shares the branches
             git = os.path.join(project, read(git)[len("gitdir: ") :])
         common = os.path.join(git, read(git, "commondir")) if os.path.exists(os.path.join(git, "commondir")) else git
         head = read(git, "HEAD")
@@ -129,7 +144,7 @@ def commit_of(project):
 
 
 def data_of(folder):
-    """Fingerprint of a prepared dataset and the sizes of its files, for a copy may have been cut short; None when there is none."""
+    """Fingerprint and file sizes (they reveal an interrupted copy) of a prepared dataset; None if there is none."""
     try:
         with open(os.path.join(folder, "dataset.json")) as file:
             fingerprint = json.load(file)["fingerprint"]
@@ -143,7 +158,7 @@ def data_of(folder):
 
 
 def gpus_of(text):
-    """The answer of nvidia-smi -> [{index, name, total, free (MiB), driver}]."""
+    """Parse the answer of nvidia-smi: [{index, name, total, free, driver}], memory in MiB."""
     gpus = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -154,7 +169,7 @@ def gpus_of(text):
 
 
 def addresses():
-    """[(network interface, IPv4 address)] of the interfaces that have one, the loopback left out."""
+    """[(network interface, IPv4 address)] of all interfaces that have one, except the loopback."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
@@ -171,7 +186,7 @@ def addresses():
 
 
 def room(folder):
-    """GB free where a folder is, or will be."""
+    """Free disk space in GB where a folder is or will be."""
     while folder and not os.path.exists(folder):
         folder = os.path.dirname(folder)
     try:
@@ -181,17 +196,18 @@ def room(folder):
 
 
 def answer(request):
-    """Everything there is to know of this host; `request` names the paths to look at."""
+    """Everything the preflight checks on this host; `request` names the paths to check."""
     gpus = start(["nvidia-smi", "--query-gpu=" + GPU_QUERY, "--format=csv,noheader,nounits"])
     python = start([request["python"], "-c", ENVIRONMENT])
     project = request["project"]
     facts = {
         "hostname": socket.gethostname(),
+        "identity": identity(),
         "user": getpass.getuser(),
         "project": os.path.isdir(project),
         "cwd": os.path.isdir(request.get("cwd", "/")),
         "commit": commit_of(project),
-        "code": code_of(project),
+        "code": code_of(project, [request[name] for name in ("runs", "data") if request.get(name)]),
         "data": data_of(request["data"]) if request.get("data") else None,
         "given": {path: digest_of(path, GIVEN_FILE_LIMIT) for path in request.get("given", []) if os.path.isfile(path)},
         "disk": room(request.get("runs", project)),
@@ -205,7 +221,7 @@ def answer(request):
         facts["environment"] = json.loads(output(python, 15) or "null")
     except ValueError:
         facts["environment"] = None
-    facts["time"] = time.time()  # last: the answer is on its way now
+    facts["time"] = time.time()  # last, because the clock check compares it with the time of arrival
     return facts
 
 

@@ -1,9 +1,9 @@
-"""One end of a connection between two hosts: who can reach whom, by which address, how fast.
+"""Test a connection between two hosts: whether one reaches the other, by which address, and how fast.
 
     python3 cluster/reachability.py '{"role": "listen", "token": "x", "seconds": 20}'
-    python3 cluster/reachability.py '{"role": "connect", "token": "x", "port": 23456, "addresses": ["10.0.0.1"], "measure": true}'
+    python3 cluster/reachability.py '{"role": "connect", "token": "x", "port": 23456, "addresses": ["10.0.0.1"]}'
 
-Prints lines of `reachability:` and JSON. Sent over SSH to a bare `python3 -`, as probe.py is; needs nothing else.
+Prints lines of `reachability:` and JSON. Like probe.py, it is sent over SSH to a bare `python3 -` (3.6 or newer).
 """
 
 import json
@@ -19,37 +19,37 @@ PINGS = 100
 
 
 def listen(request):
-    """Take a free port, say which, and answer whoever knows the token, for some seconds."""
+    """Listen on a free port, report it, and answer clients that know the token, for `seconds` seconds."""
     server = socket.socket()
-    # No SO_REUSEADDR: the port must be free for the training processes a moment later. Under 32768, so that no outgoing
-    # connection takes it in between.
+    # PyTorch's store listens on this port a moment later, with SO_REUSEADDR too. Without it, connections of the last
+    # start (TIME_WAIT, 60 s) would block a MASTER_PORT that the user chose, and with it every restart.
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Ports below 32768, so that no outgoing connection takes the port in between.
     for port in random.sample(range(20000, 32000), 200) if not request.get("port") else [request["port"]]:
         try:
             server.bind(("", port))
+            server.listen(128)
             break
         except OSError:
             continue
     else:
-        say(error="no port is free")
+        say(error=f"port {request['port']} is in use" if request.get("port") else "no port is free")
         return
-    server.listen(128)
     server.settimeout(0.2)
     say(port=port)
     deadline = time.time() + request["seconds"]
-    asked_for = select.poll()
-    asked_for.register(sys.stdout, 0)
-    while time.time() < deadline and not asked_for.poll(
-        0
-    ):  # the one who asked has gone, so the port is to be free at once
+    launcher = select.poll()
+    launcher.register(sys.stdout, 0)
+    while time.time() < deadline and not launcher.poll(0):  # when the launcher has gone, free the port at once
         try:
             connection = server.accept()[0]
-        except TimeoutError:
+        except socket.timeout:  # noqa: UP041 - TimeoutError since Python 3.10 only
             continue
         threading.Thread(target=serve, args=(connection, request["token"]), daemon=True).start()
 
 
 def serve(connection, token):
-    """Send the token back, then echo single bytes (pings) until a block of bytes comes, which is counted instead."""
+    """Return the token, echo single bytes (pings), then count the bytes of a stream until its last byte, a dot."""
     connection.settimeout(10)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
@@ -67,7 +67,7 @@ def serve(connection, token):
             if not block:
                 return
             received += len(block)
-            if block.endswith(b"."):  # the last byte of the stream: say how much came, in how long
+            if block.endswith(b"."):  # the end of the stream: report its size and duration
                 connection.sendall(json.dumps([received, time.time() - began]).encode())
                 return
     except OSError:
@@ -77,7 +77,7 @@ def serve(connection, token):
 
 
 def reach(address, port, token, measure):
-    """Connect, check that it is the right host, and time it. Returns facts, or the reason why not."""
+    """Connect, check that the right host answers, and measure the link. Return facts, or the reason of the failure."""
     with socket.socket() as connection:
         connection.settimeout(3)
         try:
@@ -103,14 +103,14 @@ def reach(address, port, token, measure):
             received, seconds = json.loads(connection.recv(256).decode())
             facts["gigabits"] = round(received * 8 / seconds / 1e9, 2)
             return facts
-        except TimeoutError:
+        except socket.timeout:  # noqa: UP041 - TimeoutError since Python 3.10 only
             return {"error": "no answer"}
         except (OSError, ValueError) as error:
             return {"error": str(error)}
 
 
 def connect(request):
-    """Try every address at once; say what came of each."""
+    """Try all addresses in parallel and report the result of each."""
     results = {}
     threads = [
         threading.Thread(

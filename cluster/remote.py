@@ -1,7 +1,7 @@
-"""Programs on other hosts, over plain SSH: nothing but an ssh client here and an sshd there is needed.
+"""Run programs on other hosts over plain SSH: an ssh client here and an sshd there are all it needs.
 
-What goes to a host stands in its standard input, as JSON: the remote shell sees only paths, quoted, so no argument can be
-taken apart by it and no secret shows in the list of processes.
+Content for a host goes to the program's standard input as JSON. The remote shell sees only quoted paths, so it cannot
+split an argument, and no secret shows in the process list.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ SSH = [
     "-o",
     "ServerAliveCountMax=4",
 ]
-# What ssh says, the reason in words, and the mend. The first that fits.
+# A part of ssh's message, the reason in words, and the fix. The first match counts.
 SSH_ERRORS = [
-    ("permission denied", "refuses the key", "give it yours: ssh-copy-id {host}"),
+    ("permission denied", "refuses the key", "copy your key to it: ssh-copy-id {host}"),
     (
         "host key verification failed",
-        "is not known, or has another key than before",
-        "look at it once: ssh {host}; after a new installation: ssh-keygen -R {machine}",
+        "has an unknown or changed host key",
+        "check it once by hand: ssh {host}; after a new installation: ssh-keygen -R {machine}",
     ),
-    ("resolve hostname", "has a name that nobody knows", "write its address, or add the name to ~/.ssh/config"),
+    ("resolve hostname", "has a name that does not resolve", "write its address, or add the name to ~/.ssh/config"),
     (
         "connection refused",
         "is up, but no SSH server answers there",
         "start sshd on it, or give its port in ~/.ssh/config",
     ),
-    ("timed out", "does not answer", "look whether it is on, and in this network: ping {machine}"),
-    ("no route", "does not answer", "look whether it is on, and in this network: ping {machine}"),
-    ("connection closed", "closes the connection", "look into its log: journalctl -u ssh"),
+    ("timed out", "does not answer", "check that it is on and in this network: ping {machine}"),
+    ("no route", "does not answer", "check that it is on and in this network: ping {machine}"),
+    ("connection closed", "closes the connection", "check its log: journalctl -u ssh"),
     ("python3", "has no python3", "install it there: apt-get install python3"),
 ]
 
 
 class Unreachable(Exception):
-    """A host that does not do what it is asked; `reason` reads on from its name, `mend` says what to do."""
+    """A host does not do what it is asked. `reason` continues a sentence that begins with the host's name."""
 
-    def __init__(self, reason: str, mend: str):
+    def __init__(self, reason: str, fix: str):
         super().__init__(reason)
-        self.reason, self.mend = reason, mend
+        self.reason, self.fix = reason, fix
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,17 @@ class Host:
 
 @cache
 def ssh_settings(name: str) -> dict[str, str]:
-    """What ~/.ssh/config makes of a name: hostname, port, user."""
+    """Host name, port and user that ~/.ssh/config gives for a name."""
     if shutil.which("ssh") is None:
         return {}
-    text = subprocess.run(["ssh", "-G", name], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    words = ["ssh", "-G", "--", name]
+    text = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
     return dict(line.split(" ", 1) for line in text.splitlines() if line.startswith(("hostname ", "port ", "user ")))
 
 
 @cache
 def is_here(name: str) -> bool:
-    """Whether a line of the hostfile means this very machine and user, who then need no SSH."""
+    """Whether a name of the hostfile means this machine and user, which need no SSH."""
     if name in LOCAL_NAMES:
         return True
     settings = ssh_settings(name)
@@ -105,23 +106,25 @@ def is_here(name: str) -> bool:
 
 
 def address_of(name: str) -> str | None:
-    """The IPv4 address that a host has when seen from here."""
+    """The IPv4 address of a host as seen from this machine; None if its name does not resolve."""
+    machine = ssh_settings(name).get("hostname", name.split("@")[-1])
     try:
-        return socket.getaddrinfo(ssh_settings(name).get("hostname", name.split("@")[-1]), None, socket.AF_INET)[0][4][
-            0
-        ]
-    except OSError:
+        return socket.getaddrinfo(machine, None, socket.AF_INET)[0][4][0]
+    except (OSError, UnicodeError):
         return None
 
 
 def command(name: str, words: Iterable[str]) -> list[str]:
-    """The words to start here for a program to run there."""
+    """The command that runs a program on a host from this machine."""
     words = [str(word) for word in words]
-    return words if is_here(name) else [*SSH, name, shlex.join(words)]
+    return words if is_here(name) else [*SSH, "--", name, shlex.join(words)]
 
 
 def start(name: str, words: Iterable[str]) -> subprocess.Popen:
-    """A program at work there, with pipes. In a session of its own: a Ctrl-C is for the one who started it to pass on."""
+    """Start a program on a host, with pipes.
+
+    It gets a session of its own, so that Ctrl-C reaches only the launcher, which forwards it.
+    """
     return subprocess.Popen(
         command(name, words),
         stdin=subprocess.PIPE,
@@ -134,7 +137,7 @@ def start(name: str, words: Iterable[str]) -> subprocess.Popen:
 
 
 def ask(name: str, script: str, request: dict[str, Any], seconds: float = 20) -> dict[str, Any]:
-    """Run one of our scripts there without its being there, and read the last line that it marks as its answer.
+    """Run one of the scripts of cluster/ on a host that may not have it, and return its marked answer.
 
     Raises:
         Unreachable: no answer.
@@ -145,9 +148,7 @@ def ask(name: str, script: str, request: dict[str, Any], seconds: float = 20) ->
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        raise Unreachable(
-            f"gives no answer in {seconds:.0f} s", f"try it by hand: ssh {name} python3 --version"
-        ) from None
+        raise Unreachable(f"gives no answer in {seconds:.0f} s", by_hand(name)) from None
     answer = {**answer_in(out, script), "arrived": time.time(), "asked": began}
     if len(answer) == 2:
         raise explain(name, process.returncode, err)
@@ -155,23 +156,35 @@ def ask(name: str, script: str, request: dict[str, Any], seconds: float = 20) ->
 
 
 def answer_in(out: str, script: str) -> dict[str, Any]:
-    """The last marked line of what a host printed; login scripts there may print as well."""
+    """The last marked JSON object in a host's output; login scripts there may print as well."""
     mark = script.removesuffix(".py") + ":"
-    lines = [line[len(mark) :] for line in out.splitlines() if line.startswith(mark)]
-    return json.loads(lines[-1]) if lines else {}
+    for line in reversed(out.splitlines()):
+        if not line.startswith(mark):
+            continue
+        try:
+            answer = json.loads(line[len(mark) :])
+        except ValueError:
+            continue
+        if isinstance(answer, dict):
+            return answer
+    return {}
+
+
+def by_hand(name: str) -> str:
+    return f"try it by hand: ssh {name} python3 --version"
 
 
 def explain(name: str, code: int, err: str) -> Unreachable:
-    """Why ssh, or the program there, failed."""
-    for sign, reason, mend in SSH_ERRORS:
+    """The reason why ssh, or the program on the host, failed."""
+    for sign, reason, fix in SSH_ERRORS:
         if sign in err.lower():
-            return Unreachable(reason, mend.format(host=name, machine=name.split("@")[-1]))
+            return Unreachable(reason, fix.format(host=name, machine=name.split("@")[-1]))
     last = err.strip().splitlines()[-1:] or [f"exit code {code}"]
-    return Unreachable(f"does not answer as it should ({last[0]})", f"try it by hand: ssh {name} python3 --version")
+    return Unreachable(f"does not answer as expected ({last[0]})", by_hand(name))
 
 
 def at_once(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """`function` of each item, all at the same time, in their order; an Unreachable is returned in its place."""
+    """Call `function` for all items in parallel, and return results, or Unreachable errors, in order."""
 
     def safely(item: Any) -> Any:
         try:
@@ -185,5 +198,5 @@ def at_once(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
 
 
 def say(text: str = "") -> None:
-    """For the person who started it; the screen's other stream is what training prints."""
+    """Print a line for the user to standard error; standard output is what training prints."""
     print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""Trains on every machine of the hostfile; what ./launch_distributed_train.sh runs. What it does not know goes to train.py.
+"""Train on every machine of the hostfile; ./launch_distributed_train.sh runs this. Other arguments go to train.py.
 
     ./launch_distributed_train.sh --preset spt-lsa --name big --restarts 3
 
-Exit codes: 0 trained to the end; 75 stopped and saved (the same command goes on); 2 a wrong hostfile or variable; 3 the
-preflight found something to mend; 69 a host was lost; else that of the rank that failed first (128 + the number of a signal).
+Exit codes: 0 trained to the end; 75 stopped and saved (the same command resumes); 2 wrong hostfile or variable; 3 the
+preflight found a problem; 69 a host was lost; otherwise that of the rank that failed first (128 + the signal number).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cluster import preflight, remote, sync  # noqa: E402
 from cluster.failure_cause import EXIT_STOPPED  # noqa: E402
 from cluster.job import Job, Limits, Outcome, Plan  # noqa: E402
-from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Meeting, Report, hosts_of  # noqa: E402
+from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Rendezvous, Report, hosts_of, master_port  # noqa: E402
 from cluster.remote import Host, say  # noqa: E402
+from cluster.screen import run_unblocked  # noqa: E402
 from common.paths import PROJECT
 from config.command_line import Parser  # noqa: E402
 
@@ -64,15 +65,20 @@ INEXACT = "--allow-inexact-resume"  # of train.py
 
 
 class Stop:
-    """Remembers signals: the first asks for saving, a second Ctrl-C two seconds later (not the same key's echo) for an end at once."""
+    """Record signals: the first asks ranks to save; a second one more than 2 s later ends them without saving."""
 
     def __init__(self) -> None:
         self.requested, self.now, self.number, self.since = False, False, 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._handle)
+        # A suspended launcher sends no heartbeats, so the hosts would end their ranks after 20 s.
+        signal.signal(
+            signal.SIGTSTP, lambda *_: say("Ctrl-Z is ignored: it would end training. Ctrl-C saves and stops.")
+        )
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # `stty tostop` suspends a background program that prints
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.requested and time.monotonic() - self.since > 2:
+        if self.requested and time.monotonic() - self.since > 2:  # the first 2 s may hold the echo of the same key
             self.now = True
         if not self.requested:
             self.requested, self.number, self.since = True, number, time.monotonic()
@@ -81,34 +87,34 @@ class Stop:
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         "./launch_distributed_train.sh",
-        "Train on every machine of the hostfile, over SSH. All other arguments go to train.py.",
+        "Train on every machine of the hostfile over SSH. All other arguments go to train.py.",
         example="./launch_distributed_train.sh --preset spt-lsa --restarts 3",
-        notes="exit code: docs/cluster.md; what train.py takes: python train.py --help",
+        notes="exit codes: docs/cluster.md; arguments of train.py: python train.py --help",
     )
     parser.add_argument("--hostfile", default=str(PROJECT / "hostfile"), help=argparse.SUPPRESS)
     before = parser.add_argument_group("before the start")
-    before.add_argument("--check", action="store_true", help="look at all hosts and start nothing")
+    before.add_argument("--check", action="store_true", help="check all hosts and start nothing")
     before.add_argument(
         "--sync",
         action="store_true",
-        help="first copy code and dataset to the hosts that lack them, and make the environment there",
+        help="copy code and dataset to hosts that lack them first, and create the Python environment there",
     )
-    before.add_argument("--measure", action="store_true", help="bandwidth and latency between the hosts")
+    before.add_argument("--measure", action="store_true", help="measure bandwidth and latency between the hosts")
     failures = parser.add_argument_group("failures")
     failures.add_argument(
         "--restarts",
         type=int,
         default=0,
         metavar="N",
-        help="after a failure start again from the last checkpoint, N times at most; without a host that stays away (default: 0)",
+        help="number of restarts from the last checkpoint after a failure, without hosts that stay away (default: 0)",
     )
     failures.add_argument(
         "--hang-seconds",
         type=float,
         default=50,
         metavar="S",
-        help="give up when a rank waits this many seconds for the others; "
-        "raise it where a step, or gathering a checkpoint, takes longer (default: 50)",
+        help="seconds that a rank waits for the others before the job fails; "
+        "increase it if a step, or gathering a checkpoint, takes longer (default: 50)",
     )
     return parser.parse_known_args()
 
@@ -118,8 +124,9 @@ def main() -> int:
     hosts = hosts_of(args.hostfile)
     try:
         limits = Limits.of(os.environ)
+        master_port()
     except ValueError as error:
-        say(str(error))
+        say(f"error: {error}")
         return EXIT_USAGE
     train = paths_of(arguments)
     environment = {
@@ -142,7 +149,7 @@ def main() -> int:
         if stop.requested:
             return 128 + stop.number
         outcome = Job(plan(report, arguments, environment, train.runs_dir, limits), stop).run()
-        tell(outcome)
+        show_failure(outcome)
         if outcome.code in (0, EXIT_STOPPED) or stop.requested or outcome.refused or not left:
             break
         regrouped = regroup(outcome, what, hosts, stop, limits.rejoin)
@@ -151,31 +158,27 @@ def main() -> int:
         report = regrouped
         arguments = [word for word in arguments if word != "--fresh"]
         if ranks_of(report.hosts) != ranks_of(outcome.hosts) and INEXACT not in arguments:
-            say(
-                f"Each rank takes another part of the batch than before, which shows where statistics are taken of it (BatchNorm): {INEXACT}."
-            )
+            say(f"The number of ranks changes, so batch statistics (BatchNorm) differ from before: adding {INEXACT}.")
             arguments = [*arguments, INEXACT]
-        say(
-            f"Starting again from the last checkpoint ({left - 1} more restart{'' if left == 2 else 's'} after this one)."
-        )
+        say(f"Restarting from the last checkpoint ({left - 1} more restart{'' if left == 2 else 's'} after this one).")
     if stop.requested and outcome.code not in (0, EXIT_STOPPED):
         return 128 + stop.number
     return outcome.code
 
 
 def look(hosts: list[Host], what: dict[str, Any], args: argparse.Namespace) -> Report:
-    """The preflight, with what was asked for besides."""
+    """Run the preflight, with --sync and --measure if given."""
     report = preflight.inspect(hosts, what)
     if args.sync and not report.can_start:
-        report = sync.mend(report, what, preflight.inspect)
+        report = sync.fix_hosts(report, what, preflight.inspect)
     report.show()
-    if args.measure and report.meeting:
+    if args.measure and report.rendezvous:
         say("\n".join(preflight.measure(hosts, report.answers)))
     return report
 
 
 def paths_of(arguments: list[str]) -> argparse.Namespace:
-    """The folders that train.py will use, of its own flags."""
+    """The data and runs folders that train.py will use, from its own flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--dataset", default="cifar100")
@@ -186,12 +189,12 @@ def paths_of(arguments: list[str]) -> argparse.Namespace:
 
 
 def sent(environment: Any) -> dict[str, str]:
-    """The variables that matter to training, for every host."""
+    """The environment variables that are sent to every host."""
     return {name: value for name, value in environment.items() if name.startswith(SENT)}
 
 
 def deepspeed_env() -> dict[str, str]:
-    """DeepSpeed's own file of variables for all hosts (NAME=VALUE a line), at home or where you stand."""
+    """Variables from DeepSpeed's file .deepspeed_env (NAME=VALUE per line), in the home or current folder."""
     found = {}
     for path in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
         for line in path.read_text().splitlines() if path.is_file() else []:
@@ -204,7 +207,7 @@ def deepspeed_env() -> dict[str, str]:
 def plan(report: Report, arguments: list[str], environment: dict[str, str], runs: Path, limits: Limits) -> Plan:
     return Plan(
         report.hosts,
-        report.meeting,
+        report.rendezvous,
         sys.executable,
         str(PROJECT / "train.py"),
         arguments,
@@ -216,24 +219,24 @@ def plan(report: Report, arguments: list[str], environment: dict[str, str], runs
 
 
 def show_commands(hosts: list[Host], arguments: list[str], environment: dict[str, str], runs: Path) -> None:
-    """What would be started on each host, one line a host."""
-    meeting = Meeting(os.environ.get("MASTER_ADDR") or hosts[0].machine, int(os.environ.get("MASTER_PORT", 29500)), {})
-    would = Plan(hosts, meeting, sys.executable, str(PROJECT / "train.py"), arguments, environment, False, runs)
+    """Print the command of each host, one line per host."""
+    rendezvous = Rendezvous(os.environ.get("MASTER_ADDR") or hosts[0].machine, master_port() or 29500, {})
+    would = Plan(hosts, rendezvous, sys.executable, str(PROJECT / "train.py"), arguments, environment, False, runs)
     for i, host in enumerate(hosts):
         print(f"{host.name}: {shlex.join([*would.command(i), would.script, *arguments])}")
 
 
-def tell(outcome: Outcome) -> None:
-    """The first error, at the end of all output; the rest is in the logs."""
+def show_failure(outcome: Outcome) -> None:
+    """Print the first error at the end of all output; the rest is in the logs."""
     if outcome.code not in (0, EXIT_STOPPED):
-        say(f"\nTraining failed: {outcome.cause}" + (":" if outcome.lines else "."))
+        say(f"\nerror: training failed: {outcome.cause}" + (":" if outcome.lines else "."))
         for line in outcome.lines:
             say(f"    {line}")
     if outcome.code not in (0, EXIT_STOPPED) and not outcome.refused:
-        say(f"Every rank's output: {os.path.relpath(outcome.logs)}, on each host.")
+        say(f"The output of every rank is in {os.path.relpath(outcome.logs)} on its host.")
 
 
-# --- starting again ---------------------------------------------------------------------------------------------------
+# --- restarting ---------------------------------------------------------------------------------------------------
 
 
 def ranks_of(hosts: list[Host]) -> int:
@@ -241,7 +244,7 @@ def ranks_of(hosts: list[Host]) -> int:
 
 
 def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop: Stop, seconds: float) -> Report | None:
-    """The hosts to go on with: all of the hostfile when they are well again in time, else those that are. None: it cannot go on."""
+    """Choose hosts of the hostfile that pass the preflight in time. None if no restart is possible."""
     deadline = time.monotonic() + seconds
     report = preflight.inspect(all_hosts, what)
     while not report.can_start and not stop.requested and time.monotonic() < deadline:
@@ -251,26 +254,25 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
     hosts = [host for host in all_hosts if host.name not in bad]
     for problem in report.problems:
         if problem.host in bad and not problem.warning:
-            say(f"Leaving out: {problem.host} {problem.what}.")
+            say(f"warning: restarting without {problem.host}: it {problem.what}.")
     if not hosts:
-        say("No host is left to go on with.")
+        say("error: no host is left to resume on.")
         return None
     ranks = ranks_of(hosts)
     if outcome.batch:
         hosts = fit(hosts, *outcome.batch, ranks_of(outcome.hosts))
         total = outcome.batch[0]
         if not hosts:
-            say(f"The global batch of {total} cannot be cut for the {ranks} ranks that are left.")
+            say(f"error: the global batch of {total} cannot be divided among the {ranks} remaining ranks.")
             return None
         ranks = ranks_of(hosts)
         if ranks != ranks_of(outcome.hosts):
-            say(
-                f"Going on with {ranks} ranks on {', '.join(host.name for host in hosts)}; the global batch stays {total}."
-            )
+            names = ", ".join(host.name for host in hosts)
+            say(f"Resuming with {ranks} rank{'' if ranks == 1 else 's'} on {names}; the global batch stays {total}.")
     if outcome.folder and hosts[0] != outcome.hosts[0] and not exists(hosts[0], f"{outcome.folder}/run.json"):
         say(
-            f"The run folder was on {outcome.hosts[0].name} alone, and {hosts[0].name} does not have {outcome.folder}: "
-            "put run folders on a shared disk (--runs-dir) to go on without the first host."
+            f"error: only {outcome.hosts[0].name} had the run folder; {hosts[0].name} does not have {outcome.folder}. "
+            "Put run folders on a shared disk (--runs-dir) to resume without the first host."
         )
         return None
     report = preflight.inspect(hosts, what) if hosts != report.hosts else report
@@ -278,10 +280,10 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
 
 
 def fit(hosts: list[Host], total: int, accumulation: int, shards: int, ranks_before: int) -> list[Host]:
-    """As many ranks as can share the global batch evenly, taken from the first hosts on."""
-    ranks_a_shard = max(1, ranks_before // shards)
+    """Keep as many ranks as can divide the global batch evenly, starting with the first hosts."""
+    ranks_per_shard = max(1, ranks_before // shards)
     ranks = sum(host.slots for host in hosts)
-    while ranks and (ranks % ranks_a_shard or total % (accumulation * (ranks // ranks_a_shard))):
+    while ranks and (ranks % ranks_per_shard or total % (accumulation * (ranks // ranks_per_shard))):
         ranks -= 1
     kept = []
     for host in hosts:
@@ -293,11 +295,11 @@ def fit(hosts: list[Host], total: int, accumulation: int, shards: int, ranks_bef
 
 
 def exists(host: Host, path: str) -> bool:
-    """Whether a host sees a file."""
+    """Whether a file exists on a host."""
     process = remote.start(host.name, ["test", "-e", path])
     process.communicate()
     return process.returncode == 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_unblocked(main))

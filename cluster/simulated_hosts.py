@@ -1,13 +1,13 @@
-"""Several hosts on one machine, to try what crosses a network: namespaces box1, box2, ... joined by a bridge, an sshd in each.
+"""Simulate several hosts on one machine: network namespaces box1, box2, ... joined by a bridge, with an sshd in each.
 
     with Hosts(folder, 2) as hosts:
         hosts.run("box1", ["ssh", "box2", "hostname"])
-        hosts.cut("box2")                                pull the cable
+        hosts.cut("box2")                                unplug the cable
 
-Needs root, iproute2 and openssh-server; `missing()` says what is not there. Processes and the file system are shared, but a
-host may have a folder of its own at a path (`own`: {host: {path: folder}}): it is bound there in that host's mount namespace,
-so that code or data differ. Every host has a second interface that leads nowhere, and its own name means that one to it.
-`trial.py` and tests/cluster/test_several_hosts.py start these.
+Needs root, iproute2 and openssh-server; `missing()` returns what is missing. All hosts share processes and the file
+system, but a host may have its own folder at a path (`own`: {host: {path: folder}}), bound in that host's mount
+namespace, so that code or data differ. Every host has a second interface that leads nowhere, and on the host its own
+name resolves to that one. failure_trial.py and tests/cluster/test_several_hosts.py use these hosts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOOLS = ("ip", "ssh", "ssh-keygen", "nsenter", "unshare")
 
 @cache
 def missing() -> str:
-    """Why there can be no such hosts here; empty when there can. Tries it: containers forbid one thing or another."""
+    """The reason why hosts cannot be simulated here, found by trying; empty if they can."""
     if os.geteuid() != 0:
         return "needs root"
     if absent := [name for name in (*TOOLS, SSHD) if not shutil.which(name)]:
@@ -41,21 +41,21 @@ def missing() -> str:
             with Hosts(Path(folder, "hosts"), 2) as hosts:
                 done = hosts.run("box1", ["ssh", "box2", "true"])
         except HostsError as error:
-            return f"no namespaces here: {error}"
+            return f"cannot create namespaces: {error}"
     return "" if done.returncode == 0 else f"ssh between namespaces fails: {done.stdout.strip()}"
 
 
 class HostsError(RuntimeError):
-    """This machine cannot do what it was asked."""
+    """This machine cannot create or use the simulated hosts."""
 
 
 class Hosts:
-    """`count` hosts, up while the `with` lasts. A random word in all names lets several of these work side by side.
+    """`count` hosts that exist during a `with` block. A random word in all names keeps concurrent instances apart.
 
     Args:
-        folder: for keys and settings; is made.
-        own: folders that a host has in place of the shared ones.
-        ports: of the SSH servers that do not listen on 22.
+        folder: where keys and settings are written; it is created.
+        own: folders that a host has instead of the shared ones.
+        ports: ports of SSH servers that do not listen on 22.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Hosts:
     def cable(self, name: str) -> str:
         return f"{name}v{self.word}"
 
-    # --- putting them up --------------------------------------------------------------------------------------------
+    # --- creating the hosts ----------------------------------------------------------------------------------------
 
     def _keys(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +111,8 @@ class Hosts:
         shutil.copy(self.folder / "key.pub", self.folder / "authorized_keys")
         ports = "".join(f"Host {name}\n  Port {port}\n" for name, port in self.ports.items())
         (self.folder / "config").write_text(
-            f"{ports}Host *\n  User root\n  IdentityFile {self.folder}/key\n  IdentitiesOnly yes\n  StrictHostKeyChecking no\n"
-            "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+            f"{ports}Host *\n  User root\n  IdentityFile {self.folder}/key\n  IdentitiesOnly yes\n"
+            "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
         )
         (self.folder / "bin").mkdir()
         (self.folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/config "$@"\n')
@@ -127,12 +127,12 @@ class Hosts:
         ip("link", "set", self.cable(name), "master", self.bridge, "up")
         ip("-n", space, "addr", "add", f"{ADDRESSES}.{i}/24", "dev", "eth0")
         ip("-n", space, "link", "set", "eth0", "up")
-        # The interface that leads nowhere, before the other in every list.
+        # The interface that leads nowhere comes before the other in every list.
         ip("-n", space, "link", "add", "dead0", "type", "veth", "peer", "name", "dead1")
         ip("-n", space, "addr", "add", f"{DEAD_ADDRESSES}.{i}.1/24", "dev", "dead0")
         ip("-n", space, "link", "set", "dead0", "up")
         others = "".join(f"{ADDRESSES}.{j} box{j}\n" for j in range(1, self.count + 1) if j != i)
-        # The machine's own name at the loopback, as many a /etc/hosts has it.
+        # On a host, its own name does not resolve to the shared network, as with many an /etc/hosts.
         for file, text in (
             ("hosts", f"127.0.0.1 localhost {os.uname().nodename}\n{DEAD_ADDRESSES}.{i}.1 box{i}\n{others}"),
             ("resolv.conf", "nameserver 127.0.0.1\n"),
@@ -145,8 +145,10 @@ class Hosts:
     def _sshd(self, name: str) -> None:
         config = self.folder / f"sshd-{name}"
         config.write_text(
-            f"Port {self.ports.get(name, 22)}\nHostKey {self.folder}/hostkey\nAuthorizedKeysFile {self.folder}/authorized_keys\n"
-            "StrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 50:30:100\nPidFile none\n"
+            f"Port {self.ports.get(name, 22)}\nHostKey {self.folder}/hostkey\n"
+            f"AuthorizedKeysFile {self.folder}/authorized_keys\n"
+            "StrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\n"
+            "MaxStartups 50:30:100\nPidFile none\n"
         )
         binds = "".join(
             f"{shlex.join(['mount', '--bind', str(source), str(target)])} && "
@@ -173,14 +175,14 @@ class Hosts:
                 )
             time.sleep(0.02)
 
-    # --- using them -------------------------------------------------------------------------------------------------
+    # --- using the hosts -------------------------------------------------------------------------------------------
 
     def command(self, name: str, words: list) -> list[str]:
-        """The words that start a program on a host from this machine, without a network."""
+        """The command that starts a program on a host from this machine, without a network."""
         return ["nsenter", "-t", str(self.sshds[name].pid), "-n", "-m", f"--wd={os.getcwd()}", *map(str, words)]
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """That of a program on a host: its `ssh` knows the others."""
+        """The environment of a program on a host: its `ssh` knows the other hosts."""
         return {**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", **variables}
 
     def start(self, name: str, words: list, **variables: str) -> subprocess.Popen:
@@ -205,12 +207,12 @@ class Hosts:
         return subprocess.CompletedProcess(words, process.returncode, out)
 
     def processes(self, name: str) -> list[int]:
-        """The numbers of all processes on a host."""
+        """The process IDs of all processes on a host."""
         listed = subprocess.run(["ip", "netns", "pids", self.space(name)], capture_output=True, text=True).stdout
         return [int(pid) for pid in listed.split()]
 
     def at_work(self) -> list[str]:
-        """What runs on any of the hosts, but for the SSH servers: `host: command` each."""
+        """`host: command` of every process on any host, except the SSH servers."""
         commands = [
             (name, read(f"/proc/{pid}/cmdline").replace("\0", " ").strip())
             for name in self.names
@@ -221,10 +223,10 @@ class Hosts:
         ]
 
     def cut(self, name: str) -> None:
-        """Pull a host's cable."""
+        """Unplug a host's cable."""
         ip("link", "set", self.cable(name), "down")
 
-    def mend(self, name: str) -> None:
+    def reconnect(self, name: str) -> None:
         ip("link", "set", self.cable(name), "up")
 
 
@@ -237,14 +239,16 @@ def ip(*words: str) -> None:
 def read(path: str) -> str:
     try:
         return Path(path).read_text(errors="replace")
-    except OSError:  # not there yet, or a process that is gone
+    except OSError:  # not there yet, or of a process that has ended
         return ""
 
 
 def wait_until(
-    condition: Callable[[], object], seconds: float, what: Callable[[], str] | str = "waited in vain"
+    condition: Callable[[], object],
+    seconds: float,
+    what: Callable[[], str] | str = "the condition did not become true in time",
 ) -> None:
-    """Return as soon as `condition` holds. Raises AssertionError: it does not within `seconds`."""
+    """Return as soon as `condition` holds. Raises AssertionError if it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

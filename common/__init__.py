@@ -1,1 +1,1 @@
-"""What every other package builds on: errors, files, paths and text, without PyTorch."""
+"""Errors, files, paths and text, which every other package uses; no PyTorch."""

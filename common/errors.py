@@ -1,30 +1,36 @@
-"""What a command says when it cannot do what it was asked: one exception for each part of the project."""
+"""Errors that a user can fix: one exception class for each part of the project."""
 
 from __future__ import annotations
 
 import difflib
 
-EXIT_STOPPED = 75  # told to stop, and saved: start again to resume
+EXIT_STOPPED = 75  # stopped on request and saved: the same command resumes
+EXIT_NOTHING_DONE = 2  # wrong arguments, or nothing left to train: nothing was changed
 
 
 class UserError(ValueError):
-    """Something that the user can fix; the message names the thing and the fix, and is all that a command prints."""
+    """Something that the user can fix; commands print the message alone: what is wrong and what to do."""
 
 
 class SettingsError(UserError):
-    """A setting is unknown, of the wrong type, or not usable; the message names it."""
+    """A setting that is unknown, of the wrong type, out of range or unusable; the message names it."""
 
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
-    """The sentence for a name that a table does not hold, with the nearest one suggested."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    """Return the sentence for a name that a registry does not have, with the nearest known name."""
+    by_lower_case = {entry.lower(): entry for entry in known}
+    near = difflib.get_close_matches(str(name).lower(), list(by_lower_case), n=1)
+    hint = f"; did you mean '{by_lower_case[near[0]]}'?" if near else ""
     return f"unknown {kind} '{name}'{hint} (known: {', '.join(sorted(known))})"
 
 
 class RunError(UserError):
-    """The run cannot go on, or its folder cannot be used as asked; the message says why and what to do."""
+    """A run that cannot continue, or a run folder that cannot be used; the message says why and what to do."""
+
+
+class RunFinishedError(RunError):
+    """A run that has nothing left to train; its folder is unchanged."""
 
 
 class DatasetError(UserError):
-    """The dataset cannot be used; the message names the file and the mend."""
+    """A dataset that cannot be used; the message names the file and the fix."""

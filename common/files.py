@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, read back, and counted."""
+"""Atomic writes, checksums, JSON lines and free disk space."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from common.errors import RunError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader, or a machine that loses power, sees the old content or the new, nothing between.
+    """Replace a file so that a reader sees the old or the new content, never a part of it, even after a power loss.
 
     Raises:
-        RunError: it cannot be written; the old content is as it was.
+        RunError: the file cannot be written; its old content is unchanged.
     """
     temporary = path.with_name(path.name + ".unfinished")
     try:
@@ -28,13 +28,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise RunError(
-            f"{os.path.relpath(path)} could not be written ({error.strerror}); what stood there before is untouched. "
-            "Mend the disk and start again"
+            f"{os.path.relpath(path)} could not be written ({error.strerror}); its previous content is unchanged. "
+            "Free or repair the disk and start again"
         ) from error
 
 
 def flush_to_disk(path: Path, forget: bool = False) -> None:
-    """Return when the disk has the file or folder; `forget` lets the next reader ask the disk rather than the memory."""
+    """Flush a file or folder to the disk; `forget` drops it from the page cache, so that reads ask the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -45,7 +45,7 @@ def flush_to_disk(path: Path, forget: bool = False) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 digest of a file."""
+    """Return the SHA-256 digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -54,18 +54,18 @@ def sha256_of(path: Path) -> str:
 
 
 def room_left(folder: Path) -> int:
-    """Bytes that may still be written where `folder` is, or will be."""
+    """Return the free bytes of the disk that holds `folder`, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def gigabytes(count: int) -> str:
-    """A number of bytes for a person."""
+    """Format a number of bytes as MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines; a torn last one (power cut) is left out, a file that is not there is empty."""
+    """Return the complete lines of a JSON-lines file; a missing file has none, and a torn last line is skipped."""
     lines = path.read_text().split("\n") if path.is_file() else []
     return [json.loads(line) for line in lines[:-1] if line]

@@ -1,4 +1,4 @@
-"""What this machine is: its processor and its GPUs, without loading PyTorch."""
+"""The CPU and the GPUs of this machine, without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that the launcher would use, found as it finds them: without loading PyTorch."""
+    """Return the GPUs that the launcher would use, found as the launcher finds them."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return []
     try:
@@ -25,7 +25,7 @@ def visible_gpus() -> list[str]:
 
 
 def cpu_name() -> str:
-    """The model of this machine's processor: another one may choose other kernels."""
+    """Return the model of this machine's CPU; libraries choose kernels by it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where the project's folders and files are, whatever folder a command is started from."""
+"""The project's folders and files, independent of the working directory."""
 
 from __future__ import annotations
 

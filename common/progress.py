@@ -1,4 +1,4 @@
-"""How far along a long step is: a bar on a terminal, a line at the start and one at the end elsewhere (log files, CI).
+"""Progress of a long step: a bar on a terminal, and a first and a last line in log files and CI.
 
 for image in progress(images, total=len(images), what="decoding"):
     ...
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 def progress(
     items: Iterable[Item], total: int, what: str, weigh: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Yield `items` and show on stderr how much of `total` is done; `weigh` says how many units one item counts for."""
+    """Yield `items` and show on stderr how much of `total` is done; `weigh` returns the units of one item."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

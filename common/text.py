@@ -1,4 +1,4 @@
-"""Small texts for people: spans of time, shortened names, the last error of a log."""
+"""Formatting of durations and names for the screen, and the last error of a log."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 def shorten(text: str, length: int) -> str:
-    """A name of at most `length` letters; the middle goes, because long names often differ at their ends."""
+    """Shorten a name to `length` letters; the middle is cut, because long names often differ at their ends."""
     tail = (length - 1) // 3
     return text if len(text) <= length else text[: length - 1 - tail] + "…" + text[len(text) - tail :]
 
 
 def duration(seconds: float) -> str:
-    """A span of time as people say it: 92 s, 15 min, 3 h 05 min."""
+    """Format a duration: 92 s, 15 min, 3 h 05 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -21,14 +21,14 @@ def duration(seconds: float) -> str:
 
 
 def last_error(log: str) -> str | None:
-    """The last line of a log that names an error; else its last line. None for an empty log."""
+    """Return the last line of a log that names an error, or else its last line; None for an empty log."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("Training failed")]
     errors = [line for line in lines if re.match(r"error\b|[\w.]*(Error|Exception|Interrupt)\b", line)]
     return without_paths((errors or lines)[-1]) if lines else None
 
 
 def without_paths(text: str) -> str:
-    """A text with every path that is absolute, or goes up first, cut to its last part: reports are for other machines too."""
+    """Shorten every absolute path and every path that starts with `../` to its last part, since reports are shared."""
     return re.sub(r"(?<![\w.:/])(?:/(?:[^\s/'\"]+/)+|(?:\.\./)+(?:[^\s/'\"]+/)*)", "", text)
 
 
@@ -36,7 +36,7 @@ NAMES_SHOWN = 10
 
 
 def listed(names: Iterable[object]) -> str:
-    """`'a', 'b' and 3 more`: up to ten names and a count of the rest."""
+    """Format names as `'a', 'b' and 3 more`: up to ten names and a count of the rest."""
     names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:NAMES_SHOWN])
     return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")

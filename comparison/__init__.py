@@ -1,1 +1,1 @@
-"""Variants and seeds become runs, statistics and a report."""
+"""Comparison of variants: runs with several seeds, statistics, and a report."""

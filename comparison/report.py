@@ -1,14 +1,14 @@
-"""What the runs of a comparison gave, as a report: `report.md`, `report.json` and pictures.
+"""Report of a comparison: `report.md`, `report.json` and pictures, from the finished runs at their last epoch.
 
-Only finished runs count, at their last epoch. Without `final` the counts on the test split, which `train.py` makes once at the
-end of a run and keeps in the run folder, are dropped as the file is read: nothing here can use or show them.
+`train.py` counts the test split once at the end of a run, and keeps the counts in the run folder. Without `final` they
+are dropped as the file is read, so nothing here can use or show them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,21 @@ import numpy as np
 
 from common.files import write_atomically
 from common.machine import cpu_name
-from common.text import without_paths
+from common.text import listed, without_paths
 from comparison.experiment import Experiment
+from comparison.power import spread_of_pairs, statement
+from comparison.report_text import SPLITS, markdown
 from comparison.run_queue import PlannedRun
-from comparison.significance import Difference, compare, power_note
-from config.differences import differences
-from models.cost import Cost
-from records.provenance import provenance
+from comparison.sequential import evaluate, plan_looks
+from comparison.significance import CONFIRMED, Difference, compare
+from comparison.variant_costs import VariantCost, unequal_costs
+from records.provenance import changed_between, commit_of_project, versions
 from records.run_folder import RunFolder
 from reports.style import save
-from reports.variants import accuracy_against, variant_accuracy, variant_curves
+from reports.variants import accuracy_against, curves_by_cost, paired_differences, variant_accuracy, variant_curves
 
-SAMPLES_TOLERANCE = 0.01  # arms of different batch sizes drop different last batches
+SAMPLES_TOLERANCE = 0.01  # variants with different batch sizes drop different last batches
 SECONDS_TOLERANCE = 0.1  # of a budget in seconds
-MARK = r"\*"  # of an arm that was not treated as the first one
-SPLITS = {"validation": "held-out part of train", "test": "test split"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Run:
     lines: list[dict[str, Any]]
 
     def accuracy(self, split: str) -> float:
-        """At the last epoch, in points."""
+        """Return the accuracy of the last epoch, in points."""
         return 100 * self.lines[-1][f"{split}_accuracy"]
 
     @property
@@ -56,25 +56,30 @@ class Run:
 
     @property
     def images_per_second(self) -> float:
-        return sum(line["images_per_second"] * line["training_seconds"] for line in self.lines) / self.training_seconds
+        images = sum(line["images_per_second"] * line["training_seconds"] for line in self.lines)
+        return images / max(self.training_seconds, 1e-9)
 
 
 @dataclass(frozen=True)
 class VariantResult:
-    """An arm with its finished runs, and what was not equal to the first arm's."""
+    """A variant with its finished runs, and what was not equal to the first variant."""
 
     name: str
     idea: str
-    cost: Cost
+    cost: VariantCost
     runs: list[Run]
     unequal: list[str]
 
     def accuracies(self, split: str) -> dict[int, float]:
+        """Return seed -> accuracy in points."""
         return {run.seed: run.accuracy(split) for run in self.runs}
+
+    def mean(self, of: Callable[[Run], float]) -> float:
+        return float(np.mean([of(run) for run in self.runs]))
 
 
 def load(task: PlannedRun, seed: int, final: bool) -> Run | None:
-    """The run of a task, if it is finished."""
+    """Return the run of a task, None if it is not finished."""
     if task.state() != "finished":
         return None
     record = RunFolder(task.folder)
@@ -85,25 +90,43 @@ def load(task: PlannedRun, seed: int, final: bool) -> Run | None:
 
 
 def variant_results(
-    experiment: Experiment, costs: list[Cost], tasks: dict[tuple[str, int], PlannedRun], final: bool
+    experiment: Experiment, costs: list[VariantCost], tasks: dict[tuple[str, int], PlannedRun], final: bool
 ) -> list[VariantResult]:
-    """All arms in the order of the file; equality is to the first of them."""
+    """Return all variants in the order of the file, each checked for equality with the first."""
     results: list[VariantResult] = []
-    for arm, cost in zip(experiment.variants, costs, strict=True):
+    planned = unequal_costs(experiment, costs)
+    for variant, cost in zip(experiment.variants, costs, strict=True):
         loaded = [
-            load(tasks[arm.name, seed], seed, final) for seed in range(experiment.seeds) if (arm.name, seed) in tasks
+            load(tasks[variant.name, seed], seed, final)
+            for seed in range(experiment.seeds)
+            if (variant.name, seed) in tasks
         ]
         runs = [run for run in loaded if run is not None]
         reference = results[0].runs if results else runs
-        results.append(VariantResult(arm.name, arm.idea, cost, runs, inequalities(runs, reference, experiment)))
+        unequal = planned[variant.name] + inequalities(runs, reference, experiment)
+        results.append(VariantResult(variant.name, variant.idea, cost, runs, unequal))
     return results
 
 
+def accuracies_of(experiment: Experiment, tasks: dict[tuple[str, int], PlannedRun]) -> dict[str, dict[int, float]]:
+    """Return variant -> seed -> accuracy in points of the finished runs, on the split that variants are compared on."""
+    split = "validation" if experiment.hold_out else "test"
+    found: dict[str, dict[int, float]] = {variant.name: {} for variant in experiment.variants}
+    for (name, seed), task in tasks.items():
+        if run := load(task, seed, final=not experiment.hold_out):
+            found[name][seed] = run.accuracy(split)
+    return found
+
+
 def inequalities(runs: list[Run], reference: list[Run], experiment: Experiment) -> list[str]:
-    """What keeps these runs from being a fair match for those of the first arm (which are compared among themselves)."""
+    """Return what keeps these runs from being treated like those of the first variant.
+
+    The runs of the first variant are compared with its first run.
+    """
     if not runs or not reference:
         return []
-    first, texts = reference[0], []
+    first = reference[0]
+    texts = [text for text in dict.fromkeys(_other_source(run, first) for run in runs) if text]
     for what, of in EQUAL.items():
         others = sorted({str(of(run)) for run in runs if of(run) != of(first)})
         if others:
@@ -113,21 +136,36 @@ def inequalities(runs: list[Run], reference: list[Run], experiment: Experiment) 
         texts.append(f"images trained on: {samples[0]:,} instead of {first.samples:,}")
     steps = [run.lines[-1]["step"] for run in runs if run.lines[-1]["step"] != first.lines[-1]["step"]]
     if steps and experiment.budget == "steps":
-        texts.append(f"optimiser steps: {steps[0]:,} instead of {first.lines[-1]['step']:,}")
+        texts.append(f"optimizer steps: {steps[0]:,} instead of {first.lines[-1]['step']:,}")
     if experiment.budget == "seconds":
         mean = float(np.mean([run.training_seconds for run in runs]))
         if abs(mean / experiment.budget_amount - 1) > SECONDS_TOLERANCE:
             texts.append(f"training seconds: {mean:.0f} on average instead of {experiment.budget_amount:g}")
+    for run in runs:
+        for change in run.facts.get("changes", []):
+            texts.append(f"seed {run.seed} resumed after step {change['after_step']}: {'; '.join(change['what'])}")
     return texts
+
+
+def _other_source(run: Run, first: Run) -> str | None:
+    """How the source of a run differs: by its files where both runs record them, else by the commit."""
+    code, reference = run.facts.get("code"), first.facts.get("code")
+    if code and reference:
+        files = changed_between(reference, code)
+        return f"source code: {listed(files)} differ" if files else None
+    commit, other = (facts["commit"] or "unknown" for facts in (run.facts, first.facts))
+    if commit != other:
+        return f"commit: {commit} instead of {other}"
+    if run.facts["uncommitted_changes"] != first.facts["uncommitted_changes"]:
+        return "uncommitted changes: in some runs only"
+    return None
 
 
 EQUAL = {
     "dataset": lambda run: run.facts["dataset"]["fingerprint"],
-    "held-out part": lambda run: run.facts["hold_out"],
-    "images counted": lambda run: [run.lines[-1].get(f"{split}_seen") for split in SPLITS],
-    "commit": lambda run: run.facts["commit"],
-    "uncommitted changes": lambda run: run.facts["uncommitted_changes"],
-    "device": lambda run: (run.facts["device"], run.facts["num_processes"]),
+    "validation split": lambda run: run.facts["hold_out"],
+    "images evaluated": lambda run: [run.lines[-1].get(f"{split}_seen") for split in SPLITS],
+    "device": lambda run: f"{run.facts['num_processes']} x {run.facts['device']}",
     "versions": lambda run: run.facts["versions"],
 }
 
@@ -148,40 +186,72 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     exploring = "validation" if experiment.hold_out else "test"
     splits = [exploring] + (["test"] if final and exploring != "test" else [])
-    compared = {
-        split: compare({arm.name: arm.accuracies(split) for arm in results}, results[0].name) for split in splits
+    compared = {split: _compare(experiment, results, split, exploring) for split in splits}
+    rows = {split: [_row(variant, split, compared[split].get(variant.name)) for variant in results] for split in splits}
+    spread = spread_of_pairs({one.name: one.accuracies(splits[-1]) for one in results}, "this report")
+    report = {
+        **_facts(experiment, results, missing, final, command),
+        "power": statement(experiment, spread),
+        "results": rows,
     }
-    split = splits[-1]  # what the pictures show
-    label = f"accuracy on the {SPLITS[split]} (%)"
-    with_runs = [arm for arm in results if arm.runs]
-    save(
-        variant_accuracy(
-            {arm.name: list(arm.accuracies(split).values()) for arm in with_runs}, experiment.question, label
-        ),
-        folder / "accuracy.png",
-    )
-    save(accuracy_against(_costs_of(with_runs, split), experiment.question, label), folder / "costs.png")
-    save(
-        variant_curves(
-            {arm.name: _curves(arm, exploring) for arm in with_runs},
-            experiment.question,
-            f"accuracy on the {SPLITS[exploring]} (%)",
-        ),
-        folder / "curves.png",
-    )
-    facts = _facts(experiment, results, missing, final, command)
-    rows = {split: [_row(arm, split, compared[split].get(arm.name)) for arm in results] for split in splits}
-    report = {**facts, "results": rows}
     write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(folder / "report.md", _markdown(experiment, report, results, splits, compared))
+    write_atomically(folder / "report.md", markdown(experiment, report, splits))
+    _draw(experiment, results, folder, splits[-1], exploring, compared[splits[-1]])
     return folder / "report.md"
+
+
+def _compare(experiment: Experiment, results: list[VariantResult], split: str, exploring: str) -> dict[str, Difference]:
+    """Compare on one split. With seeds in rounds, each variant's verdict is that of the look that decided it."""
+    accuracies = {variant.name: variant.accuracies(split) for variant in results}
+    first, planned = results[0].name, len(experiment.variants) - 1
+    if experiment.max_seeds and experiment.round_seeds and split == exploring:
+        looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
+        outcome = evaluate(accuracies, first, looks, experiment.margin, planned)
+        if outcome.looks:
+            return outcome.differences
+    return compare(accuracies, first, experiment.margin, planned)
+
+
+def _draw(
+    experiment: Experiment,
+    results: list[VariantResult],
+    folder: Path,
+    split: str,
+    exploring: str,
+    compared: dict[str, Difference],
+) -> None:
+    """Write the pictures. Variants that were not treated like the first one carry an asterisk."""
+    with_runs = [variant for variant in results if variant.runs]
+    labels = {variant.name: variant.name + " *" * bool(variant.unequal) for variant in with_runs}
+    label = f"accuracy on the {SPLITS[split]} (%)"
+    forest = {
+        labels[name]: {
+            "mean": one.mean,
+            "low": one.low,
+            "high": one.high,
+            "seeds": list((one.by_seed or {}).values()),
+            "verdict": one.verdict,
+            "is_confirmed": one.verdict in CONFIRMED,
+        }
+        for name, one in compared.items()
+    }
+    reference = f"difference to {results[0].name} on the {SPLITS[split]} (points, paired by seed)"
+    save(paired_differences(forest, experiment.question, reference, experiment.margin), folder / "differences.png")
+    accuracies = {labels[one.name]: list(one.accuracies(split).values()) for one in with_runs}
+    save(variant_accuracy(accuracies, experiment.question, label), folder / "accuracy.png")
+    costs = {labels[one.name]: _costs_of(one, split) for one in with_runs}
+    save(accuracy_against(costs, experiment.question, label), folder / "costs.png")
+    curves = {labels[one.name]: _curves(one, exploring) for one in with_runs}
+    curve_label = f"accuracy on the {SPLITS[exploring]} (%)"
+    save(variant_curves(curves, experiment.question, curve_label), folder / "curves.png")
+    by_cost = {labels[one.name]: _curves_by_cost(one, exploring) for one in with_runs}
+    save(curves_by_cost(by_cost, experiment.question, curve_label), folder / "curves-by-cost.png")
 
 
 def _facts(
     experiment: Experiment, results: list[VariantResult], missing: dict[str, str], final: bool, command: str
 ) -> dict[str, Any]:
-    runs = [run for arm in results for run in arm.runs]
-    here = provenance()
+    runs = [run for variant in results for run in variant.runs]
     of_run = runs[0].facts if runs else {}
     return {
         "question": experiment.question,
@@ -190,187 +260,72 @@ def _facts(
         "budget": {experiment.budget: experiment.budget_amount},
         "seeds": experiment.seeds,
         "hold_out": experiment.hold_out,
+        "match": experiment.match,
+        "margin": experiment.margin,
         "dataset": {key: of_run["dataset"][key] for key in ("name", "fingerprint", "num_images")} if runs else None,
-        "commits": sorted({run.facts["commit"] for run in runs}),
+        "commits": sorted({run.facts["commit"] or "unknown" for run in runs}),
         "uncommitted_changes": any(run.facts["uncommitted_changes"] for run in runs),
-        "commit_of_report": here["commit"],
+        "commit_of_report": commit_of_project()[0],
+        "sources": sorted({run.facts["code"]["fingerprint"] for run in runs if run.facts.get("code")}),
         "hardware": {"device": of_run.get("device"), "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
-        "versions": of_run.get("versions", here["versions"]),
+        "versions": of_run.get("versions") or versions(),
+        "samples": runs[0].samples if runs else None,
+        "evaluated": {split: runs[0].lines[-1].get(f"{split}_seen") for split in SPLITS} if runs else None,
         "arms": {
-            arm.name: {"idea": arm.idea, **asdict(arm.cost), "unequal": [without_paths(text) for text in arm.unequal]}
-            for arm in results
+            one.name: {"idea": one.idea, **asdict(one.cost), "unequal": [without_paths(text) for text in one.unequal]}
+            for one in results
         },
-        "settings": {arm.name: arm.settings.as_dict() for arm in experiment.variants},
+        "settings": {variant.name: variant.settings.as_dict() for variant in experiment.variants},
         "missing": {name: without_paths(reason) for name, reason in missing.items()},
     }
 
 
-def _row(arm: VariantResult, split: str, difference: Difference | None) -> dict[str, Any]:
-    accuracies = arm.accuracies(split)
+def _row(variant: VariantResult, split: str, difference: Difference | None) -> dict[str, Any]:
+    accuracies = variant.accuracies(split)
     values = list(accuracies.values())
     return {
-        "arm": arm.name,
+        "arm": variant.name,
         "n": len(values),
         "mean": float(np.mean(values)) if values else None,
         "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "by_seed": {str(seed): value for seed, value in accuracies.items()},
-        "images_per_second": _speed(arm) if values else None,
-        "training_seconds": float(np.mean([run.training_seconds for run in arm.runs])) if values else None,
+        "images_per_second": variant.mean(lambda run: run.images_per_second) if values else None,
+        "training_seconds": variant.mean(lambda run: run.training_seconds) if values else None,
         "difference": asdict(difference) if difference else None,
     }
 
 
-def _costs_of(arms: list[VariantResult], split: str) -> dict[str, dict[str, Any]]:
+def _costs_of(variant: VariantResult, split: str) -> dict[str, Any]:
     return {
-        arm.name: {
-            "accuracy": list(arm.accuracies(split).values()),
-            "parameters": arm.cost.parameters / 1e6,
-            "MFLOPs an image": arm.cost.flops / 1e6,
-            "training seconds": float(np.mean([run.training_seconds for run in arm.runs])),
-        }
-        for arm in arms
+        "accuracy": list(variant.accuracies(split).values()),
+        "parameters": variant.cost.parameters / 1e6,
+        "MFLOPs per image": variant.cost.flops / 1e6,
+        "training seconds": variant.mean(lambda run: run.training_seconds),
     }
 
 
-def _curves(arm: VariantResult, split: str) -> tuple[list[float], list[list[float]]]:
-    """Epochs (fractions where the budget ended inside one), and the accuracies of every seed there."""
-    epochs = [line["step"] / arm.runs[0].facts["steps_per_epoch"] for line in arm.runs[0].lines]
+def _curves(variant: VariantResult, split: str) -> tuple[list[float], list[list[float]]]:
+    """Epochs (fractions where the budget ended inside one), and the accuracies of every seed at them."""
+    first = variant.runs[0]
+    epochs = [line["step"] / first.facts["steps_per_epoch"] for line in first.lines]
     return epochs, [
-        [100 * line[f"{split}_accuracy"] for line in run.lines] for run in arm.runs if len(run.lines) == len(epochs)
+        [100 * line[f"{split}_accuracy"] for line in run.lines] for run in variant.runs if len(run.lines) == len(epochs)
     ]
 
 
-def _markdown(
-    experiment: Experiment,
-    report: dict[str, Any],
-    results: list[VariantResult],
-    splits: list[str],
-    compared: dict[str, dict[str, Difference]],
-) -> str:
-    text = [f"# {experiment.question}", "", f"Made by `{report['command']}`."]
-    for split in reversed(splits):
-        text += [
-            "",
-            f"## Answer on the {SPLITS[split]}",
-            "",
-            *_answers(results, compared[split]),
-            "",
-            *_table(report["results"][split], report["arms"], experiment),
-        ]
-    text += ["", "![accuracy by arm](accuracy.png)", "![accuracy against cost](costs.png)", "![curves](curves.png)"]
-    unequal = [f"- **{arm.name}**{MARK} — {line}" for arm in results for line in report["arms"][arm.name]["unequal"]]
-    equal = "Dataset, held-out part, budget, commit, device and versions were compared over all runs"
-    text += [
-        "",
-        "## Were the arms treated alike?",
-        "",
-        *(
-            [f"{equal}. Not equal to the first arm, and marked {MARK} above:", "", *unequal]
-            if unequal
-            else [f"{equal}: equal."]
-        ),
-    ]
-    if report["missing"]:
-        text += [
-            "",
-            "## Runs that are missing",
-            "",
-            *[f"- {name}: {reason}" for name, reason in report["missing"].items()],
-        ]
-    text += ["", "## The arms", "", *_arms(experiment)]
-    text += ["", "## How to read this, and what it does not show", "", *_caveats(experiment, report, results, splits)]
-    return "\n".join(text) + "\n"
+def _curves_by_cost(variant: VariantResult, split: str) -> dict[str, Any]:
+    """What was spent at each evaluation, and the accuracies of every seed at it.
 
-
-def _answers(results: list[VariantResult], compared: dict[str, Difference]) -> list[str]:
-    first, lines = results[0], []
-    for arm in results[1:]:
-        answer = (
-            compared[arm.name].sentence
-            if arm.name in compared
-            else "cannot be compared: it shares no finished seed with the first arm"
-        )
-        costs = f"{arm.cost.parameters / first.cost.parameters:.2f} x the parameters, {arm.cost.flops / first.cost.flops:.2f} x the FLOPs"
-        if arm.name in compared:
-            costs += f", {_speed(arm) / _speed(first):.2f} x the images/s"
-        lines.append(f"- **{arm.name}**{MARK if arm.unequal else ''} against {first.name}: {answer}. It has {costs}.")
-    return lines
-
-
-def _speed(arm: VariantResult) -> float:
-    """Images a second in training, mean of the runs."""
-    return float(np.mean([run.images_per_second for run in arm.runs]))
-
-
-def _table(rows: list[dict[str, Any]], arms: dict[str, Any], experiment: Experiment) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    lines = [
-        "| arm | n | mean % | sd | difference, 95% | p | p (Holm) | parameters | MFLOPs an image | images/s | training s |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        arm, d = arms[row["arm"]], row["difference"]
-        against = f"{d['mean']:+.2f}" + (f" ± {d['half']:.2f}" if d["half"] is not None else "") if d else "–"
-        lines.append(
-            f"| {row['arm']}{MARK if arm['unequal'] else ''} | {row['n']} | {number(row['mean'], '.2f')} | {number(row['sd'], '.2f')} "
-            f"| {against} | {number(d and d['p'], '.3f')} | {number(d and d['p_corrected'], '.3f')} | {arm['parameters']:,} "
-            f"| {arm['flops'] / 1e6:,.2f} | {number(row['images_per_second'], ',.0f')} | {number(row['training_seconds'], ',.0f')} |"
-        )
-    return lines
-
-
-def _arms(experiment: Experiment) -> list[str]:
-    first, lines = experiment.variants[0], []
-    for arm in experiment.variants:
-        changed = [
-            re.sub(r"^(\S+) was (.*), is (.*)$", r"`\1` \3 (not \2)", text)
-            for text in differences(first.settings.as_dict(), arm.settings.as_dict())
-        ]
-        lines.append(f"- **{arm.name}**: {arm.idea}" + (f" Settings: {'; '.join(changed)}." if changed else ""))
-    return lines
-
-
-def _caveats(
-    experiment: Experiment, report: dict[str, Any], results: list[VariantResult], splits: list[str]
-) -> list[str]:
-    runs = [run for arm in results for run in arm.runs]
-    if not runs:
-        return ["No run is finished."]
-    first, hardware = runs[0], report["hardware"]
-    device = first.facts["device"] if first.facts["device"] != "CPU" else "CPU only"
-    lines = [
-        "Accuracy is that of the last epoch, never of the best one. Differences are paired by seed; p is the exact two-sided permutation "
-        "test over all signs; ± is half the 95% interval (paired t, not corrected for the number of arms). Holm: corrected for it.",
-        "FLOPs: one image's forward pass, matrix products and convolutions only, multiply-adds counted as 2.",
-    ]
-    if note := power_note(experiment.seeds, len(experiment.variants)):
-        lines.append(note[0].upper() + note[1:] + ".")
-    for split in splits:
-        counted, mean = first.lines[-1][f"{split}_seen"], np.mean([run.accuracy(split) for run in runs]) / 100
-        lines.append(
-            f"Every arm is counted on the same {counted:,} images of the {SPLITS[split]}. Other images would move an accuracy "
-            f"(standard error about {100 * np.sqrt(mean * (1 - mean) / counted):.2f} points); the intervals do not contain that."
-        )
-    lines.append(
-        "The test split was reported because of --final."
-        if report["final"]
-        else "The test split was neither used nor shown. train.py counts it once, at the end of a run, and writes that into the run "
-        "folder; here it is dropped as the file is read. `--final` reports it, once all choices are made."
-    )
-    lines.append(
-        f"It holds for this budget ({experiment.budget_amount:g} {experiment.budget}: {first.samples:,} images trained on), these sizes, one "
-        "learning rate for all arms and one dataset; an arm may need another learning rate or a longer run to show what it can."
-    )
-    lines.append(
-        f"Images/s and training seconds are of this machine ({device}; {hardware['cpu']}, {hardware['cores']} cores) and of what "
-        "else ran on it."
-    )
-    dirty = ", with uncommitted changes" if report["uncommitted_changes"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines.append(
-        f"Commit {', '.join(commit[:12] for commit in report['commits'])}{dirty}; {versions}; "
-        f"dataset {report['dataset']['name']} {report['dataset']['fingerprint'][:19]}."
-    )
-    return [f"- {line}" for line in lines]
+    A training step costs about 3 forward passes: one forward, and a backward pass of twice its cost.
+    """
+    epochs, values = _curves(variant, split)
+    runs = [run for run in variant.runs if len(run.lines) == len(epochs)]
+    images = [line["step"] * runs[0].facts["batch"]["total"] for line in runs[0].lines]
+    seconds = np.cumsum([[line["training_seconds"] for line in run.lines] for run in runs], axis=1).mean(axis=0)
+    return {
+        "accuracy": values,
+        "optimizer steps": [line["step"] for line in runs[0].lines],
+        "images": images,
+        "training seconds": seconds.tolist(),
+        "training TFLOPs": [3 * variant.cost.flops * count / 1e12 for count in images],
+    }

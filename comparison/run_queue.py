@@ -1,7 +1,7 @@
-"""Runs of `train.py` through the local launcher: several at once where there are several GPUs, one failing run among them or not.
+"""Runs of `train.py` through the local launcher: one per GPU at a time, and a failing run does not end the others.
 
-A run is known by its folder. One that is finished with the same settings is not run again, one that is unfinished goes on
-from its checkpoint (that is `train.py`'s doing), and one of other settings is never touched.
+A run is identified by its folder. A finished run with the same settings is reused, `train.py` resumes an unfinished one
+from its checkpoint, and a run of other settings is never touched. All runs of one variant have the same source code.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.machine import visible_gpus
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
-from common.text import last_error
+from common.text import last_error, listed
+from comparison.progress import progress_for
 from config.differences import differences
 from config.settings import Settings
+from records.provenance import changed_between, changed_since
 from records.run_folder import RunFolder
 
 LAUNCHER = PROJECT / "launch_local_train.sh"
-LOOK_SECONDS = 0.2  # between looks at the children
+POLL_SECONDS = 0.2  # between checks of the child processes
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run to be made. `expected` are the facts that its run.json must hold to count as this run."""
+    """One run of one variant. `expected` are the facts that its run.json must hold to count as this run."""
 
     name: str
     folder: Path
     arguments: list[str]  # of train.py
     expected: dict[str, Any]
+    variant: str = ""
 
     def state(self) -> str:
-        """ "new", "unfinished", "finished", or what differs between the run that is there and this one."""
+        """Return "new", "unfinished", "finished", or what differs between the existing run and this one."""
         record = RunFolder(self.folder)
         if not record.exists:
             return "new"
@@ -53,14 +56,14 @@ class PlannedRun:
 
     @property
     def log(self) -> Path:
-        """What the run said."""
+        """Output of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 def _comparable(key: str, facts: dict[str, Any]) -> Any:
     if key == "fingerprint":
         return facts["dataset"]["fingerprint"]
-    if key == "settings":  # a run made before a setting existed had that setting's default
+    if key == "settings":  # a run from before a setting existed used that setting's default
         try:
             return Settings.from_dict(facts["settings"]).as_dict()
         except SettingsError:
@@ -69,10 +72,14 @@ def _comparable(key: str, facts: dict[str, Any]) -> Any:
 
 
 def check_existing_runs(tasks: list[PlannedRun], redo: bool) -> None:
-    """Make sure that every folder is free or holds this very run.
+    """Make sure that every folder is free or holds this very run, and that no variant mixes two sources.
+
+    Args:
+        redo: rename runs of other settings or another source aside, so that they are run again. Nothing is deleted.
 
     Raises:
-        RunError: one holds another run, and `redo` does not say to set it aside (it is renamed, not deleted).
+        RunError: without `redo`, a folder holds a run of other settings, or the source has changed since a run of a
+            variant that has runs left; the message names the files.
     """
     for task in tasks:
         state = task.state()
@@ -80,16 +87,63 @@ def check_existing_runs(tasks: list[PlannedRun], redo: bool) -> None:
             continue
         if not redo:
             raise RunError(
-                f"{os.path.relpath(task.folder)} holds a run of other settings ({state}); give --redo-changed to set such runs "
-                "aside and make them anew, or another --runs-dir"
+                f"{os.path.relpath(task.folder)} holds a run of other settings ({state}); add --redo-changed to rename "
+                "such runs aside and run them again, or use another --runs-dir"
             )
-        RunFolder(task.folder).rename_aside()
-        if task.log.exists():
-            task.log.rename(task.log.with_name(f"{task.log.name}.old"))
+        _rename_aside(task)
+    for variant in dict.fromkeys(task.variant or task.name for task in tasks):
+        _check_source([task for task in tasks if (task.variant or task.name) == variant], variant, redo)
+
+
+def _check_source(tasks: list[PlannedRun], variant: str, redo: bool) -> None:
+    """Compare the source of the existing runs of one variant with the files on disk, which the other runs will use."""
+    states = {task.name: task.state() for task in tasks}
+    existing = {task.name: RunFolder(task.folder).facts().get("code") for task in tasks if states[task.name] != "new"}
+    changed = {name: changed_since(code) if code else [] for name, code in existing.items()}
+    is_complete = all(state == "finished" for state in states.values()) and not mixed_sources(existing)
+    if redo:
+        for task in tasks:
+            if changed.get(task.name) or (task.name in existing and not existing[task.name] and not is_complete):
+                _rename_aside(task)
+        return
+    if is_complete:
+        return  # nothing is left to run: a later edit does not spoil what is finished
+    for name, code in existing.items():
+        if not code or changed[name]:
+            what = (
+                f"{listed(changed[name])} changed after {name} was started"
+                if code
+                else f"{name} does not record its source (an earlier version of this project)"
+            )
+            raise RunError(
+                f"variant '{variant}' would mix two versions of the source code: {what}. Undo the change, or add "
+                "--redo-changed to rename such runs aside and run them again"
+            )
+
+
+def mixed_sources(codes: dict[str, dict[str, Any] | None]) -> str | None:
+    """Return how the sources of several runs differ, None where they do not.
+
+    Args:
+        codes: run name -> `code` of its run.json, None for a run that does not record it.
+    """
+    first = next(iter(codes), None)
+    for name, code in codes.items():
+        if (code is None) != (codes[first] is None):
+            return f"only one of {first} and {name} records its source"
+        if code and codes[first] and (files := changed_between(codes[first], code)):
+            return f"{first} and {name} differ in {listed(files)}"
+    return None
+
+
+def _rename_aside(task: PlannedRun) -> None:
+    RunFolder(task.folder).rename_aside()
+    if task.log.exists():
+        task.log.rename(task.log.with_name(f"{task.log.name}.old"))
 
 
 def device_slots(parallel: int | None) -> list[dict[str, str]]:
-    """What to add to the environment of the first, second ... of the runs that go on at once; its length is how many do."""
+    """Return what each of the concurrent runs adds to its environment, one dictionary per concurrent run."""
     gpus = visible_gpus()
     count = parallel or max(1, len(gpus))
     if gpus:
@@ -102,9 +156,9 @@ def device_slots(parallel: int | None) -> list[dict[str, str]]:
 
 
 def launch(task: PlannedRun, environment: dict[str, str]) -> subprocess.Popen:
-    """Start a run, in a session of its own: a Ctrl-C in the terminal is for us, and we tell the children once."""
+    """Start a run in its own session, so that Ctrl-C reaches this process alone, which signals the runs once."""
     command = [str(LAUNCHER), *task.arguments]
-    if shutil.which("setpriv"):  # should we be killed, the kernel tells the launcher, which lets the run save
+    if shutil.which("setpriv"):  # if this process is killed, the kernel signals the launcher, and the run saves
         command = ["setpriv", "--pdeathsig", "TERM", *command]
     with task.log.open("w") as log:
         return subprocess.Popen(
@@ -123,93 +177,58 @@ def run_all(
     stop: StopSignal,
     start: Callable[[PlannedRun, dict[str, str]], Any],
 ) -> dict[str, str]:
-    """Make every run that is not finished, in the order given; `start` is `launch`, or gives another thing with poll and terminate.
+    """Run what is not finished, as many at once as there are environments, and print progress.
 
-    Returns the runs that failed, by name, each with the last error it printed. When `stop` is asked for, the children are told
-    to save, waited for, and what is left is not started.
+    When `stop` is requested, the running ones are told to save and are waited for; the others are not started.
+
+    Args:
+        start: starts a run; its result has `poll()` and `terminate()` as subprocess.Popen.
+
+    Returns:
+        Run name -> reason, for runs that failed.
     """
     failures: dict[str, str] = {}
     waiting = [task for task in tasks if task.state() != "finished"]
-    done = len(tasks) - len(waiting)
-    if done:
-        _say(f"{done} of {len(tasks)} runs are finished already")
-    running: dict[int, tuple[PlannedRun, Any, float]] = {}  # by slot
-    spent: list[float] = []
-    told = False
-    try:
-        while running or (waiting and not stop.number):
-            for slot, (task, child, began) in list(running.items()):
-                if child.poll() is not None:
+    running: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
+    is_stopping = False
+    with progress_for(tasks, len(environments)) as progress:
+        try:
+            while running or (waiting and not stop.number):
+                for slot, (task, child) in list(running.items()):
+                    if child.poll() is None:
+                        continue
                     del running[slot]
-                    if problem := _problem(task, child.poll(), bool(stop.number)):
+                    problem = _problem(task, child.poll(), bool(stop.number))
+                    if problem:
                         failures[task.name] = problem
-                    done, spent = done + 1, [*spent, time.monotonic() - began]
-                    if not stop.number:
-                        _say(
-                            _line(
-                                done,
-                                len(tasks),
-                                f"{task.name} {'FAILED: ' + problem if problem else 'done'} ({spent[-1]:.0f} s)",
-                                running,
-                                waiting,
-                                spent,
-                                len(environments),
-                            )
-                        )
-            for slot in range(len(environments)):
-                if slot not in running and waiting and not stop.number:
-                    task = waiting.pop(0)
-                    task.folder.parent.mkdir(parents=True, exist_ok=True)
-                    running[slot] = (task, start(task, environments[slot]), time.monotonic())
-                    _say(_line(done, len(tasks), f"{task.name} started", running, waiting, spent, len(environments)))
-            if stop.number and not told:
-                told = True
-                _say(f"stopping: {len(running)} run(s) save first (a second Ctrl-C does not wait)")
-                for _, child, _ in running.values():
-                    child.terminate()
-            time.sleep(LOOK_SECONDS)
-    except BaseException:
-        for _, child, _ in running.values():
-            child.terminate()
-        raise
+                    progress.ended(task, problem, bool(stop.number))
+                for slot in range(len(environments)):
+                    if slot not in running and waiting and not stop.number:
+                        task = waiting.pop(0)
+                        task.folder.parent.mkdir(parents=True, exist_ok=True)
+                        running[slot] = (task, start(task, environments[slot]))
+                        progress.started(task)
+                if stop.number and not is_stopping:
+                    is_stopping = True
+                    progress.say(f"stopping: {len(running)} run(s) save first (a second Ctrl-C does not wait)")
+                    for _, child in running.values():
+                        child.terminate()
+                progress.tick()
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            for _, child in running.values():
+                child.terminate()
+            raise
     return failures
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _line(
-    done: int,
-    total: int,
-    what: str,
-    running: dict[int, Any],
-    waiting: list[PlannedRun],
-    spent: list[float],
-    at_once: int,
-) -> str:
-    """A line of progress: how many are done, what has just happened, and about how long the rest takes."""
-    if not running and not waiting:
-        return f"[{done}/{total}] {what}"
-    if not spent:
-        return f"[{done}/{total}] {what}; time left: known after the first run"
-    mean = sum(spent) / len(spent)
-    under_way = sum(max(0.0, mean - (time.monotonic() - began)) for _, _, began in running.values())
-    left = (len(waiting) * mean + under_way) / at_once
-    return (
-        f"[{done}/{total}] {what}; about {left / 60:.0f} min left"
-        if left >= 90
-        else f"[{done}/{total}] {what}; about {left:.0f} s left"
-    )
-
-
 def _problem(task: PlannedRun, code: int, stopping: bool) -> str | None:
-    """Why a run that ended has not finished; None where it has, or was told to stop."""
+    """Why a run that ended has not finished; None if it has finished, or was told to stop."""
     if stopping or (code == 0 and task.state() == "finished"):
         return None
     if code == EXIT_STOPPED:
-        return "was stopped from outside, and saved; start the same comparison again to go on"
+        return "was stopped by a signal, and saved; start the same command again to resume"
     return (
         last_error(task.log.read_text(errors="replace") if task.log.exists() else "")
-        or f"ended with exit code {code} and said nothing"
+        or f"ended with exit code {code} and no output"
     )

@@ -1,88 +1,165 @@
-"""The statistics of a comparison, and the sentence that says what they show.
+"""Statistics of a comparison: paired differences, two tests, intervals, power, and the verdict in words.
 
-Arms are compared pair by pair: accuracy of an arm with seed k less that of the first arm with seed k. Of these differences,
+Variants are compared pair by pair: the accuracy of a variant with seed k minus that of the first variant with seed k.
+Accuracies and differences are in points (percent). For each variant:
 
-    p         two-sided exact permutation test: of all 2^n ways to give each difference a sign, the share whose mean is at
-              least as far from 0. With n seeds it cannot go under 2 / 2^n: 0.25 for 3 seeds, 0.06 for 5, 0.03 for 6.
-    interval  95 %, paired t. Half of it is also the least difference that n seeds with this spread can tell from 0.
-    Holm      with several arms p is corrected for their number, so that all claims of a report together are wrong in at
-              most 5 of 100 reports. Intervals are not corrected.
+    interval     95 %, paired t. It is not corrected for the number of comparisons.
+    p            two tests, both two-sided: paired t, and the exact sign-flip test. The sign-flip p is the share of all
+                 2^n ways to sign the differences whose mean is at least as far from 0. It cannot go below 2 / 2^n.
+    Holm         each p is corrected for the number of PLANNED comparisons, including variants whose runs failed. All
+                 claims of a report together are wrong in at most 5 of 100 reports.
+    d            standardized effect: mean difference / standard deviation of the differences (Cohen's d_z).
+    equivalence  two one-sided t tests (TOST) against a margin that the experiment names, with Holm as above.
 
-"Better" and "worse" need a corrected p under 0.05, an interval without 0, and 5 seeds. Accuracies and differences are in points (per cent).
+A difference is confirmed when both tests, after Holm correction, give p < 0.05.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 ALPHA = 0.05
-LEAST_SEEDS = 5  # under which nothing is called better, whatever the numbers
-# 0.975 quantiles of Student's t for 1, 2, ... 19 degrees of freedom
-T_975 = (
-    12.7062,
-    4.3027,
-    3.1824,
-    2.7764,
-    2.5706,
-    2.4469,
-    2.3646,
-    2.3060,
-    2.2622,
-    2.2281,
-    2.2010,
-    2.1788,
-    2.1604,
-    2.1448,
-    2.1314,
-    2.1199,
-    2.1098,
-    2.1009,
-    2.0930,
-)
+POWER = 0.8
+EXACT_SEEDS = 40  # up to here all 2^n sign patterns are counted; beyond, RESAMPLES random ones
+RESAMPLES = 99_999
+LEAST_SEEDS_EQUIVALENT = 5  # below this the t distribution of so few differences is no basis for "equivalent"
+MOST_SEEDS = 2000  # end of the search for a number of seeds
+CONFIRMED = ("confirmed better", "confirmed worse")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm less the first arm, in points. `half` (of the 95 % interval) is None for fewer than 2 seeds."""
+    """The paired difference of a variant to the first one, in points.
+
+    Fields that need at least 2 seeds are None with 1: half, low, high, p_t, p_t_corrected, and effect. `effect` is None
+    as well when all differences are the same.
+    """
 
     seeds: int
     mean: float
-    half: float | None
-    p: float
+    half: float | None  # half the width of the 95 % interval
+    p: float  # sign-flip
     p_corrected: float
-    verdict: str  # better, worse, not shown, same
+    verdict: str  # confirmed better, confirmed worse, equivalent, preliminary, inconclusive, identical
     sentence: str
+    low: float | None = None
+    high: float | None = None
+    p_t: float | None = None  # paired t
+    p_t_corrected: float | None = None
+    effect: float | None = None  # d_z
+    p_equivalent: float | None = None  # TOST after Holm correction; None without a margin
+    by_seed: dict[int, float] | None = None
+
+
+def compare(
+    accuracies: dict[str, dict[int, float]],
+    first: str,
+    margin: float | None = None,
+    planned: int | None = None,
+    alpha: float = ALPHA,
+) -> dict[str, Difference]:
+    """Compare every other variant with `first`; variants that share no seed with it are left out.
+
+    Args:
+        accuracies: variant -> seed -> accuracy in points.
+        margin: points within which a difference does not matter; None makes no claim of equivalence.
+        planned: number of comparisons that were planned; by default that of the other variants in `accuracies`.
+        alpha: error rate of all claims together.
+    """
+    planned = planned or max(1, len(accuracies) - 1)
+    paired: dict[str, dict[int, float]] = {}
+    for variant, by_seed in accuracies.items():
+        common = sorted(by_seed.keys() & accuracies[first].keys())
+        if variant != first and common:
+            paired[variant] = {seed: by_seed[seed] - accuracies[first][seed] for seed in common}
+    values = [list(by_seed.values()) for by_seed in paired.values()]
+    flips = holm([sign_flip_p(one) for one in values], planned)
+    t_tests = holm([paired_t_p(one) if len(one) > 1 else 1.0 for one in values], planned)
+    equivalences = holm([tost_p(one, margin) if margin and len(one) > 1 else 1.0 for one in values], planned)
+    return {
+        variant: verdict_for(by_seed, flip, t_test, equivalent, planned, margin, alpha)
+        for (variant, by_seed), flip, t_test, equivalent in zip(
+            paired.items(), flips, t_tests, equivalences, strict=True
+        )
+    }
+
+
+# --- tests and intervals --------------------------------------------------------------------------------------------
 
 
 def sign_flip_p(differences: list[float]) -> float:
-    """Exact two-sided p of the permutation test on paired differences; all 2^n sign patterns."""
+    """Return the two-sided p of the sign-flip permutation test on paired differences.
+
+    It is exact for up to EXACT_SEEDS differences: the sums of both halves are enumerated and combined. With more,
+    random sign patterns are drawn with a fixed seed.
+    """
+    observed = abs(math.fsum(differences))
+    least = observed - 1e-9 * max(1.0, observed)  # sums that are equal but for rounding are equally extreme
+    if least <= 0:
+        return 1.0
+    if len(differences) > EXACT_SEEDS:
+        signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(RESAMPLES, len(differences)))
+        extreme = int(np.sum(np.abs(signs @ np.asarray(differences)) >= least))
+        return (extreme + 1) / (RESAMPLES + 1)
+    half = len(differences) // 2
+    left, right = _signed_sums(differences[:half]), np.sort(_signed_sums(differences[half:]))
+    at_least = len(right) - np.searchsorted(right, least - left, side="left")
+    return min(1.0, 2 * float(np.sum(at_least)) / 2.0 ** len(differences))  # the other tail is its mirror image
+
+
+def _signed_sums(differences: list[float]) -> np.ndarray:
+    """Sums of the differences under all sign patterns, shape (2^n,)."""
     sums = np.zeros(1)
     for difference in differences:
         sums = np.concatenate([sums + difference, sums - difference])
-    observed = abs(sum(differences))
-    return float(np.mean(np.abs(sums) >= observed - 1e-9 * max(1.0, observed)))
+    return sums
 
 
 def least_p(num_seeds: int) -> float:
-    """The smallest p that the test can give: only all signs as they are, and all turned, are as extreme."""
+    """Return the smallest p of the sign-flip test: only the observed signs and all of them flipped are as extreme."""
     return min(1.0, 2.0 ** (1 - num_seeds))
 
 
-def seeds_needed(num_comparisons: int) -> int:
-    """Seeds from which on a claim is possible at all, the correction for `num_comparisons` included."""
-    return next(n for n in range(LEAST_SEEDS, 64) if num_comparisons * least_p(n) < ALPHA)
+def paired_t_p(differences: list[float]) -> float:
+    """Return the two-sided p of the paired t test, for at least 2 differences."""
+    error = _standard_error(differences)
+    if not error:
+        return 0.0 if any(differences) else 1.0
+    return float(2 * stats.t.sf(abs(np.mean(differences)) / error, len(differences) - 1))
+
+
+def tost_p(differences: list[float], margin: float) -> float:
+    """Return the p of two one-sided t tests: small where the mean difference lies within -margin and +margin."""
+    mean, error = float(np.mean(differences)), _standard_error(differences)
+    if not error:
+        return 0.0 if abs(mean) < margin else 1.0
+    return float(stats.t.sf((margin - abs(mean)) / error, len(differences) - 1))
 
 
 def half_interval(differences: list[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean by the t distribution; None for fewer than 2 values."""
+    """Return half the width of the 95 % interval of the mean (Student's t); None for fewer than 2 values."""
     n = len(differences)
-    return None if n < 2 else float(T_975[n - 2] * np.std(differences, ddof=1) / np.sqrt(n))
+    return None if n < 2 else float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * _standard_error(differences)
+
+
+def standardized_effect(differences: list[float]) -> float | None:
+    """Return d_z, mean / standard deviation; None for fewer than 2 values and for values that are all the same."""
+    error = _standard_error(differences) if len(differences) > 1 else 0.0
+    return float(np.mean(differences)) / (error * math.sqrt(len(differences))) if error else None
+
+
+def _standard_error(differences: list[float]) -> float:
+    """Standard error of the mean; 0 where the values differ by rounding only."""
+    spread = float(np.std(differences, ddof=1))
+    return 0.0 if spread <= 1e-9 * max(1.0, abs(differences[0])) else spread / math.sqrt(len(differences))
 
 
 def holm(p_values: list[float], num_comparisons: int) -> list[float]:
-    """Holm's step-down correction, in the order given. `num_comparisons` may count arms that gave no p."""
+    """Return Holm's step-down corrected p, in the order given. `num_comparisons` may count variants without a p."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (num_comparisons - rank) * p_values[i]))
@@ -90,65 +167,112 @@ def holm(p_values: list[float], num_comparisons: int) -> list[float]:
     return corrected
 
 
-def compare(accuracies: dict[str, dict[int, float]], first: str) -> dict[str, Difference]:
-    """Every other arm against `first`. `accuracies`: arm -> seed -> accuracy in points; arms without a common seed are left out."""
-    paired = {}
-    for arm, by_seed in accuracies.items():
-        common = sorted(by_seed.keys() & accuracies[first].keys())
-        if arm != first and common:
-            paired[arm] = [by_seed[seed] - accuracies[first][seed] for seed in common]
-    num_comparisons = len(accuracies) - 1
-    p_values = [sign_flip_p(differences) for differences in paired.values()]
-    return {
-        arm: judge(differences, p, corrected, num_comparisons)
-        for (arm, differences), p, corrected in zip(
-            paired.items(), p_values, holm(p_values, num_comparisons), strict=True
-        )
+# --- power ----------------------------------------------------------------------------------------------------------
+
+
+def seeds_needed(num_comparisons: int) -> int:
+    """Return the fewest seeds with which a difference can be confirmed, however large it is."""
+    return next(n for n in range(2, 1100) if num_comparisons * least_p(n) < ALPHA)
+
+
+def power_of(effect: float, num_seeds: int, num_comparisons: int, alpha: float = ALPHA) -> float:
+    """Return the power of the paired t test for a true d_z, at the strictest level that Holm's correction asks for."""
+    if num_seeds < 2:
+        return 0.0
+    critical = stats.t.ppf(1 - alpha / num_comparisons / 2, num_seeds - 1)
+    power = float(stats.nct.sf(critical, num_seeds - 1, abs(effect) * math.sqrt(num_seeds)))
+    return 1.0 if math.isnan(power) else power  # scipy's noncentral t returns NaN far beyond power 1
+
+
+def detectable_effect(num_seeds: int, num_comparisons: int) -> float | None:
+    """Return the smallest d_z that is confirmed with 80 % power; None where these seeds can confirm nothing."""
+    if num_seeds < seeds_needed(num_comparisons):
+        return None
+    low, high = 0.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power_of(middle, num_seeds, num_comparisons) >= POWER else (middle, high)
+    return high
+
+
+def seeds_for(effect: float | None, num_comparisons: int) -> int | None:
+    """Return the seeds that confirm a true d_z with 80 % power; None where that takes more than MOST_SEEDS."""
+    low = seeds_needed(num_comparisons)
+    if effect is None or power_of(effect, MOST_SEEDS, num_comparisons) < POWER:
+        return None
+    high = MOST_SEEDS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power_of(effect, middle, num_comparisons) >= POWER else (middle + 1, high)
+    return low
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def verdict_for(
+    by_seed: dict[int, float],
+    p_corrected: float,
+    p_t_corrected: float,
+    p_equivalent: float,
+    planned: int,
+    margin: float | None,
+    alpha: float = ALPHA,
+) -> Difference:
+    """Return the verdict on one variant and the sentence that states it: the effect first, then how to read it."""
+    differences = list(by_seed.values())
+    n, mean, half, effect = len(differences), float(np.mean(differences)), None, None
+    if n > 1:
+        half, effect = half_interval(differences), standardized_effect(differences)
+    facts = {
+        "seeds": n,
+        "mean": mean,
+        "half": half,
+        "p": sign_flip_p(differences),
+        "p_corrected": p_corrected,
+        "low": None if half is None else mean - half,
+        "high": None if half is None else mean + half,
+        "p_t": paired_t_p(differences) if n > 1 else None,
+        "p_t_corrected": p_t_corrected if n > 1 else None,
+        "effect": effect,
+        "p_equivalent": p_equivalent if margin and n > 1 else None,
+        "by_seed": by_seed,
     }
 
+    def difference(verdict: str, numbers: str, reading: str) -> Difference:
+        return Difference(**facts, verdict=verdict, sentence=f"{numbers}: {verdict}{reading}")
 
-def judge(differences: list[float], p: float, corrected: float, num_comparisons: int) -> Difference:
-    """The verdict on one arm, in words."""
-    n, mean, half = len(differences), float(np.mean(differences)), half_interval(differences)
-    apart = half is not None and abs(mean) > half
-    verdict = "not shown"
     if not any(differences):
-        verdict, sentence = "same", f"the same accuracy with every seed ({_seeds(n)})"
-    elif half is None:
-        sentence = f"no difference shown: one seed says nothing about a difference ({mean:+.2f} points measured)"
-    elif apart and corrected < ALPHA and n >= LEAST_SEEDS:
-        verdict = "better" if mean > 0 else "worse"
-        sentence = f"{verdict} by {abs(mean):.2f} ± {half:.2f} points (p = {_p(corrected)}, {_seeds(n)})"
-    elif not apart:
-        sentence = f"no difference shown: {_seeds(n)} cannot show less than {half:.2f} points ({mean:+.2f} measured)"
-    elif n < seeds_needed(num_comparisons):
-        sentence = (
-            f"no difference shown: {mean:+.2f} ± {half:.2f} points measured, but {_seeds(n)} cannot go under "
-            f"p = {_p(least_p(n))}{_for_arms(num_comparisons)}; {seeds_needed(num_comparisons)} seeds could"
+        return difference(
+            "identical", f"+0.00 points (n = {n})", " with every seed. Check that the change has an effect"
         )
-    else:
-        sentence = f"no difference shown: {mean:+.2f} ± {half:.2f} points measured, p = {_p(corrected)} ({_seeds(n)})"
-    return Difference(n, mean, half, p, corrected, verdict, sentence)
-
-
-def power_note(num_seeds: int, num_arms: int) -> str | None:
-    """What to know before the first run: whether these seeds can show anything. None where they can."""
-    needed = seeds_needed(num_arms - 1)
-    if num_seeds >= needed:
-        return None
-    return (
-        f"with {_seeds(num_seeds)} no arm can be called better or worse: p cannot go under {_p(least_p(num_seeds))}"
-        f"{_for_arms(num_arms - 1)}; that takes {needed} seeds (--seeds {needed})"
+    if half is None:
+        return difference("inconclusive", f"{mean:+.2f} points (n = 1)", ". One seed gives no interval")
+    correction = f" after Holm correction for {planned} comparisons" if planned > 1 else ""
+    numbers = (
+        f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, n = {n}; "
+        f"{_p(p_t_corrected)} paired t, {_p(p_corrected)} sign-flip{correction}"
+        + (f"; d = {effect:.1f})" if effect is not None else ")")
     )
-
-
-def _seeds(n: int) -> str:
-    return "1 seed" if n == 1 else f"{n} seeds"
+    is_equivalent = bool(margin) and n >= LEAST_SEEDS_EQUIVALENT and p_equivalent < alpha
+    excludes_zero = abs(mean) > half
+    if excludes_zero and max(p_corrected, p_t_corrected) < alpha:
+        small = f", although within the margin of ±{margin:g} points" if is_equivalent else ""
+        return difference(CONFIRMED[mean < 0], numbers, small)
+    if is_equivalent:
+        return difference("equivalent", numbers, f" within ±{margin:g} points ({_p(p_equivalent)})")
+    if excludes_zero and n < seeds_needed(planned):
+        needed = seeds_needed(planned)
+        return difference(
+            "preliminary", numbers, f". Not confirmed: that needs at least {needed} seeds (--seeds {needed})"
+        )
+    seeds = seeds_for(effect, planned)
+    what = "confirm a difference of this size with 80 % power"
+    advice = f". About {seeds} seeds would {what}" if seeds else f". No feasible number of seeds would {what}"
+    return difference("inconclusive", numbers, advice)
 
 
 def _p(p: float) -> str:
-    return f"{p:.2f}" if p >= 0.0095 else f"{p:.1g}"
-
-
-def _for_arms(num_comparisons: int) -> str:
-    return f", before the correction for {num_comparisons} arms" if num_comparisons > 1 else ""
+    if p < 1e-4:
+        return "p < 0.0001"
+    return f"p = {p:.2f}" if p >= 0.0095 else f"p = {p:.1g}"

@@ -1,8 +1,9 @@
-"""A budget in seconds as a number of optimiser steps for each arm.
+"""A budget in seconds, as a number of optimizer steps for each variant.
 
-A learning rate that follows the clock would make runs that cannot be repeated or resumed exactly. So the speed of each arm is
-measured first, by two short runs on the same machine: what the second takes longer than the first is the time of its additional
-steps, without the slow start. The report then checks the training seconds of the real runs against the budget.
+A learning rate that follows the clock would make runs that cannot be repeated or resumed exactly. Therefore the speed
+of each variant is measured first, by two short runs on the same machine. The difference of their times is the time of
+the additional steps, without the start-up. The report then checks the training seconds of the real runs against the
+budget.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from comparison.experiment import Experiment, Variant
 from comparison.run_queue import PlannedRun
 from records.run_folder import RunFolder
 
-SHORT_STEPS, LEAST_LONG_STEPS = 20, 100
-LONG_SHARE = 0.1  # of the budget: what the second run is to take
+SHORT_STEPS = 20
+LEAST_LONG_STEPS = 100
+LONG_SHARE = 0.1  # of the budget, for the second run
 
 
 def calibrate(
@@ -22,18 +24,21 @@ def calibrate(
     make: Callable[[Variant, str, int], PlannedRun],
     run: Callable[[list[PlannedRun]], dict[str, str]],
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Steps of each arm that fill `experiment.budget_amount` seconds of training, and the calibration runs that failed, with their errors.
+    """Measure the speed of each variant.
 
     Args:
-        make: a run of an arm, from a name for its folder and a number of steps.
-        run: makes runs, or leaves alone what is finished; returns those that failed.
+        make: makes the plan of a run, from a variant, a name for its folder, and a number of steps.
+        run: runs what is not finished; returns those that failed.
+
+    Returns:
+        Variant -> steps that fill `experiment.budget_amount` seconds of training, and failed runs -> their errors.
     """
-    short = {arm.name: make(arm, f"calibration-{arm.name}-short", SHORT_STEPS) for arm in experiment.variants}
+    short = {one.name: make(one, f"calibration-{one.name}-short", SHORT_STEPS) for one in experiment.variants}
     failures = run(list(short.values()))
-    ready = [arm for arm in experiment.variants if short[arm.name].state() == "finished"]
+    ready = [variant for variant in experiment.variants if short[variant.name].state() == "finished"]
     long = {
-        arm.name: make(arm, f"calibration-{arm.name}-long", _long_steps(experiment.budget_amount, short[arm.name]))
-        for arm in ready
+        one.name: make(one, f"calibration-{one.name}-long", _long_steps(experiment.budget_amount, short[one.name]))
+        for one in ready
     }
     failures |= run(list(long.values()))
     return {
@@ -44,12 +49,12 @@ def calibrate(
 
 
 def steps_for(seconds: float, short: tuple[int, float], long: tuple[int, float]) -> int:
-    """Steps that fill `seconds`, from two measured runs (steps, seconds): a start that costs once, then equal steps."""
-    a_step = (long[1] - short[1]) / (long[0] - short[0])
-    if a_step <= 0:  # a machine so restless that the longer run was faster
-        a_step = long[1] / long[0]
-    start = max(0.0, short[1] - short[0] * a_step)
-    return max(1, round((seconds - start) / a_step))
+    """Return the steps that fill `seconds`, from two measured runs (steps, seconds): a start-up, then equal steps."""
+    per_step = (long[1] - short[1]) / (long[0] - short[0])
+    if per_step <= 0:  # on a busy machine the longer run can be faster
+        per_step = long[1] / long[0]
+    start = max(0.0, short[1] - short[0] * per_step)
+    return max(1, round((seconds - start) / per_step))
 
 
 def _long_steps(seconds: float, short: PlannedRun) -> int:

@@ -1,11 +1,14 @@
-"""Every variant built without memory for its weights, and counted."""
+"""Cost of every variant: built without memory for its weights, then counted."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
+from torch import nn
 
 from common.errors import SettingsError, unknown
-from comparison.experiment import Experiment
+from comparison.experiment import Experiment, Variant
 from config.settings import Settings
 from image_data.augmentation import check
 from model import build_model
@@ -14,31 +17,91 @@ from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer
 from parallel.strategies import STRATEGIES
 
-
-def costs(experiment: Experiment, num_classes: int, image_side: int) -> list[Cost]:
-    """Build every arm without memory for its weights, and count. Raises SettingsError that names the arm which cannot be."""
-    found = []
-    for arm in experiment.variants:
-        try:
-            found.append(cost(arm.settings, num_classes, arm.settings.image_side or image_side))
-        except SettingsError as error:
-            raise SettingsError(f"arm '{arm.name}': {error}") from None
-        except Exception as error:  # of a person's new part: whatever it is, better now than after hours of other arms
-            raise SettingsError(f"arm '{arm.name}' cannot be built: {type(error).__name__}: {error}") from error
-    return found
+TOLERANCE = 0.01  # costs that differ by less count as equal
+ROLES = ("patches", "attention", "feed_forward")  # parts of a network whose optimizers are compared, by attribute name
 
 
-def cost(settings: Settings, num_classes: int, image_side: int) -> Cost:
-    """Parameters, and FLOPs of a forward pass (matrix products and convolutions; the rest is not counted)."""
+@dataclass(frozen=True)
+class VariantCost(Cost):
+    """What a variant costs, and which optimizers train the matrices of each of its parts."""
+
+    optimizers: dict[str, str] = field(default_factory=dict)  # role -> such as "Muon" or "AdamW and Muon"
+
+
+def costs(experiment: Experiment, num_classes: int, image_side: int) -> list[VariantCost]:
+    """Count every variant.
+
+    Raises:
+        SettingsError: a variant cannot be built; the message names it.
+    """
+    return [cost_of(variant, num_classes, image_side) for variant in experiment.variants]
+
+
+def cost_of(variant: Variant, num_classes: int, image_side: int) -> VariantCost:
+    """Count one variant; raises SettingsError with its name where it cannot be built."""
+    try:
+        return cost(variant.settings, num_classes, variant.settings.image_side or image_side)
+    except SettingsError as error:
+        raise SettingsError(f"variant '{variant.name}': {error}") from None
+    except Exception as error:  # whatever a user-defined part raises: better now than after hours of other variants
+        text = f"variant '{variant.name}' cannot be built: {type(error).__name__}: {error}"
+        raise SettingsError(text) from error
+
+
+def cost(settings: Settings, num_classes: int, image_side: int) -> VariantCost:
+    """Count parameters, and FLOPs of a forward pass (matrix products and convolutions only)."""
     if settings.strategy not in STRATEGIES:
         raise SettingsError(unknown("strategy", settings.strategy, list(STRATEGIES)))
     Schedule(settings.schedule, total_steps=100)
     check(settings.augmentation)
     with torch.device("meta"):
         model = build_model(settings.model, num_classes, image_side).eval()
-    build_optimizer(settings.engine["optimizer"], model, fused=False)
+    optimizers = optimizers_of(settings, model)
     try:
         flops = count_flops(model, image_side, "meta")
-    except Exception:  # a part that looks at values, which the meta device has not
+    except Exception:  # a part that reads values, which the meta device does not have
         flops = count_flops(build_model(settings.model, num_classes, image_side).eval(), image_side, "cpu")
-    return Cost(count_parameters(model), flops)
+    return VariantCost(count_parameters(model), flops, optimizers)
+
+
+def optimizers_of(settings: Settings, model: nn.Module) -> dict[str, str]:
+    """Return the optimizers that train the matrices of each part: with Muon, some parameters get AdamW."""
+    kind = settings.engine["optimizer"]["type"]
+    trained_by = {
+        id(parameter): "AdamW" if kind == "Muon" and not group["hidden"] else kind
+        for group in build_optimizer(settings.engine["optimizer"], model, fused=False).param_groups
+        for parameter in group["params"]
+    }
+    found: dict[str, set[str]] = {}
+    for name, parameter in model.named_parameters():
+        role = next((part for part in name.split(".") if part in ROLES), None)
+        if role and parameter.ndim >= 2 and id(parameter) in trained_by:
+            found.setdefault(role, set()).add(trained_by[id(parameter)])
+    return {role: " and ".join(sorted(names)) for role, names in sorted(found.items())}
+
+
+def unequal_costs(experiment: Experiment, costs: list[VariantCost]) -> dict[str, list[str]]:
+    """Return what sets each variant apart from the first one before any run: its size, and who trains its parts.
+
+    Returns:
+        Variant -> sentences; empty lists for variants that are treated alike.
+    """
+    first, reference = experiment.variants[0], costs[0]
+    quantity = "flops" if experiment.match == "flops" else "parameters"
+    found: dict[str, list[str]] = {}
+    for variant, cost in zip(experiment.variants, costs, strict=True):
+        texts = found[variant.name] = []
+        here, there = getattr(cost, quantity), getattr(reference, quantity)
+        if abs(here / there - 1) > TOLERANCE:
+            name = "FLOPs" if quantity == "flops" else quantity
+            texts.append(f"{name}: {here:,} instead of {there:,} ({here / there:.2f} x)")
+        kinds = [settings.engine["optimizer"]["type"] for settings in (variant.settings, first.settings)]
+        if kinds[0] != kinds[1]:
+            continue  # another optimizer.type is the idea of the variant, and listed with its settings
+        for role in sorted(cost.optimizers.keys() & reference.optimizers.keys()):
+            if cost.optimizers[role] != reference.optimizers[role]:
+                texts.append(
+                    f"{role} matrices are trained by {cost.optimizers[role]} instead of {reference.optimizers[role]} "
+                    "(not treated alike)"
+                )
+    return found

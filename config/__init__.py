@@ -1,1 +1,1 @@
-"""What a run is asked to do: settings, presets, overrides and the command line, without PyTorch."""
+"""Configuration of a run: settings, presets, overrides and the command line; no PyTorch."""

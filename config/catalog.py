@@ -1,67 +1,68 @@
-"""Names of every table and the path of every setting, without importing PyTorch."""
+"""Names in every registry and the path of every setting, without importing PyTorch."""
 
 from __future__ import annotations
 
 import ast
-from typing import Any
+from functools import cache
 
+from common.errors import SettingsError, unknown
 from common.paths import PROJECT
 from config.optimizer_defaults import OPTIMIZER_PARAMS
-from config.settings import Settings, resolve
+from config.overrides import meant_path, paths_of
+from config.settings import Settings, declared_settings, resolve
 
-SOURCES = ("auto", "resident", "files", "tensor")  # of images
-ALIASES = {"learning_rate": "lr", "batch_size": "train_batch_size", "amp": "bf16"}  # what others call a setting
-NAME_TABLES = {  # setting -> the table that holds its names
-    "strategy": ("parallel/strategies.py", "STRATEGIES"),
-    "model.architecture": ("models/published/table.py", "ARCHITECTURES"),
-    "model.patch_embedding": ("models/patch_embedding.py", "PATCH_EMBEDDINGS"),
-    "model.position": ("models/position.py", "POSITIONS"),
-    "model.pooling": ("models/pooling.py", "POOLINGS"),
-    "model.block": ("model.py", "BLOCKS"),
-    "model.attention": ("models/attention.py", "ATTENTIONS"),
-    "model.feed_forward": ("models/feed_forward.py", "FEED_FORWARDS"),
-}
+SOURCES = ("auto", "resident", "files", "tensor")  # image sources of --source
+
+
+@cache
+def _names_in(file: str, table: str) -> dict[str, str]:
+    return table_names(file, table)
 
 
 def names_of(path: str) -> list[str]:
-    """The names that a setting can have; empty where no table holds them."""
-    if path not in NAME_TABLES:
+    """The names that a setting can have; empty for a setting that takes other values."""
+    declared = declared_settings().get(path)
+    if declared is None:
         return []
-    names = list(table_names(*NAME_TABLES[path]))
+    if declared.table is None:
+        return list(declared.choices)
+    names = list(_names_in(*declared.table))
     return ["vit", "sl-vit", *names, "timm:NAME"] if path == "model.architecture" else names
 
 
+def check_names(settings: Settings) -> None:
+    """Check every setting that names an entry of a registry, without importing the registry.
+
+    Raises:
+        SettingsError: an unknown name.
+    """
+    tree = settings.as_dict()
+    for path, declared in declared_settings().items():
+        if declared.table is None:
+            continue
+        value = tree
+        for key in path.split("."):
+            value = value[key]
+        known = names_of(path)
+        if value not in known and not (path == "model.architecture" and value.startswith("timm:")):
+            raise SettingsError(unknown(path.removeprefix("model.").replace("_", "-"), value, known))
+
+
 def setting_paths(settings: Settings | None = None) -> list[str]:
-    """The path of every setting that `--set` takes, beside these settings; by default, whichever optimiser they name."""
-
-    def walk(tree: dict[str, Any], prefix: str) -> list[str]:
-        return [
-            path
-            for key, value in tree.items()
-            for path in (
-                walk(value, f"{prefix}{key}.")
-                if isinstance(value, dict) and not key.endswith("_options")
-                else [f"{prefix}{key}"]
-            )
-        ]
-
+    """The path of every setting that `--set` takes under these settings; by default, of every optimizer."""
     tree = (settings or resolve(None, [])).as_dict()
     if settings is None:
         tree["engine"]["optimizer"]["params"] = {name: None for params in OPTIMIZER_PARAMS.values() for name in params}
-    return walk({**tree.pop("engine"), **tree}, "")
+    return paths_of(tree)
 
 
 def setting_of(name: str) -> str | None:
-    """The path of the setting that somebody meant who made an option of it: `lr`, `weight-decay`, `model.width`."""
-    name = name.replace("-", "_")
-    name = ALIASES.get(name, name)
-    paths = setting_paths()
-    exact = [path for path in paths if path == name or path.endswith(f".{name}") or path == f"{name}.enabled"]
-    return exact[0] if exact else None
+    """The path of the setting that a user means by an option such as `lr`, `weight-decay` or `model.width`."""
+    return meant_path(name, setting_paths())
 
 
 def settings_like(prefix: str) -> list[str]:
-    """`path=` of every setting, or `path=name` where the path is complete and a table holds its names."""
+    """Completions of `--set`: `path=` of every setting, or `path=name` where the path is complete and has names."""
     path, equals, _ = prefix.partition("=")
     if equals:
         return [f"{path}={name}" for name in names_of(path)]
@@ -69,13 +70,13 @@ def settings_like(prefix: str) -> list[str]:
 
 
 def table_names(file: str, table: str) -> dict[str, str]:
-    """Names and first docstring lines of a table such as FEED_FORWARDS, read from the source without importing it.
+    """Return names and first docstring lines of a registry such as FEED_FORWARDS, read from its source.
 
     Importing `models/feed_forward.py` would import PyTorch, which is too slow for `--help`.
     """
     tree = ast.parse((PROJECT / file).read_text(encoding="utf-8"))
     docs = _first_lines(tree)
-    for node in tree.body:  # entries that the table's file imports from a file beside it
+    for node in tree.body:  # entries that the registry imports from another file
         if (
             isinstance(node, ast.ImportFrom)
             and node.module

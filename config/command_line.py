@@ -1,9 +1,11 @@
-"""The command line of every script: grouped help with one example, and a mistyped option answered with the nearest one.
+"""The command line of every script: grouped help with an example, and suggestions for mistyped options.
 
     parser = Parser("python evaluate.py [run]", "What the script does.", example="python evaluate.py runs/mine")
 
-A setting given as an option of its own (`--lr 1e-3`, `--model.width=64`) is answered with the `--set` that it must be.
-`source environment/completion.sh` makes the Tab key complete options, presets, strategies and settings. Nothing here imports PyTorch.
+A setting given as an option (`--lr 1e-3`, `--model.width=64`) is answered with the `--set` that does it. `~` at the
+start of a path is the home folder, also in `--runs-dir=~/runs`, which shells leave alone. `source
+environment/completion.sh` makes the Tab key complete options, presets, strategies and settings. Nothing here imports
+PyTorch.
 """
 
 from __future__ import annotations
@@ -13,29 +15,54 @@ import difflib
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UserError
 from config.catalog import names_of, setting_of, settings_like
 from config.settings import preset_names
 
+MAX_NAME_BYTES = 200  # file systems allow 255; ".old-1" and the like are appended
+ELSEWHERE = {  # options of other projects that neither an option nor a setting replaces
+    "--device": "training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
+    "--resume": "starting the same command again resumes the run; --fresh starts over",
+    "--gpus": "every GPU is used; CUDA_VISIBLE_DEVICES chooses some of them",
+    "--gpu": "every GPU is used; CUDA_VISIBLE_DEVICES chooses some of them",
+    "--output": "--runs-dir and --name choose the run folder",
+    "--output-dir": "--runs-dir and --name choose the run folder",
+    "--out": "--runs-dir and --name choose the run folder",
+    "--num-workers": "images are read by DALI or from memory, so there are no workers to choose",
+    "--workers": "images are read by DALI or from memory, so there are no workers to choose",
+    "--pretrained": "--init-weights FILE loads initial weights",
+    "--checkpoint": "starting the same command again resumes the run; --init-weights FILE loads weights alone",
+}
+
 
 def run_cli(main: Callable[[], int | None]) -> int:
-    """Call a script's `main`; the errors of the person's making become one line on the screen. Returns the exit code."""
+    """Call a script's `main` and print what the user can fix as one line. Returns the exit code."""
     try:
         return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        return reader_gone()
+
+
+def reader_gone() -> int:
+    """End quietly when the reader of the output has ended, as in `| head`. Returns the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
+    return 0
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose usage is one line, whose help ends with an example, and whose errors are one sentence.
+    """An ArgumentParser with usage on one line, an example at the end of its help, and errors of one sentence.
 
     Args:
-        usage: the command and its positional arguments; "[options]" follows.
-        example: a command that works as it stands; several, one a line.
+        usage: the command and its positional arguments; "[options]" is appended.
+        example: a command that works as written; several commands are separated by newlines.
         notes: paragraphs before the example.
     """
 
@@ -61,19 +88,34 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        if "_ARGCOMPLETE" in os.environ and not self.is_completing:  # the shell asks, after a Tab
-            self.is_completing = True  # in the course of which it parses
+        if "_ARGCOMPLETE" in os.environ and not self.is_completing:  # the shell asks for completions after a Tab
+            self.is_completing = True  # completing parses arguments too
             autocomplete(self)
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, list):
+                setattr(found, name, [self._expanded(item) for item in value])
+            else:
+                setattr(found, name, self._expanded(value))
+        return found, rest
+
+    def _expanded(self, value: Any) -> Any:
+        """A path with `~` replaced by the home folder; any other value unchanged."""
+        if not isinstance(value, Path):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            self.error(f"there is no home folder for {value.parts[0]}; write the path in full")
 
     def error(self, message: str) -> NoReturn:
-        """One sentence; several processes of one command say it once."""
-        if os.environ.get("RANK", "0") == "0":
+        """Print one sentence and exit with 2; only the first of several processes prints."""
+        if os.environ.get("RANK", "0") in ("", "0"):
             print(f"error: {message} (all options: {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def _not_understood(self, words: list[str]) -> str:
-        """What to say of words that no option takes."""
+        """Return the sentence for words that no option takes."""
         word = next((word for word in words if word.startswith("-")), words[0])
         options = [
             option
@@ -89,21 +131,48 @@ class Parser(argparse.ArgumentParser):
         following = words[words.index(word) + 1 :]
         value = value if equals else following[0] if following and not following[0].startswith("--") else "VALUE"
         meant = setting_of(name.lstrip("-")) if has_settings else None
+        if name in ELSEWHERE and has_settings:
+            return f"unknown option {name}: {ELSEWHERE[name]}"
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
         if meant:
-            return f"unknown option {name}; did you mean --set {meant}={value}?"
+            return f"unknown option {name}; did you mean --set {meant}={suggested_value(meant, value)}?"
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def suggested_value(path: str, value: str) -> str:
+    """The value for a suggested `--set`: the name as the registry spells it; VALUE where another unit was meant."""
+    if path == "schedule.warmup_fraction":
+        return "FRACTION (a fraction of the run's steps, such as 0.05)"
+    by_lower_case = {name.lower(): name for name in names_of(path)}
+    return by_lower_case.get(value.lower(), value)
 
 
 def at_least_one(text: str) -> int:
     """A whole number of steps, epochs or images: the `type` of an option."""
-    if not text.isdecimal() or int(text) < 1:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}") from None
+    if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
+    return number
+
+
+def run_name(text: str) -> str:
+    """The name of a run folder, which is one path component: the `type` of an option."""
+    if text in ("", ".", "..") or "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(
+            f"must be a single folder name, not {text!r}; --runs-dir chooses the folder above"
+        )
+    if any(unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp", "Cs") for letter in text):
+        raise argparse.ArgumentTypeError(f"must not contain control characters, not {text!r}")
+    if len(os.fsencode(text)) > MAX_NAME_BYTES:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_NAME_BYTES} bytes long, not {len(os.fsencode(text))}")
+    return text
 
 
 def autocomplete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell with what may stand at the cursor, and end the process."""
+    """Print the completions at the cursor for the shell, and end the process."""
     import argcomplete
 
     completers: dict[str, Callable[..., list[str]]] = {
@@ -119,14 +188,16 @@ def autocomplete(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options --preset and --set."""
+    """Add the options --preset and --set."""
     parser.add_argument(
-        "--preset", metavar="NAME", help=f"start from it: {', '.join(preset_names())}, or a .toml file (default: none)"
+        "--preset",
+        metavar="NAME",
+        help=f"preset that the settings start from: {', '.join(preset_names())}, or a .toml file (default: none)",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="PATH=VALUE",
-        help="override a setting: model.width=192; repeat for more",
+        help="override one setting, for example model.width=192; repeat for more",
     )

@@ -1,4 +1,4 @@
-"""Trees of settings compared: dotted paths, what differs, what is not the default."""
+"""Comparison of settings trees: dotted paths, differences, changes from the defaults."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from config.settings import resolve
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Dotted paths of a tree of settings, and their values."""
+    """Return the dotted paths of a tree of settings with their values."""
     if not isinstance(tree, dict) or not tree:
         return [(path, tree)]
     return [leaf for key, value in tree.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
 
 
 def changed_settings(settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What is not the default: path, value, default (None for a setting that the defaults do not have)."""
+    """Return what differs from the defaults: path, value, default (None for a setting without a default)."""
     defaults = dict(leaves(resolve(None, []).as_dict()))
     return [(path, value, defaults.get(path)) for path, value in leaves(settings) if value != defaults.get(path)]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two trees of settings, one readable text a leaf."""
+    """Return the differences between two trees of settings, one readable text per leaf."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             text

@@ -1,7 +1,7 @@
-"""The parameters of every optimiser and what they start from: what `--set optimizer.params.<name>=` may name.
+"""Parameters of every optimizer with their defaults, which `--set optimizer.params.<name>=` overrides.
 
-`ds_config.json` is the home of the optimiser that runs by default. A preset or `--set optimizer.type=NAME` that names
-another one starts from its entry here. Nothing here imports PyTorch; `optim/optimizers.py` makes the optimisers.
+`ds_config.json` declares the default optimizer. A preset or `--set optimizer.type=NAME` that names another one starts
+from its entry here. Nothing here imports PyTorch; `optim/optimizers.py` builds the optimizers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Any]] = {
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 5e-4,
-    },  # of residual networks on CIFAR (arXiv 1605.07146)
-    # lr and weight_decay are AdamW's, because Muon's steps are made as large as AdamW's (arXiv 2502.16982); matrix_lr_factor
-    # multiplies lr for the matrices alone; betas and eps are those of the AdamW that trains what is no hidden matrix.
+    },  # residual networks on CIFAR (arXiv 1605.07146)
+    # lr and weight_decay are AdamW's, because Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982).
+    # matrix_lr_factor multiplies lr for hidden matrices alone; AdamW with betas and eps trains everything else.
     "Muon": {
         "lr": 1e-3,
         "matrix_lr_factor": 1.0,
@@ -35,7 +35,7 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Any]] = {
         "betas": [0.9, 0.999],
         "eps": 1e-8,
         "weight_decay": 0.05,
-    },  # lr: the package's own
+    },  # lr: the default of the package schedulefree
     "Lamb": {
         "lr": 5e-3,
         "betas": [0.9, 0.999],
@@ -46,5 +46,5 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Any]] = {
         "lr": 1e-4,
         "betas": [0.9, 0.99],
         "weight_decay": 0.5,
-    },  # a tenth of AdamW's rate, ten times its decay (arXiv 2302.06675)
+    },  # a tenth of AdamW's learning rate and ten times its weight decay (arXiv 2302.06675)
 }

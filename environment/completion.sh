@@ -1,6 +1,6 @@
-# The Tab key completes options, presets, strategies and settings, in bash and in zsh; for this shell:
+# Tab completion of options, presets, strategies and settings, in bash and zsh. For the current shell:
 #   source .venv/bin/activate && source environment/completion.sh
-# It answers for `python train.py ...` and the other scripts, and for the two launchers, from any folder.
+# It works for `python train.py ...`, the other scripts and the two launchers, from any folder.
 if ! command -v register-python-argcomplete >/dev/null; then
     echo "environment/completion.sh: the environment is not active; first: source .venv/bin/activate" >&2
     return 1

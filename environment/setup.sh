@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Finds a Python that has what requirements.txt asks for, or makes one in .venv. Run it alone, or source it as the other scripts
-# do: PYTHON then names the interpreter and PATH begins with its folder of programs (DeepSpeed looks for `ninja` there).
-#   PYTHON=/path/to/python  the interpreter to look at (default: python3)
-#   DRIVER_CUDA=12          choose as for a driver of this CUDA version ("none": no GPU)
-#   DRY_RUN=1               choose and say, but install nothing
+# Find a Python with the packages of requirements.txt, or install one in .venv. Run it alone, or source it as the other
+# scripts do: PYTHON is then the interpreter, and PATH begins with its folder of programs (DeepSpeed looks for `ninja` there).
+#   PYTHON=/path/to/python  interpreter to check (default: python3)
+#   DRIVER_CUDA=12          choose the packages for a driver of this CUDA version ("none": no GPU)
+#   DRY_RUN=1               print the choice, but install nothing
 
 environment_root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 
 say() { printf '%s\n' "$*" >&2; }
 
-# A port nobody listens on. Under 32768, so that no outgoing connection takes it before the ranks meet there.
+# Print a free port, under 32768, so that no outgoing connection takes it before the ranks meet there.
 free_port() {
     local port
     while port=$((20000 + RANDOM % 12000)); do
@@ -17,15 +17,15 @@ free_port() {
     done
 }
 
-# has_requirements PYTHON FILE: prints the interpreter's folder of programs when all of FILE is there; else says what is
-# missing and fails. Reads only the packages' metadata: importing torch would cost seconds at every start.
+# has_requirements PYTHON FILE: print the interpreter's folder of programs if it has all of FILE; otherwise print what is
+# missing and fail. It reads only the packages' metadata: importing torch would take seconds at every start.
 has_requirements() {
     "$1" - "$2" 2>/dev/null <<'PYTHON'
 import os, re, sys, sysconfig
 from importlib.metadata import PackageNotFoundError, version
 
 def find(name):
-    # An environment made by hand may hold DALI for another CUDA version, which is as good.
+    # An environment made by hand may have DALI for another CUDA version, which works too.
     for name in [name] + [f"nvidia-dali-cuda{c}" for c in ("130", "120", "110") if "-dali-" in name]:
         try:
             return version(name).split("+")[0]
@@ -51,7 +51,7 @@ sys.exit(bool(missing))
 PYTHON
 }
 
-# Sets `requirements` to the file for this machine's driver, and `reason`.
+# Set `requirements` to the file for this machine's driver, and `reason`.
 choose_requirements() {
     local cuda=${DRIVER_CUDA:-} report=""
     reason="DRIVER_CUDA=$cuda"
@@ -76,7 +76,7 @@ choose_requirements() {
     esac
 }
 
-# Sets `base` to an interpreter that the chosen set can be installed for.
+# Set `base` to an interpreter that the chosen packages support.
 choose_base_python() {
     local candidate version
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python3.14}; do
@@ -105,8 +105,8 @@ install_venv() {
         return 1
     fi
     say "Installing $requirements ($reason) into $environment_root/.venv: some gigabytes, some minutes, once."
-    # An install that was cut short, and packages of another CUDA version (two DALIs share one folder): begin from nothing.
-    # A .venv that this script did not make is kept and completed.
+    # Start from an empty .venv after an interrupted install, or for another CUDA version (two DALIs share one folder).
+    # A .venv that this script did not create is kept and completed.
     installed=$(cat .venv/requirements.sha256 2>/dev/null) || true
     if [ -e .venv/installing ] || [[ -n $installed && $installed != *" $requirements" ]]; then
         "$base" -m venv --clear .venv || return
@@ -126,7 +126,7 @@ install_venv() {
 setup_environment() {
     local requirements reason newest_python scripts found active=${PYTHON:-python3}
     case $active in */*) active=$(realpath -s -- "$active") ;; esac    # the folder changes below
-    # That of the project itself, wanted by this name before it is there: any other can make it.
+    # PYTHON may name the project's own .venv before it exists: any other interpreter can create it.
     if [[ $active == "$environment_root/.venv/"* && ! -x $active ]]; then PYTHON=""; fi
     choose_requirements || return
     if found=$(has_requirements "$active" "$environment_root/$requirements"); then
@@ -134,11 +134,11 @@ setup_environment() {
         scripts=${found%%$'\n'*}
         [ "$found" = "$scripts" ] || say "Note: $PYTHON has ${found#*$'\n'}."
     else
-        found=${found:-missing Python 3.10 or newer}    # it could not even run the check
+        found=${found:-missing Python 3.10 or newer}    # it could not run the check
         if ! (cd "$environment_root" && venv_is_ready); then
             say "$active lacks what is needed (${found%%$'\n'*}), so .venv is used, with $requirements ($reason)."
             if [ -z "${DRY_RUN:-}" ]; then
-                # The lock is on this very file, so it leaves none behind; the second of two starts finds the work done.
+                # The lock is on this file, so no lock file remains; the second of two starts finds the work done.
                 (
                     cd "$environment_root" || exit
                     flock -n 9 || { say "Another start is installing into .venv: waiting for it."; flock 9; }

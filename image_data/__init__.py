@@ -1,1 +1,1 @@
-"""Image files become augmented batches on the device."""
+"""Image files -> augmented batches on the device."""

@@ -1,9 +1,9 @@
-"""Which augmentation each image of an epoch gets: numbers drawn here, carried out by DALI or on whole tensors.
+"""Augmentation plans: the random parameters of every image, drawn here and applied by a backend.
 
-Every image of every epoch owns rows of uniform numbers that depend on (seed, epoch, position in the epoch) alone: the
-random streams are counter-based (Philox, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so any row is reached
-at once. That makes a batch the same after a resume, for any number of shards, threads and prefetched batches: those who
-carry the plan out draw nothing themselves.
+Each image of each epoch has its own rows of uniform numbers, which depend only on (seed, epoch, position in the epoch).
+The random streams are counter-based (Philox, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so any row can be
+computed directly. The backends draw no random numbers. A batch is therefore the same after a resume and for any number
+of shards, threads and prefetched batches.
 """
 
 from __future__ import annotations
@@ -17,64 +17,65 @@ from config.settings import AugmentationSettings
 from image_data.auto_augment import AutoAugment, ColorJitter, OperationBatch, RandAugment, TrivialAugment, choose
 
 POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")
-# One stream of random numbers for each purpose, so that switching one augmentation on leaves the others' draws alone.
+# One random stream per purpose, so that enabling one augmentation does not change the draws of the others.
 ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE, PHASE = range(9)
-ATTEMPTS = 10  # at a random rectangle that fits, as in torchvision
-CENTRE_CROP = (
-    256 / 224
-)  # evaluation of images of any size: the shorter side is resized to this times the side asked for
+ATTEMPTS = 10  # to draw a rectangle that fits into the image, as in torchvision
+# Evaluation of images of different sizes: the shorter side is resized to this times the network's input side.
+CENTER_CROP = 256 / 224
+CENTRE_CROP = CENTER_CROP  # earlier spelling, imported by inference/trained_model.py
 
 
 def random_stream(seed: int, epoch: int, purpose: int, counter: int = 0) -> np.random.Philox:
-    """The random stream of one purpose in one epoch, `counter` steps (of four 64-bit words) from its start."""
+    """Return the stream of a purpose in an epoch, advanced by `counter` steps of four 64-bit words."""
     return np.random.Philox(key=[seed, (epoch << 8) + purpose]).advance(counter)
 
 
 def uniform_rows(seed: int, epoch: int, purpose: int, start: int, count: int, columns: int) -> np.ndarray:
-    """Rows `start` to `start + count` of uniform numbers: float64 (count, columns) in [0, 1); columns a multiple of 4."""
-    # Raw words only: NumPy promises the words of a bit generator, not what its distributions make of them.
+    """Return rows `start` to `start + count` of uniform numbers: float64 (count, columns) in [0, 1).
+
+    `columns` must be a multiple of 4.
+    """
+    # NumPy guarantees the raw words of a bit generator across versions, but not the output of its distributions.
     words = random_stream(seed, epoch, purpose, start * columns // 4).random_raw(count * columns)
     return (words >> 11).reshape(count, columns) * 2.0**-53
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The order in which an epoch visits the images: a permutation of 0..num_images-1, int64."""
+    """Return the order in which an epoch visits the images: a permutation of 0..num_images-1, int64."""
     return np.argsort(random_stream(seed, epoch, ORDER).random_raw(num_images), kind="stable")
 
 
 def flip_randomly(u: np.ndarray, probability: float, seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
-    """Each time anew."""
+    """Flip each image independently in each epoch."""
     return u < probability
 
 
 def flip_alternating(u: np.ndarray, probability: float, seed: int, epoch: int, images: np.ndarray) -> np.ndarray:
-    """Each image in every second epoch, so that no two epochs in a row show it the same way (airbench94)."""
+    """Flip each image in every second epoch, so that consecutive epochs never show the same view (airbench94)."""
     phase = random_stream(seed, 0, PHASE).random_raw(int(images.max()) + 1)[images] >> 63
     return (phase + epoch) % 2 == 1
 
 
-# Uniform numbers (B,), augmentation.flip, seed, epoch, which images of the split (B,) -> whether each is mirrored.
+# Arguments: uniform numbers (B,), augmentation.flip, seed, epoch, positions in the split (B,). Returns a mask (B,).
 FLIPS = {"random": flip_randomly, "alternating": flip_alternating}
 
 
 @dataclass(frozen=True)
 class AugmentationPlan:
-    """What happens to each image of a batch of B; every array has B rows. None: not at all."""
+    """Augmentation of a batch of B images: one row per image in every array; None disables a step."""
 
-    flip: np.ndarray  # int32 (B,): 1 where the image is mirrored
-    crop_offset: np.ndarray | None  # int32 (B, 2): upper left corner (y, x) of the crop, negative in the padding
-    crop_box: np.ndarray | None  # float32 (B, 4): y0, x0, y1, x1 of the part to resize, as shares of the image's sides
-    operations: list[OperationBatch]  # operations on colours and shapes, one after the other
-    erase_boxes: (
-        np.ndarray | None
-    )  # int32 (B, 4): y0, x0, y1, x1 of the erased rectangle, pixels; all 0 where there is none
+    flip: np.ndarray  # int32 (B,): 1 where the image is flipped horizontally
+    crop_offset: np.ndarray | None  # int32 (B, 2): upper left corner (y, x), negative inside the padding
+    crop_box: np.ndarray | None  # float32 (B, 4): y0, x0, y1, x1 of the resized crop, relative to the sides
+    operations: list[OperationBatch]  # color and geometric operations, applied in order
+    erase_boxes: np.ndarray | None  # int32 (B, 4): y0, x0, y1, x1 of the erased rectangle in pixels; all 0: none
 
 
 class Augmentation:
-    """Turns (seed, epoch, positions) into plans, as the settings ask, for images of `side` pixels.
+    """Draws the augmentation plans of images of `side` pixels from (seed, epoch, positions).
 
     Raises:
-        SettingsError: a setting outside its range, by name.
+        SettingsError: a setting is out of range; the message names it.
     """
 
     def __init__(self, settings: AugmentationSettings, side: int, seed: int = 0):
@@ -92,11 +93,11 @@ class Augmentation:
     def plan(
         self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None, images: np.ndarray | None = None
     ) -> AugmentationPlan:
-        """The plan of positions `start` to `start + count` of an epoch.
+        """Plan the augmentation of positions `start` to `start + count` of an epoch.
 
         Args:
-            images: int (count,), which images of the split these are; None: those at the positions.
-            sizes: int (count, 2), height and width of each image, where they differ; else all are `side`.
+            images: int (count,), positions in the split of these images; None: the same as the positions in the epoch.
+            sizes: int (count, 2), height and width of each image; None: all images are square.
         """
         s = self.settings
 
@@ -107,7 +108,9 @@ class Augmentation:
         images = np.arange(start, start + count) if images is None else images
         crop_offset = crop_box = None
         if s.resized_crop:
-            crop_box = resized_part(draw(RESIZED, 4 + 2 * ATTEMPTS), s.resized_crop_scale, s.resized_crop_ratio, sizes)
+            crop_box = resized_crop_boxes(
+                draw(RESIZED, 4 + 2 * ATTEMPTS), s.resized_crop_scale, s.resized_crop_ratio, sizes
+            )
         elif s.crop_padding:
             crop_offset = np.ascontiguousarray(
                 choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding
@@ -125,7 +128,7 @@ class Augmentation:
         )
 
     def _erase_boxes(self, u: np.ndarray) -> np.ndarray:
-        """Random erasing (arXiv 1708.04896): the first of ten rectangles that fits."""
+        """Random erasing (arXiv 1708.04896): use the first of ten random rectangles that fits."""
         s, S = self.settings, self.side
         height, width = rectangles(u[:, 4:], S * S, s.erasing_scale, s.erasing_ratio)
         height, width = np.round(height).astype(np.int64), np.round(width).astype(np.int64)
@@ -140,24 +143,24 @@ class Augmentation:
 def rectangles(
     u: np.ndarray, area: np.ndarray | float, scale: list[float], ratio: list[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ten random rectangles an image: the first side and the second, with first / second = ratio, log-uniform."""
+    """Draw ten rectangles per image: first and second side, (B, 10) each, with log-uniform ratio first / second."""
     share = scale[0] + u[:, 0 : 2 * ATTEMPTS : 2] * (scale[1] - scale[0])
     log_ratio = np.log(ratio[0]) + u[:, 1 : 2 * ATTEMPTS : 2] * (np.log(ratio[1]) - np.log(ratio[0]))
     return np.sqrt(share * area * np.exp(log_ratio)), np.sqrt(share * area / np.exp(log_ratio))
 
 
-def resized_part(u: np.ndarray, scale: list[float], ratio: list[float], sizes: np.ndarray | None) -> np.ndarray:
-    """Random resized crop (arXiv 1409.4842): the first of ten rectangles that fits, else the middle; float32 (B, 4)."""
-    H, W = (
-        (np.ones((len(u), 1)), np.ones((len(u), 1)))
-        if sizes is None
-        else (sizes[:, :1].astype(float), sizes[:, 1:].astype(float))
-    )
+def resized_crop_boxes(u: np.ndarray, scale: list[float], ratio: list[float], sizes: np.ndarray | None) -> np.ndarray:
+    """Random resized crop (arXiv 1409.4842): the first of ten rectangles that fits, else a center crop.
+
+    Returns y0, x0, y1, x1 relative to the sides of the image: float32 (B, 4).
+    """
+    sizes = np.ones((len(u), 2)) if sizes is None else sizes.astype(float)
+    H, W = sizes[:, :1], sizes[:, 1:]
     width, height = rectangles(u[:, 4:], H * W, scale, ratio)
     fits = (width <= W) & (height <= H)
     first, rows = fits.argmax(axis=1), np.arange(len(u))
     H, W = H[:, 0], W[:, 0]
-    # Nothing fits only where the image is far longer than wide, or the settings ask for it: take the largest middle part.
+    # Without a fit (a very elongated image, or a narrow range of ratios) take the largest center crop of a valid ratio.
     aspect = np.clip(W / H, ratio[0], ratio[1])
     middle_w, middle_h = np.minimum(W, H * aspect), np.minimum(H, W / aspect)
     found = fits.any(axis=1)
@@ -178,27 +181,31 @@ def _policy(s: AugmentationSettings, side: int) -> RandAugment | TrivialAugment 
 
 
 def check(s: AugmentationSettings) -> None:
-    """Refuse settings outside their range. Raises SettingsError."""
+    """Check the range of every augmentation setting. Raises SettingsError."""
     if s.policy not in POLICIES:
         raise SettingsError(unknown("augmentation.policy", s.policy, list(POLICIES)))
     if s.flip_mode not in FLIPS:
         raise SettingsError(unknown("augmentation.flip_mode", s.flip_mode, list(FLIPS)))
     if s.flip_mode == "alternating" and s.flip != AugmentationSettings().flip:
         raise SettingsError(
-            f"augmentation.flip_mode=alternating would not use augmentation.flip={s.flip}; flip_mode=random would"
+            f"augmentation.flip_mode=alternating does not use augmentation.flip={s.flip}. "
+            "Remove augmentation.flip, or set augmentation.flip_mode=random"
         )
     if s.erasing_value not in ("zero", "pixel"):
         raise SettingsError(unknown("augmentation.erasing_value", s.erasing_value, ["zero", "pixel"]))
     for name in ("flip", "erasing", "mix_probability", "cutmix_share"):
         if not 0 <= getattr(s, name) <= 1:
-            raise SettingsError(f"augmentation.{name} is a probability between 0 and 1, not {getattr(s, name)}")
+            raise SettingsError(f"augmentation.{name} must be a probability between 0 and 1, got {getattr(s, name)}")
     for name in ("crop_padding", "brightness", "contrast", "saturation", "mixup", "cutmix"):
-        if getattr(s, name) < 0:
-            raise SettingsError(f"augmentation.{name} must not be negative, it is {getattr(s, name)}")
-    if not (0 <= s.rand_augment_magnitude <= 30 and s.rand_augment_ops >= 1 and s.repeats >= 1):
+        if not 0 <= getattr(s, name) < np.inf:
+            raise SettingsError(f"augmentation.{name} must be finite and >= 0, got {getattr(s, name)}")
+    if not 0 <= s.rand_augment_magnitude <= 30:
         raise SettingsError(
-            "augmentation.rand_augment_magnitude lies between 0 and 30, rand_augment_ops and repeats are at least 1"
+            f"augmentation.rand_augment_magnitude must lie between 0 and 30, got {s.rand_augment_magnitude}"
         )
+    for name in ("rand_augment_ops", "repeats"):
+        if getattr(s, name) < 1:
+            raise SettingsError(f"augmentation.{name} must be at least 1, got {getattr(s, name)}")
     for name, top in (
         ("resized_crop_scale", 1.0),
         ("resized_crop_ratio", np.inf),
@@ -206,5 +213,8 @@ def check(s: AugmentationSettings) -> None:
         ("erasing_ratio", np.inf),
     ):
         values = getattr(s, name)
-        if len(values) != 2 or not 0 < values[0] <= values[1] <= top:
-            raise SettingsError(f"augmentation.{name} is a range [low, high] of positive numbers, not {values}")
+        if len(values) != 2 or not 0 < values[0] <= values[1] <= top or values[1] == np.inf:
+            limit = " <= 1" if top == 1 else ""
+            raise SettingsError(
+                f"augmentation.{name} must be a range [low, high] with 0 < low <= high{limit}, got {values}"
+            )

@@ -1,8 +1,8 @@
-"""The automatic augmentation policies as tables: which operation, how strong, for each image and each level.
+"""Automatic augmentation policies (RandAugment, TrivialAugment, AutoAugment) and color jitter as tables of operations.
 
-The spaces, bins and the CIFAR policy are those of torchvision 0.26 (`transforms/v2/_auto_augment.py`), which follows the
-papers. A level is one operation an image: its kind, one value, and for geometric kinds a matrix. Kinds are few because
-many operations share one: every geometric operation is a warp, and inverting is solarizing from threshold 0 up.
+Operation spaces, bins and the CIFAR policy are those of torchvision 0.26 (`transforms/v2/_auto_augment.py`), which
+follows the papers. An `OperationBatch` holds one operation per image: its kind, a magnitude, and a matrix for geometric
+kinds. Several operations share a kind: every geometric operation is a warp, and inverting is solarizing from 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Kinds of operations that `image_data/dali_backend.py` and `image_data/torch_backend.py` carry out.
+# Kinds of operations, implemented in `image_data/dali_backend.py` and `image_data/torch_backend.py`.
 IDENTITY, WARP, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS, POSTERIZE, SOLARIZE, AUTOCONTRAST, EQUALIZE = range(10)
 
 
@@ -19,9 +19,9 @@ IDENTITY, WARP, BRIGHTNESS, COLOR, CONTRAST, SHARPNESS, POSTERIZE, SOLARIZE, AUT
 class OperationBatch:
     """One operation for each of B images.
 
-    `magnitude` means: a blending factor (BRIGHTNESS, COLOR, CONTRAST, SHARPNESS; 1 changes nothing), bits that stay
-    (POSTERIZE), the lowest inverted value 0..256 (SOLARIZE). `matrix` maps a point (x, y) of the result to the point of
-    the source that it shows, in pixels with the origin at the image's upper left corner (WARP).
+    `magnitude` is a blending factor for BRIGHTNESS, COLOR, CONTRAST and SHARPNESS (1 is the identity), the number of
+    bits kept for POSTERIZE, and the lowest inverted value, 0..256, for SOLARIZE. `matrix` (WARP) maps a point (x, y)
+    of the output to a point of the input, in pixels from the upper left corner of the image.
     """
 
     kind: np.ndarray  # int32 (B,)
@@ -46,10 +46,10 @@ def translate_y(m: float, side: int) -> np.ndarray:
 
 
 def rotate(m: float, side: int) -> np.ndarray:
-    """Counter-clockwise by `m` degrees around the centre."""
-    cos, sin, centre = np.cos(np.radians(m)), np.sin(np.radians(m)), side / 2
+    """Rotate counterclockwise by `m` degrees around the center."""
+    cos, sin, center = np.cos(np.radians(m)), np.sin(np.radians(m)), side / 2
     linear = np.array([[cos, -sin], [sin, cos]])
-    return np.concatenate([linear, (centre - linear @ [centre, centre])[:, None]], axis=1)
+    return np.concatenate([linear, (center - linear @ [center, center])[:, None]], axis=1)
 
 
 WARPS = {"ShearX": shear_x, "ShearY": shear_y, "TranslateX": translate_x, "TranslateY": translate_y, "Rotate": rotate}
@@ -57,20 +57,28 @@ BLENDS = {"Brightness": BRIGHTNESS, "Color": COLOR, "Contrast": CONTRAST, "Sharp
 
 
 def linspace(start: float, stop: float, count: int) -> np.ndarray:
-    """`torch.linspace`, bit for bit: a translation by 15.999999 pixels is one by 15, by 16 it is another."""
+    """Reproduce `torch.linspace` bit for bit.
+
+    Translations are truncated to whole pixels, so 15.999999 and 16 give different images.
+    """
     step = float(np.float32(stop - start) / np.float32(count - 1))
     index = np.arange(count)
-    values = np.where(
-        index < count // 2, start + step * index, stop - step * (count - 1 - index)
-    )  # rounded once, as by an FMA
+    # In float64, so that each value is rounded only once, as by a fused multiply-add.
+    values = np.where(index < count // 2, start + step * index, stop - step * (count - 1 - index))
     return values.astype(np.float32).astype(np.float64)
 
 
 class OperationSpace:
-    """Operations with `bins` magnitudes each; an operation is chosen by (name, bin, sign).
+    """Table of operations, indexed by (name, bin, sign).
 
-    `shear` and `color` are the greatest magnitudes of their families, `rotation` is in degrees, `translation` in pixels,
-    `posterize` is the greatest number of bits taken away.
+    Args:
+        names: operations of the space.
+        side: side of the images in pixels.
+        bins: number of magnitudes of each operation.
+        shear, color: largest magnitude of their families.
+        translation: largest translation in pixels.
+        rotation: largest rotation in degrees.
+        posterize: largest number of bits removed.
     """
 
     def __init__(
@@ -119,7 +127,7 @@ class OperationSpace:
     def batch(
         self, operation: np.ndarray, bin: np.ndarray, negative: np.ndarray, applied: np.ndarray | None = None
     ) -> OperationBatch:
-        """B chosen operations; where `applied` is False, nothing happens."""
+        """Look up one operation per image; `applied` False selects the identity. All arrays are (B,)."""
         at = operation, bin, negative.astype(np.int64)
         kind = self.kind[at] if applied is None else np.where(applied, self.kind[at], IDENTITY).astype(np.int32)
         return OperationBatch(kind, self.magnitude[at], self.matrix[at])
@@ -143,12 +151,12 @@ COMMON = [
 
 
 def choose(u: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) to integers 0..count-1."""
+    """Map uniform numbers in [0, 1) to integers 0..count-1."""
     return np.minimum((u * count).astype(np.int64), count - 1)
 
 
 class RandAugment:
-    """`ops` operations chosen evenly, all of one magnitude of 31 bins (arXiv 1909.13719)."""
+    """RandAugment: `ops` uniformly chosen operations, all of magnitude bin `magnitude` of 31 (arXiv 1909.13719)."""
 
     def __init__(self, side: int, ops: int, magnitude: int):
         self.space = OperationSpace(
@@ -162,7 +170,7 @@ class RandAugment:
             posterize=4,
         )
         self.ops, self.magnitude = ops, magnitude
-        self.num_draws = 4 * ops  # of which two are used: the streams move in steps of four
+        self.num_draws = 4 * ops  # two of each four are used: streams advance in steps of four
 
     def operations(self, u: np.ndarray) -> list[OperationBatch]:
         bin = np.full(len(u), self.magnitude)
@@ -173,7 +181,7 @@ class RandAugment:
 
 
 class TrivialAugment:
-    """One operation of any magnitude, from the wide space (arXiv 2103.10158)."""
+    """TrivialAugment (wide): one operation of a uniformly chosen magnitude (arXiv 2103.10158)."""
 
     num_draws = 4
 
@@ -189,10 +197,10 @@ class TrivialAugment:
 
 
 class AutoAugment:
-    """One of 25 pairs of operations that were searched on CIFAR-10, each with its probability (arXiv 1805.09501)."""
+    """AutoAugment: one of 25 pairs of operations found by search on CIFAR-10 (arXiv 1805.09501)."""
 
     num_draws = 8
-    # operation, probability, bin of 10; twice a line
+    # two operations a line, each with its probability and its magnitude bin of 10
     PAIRS = [
         ("Invert", 0.1, 0, "Contrast", 0.2, 6),
         ("Rotate", 0.7, 2, "TranslateX", 0.3, 9),
@@ -248,8 +256,10 @@ class AutoAugment:
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation by random factors, in random order (torchvision's ColorJitter without its hue:
-    DALI turns hues in YIQ and torchvision in HSV, so the two ways of carrying a plan out would not agree)."""
+    """ColorJitter: brightness, contrast and saturation, scaled by random factors in random order.
+
+    Hue is not offered: DALI rotates it in YIQ and torchvision in HSV, so the backends would disagree.
+    """
 
     num_draws = 8
 

@@ -1,8 +1,8 @@
-"""The DALI graph that carries out a plan of `image_data/augmentation.py`: the same on the GPU and on the CPU, from DALI 1.34 to 2.4.
+"""DALI backend of the `resident` and `files` sources: one graph for GPU and CPU, for DALI 1.34 to 2.4.
 
-It draws no random numbers: everything that differs between images arrives as an input. Operations on colours and shapes
-stand in conditional branches, so each image passes only through its own. The arithmetic follows torchvision's; DALI
-rounds where torchvision cuts off, so pixels may differ by one level, and its equalisation is OpenCV's.
+The graph draws no random numbers: it receives the augmentation plan as inputs. Color and geometric operations are
+conditional branches, so each image passes only through its own operation. The arithmetic follows torchvision's. DALI
+rounds where torchvision truncates, so pixels may differ by one level of 255.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from nvidia.dali import __version__ as DALI_VERSION
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from common.errors import DatasetError
-from image_data.augmentation import CENTRE_CROP
+from image_data.augmentation import CENTER_CROP
 from image_data.auto_augment import (
     AUTOCONTRAST,
     BRIGHTNESS,
@@ -33,11 +34,11 @@ from image_data.auto_augment import (
 from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
 from image_data.readers import FileReader, PackedReader
 
-PREFETCH = 2  # batches inside DALI at a time
+PREFETCH = 2  # batches in flight inside DALI
 
 
 class DaliBackend:
-    """Makes batches by the DALI graph, which has PREFETCH of them in flight."""
+    """Makes augmented batches with a DALI pipeline that keeps PREFETCH batches in flight."""
 
     def __init__(self, spec: LoaderSpec, planner: BatchPlanner, reader: PackedReader | FileReader):
         self.spec, self.planner, self.reader = spec, planner, reader
@@ -53,15 +54,18 @@ class DaliBackend:
             crop_box=fed is not None and fed.crop_box is not None,
             num_operations=len(fed.operations) if fed is not None else 0,
         )
-        device_id = (spec.device.index or 0) if spec.device.type == "cuda" else None
-        self.pipeline = self.graph.build(spec.batch_size, spec.num_threads, device_id, prefetch=PREFETCH)
+        self.device_id = (spec.device.index or 0) if spec.device.type == "cuda" else None
+        self.pipeline = self.graph.build(spec.batch_size, spec.num_threads, self.device_id, prefetch=PREFETCH)
         self._in_flight: deque[PlannedBatch] = deque()
         self._num_fed = 0
 
     def images(self, batch: BatchIndex) -> tuple[Tensor, PlannedBatch]:
-        """The augmented and normalized images of a batch, float32 (B, 3, S, S), and its plan; DALI works on the next ones."""
+        """Return the augmented and normalized images of a batch, float32 (B, 3, S, S), and its plan.
+
+        DALI processes the following batches meanwhile.
+        """
         while self._in_flight and self._in_flight[0].batch.key != batch.key:
-            self._output()  # read ahead for a consumer who went elsewhere
+            self._output()  # discard: it was prefetched for a consumer that jumped to another batch
         while len(self._in_flight) < PREFETCH:
             self._feed(self._in_flight[-1].batch.next(self.spec.training) if self._in_flight else batch)
         return self._output()
@@ -72,9 +76,8 @@ class DaliBackend:
             self.pipeline.feed_input(name, value)
         self._in_flight.append(planned)
         self._num_fed += 1
-        if (
-            self._num_fed >= PREFETCH
-        ):  # DALI's first run consumes a whole queue of inputs, every later one a single input
+        # DALI 1.34 to 2.4: the first run consumes a full queue of inputs, each later run a single input.
+        if self._num_fed >= PREFETCH:
             self.pipeline.schedule_run()
 
     def _inputs(self, planned: PlannedBatch) -> dict[str, Any]:
@@ -92,13 +95,14 @@ class DaliBackend:
         return inputs
 
     def _output(self) -> tuple[Tensor, PlannedBatch]:
-        """The next batch out of DALI, copied to a tensor of our own: DALI reuses its buffers."""
+        """Take the next batch from DALI. It is copied, because DALI reuses its buffers."""
         planned = self._in_flight.popleft()
         try:
             (output,) = self.pipeline.share_outputs()
         except RuntimeError as error:
             self.reader.raise_for_unreadable(planned.readable)
-            raise DatasetError(f"a batch could not be made: {str(error).splitlines()[0]}") from error
+            self._raise_for_refused(planned)
+            raise DatasetError(f"DALI failed to make a batch: {_cause(error)}") from error
         device, side = self.spec.device, self.spec.side
         images = torch.empty(len(planned.positions), 3, side, side, device=device)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -106,13 +110,36 @@ class DaliBackend:
         self.pipeline.release_outputs()
         return images, planned
 
+    def _raise_for_refused(self, planned: PlannedBatch) -> None:
+        """Find the file that Pillow decodes and DALI does not. Raises DatasetError."""
+        if not isinstance(self.reader, FileReader):
+            return
+        on_gpu = self.device_id is not None
+        pipeline = pipeline_def(_decode_one)(
+            on_gpu, batch_size=1, num_threads=1, device_id=self.device_id, prefetch_queue_depth=1
+        )
+        pipeline.build()
+        for position in planned.readable:
+            pipeline.feed_input("images", self.reader.read(np.array([position])))
+            try:
+                pipeline.run()
+            except RuntimeError as error:
+                raise DatasetError(
+                    f"DALI {DALI_VERSION} cannot decode {self.reader.paths[position]} "
+                    f"({_cause(error)}). Save the image again, for example as PNG"
+                ) from None
+
 
 @dataclass(frozen=True)
 class Graph:
-    """What a pipeline must do.
+    """Description of a pipeline.
 
-    `decode`: the input is encoded files, else pixels (H, W, 3). `source_side`: side of all source images, None where they
-    differ. `crop_offset`, `crop_box`, `num_operations`: which fields of the plan will be fed (see `AugmentationPlan`).
+    Args:
+        side: side of the output images in pixels.
+        source_side: side of all input images in pixels; None if their sizes differ.
+        decode: whether the input is encoded files instead of pixels (H, W, 3).
+        training: whether an augmentation plan is fed.
+        crop_offset, crop_box, num_operations: the parts of the plan that are fed (see `AugmentationPlan`).
     """
 
     side: int
@@ -126,9 +153,10 @@ class Graph:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def build(self, batch_size: int, num_threads: int, device_id: int | None, prefetch: int):
-        """A built pipeline with one output: float32 (B, 3, S, S), normalised. `device_id` None runs it on the CPU.
+        """Build a pipeline with one output: normalized images, float32 (B, 3, S, S).
 
-        Its inputs are named `images` and, in training, `flip`, `crop_offset`, `crop_box`, `kind<i>`, `value<i>` and `matrix<i>`.
+        Its inputs are named `images` and, in training, `flip`, `crop_offset`, `crop_box`, `kind<i>`, `value<i>` and
+        `matrix<i>`. `device_id` None runs it on the CPU.
         """
         pipeline = pipeline_def(enable_conditionals=True)(_graph)(
             self,
@@ -141,6 +169,18 @@ class Graph:
         )
         pipeline.build()
         return pipeline
+
+
+def _cause(error: Exception) -> str:
+    """Return the line of DALI's message that says what failed, after its own traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    at = lines.index("encountered:") + 1 if "encountered:" in lines else 0
+    return (lines[at:] or [type(error).__name__])[0]
+
+
+def _decode_one(on_gpu: bool):
+    encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
 
 
 def _graph(what: Graph, on_gpu: bool):
@@ -164,7 +204,7 @@ def _graph(what: Graph, on_gpu: bool):
             antialias=True,
         )
     elif what.source_side is None:
-        size, corner = _centre(fn.peek_image_shape(encoded), S)
+        size, corner = _center_crop(fn.peek_image_shape(encoded), S)
         images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
         images = fn.slice(images, corner, [S, S], axes=(0, 1), normalized_anchor=False, normalized_shape=False)
     elif what.source_side != S:
@@ -198,34 +238,34 @@ def _graph(what: Graph, on_gpu: bool):
     return images
 
 
-def _centre(shape, side):
-    """The size to resize an image of (H, W, 3) to, and the corner of the middle of it, rounded as torchvision rounds them."""
+def _center_crop(shape, side):
+    """Return the size to resize an (H, W, 3) image to, and the corner of its center crop, rounded as in torchvision."""
     height, width = fn.cast(shape[0], dtype=types.FLOAT), fn.cast(shape[1], dtype=types.FLOAT)
-    scale = round(side * CENTRE_CROP) / math.min(height, width)
+    scale = round(side * CENTER_CROP) / math.min(height, width)
     size = fn.stack(math.floor(height * scale + 1e-4), math.floor(width * scale + 1e-4))
     extra = size - side
     half = math.floor(extra * 0.5)
     odd, half_is_odd = extra - 2.0 * half, half - 2.0 * math.floor(half * 0.5)
-    return size, fn.cast(half + odd * half_is_odd, dtype=types.INT32)  # halves go to the even neighbour
+    return size, fn.cast(half + odd * half_is_odd, dtype=types.INT32)  # round half to even
 
 
 def _apply_operation(images, kind, value, matrix, side, on_gpu):
-    """One operation an image, chosen by its `kind`; IDENTITY takes no branch."""
-    factor = value.gpu() if on_gpu else value  # in arithmetic both sides must be on one device
+    """Apply one operation per image, selected by `kind`; IDENTITY takes no branch."""
+    factor = value.gpu() if on_gpu else value  # both operands of DALI arithmetic must be on one device
     if kind == WARP:
         images = fn.warp_affine(images, matrix=matrix, inverse_map=True, fill_value=0, interp_type=types.INTERP_NN)
     elif kind == BRIGHTNESS:
         images = _to_uint8(images * factor)
     elif kind == COLOR:
-        images = _to_uint8(factor * images + (1.0 - factor) * _grey(images))
+        images = _to_uint8(factor * images + (1.0 - factor) * _grayscale(images))
     elif kind == CONTRAST:
         images = _to_uint8(
-            factor * images + (1.0 - factor) * fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True)
+            factor * images + (1.0 - factor) * fn.reductions.mean(_grayscale(images), axes=[0, 1], keep_dims=True)
         )
     elif kind == SHARPNESS:
         images = _sharpness(images, factor, side)
     elif kind == POSTERIZE:
-        # Cutting off the lowest bits is rounding down to a multiple of 2 ** (8 - bits).
+        # Clearing the lowest bits rounds down to a multiple of 2 ** (8 - bits).
         step = 2.0 ** (8.0 - factor)
         images = _to_uint8(math.floor(images / step) * step)
     elif kind == SOLARIZE:
@@ -239,18 +279,18 @@ def _apply_operation(images, kind, value, matrix, side, on_gpu):
 
 
 def _to_uint8(values):
-    """Floats to pixels the way torchvision does: cut to 0..255, fractions dropped (DALI's own cast would round)."""
+    """Convert floats to pixels as torchvision does: clip to 0..255 and truncate (DALI's own cast would round)."""
     return fn.cast(math.floor(values), dtype=types.UINT8)
 
 
-def _grey(images):
-    """Luma (H, W, 1), rounded down, float; weights as in torchvision."""
+def _grayscale(images):
+    """Return luma, rounded down: float (H, W, 1), with torchvision's weights."""
     weights = types.Constant(np.array([0.2989, 0.587, 0.114], dtype=np.float32))
     return math.floor(fn.reductions.sum(images * weights, axes=[2], keep_dims=True))
 
 
 def _sharpness(images, factor, side):
-    """Blend with the image smoothed by (1 1 1; 1 5 1; 1 1 1) / 13, rounded; the outermost pixels stay."""
+    """Blend with a smoothed image, kernel (1 1 1; 1 5 1; 1 1 1) / 13, rounded; border pixels are unchanged."""
     kernel = types.Constant(np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13)
     inner = np.zeros((side, side, 1), dtype=np.float32)
     inner[1:-1, 1:-1] = 1
@@ -260,7 +300,7 @@ def _sharpness(images, factor, side):
 
 
 def _autocontrast(images):
-    """Stretch each channel to 0..255; a channel of one value stays."""
+    """Stretch each channel to 0..255; a constant channel is unchanged."""
     low = fn.reductions.min(images, axes=[0, 1], keep_dims=True)
     high = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
     flat = high == low
@@ -269,11 +309,11 @@ def _autocontrast(images):
 
 
 def _equalize(images, side):
-    """Pillow's histogram equalisation, from OpenCV's, which is the one that DALI has.
+    """Compute Pillow's histogram equalization from OpenCV's, which is the one in DALI.
 
-    Pillow maps a value to (r + step // 2) // step, where r counts the pixels below it and step is r of the largest value
-    // 255; on small images that is far from OpenCV's even spread. But OpenCV's result for the inverted image, itself
-    inverted, is 255 r / r_max, which gives r back to within the rounding of one level.
+    Pillow maps a value to (r + step // 2) // step. Here r is the number of pixels below the value, and step is r of the
+    largest value // 255. On small images this differs strongly from OpenCV's result. But OpenCV's result for the
+    inverted image, inverted again, is 255 r / r_max, which recovers r up to a rounding of one level.
     """
     highest = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
     r_max = side**2 - fn.reductions.sum(fn.cast(images == highest, dtype=types.FLOAT), axes=[0, 1], keep_dims=True)
@@ -284,6 +324,6 @@ def _equalize(images, side):
     return _to_uint8(math.min(spread, 255.0) * (too_few ^ True) + images * too_few)
 
 
-# DALI 2 moved these two out of its experimental module.
+# DALI 2 moved these two operators out of its experimental module.
 EQUALIZE_OPERATOR = getattr(fn, "equalize", None) or fn.experimental.equalize
 FILTER_OPERATOR = getattr(fn, "filter", None) or fn.experimental.filter

@@ -1,23 +1,24 @@
-"""What `prepare_dataset.py` wrote, read back: class names, file lists, channel statistics, and the packed pixels.
+"""Prepared datasets, as written by `prepare_dataset.py`: class names, file lists, channel statistics, packed pixels.
 
-A prepared dataset is a folder that holds
+A prepared dataset is a folder with these files:
 
     dataset.json                counts, image side, channel mean and std, fingerprint
-    labels.txt                  the class name of label 0 on the first line, and so on
+    labels.txt                  class names in the order of the labels, one per line
     training_file_list.txt      lines `relative/path.png<TAB>label`, sorted by path, relative to the dataset's root
     test_file_list.txt
-    packed/train.npy            uint8 (N, S, S, 3), row i is line i of the list; only when all images share one square size
+    packed/train.npy            uint8 (N, S, S, 3), row i is line i of the list; only if all images have one square size
     packed/test.npy
 
-    python -c "from dataset import Dataset; print(Dataset.open('data/cifar100'))"
+    python -c "from image_data.dataset import Dataset; print(Dataset.open('data/cifar100'))"
 
-Nothing here imports PyTorch or DALI.
+This module imports neither PyTorch nor DALI.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,23 +28,23 @@ from common.errors import DatasetError
 
 FORMAT = 1
 LIST_FILES = {"train": "training_file_list.txt", "test": "test_file_list.txt"}
-DEFAULT = "cifar100"  # trained on where nothing else is named
+DEFAULT = "cifar100"  # dataset of a command that names none
 
 
 def too_few(split: str, images: int, batch: int) -> DatasetError:
-    """What to raise for a split that does not fill one global batch."""
+    """Return the error for a split that is smaller than one global batch."""
     return DatasetError(
-        f"the {split} split has {images} images, fewer than one global batch of {batch}; "
-        "make it smaller with --set train_batch_size=N"
+        f"the {split} split has {images} images, fewer than one global batch of {batch}. "
+        f"Add --set train_batch_size=N with N <= {images}"
     )
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a dataset.
+    """Images of one split: train, validation or test.
 
-    `paths[i]` is the file of image i relative to the dataset's root, `labels[i]` its label (int64),
-    `rows[i]` its row in the packed array at `packed` (None when the images were not packed).
+    `paths[i]` is the file of image i relative to the dataset's root, `labels[i]` its label (int64), and `rows[i]` its
+    row in the packed array at `packed`. `packed` is None if the images are not packed.
     """
 
     paths: list[str]
@@ -55,14 +56,14 @@ class Split:
         return len(self.paths)
 
     def pixels(self) -> np.ndarray:
-        """The packed images of the file this split lives in, memory-mapped: uint8 (N, S, S, 3). Index it with `rows`.
+        """Return the memory-mapped array that holds this split: uint8 (N, S, S, 3), indexed with `rows`.
 
         Raises:
-            DatasetError: there is no such file, or it is damaged.
+            DatasetError: the images are not packed, or the array is damaged.
         """
         if self.packed is None:
             raise DatasetError(
-                "these images were not packed (their sizes differ, or they exceed the packing budget); read the files instead"
+                "the images are not packed (their sizes differ, or they exceed --pack-limit-gib). Use --source files"
             )
         try:
             return np.load(self.packed, mmap_mode="r", allow_pickle=False)
@@ -70,13 +71,16 @@ class Split:
             raise DatasetError(f"{self.packed} is damaged ({error}); run prepare_dataset.py --force") from None
 
     def take(self, keep: np.ndarray) -> Split:
-        """The images whose positions are in `keep` (int64), in that order."""
+        """Select the images at the positions `keep` (int64), in that order."""
         return replace(self, paths=[self.paths[i] for i in keep], labels=self.labels[keep], rows=self.rows[keep])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset. `mean` and `std` are per channel (R, G, B), for pixel values scaled to 0..1."""
+    """A prepared dataset. `mean` and `std` are per channel (R, G, B), for pixel values scaled to 0..1.
+
+    A constant channel has a standard deviation of 0 in dataset.json and of 1 here, because images are divided by it.
+    """
 
     folder: Path
     root: Path
@@ -89,30 +93,33 @@ class Dataset:
 
     @staticmethod
     def is_prepared(folder: str | Path) -> bool:
-        """Whether `prepare_dataset.py` has finished with this folder (it writes dataset.json last)."""
-        return (Path(folder) / "dataset.json").is_file()
+        """Return whether `prepare_dataset.py` has finished this folder; it writes dataset.json last."""
+        return os.path.isfile(Path(folder) / "dataset.json")  # False, not an error, where it cannot be looked up
 
     @classmethod
     def open(cls, folder: str | Path) -> Dataset:
-        """Read a prepared dataset. Raises DatasetError when it is missing, unreadable or inconsistent."""
+        """Read a prepared dataset. Raises DatasetError if it is missing, unreadable or inconsistent."""
         folder = Path(folder)
         if not cls.is_prepared(folder):
             raise DatasetError(
-                f"{folder} holds no prepared dataset (no dataset.json); run: python prepare_dataset.py --data-dir {folder}"
+                f"{folder} holds no prepared dataset (dataset.json is missing). "
+                f"Run: python prepare_dataset.py --data-dir {folder}"
             )
         try:
             facts = json.loads((folder / "dataset.json").read_text())
             classes = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
             splits = {name: _read_split(folder, name, facts["packed"]) for name in LIST_FILES}
             if facts["format"] != FORMAT:
-                raise DatasetError(f"{folder}/dataset.json has format {facts['format']}, this version reads {FORMAT}")
+                raise DatasetError(f"{folder}/dataset.json has format {facts['format']}; this version reads {FORMAT}")
             if facts["num_classes"] != len(classes) or any(facts["num_images"][n] != len(s) for n, s in splits.items()):
                 raise DatasetError(f"the lists in {folder} do not match its dataset.json")
         except DatasetError as error:
-            raise DatasetError(f"{error}; delete {folder}/dataset.json and run prepare_dataset.py again") from None
+            raise DatasetError(f"{error}. Delete {folder}/dataset.json and run prepare_dataset.py again") from None
+        except PermissionError as error:
+            raise DatasetError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions") from None
         except (OSError, KeyError, ValueError) as error:
             raise DatasetError(
-                f"{folder} is damaged ({error}); delete its dataset.json and run prepare_dataset.py again"
+                f"{folder} is damaged ({error}). Delete {folder}/dataset.json and run prepare_dataset.py again"
             ) from error
         return cls(
             folder=folder,
@@ -120,40 +127,46 @@ class Dataset:
             classes=classes,
             image_side=facts["image_side"],
             mean=tuple(facts["mean"]),
-            std=tuple(facts["std"]),
+            std=tuple(value or 1.0 for value in facts["std"]),
             fingerprint=facts["fingerprint"],
             splits=splits,
         )
 
     def steps_per_epoch(self, global_batch: int) -> int:
-        """Whole global batches in the training split. Raises DatasetError where there is not even one."""
+        """Return the number of full global batches in the training split. Raises DatasetError if there is none."""
         steps = len(self.splits["train"]) // global_batch
         if not steps:
             raise too_few("train", len(self.splits["train"]), global_batch)
         return steps
 
     def hold_out(self, fraction: float) -> Dataset:
-        """Move a stratified `fraction` of each class from `train` to a new split `validation`.
+        """Move a `fraction` of each class from `train` to a new split `validation`.
 
-        Which images move depends on their paths alone (the lowest SHA-256 digests of each class), so the part is the
-        same on every machine, for every seed, and after new images were added most old ones stay where they were.
+        The images with the lowest SHA-256 digests of their paths move. The validation split is therefore the same on
+        every machine and for every seed, and it stays mostly the same when images are added.
+
+        Raises:
+            DatasetError: the fraction is not between 0 and 1, or leaves a class without images in a split.
         """
         if not 0 < fraction < 1:
-            raise DatasetError(f"the held-out fraction must lie between 0 and 1, not {fraction}")
+            raise DatasetError(f"--hold-out must lie between 0 and 1, got {fraction}")
         train = self.splits["train"]
         digests = np.array([hashlib.sha256(path.encode()).hexdigest() for path in train.paths])
-        held = np.zeros(len(train), dtype=bool)
+        in_validation = np.zeros(len(train), dtype=bool)
         for label in range(len(self.classes)):
             members = np.flatnonzero(train.labels == label)
             count = round(fraction * len(members))
             if not 0 < count < len(members):
                 raise DatasetError(
                     f"holding out {fraction:g} of the {len(members)} training images of class "
-                    f"'{self.classes[label]}' leaves a part empty; choose another fraction"
+                    f"'{self.classes[label]}' leaves a split empty. Choose another --hold-out"
                 )
-            held[members[np.argsort(digests[members])[:count]]] = True
-        parts = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
-        return replace(self, splits={**self.splits, **parts})
+            in_validation[members[np.argsort(digests[members])[:count]]] = True
+        splits = {
+            "train": train.take(np.flatnonzero(~in_validation)),
+            "validation": train.take(np.flatnonzero(in_validation)),
+        }
+        return replace(self, splits={**self.splits, **splits})
 
 
 def _read_split(folder: Path, name: str, is_packed: bool) -> Split:

@@ -1,13 +1,14 @@
-"""Copy a prepared dataset to a disk of this host before training, where the files live on a slow or shared one.
+"""`--stage-to`: copy a prepared dataset from a slow or shared disk to a local disk before training.
 
-The copy is named after the dataset's fingerprint, made once a host (other processes wait), goes on where it was cut
-short, and counts as complete only when its dataset.json, written last, is there.
+The copy is named after the dataset's fingerprint. One process per host makes it while the others wait. An interrupted
+copy resumes, and it counts as complete only when dataset.json, written last, exists.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,33 +17,34 @@ from common.errors import DatasetError
 from common.progress import progress
 from image_data.dataset import LIST_FILES, Dataset
 
-COPY_THREADS = 16  # small files: latency, not bandwidth, is what costs
+COPY_THREADS = 16  # small files are limited by latency, not by bandwidth
 
 
 def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
-    """The same dataset, read from below `target`.
+    """Copy `dataset` into a folder below `target` unless a copy exists there, and return the copy.
 
     Args:
-        files: copy the image files too (the `files` source needs them; packed pixels make them superfluous).
+        files: also copy the image files, which only the `files` source reads.
 
     Raises:
-        DatasetError: not enough room, or a file that cannot be copied.
+        DatasetError: the disk is too small or read-only, or a file cannot be copied.
     """
-    folder = (
-        Path(target)
-        / f"{dataset.folder.name}-{dataset.fingerprint.removeprefix('sha256:')[:16]}{'-files' if files else ''}"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not Dataset.is_prepared(folder):
-            try:
+    digest = dataset.fingerprint.removeprefix("sha256:")[:16]
+    folder = Path(os.path.expanduser(target)) / f"{dataset.folder.name}-{digest}{'-files' if files else ''}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not Dataset.is_prepared(folder):
                 _copy(dataset, folder, files)
-            except OSError as error:
-                raise DatasetError(f"cannot stage {dataset.folder} to {folder}: {error}") from None
+    except OSError as error:
+        raise DatasetError(
+            f"cannot stage {dataset.folder} to {folder} ({error.strerror or error}: {error.filename or folder}). "
+            "Choose another --stage-to, or omit it"
+        ) from None
     staged = Dataset.open(folder)
     if staged.fingerprint != dataset.fingerprint:
-        raise DatasetError(f"{folder} holds another dataset than {dataset.folder}; delete it")
+        raise DatasetError(f"{folder} holds a different dataset than {dataset.folder}. Delete it and start again")
     return staged
 
 
@@ -61,7 +63,8 @@ def _copy(dataset: Dataset, folder: Path, files: bool) -> None:
     needed, free = sum(source.stat().st_size for source, _ in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise DatasetError(
-            f"staging to {folder} needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; choose another --stage-to"
+            f"staging to {folder} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. "
+            "Choose another --stage-to"
         )
     for parent in {copy.parent for _, copy in missing}:
         parent.mkdir(parents=True, exist_ok=True)

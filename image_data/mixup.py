@@ -1,4 +1,4 @@
-"""What mixes or paints over a finished batch on its device: MixUp, CutMix, erased rectangles."""
+"""MixUp, CutMix and random erasing, applied to a finished batch on its device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from image_data.augmentation import MIXING, NOISE, random_stream
 
 
 def erasing_noise(boxes: np.ndarray, seed: int, epoch: int, start: int) -> np.ndarray:
-    """Normal noise for every erased pixel of the images from position `start` of an epoch on: float32, channel by channel.
+    """Return normal noise for every erased pixel of the images from position `start` of an epoch: float32 (N,).
 
-    Each position has a random stream of its own, so its noise is the same for any number of shards.
+    Values are ordered image by image, then channel by channel. Each position has its own random stream, so its noise
+    does not depend on the number of shards.
     """
     parts = [np.empty(0, np.float32)]
     for i in np.flatnonzero(boxes.any(axis=1)):
@@ -26,7 +27,7 @@ def erasing_noise(boxes: np.ndarray, seed: int, epoch: int, start: int) -> np.nd
 
 
 def erase(images: Tensor, boxes: np.ndarray, noise: np.ndarray | None) -> Tensor:
-    """Fill each image's box (y0, x0, y1, x1) with 0, the mean color of normalized images, or with the values of `noise`."""
+    """Fill each image's box (y0, x0, y1, x1) with `noise`, or with 0, the mean color of normalized images."""
     inside = inside_boxes(boxes, images.shape[-1], images.device)
     if noise is None:
         return torch.where(inside, 0.0, images)
@@ -34,7 +35,7 @@ def erase(images: Tensor, boxes: np.ndarray, noise: np.ndarray | None) -> Tensor
 
 
 def inside_boxes(boxes: np.ndarray, side: int, device: torch.device) -> Tensor:
-    """Which pixels lie in each image's box: bool (B, 1, S, S)."""
+    """Return a mask of the pixels inside each image's box: bool (B, 1, S, S)."""
     y0, x0, y1, x1 = torch.from_numpy(boxes.astype(np.int64)).to(device, non_blocking=True).t()[:, :, None, None, None]
     at = torch.arange(side, device=device)
     y, x = at[:, None], at[None, :]
@@ -43,18 +44,18 @@ def inside_boxes(boxes: np.ndarray, side: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How the images of a batch are mixed with their partners."""
+    """Mixing weights and boxes of a batch of B images."""
 
-    share: np.ndarray  # float32 (B,): what stays of each image's label and, under MixUp, of its pixels
-    boxes: np.ndarray  # int32 (B, 4): y0, x0, y1, x1 of the partner's pixels under CutMix; all 0 where there are none
+    share: np.ndarray  # float32 (B,): weight of the image's own label and, under MixUp, of its own pixels
+    boxes: np.ndarray  # int32 (B, 4): y0, x0, y1, x1 of the partner's pixels under CutMix; all 0: no box
 
 
 class Mixer:
-    """MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899), each image with its own share and box.
+    """MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899) with one weight and one box per image.
 
-    An image's partner is the one at the mirrored place in the batch. The share that is left of an image is drawn from
-    Beta(alpha, alpha); CutMix takes the rest as a box of the image's proportions around a random point, and counts what of
-    the box lies inside the image.
+    The partner of image i is image B - 1 - i of the batch. The weight of the image itself is drawn from
+    Beta(alpha, alpha). CutMix replaces the rest by a box around a random point, with the proportions of the image. The
+    box is clipped to the image, and the label weight counts the clipped box.
     """
 
     def __init__(self, settings: AugmentationSettings, num_classes: int, side: int, seed: int):
@@ -65,9 +66,9 @@ class Mixer:
         return self.settings.mixup > 0 or self.settings.cutmix > 0
 
     def draw(self, epoch: int, start: int, count: int) -> Mixing:
-        """The mixing of `count` images from position `start` of an epoch."""
+        """Draw the mixing of `count` images from position `start` of an epoch."""
         s, S = self.settings, self.side
-        # A stretch of the stream of its own for each start: Beta takes a number of words that is not known beforehand.
+        # Each start has its own section of the stream, because Beta consumes an unknown number of words.
         draws = np.random.Generator(random_stream(self.seed, epoch, MIXING, start << 32))
         mixed = draws.random(count) < s.mix_probability
         cut_share = s.cutmix_share if s.mixup and s.cutmix else float(s.cutmix > 0)
@@ -76,15 +77,15 @@ class Mixer:
             cut, draws.beta(s.cutmix or 1, s.cutmix or 1, count), draws.beta(s.mixup or 1, s.mixup or 1, count)
         )
         half = S * np.sqrt(1 - share) / 2
-        centre = np.floor(draws.random((2, count)) * S)
-        low, high = np.clip(np.round(centre - half), 0, S), np.clip(np.round(centre + half), 0, S)
+        center = np.floor(draws.random((2, count)) * S)
+        low, high = np.clip(np.round(center - half), 0, S), np.clip(np.round(center + half), 0, S)
         box = np.where((cut & mixed)[:, None], np.stack([low[0], low[1], high[0], high[1]], axis=1), 0)
         area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
         share = np.where(cut, 1 - area / S**2, share)
         return Mixing(np.where(mixed, share, 1).astype(np.float32), box.astype(np.int32))
 
     def __call__(self, images: Tensor, labels: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) and labels (B,) -> mixed images and soft labels (B, K)."""
+        """Mix images (B, 3, S, S) and labels (B,). Returns the mixed images and soft labels (B, K)."""
         share = torch.from_numpy(mixing.share).to(images.device, non_blocking=True)
         boxes = mixing.boxes
         partner = images.flip(0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Normalised images (..., 3, S, S) as they look: uint8 (..., S, S, 3)."""
+    """Convert normalized images (..., 3, S, S) to displayable pixels: uint8 (..., S, S, 3)."""
     import torch
 
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))

@@ -1,7 +1,8 @@
-"""Carry out a plan of `image_data/augmentation.py` on whole batches of PyTorch tensors: the `tensor` source.
+"""PyTorch backend of the `tensor` source: applies augmentation plans to whole batches of tensors.
 
-The same operations as the DALI graph in `image_data/dali_backend.py`, with the pixel arithmetic of torchvision's v2 transforms, but a
-whole batch at a time: on a CPU, DALI's cost is one call an image and operator. Images are uint8 (B, 3, S, S).
+It implements the operations of the DALI graph in `image_data/dali_backend.py` with the pixel arithmetic of
+torchvision's v2 transforms. It works on whole batches because DALI's cost on a CPU is one call per image and
+operator. Images are uint8 (B, 3, S, S).
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from image_data.auto_augment import (
 from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
 from image_data.readers import PaddedPackedReader
 
-GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of R, G, B
+LUMA_WEIGHTS = (0.2989, 0.587, 0.114)  # of R, G, B, as in torchvision
 
 
 class TorchBackend:
-    """Makes batches by operations on whole tensors."""
+    """Makes augmented batches with PyTorch operations on whole tensors."""
 
     def __init__(self, spec: LoaderSpec, planner: BatchPlanner, reader: PaddedPackedReader):
         self.planner, self.reader = planner, reader
-        # Computed on the CPU and copied: on a GPU the first batch, in a stream of its own, could overtake the arithmetic.
+        # Computed on the CPU and copied: the first batch runs in its own CUDA stream and could overtake GPU arithmetic.
         self.mean = (255 * torch.tensor(spec.mean).view(3, 1, 1)).to(spec.device)
         self.scale = (1 / (255 * torch.tensor(spec.std).view(3, 1, 1))).to(spec.device)
 
     def images(self, batch: BatchIndex) -> tuple[Tensor, PlannedBatch]:
-        """The augmented and normalized images of a batch, float32 (B, 3, S, S), and its plan."""
+        """Return the augmented and normalized images of a batch, float32 (B, 3, S, S), and its plan."""
         planned = self.planner.plan(batch)
         plan = planned.augmentation
         images = self.reader.read_crops(planned.readable, plan.crop_offset if plan is not None else None)
@@ -51,7 +52,7 @@ class TorchBackend:
 
 
 def augment(images: Tensor, plan: AugmentationPlan) -> Tensor:
-    """Everything between the padded crop, which the reader makes, and normalisation."""
+    """Apply a plan, except the padded crop (done by the reader) and normalization: uint8 (B, 3, S, S)."""
     if plan.crop_box is not None:
         images = resized_crop(images, plan.crop_box)
     images = flip(images, plan.flip)
@@ -61,18 +62,19 @@ def augment(images: Tensor, plan: AugmentationPlan) -> Tensor:
 
 
 def flip(images: Tensor, chosen: np.ndarray) -> Tensor:
-    """Mirror the images where `chosen` is 1."""
+    """Flip the images horizontally where `chosen` is 1."""
     at = to_device(np.flatnonzero(chosen), images)
     return images.index_copy(0, at, images[at].flip(-1))
 
 
 def to_device(array: np.ndarray, like: Tensor) -> Tensor:
+    """Copy an array to the device of `like`."""
     return torch.from_numpy(array).to(like.device, non_blocking=True)
 
 
-def resized_crop(images: Tensor, part: np.ndarray) -> Tensor:
-    """The part (y0, x0, y1, x1, shares of the sides) of each image, enlarged to the whole by bilinear interpolation."""
-    y0, x0, y1, x1 = part.T
+def resized_crop(images: Tensor, box: np.ndarray) -> Tensor:
+    """Resize a box of each image to S x S bilinearly; boxes are y0, x0, y1, x1 relative to the sides, (B, 4)."""
+    y0, x0, y1, x1 = box.T
     zero = np.zeros_like(y0)
     theta = np.stack([np.stack([x1 - x0, zero, x0 + x1 - 1], 1), np.stack([zero, y1 - y0, y0 + y1 - 1], 1)], 1)
     grid = F.affine_grid(to_device(theta, images), list(images.shape), align_corners=False)
@@ -80,7 +82,7 @@ def resized_crop(images: Tensor, part: np.ndarray) -> Tensor:
 
 
 def apply_operation(images: Tensor, operation: OperationBatch) -> Tensor:
-    """One operation an image; images of one kind are worked on together."""
+    """Apply one operation per image; images with the same kind are processed together."""
     images = images.clone()
     for kind in np.unique(operation.kind):
         if kind != IDENTITY:
@@ -96,11 +98,11 @@ def apply_operation(images: Tensor, operation: OperationBatch) -> Tensor:
 
 
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Show at each pixel of the result the nearest pixel of the source that `matrix` (B, 2, 3) points to; black outside."""
+    """Warp images by `matrix` (B, 2, 3), output to input pixels, with nearest-neighbor sampling; black outside."""
     B, C, S, _ = images.shape
     along = torch.arange(S, device=images.device) + 0.5
     a, b, c = matrix[:, :, 0, None, None], matrix[:, :, 1, None, None], matrix[:, :, 2, None, None]
-    # The small step keeps a point on the border of two pixels from falling to either side by rounding.
+    # The small offset keeps rounding errors from deciding on which side of a pixel border a point falls.
     source = (a * along + (b * along[:, None] + (c + 1e-4))).floor_().int()  # (B, 2, S, S): x and y
     x, y = source.unbind(1)
     inside = (source >= 0) & (source < S)
@@ -110,18 +112,19 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    """factor * images + (1 - factor) * other, cut to 0..255."""
+    """Return factor * images + (1 - factor) * other, clipped to 0..255 and truncated to uint8."""
     return (factor * images + (1 - factor) * other).clamp_(0, 255).to(torch.uint8)
 
 
-def grey(images: Tensor) -> Tensor:
-    """Luma, rounded down: float32 (B, 1, S, S)."""
+def grayscale(images: Tensor) -> Tensor:
+    """Return luma, rounded down: float32 (B, 1, S, S)."""
     r, g, b = images.float().unbind(1)
-    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2]).floor_().unsqueeze(1)
+    R, G, B = LUMA_WEIGHTS
+    return (r * R).add_(g, alpha=G).add_(b, alpha=B).floor_().unsqueeze(1)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image smoothed by (1 1 1; 1 5 1; 1 1 1) / 13; the outermost pixels stay."""
+    """Blend with a smoothed image, kernel (1 1 1; 1 5 1; 1 1 1) / 13; border pixels are unchanged."""
     kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=torch.float32) / 13
     smooth = images.float()
     smooth[..., 1:-1, 1:-1] = F.conv2d(smooth, kernel.expand(3, 1, 3, 3), groups=3).round_()
@@ -129,24 +132,24 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the highest `bits` bits."""
+    """Keep the `bits` most significant bits."""
     return images & (256 - 2 ** (8 - bits)).to(torch.uint8)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert values from `threshold` up."""
+    """Invert values at or above `threshold`."""
     return torch.where(images >= threshold, 255 - images, images)
 
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; torchvision's, imported here because it takes a second that most runs can save."""
+    """Stretch each channel to 0..255. torchvision is imported here because the import takes a second."""
     from torchvision.transforms.v2 import functional
 
     return functional.autocontrast(images)
 
 
 def equalize(images: Tensor, _: Tensor) -> Tensor:
-    """Spread each channel's histogram evenly; torchvision's."""
+    """Equalize the histogram of each channel, as torchvision does."""
     from torchvision.transforms.v2 import functional
 
     return functional.equalize(images)
@@ -154,8 +157,8 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
 
 OPERATIONS = {
     BRIGHTNESS: lambda images, factor: blend(images, 0.0, factor),
-    COLOR: lambda images, factor: blend(images, grey(images), factor),
-    CONTRAST: lambda images, factor: blend(images, grey(images).mean(dim=(1, 2, 3), keepdim=True), factor),
+    COLOR: lambda images, factor: blend(images, grayscale(images), factor),
+    CONTRAST: lambda images, factor: blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), factor),
     SHARPNESS: sharpness,
     POSTERIZE: posterize,
     SOLARIZE: solarize,

@@ -1,8 +1,9 @@
-"""Exact counts of a trained network over a split, and the dataset that they are counted on."""
+"""Exact evaluation of trained networks on a split, and the dataset for it."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,84 +13,172 @@ from common.paths import PROJECT
 from inference.trained_model import TrainedModel
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from image_data.dataset import Dataset
+    from models.calibration import Calibration
 
 SHOWN_CONFUSIONS = 10
+FLIP, ENSEMBLE = "test-time flip", "ensemble"  # names of results that combine predictions
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """The result of one network on a split, over all processes.
+
+    Attributes:
+        confusion: counts int64 (K, K), rows true and columns predicted.
+        top5: number of images whose class is among the five with the highest scores.
+        loss_sum: sum of the cross-entropy over the images, in nats.
+        calibration: counts by confidence.
+    """
+
+    confusion: np.ndarray
+    top5: int
+    loss_sum: float
+    calibration: Calibration
 
 
 def open_dataset(trained: TrainedModel, folder: Path | None) -> Dataset:
-    """The dataset of the run, or the one in `folder`, to be normalised as in training. Raises DatasetError where it does not fit."""
+    """Return the dataset of the run, or the one in `folder`, with the normalization of the training.
+
+    Raises:
+        DatasetError: it does not exist, or its classes or its image size differ from those of the training.
+    """
     from image_data.dataset import Dataset
 
     facts = trained.facts["dataset"]
     dataset = Dataset.open(folder or PROJECT / facts["folder"])
     check_same_classes(dataset.classes, trained.classes)
-    return normalise_as_trained(dataset, facts)
+    return normalize_as_trained(dataset, facts)
 
 
-def evaluate(model: Any, batches: Any, num_classes: int, device: Any, autocast: bool, show: bool) -> dict[str, Any]:
-    """Sums over the split, over all processes: `confusion` int64 (K, K) with rows true, `top5` int, `loss_sum` float."""
+def evaluate(
+    networks: dict[str, Any],
+    batches: Any,
+    num_classes: int,
+    device: Any,
+    autocast: bool,
+    show: bool,
+    flip: bool = False,
+    ensemble: tuple[str, ...] = (),
+) -> dict[str, SplitResult]:
+    """Evaluate networks on a split in one pass over its images. Collective.
+
+    Args:
+        networks: name -> network, all of which take the images of `batches`.
+        show: whether to show a progress bar.
+        flip: also average the probabilities of each image and its mirror image, by the first network.
+        ensemble: names of networks whose averaged probabilities are evaluated too.
+
+    Returns:
+        Name of the network, FLIP or ENSEMBLE -> result over all processes.
+    """
     import torch
     from tqdm import tqdm
 
+    from models.calibration import CalibrationCounts
     from models.classification_metrics import ClassificationCounts
 
-    dtype = next(model.parameters()).dtype
-    counts = ClassificationCounts(device, num_classes)
+    names = [*networks, *([FLIP] if flip else []), *([ENSEMBLE] if ensemble else [])]
+    counts = {name: (ClassificationCounts(device, num_classes), CalibrationCounts(device)) for name in names}
     precision = torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()
-    with torch.inference_mode(), precision:
+    with torch.inference_mode():
         for images, labels in tqdm(batches.epoch(), total=len(batches), unit="batch", leave=False, disable=not show):
-            counts.add(model(images.to(dtype)), labels)
-    counts.reduce()
-    confusion = counts.confusion.view(num_classes, num_classes).cpu().numpy()
-    return {"confusion": confusion, "top5": int(counts.counts[1]), "loss_sum": counts.loss_sum.item()}
+            with precision:
+                scores = {name: _scores(network, images) for name, network in networks.items()}
+                if flip:
+                    mirrored = _scores(next(iter(networks.values())), images.flip(-1))
+                    scores[FLIP] = average_predictions([next(iter(scores.values())), mirrored])
+            if ensemble:
+                scores[ENSEMBLE] = average_predictions([scores[name] for name in ensemble])
+            for name, (classification, calibration) in counts.items():
+                classification.add(scores[name], labels)
+                calibration.add(scores[name].softmax(dim=1), labels)
+    return {name: _result(*pair, num_classes) for name, pair in counts.items()}
 
 
-def describe(result: dict[str, Any], classes: list[str]) -> dict[str, Any]:
-    """The counts of a report for programs, ready for JSON."""
-    confusion = result["confusion"]
-    seen, correct = int(confusion.sum()), int(np.trace(confusion))
+def _scores(network: Any, images: Tensor) -> Tensor:
+    return network(images.to(next(network.parameters()).dtype)).float()
+
+
+def average_predictions(scores: list[Tensor]) -> Tensor:
+    """Return the logarithm of the mean probabilities, (B, K), of several class scores (B, K)."""
+    import torch
+
+    return torch.stack([part.log_softmax(dim=1) for part in scores]).logsumexp(dim=0) - np.log(len(scores))
+
+
+def _result(classification: Any, calibration: Any, num_classes: int) -> SplitResult:
+    classification.reduce()
+    calibration.reduce()
+    confusion = classification.confusion.view(num_classes, num_classes).cpu().numpy()
+    top5, loss_sum = int(classification.counts[1]), classification.loss_sum.item()
+    return SplitResult(confusion, top5, loss_sum, calibration.result())
+
+
+def summarize(result: SplitResult) -> dict[str, Any]:
+    """Return the numbers of a result without those by class, ready for JSON."""
+    seen, correct = int(result.confusion.sum()), int(np.trace(result.confusion))
+    return {
+        "correct": correct,
+        "correct_top5": result.top5,
+        "seen": seen,
+        "accuracy": correct / seen,
+        "top5_accuracy": result.top5 / seen,
+        "loss": result.loss_sum / seen,
+        "expected_calibration_error": round(result.calibration.expected_error, 6),
+    }
+
+
+def describe(result: SplitResult, classes: list[str]) -> dict[str, Any]:
+    """Return all numbers of a result, also by class and by confidence, ready for JSON."""
+    confusion, calibration = result.confusion, result.calibration
     wrong = confusion - np.diag(np.diag(confusion))
     worst = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CONFUSIONS]
     pairs = [divmod(int(i), len(classes)) for i in worst if wrong.flat[i]]
     return {
-        "correct": correct,
-        "correct_top5": result["top5"],
-        "seen": seen,
-        "accuracy": correct / seen,
-        "top5_accuracy": result["top5"] / seen,
-        "loss": result["loss_sum"] / seen,
+        **summarize(result),
         "per_class": {
             name: {"correct": int(confusion[i, i]), "seen": int(confusion[i].sum())} for i, name in enumerate(classes)
         },
         "worst_confusions": [
             {"true": classes[t], "predicted": classes[p], "count": int(wrong[t, p])} for t, p in pairs
         ],
+        "calibration": {
+            "seen": calibration.seen,
+            "correct": calibration.correct,
+            "confidence_sum": [round(total, 6) for total in calibration.confidence_sum],
+        },
     }
 
 
 def check_same_classes(found: list[str], trained: list[str]) -> None:
-    """Refuse a dataset whose labels mean something else than they did in training. Raises DatasetError."""
+    """Raise DatasetError for a dataset whose labels mean other classes than in training."""
     from common.errors import DatasetError
 
     if found != trained:
-        odd = next(
+        difference = next(
             (f"{a!r} instead of {b!r}" for a, b in zip(found, trained, strict=False) if a != b),
             f"{len(found)} instead of {len(trained)}",
         )
         raise DatasetError(
-            f"the dataset's classes are not the run's ({odd}); give the dataset it was trained on with --data-dir"
+            f"the dataset's classes are not the run's ({difference}). Name the dataset of the training with --data-dir"
         )
 
 
-def normalise_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
-    """The dataset with the mean and std that the network was trained with. Raises DatasetError for another image side."""
+def normalize_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
+    """Return the dataset with the mean and std of the training. Raises DatasetError for another image size."""
     from dataclasses import replace
 
     from common.errors import DatasetError
 
     if dataset.image_side != trained["image_side"]:
+        found, due = (
+            f"{side} pixels" if side else "several sizes" for side in (dataset.image_side, trained["image_side"])
+        )
         raise DatasetError(
-            f"the dataset has images of side {dataset.image_side}, the run was trained on {trained['image_side']}"
+            f"the dataset has images of side {found}, and the run was trained on {due}. "
+            "Name the dataset of the training with --data-dir"
         )
     return replace(dataset, mean=tuple(trained["mean"]), std=tuple(trained["std"]))

@@ -1,7 +1,7 @@
-"""The model card of a run, `runs/<name>/README.md`: what the network is, how it was trained, how good it is, how to use it.
+"""The model card of a run, `runs/<name>/README.md`: network, training, accuracy and use.
 
-Written from run.json, metrics.jsonl and evaluation_*.json alone, by training at its end and by every evaluation and export.
-Its head is what model hubs read (YAML); paths of this machine are left out, so the folder can be handed on.
+It is written from run.json, metrics.jsonl and evaluation_*.json, after training and by each evaluation or export.
+Its front matter is YAML for model hubs. Paths of this machine are left out, so that the folder can be published.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from common.display import code_block, code_span, escape_markdown
 from common.files import write_atomically
 from config.differences import changed_settings
 from inference.trained_model import WEIGHTS, TrainedModel
@@ -18,20 +19,20 @@ from records.run_folder import RunFolder
 
 
 def write_card(record: RunFolder) -> Path:
-    """Write the card, and return its path."""
+    """Write the card and return its path. Raises RunError where it cannot be written."""
     path = record.folder / "README.md"
     write_atomically(path, card(TrainedModel.open(record.folder), record.metrics()))
     return path
 
 
 def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
-    """The text of the card."""
+    """Return the text of the card."""
     results = accuracies(trained, metrics)
     return (
         "\n\n".join(
             [
                 head(trained, results),
-                f"# {trained.name}\n\n{what(trained)}",
+                f"# {escape_markdown(trained.name)}\n\n{what(trained)}",
                 "## Accuracy\n\n" + accuracy_table(results, metrics),
                 "## Training\n\n" + training(trained, metrics),
                 "## Use\n\n" + use(trained),
@@ -42,7 +43,10 @@ def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
 
 
 def accuracies(trained: TrainedModel, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is known of the accuracy: evaluations of the newest weights, and else what training said after its last epoch."""
+    """Return the known accuracies by split.
+
+    An evaluation counts where it is of the newest weights; otherwise the metrics of the last epoch do.
+    """
     found = []
     for split in ("test", "validation"):
         path = trained.record.folder / f"evaluation_{split}.json"
@@ -56,7 +60,7 @@ def accuracies(trained: TrainedModel, metrics: list[dict[str, Any]]) -> list[dic
 
 
 def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
-    """What programs read: JSON is YAML."""
+    """Return the front matter. JSON values are valid YAML."""
     dataset = trained.facts["dataset"]["name"]
     measured = [
         {
@@ -88,23 +92,24 @@ def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
 
 
 def what(trained: TrainedModel) -> str:
-    """One paragraph."""
+    """Return one paragraph about the network."""
     model = trained.settings.model
-    parts = (
-        f": {model.patch_embedding} patches of {model.patch}, {model.depth} blocks of width {model.width}, {model.attention} attention, "
-        f"{model.feed_forward} feed-forward, {model.pooling} pooling"
-        if model.architecture == "vit"
-        else ""
-    )
-    shown = ", ".join(trained.classes[:5]) + (", ..." if len(trained.classes) > 5 else "")
+    parts = ""
+    if model.architecture == "vit":
+        parts = (
+            f": {model.patch_embedding} patches of {model.patch} pixels, {model.depth} blocks of width {model.width}, "
+            f"{model.attention} attention, {model.feed_forward} feed-forward, {model.pooling} pooling"
+        )
+    shown = ", ".join(map(escape_markdown, trained.classes[:5])) + (", ..." if len(trained.classes) > 5 else "")
     return (
-        f"The network `{model.architecture}`{parts}; {num_parameters(trained):,} parameters. It tells {len(trained.classes)} classes of "
-        f"`{trained.facts['dataset']['name']}` ({shown}) apart in images of {trained.side} x {trained.side} pixels."
+        f"Network {code_span(model.architecture)}{parts}; {num_parameters(trained):,} parameters. "
+        f"It classifies images of {trained.side} x {trained.side} pixels into the {len(trained.classes)} classes of "
+        f"{code_span(trained.facts['dataset']['name'])} ({shown})."
     )
 
 
 def num_parameters(trained: TrainedModel) -> int:
-    """Trainable ones, counted in a network without memory for its weights."""
+    """Return the number of trainable parameters, counted on the meta device."""
     import torch
 
     from model import build_model
@@ -115,31 +120,43 @@ def num_parameters(trained: TrainedModel) -> int:
 
 
 def accuracy_table(results: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> str:
+    """Return the table of accuracies and how the weights were chosen."""
     rows = [
-        f"| {result['split']} | {100 * result['accuracy']:.2f}% ({result['correct']}/{result['seen']}) | {100 * result['top5_accuracy']:.2f}% | "
-        f"{result['loss']:.4f} | `{result['weights']}` |"
+        f"| {result['split']} | {100 * result['accuracy']:.2f}% ({result['correct']}/{result['seen']}) "
+        f"| {100 * result['top5_accuracy']:.2f}% | {result['loss']:.4f} | {calibration_error(result)} "
+        f"| {code_span(result['weights'])} |"
         for result in results
     ]
-    note = ("The last epoch counts, whatever the others gave. " if metrics else "") + (
-        "The test split chose nothing: neither an epoch nor a setting is picked on it by these programs."
+    note = ("The reported weights are those after the last epoch, not of the best one. " if metrics else "") + (
+        "The test split selected nothing: these programs choose neither an epoch nor a setting on it."
     )
-    return "\n".join(["| split | top 1 | top 5 | loss | weights |", "|---|---|---|---|---|", *rows, "", note])
+    head = ["| split | top-1 | top-5 | loss | ECE | weights |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *rows, "", note, "ECE: expected calibration error, 15 bins (`evaluate.py` measures it)."])
+
+
+def calibration_error(result: dict[str, Any]) -> str:
+    """Return the expected calibration error in percent, or a dash where it was not measured."""
+    error = result.get("expected_calibration_error")
+    return "-" if error is None else f"{100 * error:.2f}%"
 
 
 def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
-    """How the weights came about, and what to type to get them again."""
+    """Return the provenance of the weights and the command that trains them again."""
     facts = trained.facts
     dataset, engine = facts["dataset"], facts["settings"]["engine"]
     images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
     seconds = sum(line["training_seconds"] for line in metrics)
+    steps = f"{metrics[-1]['step'] if metrics else 0:,} of {facts['total_steps']:,} steps"
+    changes = ", with uncommitted changes" if facts["uncommitted_changes"] else ""
     lines = {
-        "command": f"`{shlex.join(shorter(word) for word in facts['command'])}`",
-        "commit": facts["commit"][:12] + (", with uncommitted changes" if facts["uncommitted_changes"] else ""),
-        "data": f"{dataset['name']}: {images} images; {dataset['fingerprint']}",
-        "length": f"{metrics[-1]['step'] if metrics else 0:,} of {facts['total_steps']:,} steps of {engine['train_batch_size']} images "
-        f"({len(metrics)} epochs), seed {facts['seed']}, {seconds:,.0f} s of training",
-        "machine": f"{facts['num_processes']} x {facts['device']}, {facts['settings']['strategy']}, {facts['precision']}",
-        "started from": facts["init_weights"] or "random weights",
+        "command": code_span(shlex.join(["python", *map(strip_folder, facts["command"])])),
+        "commit": (facts["commit"] or "not recorded")[:12] + changes,
+        "data": f"{escape_markdown(dataset['name'])}: {images} images; {dataset['fingerprint']}",
+        "length": f"{steps} of {engine['train_batch_size']} images ({len(metrics)} epochs), seed {facts['seed']}, "
+        f"{seconds:,.0f} s of training",
+        "machine": f"{facts['num_processes']} x {facts['device']}, {facts['settings']['strategy']}, "
+        f"{facts['precision']}",
+        "started from": escape_markdown(str(facts["init_weights"] or "random weights")),
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
     changed = "\n".join(
@@ -148,48 +165,53 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
         if value is not None
     )
     table = "\n".join([f"| {name} | {value} |" for name, value in lines.items()])
-    return f"| | |\n|---|---|\n{table}\n\nSettings that differ from the defaults (`run.json` has all of them):\n\n```\n{changed}\n```"
+    heading = "Settings that differ from the defaults (`run.json` has all of them):"
+    return f"| | |\n|---|---|\n{table}\n\n{heading}\n\n{code_block(changed)}"
 
 
-def shorter(word: str) -> str:
-    """A word of a command without the folders of one machine."""
+def strip_folder(word: str) -> str:
+    """Return a word of a command; of an absolute path only the last part, because folders differ by machine."""
     return Path(word).name if Path(word).is_absolute() else word
 
 
 def use(trained: TrainedModel) -> str:
-    """Commands, and five lines of Python; tests/test_model_card.py runs them."""
+    """Return commands and short Python programs that use the run; tests/inference/test_onnx_export.py runs them."""
     folder = f"runs/{trained.name}"
-    return f"""`{WEIGHTS}` holds plain fp32 tensors. From the project's folder, with its environment:
+    word, python = shlex.quote(folder), json.dumps(folder)
+    model = json.dumps(f"{folder}/model.onnx")
+    return f"""`{WEIGHTS}` holds plain fp32 tensors. Run this in the folder of the project, in its environment:
 
 ```bash
-python evaluate.py {folder} --predict image.png
-python evaluate.py {folder} --export onnx
+python evaluate.py {word} --predict image.png
+python evaluate.py {word} --export onnx
 ```
 
 ```python
 from inference.predict_images import fit, read_image
 from inference.trained_model import TrainedModel
 
-trained = TrainedModel.open("{folder}")
+trained = TrainedModel.open({python})
 pixels = fit(read_image("image.png"), trained)[None]
-print(trained.classes[trained.network()(trained.normalise(pixels)).argmax()])
+print(trained.classes[trained.network()(trained.normalize(pixels)).argmax()])
 ```
 
-The exported file needs nothing of this project:
+The exported file does not need this project:
 
 ```python
 import json, numpy, onnxruntime
 from PIL import Image, ImageOps
 
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
+session = onnxruntime.InferenceSession({model})
 image = ImageOps.fit(Image.open("image.png").convert("RGB"), ({trained.side}, {trained.side}), Image.BILINEAR)
 scores = session.run(None, {{"images": numpy.array(image)[None]}})[0]
 print(json.loads(session.get_modelmeta().custom_metadata_map["classes"])[scores.argmax()])
 ```
 
-What the network saw: {trained.preprocessing_text}; scaled to 0..1, minus the mean {numbers(trained, "mean")}, divided by {numbers(trained, "std")}.
-The exported graph takes the pixels (uint8, B x {trained.side} x {trained.side} x 3) and does the scaling itself."""
+Preprocessing: {trained.preprocessing_text}; scaled to 0..1, minus the mean {numbers(trained, "mean")}, divided by the
+standard deviation {numbers(trained, "std")}. The exported graph takes the pixels themselves, uint8 (B, {trained.side},
+{trained.side}, 3)."""
 
 
 def numbers(trained: TrainedModel, name: str) -> str:
+    """Return the mean or the std of the channels as text."""
     return ", ".join(f"{value:.4f}" for value in trained.facts["dataset"][name])

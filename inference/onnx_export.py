@@ -1,8 +1,8 @@
-"""The network of a run as one ONNX file, checked against PyTorch: `python evaluate.py runs/mine --export onnx`.
+"""Export of a run's network as one ONNX file, checked against PyTorch: `python evaluate.py runs/mine --export onnx`.
 
-In the graph: `images` uint8 (B, S, S, 3), RGB pixels as every image library gives them, B free; scaling and normalisation
-are inside. Out of it: `scores` float32 (B, K), whose softmax are probabilities. The file's metadata holds the class names,
-S, and how larger images are brought to S x S.
+Input of the graph: `images` uint8 (B, S, S, 3), RGB pixels, any batch size B; the graph scales and normalizes them.
+Output: `scores` float32 (B, K), whose softmax gives probabilities. The metadata of the file holds the class names,
+S, and the preprocessing of larger images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from image_data.dataset import Dataset
 from inference.predict_images import fit, read_image
 from inference.trained_model import TrainedModel
 
-CHECKED = 500  # images, spread over the test split
-TOLERANCE = 1e-3  # of the largest score; fp32 sums in another order differ by 1e-6
-LARGEST = 2**31 - 2**24  # bytes of weights: an ONNX file ends at 2 GiB
+NUM_CHECKED = 500  # images, evenly spaced in the test split
+TOLERANCE = 1e-3  # relative to the largest score; reordered fp32 sums differ by 1e-6
+MAX_BYTES = 2**31 - 2**24  # of weights: an ONNX file holds at most 2 GiB
 
 
 class FromPixels(nn.Module):
-    """A network with what comes before it: uint8 (B, S, S, 3) -> float32 (B, K)."""
+    """A network with its preprocessing: uint8 (B, S, S, 3) -> float32 (B, K)."""
 
     def __init__(self, network: nn.Module, trained: TrainedModel):
         super().__init__()
@@ -44,36 +44,41 @@ class FromPixels(nn.Module):
 
 
 def export(trained: TrainedModel, weights: str, output: Path, dataset: Dataset | None) -> None:
-    """Write `output`, and say how far it is from PyTorch on test images of `dataset`, or on noise where there is none.
+    """Write `output` and print its difference from PyTorch, on test images of `dataset` or, without one, on noise.
 
     Raises:
-        RunError: the network uses an operation that has no ONNX form, is too large, or gives something else there.
+        RunError: the network has an operation without ONNX form, is too large, or gives other results in ONNX Runtime.
     """
     network = FromPixels(trained.network(weights), trained).eval()
-    if sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()) > LARGEST:
-        raise RunError("these weights are more than one ONNX file can hold (2 GiB)")
+    if sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()) > MAX_BYTES:
+        raise RunError("the weights exceed 2 GiB, the limit of one ONNX file. Use them in PyTorch, from the run folder")
     program = to_onnx(network, trained.side)
     for part in (program.model, program.model.graph, *program.model.graph.all_nodes()):
-        part.metadata_props.clear()  # where in the source it came from: half of a small file, and paths of this machine
+        part.metadata_props.clear()  # source locations: half of a small file, and paths of this machine
     program.model.metadata_props.update({**trained.metadata, "run": trained.name, "weights": weights})
     temporary = output.with_name(output.name + ".unfinished")
     try:
         program.save(temporary, external_data=False)
-        said = compare(network, temporary, *pixels_to_check(trained, dataset))
+        difference = compare(network, temporary, *pixels_to_check(trained, dataset))
         temporary.replace(output)
+    except OSError as error:
+        raise RunError(f"{output} cannot be written ({error.strerror}). Choose another file with --output") from None
     finally:
-        temporary.unlink(missing_ok=True)
-    print(
-        f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)\n  images uint8 (B, {trained.side}, {trained.side}, 3) -> scores float32 "
-        f"(B, {len(trained.classes)}), any batch size B\n  {said}"
-    )
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    side, num_classes = trained.side, len(trained.classes)
+    print(f"  images uint8 (B, {side}, {side}, 3) -> scores float32 (B, {num_classes}), any batch size B")
+    print(f"  {difference}", flush=True)
 
 
 def to_onnx(network: nn.Module, side: int) -> Any:
-    """The ONNX program of a network that takes pixels."""
+    """Return the ONNX program of a network that takes pixels. Raises RunError where an operation has no ONNX form."""
     if not hasattr(torch, "export"):
-        raise RunError(f"the export to ONNX needs PyTorch 2.6 or newer, and this is {torch.__version__}")
-    example = torch.zeros(2, side, side, 3, dtype=torch.uint8)  # two: a batch of one would be taken for a constant
+        raise RunError(f"the export to ONNX needs PyTorch 2.6 or newer, not {torch.__version__}")
+    example = torch.zeros(
+        2, side, side, 3, dtype=torch.uint8
+    )  # two images: a batch size of one would become a constant of the graph
     try:
         with quiet():
             return torch.onnx.export(
@@ -87,12 +92,12 @@ def to_onnx(network: nn.Module, side: int) -> Any:
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise RunError(
-            f"this network cannot be exported to ONNX: {reason(error)}. It goes on working in PyTorch, from the run folder"
+            f"this network cannot be exported to ONNX: {reason(error)}. Use it in PyTorch, from the run folder"
         ) from None
 
 
 def reason(error: BaseException) -> str:
-    """What the exporter stumbled over, in one sentence: its own message is a page."""
+    """Return the cause of a failed export in one sentence; the exporter's own message fills a page."""
     while error.__cause__ is not None:
         error = error.__cause__
     operation = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
@@ -101,7 +106,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's warnings and listings, which speak of its own insides."""
+    """Suppress the exporter's warnings and listings, which concern its internals."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
@@ -112,13 +117,12 @@ def quiet() -> Iterator[None]:
 
 
 def pixels_to_check(trained: TrainedModel, dataset: Dataset | None) -> tuple[np.ndarray, str]:
-    """Pixels uint8 (B, S, S, 3), and what they are."""
+    """Return pixels uint8 (B, S, S, 3) and a phrase that names them."""
     if dataset is None:
-        return np.random.default_rng(0).integers(
-            0, 256, (32, trained.side, trained.side, 3), dtype=np.uint8
-        ), "images of noise (no dataset here)"
+        shape = (32, trained.side, trained.side, 3)
+        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), "images of noise (no dataset found)"
     test = dataset.splits["test"]
-    chosen = test.take(np.linspace(0, len(test) - 1, min(CHECKED, len(test))).astype(np.int64))
+    chosen = test.take(np.linspace(0, len(test) - 1, min(NUM_CHECKED, len(test))).astype(np.int64))
     if test.packed is not None:
         images = list(chosen.pixels()[chosen.rows])
     else:
@@ -127,7 +131,7 @@ def pixels_to_check(trained: TrainedModel, dataset: Dataset | None) -> tuple[np.
 
 
 def compare(network: nn.Module, path: Path, pixels: np.ndarray, what: str) -> str:
-    """Both on the same pixels; a sentence about the difference. Raises RunError when it is more than rounding."""
+    """Run both on the same pixels and return a sentence about the difference. Raises RunError beyond TOLERANCE."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -136,12 +140,15 @@ def compare(network: nn.Module, path: Path, pixels: np.ndarray, what: str) -> st
             [network(torch.from_numpy(part)).numpy() for part in np.array_split(pixels, -(-len(pixels) // 100))]
         )
     theirs = session.run(None, {"images": pixels})[0]
-    one = session.run(None, {"images": pixels[:1]})[0]  # another batch size: the graph must not have kept one
+    one = session.run(None, {"images": pixels[:1]})[0]  # another batch size: the graph must not depend on it
     largest = max(np.abs(theirs - ours).max(), np.abs(one - ours[:1]).max())
-    equal = int((theirs.argmax(1) == ours.argmax(1)).sum())
-    said = f"against PyTorch on {len(pixels)} {what}: scores differ by {largest:.1e} at most, top-1 equal on {equal} of {len(pixels)}"
+    equal, count = int((theirs.argmax(1) == ours.argmax(1)).sum()), len(pixels)
+    difference = (
+        f"against PyTorch on {count} {what}: scores differ by {largest:.1e} at most, top-1 equal on {equal} of {count}"
+    )
     if not largest <= TOLERANCE * max(1.0, np.abs(ours).max()):
         raise RunError(
-            f"the exported network is not the trained one: {said}. Nothing was written; please report this with the run's settings"
+            f"the exported network gives other results than the trained one: {difference}. Nothing was written. "
+            "Please report this with the run's settings"
         )
-    return said
+    return difference

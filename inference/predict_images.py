@@ -1,17 +1,18 @@
-"""What the network of a run sees in image files: `python evaluate.py runs/mine --predict cat.png`.
+"""Predictions for image files: `python evaluate.py runs/mine --predict cat.png`.
 
-In: images of any size, mode and format that Pillow reads, or folders of them; each is brought to the network as evaluation
-does it. Out: the five likeliest classes as lines for people, or CSV for a folder:
+The input is images of any size, mode and format that Pillow reads, or folders of images. They are preprocessed as in
+evaluation. The output is the five most probable classes: as text, or as CSV for folders and with --output:
 
     path,class,probability,class_2,probability_2, ... class_5,probability_5
 
-A file that cannot be read is named, and the others go on. No dataset is needed.
+A file that cannot be read is reported and skipped. No dataset is needed.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,86 +21,96 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from common.errors import RunError
 from common.files import write_atomically
 from common.progress import progress
-from image_data.preparation.decoding import available_cores, decode_image
-from image_data.preparation.image_tree import IMAGE_SUFFIXES
+from image_data.image_file import decode_image, reason
+from image_data.preparation.decoding import available_cores
+from image_data.preparation.image_tree import walk_images
 from inference.trained_model import TrainedModel
 
-SHOWN = 5  # classes an image
-ENDINGS = IMAGE_SUFFIXES | {
-    ".gif",
-    ".avif",
-    ".tga",
-    ".ico",
-}  # what is an image in a folder; a file named by itself may end as it likes
+TOP_CLASSES = 5  # per image
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes such a cell for a formula
 
-Predictions = list[tuple[str, float]]  # class and probability, the likeliest first
+Predictions = list[tuple[str, float]]  # class and probability, most probable first
 
 
 def predict(
     trained: TrainedModel, network: nn.Module, names: list[Path], batch_size: int, autocast: bool, output: Path | None
 ) -> int:
-    """Show the likeliest classes of the images in `names` (files and folders). Returns how many could not be read."""
+    """Print the most probable classes of images, or write them as CSV.
+
+    Args:
+        names: files and folders.
+        output: CSV file to write; None prints.
+
+    Returns:
+        The number of files that could not be read.
+
+    Raises:
+        RunError: there are no images, or the folder of `output` does not exist.
+    """
+    names, output = [_expand(name) for name in names], output and _expand(output)
+    if output is not None and not output.parent.is_dir():
+        raise RunError(f"--output {output}: the folder {output.parent} does not exist. Create it first")
+    if output is not None and output.is_dir():
+        raise RunError(f"--output {output} is a folder. Give the name of a file")
     paths = find_images(names)
     as_table = output is not None or any(name.is_dir() for name in names)
-    rows, unread = [], 0
-    for path, found in (
-        progress(guesses(trained, network, paths, batch_size, autocast), len(paths), "images")
-        if as_table
-        else guesses(trained, network, paths, batch_size, autocast)
-    ):
+    results = predictions(trained, network, paths, batch_size, autocast)
+    rows, num_unreadable = [], 0
+    for path, found in progress(results, len(paths), "images") if as_table else results:
         if isinstance(found, str):
-            unread += 1
-            print(f"error: {path} cannot be read ({found}); it is left out", file=sys.stderr)
+            num_unreadable += 1
+            print(f"error: {printable(path)} cannot be read ({found}); skipped", file=sys.stderr)
         elif as_table:
             rows.append((path, found))
         else:
-            print(path, *(f"  {100 * probability:6.2f}%  {name}" for name, probability in found), sep="\n", flush=True)
+            lines = (f"  {100 * probability:6.2f}%  {printable(name)}" for name, probability in found)
+            print(for_screen("\n".join([printable(path), *lines])), flush=True)
     if as_table:
-        text = table(rows, min(SHOWN, len(trained.classes)))
+        text = table(rows, min(TOP_CLASSES, len(trained.classes)))
         if output is None:
-            print(text, end="")
+            print(for_screen(text), end="")
         else:
             write_atomically(output, text)
-            print(f"wrote {output}: {len(rows)} images" + (f", {unread} could not be read" if unread else ""))
-    return unread
+            skipped = f", {num_unreadable} could not be read" if num_unreadable else ""
+            print(for_screen(f"wrote {printable(output)}: {len(rows)} images{skipped}"))
+    return num_unreadable
 
 
-def guesses(
+def predictions(
     trained: TrainedModel, network: nn.Module, paths: list[Path], batch_size: int, autocast: bool
 ) -> Iterator[tuple[Path, Predictions | str]]:
-    """For each path, in order, the likeliest classes; or why it cannot be read."""
+    """Yield each path, in order, with its most probable classes, or with the reason why it cannot be read."""
     first = next(network.parameters())
 
-    def denormalize(path: Path) -> np.ndarray | str:
+    def load(path: Path) -> np.ndarray | str:
         try:
             return fit(read_image(path), trained)
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files
-            return why(error)
+        except Exception as error:  # see `decode_image`
+            return reason(error)
 
     with ThreadPoolExecutor(available_cores()) as pool, torch.inference_mode():
         remaining = iter(paths)
         while batch := list(islice(remaining, batch_size)):
-            pixels = dict(zip(batch, pool.map(denormalize, batch), strict=True))
-            whole = [image for image in pixels.values() if not isinstance(image, str)]
-            likeliest: Iterator[Predictions] = iter(())
-            if whole:
-                images = trained.normalise(torch.from_numpy(np.stack(whole)).to(first.device)).to(first.dtype)
+            pixels = dict(zip(batch, pool.map(load, batch), strict=True))
+            decoded = [image for image in pixels.values() if not isinstance(image, str)]
+            found: Iterator[Predictions] = iter(())
+            if decoded:
+                images = trained.normalize(torch.from_numpy(np.stack(decoded)).to(first.device)).to(first.dtype)
                 with torch.autocast(first.device.type, torch.bfloat16, enabled=autocast):
-                    likeliest = iter(top(network(images).float(), trained.classes))
+                    found = iter(top(network(images).float(), trained.classes))
             for path, image in pixels.items():
-                yield path, image if isinstance(image, str) else next(likeliest)
+                yield path, image if isinstance(image, str) else next(found)
 
 
 def top(scores: torch.Tensor, classes: list[str]) -> list[Predictions]:
-    """The likeliest classes of each row of scores (B, K)."""
-    values, labels = scores.softmax(1).topk(min(SHOWN, len(classes)))
+    """Return the most probable classes of each row of scores (B, K)."""
+    values, labels = scores.softmax(1).topk(min(TOP_CLASSES, len(classes)))
     return [
         [(classes[label], value) for label, value in zip(*row, strict=True)]
         for row in zip(labels.tolist(), values.tolist(), strict=True)
@@ -107,7 +118,7 @@ def top(scores: torch.Tensor, classes: list[str]) -> list[Predictions]:
 
 
 def fit(pixels: np.ndarray, trained: TrainedModel) -> np.ndarray:
-    """An image uint8 (height, width, 3) as evaluation shows it to the network: (S, S, 3)."""
+    """Resize and crop an image, uint8 (height, width, 3), as evaluation does: uint8 (S, S, 3)."""
     if min(pixels.shape[:2]) == trained.resize_side == trained.side and pixels.shape[0] == pixels.shape[1]:
         return pixels
     image = torch.tensor(pixels).permute(2, 0, 1)
@@ -116,44 +127,58 @@ def fit(pixels: np.ndarray, trained: TrainedModel) -> np.ndarray:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The pixels of any image that Pillow reads, uint8 (height, width, 3). Raises what Pillow raises."""
+    """Return the pixels of any image that Pillow reads: uint8 (height, width, 3). Raises what `decode_image` raises."""
     return decode_image(Path(path), formats=None)[0]
 
 
-def why(error: Exception) -> str:
-    """Why an image cannot be read, in a few words."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def find_images(names: list[Path]) -> list[Path]:
-    """The files among `names`, and the images of the folders among them, by their endings, sorted. Raises RunError where none is left."""
-    found: dict[Path, None] = {}  # each once, in order
+    """Return the files among `names`, and the images in the folders among them, sorted, each once.
+
+    Raises:
+        RunError: a folder holds no images.
+        PrepareError: a folder cannot be listed.
+    """
+    found: dict[Path, None] = {}
     for name in names:
-        inside = (
-            sorted(path for path in name.rglob("[!.]*") if path.suffix.lower() in ENDINGS and path.is_file())
-            if name.is_dir()
-            else [name]
-        )
+        inside = [name]
+        if name.is_dir():
+            inside = sorted(name / folder.path / image for folder in walk_images(name) for image in folder.images)
         if not inside:
             raise RunError(f"{name} holds no images")
         found |= dict.fromkeys(inside)
     return list(found)
 
 
+def printable(text: str | Path) -> str:
+    """Escape control characters and bytes that are not UTF-8, which file names may contain."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def for_screen(text: str) -> str:
+    """Escape what the encoding of the screen does not have."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _cell(text: str | Path) -> str:
+    """Return a CSV cell that a spreadsheet does not run as a formula: a leading apostrophe marks it as text."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
+def _expand(path: Path) -> Path:
+    """Replace a leading ~ by the home folder: shells leave it alone in --output=~/found.csv."""
+    return Path(os.path.expanduser(path))
+
+
 def table(rows: list[tuple[Path, Predictions]], shown: int) -> str:
-    """Predictions as CSV."""
+    """Format predictions as CSV with `shown` classes per image."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "path",
-            "class",
-            "probability",
-            *(f"{what}_{i}" for i in range(2, shown + 1) for what in ("class", "probability")),
-        ]
-    )
+    more = [f"{what}_{i}" for i in range(2, shown + 1) for what in ("class", "probability")]
+    writer.writerow(["path", "class", "probability", *more])
     for path, found in rows:
-        writer.writerow([path, *(value for name, probability in found for value in (name, f"{probability:.6f}"))])
+        cells = [value for name, probability in found for value in (_cell(name), f"{probability:.6f}")]
+        writer.writerow([_cell(path), *cells])
     return text.getvalue()

@@ -1,11 +1,11 @@
-"""The network of a run, ready to use, from its folder alone: no dataset, no DeepSpeed, no particular number of processes.
+"""The network of a finished run, loaded from the run folder alone: no dataset, no DeepSpeed, any number of processes.
 
     trained = TrainedModel.open("runs/mine")
     network = trained.network()                        # evaluation mode
-    scores = network(trained.normalise(pixels))        # uint8 (B, S, S, 3) -> float32 (B, K)
+    scores = network(trained.normalize(pixels))        # uint8 (B, S, S, 3) -> float32 (B, K)
     print(trained.classes[scores[0].argmax()])
 
-Nothing here imports PyTorch before a network is asked for.
+This module imports PyTorch only when a network is built.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a run left behind, as far as using its network goes."""
+    """A run folder, read for the use of its network."""
 
     record: RunFolder
-    facts: dict[str, Any]  # of run.json
+    facts: dict[str, Any]  # the content of run.json
 
     @classmethod
     def open(cls, folder: str | Path) -> TrainedModel:
-        """Read a run folder. Raises RunError when it is none."""
+        """Read a run folder. Raises RunError where the folder holds no run."""
         record = RunFolder(Path(folder))
         return cls(record, record.facts())
 
@@ -55,24 +55,27 @@ class TrainedModel:
 
     @property
     def side(self) -> int:
-        """S: pixels along one side of what the network sees."""
+        """S: side of the network's input, in pixels."""
         return self.facts["settings"]["image_side"] or self.facts["dataset"]["image_side"]
 
     @property
     def resize_side(self) -> int:
-        """Pixels that the shorter side of an image is resized to; the middle S x S of that is what the network sees."""
+        """Shorter side of an image after resizing, in pixels; the network takes the central S x S crop of that."""
         return self.side if self.facts["dataset"]["image_side"] else round(self.side * CENTRE_CROP)
 
     @property
     def preprocessing_text(self) -> str:
-        """The same for people."""
-        return f"RGB, the shorter side resized to {self.resize_side} pixels (bilinear, antialiased), the middle {self.side} x {self.side} of it cut out"
+        """The preprocessing as a phrase for model cards and exported files."""
+        return (
+            f"RGB, shorter side resized to {self.resize_side} pixels (bilinear, antialiased), "
+            f"center crop of {self.side} x {self.side}"
+        )
 
     def network(self, weights: str = WEIGHTS, device: torch.device | str = "cpu", precision: str = "fp32") -> nn.Module:
-        """The network with the weights of a file of the run folder, in evaluation mode: (B, 3, S, S) -> (B, K).
+        """Return the network in evaluation mode, with weights from a file of the run folder: (B, 3, S, S) -> (B, K).
 
         Raises:
-            RunError: there is no such file, or it is damaged or of another network.
+            RunError: the file does not exist, is damaged, or holds the weights of another network.
         """
         path = self.record.folder / weights
         if not path.is_file():
@@ -85,7 +88,7 @@ class TrainedModel:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a file of weights says of itself, so that it can leave its folder."""
+        """Metadata of a file of weights, so that the file can be used without its folder."""
         facts, dataset = self.facts, self.facts["dataset"]
         kept = {
             "model": facts["settings"]["model"],
@@ -100,8 +103,8 @@ class TrainedModel:
         }
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
 
-    def normalise(self, pixels: Any) -> Tensor:
-        """Pixels uint8 (B, S, S, 3), as an array or a tensor, to what the network sees: float32 (B, 3, S, S)."""
+    def normalize(self, pixels: Any) -> Tensor:
+        """Convert pixels uint8 (B, S, S, 3), an array or a tensor, to the network's input: float32 (B, 3, S, S)."""
         import torch
 
         pixels = pixels if isinstance(pixels, torch.Tensor) else torch.tensor(pixels)
@@ -110,14 +113,19 @@ class TrainedModel:
         )
         return (pixels.permute(0, 3, 1, 2).float() - 255 * mean) / (255 * std)
 
+    normalise = normalize  # the name in model cards written before the spelling changed
+
 
 def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str) -> nn.Module:
-    """The network that `facts` (of run.json) describe, with its weights. Safetensors hold numbers only: no code runs."""
+    """Build the network that `facts` (of run.json) describe and load its weights.
+
+    Safetensors files hold numbers only, so loading runs no code from the file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from model import build_model
-    from parallel.buffers import normalise_in_fp32
+    from parallel.buffers import normalize_in_fp32
 
     settings = Settings.from_dict(facts["settings"])
     side = settings.image_side or facts["dataset"]["image_side"]
@@ -125,9 +133,11 @@ def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str
     try:
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{weights} is damaged or of another network: {str(error).splitlines()[0]}") from None
+        raise RunError(
+            f"{weights} is damaged or holds the weights of another network: {str(error).splitlines()[0]}"
+        ) from None
     if precision == "bf16":  # as in training: buffers, such as BatchNorm's statistics, stay in fp32
-        normalise_in_fp32(model)
+        normalize_in_fp32(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     return model.to(device).eval()

@@ -1,4 +1,4 @@
-"""Exact counts of a classification: loss, top 1, top 5, confusion; padding rows, whose label is -1, are left out."""
+"""Exact counts of a classification: loss, top-1, top-5, confusion. Padding rows, whose label is -1, are left out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ PADDING_LABEL = -1
 
 
 class ClassificationCounts:
-    """Sums over the batches of this process, until `reduce` adds up those of all processes.
+    """Sums over the batches of this process, until `reduce` adds those of all processes.
 
-    Nothing here makes the host wait for the device.
+    No method synchronizes host and device.
 
     Attributes:
-        counts: int64 (3,): correct, correct among the five likeliest, seen.
+        counts: int64 (3,): correct, correct in the top five, seen.
         loss_sum: float64: summed cross-entropy.
-        confusion: int64 (K * K,): row by row, rows are true classes and columns predicted ones; None without
-        `num_classes`.
+        confusion: int64 (K * K,), flattened, rows true and columns predicted; None without `num_classes`.
     """
 
     def __init__(self, device: torch.device, num_classes: int | None = None):
@@ -41,7 +40,7 @@ class ClassificationCounts:
             self.confusion.scatter_add_(0, labels.clamp(min=0) * self.num_classes + best[:, 0], real.to(torch.int64))
 
     def reduce(self) -> None:
-        """Add up the counts of all processes, in all of them. Collective."""
+        """Add the counts of all processes, in all of them. Collective."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             for total in (self.counts, self.loss_sum, self.confusion):
                 if total is not None:
@@ -49,7 +48,7 @@ class ClassificationCounts:
 
 
 class ImageResults(NamedTuple):
-    """What each of the R real images of a batch got, (R,) each."""
+    """One result for each of the R real images of a batch, (R,) each."""
 
     labels: Tensor
     predicted: Tensor
@@ -58,7 +57,7 @@ class ImageResults(NamedTuple):
 
 
 def image_results(scores: Tensor, labels: Tensor) -> ImageResults:
-    """Class scores (B, K) and labels (B,) -> one result for each real image."""
+    """Return one result for each real image, from class scores (B, K) and labels (B,)."""
     real = labels != PADDING_LABEL
     scores, labels = scores.float()[real], labels[real]
     probability, predicted = scores.softmax(dim=1).max(dim=1)

@@ -1,1 +1,1 @@
-"""One contract between the training loop and the engines that spread it over processes."""
+"""Parallelism strategies: one engine interface for the training loop, one engine per strategy."""

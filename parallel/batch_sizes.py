@@ -1,4 +1,4 @@
-"""What engines are fed and what they count: batches, how a global batch is cut, exact sums over a split."""
+"""Batches, the division of a global batch over processes, and exact evaluation counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]  # images (B, 3, S, S) float32, labels (B,) int64 
 
 @dataclass(frozen=True)
 class EvalCounts:
-    """Exact sums over a split, over all processes."""
+    """Exact sums over a split and all processes."""
 
     correct: int
     correct_top5: int
@@ -34,7 +34,7 @@ class EvalCounts:
         return self.loss_sum / self.seen
 
     def facts(self) -> dict[str, float]:
-        """What a line of `metrics.jsonl` holds of a split."""
+        """Return the entries of a split in a line of `metrics.jsonl`."""
         return {
             "loss": self.loss,
             "accuracy": self.accuracy,
@@ -46,7 +46,7 @@ class EvalCounts:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """One global batch and how it is cut: total = micro * accumulation * shards."""
+    """Sizes of a global batch in images: total = micro * accumulation * shards."""
 
     total: int
     micro: int
@@ -55,11 +55,11 @@ class BatchSizes:
 
     @classmethod
     def derive(cls, config: dict[str, Any], shards: int) -> BatchSizes:
-        """From `train_batch_size` and `gradient_accumulation_steps`. Raises SettingsError when they do not divide."""
+        """Derive the sizes from `ds_config.json`. Raises SettingsError where the batch is not divisible."""
         total, accumulation = config["train_batch_size"], config["gradient_accumulation_steps"]
         if min(total, accumulation) < 1 or total % (accumulation * shards):
             raise SettingsError(
-                f"train_batch_size={total} cannot be cut into {shards} data-parallel processes times "
+                f"train_batch_size={total} is not divisible by {shards} data-parallel processes times "
                 f"gradient_accumulation_steps={accumulation}; choose a multiple of {max(1, accumulation) * shards}"
             )
         return cls(total, total // (accumulation * shards), accumulation, shards)

@@ -1,4 +1,4 @@
-"""Averages over processes: of BatchNorm's running statistics after every step, and of whole models."""
+"""Buffers of a model, such as BatchNorm's running statistics, and means of tensors over processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to the state_dict, such as BatchNorm's running mean."""
+    """Return the buffers of the state_dict, such as BatchNorm's running mean."""
     kept = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
@@ -21,7 +21,10 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def mean_over(
     tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """The mean of each tensor over the processes of a group, in one message; the same bits in all of them. Collective."""
+    """Return the mean of each tensor over the processes of a group, in one message; bitwise equal everywhere.
+
+    Collective.
+    """
     flat = torch.cat([tensor.detach().to(dtype).flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)
@@ -29,10 +32,11 @@ def mean_over(
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def normalise_in_fp32(model: nn.Module) -> None:
-    """Let every BatchNorm compute in fp32 in a network whose weights are bf16.
+def normalize_in_fp32(model: nn.Module) -> None:
+    """Make every BatchNorm of a network with bf16 weights compute in fp32.
 
-    Its running statistics stay in fp32, where a tenth of a batch's mean is not lost, and PyTorch takes no mixture of the two.
+    Its running statistics stay in fp32, because bf16 would lose updates of a tenth of a batch's mean. PyTorch
+    rejects a mixture of the two types.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -43,15 +47,13 @@ def _forward_in_fp32(module: _BatchNorm, x: Tensor) -> Tensor:
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     module._parameters.update({name: parameter.float() for name, parameter in own.items()})
     try:
-        return (
-            type(module).forward(module, x.float()).to(x.dtype)
-        )  # of the class: it may be one that does more than BatchNorm
+        return type(module).forward(module, x.float()).to(x.dtype)  # of the class, which may extend BatchNorm
     finally:
         module._parameters.update(own)
 
 
 class BufferSnapshot:
-    """Brings a model's buffers back to what they were before a step: BatchNorm notes its statistics in the forward pass."""
+    """Restores a model's buffers to their values before a step; BatchNorm updates them in the forward pass."""
 
     def __init__(self, model: nn.Module):
         self.buffers = list(persistent_buffers(model).values())
@@ -69,10 +71,10 @@ class BufferSnapshot:
 class SyncedBuffers:
     """Keeps a model's floating-point buffers equal in all processes that train it.
 
-    Each process normalises by the statistics of its own images and notes them in its running mean and variance. Their
-    average over the processes is what one process would have noted, up to the variance between the shards' means. It is
-    taken after every step, so that a run that is stopped and resumed goes on with the same bits; a model without buffers
-    pays nothing, one with BatchNorm a few kilobytes a step (DistributedDataParallel sends as much by default).
+    Each process normalizes by the statistics of its own images and updates its running mean and variance with them.
+    Their mean over the processes is what one process would have, up to the variance between the shards' means. It is
+    computed after every step, so that a resumed run has the same bits. A model without buffers costs nothing,
+    one with BatchNorm a few kilobytes per step (DistributedDataParallel sends as much by default).
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None):
@@ -80,8 +82,8 @@ class SyncedBuffers:
         self.buffers = [buffer for buffer in persistent_buffers(model).values() if buffer.is_floating_point()]
 
     def average(self) -> None:
-        """Collective."""
+        """Replace the buffers by their mean over the processes. Collective."""
         if self.buffers and dist.get_world_size(self.group) > 1:
-            # in float64 the mean of equal numbers is that number, so constant tables stay as they are
+            # in float64 the mean of equal numbers is that number, so constant tables do not change
             for buffer, mean in zip(self.buffers, mean_over(self.buffers, self.group, torch.float64), strict=True):
                 buffer.copy_(mean)

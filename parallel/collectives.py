@@ -1,4 +1,4 @@
-"""What the processes of a run tell one another beside tensors of the network: a flag, a number, a small object."""
+"""Collective operations on flags, numbers and small objects."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import process_group
+from parallel.plain_objects import broadcast_value
 
 
 class Collectives:
-    """The part of an Engine that asks and tells all processes. Every method but `own_value` is collective."""
+    """The part of an Engine that exchanges small values between all processes.
+
+    All methods but `own_value` are collective.
+    """
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any process. Collective."""
@@ -23,31 +27,29 @@ class Collectives:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return list(flags)
         counts = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(counts, group=process_group.control_group())  # on the CPU: the GPUs are not made to wait
+        dist.all_reduce(counts, group=process_group.control_group())  # on the CPU, so that the GPUs need not wait
         return [count > 0 for count in counts.tolist()]
 
     def mean(self, value: Tensor) -> float:
-        """The mean of a CPU scalar over all processes. Collective."""
+        """Return the mean of a CPU scalar over all processes. Collective."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             value = value.double()
-            dist.all_reduce(value, group=process_group.control_group())  # on the CPU: the GPUs are not made to wait
+            dist.all_reduce(value, group=process_group.control_group())  # on the CPU, so that the GPUs need not wait
             return value.item() / dist.get_world_size()
         return value.item()
 
     def broadcast_object(self, value: Any) -> Any:
-        """The main process's value, on every process. Collective."""
+        """Return the main process's value on every process. Collective."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=process_group.control_group())
-        return box[0]
+        return broadcast_value(value, process_group.control_group())
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Every process's value, by rank, on every process. Collective."""
+        """Return every process's value, by rank, on every process. Collective."""
         return process_group.all_gather_objects(value)
 
     def own_value(self, values: list[float]) -> float:
-        """This process's own of what `all_gather_objects` once gave, or the mean when there were more or fewer processes then."""
+        """Return this process's value of an earlier `all_gather_objects`; the mean if the process count has changed."""
         if len(values) == dist.get_world_size():
             return values[dist.get_rank()]
         return sum(values) / max(1, len(values))

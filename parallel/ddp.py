@@ -1,4 +1,4 @@
-"""PyTorch's DistributedDataParallel (arXiv 2006.15704): every process holds the whole model, gradients are averaged."""
+"""PyTorch's DistributedDataParallel (arXiv 2006.15704): every process holds the model; gradients are averaged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parallel.torch_engine import TorchEngine
 
 
 class Engine(TorchEngine):
-    """Data parallel by all-reduce, overlapped with the backward pass."""
+    """Data parallelism by all-reduce, overlapped with the backward pass."""
 
     name = "ddp"
     cuda_graph_refusal = None
@@ -20,7 +20,7 @@ class Engine(TorchEngine):
     def wrap_model(self, model: nn.Module) -> nn.Module:
         self.shared_buffers = SyncedBuffers(model)
         if self.data_shard[1] == 1:
-            return model  # nothing to exchange: no copies of gradients in buckets either
+            return model  # nothing to exchange, and no copies of gradients in buckets
         device = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device, broadcast_buffers=False, gradient_as_bucket_view=True)
 

@@ -1,8 +1,8 @@
-"""The outer step of DiLoCo (arXiv 2311.08105): SGD with Nesterov momentum on how far the workers have come.
+"""The outer step of DiLoCo (arXiv 2311.08105): SGD with Nesterov momentum on the mean change of the workers' weights.
 
     theta <- SGD(theta, theta - mean of the workers)
 
-Where the mean comes from is the caller's business.
+The caller computes the mean.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from config.settings import ParallelSettings
 
 
 def check_outer(chosen: ParallelSettings) -> None:
-    """Raises SettingsError for values that no outer step can have."""
+    """Check the settings of the outer step. Raises SettingsError."""
     if chosen.local_steps < 1:
-        raise SettingsError(f"parallel.local_steps must be at least 1, not {chosen.local_steps}")
+        raise SettingsError(f"parallel.local_steps must be >= 1, got {chosen.local_steps}")
     if chosen.outer_lr <= 0 or not 0 <= chosen.outer_momentum < 1:
         raise SettingsError(
-            "parallel.outer_lr must be above 0 and parallel.outer_momentum in 0..1, "
-            f"not {chosen.outer_lr} and {chosen.outer_momentum}"
+            "parallel.outer_lr must be > 0 and parallel.outer_momentum in [0, 1), "
+            f"got {chosen.outer_lr} and {chosen.outer_momentum}"
         )
 
 
 class OuterStep:
-    """The weights that all workers last agreed on, and the momentum of their common way.
+    """The weights that all workers last agreed on, and the momentum of the outer optimizer.
 
-    The formula is that of torch.optim.SGD, one multiplication or addition at a time: SGD's own kernels fuse them, differently
-    on CPUs of different makes, and peers on different machines must get the same bits.
+    The formula is that of torch.optim.SGD, one multiplication or addition at a time. SGD's own kernels fuse them,
+    differently on different CPUs, and peers on different machines must get the same bits.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], learning_rate: float, momentum: float):
@@ -41,15 +41,15 @@ class OuterStep:
 
     @torch.no_grad()
     def step(self, means: Sequence[Tensor]) -> list[Tensor]:
-        """The weights that every worker goes on from, given the mean of the workers' weights."""
+        """Return the weights from which every worker continues, given the mean of the workers' weights."""
         for anchor, velocity, mean in zip(self.anchor.values(), self.velocity.values(), means, strict=True):
-            way = anchor - mean
-            velocity.mul_(self.momentum).add_(way)
-            anchor.sub_((velocity * self.momentum).add_(way).mul_(self.learning_rate))
+            change = anchor - mean
+            velocity.mul_(self.momentum).add_(change)
+            anchor.sub_((velocity * self.momentum).add_(change).mul_(self.learning_rate))
         return list(self.anchor.values())
 
     def state(self) -> dict[str, Tensor]:
-        """CPU tensors under `outer/anchor/<parameter>` and `outer/momentum/<parameter>`."""
+        """Return CPU tensors under `outer/anchor/<parameter>` and `outer/momentum/<parameter>`."""
         kinds = {"anchor": self.anchor, "momentum": self.velocity}
         return {
             f"outer/{kind}/{name}": value.to("cpu", copy=True)
@@ -59,7 +59,7 @@ class OuterStep:
 
     @torch.no_grad()
     def set_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`; states saved before the first outer step may lack the momentum."""
+        """Inverse of `state`; states saved before the first outer step may lack the momentum."""
         for name, anchor in self.anchor.items():
             anchor.copy_(state[f"outer/anchor/{name}"])
             if f"outer/momentum/{name}" in state:

@@ -1,7 +1,7 @@
-"""The exponential moving average of the weights: what a run evaluates and hands over where `ema.decay` is set.
+"""Exponential moving average (EMA) of the weights, which evaluation and the saved weights use where `ema.decay` is set.
 
-It averages the tensors that the optimiser updates in this process, whole or cut as they are: nothing is gathered for it.
-BatchNorm's running statistics (all floating-point buffers of the state) are averaged with the weights they belong to.
+It averages the tensors that the optimizer updates in this process, full or sharded, so nothing is gathered for it.
+BatchNorm's running statistics (all floating-point buffers of the state) are averaged with the weights.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from parallel.buffers import persistent_buffers
 
 
 class WeightAverage:
-    """Averages in fp32 of `tensors`, in their order."""
+    """EMA in fp32 of `tensors`, in their order."""
 
     def __init__(self, settings: EmaSettings, tensors: Sequence[Tensor]):
-        """Raises SettingsError for a decay outside 0..1."""
+        """Start from the tensors as they are. Raises SettingsError for a decay out of range."""
         if not 0 < settings.decay < 1:
-            raise SettingsError(f"ema.decay must lie between 0 (off) and 1, not {settings.decay}")
+            raise SettingsError(f"ema.decay must be in [0, 1), where 0 is off, got {settings.decay}")
         self.settings, self.tensors = settings, list(tensors)
         self.values = [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
 
     def decay(self, step: int) -> float:
-        """Share of the average that stays when `step` updates have been made before this one.
+        """Return the decay of this update, after `step` earlier ones.
 
-        The warm-up is that of TensorFlow's ExponentialMovingAverage: without it the random start would stay in the average
-        for 1 / (1 - decay) steps.
+        The warm-up is that of TensorFlow's ExponentialMovingAverage. Without it, the random initialization would stay
+        in the average for 1 / (1 - decay) steps.
         """
         return min(self.settings.decay, (1 + step) / (10 + step)) if self.settings.warmup else self.settings.decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights as they are after `step` + 1 optimiser steps."""
+        """Update the average with the weights after `step` + 1 optimizer steps."""
         current = [local(tensor.detach()).to(torch.float32) for tensor in self.tensors]
         torch._foreach_lerp_([local(average) for average in self.values], current, 1 - self.decay(step))
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin anew from the weights as they are: for a state that holds no average."""
+        """Restart from the present weights, for a state without an average."""
         for average, tensor in zip(self.values, self.tensors, strict=True):
             average.copy_(tensor)
 
 
 class WeightAveraging:
-    """The part of an engine that keeps the average, and puts it in the place of the weights while they are evaluated.
+    """The part of an engine that keeps the EMA, and swaps it in for evaluation.
 
-    The engine has `master_weights`, `network`, `sync_from_masters` and the number of its `step`.
+    The engine provides `master_weights`, `network`, `sync_from_masters` and `step`.
     """
 
     ema: WeightAverage | None = None
 
     def start_average(self, settings: EmaSettings) -> None:
-        """When network and optimiser stand. Raises SettingsError."""
+        """Start the EMA once network and optimizer exist. Raises SettingsError."""
         if settings.decay:
             self.ema = WeightAverage(settings, self._averaged_tensors())
 
     def end_step(self) -> None:
-        """The average follows the optimiser step that was just counted."""
+        """Update the EMA after the optimizer step that was just counted."""
         if self.ema is not None:
             self.ema.update(self.step - 1)
 
@@ -75,7 +75,7 @@ class WeightAveraging:
 
     @contextmanager
     def evaluation_weights(self, raw: bool = False) -> Iterator[None]:
-        """The average in place of the weights that are trained, which come back bit for bit. Collective."""
+        """Swap the average in for the trained weights, which are restored bit for bit afterwards. Collective."""
         tensors = self._averaged_tensors()
         average = None if raw else self.ema.values if self.ema is not None else averaged_weights(*self.master_weights())
         if average is None:
@@ -90,11 +90,11 @@ class WeightAveraging:
 
     @torch.no_grad()
     def _swap_in(self, tensors: list[Tensor], values: list[Tensor]) -> None:
-        for tensor, value in zip(tensors, values, strict=False):  # an optimiser's own average has no buffers
+        for tensor, value in zip(tensors, values, strict=False):  # an optimizer's own average has no buffers
             tensor.copy_(value)
         self.sync_from_masters()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a distributed tensor, sharing its memory; any other tensor as it is."""
+    """Return this process's shard of a distributed tensor, sharing its memory; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

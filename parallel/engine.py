@@ -1,7 +1,7 @@
-"""The contract between the training loop and the ways of spreading it over processes.
+"""The interface between the training loop and the parallelism strategies.
 
-An Engine owns the model, the optimiser and the communication. The loop feeds it batches of its `data_shard` and never
-asks how many processes there are.
+An Engine owns the model, the optimizer and the communication. The loop feeds it batches of its `data_shard` and need
+not know the number of processes.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from parallel.setting_checks import check_network_settings, check_unused_setting
 
 
 class Engine(WeightAveraging, Collectives, ABC):
-    """One strategy at work on one model.
+    """One strategy that trains one model.
 
     Attributes:
-        name: what --strategy calls it.
-        data_shard: (which, of how many): the part of each global batch that this process reads.
+        name: the name that --strategy takes.
+        data_shard: (index, count): the part of each global batch that this process reads.
         is_main: whether this process prints and writes files.
-        step: optimiser steps made so far; where other jobs take part, `begin` and `train_batch` may carry it on by more than one.
-        data_seed: of the order of the images and of their augmentation.
-        stopping: whether the person wants to leave; asked where an engine waits for others. The loop sets it.
-        num_parameters: trainable parameters of the whole model.
-        shapes: of the whole model's parameters and persistent buffers.
-        grad_norm: of the last step, before clipping, on the device; None where the strategy does not know it.
-        skipped: whether the last step's update was left out (see `skip_bad_steps`).
-        used_settings: the settings of the group `parallel` that this strategy uses; others are refused.
-        uses_full_ds_config: whether every key of `ds_config.json` reaches DeepSpeed, or only those of `checks.PLAIN_KEYS` count.
-        checkpoint_kind: states of one kind go on under every strategy of that kind.
-        fits_one_device: whether a process holds the whole network, so that a trial of it on one GPU says what fits.
-        precision: how `forward` computes, for those who evaluate the weights elsewhere: fp32, bf16 (weights and all) or autocast.
-        average: the moving average of the weights that is evaluated and handed over, None where `ema.decay` is 0.
-        bf16_enabled: what the setting of that name comes to here: false, true or autocast.
-        first_steps: steps after a start that compile or warm up, and say nothing of the speed.
+        step: optimizer steps made so far; with peers, `begin` and `train_batch` may advance it by more than one.
+        data_seed: random seed of the order of the images and of their augmentation.
+        stopping: whether the user asked to stop; engines that wait for others call it. The loop sets it.
+        num_parameters: number of trainable parameters of the whole model.
+        shapes: shapes of the whole model's parameters and persistent buffers.
+        grad_norm: gradient norm of the last step, before clipping, on the device; None where it is unknown.
+        skipped: whether the update of the last step was skipped (see `skip_bad_steps`).
+        used_settings: settings of the group `parallel` that this strategy uses; it rejects the others.
+        uses_full_ds_config: whether every key of `ds_config.json` reaches DeepSpeed, or only PLAIN_KEYS are used.
+        checkpoint_kind: a state can be resumed under every strategy of its kind.
+        fits_one_device: whether a process holds the whole network, so that a trial on one GPU shows what fits.
+        precision: arithmetic of `forward`: fp32, bf16 (weights too) or autocast.
+        ema: the EMA of the weights that evaluation and the saved weights use; None where `ema.decay` is 0.
+        bf16_enabled: value of the setting `bf16.enabled` here: false, true or autocast.
+        first_steps: first steps after a start that compile or warm up and are not timed.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Engine(WeightAveraging, Collectives, ABC):
     compile_refusal: str | None = None  # why this strategy cannot use torch.compile
     cuda_graph_refusal: str | None = "this strategy cannot record CUDA graphs; ddp can"
     channels_last_refusal: str | None = None
-    ema_refusal: str | None = None  # why ema.decay would not do what it says
-    own_average_refusal: str | None = None  # nor an optimiser that averages the weights itself
+    ema_refusal: str | None = None  # why this strategy cannot use ema.decay
+    own_average_refusal: str | None = None  # why this strategy cannot use an optimizer that averages the weights
 
     data_shard: tuple[int, int]
     is_main: bool
@@ -79,7 +79,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     shapes: dict[str, tuple[int, ...]]
 
     def __init__(self, settings: Settings, schedule: Schedule, seed: int):
-        """Raises SettingsError for a setting that this strategy would not use."""
+        """Check the settings. Raises SettingsError for one that this strategy would not use."""
         check_unused_settings(self.name, settings, self.used_settings, self.uses_full_ds_config)
         check_optimizer(settings, self.name, self.own_average_refusal)
         for is_set, refusal in (
@@ -87,9 +87,8 @@ class Engine(WeightAveraging, Collectives, ABC):
             (settings.ema.decay, self.ema_refusal),
         ):
             if is_set and refusal:
-                raise SettingsError(
-                    f"strategy {self.name} would not use {'ema.decay' if refusal is self.ema_refusal else 'channels_last'}: {refusal}"
-                )
+                setting = "ema.decay" if refusal is self.ema_refusal else "channels_last"
+                raise SettingsError(f"strategy {self.name} would not use {setting}: {refusal}")
         device, enabled = process_group.pick_device(), settings.engine["bf16"]["enabled"]
         self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, device)
         self.settings, self.schedule, self.seed = settings, schedule, seed
@@ -99,101 +98,110 @@ class Engine(WeightAveraging, Collectives, ABC):
         self.data_seed = seed
         self.stopping: Callable[[], bool] = lambda: False
 
-    def begin(self, facts: dict[str, Any]) -> None:  # noqa: B027 (most strategies have nothing to begin with)
-        """Called once before the first step, when a saved state has been loaded; `facts` are those of `run.json`. Collective."""
+    def begin(self, facts: dict[str, Any]) -> None:  # noqa: B027 (most strategies need no preparation)
+        """Prepare the first step, after a saved state was loaded; `facts` is the content of run.json. Collective."""
 
     @classmethod
     def num_shards(cls, settings: Settings, world_size: int) -> int:
-        """Parts that a global batch is cut into when `world_size` processes train."""
+        """Return the number of parts of a global batch when `world_size` processes train."""
         return world_size
 
     def record_shapes(self, model: nn.Module) -> None:
-        """Note the size and the shapes of the whole model, before it is spread over processes."""
+        """Record size and shapes of the whole model, before it is distributed."""
         self.num_parameters = count_parameters(model)
         tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     @abstractmethod
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
-        """One optimiser step on the next `gradient_accumulation_steps` micro-batches; this process's detached mean loss."""
+        """Make one optimizer step on the next `gradient_accumulation_steps` micro-batches.
+
+        Returns:
+            This process's detached mean loss, a scalar on the device.
+        """
 
     def skip_bad_steps(self) -> None:
-        """From now on leave out the update of a step whose loss or gradient is not finite, in all processes alike.
+        """Skip the update of every step whose loss or gradient is not finite, on all processes.
 
         Raises:
             SettingsError: this strategy cannot.
         """
         raise SettingsError(
-            f"--skip-bad-steps: strategy {self.name} updates parts of the network before it knows all of the gradient; "
-            "leave the flag out, or take zero, ddp or fsdp"
+            f"--skip-bad-steps: strategy {self.name} updates parts of the network before the whole gradient is known; "
+            "leave the flag out, or choose --strategy zero, ddp or fsdp"
         )
 
     def refuse_own_count(self) -> None:
-        """Raises SettingsError for an optimiser whose count of its steps a skipped one would put out."""
+        """Raise SettingsError for an optimizer that counts its steps, which a skipped step would falsify."""
         name = self.settings.engine["optimizer"]["type"]
         if name in COUNTS_OWN_STEPS:
             raise SettingsError(
-                f"--skip-bad-steps: optimizer.type={name} counts its steps itself, and a skipped one would put that out; "
-                "leave the flag out, or take another optimiser"
+                f"--skip-bad-steps: optimizer.type={name} counts its steps itself, and a skipped step would "
+                "falsify the count; "
+                "leave the flag out, or choose another optimizer"
             )
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor | None:
-        """Class scores (B, K) in evaluation mode, without gradients; None in a process that another one counts for."""
+        """Return class scores (B, K) in evaluation mode, without gradients; None where another process counts."""
 
     @abstractmethod
     def describe(self) -> str:
-        """A few words for the screen: precision, stage, whatever this strategy has."""
+        """Return a short description for the screen: precision, ZeRO stage and the like."""
 
     @abstractmethod
     def master_weights(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
-        """The optimiser, and the fp32 tensors that it updates in this process: parameters, or what this process holds of them."""
+        """Return the optimizer, and the fp32 tensors that it updates in this process: parameters or their shards."""
 
     @abstractmethod
     def network(self) -> nn.Module:
-        """The network of this process, whose parameters and buffers bear their plain names."""
+        """Return the network of this process, whose parameters and buffers have their plain names."""
 
     def layers(self) -> list[nn.Module]:
-        """The network's layers, as many as this process has."""
+        """Return the layers of the network that this process has."""
         network = self.network()
         return list(network) if isinstance(network, nn.Sequential) else [network]
 
     @abstractmethod
     def sync_from_masters(self) -> None:
-        """Let the network's parameters follow `master_weights`, which were changed. Collective."""
+        """Copy the changed `master_weights` to the network's parameters. Collective."""
 
     @abstractmethod
     def gather_state(self) -> dict[str, Tensor] | None:
-        """Everything a resumed run needs, as full fp32 CPU tensors on the main process (None elsewhere).
+        """Return everything that a resumed run needs, as full fp32 CPU tensors on the main process (None elsewhere).
 
-        Keys: `weights/<parameter or buffer>`, `optimizer/<state>/<parameter>`, `ema/<parameter or buffer>`, `scalars/<state>`;
-        the same for every number of processes. Collective: every process must call it.
+        Keys: `weights/<parameter or buffer>`, `optimizer/<state>/<parameter>`, `ema/<parameter or buffer>` and
+        `scalars/<state>`; they do not depend on the number of processes. Collective: every process must call it.
         """
 
     @abstractmethod
     def gather_weights(self) -> dict[str, Tensor] | None:
-        """The network's tensors as they are now, as full fp32 CPU tensors on the main process (None elsewhere). Collective."""
+        """Return the network's present tensors as full fp32 CPU tensors on the main process (None elsewhere).
+
+        Collective.
+        """
 
     @abstractmethod
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
-        """The inverse of `gather_state`; `state` on the main process only. Collective."""
+        """Inverse of `gather_state`; `state` on the main process only. Collective."""
 
     def epoch_facts(self) -> dict[str, float]:
-        """What this strategy has to tell of an epoch, for its line in `metrics.jsonl`. Collective."""
+        """Return entries of this strategy for an epoch's line of `metrics.jsonl`. Collective."""
         return {}
 
     def weights(self, raw: bool = False) -> dict[str, Tensor] | None:
-        """The plain fp32 state_dict on the main process, None elsewhere; of the average if there is one. Collective.
+        """Return the plain fp32 state_dict on the main process, None elsewhere; of the EMA if there is one. Collective.
 
-        `raw`: of the weights that are trained, whether or not there is an average of them.
+        Args:
+            raw: return the trained weights even if there is an EMA.
         """
         with self.evaluation_weights(raw):
             return self.gather_weights()
 
-    # --- what every strategy does alike -----------------------------------------------------------------------------
+    # --- common to all strategies -----------------------------------------------------------------------------
 
     def finish_setup(self) -> None:
-        """Called once, when network and optimiser stand: what averages and compiles. Raises SettingsError."""
+        """Start averaging and compiling, once network and optimizer exist. Raises SettingsError."""
         network, settings = self.network(), self.settings
         check_network_settings(network, settings)
         self.start_average(settings.ema)
@@ -209,7 +217,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0
 
     def features(self) -> str:
-        """What of compiling, memory format and averaging is on, for `describe`."""
+        """Return which of compiling, memory format and EMA are on, for `describe`."""
         settings, mode = self.settings, self.compiled.mode
         features = {
             f"compile {mode}": mode != "off",
@@ -219,29 +227,32 @@ class Engine(WeightAveraging, Collectives, ABC):
         return "".join(f", {feature}" for feature, is_on in features.items() if is_on)
 
     def to_model_input(self, images: Tensor) -> Tensor:
-        """Images as the network takes them."""
+        """Convert images (B, 3, S, S) to the memory format and type of the network."""
         return images.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else images
 
     def state_values(self) -> int:
-        """At most how many numbers `gather_state` gives: the weights, two moments of Adam, an average of the weights."""
+        """Return the largest number of values in `gather_state`: weights, two moments of Adam and the EMA."""
         return 4 * self.num_parameters
 
     def state_facts(self) -> dict[str, Any]:
-        """What `load` has to know of a state; the content of `engine.json`."""
+        """Return the content of `engine.json`, which `load` needs."""
         return {"step": self.step, "kind": self.checkpoint_kind, "processes": dist.get_world_size()}
 
     def save(self, folder: Path) -> None:
-        """Write what `load` reads into an existing folder, with nothing around it; a run has `training/checkpoint_writer.py` for that. Collective."""
+        """Write what `load` reads into an existing folder; runs use `training/checkpoint_writer.py` instead.
+
+        Collective.
+        """
         state = self.gather_state()
         if state is not None:
             save_file(state, folder / "state.safetensors")
             (folder / "engine.json").write_text(json.dumps(self.state_facts()))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, made by any number of processes unless the strategy says otherwise. Collective.
+        """Load a checkpoint, made by any number of processes unless the strategy rejects that. Collective.
 
         Raises:
-            SettingsError: a state that this strategy cannot go on from, or one of another network.
+            SettingsError: a state of another kind of strategy, or of another network.
         """
         facts, state, problem = {}, None, None
         if self.is_main:
@@ -257,18 +268,19 @@ class Engine(WeightAveraging, Collectives, ABC):
         self.scatter_state(state)
 
     def check_state(self, facts: dict[str, Any]) -> None:
-        """Refuse a state that was not made for this strategy; `facts` is what `engine.json` holds. Raises SettingsError."""
+        """Check whether this strategy can load a state; `facts` is the content of engine.json. Raises SettingsError."""
         kind = facts.get("kind", self.checkpoint_kind)
         if kind != self.checkpoint_kind:
             raise SettingsError(
-                f"the checkpoint holds the state of {kind}, strategy {self.name} has that of {self.checkpoint_kind}; "
-                "start from its weights.safetensors instead, with --init-weights"
+                f"the checkpoint holds the state of {kind}, but strategy {self.name} needs that of "
+                f"{self.checkpoint_kind}; start from its weights.safetensors instead, with --init-weights"
             )
 
     def evaluate(self, batches: Iterator[Batch], raw: bool = False) -> EvalCounts:
-        """Correct, top-5 correct, seen images and summed loss over the batches of all processes; padding is left out.
+        """Count correct, top-5 correct and seen images and sum the loss, over all processes, without padding.
 
-        Evaluates the average if there is one, or with `raw` the weights that are trained all the same.
+        Args:
+            raw: evaluate the trained weights even if there is an EMA.
         """
         self.compiled.use(training=False)
         with self.evaluation_weights(raw):
@@ -285,28 +297,28 @@ class Engine(WeightAveraging, Collectives, ABC):
         return EvalCounts(*counts.counts.tolist(), counts.loss_sum.item())
 
     def close(self, failed: bool = False) -> None:
-        """Leave the process group: wait for the others, unless this process `failed` and they may never come."""
+        """Leave the process group, after waiting for the others unless this process `failed`."""
         if dist.is_initialized() and not failed:
             process_group.destroy_process_group()
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of a micro-batch, in fp32."""
+        """Return the mean cross-entropy of a micro-batch, in fp32."""
         return F.cross_entropy(scores.float(), labels, label_smoothing=self.settings.loss.label_smoothing)
 
     def prepare_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate and the random state that optimiser step `self.step` must have."""
+        """Set the learning rate and the random state of optimizer step `self.step`."""
         factor = self.schedule(self.step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        # Dropout is a function of (seed, process, step), so a resumed run draws what the unbroken one would have drawn.
+        # Dropout is a function of (seed, process, step), so a resumed run draws the masks of an uninterrupted one.
         torch.manual_seed(((self.seed * 1_000_003 + self.random_stream()) * 1_000_000_007 + self.step) % 2**63)
 
     def random_stream(self) -> int:
-        """Processes with different numbers draw different dropout masks."""
+        """Return the number of this process's random stream; different numbers draw different dropout masks."""
         return self.data_shard[0]
 
 
 def build_seeded(build: Any, seed: int) -> nn.Module:
-    """Call `build()` with the random state that every process shares, so that all start from the same weights."""
+    """Call `build()` with the same random state on every process, so that all start from the same weights."""
     torch.manual_seed(seed)
     return build()

@@ -1,4 +1,4 @@
-"""PyTorch's fully_shard (FSDP2, arXiv 2304.11277): every tensor is cut over the processes and made whole layer by layer."""
+"""PyTorch's fully_shard (FSDP2, arXiv 2304.11277): tensors are sharded and gathered layer by layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from parallel.torch_engine import TorchEngine
 
 
 class RowSharding(MatrixSharding):
-    """A parameter whose rows are shared out."""
+    """A parameter whose rows are sharded over the processes."""
 
     def __init__(self, parameter: DTensor):
         self.mesh, self.placements = parameter.device_mesh, parameter.placements
@@ -33,7 +33,7 @@ class RowSharding(MatrixSharding):
 
 
 class Engine(TorchEngine):
-    """Data parallel with sharded parameters, gradients and optimiser; one layer is whole at a time."""
+    """Data parallelism with sharded parameters, gradients and optimizer states; one layer is gathered at a time."""
 
     name = "fsdp"
     cuda_graph_refusal = (

@@ -1,10 +1,10 @@
-"""Decentralised training: every worker steps on its own gradient, then averages its weights with a few neighbours.
+"""Decentralized training: every worker steps on its own gradient, then averages its weights with a few neighbors.
 
-Adapt, then combine: on the complete graph with SGD the mean of x_i - lr g_i is x - lr mean(g), which is SGD on the
-global batch; sparser graphs move less data a step and let the workers differ a little. Adam's moments stay each
-worker's own (DAdam, arXiv 1901.09109), or take in several steps at once (AccumAdam, arXiv 2410.11998). Clipping is by
-the worker's own gradient. It is an implementation of its own because the package decent-dp cannot resume, and because
-DeepSpeed's stages above 0 shard the optimizer over the very workers that are to differ.
+The default order is adapt-then-combine. On the complete graph with SGD, the mean of x_i - lr g_i is x - lr mean(g): SGD
+on the global batch. Sparser graphs send less data per step and let the workers differ a little. Adam's moments stay
+local to each worker (DAdam, arXiv 1901.09109), or several steps enter them at once (AccumAdam, arXiv 2410.11998).
+Clipping uses the worker's own gradient. This is a separate implementation because the package decent-dp cannot resume,
+and because DeepSpeed's stages above 0 shard the optimizer over the workers, which must differ here.
 
 `parallel.gossip_order` is the order of a step: "adapt_then_combine" (default) steps, then averages the stepped weights.
 "adapt_with_combine" is the order of Decent-DP (8749e97) and D-PSGD (arXiv 1705.09056): the gradient is computed at the
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
 from optim.accum_adam import AccumAdam
 from optim.param_groups import parameter_groups
 from parallel import process_group
@@ -24,11 +24,9 @@ from parallel.buffers import mean_over
 from parallel.multi_worker import MultiWorkerEngine
 from parallel.topologies import Round, rounds_of
 
-ORDERS = ("adapt_then_combine", "adapt_with_combine")
-
 
 class Engine(MultiWorkerEngine):
-    """A worker that averages with its group of the current round after every step."""
+    """A worker that averages its weights with its group of the current round after every step."""
 
     name = "gossip"
     used_settings = frozenset({"topology", "moment_steps", "gossip_order"})
@@ -37,8 +35,6 @@ class Engine(MultiWorkerEngine):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.topology, self.order = self.settings.parallel.topology, self.settings.parallel.gossip_order
-        if self.order not in ORDERS:
-            raise SettingsError(unknown("parallel.gossip_order", self.order, list(ORDERS)))
         self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), process_group.num_local()))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -48,7 +44,9 @@ class Engine(MultiWorkerEngine):
         config = self.settings.engine["optimizer"]
         if config["type"] not in ("Adam", "AdamW"):
             raise SettingsError(
-                f"parallel.moment_steps={window} is about Adam's moments, which optimizer.type={config['type']} does not have"
+                f"parallel.moment_steps={window} needs Adam's moments, which optimizer.type={config['type']} "
+                "does not have; "
+                "choose optimizer.type=AdamW or leave it at 1"
             )
         params = config["params"]
         try:
@@ -56,7 +54,7 @@ class Engine(MultiWorkerEngine):
             return AccumAdam(groups, **params, window=window, decoupled=config["type"] == "AdamW")
         except (TypeError, ValueError) as error:
             raise SettingsError(
-                f"parallel.moment_steps={window} does not go with optimizer.params as they stand: {error}"
+                f"parallel.moment_steps={window} cannot be combined with these optimizer.params: {error}"
             ) from error
 
     def before_step(self) -> None:
@@ -81,7 +79,7 @@ class Engine(MultiWorkerEngine):
 
 
 def join_groups(rounds: list[Round]) -> list[dist.ProcessGroup]:
-    """This process's group in each round. Collective: every process makes every group, in the same order."""
+    """Return this process's group in each round. Collective: every process creates every group, in the same order."""
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     mine = []
     for groups in rounds:

@@ -1,6 +1,6 @@
-"""Rare synchronisation for slow links: every worker makes H steps alone, then all make one outer step together (DiLoCo).
+"""Infrequent synchronization for slow links: every worker makes H local steps, then all make one outer step (DiLoCo).
 
-arXiv 2311.08105. The workers of this form are the processes of one job; in `peers/` they are jobs that come and go.
+arXiv 2311.08105. The workers here are the processes of one job; in `peers/` they are jobs that join and leave.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parallel.multi_worker import MultiWorkerEngine
 
 
 class Engine(MultiWorkerEngine):
-    """A worker that meets the others after every `parallel.local_steps` steps."""
+    """A worker that synchronizes with the others after every `parallel.local_steps` steps."""
 
     name = "local"
     used_settings = frozenset({"local_steps", "outer_lr", "outer_momentum"})
@@ -38,11 +38,11 @@ class Engine(MultiWorkerEngine):
     def describe(self) -> str:
         chosen = self.settings.parallel
         return (
-            f"{dist.get_world_size()} x {chosen.local_steps} steps alone, outer rate {chosen.outer_lr} "
+            f"{dist.get_world_size()} x {chosen.local_steps} local steps, outer learning rate {chosen.outer_lr} "
             f"and momentum {chosen.outer_momentum}, {super().describe()}"
         )
 
-    # The outer step's state is the same in all workers, and kept once.
+    # The state of the outer step is the same in all workers and is saved once.
 
     def gather_state(self) -> dict[str, Tensor] | None:
         state = super().gather_state()

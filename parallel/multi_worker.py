@@ -1,8 +1,7 @@
-"""What strategies share whose processes each have a model of their own: gossip and local.
+"""The shared part of strategies where each process trains its own model: gossip and local.
 
-Such a run has many models; the one that is evaluated and handed over is their mean. It takes the place of the worker's
-own for as long as that takes, and the worker's own comes back bit for bit. How far apart the workers are is a fact
-of every epoch.
+Such a run has many models; evaluation and the saved weights use their mean. It replaces the worker's own model for that
+time, and the worker's own is restored bit for bit. Every epoch records the distance between the workers.
 """
 
 from __future__ import annotations
@@ -22,16 +21,14 @@ from parallel.torch_engine import TorchEngine
 
 
 class MultiWorkerEngine(TorchEngine):
-    """A worker with its own model and optimiser; `finish_step` says what it exchanges, and when."""
+    """A worker with its own model and optimizer; `finish_step` decides what it exchanges, and when."""
 
-    own_average_refusal = (
-        "the workers exchange the weights that are trained, and not the average that would be evaluated"
-    )
+    own_average_refusal = "the workers exchange the trained weights, not the average that evaluation would use"
     cuda_graph_refusal = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The mean model in place of this worker's, parameters and floating-point buffers alike. Collective."""
+        """Swap in the mean model of all workers, parameters and floating-point buffers. Collective."""
         tensors = [p.detach() for p in self.parameters.values()]
         tensors += [buffer for buffer in persistent_buffers(self.model).values() if buffer.is_floating_point()]
         own = [tensor.clone() for tensor in tensors]
@@ -45,7 +42,7 @@ class MultiWorkerEngine(TorchEngine):
 
     @contextmanager
     def evaluation_weights(self, raw: bool = False) -> Iterator[None]:
-        """The mean of the workers' averages is the average of their mean."""
+        """As for one model: the mean of the workers' averages equals the average of their mean."""
         with super().evaluation_weights(raw), self.averaged():
             yield
 
@@ -53,12 +50,12 @@ class MultiWorkerEngine(TorchEngine):
         return super().state_values() * dist.get_world_size()
 
     def epoch_facts(self) -> dict[str, float]:
-        """`worker_distance`: the workers' mean L2 distance to the mean of them all, over all parameters."""
+        """Return `worker_distance`: the workers' mean L2 distance to the mean model, over all parameters."""
         own = [p.detach() for p in self.trainable]
         apart = [(tensor - mean).double().norm() for tensor, mean in zip(own, mean_over(own), strict=True)]
         return {"worker_distance": self.mean(torch.stack(apart).norm().cpu())}
 
-    # --- every worker's state, under its number ------------------------------------------------------------------
+    # --- every worker's state, under its rank ------------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
         states = tensor_transfer.gather_tensors(self.state_tensors(keep=True))
@@ -81,6 +78,7 @@ class MultiWorkerEngine(TorchEngine):
         super().check_state(facts)
         if facts["processes"] != dist.get_world_size():
             raise SettingsError(
-                f"strategy {self.name} keeps a state for each process: this one was saved by {facts['processes']} processes "
-                f"and cannot go on with {dist.get_world_size()}; start it with {facts['processes']}"
+                f"strategy {self.name} keeps one state per process: this one was saved by {facts['processes']} "
+                "processes "
+                f"and cannot resume with {dist.get_world_size()}; start it with {facts['processes']}"
             )

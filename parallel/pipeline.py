@@ -1,10 +1,11 @@
-"""DeepSpeed's pipeline (arXiv 1806.03377): the list of layers is cut into stages, one process each, and the stages repeated.
+"""DeepSpeed's pipeline parallelism (arXiv 1806.03377): the layers are divided into stages, with one process per stage.
 
 The processes are stages x replicas. All stages of a replica read the same batches: the first needs the images, the last
-the labels. A global batch passes in `gradient_accumulation_steps` micro-batches, one behind the other; with fewer of them
-than about four a stage, most processes wait most of the time.
+the labels. A global batch passes as `gradient_accumulation_steps` micro-batches, one after the other. With fewer than
+about four per stage, most processes wait most of the time.
 
-ZeRO stage 0 and 1 only. The state has the keys of the other strategies, so it goes on under them and with other cuts.
+ZeRO stage 0 and 1 only. The state has the keys of the other strategies, so a run can resume under them and with other
+stages.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from parallel.zero_state import gather, gather_weights, keys_of
 
 
 class Stages(PipelineModule):
-    """A PipelineModule that takes its cuts as given."""
+    """A PipelineModule with given stage boundaries."""
 
     def __init__(self, layers: nn.Sequential, cuts: list[int], **keywords: Any):
         self.cuts = cuts
@@ -42,7 +43,7 @@ class Stages(PipelineModule):
         self._set_bounds(start=self.cuts[self.stage_id], stop=self.cuts[self.stage_id + 1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).contiguous()  # the wire between stages wants it
+        return super().forward(x).contiguous()  # sending to the next stage needs it
 
 
 class Engine(zero.Engine):
@@ -51,12 +52,12 @@ class Engine(zero.Engine):
     name = "pipeline"
     used_settings = frozenset({"stages", "partition"})
     fits_one_device = False
-    autocast_refusal = "strategy pipeline has DeepSpeed's bf16 alone, with weights and all"
-    channels_last_refusal = "what goes from stage to stage over the wire is contiguous"
+    autocast_refusal = "strategy pipeline has only DeepSpeed's bf16, with bf16 weights"
+    channels_last_refusal = "activations sent between stages must be contiguous"
 
     @classmethod
     def num_shards(cls, settings: Settings, world_size: int) -> int:
-        return max(1, world_size // max(1, settings.parallel.stages))  # check_engine refuses what does not divide
+        return max(1, world_size // max(1, settings.parallel.stages))  # check_engine rejects what is not divisible
 
     def check_engine(self, config: dict[str, Any]) -> None:
         super().check_engine(config)
@@ -66,9 +67,9 @@ class Engine(zero.Engine):
         if config["zero_optimization"]["offload_optimizer"]["device"] != "none":
             raise SettingsError("strategy pipeline would not use zero_optimization.offload_optimizer; zero does")
         if self.stage == 0 and config["gradient_clipping"]:
-            # DeepSpeed 0.19.8 then takes the norm of the first stage's gradients for that of all.
+            # DeepSpeed 0.19.8 then uses the gradient norm of the first stage for all of them.
             raise SettingsError(
-                "strategy pipeline clips wrongly at zero_optimization.stage=0; take stage 1, or gradient_clipping=0.0"
+                "strategy pipeline clips wrongly at zero_optimization.stage=0; choose stage 1, or gradient_clipping=0.0"
             )
         if self.num_stages < 1 or dist.get_world_size() % self.num_stages:
             raise SettingsError(
@@ -87,9 +88,8 @@ class Engine(zero.Engine):
         cuts = cut_layers(model, self.settings, self.batch_sizes.micro, self.device, self.broadcast_object)
         self.cuts, self.shape = cuts, None
         self.groups_needed = max(len(self._groups(model, stage)) for stage in range(self.num_stages))
-        deepspeed.init_distributed(
-            auto_mpi_discovery=False, verbose=False
-        )  # takes the group that is there; Stages asks for it
+        # It uses the existing process group; Stages needs it.
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         super().start(Stages(model, cuts, loss_fn=self.loss), config)
         assert (self.engine.grid.data_parallel_id, self.engine.stage_id) == (self.data_shard[0], self.stage_id)
 
@@ -110,13 +110,13 @@ class Engine(zero.Engine):
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
         self.compiled.use(training=True)
         self.prepare_step(self.optimizer)
-        # Every stage takes them all, so that the readers of a replica stay in step.
+        # Every stage takes all of them, so that the readers of a replica stay synchronized.
         micro_batches = [next(batches) for _ in range(self.batch_sizes.accumulation)]
         self._expect(micro_batches[0][0])
         loss = self.engine.train_batch(
             iter([(self.to_model_input(images), labels) for images, labels in micro_batches])
         )
-        self.note_norm()  # not at stage 0, where a bad gradient shows in the next step's loss
+        self.note_norm()  # not at stage 0, where a non-finite gradient appears in the next step's loss
         self.shared_buffers.average()
         self.step += 1
         if not self.skipped:
@@ -128,10 +128,10 @@ class Engine(zero.Engine):
 
     def forward(self, images: Tensor) -> Tensor | None:
         self._expect(images)
-        nobody = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-        self.engine.total_loss = None  # it would add these scores to the last step's loss
+        no_labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        self.engine.total_loss = None  # otherwise it adds these scores to the last step's loss
         _, scores = self.engine.eval_batch(
-            iter([(self.to_model_input(images), nobody)]),
+            iter([(self.to_model_input(images), no_labels)]),
             return_logits=True,
             compute_loss=False,
             reduce_output=None,
@@ -141,7 +141,7 @@ class Engine(zero.Engine):
         return scores  # of the last stage; None in the others
 
     def _expect(self, images: Tensor) -> None:
-        """DeepSpeed keeps the buffers of the first batch; another shape needs new ones."""
+        """Reset DeepSpeed's buffers, which have the shape of the first batch, for another shape."""
         if self.shape not in (None, images.shape):
             self.engine.reset_activation_shape()
         self.shape = images.shape
@@ -150,7 +150,8 @@ class Engine(zero.Engine):
         layers = " + ".join(str(stop - start) for start, stop in zip(self.cuts, self.cuts[1:], strict=False))
         return f"{self.num_stages} stages of {layers} layers x {self.data_shard[1]} replicas, ZeRO {super().describe()}"
 
-    # --- the state: each stage has its own layers' -----------------------------------------------------------------
+    # --- the state: each stage has that of its own layers
+    # -----------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
         return self._joined(gather(self.network(), self.parts, self.averages(), keep=self.data_shard[0] == 0))
@@ -159,7 +160,7 @@ class Engine(zero.Engine):
         return zero.plain_names(self._joined(gather_weights(self.network(), self.parts, keep=self.data_shard[0] == 0)))
 
     def _joined(self, mine: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """What the stages of the first replica hold, on the main process; None elsewhere. Collective."""
+        """Return the tensors of all stages of the first replica on the main process; None elsewhere. Collective."""
         states = tensor_transfer.gather_tensors(mine or {})
         return None if states is None else {key: value for state in states for key, value in state.items()}
 

@@ -1,4 +1,4 @@
-"""Where a pipeline is cut: stages of consecutive layers that share the parameters, the layers or the time evenly."""
+"""Division of a pipeline into stages of consecutive layers, balanced by parameters, layers or time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from config.settings import Settings
 from models.cost import count_parameters
 
 PARTITIONS = ("parameters", "uniform", "time")
-TIMED_PASSES = 3  # after one to warm up; the fastest counts
+TIMED_PASSES = 3  # after one warm-up pass; the fastest counts
 
 
 def cut_layers(
@@ -26,10 +26,10 @@ def cut_layers(
     device: torch.device,
     broadcast_object: Callable[[Any], Any],
 ) -> list[int]:
-    """The first layer of each stage, and the number of layers at the end; the same in all processes. Collective.
+    """Return the first layer of each stage, and the number of layers at the end; equal on all processes. Collective.
 
     Raises:
-        SettingsError: an unknown `parallel.partition`, or a stage that would have nothing to learn.
+        SettingsError: an unknown `parallel.partition`, or a stage without parameters.
     """
     stages, method = settings.parallel.stages, settings.parallel.partition
     if method not in PARTITIONS:
@@ -38,25 +38,25 @@ def cut_layers(
         raise SettingsError(f"parallel.stages={stages} is more than the {len(model)} layers of the network")
     if method == "time" and not settings.image_side:
         raise SettingsError(
-            "parallel.partition=time measures the layers before the data are known; give the image side with --set image_side=32"
+            "parallel.partition=time measures the layers before the image side is known; add --set image_side=32"
         )
     weights = [count_parameters(layer) if method == "parameters" else 1 for layer in model]
     if method == "time":
-        # One process measures: every process would find other cuts.
+        # One process measures, because each process would find different stages.
         main = torch.distributed.get_rank() == 0
         weights = broadcast_object(layer_microseconds(model, batch_size, settings.image_side, device) if main else None)
     cuts = [int(cut) for cut in partition_balanced(weights, stages)]
     for stage, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
         if not any(count_parameters(layer) for layer in model[start:stop]):
             raise SettingsError(
-                f"stage {stage} of the pipeline would have no parameters (cuts at {cuts}); "
+                f"stage {stage} of the pipeline would have no parameters (boundaries {cuts}); "
                 "choose fewer parallel.stages or another parallel.partition"
             )
     return cuts
 
 
 def layer_microseconds(model: nn.Sequential, batch_size: int, side: int, device: torch.device) -> list[int]:
-    """Time of each layer's forward and backward on noise. The model and the random state are left as they were."""
+    """Measure each layer's forward and backward on noise, in microseconds. Model and random state do not change."""
     model = copy.deepcopy(model).train()
     shape, best = (batch_size, 3, side, side), [float("inf")] * len(model)
 
@@ -69,9 +69,8 @@ def layer_microseconds(model: nn.Sequential, batch_size: int, side: int, device:
         for _ in range(1 + TIMED_PASSES):
             x = torch.randn(shape, device=device)
             for i, layer in enumerate(model):
-                x = x.detach().requires_grad_(
-                    i > 0 or not count_parameters(layer)
-                )  # nobody needs the gradient of images
+                # The gradient of the images is not needed.
+                x = x.detach().requires_grad_(i > 0 or not count_parameters(layer))
                 began = now()
                 y = layer(x)
                 y.backward(torch.ones_like(y))
@@ -83,11 +82,11 @@ def layer_microseconds(model: nn.Sequential, batch_size: int, side: int, device:
 def even_out(optimizer: torch.optim.Optimizer, count: int) -> None:
     """Split parameter groups in two until there are `count`.
 
-    DeepSpeed's stage 1 adds the gradient norms up over the stages group by group, so all stages must have equally many;
-    which group of one stage is added to which of another does not matter.
+    DeepSpeed's stage 1 sums the gradient norms over the stages group by group, so all stages must have equally many
+    groups; their pairing does not matter.
 
     Raises:
-        SettingsError: fewer parameters than that.
+        SettingsError: a stage has fewer parameters than `count`.
     """
     groups = optimizer.param_groups
     while len(groups) < count:
@@ -95,7 +94,7 @@ def even_out(optimizer: torch.optim.Optimizer, count: int) -> None:
         half = len(largest["params"]) // 2
         if not half:
             raise SettingsError(
-                f"a stage of the pipeline has only {len(groups)} parameters, and another {count} groups of them; "
+                f"a stage of the pipeline has only {len(groups)} parameters, but another has {count} parameter groups; "
                 "choose fewer parallel.stages or another parallel.partition"
             )
         groups.append({**largest, "params": largest["params"][half:]})

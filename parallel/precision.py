@@ -1,12 +1,12 @@
-"""In which precision a run computes, where `bf16.enabled` leaves that to the machine.
+"""Precision of a run, from the setting `bf16.enabled`.
 
     false      fp32 throughout
-    true       as the strategy has it: zero and pipeline have weights in bf16 too, the others torch.autocast
+    true       bf16 of the strategy: zero and pipeline also have bf16 weights, the others use torch.autocast
     autocast   fp32 weights and torch.autocast, with every strategy but pipeline
-    auto       autocast where the device multiplies bf16 faster than fp32, else false
+    auto       autocast where the device multiplies bf16 faster than fp32, otherwise false
 
-What auto comes to depends on the device alone, never on how busy it is, and stands in `run.json` as `precision`: a run
-that goes on computes as it began, or is refused.
+The choice of auto depends on the device alone, never on its load. `run.json` records it as `precision`, and a run that
+resumes in another precision needs --allow-inexact-resume.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 
 from common.errors import SettingsError
 
-FLAGS = ("amx_bf16", "avx512_bf16")  # of processors that multiply matrices two to four times faster in bf16
+FLAGS = ("amx_bf16", "avx512_bf16")  # CPU flags: matrix products are two to four times faster in bf16
 
 
 def choose(setting: bool | str, autocast_refusal: str | None, device: torch.device) -> tuple[bool | str, str | None]:
-    """What `bf16.enabled` comes to: false, true or autocast; and a sentence for the screen, None where it was clear.
+    """Return the precision for `bf16.enabled` (false, true or autocast), and a sentence for the screen under auto.
 
     Args:
-        autocast_refusal: why the strategy has no autocast, None where it does.
+        autocast_refusal: why the strategy has no autocast; None where it has.
 
     Raises:
-        SettingsError: autocast, for a strategy that has none.
+        SettingsError: autocast, for a strategy without it.
     """
     if setting == "autocast" and autocast_refusal:
         raise SettingsError(f"bf16.enabled=autocast: {autocast_refusal}")
@@ -42,15 +42,15 @@ def choose(setting: bool | str, autocast_refusal: str | None, device: torch.devi
 
 
 def fast_bf16(device: torch.device) -> str | None:
-    """What makes bf16 faster than fp32 on a device; None where nothing does."""
+    """Return what makes bf16 faster than fp32 on a device; None where nothing does."""
     if device.type == "cuda":
-        return "a GPU that multiplies it" if torch.cuda.is_bf16_supported() else None
+        return "a GPU with bf16 support" if torch.cuda.is_bf16_supported() else None
     return next((f"{flag} in the processor" for flag in FLAGS if flag in cpu_flags()), None)
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """What this machine's processor says it can do; nothing where the system does not tell."""
+    """Return the feature flags of this machine's CPU; empty where the system does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

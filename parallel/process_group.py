@@ -1,9 +1,12 @@
-"""Joining the process group: which process am I, on which device; and named tensors on their way between processes."""
+"""The process group: this process's rank and device, joining the other processes, and limits of waiting for them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
+import time
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -11,16 +14,56 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LOOPBACK = ("127.0.0.1", "localhost")
+from common.errors import RunError, SettingsError, UserError
+from common.stop_signal import stop_requested
+from parallel.plain_objects import gather_values
+from parallel.rank_store import LOOPBACK, make_store
+
+LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEVICES = ("", "cpu", "cuda")  # values of DS_ACCELERATOR that this project trains with
+SAY_SECONDS = 5.0  # of waiting for other processes before a line says so
+LOOK_SECONDS = 0.1  # between two looks at the stop signal while waiting
+
+
+def check_environment() -> None:
+    """Check the variables by which a launcher describes the processes of a run.
+
+    Raises:
+        SettingsError: a variable that is missing, left over from another run, or not a valid number.
+    """
+    accelerator = os.environ.get("DS_ACCELERATOR", "")
+    if accelerator not in DEVICES:
+        raise SettingsError(f"DS_ACCELERATOR={accelerator} is unknown; write DS_ACCELERATOR=cpu, or unset it")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            raise SettingsError(f"{name}={value!r} is not a number; unset it, or start with ./launch_local_train.sh")
+    if "RANK" not in os.environ:
+        world_size = os.environ.get("WORLD_SIZE", "1")
+        if world_size != "1":
+            raise SettingsError(
+                f"WORLD_SIZE={world_size} is set, but RANK is not; unset WORLD_SIZE, or start with a launcher"
+            )
+        return
+    missing = [name for name in RANK_VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise SettingsError(
+            f"RANK is set, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; "
+            "unset RANK to train with one process, or start with a launcher"
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world_size:
+        raise SettingsError(f"RANK={rank} must be below WORLD_SIZE={world_size}; start with a launcher")
 
 
 def local_rank() -> int:
-    """This process's number on its host, 0 when nothing launched it."""
+    """This process's number on its host; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def num_local() -> int:
-    """Processes on this host: torchrun and DeepSpeed's launcher have their own names for it."""
+    """Number of processes on this host; torchrun and DeepSpeed's launcher use different variables for it."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if name in os.environ:
             return int(os.environ[name])
@@ -28,22 +71,35 @@ def num_local() -> int:
 
 
 def pick_device() -> torch.device:
-    """The GPU of this process's local rank, or the CPU when there is none or DS_ACCELERATOR=cpu asks for it."""
+    """Return the GPU of this process's local rank, or the CPU without a GPU or with DS_ACCELERATOR=cpu."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise SettingsError(
+            f"LOCAL_RANK={local_rank()}, but this machine has {torch.cuda.device_count()} GPU(s); "
+            "start one process per GPU"
+        )
     torch.cuda.set_device(local_rank())
-    # PyTorch would compute convolutions, and these alone, with 10 bits of mantissa: who wants speed takes bf16, and fp32 is fp32.
+    # PyTorch would compute convolutions, and these alone, with 10 bits of mantissa. bf16 is for speed; fp32 is fp32.
     torch.backends.cudnn.allow_tf32 = False
-    # Sizes are fixed, so cuDNN may try its algorithms once. Which one wins may differ from run to run: --deterministic does without.
+    # Sizes are fixed, so cuDNN may try its algorithms once. The fastest one may differ between runs: not if
+    # deterministic.
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return torch.device("cuda", local_rank())
 
 
 def init_process_group(timeout_seconds: float = 600) -> torch.device:
-    """Join the process group that a launcher described in the environment; alone, make a group of one.
+    """Join the process group that a launcher described in the environment; without one, make a group of one.
 
-    Returns the device of this process. The backend is NCCL on GPUs and Gloo on CPUs. Where all processes are on this machine
-    (they meet at a loopback address), nobody outside it can connect to any of them.
+    The backend is NCCL on GPUs and Gloo on CPUs. Where all processes are on this machine (they meet at a loopback
+    address), no other machine can connect to any of them.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        SettingsError: the environment of a launcher is incomplete.
+        RunError: a signal asked to stop while this process waited, or the other processes did not come in time.
     """
     device = pick_device()
     if "RANK" not in os.environ:
@@ -60,41 +116,70 @@ def init_process_group(timeout_seconds: float = 600) -> torch.device:
         }
         os.environ.update(alone)
     if not dist.is_initialized():
-        limit, store = timedelta(seconds=timeout_seconds), None
-        if os.environ["MASTER_ADDR"] in LOOPBACK:
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(name, "lo")
-            store = loopback_store(limit)
-        numbers = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, **numbers)
+        check_environment()
+        if int(os.environ["WORLD_SIZE"]) == 1:
+            _join(device, timeout_seconds)
+        else:
+            _join_in_thread(device, timeout_seconds)
     return device
 
 
+def _join(device: torch.device, timeout_seconds: float) -> None:
+    limit = timedelta(seconds=timeout_seconds)
+    if os.environ["MASTER_ADDR"] in LOOPBACK:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+    store = make_store(limit)
+    numbers = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, **numbers)
+
+
+def _join_in_thread(device: torch.device, timeout_seconds: float) -> None:
+    """Join in a thread, so that this one can say for whom it waits and can react to signals.
+
+    PyTorch waits in C++, where Python's signal handlers do not run.
+    """
+    failures: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # the current device belongs to a thread
+            _join(device, timeout_seconds)
+        except BaseException as error:
+            failures.append(error)
+
+    began, said = time.monotonic(), False
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    thread = threading.Thread(target=join, name="join the process group", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_SECONDS)
+        if stop_requested() and thread.is_alive():
+            raise RunError(f"stopped while process {rank} of {world_size} waited for the others at {meeting}")
+        if not said and thread.is_alive() and time.monotonic() - began > SAY_SECONDS:
+            said = True
+            LOGGER.warning(
+                "waiting   process %s of %s waits at %s for the other processes, up to %.0f s",
+                rank, world_size, meeting, timeout_seconds,
+            )  # fmt: skip
+    if failures:
+        error = failures[0]  # of PyTorch's store, unless it is ours
+        if isinstance(error, (RuntimeError, OSError, ValueError)) and not isinstance(error, UserError):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(
+                f"process {rank} of {world_size} could not join the others at {meeting}: {reason}. "
+                "Start all processes, or unset RANK and WORLD_SIZE to train with one"
+            ) from error
+        raise error
+
+
 def destroy_process_group() -> None:
-    """Wait for the others and leave the process group: one that leaves early can abort the ones that are still leaving."""
-    dist.barrier(control_group())  # of Gloo: NCCL's would guess this process's GPU, and warn that it does
+    """Wait for the others and leave the process group: a process that leaves early can abort those still leaving."""
+    dist.barrier(control_group())  # of Gloo: NCCL's would guess this process's GPU and warn about it
     dist.destroy_process_group()
     control_group.cache_clear()
-
-
-def loopback_store(limit: timedelta) -> dist.Store | None:
-    """Where the processes of this machine meet, on the loopback interface alone: PyTorch's own listens on all of them.
-
-    None where torchrun has made one already, or where this PyTorch (2.0) cannot be told.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or "master_listen_fd" not in str(
-        dist.TCPStore.__init__.__doc__
-    ):
-        return None
-    port, world_size, is_first = (
-        int(os.environ["MASTER_PORT"]),
-        int(os.environ["WORLD_SIZE"]),
-        os.environ["RANK"] == "0",
-    )
-    if not is_first:
-        return dist.TCPStore("127.0.0.1", port, world_size, False, limit)
-    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
-    return dist.TCPStore("127.0.0.1", port, world_size, True, limit, master_listen_fd=listener.detach())
 
 
 @cache
@@ -104,23 +189,18 @@ def control_group() -> dist.ProcessGroup:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Every process's value, by rank, on every process; joins them first. Collective."""
+    """Return every process's value, by rank, on every process; joins the process group first. Collective."""
     init_process_group()
-    values: list[Any] = [value] * dist.get_world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=control_group())
-    return values
+    return gather_values(value, control_group()) if dist.get_world_size() > 1 else [value]
 
 
 def limit_waits(at_least: float = 0.0) -> None:
-    """Let a process wait HANG_SECONDS for the others in any exchange before it gives up, or `at_least` seconds if that is more.
+    """Limit every wait for other processes to HANG_SECONDS, or to `at_least` seconds if that is longer.
 
-    A rank that hangs without dying is noticed by nothing else, and the groups that DeepSpeed makes wait for 10 to 30 minutes.
-    Without HANG_SECONDS (cluster/ sets it), or without other processes, PyTorch's own limits stay. Call it when all groups
-    are there.
+    Nothing else notices a rank that hangs without dying, and the groups that DeepSpeed makes wait for 10 to 30 minutes.
+    Without HANG_SECONDS (cluster/ sets it), or without other processes, PyTorch's own limits stay. Call it when all
+    groups exist.
     """
-    import torch.distributed as dist
-
     limit = float(os.environ.get("HANG_SECONDS") or 0)
     if not limit or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return

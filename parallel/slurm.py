@@ -1,6 +1,6 @@
-"""What a launcher or Slurm says about this process, put into the variables that PyTorch and DeepSpeed read; and how long to wait.
+"""Translate the variables of a Slurm task into those that PyTorch and DeepSpeed read.
 
-srun --ntasks-per-node=8 python train.py        one task a rank: Slurm says SLURM_PROCID where torchrun says RANK
+srun --ntasks-per-node=8 python train.py        one task per rank; Slurm sets SLURM_PROCID where torchrun sets RANK
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import re
 import socket
 from collections.abc import MutableMapping
 
-FIRST_PORT, NUM_PORTS = 20000, 12000  # under 32768, so that no outgoing connection has taken it
+FIRST_PORT, NUM_PORTS = 20000, 12000  # below 32768, so that no outgoing connection uses it
 
 
 def rank_environment(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Where `srun` started this process and no launcher has: set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT if `srun` started this process.
 
-    Returns whether it did. Only inside a step of srun: the batch script itself has a SLURM_PROCID too, and what it starts
-    directly is alone, however many tasks the job has.
+    Returns whether it did. It does nothing if a launcher has set RANK, and outside a step of srun: the batch script
+    itself has a SLURM_PROCID too, but what it starts directly is a single process, whatever the number of tasks.
     """
     if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False
     local_rank, local_size = environment["SLURM_LOCALID"], tasks_on_this_node(environment)
     if local_size > 1 and re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", "")):
-        local_rank = "0"  # --gpus-per-task=1: each task sees one GPU, and counts it as its first
+        local_rank = "0"  # --gpus-per-task=1: each task sees one GPU, as device 0
     environment.update(
         RANK=environment["SLURM_PROCID"],
         WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
@@ -31,14 +31,14 @@ def rank_environment(environment: MutableMapping[str, str] = os.environ) -> bool
         LOCAL_WORLD_SIZE=str(local_size),
     )
     environment.setdefault("MASTER_ADDR", master_address(environment))
-    # The same on every node, and another one for every step of every job.
+    # The same port on every node, and a different one for every step of every job.
     number = int(environment.get("SLURM_JOB_ID", 0)) * 7 + int(environment.get("SLURM_STEP_ID", 0))
     environment.setdefault("MASTER_PORT", str(FIRST_PORT + number % NUM_PORTS))
     return True
 
 
 def tasks_on_this_node(environment: MutableMapping[str, str]) -> int:
-    """How many tasks of this step run here; Slurm writes `2(x3),1` for three nodes with two each and one with one."""
+    """Number of tasks of this step on this node. `2(x3),1` means three nodes with two tasks and one with one."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")):
         counts += [int(count)] * int(times or 1)
@@ -46,19 +46,19 @@ def tasks_on_this_node(environment: MutableMapping[str, str]) -> int:
 
 
 def master_address(environment: MutableMapping[str, str]) -> str:
-    """Where the ranks meet: this very node when the step has one, else the first node of the step."""
+    """The address where the ranks meet: the loopback if the step has one node, otherwise its first node."""
     if int(environment.get("SLURM_STEP_NUM_NODES", 1)) == 1:
         return "127.0.0.1"
     name = expand_nodes(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])[0]
     try:
         socket.getaddrinfo(name, None)
-    except OSError:  # names that only Slurm knows: in a batch job, srun itself runs on the first node
+    except OSError:  # a name that only Slurm knows; in a batch job srun runs on the first node
         return environment.get("SLURM_LAUNCH_NODE_IPADDR", name)
     return name
 
 
 def expand_nodes(text: str) -> list[str]:
-    """Slurm's short form of node names: `gpu[01-03,7],login` -> gpu01, gpu02, gpu03, gpu7, login."""
+    """Expand Slurm's short form of node names: `gpu[01-03,7],login` -> gpu01, gpu02, gpu03, gpu7, login."""
     names = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         expanded = [""]

@@ -1,4 +1,4 @@
-"""How many processes train one model: the table of strategies behind one contract (`engine.py`)."""
+"""The registry of parallelism strategies, which share one interface (`engine.py`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 
 STRATEGIES = {
-    "zero": "DeepSpeed's engine: data parallel, with optimiser, gradients and parameters sharded by stage 0 to 3",
-    "pipeline": "DeepSpeed's pipeline: the layers are cut into stages, and the stages repeated as replicas",
-    "ddp": "PyTorch's DistributedDataParallel: every process holds the whole model; the plain baseline",
-    "fsdp": "PyTorch's fully_shard: parameters, gradients and optimiser sharded layer by layer, as stage 3 of zero does",
-    "dp": "PyTorch's DataParallel: one process drives all GPUs of one machine; the baseline of old",
-    "gossip": "every worker steps alone, then averages its weights with a few neighbours: no all-reduce",
-    "local": "every worker steps alone for many steps, then all make one outer step together (DiLoCo), for slow links",
+    "zero": "DeepSpeed's ZeRO: data parallelism; stages 1 to 3 shard optimizer states, gradients and parameters",
+    "pipeline": "DeepSpeed's pipeline parallelism: layers are divided into stages, and stages are replicated",
+    "ddp": "PyTorch's DistributedDataParallel: every process holds the whole model (the plain baseline)",
+    "fsdp": "PyTorch's fully_shard (FSDP2): shards parameters, gradients and optimizer states, like ZeRO stage 3",
+    "dp": "PyTorch's DataParallel: one process drives all GPUs of one machine (legacy baseline)",
+    "gossip": "decentralized: every worker steps alone, then averages its weights with a few neighbors",
+    "local": "DiLoCo, for slow links: every worker makes many local steps, then all make one outer step",
 }
 MODULES = {
     "zero": "parallel.zero",
@@ -29,14 +29,16 @@ MODULES = {
     "gossip": "parallel.gossip",
     "local": "parallel.local",
 }
-PEER_MODULES = {"local": "parallel.peers.engine"}  # may also run as jobs of their own that meet over a network
+PEER_MODULES = {
+    "local": "parallel.peers.engine"
+}  # also available as separate jobs that exchange weights over a network
 WITH_DEEPSPEED = ("zero", "pipeline")
 
 __all__ = ["STRATEGIES", "EvalCounts", "Engine", "engine_class"]
 
 
 def engine_class(name: str, peers: bool = False) -> type[Engine]:
-    """The Engine of a strategy, or its form for peers, which takes a `meeting` too. Imported when asked for: DeepSpeed takes seconds.
+    """Import and return the Engine of a strategy, or its form for peers, which also takes a `meeting`.
 
     Raises:
         SettingsError: an unknown name, or peers for a strategy whose workers are the processes of one job.
@@ -44,9 +46,9 @@ def engine_class(name: str, peers: bool = False) -> type[Engine]:
     if name not in STRATEGIES:
         raise SettingsError(unknown("strategy", name, list(STRATEGIES)))
     if (peers or name in WITH_DEEPSPEED) and not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it searches for a GPU, and warns that there is none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed searches for a GPU and warns
     if not peers:
         return import_module(MODULES[name]).Engine
     if name not in PEER_MODULES:
-        raise SettingsError(f"--host-peers and --join are for --strategy {' and '.join(PEER_MODULES)}, not {name}")
+        raise SettingsError(f"--host-peers and --join need --strategy {' or '.join(PEER_MODULES)}, not {name}")
     return import_module(PEER_MODULES[name]).Engine

@@ -1,8 +1,8 @@
-"""Who averages with whom in decentralised training, round after round.
+"""Topologies of decentralized training: which workers average with one another in each round.
 
-A topology is a period of rounds; a round cuts the workers into groups, and every group takes the mean of its members.
-So whatever the number of workers, each round's mixing matrix is symmetric and doubly stochastic: it leaves the mean of
-all workers where it is, which is what convergence proofs ask for (arXiv 1705.09056).
+A topology is a period of rounds. A round divides the workers into groups; every group takes the mean of its members.
+So each round's mixing matrix is symmetric and doubly stochastic for any number of workers: it keeps the mean of all
+workers, as convergence proofs require (arXiv 1705.09056).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Round = list[list[int]]  # groups of workers; each worker is in exactly one
 
 
 def complete(workers: int, per_machine: int) -> list[Round]:
-    """All with all: the workers stay equal."""
+    """All workers average together, so they stay equal."""
     return [[list(range(workers))]]
 
 
 def ring(workers: int, per_machine: int) -> list[Round]:
-    """With the right neighbour, then with the left one; of an odd number one sits out, each in its turn."""
+    """Each worker averages with its right neighbor, then with its left one; with an odd number, one pauses in turn."""
     rounds = []
     for shift in range(2 if workers % 2 == 0 else workers):
         order = [(shift + i) % workers for i in range(workers)]
@@ -32,22 +32,27 @@ def ring(workers: int, per_machine: int) -> list[Round]:
 
 
 def one_peer_exponential(workers: int, per_machine: int) -> list[Round]:
-    """With one other worker, 1, 2, 4, ... places away; a power of two of workers agree after one period (arXiv 2110.13363)."""
+    """Each worker averages with one other, 1, 2, 4, ... places away (arXiv 2110.13363).
+
+    A power of two of workers agree after one period.
+    """
     return [_pairs(workers, 1 << i) for i in range((workers - 1).bit_length())] or [[[0]]]
 
 
 def alternating_exponential_ring(workers: int, per_machine: int) -> list[Round]:
-    """Within a machine, then with one other machine, 1, 2, 4, ... places away; half of the machines do it the other way
-    round, which spreads the load of the network over time (arXiv 2410.11998).
+    """Workers average within their machine, then with one other machine, 1, 2, 4, ... places away (arXiv 2410.11998).
+
+    Half of the machines use the opposite order, which distributes the network load over time.
 
     Raises:
-        SettingsError: not a power of two of equal machines.
+        SettingsError: the machines are not equal, or their number is not a power of two.
     """
     machines = workers // per_machine
     if workers % per_machine or machines < 2 or machines & (machines - 1):
         raise SettingsError(
-            f"parallel.topology=alternating_exponential_ring needs 2, 4, 8, ... machines of as many processes each, not "
-            f"{workers} processes with {per_machine} on this machine; ring or one_peer_exponential take any number"
+            "parallel.topology=alternating_exponential_ring needs 2, 4, 8, ... machines with equal numbers of "
+            "processes, "
+            f"not {workers} processes with {per_machine} on this machine; ring and one_peer_exponential take any number"
         )
     alone = [list(range(m * per_machine, (m + 1) * per_machine)) for m in range(machines)]
     rounds = []
@@ -62,7 +67,7 @@ def alternating_exponential_ring(workers: int, per_machine: int) -> list[Round]:
 
 
 def _pairs(count: int, distance: int) -> Round:
-    """Each number with the one that differs in the bit `distance`; alone where there is none."""
+    """Pair each number with the one that differs in the bit `distance`; alone where there is none."""
     return [[i, i + distance] if i + distance < count else [i] for i in range(count) if not i & distance]
 
 
@@ -75,14 +80,14 @@ TOPOLOGIES: dict[str, Callable[[int, int], list[Round]]] = {
 
 
 def rounds_of(name: str, workers: int, per_machine: int) -> list[Round]:
-    """The period of rounds of a topology. Raises SettingsError for an unknown name or a number of workers that does not fit."""
+    """Return the rounds of one period. Raises SettingsError for an unknown name or an unsuitable number of workers."""
     if name not in TOPOLOGIES:
         raise SettingsError(unknown("parallel.topology", name, list(TOPOLOGIES)))
     return TOPOLOGIES[name](workers, per_machine)
 
 
 def mixing_matrix(groups: Round) -> Tensor:
-    """What a round does to the column of all workers' weights: (workers, workers), float64."""
+    """Return the mixing matrix of a round: (workers, workers), float64."""
     workers = sum(len(group) for group in groups)
     matrix = torch.zeros(workers, workers, dtype=torch.float64)
     for group in groups:

@@ -1,8 +1,8 @@
-"""What the PyTorch engines share: the step, mixed precision, clipping, and the state as plain tensors.
+"""The shared part of the PyTorch engines: the step, mixed precision, clipping, and the state as plain tensors.
 
-A strategy says how the model is spread (`spread`), what happens after a step (`finish_step`) and, where tensors are
-sharded, how they are made whole and cut again. bf16 is `torch.autocast`: the weights, their gradients and the
-optimiser stay in fp32.
+A strategy defines how the model is distributed (`wrap_model`), what happens after a step (`finish_step`) and, where
+tensors are sharded, how they are gathered and sharded again. bf16 is `torch.autocast`: the weights, their gradients and
+the optimizer stay in fp32.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from parallel.engine import build_seeded
 
 
 class TorchEngine(engine.Engine):
-    """One process of a strategy that is a PyTorch module and a PyTorch optimiser."""
+    """One process of a strategy that consists of a PyTorch module and a PyTorch optimizer."""
 
     def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int):
-        """`build` makes the model; it is called with the same random state in every process.
+        """Build the model by `build`, which is called with the same random state on every process.
 
         Raises:
             SettingsError: a combination that would not train as asked.
@@ -44,41 +44,42 @@ class TorchEngine(engine.Engine):
         self.model = build_seeded(build, seed).to(self.device)
         self.record_shapes(self.model)
         self.spread_model = self.wrap_model(self.model)
-        # By the names of the plain model; where `spread` shards the parameters, these are the shards.
+        # By the names of the plain model; where `wrap_model` shards the parameters, these are the shards.
         self.parameters = dict(self.model.named_parameters())
         self.trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         self.optimizer = self.make_optimizer()
-        self.keeper: BufferSnapshot | None = None  # only where bad steps are skipped
+        self.keeper: BufferSnapshot | None = None  # only with --skip-bad-steps
         self.finish_setup()
 
-    # --- what a strategy may say --------------------------------------------------------------------------------
+    # --- what a strategy may override --------------------------------------------------------------------------------
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
-        """The module that a training step calls; `model` itself stays the one that is evaluated and saved."""
+        """Return the module that a training step calls; `model` itself is evaluated and saved."""
         return model
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.settings.engine["optimizer"], self.model, fused=self.device.type == "cuda")
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Around the forward and backward of one micro-batch; gradients need to be exchanged in the last one only."""
+        """Return the context of a micro-batch's forward and backward; only the last one must exchange gradients."""
         return nullcontext()
 
     def before_step(self) -> None:
         """Called before every optimizer step, when the gradients are complete and `self.step` does not count it yet."""
 
     def finish_step(self) -> None:
-        """Called after every optimiser step, when `self.step` counts it."""
+        """Called after every optimizer step, when `self.step` counts it."""
 
     def unshard(self, tensor: Tensor) -> Tensor:
-        """The full tensor of what may be a shard. Collective."""
+        """Return the full tensor of a possible shard. Collective."""
         return tensor
 
     def shard(self, value: Tensor, like: Tensor) -> Tensor:
-        """The part of a full tensor that this process keeps of `like`, on its device. Collective."""
+        """Return this process's part of a full tensor, sharded like `like`, on its device. Collective."""
         return value.to(like.device, like.dtype, copy=True)
 
-    # --- the contract -------------------------------------------------------------------------------------------
+    # --- the Engine interface
+    # -------------------------------------------------------------------------------------------
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
         self.spread_model.train()
@@ -98,7 +99,7 @@ class TorchEngine(engine.Engine):
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
         self.grad_norm = self.unshard(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
-        # Looking at them makes the device wait: only where the person asked for it.
+        # Reading them synchronizes the device: only with --skip-bad-steps.
         self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
         self.before_step()
         if self.skipped:
@@ -128,7 +129,7 @@ class TorchEngine(engine.Engine):
         return self.optimizer, self.trainable
 
     def sync_from_masters(self) -> None:
-        """The network's parameters are what the optimiser updates."""
+        """Nothing to copy: the optimizer updates the network's parameters themselves."""
 
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -149,7 +150,7 @@ class TorchEngine(engine.Engine):
         self.set_state_tensors(tensor_transfer.broadcast_tensors(state))
 
     def state_tensors(self, keep: bool) -> dict[str, Tensor] | None:
-        """The state of this process's model as full fp32 CPU tensors, None unless it is to keep them. Collective."""
+        """Return the state of this process's model as full fp32 CPU tensors; None without `keep`. Collective."""
         named: dict[str, Tensor] = {}
         states = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
@@ -166,13 +167,13 @@ class TorchEngine(engine.Engine):
         return {**state, **scalars} if keep else None
 
     def _averages(self) -> dict[str, Tensor]:
-        """The moving averages by the names of what they average."""
+        """Return the EMA tensors by the names of what they average."""
         trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         floating = [name for name, buffer in persistent_buffers(self.model).items() if buffer.is_floating_point()]
         return dict(zip([*trained, *floating], self.ema.values, strict=True)) if self.ema is not None else {}
 
     def _full(self, named: dict[str, Tensor], keep: bool) -> dict[str, Tensor] | None:
-        """What may be shards as full CPU tensors, one after the other; None unless they are to be kept. Collective."""
+        """Return possible shards as full CPU tensors, gathered one by one; None without `keep`. Collective."""
         state: dict[str, Tensor] = {}
         for key, tensor in named.items():
             full = self.unshard(tensor.detach())
@@ -182,10 +183,10 @@ class TorchEngine(engine.Engine):
 
     @torch.no_grad()
     def set_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`; every process has the whole state. Collective."""
+        """Inverse of `state_tensors`; every process has the whole state. Collective."""
         scalars = {key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")}
         kinds = sorted({key.split("/")[1] for key in state if key.startswith("optimizer/")})
-        # fused optimisers keep their scalars on the device, the others on the CPU
+        # fused optimizers keep their scalars on the device, the others on the CPU
         place = self.device if any(group.get("fused") for group in self.optimizer.param_groups) else "cpu"
         for name, parameter in self.parameters.items():
             parameter.copy_(self.shard(state[f"weights/{name}"], parameter))

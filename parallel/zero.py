@@ -21,13 +21,13 @@ from optim.optimizers import NEEDS_FULL_TENSORS, build_optimizer, restore_counte
 from parallel import engine as contract
 from parallel import process_group
 from parallel.batch_sizes import Batch, BatchSizes
-from parallel.buffers import BufferSnapshot, SyncedBuffers, normalise_in_fp32
+from parallel.buffers import BufferSnapshot, SyncedBuffers, normalize_in_fp32
 from parallel.engine import build_seeded
 from parallel.setting_checks import check_no_scalar_parameters
 from parallel.zero_muon import shardings_of
 from parallel.zero_state import OptimizerParts, Receive, gather, gather_weights, keys_of, scatter
 
-# PyTorch warns of an unused CUDA toolkit, and DeepSpeed tells the story of every start; neither is news to the person.
+# PyTorch warns about an unused CUDA toolkit, and DeepSpeed logs every start; neither helps the user.
 for name in ("torch.utils.cpp_extension", "DeepSpeed"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -37,12 +37,12 @@ from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# It knows a handful of optimisers; ours are tested with it in tests/parallel/test_optimizers_by_strategy.py.
+# It knows a few optimizers; ours are tested with it in tests/parallel/test_optimizers_by_strategy.py.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 
 
 def import_muon_uncompiled() -> None:
-    """DeepSpeed asks whether an optimiser is its own Muon, which it compiles on import: a second at every start."""
+    """Import DeepSpeed's own Muon without compiling it, which takes a second; DeepSpeed compares types with it."""
     decorate, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
     with suppress(ImportError):  # versions before 0.18 have none
         import_module("deepspeed.runtime.zero.muon.original_muon")
@@ -51,26 +51,26 @@ def import_muon_uncompiled() -> None:
 
 @contextmanager
 def skip_norm_check() -> Iterator[None]:
-    """Stages 1 and 2 do not ask the GPU whether the norm is finite, once a step and once a group, each time waiting for it.
+    """Keep stages 1 and 2 from checking whether the gradient norm is finite, which synchronizes the GPU.
 
-    They would leave out the update. A norm that is not finite ends the run as it is, as soon as it is looked at (`training/non_finite.py`).
+    They would skip such an update. Here a non-finite norm ends the run as soon as it is read (training/non_finite.py).
     """
-    asks = stage_1_and_2.is_invalid_grad_norm
+    original = stage_1_and_2.is_invalid_grad_norm
     stage_1_and_2.is_invalid_grad_norm = lambda norm: False
     try:
         yield
     finally:
-        stage_1_and_2.is_invalid_grad_norm = asks
+        stage_1_and_2.is_invalid_grad_norm = original
 
 
 class Engine(contract.Engine):
-    """Data parallel by DeepSpeed: stage 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too."""
+    """Data parallelism by DeepSpeed: stage 1 shards the optimizer states, 2 also gradients, 3 also parameters."""
 
     name = "zero"
     uses_full_ds_config = True
 
     def __init__(self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int):
-        """`build` makes the model; it is called with the same random state in every process.
+        """Build the model by `build`, which is called with the same random state on every process.
 
         Raises:
             SettingsError: a combination that would not train as asked.
@@ -78,7 +78,7 @@ class Engine(contract.Engine):
         super().__init__(settings, schedule, seed)
         self.device = process_group.init_process_group()
         if self.device.type == "cpu":
-            # Only inference_all_reduce uses this op, and compiling it at start-up takes a minute.
+            # Only inference_all_reduce uses this operation, and compiling it at the start takes a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.is_main = dist.get_rank() == 0
         config = settings.engine
@@ -92,7 +92,7 @@ class Engine(contract.Engine):
         check_no_scalar_parameters(model, "DeepSpeed")
         self.record_shapes(model)
         if self.bf16:
-            normalise_in_fp32(model)
+            normalize_in_fp32(model)
         self.start(model, config)
         self.parts = OptimizerParts.from_wrapper(self.stage, self.optimizer)
         if isinstance(self.parts.inner, Muon) and self.stage:
@@ -100,51 +100,54 @@ class Engine(contract.Engine):
         self.finish_setup()
 
     def check_engine(self, config: dict[str, Any]) -> None:
-        """Raises SettingsError for keys of `ds_config.json` that do not go together."""
+        """Check the keys of `ds_config.json`. Raises SettingsError for those that cannot be combined."""
         if self.stage not in (0, 1, 2, 3):
-            raise SettingsError(f"zero_optimization.stage is 0, 1, 2 or 3, not {self.stage}")
+            raise SettingsError(f"zero_optimization.stage must be in [0, 3], got {self.stage}")
         if self.bf16 and self.stage == 0:
-            # DeepSpeed's stage 0 bf16 wrapper makes an empty optimiser step first, which spoils Adam's bias correction.
+            # DeepSpeed's stage 0 bf16 wrapper makes an empty optimizer step first, which falsifies Adam's bias
+            # correction.
             raise SettingsError("bf16 needs zero_optimization.stage 1, 2 or 3 (stage 1 costs nothing on one process)")
         optimizer, offload = config["optimizer"]["type"], config["zero_optimization"]["offload_optimizer"]["device"]
         if optimizer in NEEDS_FULL_TENSORS and self.stage:
             raise SettingsError(
-                f"optimizer.type={optimizer} looks at the norm of each parameter, and zero_optimization.stage={self.stage} hands it "
-                "pieces of many; take stage 0, or strategy ddp"
+                f"optimizer.type={optimizer} needs the norm of each full parameter, but "
+                f"zero_optimization.stage={self.stage} "
+                "shards them; choose stage 0, or --strategy ddp"
             )
         if offload not in ("none", "cpu"):
-            raise SettingsError(f"zero_optimization.offload_optimizer.device is none or cpu, not {offload}")
+            raise SettingsError(f"zero_optimization.offload_optimizer.device must be none or cpu, got {offload}")
         if offload != "none" and self.stage == 0:
             raise SettingsError("zero_optimization.offload_optimizer needs zero_optimization.stage 1, 2 or 3")
         if offload != "none" and optimizer == "Muon":
             raise SettingsError(
-                "optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer cannot keep them off"
+                "optimizer.type=Muon gathers its matrices on the GPUs, so zero_optimization.offload_optimizer "
+                "cannot be used"
             )
         if self.stage == 3:
-            # PyTorch 2.11 and DeepSpeed 0.19.8: the gradients of compiled layers are missing, without a word.
+            # PyTorch 2.11 and DeepSpeed 0.19.8: the gradients of compiled layers are missing, without an error.
             self.compile_refusal = (
                 "zero_optimization.stage=3 loses the gradients of compiled layers; stages 0 to 2 and fsdp do not"
             )
 
     def place(self) -> tuple[int, int]:
-        """This process's `data_shard`."""
+        """Return this process's `data_shard`."""
         return dist.get_rank(), dist.get_world_size()
 
     def start(self, model: nn.Module, config: dict[str, Any]) -> None:
-        """Hand the model to DeepSpeed."""
+        """Initialize DeepSpeed with the model."""
         import_muon_uncompiled()
         optimizer = self.make_optimizer(model)
-        deepspeed.utils.groups.mpu = (
-            None  # a global that a pipeline leaves behind, in a process that makes one engine after another
-        )
+        # A global that a pipeline engine leaves behind, in a process that creates several engines.
+        deepspeed.utils.groups.mpu = None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._deepspeed_config()
         )
         if self.bf16 and self.stage < 3:
-            # In bf16 it looks for infinities gradient by gradient, some kernels each, and then in the norm of all, which shows the same.
+            # In bf16 it checks every gradient for infinities, with several kernels each, and then the norm, which shows
+            # the same.
             self.optimizer.check_overflow = lambda partition_gradients: None
         self.shared_buffers = SyncedBuffers(self.engine.module, self.replicas())
-        self.keeper: BufferSnapshot | None = None  # only where bad steps are skipped
+        self.keeper: BufferSnapshot | None = None  # only with --skip-bad-steps
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         config = self.settings.engine
@@ -152,16 +155,17 @@ class Engine(contract.Engine):
         return build_optimizer(config["optimizer"], model, fused=self.device.type == "cuda" and not offload)
 
     def replicas(self) -> dist.ProcessGroup | None:
-        """The processes that hold the same layers; None is all of them."""
+        """Return the processes that hold the same layers; None for all processes."""
         return None
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        """`ds_config.json` as resolved, with the derived sizes; the optimiser is already made."""
+        """Return the resolved `ds_config.json` with the derived sizes, without the optimizer, which exists already."""
         config = {key: value for key, value in self.settings.engine.items() if key != "optimizer"}
         zero = {**config["zero_optimization"]}
         if zero["offload_optimizer"]["device"] == "none":
             del zero["offload_optimizer"]
-        # DeepSpeed takes room for so many numbers at every step, 5e8 by default; a network has no more gradients than parameters.
+        # DeepSpeed allocates so many numbers at every step, 5e8 by default; there are no more gradients than
+        # parameters.
         zero.setdefault("reduce_bucket_size", min(500_000_000, self.num_parameters))
         return {
             **config,
@@ -201,8 +205,10 @@ class Engine(contract.Engine):
         return torch.stack(losses).mean()
 
     def note_norm(self) -> None:
-        """Take over what DeepSpeed knows of the step's gradient. Where bad steps are to be skipped, stages 1 to 3 have left out an
-        update whose norm is not finite, everywhere; else the infinite norm ends the run before anything is saved.
+        """Read DeepSpeed's gradient norm of the step.
+
+        With --skip-bad-steps, stages 1 to 3 have skipped an update with a non-finite norm on all processes. Otherwise,
+        the non-finite norm ends the run before anything is saved.
         """
         if self.stage:
             self.grad_norm = torch.as_tensor(
@@ -214,7 +220,8 @@ class Engine(contract.Engine):
         self.refuse_own_count()
         if self.stage == 0:
             raise SettingsError(
-                "--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates without looking"
+                "--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates "
+                "without checking"
             )
         self.keeper = BufferSnapshot(self.engine.module)
 
@@ -239,7 +246,7 @@ class Engine(contract.Engine):
         self.parts.sync_from_masters()
 
     def describe(self) -> str:
-        words = {"bf16": "bf16 weights and all", "autocast": "bf16", "fp32": "fp32"}
+        words = {"bf16": "bf16 incl. weights", "autocast": "bf16", "fp32": "fp32"}
         return f"stage {self.stage}, {words[self.precision]}{self.features()}"
 
     def gather_state(self) -> dict[str, Tensor] | None:
@@ -264,7 +271,7 @@ class Engine(contract.Engine):
         self.load_tensors(*self.broadcast_object(None if state is None else keys_of(state)), receive)
 
     def load_tensors(self, keys: set[str], scalars: dict[str, Tensor], receive: Receive) -> None:
-        """Fill this process's part of the state in; `receive` gives the full tensor of a key. Collective."""
+        """Load this process's part of the state; `receive` returns the full tensor of a key. Collective."""
         averaged = scatter(self.network(), self.parts, self.averages(), keys, scalars, receive)
         if self.ema is not None and not averaged:
             self.ema.restart()
@@ -272,5 +279,5 @@ class Engine(contract.Engine):
 
 
 def plain_names(state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Without the `weights/` of a checkpoint's keys."""
+    """Remove the prefix `weights/` of a checkpoint's keys."""
     return None if state is None else {key.removeprefix("weights/"): tensor for key, tensor in state.items()}

@@ -1,7 +1,7 @@
-"""How the flat tensors that ZeRO's optimisers update hold matrices, for Muon, which must see them whole.
+"""Layout of matrices in the flat tensors that ZeRO's optimizers update, for Muon, which needs full matrices.
 
-A step then gathers what Muon would move each matrix by, as it stands in all processes: as many numbers as the hidden
-matrices have, once a step. Every process orthogonalizes them all, and keeps its own part.
+Every step gathers the updates of all hidden matrices from all processes: as many numbers as the matrices have. Every
+process orthogonalizes all of them and keeps its own part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from optim.muon import MatrixSharding
 
 
 class FlatSharding(MatrixSharding):
-    """Stages 1 and 2: a parameter group laid end to end, and cut into equal shares, the last filled up with zeros."""
+    """Stages 1 and 2: a parameter group is concatenated and divided into equal shares; the last is padded."""
 
     def __init__(self, members: Sequence[nn.Parameter], share: int, group: dist.ProcessGroup):
         self.shapes, self.share, self.group = [p.shape for p in members], share, group
@@ -35,7 +35,7 @@ class FlatSharding(MatrixSharding):
 
 
 class PerParameterSharding(MatrixSharding):
-    """Stage 3: every parameter cut into equal shares, the last filled up with zeros; a process's shares laid end to end."""
+    """Stage 3: every parameter is divided into equal, padded shares; a process's shares are concatenated."""
 
     def __init__(self, members: Sequence[nn.Parameter], group: dist.ProcessGroup):
         self.shapes, self.group = [p.ds_shape for p in members], group
@@ -56,14 +56,14 @@ class PerParameterSharding(MatrixSharding):
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The equal parts of all processes, (processes, elements). Collective."""
+    """Return the equal parts of all processes, (processes, elements). Collective."""
     parts = part.new_empty(dist.get_world_size(group) * part.numel())
     dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
     return parts.view(-1, part.numel())
 
 
 def shardings_of(stage: int, wrapper: Any) -> dict[Tensor, MatrixSharding]:
-    """The cut of each flat tensor that DeepSpeed's `wrapper` has its optimiser update."""
+    """Return the sharding of each flat tensor that the optimizer of DeepSpeed's `wrapper` updates."""
     if stage == 3:
         return {
             flat: PerParameterSharding(members, wrapper._get_sub_group_process_group(i))
@@ -71,7 +71,7 @@ def shardings_of(stage: int, wrapper: Any) -> dict[Tensor, MatrixSharding]:
                 zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
             )
         }
-    # zero_optimization.round_robin_gradients would order them otherwise; ds_config.json does not have it
+    # zero_optimization.round_robin_gradients would change their order; ds_config.json does not have it
     return {
         flat: FlatSharding(members, flat.numel(), wrapper.real_dp_process_group[i])
         for i, (flat, members) in enumerate(

@@ -1,8 +1,8 @@
-"""The whole state of a ZeRO engine as plain full tensors, and back: independent of stage and number of processes.
+"""The state of a ZeRO engine as plain full tensors, and back, independent of stage and number of processes.
 
 DeepSpeed's own checkpoints fit one stage and one number of processes, and are pickles. Here each parameter, its fp32
-master copy, its optimiser states and its average are gathered one by one (`deepspeed.utils.safe_get_*`, which are exact
-copies), so a run goes on under any stage on any number of processes.
+master copy, its optimizer states and its EMA are gathered one by one (`deepspeed.utils.safe_get_*`, which are exact
+copies), so a run can resume under any stage and on any number of processes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from optim.optimizers import scalars_of
 from parallel.buffers import persistent_buffers
 
-AVERAGE = "ema"  # name of the averages' own among the optimiser's states, and of their keys in a checkpoint
+AVERAGE = "ema"  # name of the EMA among the optimizer states, and prefix of its keys in a checkpoint
 Receive = Callable[[str, torch.Size, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
 class OptimizerParts:
-    """The optimiser proper, inside DeepSpeed's wrapper; the tensors it updates in this process, and whose pieces each one holds."""
+    """The optimizer inside DeepSpeed's wrapper, the tensors it updates in this process, and the parameters in each."""
 
     stage: int
     wrapper: Any
@@ -64,7 +64,7 @@ class OptimizerParts:
         )
 
     def keys_by_parameter(self) -> dict[nn.Parameter, list[str]]:
-        """Names of the states that have a value for every element, such as Adam's `exp_avg`; none before the first step."""
+        """Return the names of per-element states, such as Adam's `exp_avg`; none before the first step."""
         found = {}
         for tensor, members in zip(self.updated, self.members, strict=True):
             keys = sorted(
@@ -74,12 +74,12 @@ class OptimizerParts:
         return found
 
     def scalars(self) -> dict[str, Tensor]:
-        """States that are one number for a whole tensor, such as Adam's `step`."""
+        """Return the states that are one number per tensor, such as Adam's `step`."""
         return scalars_of(self.inner.state.get(tensor, {}) for tensor in self.updated)
 
     def create(self, keys: dict[nn.Parameter, list[str]], scalars: dict[str, Tensor]) -> None:
-        """Make the states that the optimiser would make at its first step, to be filled in."""
-        # fused optimisers keep their scalars on the device, the others on the CPU
+        """Create the states that the optimizer would create at its first step, to be filled."""
+        # fused optimizers keep their scalars on the device, the others on the CPU
         fused = any(group.get("fused") for group in self.inner.param_groups)
         for tensor, members in zip(self.updated, self.members, strict=True):
             if keys.get(members[0]):
@@ -91,7 +91,7 @@ class OptimizerParts:
 
     @contextmanager
     def with_ema_as_state(self, averages: Sequence[Tensor]) -> Iterator[None]:
-        """With the averages of `updated` (none, or one each) among the optimiser's states, where DeepSpeed can gather them."""
+        """Add the EMA of `updated` (none, or one each) to the optimizer states, where DeepSpeed can gather it."""
         for tensor, average in zip(self.updated, averages, strict=False):
             self.inner.state[tensor][AVERAGE] = average
         self._relink_states()
@@ -102,7 +102,7 @@ class OptimizerParts:
                 del self.inner.state[tensor][AVERAGE]
 
     def _relink_states(self) -> None:
-        """Let `safe_get_*` and `safe_set_*` see the optimiser's states.
+        """Make the optimizer states visible to `safe_get_*` and `safe_set_*`.
 
         Stages 1 and 2 link them after the first step of the first parameter group, when the other groups have none yet.
         """
@@ -122,7 +122,7 @@ class OptimizerParts:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def master(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 value of a parameter, whole. Collective."""
+        """Return the full fp32 value of a parameter. Collective."""
         if not parameter.requires_grad and self.stage == 3:
             with deepspeed.zero.GatheredParameters([parameter]):
                 return parameter.detach().clone()
@@ -130,7 +130,7 @@ class OptimizerParts:
 
     @torch.no_grad()
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Give a parameter and its fp32 master a value, which every process has. Collective."""
+        """Set a parameter and its fp32 master to a value that every process has. Collective."""
         if self.stage == 3:
             if parameter.requires_grad:
                 safe_set_local_fp32_param(parameter, _partition(parameter, value))
@@ -143,10 +143,10 @@ class OptimizerParts:
         parameter.copy_(value)
 
     def sync_from_masters(self) -> None:
-        """Let the network's parameters follow their masters, as after an optimiser step. Collective."""
+        """Copy the masters to the network's parameters, as after an optimizer step. Collective."""
         if self.stage in (1, 2):
             self.wrapper.update_lp_params()
-        elif self.stage == 3:  # what its step() does after the optimiser's
+        elif self.stage == 3:  # what DeepSpeed's step() does after the optimizer's
             self.wrapper._partition_all_parameters()
             for i in range(len(self.updated)):
                 self.wrapper._reassign_or_swap_out_partitioned_parameters(i)
@@ -154,7 +154,7 @@ class OptimizerParts:
 
 
 def _partition(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """Stage 3: this process's share of a full tensor; the last share is filled up with zeros."""
+    """Return this process's share of a full tensor at stage 3; the last share is padded with zeros."""
     size = parameter.ds_tensor.numel()
     padded = value.new_zeros(size * dist.get_world_size())
     padded[: value.numel()] = value.flatten()
@@ -162,7 +162,7 @@ def _partition(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 
 def gather_weights(network: nn.Module, parts: OptimizerParts, keep: bool) -> dict[str, Tensor] | None:
-    """Parameters in fp32 and buffers, by `weights/<name>`; None unless this process is to keep them. Collective."""
+    """Return parameters in fp32 and buffers by `weights/<name>`; None without `keep`. Collective."""
     state = {}
     for name, parameter in network.named_parameters():
         _add(state, keep, f"weights/{name}", parts.master(parameter).float())
@@ -174,7 +174,7 @@ def gather_weights(network: nn.Module, parts: OptimizerParts, keep: bool) -> dic
 def gather(
     network: nn.Module, parts: OptimizerParts, averages: Sequence[Tensor], keep: bool
 ) -> dict[str, Tensor] | None:
-    """See `Engine.gather_state`; `averages` are those of the tensors that are updated, then of the floating-point buffers."""
+    """As `Engine.gather_state`; `averages` are the EMA of the updated tensors, then of the floating-point buffers."""
     state = gather_weights(network, parts, keep) or {}
     with parts.with_ema_as_state(averages):
         keys = parts.keys_by_parameter()
@@ -203,7 +203,7 @@ def _buffer_averages(network: nn.Module, parts: OptimizerParts, averages: Sequen
 
 
 def keys_of(state: dict[str, Tensor]) -> tuple[set[str], dict[str, Tensor]]:
-    """The keys of what `gather` returned, and its scalars."""
+    """Return the keys of a state from `gather`, and its scalars."""
     return set(state), {
         key.removeprefix("scalars/"): value for key, value in state.items() if key.startswith("scalars/")
     }
@@ -217,9 +217,10 @@ def scatter(
     scalars: dict[str, Tensor],
     receive: Receive,
 ) -> bool:
-    """See `Engine.scatter_state`; `receive` gives the full tensor of a key, on the engine's device. Collective.
+    """As `Engine.scatter_state`; `receive` returns the full tensor of a key on the engine's device. Collective.
 
-    Returns whether there were averages to fill in.
+    Returns:
+        Whether the state has an EMA.
     """
     kinds = sorted({key.split("/")[1] for key in keys if key.startswith("optimizer/")})
     parameters = dict(network.named_parameters())
@@ -228,9 +229,8 @@ def scatter(
     averaged = any(key.startswith(f"{AVERAGE}/") for key in keys)
     with parts.with_ema_as_state(averages):
         for name, parameter in parameters.items():
-            shape = getattr(
-                parameter, "ds_shape", parameter.shape
-            )  # stage 3 leaves an empty tensor in the parameter's place
+            # Stage 3 leaves an empty tensor in the parameter's place.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
             parts.set_master(parameter, receive(f"weights/{name}", shape, torch.float32))
             for key in found[parameter] + ([AVERAGE] if averaged and averages and parameter.requires_grad else []):
                 parts.set_state(parameter, key, receive(_path(key, name), shape, torch.float32))

@@ -1,1 +1,1 @@
-"""What a run writes down: its folder, its checkpoints and where it came from."""
+"""The files of a run: run folder, checkpoints and provenance."""

@@ -1,13 +1,13 @@
-"""Checkpoints on the disk: whole, or not there. `state/step-00000780/` holds
+"""Checkpoints on the disk, which are intact or not there. `state/step-00000780/` holds
 
-    state.safetensors          the tensors of Engine.gather_state: weights, optimiser, whatever else it gave
-    engine.json progress.json  steps made and under which circumstances; where the run stands
-    run.json metrics.jsonl     the run folder's own as they were then, to restore them from
-    SHA256SUMS                 a line a file, as `sha256sum -c SHA256SUMS` reads it
+    state.safetensors          the tensors of Engine.gather_state: weights, optimizer states and others
+    engine.json progress.json  number of steps and conditions; position of the run
+    run.json metrics.jsonl     copies of the run folder's files at that step, to restore them from
+    SHA256SUMS                 checksum of every file, for `sha256sum -c SHA256SUMS`
 
-One is written as `unfinished-step-...`, flushed to the disk, read back and compared, and renamed when all of it is there; only
-then older ones are removed. So whenever the writing ends, by a kill, a power cut or a full disk, the one before it is whole. What
-was begun and not finished, or does not match its sums, is set aside as `damaged-step-...` at the next start.
+A checkpoint is written as `unfinished-step-...`, flushed, read back, compared and renamed; only then are older ones
+removed. So the previous checkpoint stays intact whenever writing ends: by a kill, a power loss or a full disk. The next
+start sets aside as `damaged-step-...` what is unfinished or does not match its checksums.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from common.files import flush_to_disk, gigabytes, room_left, sha256_of
 
 STATE, ENGINE, PROGRESS, SUMS = "state.safetensors", "engine.json", "progress.json", "SHA256SUMS"
 UNFINISHED, REPLACED, DAMAGED = "unfinished-", "replaced-", "damaged-"
-KEEP_DAMAGED = 2  # set aside, for a look
-BYTES_A_VALUE = 4  # fp32
+KEEP_DAMAGED = 2  # newest damaged checkpoints, kept for inspection
+BYTES_PER_VALUE = 4  # fp32
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def step_name(step: int) -> str:
-    """The folder of the checkpoint after optimiser step `step`."""
+    """Return the folder name of the checkpoint after optimizer step `step`."""
     return f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The inverse of `step_name`."""
+    """Inverse of `step_name`."""
     return int(folder.name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
 class Interval:
-    """How far apart checkpoints are: optimiser steps, or seconds."""
+    """Interval between checkpoints, in optimizer steps or in seconds."""
 
     steps: float = float("inf")
     seconds: float = float("inf")
 
     @classmethod
     def parse(cls, text: str) -> Interval:
-        """From `500steps`, `10min` or `30s`. Raises ValueError."""
+        """Parse `500steps`, `10min` or `30s`. Raises ValueError."""
         found = re.fullmatch(r"([0-9]+)(steps?|min|s)", text)
         if not found or int(found[1]) < 1:
             raise ValueError(f"write it as 500steps, 10min or 30s, not {text}")
@@ -61,22 +61,22 @@ class Interval:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in its folder `state/`: the newest `keep`, and the best one where a run has one."""
+    """The checkpoints of one run in its folder `state/`: the newest `keep`, and the best one."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
 
     def all(self) -> list[Path]:
-        """The finished ones, oldest first; finished is not undamaged."""
+        """Return all complete checkpoints, oldest first; complete ones may still be damaged."""
         return sorted(self.folder.glob("step-*"))
 
     # --- writing --------------------------------------------------------------------------------------------------
 
     def write(self, step: int, tensors: dict[str, Any], texts: dict[str, str], best_step: int = 0) -> None:
-        """Write a checkpoint, prove it, and remove what it replaces; the best one stays.
+        """Write and verify a checkpoint, then remove older ones; the one at `best_step` stays.
 
         Raises:
-            RunError: it could not be written; those before it are as they were.
+            RunError: it could not be written; earlier checkpoints are unchanged.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -90,17 +90,18 @@ class Checkpoints:
             for name, text in texts.items():
                 (unfinished / name).write_text(text)
             verify_written(unfinished, tensors, texts)
-            if (
-                final.exists()
-            ):  # of the same step, as when a run is stopped twice there; put back if the next line is not reached
+            # A checkpoint of the same step exists when a run is stopped twice there. It gets its name back if the next
+            # rename is not reached.
+            if final.exists():
                 final.rename(replaced)
             unfinished.rename(final)
             flush_to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             self._put_back_replaced()
-            shutil.rmtree(unfinished, ignore_errors=True)  # half of a checkpoint is of no use, and may fill the disk
+            shutil.rmtree(unfinished, ignore_errors=True)  # a partial checkpoint is useless and may fill the disk
             raise RunError(
-                f"the checkpoint after step {step:,} could not be written ({self._reason(error)}); {self._what_is_left()}"
+                f"the checkpoint after step {step:,} could not be written ({self._reason(error)}); "
+                f"{self._what_is_left()}"
             ) from error
         self._prune(best_step)
 
@@ -122,21 +123,22 @@ class Checkpoints:
         return text
 
     def _what_is_left(self) -> str:
-        whole = self.all()
-        before = f"the one after step {step_of(whole[-1]):,} is whole" if whole else "there is none before it"
-        return f"{before}; mend the disk and start the same run again"
+        intact = self.all()
+        before = f"the one after step {step_of(intact[-1]):,} is intact" if intact else "there is no earlier one"
+        return f"{before}; free or repair the disk and start the same run again"
 
     # --- reading --------------------------------------------------------------------------------------------------
 
     def newest_intact(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, after setting aside what is not; and a sentence for each that was."""
+        """Return the newest intact checkpoint, and a sentence for each damaged one, which is set aside."""
         said = []
         shutil.rmtree(self.folder / f"{UNFINISHED}replaced", ignore_errors=True)  # as earlier versions named it
         self._put_back_replaced()
         for path in sorted(self.folder.glob(f"{UNFINISHED}*")):
             name = path.name.removeprefix(UNFINISHED)
             said.append(
-                f"the run ended while {name} was being written; what there is of it is now state/{self._rename_aside(path, name)}"
+                f"the run ended while {name} was being written; the partial checkpoint is now "
+                f"state/{self._rename_aside(path, name)}"
             )
         for path in reversed(self.all()):
             problem = find_damage(path)
@@ -146,7 +148,7 @@ class Checkpoints:
         return None, said
 
     def _put_back_replaced(self) -> None:
-        """Where a checkpoint was moved out of the way and its successor did not get its name, give the name back."""
+        """Give a replaced checkpoint its name back where its successor was not completed."""
         for path in self.folder.glob(f"{REPLACED}*"):
             final = self.folder / path.name.removeprefix(REPLACED)
             if final.exists():
@@ -164,15 +166,16 @@ class Checkpoints:
 
 
 def read_facts(folder: Path, name: str) -> dict[str, Any]:
-    """The content of `engine.json` or `progress.json` of a checkpoint."""
+    """Return the content of `engine.json` or `progress.json` of a checkpoint."""
     return json.loads((folder / name).read_text())
 
 
-# --- sums ---------------------------------------------------------------------------------------------------------
+# --- checksums
+# ---------------------------------------------------------------------------------------------------------
 
 
 def verify_written(folder: Path, tensors: dict[str, Any], texts: dict[str, str]) -> None:
-    """Flush a checkpoint to the disk, compare what the disk gives back with what was meant, and write its sums. Raises OSError."""
+    """Flush a checkpoint, read it back from the disk, compare it and write its checksums. Raises OSError."""
     import torch
     from safetensors.torch import load_file
 
@@ -185,21 +188,21 @@ def verify_written(folder: Path, tensors: dict[str, Any], texts: dict[str, str])
         torch.equal(_bits(stored[key]), _bits(tensors[key])) for key in tensors
     )
     if not same or any(sums[name] != hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()):
-        raise OSError(errno.EIO, "the disk gives back other bytes than were written to it")
+        raise OSError(errno.EIO, "the disk returns other bytes than were written")
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     flush_to_disk(folder / SUMS)
     flush_to_disk(folder)
 
 
 def _bits(tensor: Any) -> Any:
-    """The bytes of a tensor: two that are not a number are equal if their bits are."""
+    """Return the bytes of a tensor, so that two NaN with the same bits are equal."""
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None when every byte is as it was written."""
+    """Return what is wrong with a checkpoint; None when every byte is as written."""
     try:
         *lines, rest = (folder / SUMS).read_text().split("\n")
         sums = {
@@ -208,7 +211,7 @@ def find_damage(folder: Path) -> str | None:
     except OSError as error:
         return f"{SUMS}: {error.strerror}"
     except (AttributeError, ValueError):
-        return f"{SUMS} is not what was written"
+        return f"{SUMS} does not have the format that was written"
     if rest:
         return f"{SUMS} is cut short"
     present = {path.name for path in folder.iterdir()} - {SUMS}
@@ -219,18 +222,20 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is not in {SUMS}"
         try:
             if sha256_of(folder / name) != sums[name]:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
 
 
-# --- room ---------------------------------------------------------------------------------------------------------
+# --- disk space
+# ---------------------------------------------------------------------------------------------------------
 
 
 def disk_space_needed(num_values: int, keep: int) -> int:
-    """Bytes that a run's checkpoints and weights may come to: `keep`, the best, and one in the making; the weights thrice.
+    """Return the bytes that a run's checkpoints and weights need at most.
 
-    A checkpoint holds `num_values` fp32 values, the weights are a third of them at most (Adam keeps two numbers a parameter).
+    They are `keep` checkpoints, the best one, one in flight, and three files of weights. A checkpoint has `num_values`
+    fp32 values; the weights are a third of them at most, because Adam keeps two numbers per parameter.
     """
-    return BYTES_A_VALUE * (num_values * (keep + 2) + num_values)
+    return BYTES_PER_VALUE * (num_values * (keep + 2) + num_values)

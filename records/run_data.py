@@ -1,4 +1,4 @@
-"""What a run folder says, read once for all pictures: run.json, metrics.jsonl, steps.jsonl, utilisation.jsonl."""
+"""The records of one run folder for pictures: run.json, metrics.jsonl, steps.jsonl, utilisation.jsonl."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Series = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class RunData:
-    """One run. `steps` are training losses by optimiser step, `samples` what GPU and CPU did; both may be empty."""
+    """One run. `steps` are training losses by optimizer step, `samples` the hardware utilization; both may be empty."""
 
     name: str
     folder: Path
@@ -25,7 +25,7 @@ class RunData:
 
     @classmethod
     def read(cls, folder: Path) -> RunData:
-        """Raises RunError for a folder that holds no run."""
+        """Read a run folder. Raises RunError for a folder without a run."""
         record = RunFolder(folder)
         return cls(
             record.folder.resolve().name,
@@ -42,26 +42,26 @@ class RunData:
 
     @property
     def last_epoch(self) -> float:
-        """How far it has come; a fraction where a budget of steps ended inside an epoch."""
+        """Epochs trained so far; a fraction where --max-steps ended the run within an epoch."""
         done = max((line["step"] for line in [*self.metrics[-1:], *self.steps[-1:]]), default=0)
         return done / self.facts["steps_per_epoch"]
 
     def series(self, key: str, factor: float = 1.0) -> Series:
-        """Epochs, and the values of a key of metrics.jsonl there, from the lines that have it."""
+        """Return epochs and the values of a key of metrics.jsonl, from the lines that have it."""
         lines = [line for line in self.metrics if key in line]
         return [line["step"] / self.facts["steps_per_epoch"] for line in lines], [factor * line[key] for line in lines]
 
     def step_losses(self) -> Series:
-        """Epochs, and the mean training loss of the steps that end there."""
+        """Return epochs and the mean training loss of the steps that end there."""
         return [line["step"] / self.facts["steps_per_epoch"] for line in self.steps], [
             line["step_loss"] for line in self.steps
         ]
 
     def headline(self) -> str:
-        """The result in a few words."""
+        """The result in one line."""
         if not self.metrics:
             return f"{self.name}: no epoch finished yet"
         last = self.metrics[-1]
         split = "test" if "test_accuracy" in last else "validation"
-        of = "held-out" if split == "validation" else "test"
-        return f"{self.name}: {100 * last[f'{split}_accuracy']:.2f}% {of} accuracy after {last['epoch']} epoch{'s' if last['epoch'] > 1 else ''}"
+        epochs = f"{last['epoch']} epoch{'s' if last['epoch'] > 1 else ''}"
+        return f"{self.name}: {100 * last[f'{split}_accuracy']:.2f}% {split} accuracy after {epochs}"

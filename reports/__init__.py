@@ -1,1 +1,1 @@
-"""Pictures and pages of runs. Every picture is a function that takes numbers and gives a matplotlib Figure; `style.save` writes it."""
+"""Figures and pages of runs. Each figure is a function from numbers to a matplotlib Figure; `style.save` writes it."""

@@ -1,4 +1,7 @@
-"""The twenty superclasses of CIFAR-100, from https://www.cs.toronto.edu/~kriz/cifar.html; class names as the archive spells them."""
+"""The twenty superclasses of CIFAR-100, with the class names of the archive.
+
+Source: https://www.cs.toronto.edu/~kriz/cifar.html
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ SUPERCLASSES = {
 
 
 def groups_of(classes: list[str]) -> dict[str, list[int]] | None:
-    """Superclass -> the labels of its classes; None where the classes are not those of CIFAR-100."""
+    """Return superclass -> labels of its classes, or None where the classes are not those of CIFAR-100."""
     labels = {name: label for label, name in enumerate(classes)}
     if labels.keys() != {name for members in SUPERCLASSES.values() for name in members}:
         return None

@@ -1,4 +1,4 @@
-"""Which pictures a run has: some from its numbers alone, the others from what its network makes of the data."""
+"""The list of pictures of a run: some from its metrics alone, others from the predictions of its network."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.display import printable
+from models.calibration import Calibration
 from records.run_data import RunData
 from reports import classes, curves, images
-from reports.utilization import utilisation
+from reports.calibration import RELIABILITY, reliability
+from reports.utilization import utilization
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from reports.predictions import Mistake
 
-TRAINING = "Training loss is measured on augmented images and with dropout, so it may lie above the others."
-SPEED = "Seconds of evaluation and of writing checkpoints are in neither."
-MATRIX = "Rows sum to 100%. Names that are too small here can be read in pictures/confusion.svg."
+AUGMENTATIONS = ("resized_crop", "crop_padding", "flip", "brightness", "contrast", "saturation", "erasing")
+SPEED = "Seconds of evaluation and of writing checkpoints are not included."
+MATRIX = "Rows sum to 100 %. Class names that are too small here are readable in pictures/confusion.svg."
 MACHINE = (
-    "A sample every two seconds, of the machine of the main process; time when the run was stopped is left out. "
-    "Bands: lowest and highest of the samples that one point stands for."
+    "One sample every two seconds, of the machine of the main process, without the time when the run was stopped. "
+    "Bands: range of the samples that one point stands for."
 )
 
 
 @dataclass(frozen=True)
 class SplitAnalysis:
-    """What the network made of a split, image by image.
+    """The predictions of a network on one split, summarized.
 
-    `attention`: the arguments of `images.attention` but the title, or a sentence that says why there is none.
+    Attributes:
+        split: "test" or "validation".
+        confusion: counts (K, K), rows true and columns predicted.
+        loss: mean cross-entropy in nats.
+        attention: pixels, maps and class names for `images.attention`, or the reason why there is no attention map.
+        calibration: confidence and accuracy by bin, None where it was not measured.
     """
 
     split: str
@@ -37,6 +45,7 @@ class SplitAnalysis:
     loss: float
     mistakes: list[Mistake]
     attention: tuple[np.ndarray, np.ndarray, list[str]] | str
+    calibration: Calibration | None = None
 
     @property
     def accuracy(self) -> float:
@@ -45,55 +54,62 @@ class SplitAnalysis:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, the name of its file, and what a reader should know."""
+    """A figure, the name of its file without suffix, and its caption."""
 
     name: str
     figure: Figure
     caption: str
 
 
-def pictures_of(run: RunData, seen: SplitAnalysis | None) -> list[Picture]:
-    """Every picture that this run has; those of the data only with `seen`."""
-    found = (
-        [Picture("curves", curves.training(run), TRAINING), Picture("speed", curves.speed(run), SPEED)]
-        if run.metrics
-        else []
-    )
+def pictures_of(run: RunData, analysis: SplitAnalysis | None) -> list[Picture]:
+    """Return every picture of the run; those that need predictions only with `analysis`."""
+    found = []
+    if run.metrics:
+        found.append(Picture("curves", curves.training(run), training_caption(run)))
+        found.append(Picture("speed", curves.speed(run), SPEED))
     if run.samples:
-        title = f"{run.name}: how busy the machine was ({run.facts['device']})"
-        found.append(Picture("utilisation", utilisation(run.samples, title), MACHINE))
-    return found + (_of_data(run, seen) if seen else [])
+        title = f"{printable(run.name)}: hardware utilization ({run.facts['device']})"
+        found.append(Picture("utilisation", utilization(run.samples, title), MACHINE))
+    return found + (_of_predictions(run, analysis) if analysis else [])
 
 
-def _of_data(run: RunData, seen: SplitAnalysis) -> list[Picture]:
-    names = run.facts["dataset"]["classes"]
-    of = "the held-out part" if seen.split == "validation" else "the test split"
-    title = f"{run.name}: {100 * seen.accuracy:.2f}% on {of}"
-    found = [Picture("classes", classes.accuracies(seen.confusion, names, title), "")]
-    by_group = classes.superclass_confusion(seen.confusion, names, f"{title}, by superclass of CIFAR-100")
+def training_caption(run: RunData) -> str:
+    """Return a sentence about the training loss that names the regularization that this run used."""
+    settings = run.facts["settings"]
+    augmentation, ema = settings.get("augmentation", {}), settings.get("ema", {})
+    used = {
+        "augmented images": any(augmentation.get(key) for key in AUGMENTATIONS)
+        or augmentation.get("policy", "none") != "none",
+        "mixed labels (MixUp, CutMix)": augmentation.get("mixup") or augmentation.get("cutmix"),
+        "label smoothing": settings.get("loss", {}).get("label_smoothing"),
+        "dropout": settings["model"].get("dropout"),
+        "stochastic depth": settings["model"].get("drop_path"),
+    }
+    names = [name for name, is_used in used.items() if is_used]
+    how = f" with {', '.join(names)}, so it may lie above the others" if names else ""
+    average = " The accuracy is that of the EMA weights." if ema.get("decay") else ""
+    return f"The training loss is the mean over the steps of an epoch, measured while the weights change{how}.{average}"
+
+
+def _of_predictions(run: RunData, analysis: SplitAnalysis) -> list[Picture]:
+    names, run_name = run.facts["dataset"]["classes"], printable(run.name)
+    of = "the validation split" if analysis.split == "validation" else "the test split"
+    title = f"{run_name}: {100 * analysis.accuracy:.2f} % accuracy on {of}"
+    found = [Picture("classes", classes.accuracies(analysis.confusion, names, title), "")]
+    by_group = classes.superclass_confusion(analysis.confusion, names, f"{title}, by superclass of CIFAR-100")
     if by_group is not None:
-        found.append(
-            Picture(
-                "superclasses",
-                by_group,
-                "Each superclass is five classes; the diagonal counts what stays inside a superclass.",
-            )
-        )
-    found.append(Picture("confusion", classes.confusion(seen.confusion, names, title), MATRIX))
-    if seen.mistakes:
-        found.append(
-            Picture(
-                "mistakes",
-                images.most_wrong(seen.mistakes, f"{run.name}: the images of {of} with the highest loss"),
-                "What it is → what the network takes it for, and how surely. Some labels may be wrong.",
-            )
-        )
-    if not isinstance(seen.attention, str):
-        found.append(
-            Picture(
-                "attention",
-                images.attention(*seen.attention, f"{run.name}: which patches are looked at"),
-                "Mean over the heads of what the class token attends to, or, without one, of what all patches attend to.",
-            )
-        )
+        caption = "Each superclass has five classes. The diagonal includes confusions within a superclass."
+        found.append(Picture("superclasses", by_group, caption))
+    found.append(Picture("confusion", classes.confusion(analysis.confusion, names, title), MATRIX))
+    if analysis.calibration is not None:
+        title = f"{run_name}: calibration on {of}"
+        found.append(Picture("reliability", reliability(analysis.calibration, title), RELIABILITY))
+    if analysis.mistakes:
+        title = f"{run_name}: misclassified images of {of} with the highest loss"
+        caption = "True label → predicted label (confidence). Some true labels may be wrong."
+        found.append(Picture("mistakes", images.most_wrong(analysis.mistakes, title), caption))
+    if not isinstance(analysis.attention, str):
+        title = f"{run_name}: attention maps"
+        caption = "Mean over the heads of the attention of the CLS token or, without one, of all patches."
+        found.append(Picture("attention", images.attention(*analysis.attention, title), caption))
     return found

@@ -1,4 +1,4 @@
-"""What a trained network makes of a split, image by image: losses, predictions, the worst mistakes, attention maps."""
+"""The predictions of a trained network image by image: losses, labels, misclassified images, attention maps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from config.settings import ModelSettings
 from image_data.pixels import denormalize
+from models.calibration import Calibration, CalibrationCounts
 from models.classification_metrics import image_results
 from models.pooling import POOLINGS
 
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Predictions:
-    """For each image of a split, in the order of its list, (N,) each: label, predicted label, its probability, cross-entropy."""
+    """One result per image of a split, in the order of its list.
+
+    Attributes:
+        labels, predicted: true and predicted class, (N,) each.
+        probability: of the predicted class (the confidence), (N,).
+        loss: cross-entropy in nats, (N,).
+    """
 
     labels: np.ndarray
     predicted: np.ndarray
@@ -33,19 +40,26 @@ class Predictions:
     loss: np.ndarray
 
     def confusion(self, num_classes: int) -> np.ndarray:
-        """Counts (K, K), rows true and columns predicted."""
+        """Return counts (K, K), rows true and columns predicted."""
         counts = np.bincount(self.labels * num_classes + self.predicted, minlength=num_classes**2)
         return counts.reshape(num_classes, num_classes)
 
+    def calibration(self) -> Calibration:
+        """Return the counts by confidence."""
+        counts = CalibrationCounts(torch.device("cpu"))
+        is_correct = torch.from_numpy(self.labels == self.predicted)
+        counts.add_confidences(torch.from_numpy(self.probability), is_correct, torch.ones_like(is_correct))
+        return counts.result()
+
     def worst(self, count: int) -> np.ndarray:
-        """Positions of the wrongly classified images of the highest loss, the worst first."""
+        """Return the positions of the misclassified images of the highest loss, the highest first."""
         ranked = np.argsort(-self.loss, kind="stable")
         return ranked[self.labels[ranked] != self.predicted[ranked]][:count]
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image taken for something else."""
+    """A misclassified image."""
 
     pixels: np.ndarray  # uint8 (S, S, 3)
     path: str
@@ -56,7 +70,7 @@ class Mistake:
 
 
 def predict(model: nn.Module, batches: Batches, autocast: bool) -> Predictions:
-    """Run the network over a split. Batches hold the images in the order of the list and are padded with the label -1."""
+    """Run the network over a split. Batches keep the order of the list; padding rows have the label -1."""
     parts: list[tuple[Tensor, ...]] = []
     for images, labels in batches.epoch():
         parts.append(tuple(part.cpu() for part in image_results(scores_of(model, images, autocast), labels)))
@@ -64,14 +78,14 @@ def predict(model: nn.Module, batches: Batches, autocast: bool) -> Predictions:
 
 
 def scores_of(model: nn.Module, images: Tensor, autocast: bool) -> Tensor:
-    """Class scores (B, K), fp32, in the precision that the weights have or, with `autocast`, as training had it."""
+    """Return fp32 class scores (B, K), computed in the precision of the weights or, with `autocast`, in bf16."""
     context = torch.autocast(images.device.type, torch.bfloat16) if autocast else nullcontext()
     with torch.inference_mode(), context:
         return model(images.to(next(model.parameters()).dtype)).float()
 
 
 def load_images(dataset: Dataset, split: str, positions: np.ndarray, **source: Any) -> Tensor:
-    """The images at these positions of a split, as the network sees them: (N, 3, S, S)."""
+    """Return the images at these positions of a split, as the input of the network: (N, 3, S, S)."""
     from dali_pipeline import Batches
 
     few = replace(dataset, splits={split: dataset.splits[split].take(positions)})
@@ -82,7 +96,7 @@ def load_images(dataset: Dataset, split: str, positions: np.ndarray, **source: A
 
 
 def mistakes(found: Predictions, dataset: Dataset, split: str, count: int, **source: Any) -> list[Mistake]:
-    """The images that the network is most wrong about, the worst first."""
+    """Return the misclassified images of the highest loss, the highest first."""
     positions = found.worst(count)
     if not len(positions):
         return []
@@ -100,25 +114,43 @@ def mistakes(found: Predictions, dataset: Dataset, split: str, count: int, **sou
     ]
 
 
-def attention_maps(model: nn.Module, settings: ModelSettings, images: Tensor, autocast: bool) -> np.ndarray:
-    """How much the patches of each image are looked at in each block: (blocks, B, grid, grid), the mean of each map is 1.
+class NoAttention(RuntimeError):
+    """The attention of a network cannot be recorded; the message is a sentence for the report."""
 
-    For the architecture `vit`, whose tokens are known. It is the mean over the heads of what the class token looks at or, where
-    there is none, of what the patches look at.
+
+def attention_maps(model: nn.Module, settings: ModelSettings, images: Tensor, autocast: bool) -> np.ndarray:
+    """Return how much attention each patch receives in each block: (blocks, B, grid, grid), each map with a mean of 1.
+
+    This is for the architecture `vit`, whose token order is known. A map is the mean over the heads of the attention of
+    the CLS token or, without one, of all patches.
+
+    Raises:
+        NoAttention: a block does not call scaled_dot_product_attention once, or its tokens are not one per patch.
     """
-    if images.device.type == "cpu":  # in fp32, where attention is the one function that AttentionRecorder sees
+    if images.device.type == "cpu":  # bf16 on a CPU may use other kernels; in fp32 AttentionRecorder sees the function
         model, autocast = copy.deepcopy(model).float(), False
-    with AttentionRecorder() as looks:
+    with AttentionRecorder() as recorder:
         scores_of(model, images, autocast)
     grid, prefix = images.shape[-1] // settings.patch, POOLINGS[settings.pooling].num_prefix
-    patches = slice(prefix, prefix + grid**2)  # a class token stands before them, head tokens after them
+    weights, num_tokens = recorder.weights, prefix + grid**2
+    if len(weights) != settings.depth:
+        calls = f"{len(weights)} calls of torch.nn.functional.scaled_dot_product_attention in {settings.depth} blocks"
+        raise NoAttention(
+            f"No attention map: the attention '{settings.attention}' made {calls}; the report needs one per block."
+        )
+    if any(part.ndim != 4 or min(part.shape[-2:]) < num_tokens for part in weights):
+        raise NoAttention(
+            f"No attention map: the attention '{settings.attention}' does not have one token for each of the "
+            f"{grid} x {grid} patches."
+        )
+    patches = slice(prefix, num_tokens)  # the CLS token comes before them, head tokens after them
     queries = slice(0, 1) if prefix else patches
-    maps = torch.stack([weights[:, :, queries, patches].mean(dim=(1, 2)) for weights in looks.weights])
+    maps = torch.stack([part[:, :, queries, patches].mean(dim=(1, 2)) for part in weights])
     return (maps / maps.mean(dim=-1, keepdim=True)).unflatten(-1, (grid, grid)).cpu().numpy()
 
 
 class AttentionRecorder(TorchFunctionMode):
-    """While it is active: keeps the weights (B, H, T, T) of every scaled dot product attention that is computed."""
+    """While active, it records the weights (B, H, T, T) of every scaled dot-product attention that is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,10 +166,26 @@ class AttentionRecorder(TorchFunctionMode):
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """What scaled_dot_product_attention multiplies the values with: (B, H, T, T), rows sum to 1. `attn_mask` is true where a token may look."""
-    scores = (q.float() @ k.float().transpose(-2, -1)) * q.shape[-1] ** -0.5
+    """Return the weights that scaled_dot_product_attention multiplies the values with: (B, H, T, T), rows sum to 1.
+
+    The arguments are those of that function. A boolean `attn_mask` is true where attention is allowed; a float one is
+    added to the scores.
+    """
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
+    scores = (q.float() @ k.float().transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
+        is_allowed = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_allowed else scores + attn_mask
     return scores.softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Picture of what the machine did during a run: how busy GPUs and CPU were, and the memory they used."""
+"""Figure of the hardware utilization during a run: GPU and CPU load, and memory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.style import BLACK, COLOURS, GREY, finish, in_time_unit, make_figure, set_title
+from reports.style import BLACK, COLORS, GREY, finish, in_time_unit, make_figure, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_POINTS = 400  # more than that, and neighbouring samples are drawn as their mean within their range
-MOST_GPUS = 6  # more than that, and they are drawn as their mean within their range
+MAX_POINTS = 400  # with more samples, neighbors are drawn as their mean and range
+MAX_GPUS = 6  # with more GPUs, their mean and range are drawn
 
 
 def by_gpu(samples: list[list[float | None]]) -> np.ndarray:
-    """Samples of as many GPUs as there were: (samples, GPUs), NaN where a GPU did not say or was not there.
+    """Return the samples as an array (samples, GPUs), with NaN where a GPU reports nothing or is absent.
 
-    A run that was resumed on another machine has seen other numbers of GPUs.
+    The number of GPUs changes where a run is resumed on another machine.
     """
     gpus = np.full((len(samples), max(map(len, samples), default=0)), np.nan)
     for row, sample in zip(gpus, samples, strict=True):
@@ -26,8 +26,8 @@ def by_gpu(samples: list[list[float | None]]) -> np.ndarray:
     return gpus
 
 
-def utilisation(samples: list[dict[str, Any]], title: str) -> Figure:
-    """Busy time and memory over the time the run was running (stops are left out); one line a GPU.
+def utilization(samples: list[dict[str, Any]], title: str) -> Figure:
+    """Draw load and memory over the running time of the run, without the time when it was stopped; one line per GPU.
 
     Args:
         samples: lines of utilisation.jsonl, at least one.
@@ -40,23 +40,23 @@ def utilisation(samples: list[dict[str, Any]], title: str) -> Figure:
     )
     for axes, gpu_key, cpu_key, cpu in panels:
         gpus = by_gpu([sample[gpu_key] for sample in samples])
-        if gpus.size and gpus.shape[1] > MOST_GPUS:
-            _draw(axes, times, gpus, COLOURS[0], f"{gpus.shape[1]} GPUs, mean and range")
+        if gpus.size and gpus.shape[1] > MAX_GPUS:
+            _draw(axes, times, gpus, COLORS[0], f"{gpus.shape[1]} GPUs, mean and range")
         else:
             for i in range(gpus.shape[1] if gpus.size else 0):
-                _draw(axes, times, gpus[:, i : i + 1], COLOURS[i], f"GPU {i}")
+                _draw(axes, times, gpus[:, i : i + 1], COLORS[i], f"GPU {i}")
         _draw(
             axes,
             times,
             np.array([[sample[cpu_key]] for sample in samples], dtype=float),
-            GREY if gpus.size else COLOURS[0],
+            GREY if gpus.size else COLORS[0],
             cpu,
         )
     _draw(
         memory, times, np.array([[sample["process_ram_gib"]] for sample in samples]), BLACK, "RAM of the main process"
     )
-    finish(busy, ylabel="busy (%)", ylim=(0, 105))
-    finish(memory, ylabel="memory used (GiB)", xlabel=f"{unit} of running", xlim=(0, max(times) or 1))
+    finish(busy, ylabel="load (%)", ylim=(0, 105))
+    finish(memory, ylabel="memory used (GiB)", xlabel=f"running time ({unit})", xlim=(0, max(times) or 1))
     memory.set_ylim(0, 1.08 * memory.get_ylim()[1])
     for axes in (busy, memory):
         if legend := axes.get_legend():
@@ -66,23 +66,30 @@ def utilisation(samples: list[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _draw(axes: Any, times: list[float], values: np.ndarray, colour: str, label: str) -> None:
-    """The mean of `values` (samples, devices) over bins of time, and the range around it where there is one."""
+def _draw(axes: Any, times: list[float], values: np.ndarray, color: str, label: str) -> None:
+    """Draw the mean of `values` (samples, devices) over bins of time, and the range as a band."""
     x, mean, low, high = binned(np.array(times), values)
     if np.isnan(mean).all():
         return
-    front = colour != GREY
+    front = color != GREY
     axes.plot(
-        x, mean, color=colour, lw=1.5 if front else 1, label=label, marker="o" if len(x) == 1 else "", zorder=3 + front
+        x, mean, color=color, lw=1.5 if front else 1, label=label, marker="o" if len(x) == 1 else "", zorder=3 + front
     )
     if (high > low).any():
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0, zorder=1 + front)
+        axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0, zorder=1 + front)
 
 
 def binned(
-    times: np.ndarray, values: np.ndarray, most: int = MOST_POINTS
+    times: np.ndarray, values: np.ndarray, most: int = MAX_POINTS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Times, means, minima and maxima of at most `most` bins of neighbouring samples; `values` (samples, devices)."""
+    """Average neighboring samples into at most `most` bins.
+
+    Args:
+        values: (samples, devices), NaN where unknown.
+
+    Returns:
+        Mean time, mean, minimum and maximum of each bin.
+    """
     every = -(-len(times) // most)
     parts = [slice(i, i + every) for i in range(0, len(times), every)]
     known = [values[part][~np.isnan(values[part])] for part in parts]

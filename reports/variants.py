@@ -1,4 +1,4 @@
-"""Pictures of a comparison (compare.py): accuracy of every arm and seed, accuracy against cost, curves."""
+"""Pictures of a comparison (compare.py): paired differences, accuracy of every seed, accuracy against cost, curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.style import AMBER, BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, make_figure, set_title
+from reports.style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, make_figure, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,8 +14,53 @@ if TYPE_CHECKING:
 UNITS = {"parameters": "parameters (millions)"}
 
 
+def paired_differences(
+    differences: dict[str, dict[str, Any]], title: str, label: str, margin: float | None = None
+) -> Figure:
+    """Forest plot: one row per variant with mean, 95 % interval, every seed's paired difference, and the verdict.
+
+    Args:
+        differences: variant -> {"mean", "low", "high" (None for one seed), "seeds": one value per seed, "verdict",
+            "is_confirmed"}, all in points.
+        label: of the horizontal axis.
+        margin: half the width of the shaded band of equivalence; None for no band.
+    """
+    figure, ((axes,),) = make_figure(8, 1.6 + 0.5 * max(1, len(differences)))
+    if margin:
+        axes.axvspan(-margin, margin, color=GREY, alpha=0.15, lw=0, zorder=0)
+    axes.axvline(0, color=BLACK, lw=1, zorder=1)
+    for row, one in enumerate(differences.values()):
+        color = (GREEN if one["mean"] > 0 else ORANGE) if one["is_confirmed"] else BLUE
+        seeds = one["seeds"]
+        axes.plot(seeds, [row + 0.24] * len(seeds), ls="", marker="|", ms=8, mew=1.2, color=color, alpha=0.6)
+        if one["low"] is not None:
+            axes.plot([one["low"], one["high"]], [row - 0.05] * 2, color=color, lw=2.2, solid_capstyle="butt")
+        face = color if one["is_confirmed"] else "white"  # filled: confirmed; readable without color as well
+        axes.plot([one["mean"]], [row - 0.05], marker="D", ms=6.5, color=color, mfc=face, mew=1.5)
+        text = f"{one['mean']:+.2f}" + (f" ({one['low']:+.2f} to {one['high']:+.2f})" if one["low"] is not None else "")
+        axes.annotate(
+            f"{text}\n{one['verdict']}, n = {len(seeds)}",
+            (1.01, row),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+        )
+    axes.set_yticks(range(len(differences)), list(differences))
+    axes.set(
+        xlabel=f"{label}\ndiamond: mean, bar: 95 % interval, ticks: seeds", ylim=(max(1, len(differences)) - 0.5, -0.5)
+    )
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    set_title(figure, title)
+    return figure
+
+
 def variant_accuracy(accuracies: dict[str, list[float]], title: str, label: str) -> Figure:
-    """Every seed's accuracy as a dot, mean and standard deviation beside it, one row an arm; the first arm's mean as a line."""
+    """Plot every seed's accuracy as a dot next to mean and standard deviation, one row per variant.
+
+    The mean of the first variant is a vertical line.
+    """
     figure, ((axes,),) = make_figure(8, 1.4 + 0.42 * len(accuracies))
     for row, values in enumerate(accuracies.values()):
         color = BLACK if row == 0 else BLUE
@@ -33,22 +78,26 @@ def variant_accuracy(accuracies: dict[str, list[float]], title: str, label: str)
     if accuracies:
         axes.axvline(np.mean(next(iter(accuracies.values()))), color=BLACK, lw=0.8, ls=":", zorder=0)
     axes.set_yticks(range(len(accuracies)), list(accuracies))
-    axes.set(xlabel=f"{label}: dots are seeds, diamonds their mean ± sd", ylim=(len(accuracies) - 0.5, -0.5))
+    axes.set(xlabel=f"{label}; dots: seeds, diamonds: mean ± sd", ylim=(len(accuracies) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     set_title(figure, title)
     return figure
 
 
-def accuracy_against(arms: dict[str, dict[str, Any]], title: str, label: str) -> Figure:
-    """Mean accuracy (± sd) against each cost. `arms`: name -> {"accuracy": every seed's, and each cost by its name}."""
-    costs = [cost for cost in next(iter(arms.values()), {"accuracy": [], "cost": 0}) if cost != "accuracy"]
+def accuracy_against(variants: dict[str, dict[str, Any]], title: str, label: str) -> Figure:
+    """Plot mean accuracy (± sd) against each cost, one panel per cost.
+
+    Args:
+        variants: variant -> {"accuracy": one value per seed, and each cost by its name}.
+    """
+    costs = [cost for cost in next(iter(variants.values()), {"accuracy": [], "cost": 0}) if cost != "accuracy"]
     figure, panels = make_figure(4 * len(costs) + 2, 4.2, 1, len(costs), sharey=True)
     for axes, cost in zip(panels[0], costs, strict=True):
-        for (name, arm), (color, marker) in zip(arms.items(), _styles(), strict=False):
-            sd = np.std(arm["accuracy"], ddof=1) if len(arm["accuracy"]) > 1 else None
+        for (name, variant), (color, marker) in zip(variants.items(), _styles(), strict=False):
+            sd = np.std(variant["accuracy"], ddof=1) if len(variant["accuracy"]) > 1 else None
             axes.errorbar(
-                arm[cost],
-                np.mean(arm["accuracy"]),
+                variant[cost],
+                np.mean(variant["accuracy"]),
                 yerr=sd,
                 color=color,
                 marker=marker,
@@ -58,21 +107,22 @@ def accuracy_against(arms: dict[str, dict[str, Any]], title: str, label: str) ->
                 label=name,
                 mec="white",
             )
-        low, high = (limit((arm[cost] for arm in arms.values()), default=1.0) for limit in (min, max))
-        spare = max(0.12 * (high - low), (0.3 * high - (high - low)) / 2)  # costs that are nearly equal should look so
+        low, high = (limit((one[cost] for one in variants.values()), default=1.0) for limit in (min, max))
+        spare = max(0.12 * (high - low), (0.3 * high - (high - low)) / 2)  # nearly equal costs are drawn close together
         axes.set(xlabel=UNITS.get(cost, cost), xlim=(low - spare, high + spare))
         axes.grid(alpha=0.3)
     panels[0, 0].set(ylabel=label)
-    if arms:
+    if variants:
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     set_title(figure, title)
     return figure
 
 
 def variant_curves(curves: dict[str, tuple[list[float], list[list[float]]]], title: str, label: str) -> Figure:
-    """Accuracy over the epochs: a panel for each arm, mean and ± sd of its seeds, with the first arm in black beside it.
+    """Plot accuracy over epochs, one panel per variant: mean ± sd over seeds, with the first variant in black.
 
-    `curves`: arm -> epochs, and the accuracies there, one list a seed.
+    Args:
+        curves: variant -> epochs, and the accuracies at them, one list per seed.
     """
     others = list(curves.items())[1:] or list(curves.items())
     columns = min(4, max(1, len(others)))
@@ -82,9 +132,10 @@ def variant_curves(curves: dict[str, tuple[list[float], list[list[float]]]], tit
         axes.set_axis_off()
     for axes, (name, curve) in zip(panels.flat, others, strict=False):
         first = next(iter(curves))
-        for arm, (epochs, values), color in ((first, curves[first], BLACK), (name, curve, BLUE)):
-            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=1) if len(values) > 1 else 0.0
-            axes.plot(epochs, mean, color=color, label=arm, marker="." if len(epochs) < 20 else "")
+        for variant, (epochs, values), color in ((first, curves[first], BLACK), (name, curve, BLUE)):
+            mean = np.mean(values, axis=0)
+            sd = np.std(values, axis=0, ddof=1) if len(values) > 1 else 0.0
+            axes.plot(epochs, mean, color=color, label=variant, marker="." if len(epochs) < 20 else "")
             axes.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
@@ -97,8 +148,36 @@ def variant_curves(curves: dict[str, tuple[list[float], list[list[float]]]], tit
     return figure
 
 
+def curves_by_cost(variants: dict[str, dict[str, Any]], title: str, label: str) -> Figure:
+    """Plot accuracy over what training has cost, all variants in one panel per cost: mean and ± sd over seeds.
+
+    Args:
+        variants: variant -> {"accuracy": a list per seed, and each cost by its name: its value at each evaluation}.
+    """
+    costs = [cost for cost in next(iter(variants.values()), {}) if cost != "accuracy"] or ["cost"]
+    columns = min(2, len(costs))
+    rows = -(-len(costs) // columns)
+    figure, panels = make_figure(4.2 * columns + 2, 3 * rows + 1, rows, columns, sharey=True)
+    for axes, cost in zip(panels.flat, costs, strict=False):
+        for (name, variant), (color, marker) in zip(variants.items(), _styles(), strict=False):
+            values = variant["accuracy"]
+            mean = np.mean(values, axis=0)
+            sd = np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
+            axes.plot(
+                variant[cost], mean, color=color, label=name, lw=1.3, marker=marker if len(mean) < 20 else "", ms=4
+            )
+            axes.fill_between(variant[cost], mean - sd, mean + sd, color=color, alpha=0.15, lw=0)
+        axes.set(xlabel=cost)
+        axes.grid(alpha=0.3)
+    if variants:
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.supylabel(label, fontsize=10)
+    set_title(figure, title)
+    return figure
+
+
 def _styles() -> list[tuple[str, str]]:
-    """A colour and a marker for each arm; the first is black."""
+    """A color and a marker for each variant; the first is black."""
     return [(BLACK, "D")] + [
         (color, marker) for marker in "os^vP" for color in (BLUE, ORANGE, GREEN, SKY, PURPLE, AMBER)
     ]

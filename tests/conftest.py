@@ -1,4 +1,4 @@
-"""What tests share: a small drawn dataset, a tiny network's preset, and one run that was never interrupted."""
+"""Shared fixtures: a small generated dataset, the preset of a tiny network, and one uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,8 +28,17 @@ LONGEST = (
 )
 
 
+def pytest_configure() -> None:
+    """Handle SIGINT even where the test runner was started in the background, where shells make it ignored.
+
+    Programs inherit an ignored signal, and bash cannot trap one.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files first: none of them is left to one worker alone at the end."""
+    """Run the longest files first, so that no worker is left with one at the end."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
@@ -63,13 +72,13 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def training(shapes, tiny, runs) -> list:
-    """The arguments of train.py that every run of the tests has."""
+    """The common arguments of train.py."""
     return ["--preset", tiny, "--data-dir", shapes, "--runs-dir", runs]
 
 
 @pytest.fixture(scope="session")
 def unbroken(training, runs) -> RunFolder:
-    """A finished run of all epochs, in one process, which nothing disturbed. Not to be changed: copy it."""
+    """A finished, uninterrupted run of all epochs in one process. Copy it instead of changing it."""
     programs.run("train.py", *training, "--name", "unbroken")
     return RunFolder(runs / "unbroken")
 
@@ -95,7 +104,7 @@ def zipped(tree, tmp_path) -> Path:
 
 @pytest.fixture
 def signals():
-    """Undo what StopSignal does to this process."""
+    """Restore the signal handlers that StopSignal replaces."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in kept.items():
@@ -105,7 +114,7 @@ def signals():
 @pytest.fixture
 def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
     """Write an experiment file and call compare.py on it; returns exit code, output and errors."""
-    from comparisons import ARMS, COMMON
+    from comparisons import COMMON, VARIANTS
 
     import compare
     from config.command_line import run_cli
@@ -113,7 +122,7 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
     (tmp_path / "tiny.toml").write_text(tiny.read_text())
     monkeypatch.chdir(tmp_path)
 
-    def ask(text: str = COMMON + ARMS, *words: str):
+    def ask(text: str = COMMON + VARIANTS, *words: str):
         (tmp_path / "gates.toml").write_text(text)
         monkeypatch.setattr(
             sys,
@@ -139,7 +148,7 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
 
 @pytest.fixture
 def invented(monkeypatch):
-    """Runs of compare.py that are written instead of made."""
+    """Runs of compare.py that are written instead of trained."""
     from comparisons import Invented
 
     import compare

@@ -1,4 +1,4 @@
-"""compare.py: the questions, what is refused before anything runs, and which runs are made, reused and stopped."""
+"""compare.py: experiment files, errors before the first run, and which runs are made, reused and stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from comparisons import ARMS, COMMON, report
+from comparisons import COMMON, VARIANTS, report
 from torch import nn
 
 import compare
@@ -15,41 +15,40 @@ from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from common.text import last_error
 from comparison.experiment import read
+from comparison.matching import match_sizes
 from comparison.run_queue import PlannedRun, run_all
+from comparison.significance import seeds_needed
 from comparison.time_budget import steps_for
 from comparison.variant_costs import costs
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder
 
-QUESTIONS = sorted((PROJECT / "experiments").glob("*.toml"))
+EXPERIMENTS = sorted((PROJECT / "experiments").glob("*.toml"))
 
 
-# --- the questions that come with the project ---------------------------------------------------------------------
+# --- experiment files of the project ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
-@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
-def test_every_question_can_be_asked_at_both_sizes(path, size):
-    experiment = read(path, size)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_can_be_planned_at_both_sizes(path, size):
+    experiment = match_sizes(read(path, size), num_classes=100, image_side=32)
     found = costs(experiment, num_classes=100, image_side=32)
     assert len(found) == len(experiment.variants) and all(cost.parameters > 0 and cost.flops > 0 for cost in found)
-    if size == "full":  # the first system's network, and seeds that can show something
-        assert all(
-            cost.parameters == 4_417_608
-            for arm, cost in zip(experiment.variants, found, strict=True)
-            if arm.name == "mlp"
-        )
-        assert compare.power_note(experiment.seeds, len(experiment.variants)) is None
+    if size == "full":  # the first system's network, and enough seeds to confirm something
+        for variant, cost in zip(experiment.variants, found, strict=True):
+            assert variant.name != "mlp" or cost.parameters == 4_417_608
+        assert experiment.seeds >= seeds_needed(len(experiment.variants) - 1)
 
 
-def test_all_eight_ideas_are_in_one_question():
-    arms = {arm.name for arm in read(PROJECT / "experiments" / "eight-ideas.toml").variants}
-    ideas = [path for path in QUESTIONS if "recipe" not in path.name]
-    others = {arm.name for path in ideas for arm in read(path).variants} - {"fff-mask"}  # which is fff
-    assert len(ideas) == 9 and arms == others
+def test_all_eight_ideas_are_in_one_experiment():
+    variants = {variant.name for variant in read(PROJECT / "experiments" / "eight-ideas.toml").variants}
+    ideas = [path for path in EXPERIMENTS if "recipe" not in path.name]
+    others = {variant.name for path in ideas for variant in read(path).variants} - {"fff-mask"}  # which is fff
+    assert len(ideas) == 9 and variants == others
 
 
-def test_flops_are_those_of_the_products():
+def test_flops_are_those_of_the_matrix_products():
     """An MLP's hidden neuron costs one product in and one out for each of the 64 tokens, each C multiply-adds of 2."""
     experiment = read(PROJECT / "experiments" / "hidden-size.toml", "small")
     usual, small = costs(experiment, 100, 32)
@@ -57,39 +56,64 @@ def test_flops_are_those_of_the_products():
     assert usual.parameters - small.parameters == 2 * (4 * 128 - 256) * (2 * 128 + 1)
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
+# --- bad experiment files ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (COMMON + ARMS.replace("geglu", "gegul"), "arm 'gated': unknown feed-forward 'gegul'; did you mean 'geglu'?"),
         (
-            COMMON + ARMS.replace("hidden", "hiden"),
-            "arm 'gated': feed_forward=geglu: unknown option 'hiden'; did you mean 'hidden'?",
+            COMMON + VARIANTS.replace("geglu", "gegul"),
+            "variant 'gated': unknown feed-forward 'gegul'; did you mean 'geglu'?",
         ),
         (
-            COMMON + ARMS.replace("model.feed_forward =", "model.feedforward ="),
-            "gates.toml, arm 'gated': unknown setting 'model.feedforward'",
+            COMMON + VARIANTS.replace("hidden", "hiden"),
+            "variant 'gated': feed_forward=geglu: unknown option 'hiden'; did you mean 'hidden'?",
         ),
-        (COMMON + "model.widht = 3\n" + ARMS, "arm 'plain': unknown setting 'model.widht'"),
-        (COMMON + ARMS.replace("32", '"32"'), "arm 'gated': feed_forward=geglu: option hidden must be of type int"),
-        (COMMON + "epochs = 3\n" + ARMS, "give exactly one budget (epochs, steps, seconds), not epochs and steps"),
-        (COMMON.replace("steps = 6", "") + ARMS, "give exactly one budget (epochs, steps, seconds), not none"),
-        (COMMON.replace("6", "0") + ARMS, "steps must be a whole number above 0, not 0"),
-        (COMMON + ARMS + "epochs = 3\n", "arm 'gated': epochs is the same for all arms"),
-        (COMMON + ARMS.replace("gated", "plain"), "every arm needs a name of its own"),
-        (COMMON + ARMS.replace('"gated"', '"a/b"'), "not 'a/b'"),
-        (COMMON + ARMS[: ARMS.index("model")], "the arms 'plain' and 'gated' have the same settings"),
-        (COMMON + ARMS[: ARMS.rindex("[[")], "a comparison needs at least two [[arms]]"),
-        (COMMON + ARMS.replace('idea = "A gate."', ""), "arm 'gated': say in one sentence what the idea is"),
-        (COMMON + "hold_out = 0.0\n" + ARMS, "hold_out=0 leaves nothing to compare arms on"),
-        (COMMON.replace("seeds = 2", "seeds = 21") + ARMS, "seeds must lie between 1 and 20, not 21"),
-        (COMMON.replace("tiny.toml", "tinny") + ARMS, "unknown preset 'tinny'"),
-        (COMMON + 'schedule.shape = "cosin"\n' + ARMS, "arm 'plain': unknown schedule.shape 'cosin'"),
-        (COMMON + "train_batch_size = 512\n" + ARMS, "train_batch_size=512 is more than the 270 training images"),
-        (COMMON + ARMS + "[sizes.small]\narms.gatd.model.width = 3\n", "unknown arm 'gatd'; did you mean 'gated'?"),
+        (
+            COMMON + VARIANTS.replace("model.feed_forward =", "model.feedforward ="),
+            "gates.toml, variant 'gated': unknown setting 'model.feedforward'",
+        ),
+        (COMMON + "model.widht = 3\n" + VARIANTS, "variant 'plain': unknown setting 'model.widht'"),
+        (
+            COMMON + VARIANTS.replace("32", '"32"'),
+            "variant 'gated': feed_forward=geglu: option hidden must be of type int",
+        ),
+        (COMMON + "epochs = 3\n" + VARIANTS, "give exactly one budget (epochs, steps, seconds), not epochs and steps"),
+        (COMMON.replace("steps = 6", "") + VARIANTS, "give exactly one budget (epochs, steps, seconds), not none"),
+        (COMMON.replace("6", "0") + VARIANTS, "steps must be a whole number above 0, not 0"),
+        (COMMON + VARIANTS + "epochs = 3\n", "variant 'gated': epochs is the same for all variants"),
+        (
+            COMMON + VARIANTS.replace("gated", "plain"),
+            "every variant needs its own name of letters, digits, '.', '_' and '-', not 'plain'",
+        ),
+        (COMMON + VARIANTS.replace('"gated"', '"a/b"'), "not 'a/b'"),
+        (COMMON + VARIANTS[: VARIANTS.index("model")], "the variants 'plain' and 'gated' have the same settings"),
+        (COMMON + VARIANTS[: VARIANTS.rindex("[[")], "a comparison needs at least two [[variants]]"),
+        (COMMON + VARIANTS.replace('idea = "A gate."', ""), "variant 'gated': state the idea in one sentence"),
+        (COMMON + "hold_out = 0.0\n" + VARIANTS, "hold_out=0 leaves no validation split to compare variants on"),
+        (COMMON.replace("seeds = 2", "seeds = 0") + VARIANTS, "seeds must lie between 1 and 1000, not 0"),
+        (COMMON.replace("tiny.toml", "tinny") + VARIANTS, "unknown preset 'tinny'"),
+        (COMMON + 'schedule.shape = "cosin"\n' + VARIANTS, "variant 'plain': unknown schedule.shape 'cosin'"),
+        (COMMON + "train_batch_size = 512\n" + VARIANTS, "train_batch_size=512 is more than the 270 training images"),
+        (
+            COMMON + VARIANTS + "[sizes.small]\nvariants.gatd.model.width = 3\n",
+            "unknown variant 'gatd'; did you mean 'gated'?",
+        ),
         ("experiment = ", "gates.toml is not valid TOML"),
+        ("sizes = 3\n" + COMMON + VARIANTS, "[sizes] must be a table, not 3"),
+        ("variants = [1, 2]\n" + COMMON, "each of [[variants]] must be a table, not 1"),
+        (COMMON + VARIANTS.replace('"gated"', "{ a = 1 }"), "not {'a': 1}"),
+        (COMMON + VARIANTS + "[sizes.small]\nvariants.gated = 3\n", "variants.gated of a size must be a table, not 3"),
+        (COMMON + "arms = []\n" + VARIANTS, "[[arms]] is the former name of variants; use one of the two names"),
+        (COMMON.replace("steps = 6", "seconds = inf") + VARIANTS, "seconds must be a number above 0, not inf"),
+        (COMMON + "model.dropout = nan\n" + VARIANTS, "model.dropout must be a finite number, not nan"),
+        (COMMON + 'match = "parameter"\n' + VARIANTS, "unknown match 'parameter'; did you mean 'parameters'?"),
+        (COMMON + 'match = "seconds"\n' + VARIANTS, 'match = "seconds" is a budget; use seconds = N'),
+        (COMMON + VARIANTS + 'match = "flops"\n', "variant 'gated': match must be \"none\" here"),
+        (COMMON + "margin = -1\n" + VARIANTS, "margin must be a number of points between 0 and 100, not -1"),
+        (COMMON + 'margin = "1"\n' + VARIANTS, "margin cannot be '1'"),
+        (COMMON.replace('question = "Is a gate better?"', "") + VARIANTS, "question is missing"),
     ],
 )
 def test_a_mistake_ends_everything_before_the_first_run(ask, invented, tmp_path, text, sentence):
@@ -101,9 +125,9 @@ def test_a_mistake_ends_everything_before_the_first_run(ask, invented, tmp_path,
 def test_a_size_that_is_not_there_is_named(ask, invented):
     assert (
         "unknown size 'ful'; did you mean 'full'?"
-        in ask(COMMON + ARMS + "[sizes.full]\nseeds = 3\n", "--size", "ful")[2]
+        in ask(COMMON + VARIANTS + "[sizes.full]\nseeds = 3\n", "--size", "ful")[2]
     )
-    assert "it has no table [sizes]" in ask(COMMON + ARMS, "--size", "full")[2]
+    assert "it has no table [sizes]" in ask(COMMON + VARIANTS, "--size", "full")[2]
 
 
 def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypatch):
@@ -118,81 +142,84 @@ def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypa
 
     monkeypatch.setitem(feedforward.FEED_FORWARDS, "broken", Broken)
     code, _, err = ask(
-        COMMON + ARMS.replace('"geglu"', '"broken"').replace("model.feed_forward_options.hidden = 32", "")
+        COMMON + VARIANTS.replace('"geglu"', '"broken"').replace("model.feed_forward_options.hidden = 32", "")
     )
-    assert code == 1 and "arm 'gated' cannot be built: RuntimeError" in err and not invented.started
+    assert code == 1 and "variant 'gated' cannot be built: RuntimeError" in err and not invented.started
 
 
-# --- which runs are made ------------------------------------------------------------------------------------------
+# --- runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_prints_the_plan_and_makes_nothing(ask, invented, tmp_path):
-    code, out, _ = ask(COMMON + ARMS, "--dry-run")
+def test_a_dry_run_prints_the_plan_and_runs_nothing(ask, invented, tmp_path):
+    code, out, _ = ask(COMMON + VARIANTS, "--dry-run")
     assert code == 0 and not invented.started and not (tmp_path / "runs").exists()
-    assert (
-        "2 arms x 2 seeds, 6 steps each" in out
-        and "A gate." in out
-        and "with 2 seeds no arm can be called better or worse" in out
-    )
+    assert "2 variants x 2 seeds, 6 steps each" in out and "A gate." in out
+    assert "2 seeds cannot confirm any difference: p stays at or above 0.5 (1 comparison, Holm)" in out
+    assert "Use at least 6 seeds (--seeds 6)" in out
     assert sorted(re.findall(r"(\S+-seed\d): new", out)) == ["gated-seed0", "gated-seed1", "plain-seed0", "plain-seed1"]
     assert "./launch_local_train.sh --preset" in out
 
 
 def test_a_plan_needs_no_dataset(ask, invented, tmp_path):
-    code, out, _ = ask(COMMON + ARMS, "--dry-run", "--data-dir", str(tmp_path / "none"))
+    code, out, _ = ask(COMMON + VARIANTS, "--dry-run", "--data-dir", str(tmp_path / "none"))
     assert code == 0 and "is not prepared yet" in out and not (tmp_path / "none").exists()
 
 
 def test_the_order_is_random_and_the_same_every_time(ask, invented):
-    order = [re.findall(r"(\S+-seed\d+): new", ask(COMMON + ARMS, "--dry-run", "--seeds", "12")[1]) for _ in range(2)]
+    order = [
+        re.findall(r"(\S+-seed\d+): new", ask(COMMON + VARIANTS, "--dry-run", "--seeds", "12")[1]) for _ in range(2)
+    ]
     assert order[0] == order[1] and order[0] != sorted(order[0]) and len(set(order[0])) == 24
 
 
-def test_finished_runs_are_reused_and_unfinished_ones_go_on(ask, invented, tmp_path):
+def test_finished_runs_are_reused_and_unfinished_ones_resumed(ask, invented, tmp_path):
     assert ask()[0] == 0 and len(invented.started) == 4
     newest = RunFolder(tmp_path / "runs" / "gates" / "gated-seed1").newest_checkpoint()
     newest.rename(newest.with_name("step-00000003"))
     invented.started.clear()
-    code, out, _ = ask(COMMON + ARMS, "--seeds", "3")
-    assert code == 0 and "3 of 6 runs are finished already" in out
+    code, out, _ = ask(COMMON + VARIANTS, "--seeds", "3")
+    assert code == 0 and "3 of 6 runs are already finished" in out
     assert sorted(invented.started) == ["gated-seed1", "gated-seed2", "plain-seed2"]
     invented.started.clear()
-    assert ask(COMMON + ARMS, "--report-only")[0] == 0 and not invented.started
+    assert ask(COMMON + VARIANTS, "--report-only")[0] == 0 and not invented.started
 
 
 def test_shards_make_every_run_once_and_the_last_one_reports(ask, invented, tmp_path):
     def runs_of(i, count):
         return re.findall(
-            r"(\S+-seed\d): new", ask(COMMON + ARMS, "--seeds", "4", "--shard", f"{i}/{count}", "--dry-run")[1]
+            r"(\S+-seed\d): new", ask(COMMON + VARIANTS, "--seeds", "4", "--shard", f"{i}/{count}", "--dry-run")[1]
         )
 
-    for i in (1, 2):  # on two machines of different speeds, both arms on each
+    for i in (1, 2):  # on two machines of different speeds, both variants on each
         assert sorted(name[:5] for name in runs_of(i, 2)) == ["gated", "gated", "plain", "plain"]
     planned = [runs_of(i, 3) for i in (1, 2, 3)]
     assert [len(names) for names in planned] == [3, 3, 2]
     for i, left in ((3, 6), (1, 3)):
-        code, out, _ = ask(COMMON + ARMS, "--seeds", "4", "--shard", f"{i}/3")
-        assert code == 0 and f"{left} run(s) of others are not" in out
+        code, out, _ = ask(COMMON + VARIANTS, "--seeds", "4", "--shard", f"{i}/3")
+        assert code == 0 and f"{left} run(s) of other shards are not" in out
     assert invented.started == planned[2] + planned[0] and not (tmp_path / "results").exists()
-    assert ask(COMMON + ARMS, "--seeds", "4", "--shard", "2/3")[0] == 0
+    assert ask(COMMON + VARIANTS, "--seeds", "4", "--shard", "2/3")[0] == 0
     assert sorted(invented.started) == sorted(planned[0] + planned[1] + planned[2]) and len(set(invented.started)) == 8
     assert report(tmp_path)[1]["missing"] == {}
 
 
 def test_a_shard_names_its_failures_and_a_budget_in_seconds_is_not_shared(ask, invented, tmp_path):
     invented.fails["gated"] = "error: the loss is nan"
-    codes = [ask(COMMON + ARMS, "--shard", f"{i}/2") for i in (1, 2)]
+    codes = [ask(COMMON + VARIANTS, "--shard", f"{i}/2") for i in (1, 2)]
     assert any(code == 1 and "missing: gated-seed" in err for code, _, err in codes) and len(invented.started) == 4
-    assert "speeds must be measured" in ask(COMMON.replace("steps = 6", "seconds = 60") + ARMS, "--shard", "1/2")[2]
+    assert (
+        "one machine must measure the speeds"
+        in ask(COMMON.replace("steps = 6", "seconds = 60") + VARIANTS, "--shard", "1/2")[2]
+    )
     for wrong in ("3/2", "0/2", "1", "1/0"):
         with pytest.raises(SystemExit):
-            ask(COMMON + ARMS, "--shard", wrong)
+            ask(COMMON + VARIANTS, "--shard", wrong)
 
 
 def test_runs_of_other_settings_are_refused_or_set_aside(ask, invented, tmp_path):
     ask()
     invented.started.clear()
-    changed = COMMON + ARMS.replace("32", "40")
+    changed = COMMON + VARIANTS.replace("32", "40")
     code, _, err = ask(changed)
     assert code == 1 and not invented.started
     assert (
@@ -207,16 +234,27 @@ def test_runs_of_other_settings_are_refused_or_set_aside(ask, invented, tmp_path
     )
 
 
-def test_a_failing_arm_does_not_end_the_rest_and_is_reported(ask, invented, tmp_path):
-    invented.fails["gated"] = "error: the loss is nan at optimiser step 3; see /srv/somewhere/else/run.json"
+def test_a_failing_variant_does_not_end_the_others_and_is_reported(ask, invented, tmp_path):
+    invented.fails["gated"] = "error: the loss is nan at optimizer step 3; see /srv/somewhere/else/run.json"
     code, out, err = ask()
     assert code == 1 and len(invented.started) == 4 and "[4/4]" in out
     text, data = report(tmp_path)
-    reason = "error: the loss is nan at optimiser step 3; see run.json"
+    reason = "error: the loss is nan at optimizer step 3; see run.json"
     assert data["missing"] == {"gated-seed0": reason, "gated-seed1": reason} and reason in text
-    assert f"missing: gated-seed0: {reason}" in err and "cannot be compared: it shares no finished seed" in text
+    assert f"missing: gated-seed0: {reason}" in err and "cannot be compared, since it shares no finished seed" in text
     invented.fails.clear()
     assert ask()[0] == 0 and report(tmp_path)[1]["missing"] == {}
+
+
+def test_files_with_the_former_key_arms_are_read(ask, invented, tmp_path):
+    text = (
+        COMMON
+        + VARIANTS.replace("variants", "arms")
+        + "[sizes.small]\narms.gated.model.feed_forward_options.hidden = 33\n"
+    )
+    assert ask(text, "--dry-run")[0] == 0
+    _, gated = read(tmp_path / "gates.toml").variants
+    assert gated.name == "gated" and gated.settings.model.feed_forward_options == {"hidden": 33}
 
 
 def test_a_comparison_that_is_stopped_stops_its_runs_and_starts_no_more(tmp_path, signals):
@@ -242,6 +280,44 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_starts_no_more(tmp_path
     assert [child.told for child in children] == [1, 1]
 
 
+def test_an_override_that_would_not_be_used_is_refused(ask, invented):
+    for text, instead in (("epochs=7", "set epochs in the experiment file"), ("seeds=9", "use --seeds")):
+        code, _, err = ask(COMMON + VARIANTS, "--set", text)
+        assert code == 1 and f"--set {text} has no effect on a comparison; {instead}" in err and not invented.started
+
+
+def test_code_that_changes_between_two_seeds_is_refused_or_redone(ask, invented, monkeypatch, tmp_path):
+    """A variant never has runs of two versions of the source; an edit after all runs is no reason to run them again."""
+    assert ask()[0] == 0
+    for name in ("gated-seed0", "plain-seed1"):
+        folder = RunFolder(tmp_path / "runs" / "gates" / name)
+        facts = folder.facts()
+        facts["code"]["files"]["models/feed_forward.py"] = "another"
+        folder.create(facts)
+        invented.started.clear()
+        code, _, err = ask(COMMON + VARIANTS, "--seeds", "3")
+        assert code == 1 and not invented.started and err.count("\n") == 1
+        assert f"'models/feed_forward.py' changed after {name} was started" in err and "--redo-changed" in err
+        code, _, err = ask(COMMON + VARIANTS, "--report-only")
+        assert code == 1 and "mixes two versions of the source code" in err and "'models/feed_forward.py'" in err
+        assert ask(COMMON + VARIANTS, "--redo-changed")[0] == 0 and invented.started == [name]
+    monkeypatch.setattr("records.provenance.digest_of", lambda path: "edited later")
+    invented.started.clear()
+    assert ask()[0] == 0 and not invented.started
+    code, _, err = ask(COMMON + VARIANTS, "--seeds", "3")
+    assert code == 1 and "changed after" in err
+
+
+def test_runs_that_do_not_record_their_source_are_not_mixed_with_new_ones(ask, invented, tmp_path):
+    assert ask()[0] == 0
+    for name in ("gated-seed0", "gated-seed1", "plain-seed0", "plain-seed1"):
+        folder = RunFolder(tmp_path / "runs" / "gates" / name)
+        folder.create({key: value for key, value in folder.facts().items() if key != "code"})
+    assert ask(COMMON + VARIANTS, "--report-only")[0] == 0 and ask()[0] == 0
+    code, _, err = ask(COMMON + VARIANTS, "--seeds", "3")
+    assert code == 1 and "does not record its source" in err
+
+
 @pytest.mark.parametrize(
     ("log", "line"),
     [
@@ -255,19 +331,20 @@ def test_the_last_error_of_a_log(log, line):
     assert last_error(log) == line
 
 
-def test_a_budget_in_seconds_becomes_steps_for_each_arm(ask, invented, tmp_path):
+def test_a_budget_in_seconds_becomes_steps_for_each_variant(ask, invented, tmp_path):
     assert steps_for(60, (20, 3.0), (120, 8.0)) == round((60 - 2) / 0.05)  # 2 s to start, then 0.05 s a step
     invented.speed = {"gated": 500.0, "plain": 2000.0}
-    text = COMMON.replace("steps = 6", "seconds = 60") + ARMS
-    assert "speed is measured first" in ask(text, "--dry-run")[1] and not invented.started
+    text = COMMON.replace("steps = 6", "seconds = 60") + VARIANTS
+    assert "the speed of each variant is measured first" in ask(text, "--dry-run")[1] and not invented.started
     assert ask(text)[0] == 0
     steps = {
-        arm: RunFolder(tmp_path / "runs" / "gates" / f"{arm}-seed1").facts()["max_steps"] for arm in ("plain", "gated")
+        name: RunFolder(tmp_path / "runs" / "gates" / f"{name}-seed1").facts()["max_steps"]
+        for name in ("plain", "gated")
     }
     assert steps == {"plain": round(59.5 * 2000 / 64), "gated": round(59.5 * 500 / 64)}
     text, data = report(tmp_path)
-    assert all(arm["unequal"] == [] for arm in data["arms"].values()) and "60 seconds" in text
-    assert ask(COMMON.replace("steps = 6", "seconds = 60") + ARMS, "--report-only")[0] == 0
+    assert all(variant["unequal"] == [] for variant in data["arms"].values()) and "60 seconds" in text
+    assert ask(COMMON.replace("steps = 6", "seconds = 60") + VARIANTS, "--report-only")[0] == 0
 
 
 def test_a_budget_in_seconds_that_was_missed_is_named(ask, invented, monkeypatch, tmp_path):
@@ -277,5 +354,5 @@ def test_a_budget_in_seconds_that_was_missed_is_named(ask, invented, monkeypatch
         return invented(task, environment)
 
     monkeypatch.setattr(compare, "launch", slower)
-    assert ask(COMMON.replace("steps = 6", "seconds = 60") + ARMS)[0] == 0
+    assert ask(COMMON.replace("steps = 6", "seconds = 60") + VARIANTS)[0] == 0
     assert report(tmp_path)[1]["arms"]["gated"]["unequal"] == ["training seconds: 86 on average instead of 60"]

@@ -1,4 +1,7 @@
-"""Batches: exact order, exact counts, the same batch after any jump, on every source. Run: python -m pytest tests/test_dali_pipeline.py"""
+"""Batches of every source: exact order, exact counts, and the same batch after any jump.
+
+Run: python -m pytest tests/test_dali_pipeline.py
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from common.errors import DatasetError, SettingsError
 from config.settings import AugmentationSettings
 from dali_pipeline import Batches
 from image_data.augmentation import epoch_order
+from image_data.batch_plan import BatchIndex
 from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
 from tools.preview_augmentation import preview
@@ -32,13 +36,13 @@ def dataset(tmp_path_factory) -> Dataset:
 
 
 def fake(dataset: Dataset, num_images: int) -> Dataset:
-    """A dataset whose test split has `num_images` images, all from the same few rows."""
+    """Return a dataset whose test split has `num_images` images, taken from a few rows."""
     test = dataset.splits["test"]
     return replace(dataset, splits={**dataset.splits, "test": test.take(np.arange(num_images) % len(test))})
 
 
 def pixels(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
-    """Normalised images back to 0..255."""
+    """Convert normalized images to 0..255."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
     return (images * std + mean) * 255
 
@@ -55,7 +59,7 @@ def same(a: list, b: list) -> bool:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_evaluation_pixels_equal_pillow(dataset, source):
-    """Normalisation is all that happens: the pixels are those that Pillow decodes, in the order of the list."""
+    """Evaluation only normalizes: the pixels are those of Pillow, in the order of the list."""
     images = torch.cat([images for images, _ in Batches(dataset, "test", 32, source=source).epoch()])
     expected = [np.asarray(Image.open(dataset.root / path).convert("RGB")) for path in dataset.splits["test"].paths]
     expected = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
@@ -91,7 +95,7 @@ def test_ten_thousand_test_images_are_counted_exactly(dataset, num_images, num_s
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
 def test_an_epoch_shows_each_image_at_most_once_in_one_order(dataset, num_shards):
-    """PerParameterSharding, the shards give the order of a single shard; the images are told apart by their pixels."""
+    """Interleaved, the batches of all shards are those of a single shard; images are identified by their pixels."""
     plain = AugmentationSettings(crop_padding=0, flip=0.0)
     micro = 24 // num_shards
     shards = [
@@ -118,7 +122,7 @@ def test_the_order_depends_on_seed_and_epoch(dataset):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_any_batch_can_be_asked_for(dataset, source):
-    """A pipeline that starts at a batch, or jumps to it, gives the bits that one that read everything gives."""
+    """A pipeline that starts at a batch, or jumps to it, gives the same bits as one that read all batches before."""
 
     def make(**more):
         return Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source=source, **more)
@@ -136,10 +140,10 @@ def test_any_batch_can_be_asked_for(dataset, source):
 
 def test_leaving_an_epoch_early_loses_nothing(dataset):
     batches = Batches(dataset, "train", 50, seed=3, augmentation=HEAVY, source="resident")
-    whole = collect(batches)
+    complete = collect(batches)
     for _ in batches.epoch(0):
         break
-    assert same(collect(batches), whole)
+    assert same(collect(batches), complete)
 
 
 @pytest.mark.parametrize("prefetch", [1, 4])
@@ -159,7 +163,7 @@ def test_repeated_augmentation_shows_each_image_several_times(dataset):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_alternating_flips_follow_the_image_through_the_epochs(dataset, source):
-    """Two epochs show every image once as it is and once mirrored, wherever their orders put it."""
+    """Two epochs show every image once unchanged and once flipped, at any position."""
     few = replace(dataset, splits={"train": dataset.splits["train"].take(np.arange(40))})
     plain = AugmentationSettings(crop_padding=0, flip=0.0)
     known = next(iter(Batches(few, "train", 40, augmentation=plain, source=source).epoch(0)))[0]
@@ -180,7 +184,7 @@ def test_alternating_flips_follow_the_image_through_the_epochs(dataset, source):
 
 
 def test_trees_of_any_size_train_and_evaluate(tmp_path):
-    """Images of different sizes: random resized crops in training; torchvision's resize and centre crop in evaluation."""
+    """Images of different sizes: random resized crops in training, resize and center crop in evaluation."""
     from torchvision.transforms.v2 import functional as tv
 
     draw = np.random.default_rng(0)
@@ -195,7 +199,7 @@ def test_trees_of_any_size_train_and_evaluate(tmp_path):
                     tmp_path / split / name / f"{i}.{suffix}"
                 )
     dataset = prepare(root=tmp_path)
-    with pytest.raises(DatasetError, match="differ in size; say what the network is to see with --set image_side=128"):
+    with pytest.raises(DatasetError, match="differ in size. Add the input size of the network: --set image_side=128"):
         Batches(dataset, "test", 4)
     training = Batches(
         dataset,
@@ -237,12 +241,12 @@ def test_a_file_that_breaks_after_preparation_is_named(tmp_path, damage, trainin
         collect(batches)
 
 
-def test_what_cannot_be_is_refused(dataset):
+def test_impossible_requests_are_errors(dataset):
     with pytest.raises(DatasetError, match="250 images, fewer than one global batch of 300"):
         Batches(dataset, "train", 150, 0, 2, augmentation=AugmentationSettings())
     with pytest.raises(DatasetError, match="unknown source 'residents'; did you mean 'resident'"):
         Batches(dataset, "test", 10, source="residents")
-    with pytest.raises(SettingsError, match="augmentation.flip is a probability"):
+    with pytest.raises(SettingsError, match="augmentation.flip must be a probability"):
         Batches(dataset, "train", 10, augmentation=AugmentationSettings(flip=1.5))
     with pytest.raises(SettingsError, match="unknown augmentation.policy 'randaugment'; did you mean 'rand_augment'"):
         Batches(dataset, "train", 10, augmentation=AugmentationSettings(policy="randaugment"))
@@ -254,3 +258,32 @@ def test_the_preview_shows_the_original_and_its_augmentations(dataset):
     )
     assert grid.shape == (5, 3, 32, 32, 3)
     assert np.array_equal(grid[:, 1], grid[:, 0][:, :, ::-1]) and np.array_equal(grid[:, 2], grid[:, 1])
+
+
+def test_erased_boxes_are_the_same_on_every_source(dataset):
+    """The same rectangles of the same images, filled with the same noise; and all other pixels agree."""
+    few = replace(dataset, splits={"train": dataset.splits["train"].take(np.arange(40))})
+    for value in ("zero", "pixel"):
+        settings = AugmentationSettings(erasing=0.8, erasing_value=value)
+        found = {}
+        for source in SOURCES:
+            batches = Batches(few, "train", 40, seed=7, augmentation=settings, source=source)
+            found[source] = next(iter(batches.epoch(1)))[0]
+            boxes = batches.planner.plan(BatchIndex(1, 0, 1)).augmentation.erase_boxes
+            batches.close()
+        assert 20 < boxes.any(axis=1).sum() < 40
+        for image, (y0, x0, y1, x1) in zip(found["tensor"], boxes.tolist(), strict=True):
+            assert value == "pixel" or (image[:, y0:y1, x0:x1] == 0).all()
+        for source in SOURCES:
+            torch.testing.assert_close(found[source], found["tensor"], atol=2e-6, rtol=0)
+
+
+def test_a_file_that_dali_refuses_is_named(dataset, monkeypatch):
+    """Pillow decodes the file, and DALI does not; DALI's own message names no file."""
+    few = replace(dataset, splits={"test": dataset.splits["test"].take(np.arange(6))})
+    batches = Batches(few, "test", 6, source="files")
+    bad, read = dataset.root / few.splits["test"].paths[4], batches._backend.reader._read_one
+    refused = np.frombuffer(b"\x89PNG\r\n\x1a\nnothing that DALI decodes", dtype=np.uint8)
+    monkeypatch.setattr(batches._backend.reader, "_read_one", lambda i: refused if i == 4 else read(i))
+    with pytest.raises(DatasetError, match=f"DALI .* cannot decode .*{bad.name} .*Save the image again"):
+        collect(batches)

@@ -1,4 +1,4 @@
-"""evaluate.py: the accuracy that training printed, exactly, for every batch size and number of processes; and what it refuses."""
+"""evaluate.py: exactly the accuracy of training, for every batch size and number of processes; and rejected input."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from programs import launch, run
+from programs import clean_environment, launch, run
 from safetensors.torch import load_file, save_file
 from small_runs import TEST_PER_CLASS
 
 from benchmarks.lib.forked_programs import Done
+from common.errors import RunError
+from common.paths import PROJECT
 from image_data.preparation.prepare import prepare
+from inference.evaluation import average_predictions
+from inference.several_runs import average_weights
+from inference.trained_model import TrainedModel
 from records.run_folder import RunFolder
 
 NUM_TEST = 10 * TEST_PER_CLASS
@@ -24,7 +31,7 @@ NUM_TEST = 10 * TEST_PER_CLASS
 
 @pytest.fixture
 def trained(unbroken, tmp_path) -> RunFolder:
-    """A copy of the finished run, to be spoilt; without the checkpoints, which evaluation must not need."""
+    """A copy of the finished run that tests may damage; without checkpoints, which an evaluation must not need."""
     return RunFolder(
         shutil.copytree(unbroken.folder, tmp_path / "runs" / "trained", ignore=shutil.ignore_patterns("state"))
     )
@@ -32,13 +39,13 @@ def trained(unbroken, tmp_path) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def report(unbroken, tmp_path_factory) -> tuple[Done, dict, Path]:
-    """What is printed, the JSON, and the run folder, of an evaluation without special wishes."""
+    """Output, JSON report and run folder of an evaluation with default options."""
     folder = Path(shutil.copytree(unbroken.folder, tmp_path_factory.mktemp("reported") / "trained"))
     done = run("evaluate.py", folder, "--json", folder / "report.json")
     return done, json.loads((folder / "report.json").read_text()), folder
 
 
-def test_it_agrees_with_what_training_said(report, unbroken):
+def test_it_agrees_with_the_metrics_of_training(report, unbroken):
     done, found, _ = report
     line = unbroken.metrics()[-1]
     assert (found["correct"], found["seen"], found["accuracy"]) == (
@@ -55,7 +62,7 @@ def test_it_agrees_with_what_training_said(report, unbroken):
     )
 
 
-def test_the_json_adds_up(report, unbroken):
+def test_the_json_report_is_consistent(report, unbroken):
     _, found, folder = report
     classes = found["per_class"]
     assert list(classes) == unbroken.facts()["dataset"]["classes"]
@@ -74,7 +81,7 @@ def test_the_json_adds_up(report, unbroken):
     assert (folder / "confusion_test.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_screen_names_every_class_and_the_worst_confusions(report):
+def test_every_class_and_the_worst_confusions_are_printed(report):
     done, found, _ = report
     for name, counts in found["per_class"].items():
         assert (
@@ -82,13 +89,16 @@ def test_the_screen_names_every_class_and_the_worst_confusions(report):
             in done.out
         )
     worst = found["worst_confusions"][0]
-    assert f"{worst['true']} taken for {worst['predicted']}: {worst['count']}" in done.out
+    assert f"{worst['true']} -> {worst['predicted']}: {worst['count']}" in done.out
 
 
 def assert_same_report(path: Path, found: dict) -> None:
-    other = json.loads(path.read_text())
-    assert other.pop("loss") == pytest.approx(found["loss"], rel=1e-6)
-    assert other == {key: value for key, value in found.items() if key != "loss"}
+    other, found = json.loads(path.read_text()), dict(found)
+    for key in ("loss", "expected_calibration_error"):
+        assert other.pop(key) == pytest.approx(found.pop(key), rel=1e-5, abs=1e-5)
+    confidences, expected = other.pop("calibration"), found.pop("calibration")
+    assert confidences["confidence_sum"] == pytest.approx(expected["confidence_sum"], abs=1e-4)
+    assert other == found
 
 
 @pytest.mark.parametrize(
@@ -115,11 +125,112 @@ def test_without_a_run_it_takes_the_newest(trained, report):
     assert_same_report(trained.folder / "evaluation_test.json", report[1])
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
+def test_a_run_is_found_by_its_name(trained, report):
+    run("evaluate.py", "trained", "--runs-dir", trained.folder.parent)
+    assert_same_report(trained.folder / "evaluation_test.json", report[1])
+    missing = run("evaluate.py", "trainde", "--runs-dir", trained.folder.parent, code=1)
+    assert missing.err == f"error: there is no run 'trainde'. Did you mean {trained.folder}?\n"
+
+
+def test_the_calibration_agrees_with_the_counts(report):
+    _, found, folder = report
+    calibration = found["calibration"]
+    assert sum(calibration["seen"]) == found["seen"] and sum(calibration["correct"]) == found["correct"]
+    gaps = [abs(a - b) for a, b in zip(calibration["correct"], calibration["confidence_sum"], strict=True)]
+    assert found["expected_calibration_error"] == pytest.approx(sum(gaps) / found["seen"], abs=1e-5)
+    assert (folder / "reliability_test.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_test_time_flip_is_reported_apart(trained, report, shapes, tmp_path):
+    done = run("evaluate.py", trained.folder, "--flip", "--json", tmp_path / "flip.json")
+    found = json.loads((tmp_path / "flip.json").read_text())
+    assert found.pop("test_time_flip")["seen"] == NUM_TEST and found["correct"] == report[1]["correct"]
+    assert "With test-time flip: " in done.out and done.out.splitlines()[-1].startswith("Test accuracy: ")
+
+
+def test_averaged_predictions_are_mean_probabilities():
+    scores = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    mean = torch.stack([part.softmax(dim=1) for part in scores]).mean(dim=0)
+    torch.testing.assert_close(average_predictions(scores).softmax(dim=1), mean)
+
+
+def test_soup_and_ensemble_of_several_runs(trained, report, tmp_path):
+    other = Path(shutil.copytree(trained.folder, trained.folder.with_name("other")))
+    weights = load_file(other / "weights.safetensors")
+    save_file({name: 0.9 * value for name, value in weights.items()}, other / "weights.safetensors")
+    runs = (trained.folder, other)
+    done = run("evaluate.py", *runs, "--soup", "--ensemble", "--json", tmp_path / "both.json")
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert list(found["runs"].values())[0]["correct"] == report[1]["correct"]
+    assert found["soup"]["seen"] == found["ensemble"]["seen"] == NUM_TEST
+    assert [line.split()[0] for line in done.out.splitlines()[-2:]] == ["soup", "ensemble"]
+    soup = {name: 0.95 * value for name, value in weights.items()}
+    save_file(soup, other / "weights.safetensors")
+    run("evaluate.py", other, "--json", tmp_path / "soup.json")
+    assert json.loads((tmp_path / "soup.json").read_text())["loss"] == pytest.approx(found["soup"]["loss"], rel=1e-5)
+
+
+def test_runs_that_cannot_be_combined(trained, tmp_path):
+    other = Path(shutil.copytree(trained.folder, trained.folder.with_name("other")))
+    facts = json.loads((other / "run.json").read_text())
+    facts["settings"]["model"]["width"] = 16
+    (other / "run.json").write_text(json.dumps(facts))
+    both = [trained.folder, other]
+    assert "several runs need --soup, --ensemble or both" in run("evaluate.py", *both, code=1).err
+    assert "--soup needs at least two runs" in refusal(trained, "--soup")
+    assert "--export takes one run, not 2" in run("evaluate.py", *both, "--export", "onnx", code=1).err
+    assert "--flip does not apply to several runs" in run("evaluate.py", *both, "--soup", "--flip", code=1).err
+    facts["dataset"]["mean"] = [0.5, 0.5, 0.5]
+    (other / "run.json").write_text(json.dumps(facts))
+    assert "differ in the mean of the images" in run("evaluate.py", *both, "--soup", code=1).err
+    networks = [torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)]
+    with pytest.raises(RunError, match=r"cannot be averaged: bias has the shapes \(3,\) and \(4,\)"):
+        average_weights(networks, [TrainedModel.open(trained.folder)] * 2)
+
+
+# --- output that cannot be written -----------------------------------------------------------------------------------
+
+
+def test_a_run_folder_that_cannot_be_written_costs_one_warning(trained, report, tmp_path):
+    for name in ("evaluation_test.json", "confusion_test.png"):
+        (trained.folder / name).unlink(missing_ok=True)
+        (trained.folder / name).mkdir()  # not writable as a file, even for root
+    done = run("evaluate.py", trained.folder, "--json", tmp_path / "report.json")
+    assert "Test accuracy: " in done.out
+    assert done.err.startswith(f"warning: not everything was written to {trained.folder}: ")
+    assert done.err.count("\n") == 1
+    assert_same_report(tmp_path / "report.json", report[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--json", "no/e.json"], "--json no/e.json: the folder no does not exist. Create it: mkdir -p no"),
+        (["--export", "onnx", "--output", "no/m.onnx"], "--output no/m.onnx: the folder no does not exist."),
+        (["--predict", "x.png", "--output", "no/p.csv"], "--output no/p.csv: the folder no does not exist."),
+        (["--export", "onnx", "--output", "tests"], "--output tests is a folder. Name a file, for example"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_rejected_before_the_work(trained, arguments, sentence):
+    assert sentence in refusal(trained, *arguments)
+
+
+def test_a_reader_that_goes_away_changes_nothing(trained, report):
+    command = [sys.executable, "evaluate.py", str(trained.folder)]
+    child = subprocess.Popen(
+        command, cwd=PROJECT, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait() == 0
+    child.stderr.close()
+    assert_same_report(trained.folder / "evaluation_test.json", report[1])
+
+
+# --- rejected input ----------------------------------------------------------------------------------------------
 
 
 def refusal(record: RunFolder, *arguments) -> str:
-    """The one sentence on the screen."""
+    """Return the one sentence that is printed."""
     done = run("evaluate.py", record.folder, *arguments, code=1)
     assert done.err.startswith("error: ") and done.err.count("\n") == 1 and done.out == ""
     assert not list(record.folder.glob("evaluation*"))
@@ -134,7 +245,7 @@ def test_missing_weights(trained):
 def test_truncated_weights(trained):
     weights = trained.folder / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert f"{weights} is damaged or of another network" in refusal(trained)
+    assert f"{weights} is damaged or holds the weights of another network" in refusal(trained)
 
 
 @pytest.mark.parametrize("change", ["a shape", "a missing key", "a key too many"])
@@ -149,7 +260,7 @@ def test_weights_of_another_network(trained, change):
     else:
         weights["one.more"] = torch.zeros(3)
     save_file(weights, path)
-    assert "damaged or of another network" in refusal(trained)
+    assert "damaged or holds the weights of another network" in refusal(trained)
 
 
 class Bomb:
@@ -167,12 +278,12 @@ def test_weights_that_are_a_pickle_are_refused_and_not_executed(trained, tmp_pat
     target = tmp_path / "executed"
     with (trained.folder / "weights.safetensors").open("wb") as file:
         how(Bomb(target), file)
-    assert "damaged or of another network" in refusal(trained)
+    assert "damaged or holds the weights of another network" in refusal(trained)
     assert not target.exists()
     with (
         pytest.raises(FileExistsError),
         (trained.folder / "weights.safetensors").open("rb") as file,
-    ):  # it would have gone off
+    ):  # loading it as a pickle would have run its code
         target.mkdir()
         pickle.load(file) if how is pickle.dump else torch.load(file, weights_only=False)
 
@@ -190,7 +301,7 @@ def test_a_dataset_of_another_image_side(trained, tmp_path):
     prepare(
         tmp_path / "small", dataset="shapes", workers=1, shapes={"side": 16, "train_per_class": 1, "test_per_class": 1}
     )
-    assert "the dataset has images of side 16, the run was trained on 32" in refusal(
+    assert "the dataset has images of side 16 pixels, and the run was trained on 32 pixels" in refusal(
         trained, "--data-dir", tmp_path / "small"
     )
 
@@ -200,7 +311,7 @@ def test_a_dataset_that_is_gone(trained, tmp_path):
 
 
 def test_a_split_that_the_run_does_not_have(trained):
-    assert "held out no part of the training split" in refusal(trained, "--split", "validation")
+    assert "has no validation split. Evaluate it with --split test" in refusal(trained, "--split", "validation")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +321,7 @@ def test_a_split_that_the_run_does_not_have(trained):
         (["--bach-size", 5], "unknown option --bach-size; did you mean --batch-size?"),
     ],
 )
-def test_arguments_that_cannot_be(trained, arguments, sentence):
+def test_invalid_arguments(trained, arguments, sentence):
     done = run("evaluate.py", trained.folder, *arguments, code=2)
     assert sentence in done.err and done.err.count("\n") == 1
 
@@ -218,17 +329,17 @@ def test_arguments_that_cannot_be(trained, arguments, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--output", "x"], "--output has no meaning for an evaluation"),
-        (["--predict", "x.png", "--per-class"], "--per-class has no meaning for --predict"),
-        (["--export", "onnx", "--split", "validation"], "--split has no meaning for --export"),
-        (["--export", "onnx", "--predict", "x.png"], "give --predict or --export, not both"),
+        (["--output", "x"], "--output does not apply to an evaluation"),
+        (["--predict", "x.png", "--per-class"], "--per-class does not apply to --predict"),
+        (["--export", "onnx", "--split", "validation"], "--split does not apply to --export"),
+        (["--export", "onnx", "--predict", "x.png"], "--predict and --export exclude each other"),
     ],
 )
-def test_an_option_that_would_change_nothing(trained, arguments, sentence):
+def test_an_option_that_does_not_apply_is_rejected(trained, arguments, sentence):
     assert sentence in refusal(trained, *arguments)
 
 
-def test_weights_that_are_not_there_are_answered_with_those_that_are(trained):
+def test_missing_weights_are_answered_with_the_existing_ones(trained):
     shutil.copy(trained.folder / "weights.safetensors", trained.folder / "best.safetensors")
     sentence = refusal(trained, "--weights", "bets.safetensors")
     assert (

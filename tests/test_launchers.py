@@ -1,8 +1,9 @@
-"""The shell scripts: the command they print, the environment they choose, their one-sentence errors, and what a signal does.
+"""The shell scripts: printed command, chosen environment, one-sentence errors, and reaction to signals.
 
     ./run_tests.sh tests/test_launchers.py
 
-The scripts are copied beside a stub of train.py, and `nvidia-smi` is a fake, so that every machine tests the same. Several machines:
+The scripts are copied next to a stub of train.py, and `nvidia-smi` is a fake, so that all machines test the same.
+Several machines:
 test_cluster.py.
 """
 
@@ -34,7 +35,7 @@ def test_script_is_valid_and_executable(path):
     assert os.access(path, os.X_OK)
 
 
-# --- one machine -------------------------------------------------------------------------------------------------------------
+# --- one machine ----------------------------------------------------------------------------------------------------
 
 
 def test_dry_run_prints_every_argument_unharmed(repo):
@@ -107,6 +108,11 @@ def test_a_failing_rank_fails_the_script(repo):
     assert "Training failed (exit code 3)" in result.stderr
 
 
+def test_a_run_with_nothing_left_to_train_is_no_failure(repo):
+    result = run(repo, "launch_local_train.sh", STUB_CODE="2")  # train.py's exit code for a finished run
+    assert result.returncode == 2 and "failed" not in result.stderr
+
+
 def wait_until(condition, seconds=60):
     deadline = time.time() + seconds
     while not condition():
@@ -155,7 +161,7 @@ def test_no_rank_survives_a_killed_parent(repo, tmp_path, victim):
     wait_until(lambda: not any(psutil.pid_exists(rank) for rank in ranks), 20)
 
 
-# --- the environment ---------------------------------------------------------------------------------------------------------
+# --- the environment ------------------------------------------------------------------------------------------------
 
 
 def pins(name):
@@ -219,7 +225,7 @@ def test_the_set_can_be_chosen_by_hand_and_an_old_driver_is_refused(repo):
 
 
 def fake_python(repo):
-    """A python3 without the requirements, whose .venv has them once `pip install` ran; it notes its installs in `pip.log`."""
+    """A python3 without the requirements; its .venv has them after `pip install`, which `pip.log` records."""
     fake(
         repo,
         "python3",
@@ -251,7 +257,7 @@ def test_environment_is_made_once_and_again_when_its_requirements_change(repo):
     assert installs(repo) == ["requirements.txt"] * 2
 
 
-def test_an_install_that_was_cut_short_begins_anew(repo):
+def test_an_interrupted_install_starts_over(repo):
     fake_python(repo)
     result = run(repo, "environment/setup.sh", PYTHON="python3", PIP_FAILS="1")
     assert result.returncode == 1 and "Installing requirements.txt failed" in result.stderr
@@ -260,7 +266,7 @@ def test_an_install_that_was_cut_short_begins_anew(repo):
     assert not (repo / ".venv/half").exists() and len(installs(repo)) == 2
 
 
-def test_another_cuda_version_begins_anew_and_an_environment_made_by_hand_is_kept(repo):
+def test_another_cuda_version_starts_over_and_an_environment_made_by_hand_is_kept(repo):
     fake_python(repo)
     (repo / ".venv/bin").mkdir(parents=True)
     shutil.copy(repo.parent / "bin/python3", repo / ".venv/bin/python")

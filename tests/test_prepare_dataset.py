@@ -1,11 +1,13 @@
-"""prepare_dataset.py: the same files from the same images; the drawn dataset; the command. Archives and odd images: the files beside this.
+"""prepare_dataset.py: reproducible files, the drawn dataset, and the command (see also tests/image_data).
 
 pytest tests/test_prepare_dataset.py            no network, no GPU, a few seconds
-pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive, when it lies in ../shared/data or $CIFAR100_ZIP
+pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive, if it is in ../shared/data or $CIFAR100_ZIP
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import json
 import os
@@ -21,9 +23,13 @@ from PIL import Image
 from trees import WRITTEN, noise, refusal, save, tree_files, written
 
 from common.paths import PROJECT
+from dali_pipeline import Batches
+from image_data.preparation.downloads import CIFAR100_SHA256
 from image_data.preparation.drawn_shapes import SHAPES
-from image_data.preparation.image_tree import PrepareError, looks_like_jpeg
-from image_data.preparation.prepare import prepare
+from image_data.preparation.image_tree import PrepareError
+from image_data.preparation.jpeg_traces import looks_like_jpeg
+from image_data.preparation.prepare import find_or_prepare, prepare
+from prepare_dataset import main
 
 REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "data" / "cifar100.zip"))
 
@@ -79,7 +85,7 @@ def test_fingerprint_sees_pixels_and_labels(tree, tmp_path):
     assert len({before, pixels, prepare(tmp_path / "c", root=tree).fingerprint}) == 3
 
 
-def test_round_trip_with_a_held_out_part(tmp_path):
+def test_validation_split_holds_the_images_of_its_paths(tmp_path):
     for name, pixels in tree_files(train=10).items():
         save(tmp_path / name, pixels)
     parts = prepare(tmp_path).hold_out(0.2).splits
@@ -94,7 +100,9 @@ def test_second_call_returns_at_once_and_force_redoes(tree, tmp_path, capsys):
     assert len(prepare(tmp_path / "out", root=tree).splits["train"]) == 6
     said = capsys.readouterr().out
     assert (
-        "already prepared" in said and "2 classes, 6 training and 4 test images" in said and "--force to redo" in said
+        "already prepared" in said
+        and "2 classes, 6 training and 4 test images" in said
+        and "add --force to prepare again" in said
     )
     assert len(prepare(tmp_path / "out", root=tree, force=True).splits["train"]) == 7
 
@@ -109,9 +117,70 @@ def test_force_that_fails_keeps_what_was_prepared(zipped, tmp_path):
     assert len(list((tmp_path / "out/images").rglob("*.png"))) == 10
 
 
+def test_a_preparation_killed_between_two_replaced_files_leaves_no_dataset(tree, tmp_path, monkeypatch):
+    """With --force the new arrays would otherwise stand next to the description of the old ones."""
+    prepare(tmp_path / "out", root=tree)
+    save(tree / "train/cat/image 9.png", noise(90))
+    replace, calls = os.replace, []
+    for survived in range(6):
+
+        def stop(source, target, survived=survived):
+            calls.append(target)
+            if len(calls) > survived:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        calls.clear()
+        monkeypatch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", root=tree, force=True)
+        monkeypatch.setattr(os, "replace", replace)
+        assert not (tmp_path / "out/dataset.json").exists(), f"killed after {survived} replaced files"
+    assert len(prepare(tmp_path / "out", root=tree).splits["train"]) == 7
+
+
+def test_a_constant_channel_is_named_and_normalized_by_1(tree, tmp_path, capsys):
+    for path in tree.rglob("*.png"):
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[..., 1] = 51
+        Image.fromarray(pixels).save(path)
+    ready = prepare(tmp_path / "out", root=tree)
+    assert "the green channel is constant (0.2 in all training images)" in capsys.readouterr().err
+    assert ready.mean[1] == 0.2 and ready.std[1] == 1 and 0 < ready.std[0] < 1
+    images, _ = next(iter(Batches(ready, "test", 4).epoch()))
+    assert images.isfinite().all() and images[:, 1].abs().max() < 1e-6
+
+
+def test_a_tilde_is_the_home_folder(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--root=~/tree", "--data-dir=~/out"]) == 0
+    assert (tmp_path / "out/dataset.json").is_file() and not (tmp_path / "~").exists()
+    assert find_or_prepare(Path("~/out"), None, None) == tmp_path / "out"
+
+
+def test_a_read_only_tree_is_prepared_elsewhere(tree, capsys, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tree / ".prepare.lock"))
+
+    monkeypatch.setattr("image_data.preparation.prepare._locked", read_only)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    message = refusal(capsys, "--root", tree)
+    assert "read-only" in message and f"python prepare_dataset.py --root {tree} --data-dir NEW" in message
+
+
+def test_a_full_shared_memory_costs_workers_only(tree, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("image_data.preparation.decoding.ProcessPoolExecutor", full)
+    assert len(prepare(root=tree, workers=2).splits["train"]) == 6
+    assert "warning: decoding in one process, because /dev/shm is not usable" in capsys.readouterr().err
+
+
 def test_a_tree_that_lies_in_the_data_dir_needs_no_download(tree, capsys):
     assert len(prepare(tree).splits["train"]) == 6
-    assert f"using the images that lie in {tree}/train" in capsys.readouterr().out
+    assert f"using the images in {tree}/train" in capsys.readouterr().out
 
 
 def test_nested_classes_are_named_by_their_path(tmp_path):
@@ -121,7 +190,7 @@ def test_nested_classes_are_named_by_their_path(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "validation"])
-def test_val_stands_in_for_test(tree, capsys, name):
+def test_val_replaces_test(tree, capsys, name):
     (tree / "test").rename(tree / name)
     ready = prepare(root=tree)
     assert ready.splits["test"].paths[0] == f"{name}/big dog/image 0.png"
@@ -141,27 +210,31 @@ def test_shapes_are_the_same_everywhere_and_all_differ(tmp_path):
 def test_misuse_is_one_sentence(tmp_path, capsys):
     with pytest.raises(PrepareError, match="only one of"):
         prepare(tmp_path, dataset="shapes", root=tmp_path)
-    with pytest.raises(PrepareError, match="unknown dataset 'imagenet'; known are cifar100, cifar10, shapes"):
+    with pytest.raises(PrepareError, match=r"unknown dataset 'imagenet' \(known: cifar100, cifar10, shapes\)"):
         prepare(tmp_path, dataset="imagenet")
     with pytest.raises(PrepareError, match="train_per_class"):
         prepare(tmp_path, dataset="shapes", shapes={"colour": 3})
     assert "--workers must be at least 1" in refusal(capsys, "--workers", 0, "--data-dir", tmp_path)
     (tmp_path / "file").touch()
     assert "cannot prepare" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / "file" / "under")
+    assert "File name too long" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / ("x" * 300))
+    assert "--unpack-limit-gib must be > 0" in refusal(capsys, "--unpack-limit-gib", 0, "--data-dir", tmp_path)
+    assert "--max-megapixels must be >= 0, got nan" in refusal(
+        capsys, "--max-megapixels", "nan", "--data-dir", tmp_path
+    )
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     script = (
-        "import os, signal, dataset_decode\n"
-        "with dataset_decode.decoder(2) as decode:\n"
+        "import os, signal\nfrom image_data.preparation.decoding import decoder\n"
+        "with decoder(2) as decode:\n"
         "    print(list(decode(abs, [1, 2, 3])), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        assert (
-            run.communicate(timeout=20)[0] == b"[1, 2, 3]\n"
-        )  # returns only when every process that holds the pipe is gone
+        # Returns only when every process that holds the pipe is gone.
+        assert run.communicate(timeout=20)[0] == b"[1, 2, 3]\n"
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)
         raise
@@ -177,6 +250,7 @@ def test_two_runs_at_once_make_one_dataset(zipped, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_ARCHIVE.is_file(), reason="the real CIFAR-100 archive is not here")
 def test_the_real_cifar100(tmp_path, capsys):
+    assert hashlib.sha256(REAL_ARCHIVE.read_bytes()).hexdigest() == CIFAR100_SHA256
     ready = prepare(tmp_path, archive=REAL_ARCHIVE)
     assert len(ready.classes) == 100 and [len(ready.splits[name]) for name in ("train", "test")] == [50_000, 10_000]
     pixels = ready.splits["train"].pixels()

@@ -1,4 +1,4 @@
-"""train.py from end to end, on a drawn dataset: the run folder, a held-out part, what is refused, several processes."""
+"""train.py from end to end on a generated dataset: run folder, validation split, rejected runs, several processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_TEST = 10 * TEST_PER_CLASS
 # --- the run folder -----------------------------------------------------------------------------------------------
 
 
-def test_the_run_folder_holds_everything_a_reader_needs(unbroken, shapes):
+def test_the_run_folder_is_complete(unbroken, shapes):
     names = {path.name for path in unbroken.folder.iterdir()}
     assert {"run.json", "metrics.jsonl", "curves.png", "state", "weights.safetensors"} <= names
     assert not list(unbroken.folder.rglob("*unfinished*"))
@@ -54,7 +54,16 @@ def test_every_epoch_has_a_line_of_exact_counts(unbroken):
         assert line["images_per_second"] > 0 and 0 <= line["data_wait_seconds"] <= line["training_seconds"]
 
 
-def test_it_learns_and_the_learning_rate_ends_its_course(unbroken):
+def test_the_learning_rate_of_a_line_is_that_of_the_last_step_made(unbroken):
+    from config.settings import Settings
+    from optim.lr_schedule import Schedule
+
+    schedule = Schedule(Settings.from_dict(unbroken.facts()["settings"]).schedule, EPOCHS * STEPS_PER_EPOCH)
+    for line in unbroken.metrics():
+        assert line["learning_rate"] == pytest.approx(3e-3 * schedule(line["step"] - 1), rel=1e-12)
+
+
+def test_the_loss_decreases_and_the_learning_rate_reaches_its_end(unbroken):
     lines = unbroken.metrics()
     assert lines[-1]["train_loss"] < lines[0]["train_loss"] - 0.1
     assert lines[-1]["learning_rate"] == pytest.approx(3e-3 * 0.01)
@@ -74,7 +83,7 @@ def test_only_the_last_two_checkpoints_are_kept(unbroken):
     assert checkpoints(unbroken) == ["step-00000044", "step-00000048"]
 
 
-def test_max_steps_end_a_run_in_the_middle_of_an_epoch_and_fresh_sets_the_old_one_aside(training, runs):
+def test_max_steps_ends_a_run_within_an_epoch_and_fresh_renames_the_old_one(training, runs):
     for more in ([], ["--fresh"]):
         run("train.py", *training, "--name", "short", "--max-steps", 6, *more)
         lines = RunFolder(runs / "short").metrics()
@@ -87,10 +96,10 @@ def test_max_steps_end_a_run_in_the_middle_of_an_epoch_and_fresh_sets_the_old_on
     assert results(old) == results(RunFolder(runs / "short")) and old.newest_checkpoint().name == "step-00000006"
 
 
-# --- a held-out part ----------------------------------------------------------------------------------------------
+# --- validation split ---------------------------------------------------------------------------------------------
 
 
-def test_a_held_out_part_chooses_and_the_test_split_waits_for_the_end(training, runs, shapes):
+def test_the_validation_split_selects_and_the_test_split_is_used_at_the_end_only(training, runs, shapes):
     run("train.py", *training, "--name", "held-out", "--hold-out", 0.2, "--epochs", 4)
     record = RunFolder(runs / "held-out")
     listed = [line.split("\t") for line in (record.folder / "validation_file_list.txt").read_text().splitlines()]
@@ -117,25 +126,31 @@ def test_a_held_out_part_chooses_and_the_test_split_waits_for_the_end(training, 
     assert "Validation accuracy" in best.out
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
+# --- rejected runs ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "named", "code"),
     [
-        (["--set", "model.depth=3"], "settings.model.depth was 2, is 3"),
-        (["--seed", 5, "--epochs", 3], "settings.epochs was 12, is 3; seed was 0, is 5"),
-        ([], "is finished; evaluate it with python evaluate.py"),
+        (["--set", "model.depth=3"], "settings.model.depth was 2, is 3", 1),
+        (["--seed", 5, "--epochs", 3], "settings.epochs was 12, is 3; seed was 0, is 5", 1),
+        ([], "is finished; evaluate it with python evaluate.py", 2),
+        (
+            ["--epochs", 20],
+            "is finished; its schedule ended with it (settings.epochs was 12, is 20). To train longer",
+            2,
+        ),
+        (["--max-steps", 100], "start from its weights: --name unbroken-longer --init-weights ", 2),
     ],
 )
-def test_a_run_of_other_settings_and_a_finished_one_are_refused(training, unbroken, changes, named):
+def test_a_run_of_other_settings_and_a_finished_one_are_rejected(training, unbroken, changes, named, code):
     before = {path: path.read_bytes() for path in unbroken.folder.rglob("*") if path.is_file()}
-    done = run("train.py", *training, "--name", "unbroken", *changes, code=1)
+    done = run("train.py", *training, "--name", "unbroken", *changes, code=code)
     assert named in done.err and "--fresh" in done.err and "Traceback" not in done.err
     assert {path: path.read_bytes() for path in unbroken.folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_dataset_that_is_not_there_yet_is_prepared_from_an_archive(tiny, shapes, tmp_path):
+def test_a_missing_dataset_is_prepared_from_an_archive(tiny, shapes, tmp_path):
     with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
         for image in shapes.glob("images/*/[a-c]*/*_000[1-3].png"):
             archive.write(image, image.relative_to(shapes / "images"))
@@ -162,7 +177,7 @@ def test_a_dataset_that_is_not_there_yet_is_prepared_from_an_archive(tiny, shape
     }  # four classes of three
 
 
-def test_a_tree_in_the_data_dir_is_prepared_where_it_lies(tiny, shapes, tmp_path):
+def test_images_in_the_data_dir_are_prepared_in_place(tiny, shapes, tmp_path):
     for image in shapes.glob("images/*/c*/*_000[1-4].png"):
         (copy := tmp_path / "pets" / image.relative_to(shapes / "images")).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, copy)
@@ -221,7 +236,7 @@ def test_two_processes_count_every_test_image_once(on_two, training, runs):
     assert json.loads((on_two.folder / "alone.json").read_text())["loss"] == pytest.approx(line["test_loss"], abs=1e-5)
 
 
-def test_two_processes_train_as_one_does_and_one_goes_on_for_two(on_two, training, runs):
+def test_two_processes_train_as_one_and_one_resumes_for_two(on_two, training, runs):
     fixed = ["--set", "model.dropout=0.0", "--max-steps", 8]
     run("train.py", *training, "--name", "on-one", *fixed)
     moved = copy_of(on_two, runs / "two-to-one")
@@ -234,7 +249,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_for_two(on_two, trainin
     assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-4
 
 
-def test_a_process_that_dies_takes_the_job_down(training):
+def test_a_killed_process_ends_the_job(training):
     command = programs.launcher(2, "train.py", *training, "--name", "orphaned", "--epochs", 100_000)
     job = subprocess.Popen(
         command,

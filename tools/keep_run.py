@@ -1,8 +1,8 @@
-"""Keep what a run was and gave as one small JSON under results/runs/, to be committed.
+"""Save a run as one small JSON file under results/runs/, to be committed.
 
     python tools/keep_run.py runs/mine [--note "on two busy cores"]
 
-Everything of run.json and metrics.jsonl; paths of this machine are cut to their last part, class names are left out.
+The file holds run.json and metrics.jsonl. Absolute paths are cut to their last part, and class names are left out.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.display import protect_streams
 from common.errors import RunError
-from common.paths import RESULTS
+from common.files import write_atomically
+from common.paths import RESULTS, RUNS
 from config.command_line import Parser, run_cli
+from records.named_run import find_run
 from records.run_folder import RunFolder
 
 
 def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
-    """The content of the file to keep. Raises RunError for a folder that holds no run or no finished epoch."""
+    """Return the content of the file. Raises RunError for a folder without a run or without a finished epoch."""
     facts, metrics = record.facts(), record.metrics()
     if not metrics:
         raise RunError(f"{record.folder} has no finished epoch yet")
@@ -37,18 +40,20 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
+    protect_streams()
     parser = Parser(
         "python tools/keep_run.py run",
-        "Keep a run as one small JSON under results/runs/.",
+        "Save a run as one small JSON file under results/runs/.",
         example='python tools/keep_run.py runs/mine --note "on two busy cores"',
     )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--note", metavar="TEXT", help="what a reader of the figures must know (default: nothing)")
+    parser.add_argument("run", type=Path, help="run folder or name of a run")
+    parser.add_argument("--note", metavar="TEXT", help="remark for readers of the numbers (default: none)")
     args = parser.parse_args()
-    content = kept(RunFolder(args.run), args.note)
+    folder = find_run(args.run, RUNS)
+    content = kept(RunFolder(folder), args.note)
     (RESULTS / "runs").mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "runs" / f"{args.run.resolve().name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path = RESULTS / "runs" / f"{folder.resolve().name}.json"
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
     print(f"wrote results/runs/{path.name}")
 
 

@@ -1,6 +1,6 @@
-"""A picture of what the network will see: `python dali_pipeline.py --preview grid.png`.
+"""Preview of the augmentation: `python dali_pipeline.py --preview grid.png`.
 
-Each row is a training image as it is, then as some epochs will show it.
+Each row shows a training image and then its augmented versions of several epochs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from common.paths import DATA
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one
@@ -21,6 +22,8 @@ from image_data.dataset import Dataset
 
 def main() -> None:
     args = parse_arguments()
+    if not args.preview.parent.is_dir():
+        raise UserError(f"--preview {args.preview}: the folder {args.preview.parent} does not exist. Create it first")
     settings = resolve(args.preset, args.set)
     dataset = Dataset.open(args.data_dir)
     from reports.images import image_grid
@@ -36,11 +39,11 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         "python dali_pipeline.py",
-        "Draw a grid of augmented training images, as the network will see them.",
+        "Draw a grid of augmented training images, as the network gets them.",
         example="python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment",
     )
     parser.add_argument(
-        "--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg (must be given)"
+        "--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg (required)"
     )
     parser.add_argument(
         "--data-dir",
@@ -52,32 +55,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"settings to start from: {', '.join(preset_names())}, or a .toml file (default: none)",
+        help=f"preset to start from: {', '.join(preset_names())}, or a .toml file (default: none)",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="PATH=VALUE",
-        help="override a setting: augmentation.flip=0; repeat for more",
+        help="setting to override, such as augmentation.flip=0; repeat for more",
     )
     parser.add_argument(
         "--source",
         default="auto",
         choices=SOURCES,
-        help="packed pixels through DALI, files through DALI, packed pixels through PyTorch (default: auto)",
+        help="input pipeline: resident (packed pixels, DALI), files (DALI) or tensor (packed pixels, PyTorch)"
+        " (default: auto)",
     )
     parser.add_argument(
-        "--images", type=at_least_one, default=16, metavar="N", help="different images, each a row (default: 16)"
+        "--images", type=at_least_one, default=16, metavar="N", help="number of images, one per row (default: 16)"
     )
     parser.add_argument(
         "--epochs",
         type=at_least_one,
         default=12,
         metavar="N",
-        help="versions of each, the columns after the original (default: 12)",
+        help="number of epochs, one column each after the original (default: 12)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and augmentation (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of data order and augmentation (default: 0)"
+    )
     return parser.parse_args()
 
 
@@ -90,8 +96,8 @@ def preview(
     seed: int,
     source: str,
 ) -> np.ndarray:
-    """A grid of uint8 pixels (rows, columns, S, S, 3): `count` images, each as it is and as `epochs` epochs show it."""
-    import torch  # not with the file, so that --help answers at once
+    """Return `count` images and their versions of `epochs` epochs: uint8 (count, 1 + epochs, S, S, 3)."""
+    import torch  # imported here, so that --help answers at once
 
     from dali_pipeline import Batches
     from image_data.pixels import denormalize

@@ -1,4 +1,4 @@
-"""Write the tables into the pages of docs/ (and README.md), where marks stand for them. `./run_tests.sh` does it before testing.
+"""Write generated tables between the marks in docs/ and README.md. `./run_tests.sh` does it before testing.
 
 python tools/update_docs.py
 """
@@ -15,16 +15,16 @@ from common.paths import PROJECT
 from config.command_line import Parser
 
 PAGES = (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")))
-NO_OPTIONS = ("architecture", "block")  # functions of the settings, not parts with options of their own
+NO_OPTIONS = ("architecture", "block")  # functions of the settings: they have no options
 
 
 def table(kind: str) -> str:
-    """The table of that name as Markdown."""
+    """Return the table of that name as Markdown."""
     return OTHERS[kind]() if kind in OTHERS else parts(kind)
 
 
 def parts(kind: str) -> str:
-    """One table of parts: name, what it is, options with their defaults."""
+    """Return one component registry as a table: name, description, options with their defaults."""
     from model import TABLES  # late: it imports PyTorch
     from models.parts import part_options
 
@@ -37,7 +37,7 @@ def parts(kind: str) -> str:
 
 
 def optimizers() -> str:
-    """The optimisers and what each starts from."""
+    """Return a table of the optimizers with their default parameters."""
     from config.optimizer_defaults import OPTIMIZER_PARAMS
     from optim.optimizers import OPTIMIZERS
 
@@ -49,7 +49,7 @@ def optimizers() -> str:
 
 
 def schedules() -> str:
-    """The shapes of the learning rate and the settings that each uses besides those of the warm-up."""
+    """Return a table of the learning-rate schedules and the settings that each uses besides the warm-up's."""
     from config.settings import ScheduleSettings
     from optim.lr_schedule import SCHEDULES, USED_BY
 
@@ -64,11 +64,18 @@ def schedules() -> str:
     return "\n".join(rows)
 
 
-OTHERS = {"optimizer": optimizers, "schedule": schedules}
+def settings() -> str:
+    """Return one table per group of settings, under its heading."""
+    from tools.list_settings import markdown
+
+    return markdown(None, [])
+
+
+OTHERS = {"optimizer": optimizers, "schedule": schedules, "settings": settings}
 
 
 def update(text: str) -> str:
-    """`text` with what stands between `<!-- table: KIND -->` and `<!-- end -->` made anew."""
+    """Return `text` with the content between `<!-- table: KIND -->` and `<!-- end -->` replaced."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text, flags=re.DOTALL
     )
@@ -77,7 +84,7 @@ def update(text: str) -> str:
 if __name__ == "__main__":
     Parser(
         "python tools/update_docs.py",
-        "Write the tables of parts, optimisers and schedules into docs/.",
+        "Write the tables of components, optimizers, schedules and settings into docs/.",
         example="python tools/update_docs.py",
     ).parse_args()
     for page in PAGES:

@@ -1,7 +1,7 @@
-"""When a checkpoint is due, what goes into it, and the thread that writes it while training goes on.
+"""Checkpointing during training: when one is due, what it holds, and the thread that writes it.
 
-Taking the state is collective and makes training wait; writing, proving and clearing up behind it are the main process's
-business alone, in the background. The next checkpoint, and the end of the run, wait for it.
+Gathering the state is collective and makes training wait. Writing, verifying and removing older checkpoints happens on
+the main process alone, in the background. The next checkpoint and the end of the run wait for it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,30 @@ from parallel.process_group import limit_waits
 from records.checkpoint_store import ENGINE, PROGRESS, Checkpoints, Interval
 from records.run_folder import Progress, RunFolder
 
-SAVE_SECONDS = 1800.0  # that a checkpoint may take before the processes that wait for it give up
+SAVE_SECONDS = 1800.0  # longest time of a checkpoint before the waiting processes give up
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state after a step, in memory; the tensors are on the main process."""
+    """The state of a run after a step, in memory; the tensors are on the main process.
+
+    Attributes:
+        facts: content of engine.json.
+        weights: tensors of the weight files, by file name.
+        loss_sums: sum of the epoch's losses, by rank.
+        seconds: time that training waited for the snapshot.
+    """
 
     step: int
     tensors: dict[str, Tensor] | None
-    facts: dict[str, Any]  # of engine.json
-    weights: dict[str, dict[str, Tensor] | None]  # by the names of their files
-    loss_sums: list[float]  # by rank
-    seconds: float  # that training waited for it
+    facts: dict[str, Any]
+    weights: dict[str, dict[str, Tensor] | None]
+    loss_sums: list[float]
+    seconds: float
 
 
 class CheckpointWriter:
-    """Takes snapshots of a run and writes them, one after the other."""
+    """Takes snapshots of a run and writes them in the background, one after the other."""
 
     def __init__(
         self,
@@ -49,32 +56,36 @@ class CheckpointWriter:
         record: RunFolder | None,
         checkpoints: Checkpoints | None,
     ):
-        """`record` and `checkpoints` on the main process."""
+        """`record` and `checkpoints` are None on all but the main process."""
         self.engine, self.interval, self.conditions = engine, interval, conditions
         self.record, self.checkpoints = record, checkpoints
         self._run_text = json.dumps(record.facts(), indent=2) if record else ""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # Python waits for it at its end
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # Python waits for this thread at exit
         self._writing: Future | None = None
         self._last = (engine.step, time.monotonic())
 
     def is_due(self) -> bool:
-        """Whether the interval is over."""
+        """Whether the checkpoint interval has passed."""
         step, moment = self._last
         return self.engine.step - step >= self.interval.steps or time.monotonic() - moment >= self.interval.seconds
 
     def has_failed(self) -> bool:
-        """Whether writing has ended in an error, which the next `snapshot` or `settle` will raise."""
+        """Whether writing failed; the next `take_snapshot` or `wait` raises the error."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def take_snapshot(
         self, progress: Progress, weights: dict[str, Callable[[], dict[str, Tensor] | None]] | None = None
     ) -> Snapshot:
-        """The state as it is, and what else goes into files of their own, by their names: how to gather it. Collective."""
+        """Gather the state, and the tensors of the weight files. Collective.
+
+        Args:
+            weights: for each file name, the function that gathers its tensors.
+        """
         began = time.perf_counter()
         self.wait()
         loss_sums = self.engine.all_gather_objects(progress.loss_sum)
         tensors = self.engine.gather_state()
-        gathered = {gather: gather() for gather in (weights or {}).values()}  # once, where it goes into two files
+        gathered = {gather: gather() for gather in (weights or {}).values()}  # once, even for two files
         self._last = (self.engine.step, time.monotonic())
         facts = {**self.engine.state_facts(), "conditions": self.conditions}
         files = {name: gathered[gather] for name, gather in (weights or {}).items()}
@@ -97,23 +108,24 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot, texts: dict[str, str], best_step: int) -> None:
         from safetensors.torch import save
 
-        spoilt = next((key for key, tensor in snapshot.tensors.items() if tensor.isnan().any()), None)
-        if spoilt:
+        invalid = next((key for key, tensor in snapshot.tensors.items() if tensor.isnan().any()), None)
+        if invalid:
             raise RunError(
-                f"{spoilt} is not a number after step {snapshot.step:,}, so this state is not saved; the last checkpoint is untouched"
+                f"{invalid} contains NaN after step {snapshot.step:,}, so this state is not saved; "
+                "the last checkpoint is unchanged. Try a lower optimizer.params.lr"
             )
-        # One entry: safetensors writes several in an order of chance, and equal weights are to be equal files.
+        # One entry: safetensors writes several in random order, and equal weights must give equal files.
         about = {"trained": json.dumps(TrainedModel.open(self.record.folder).metadata)}
-        # The weights first: a run whose last checkpoint is there is finished, and must have them.
+        # The weights first: a run with its last checkpoint counts as finished, and must have its weights.
         for name, weights in snapshot.weights.items():
             write_atomically(self.record.folder / name, save(weights, metadata=about))
         self.checkpoints.write(snapshot.step, snapshot.tensors, texts, best_step)
 
     def wait(self) -> None:
-        """Return when nothing is being written any more. Collective; the others wait longer for a disk than for one another's steps.
+        """Wait until nothing is being written. Collective: other processes wait up to SAVE_SECONDS for a slow disk.
 
         Raises:
-            RunError: what was being written could not be.
+            RunError: the checkpoint could not be written.
         """
         limit_waits(SAVE_SECONDS)
         writing, self._writing = self._writing, None

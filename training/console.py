@@ -1,9 +1,9 @@
-"""What a person sees of a run: a few lines at the start, a line an epoch, a progress bar on a terminal, the result.
+"""The console output of a run: a summary at the start, one line per epoch, a progress bar on a terminal, the result.
 
-    epoch  3/10  train loss 3.348  test accuracy  25.60% (2560/10000)     563 images/s    89 s  data wait  0.5%  left  11 min
+    epoch  3/10  train loss 3.348  test accuracy  25.60% (2560/10000)  563 images/s   89 s  data wait  0.5%  ETA  11 min
 
-On a terminal there are colours (unless NO_COLOR is set, https://no-color.org) and a bar; in a log file there are plain lines, and
-during a long epoch one every two minutes. Only the main process writes. Everything but the bar goes to stdout.
+A terminal shows colors (unless NO_COLOR is set, https://no-color.org) and a progress bar. A log file gets plain lines,
+one every two minutes during a long epoch. Only the main process writes. Everything except the bar goes to stdout.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, TextIO
 
+from common.display import protect_streams
 from common.text import duration
 from config.differences import changed_settings
 
@@ -22,39 +23,44 @@ if TYPE_CHECKING:
     from parallel.engine import Engine
 
 QUIET, NORMAL, VERBOSE = range(3)
-HEARTBEAT_LINE_SECONDS = 120.0  # between lines of a long epoch in a log file
+HEARTBEAT_LINE_SECONDS = 120.0  # minimum time between lines of a long epoch in a log file
 BOLD, DIM, GREEN, YELLOW = "1", "2", "32", "33"
 
 
 class Console:
-    """The lines of one run. In a process that is not the main one it says nothing."""
+    """Prints the lines of one run; silent in all processes except the main one.
+
+    It never raises: output whose reader is gone (`train.py | head`, a closed terminal) is dropped.
+    """
 
     def __init__(
         self, level: int = NORMAL, is_main: bool = True, out: TextIO | None = None, bars: TextIO | None = None
     ):
         self.level = level if is_main else QUIET
         self.is_main = is_main
+        if out is None:
+            protect_streams()  # before DeepSpeed is imported, whose logger keeps the stream that it finds
         self.out, self.bars = out or sys.stdout, bars or sys.stderr
-        self.colours = use_colours(self.out)
+        self.has_colors = use_colors(self.out)
         self.clock = Clock()
         logger = logging.getLogger("engine")
         logger.handlers, logger.propagate = [ConsoleHandler(self)], False
         logger.setLevel(logging.INFO)
 
     def paint(self, text: str, code: str) -> str:
-        return f"\033[{code}m{text}\033[0m" if self.colours else text
+        return f"\033[{code}m{text}\033[0m" if self.has_colors else text
 
     def say(self, text: str, level: int = NORMAL) -> None:
-        """A line for those who want that much."""
+        """Print a line, unless the console's level is lower than `level`."""
         if self.is_main and self.level >= level:
             print(text, file=self.out, flush=True)
 
     def print_field(self, label: str, text: str, level: int = NORMAL) -> None:
-        """A line of the head: `model     vit, ...`."""
+        """Print a labeled line: `model     vit, ...`."""
         self.say(f"{self.paint(f'{label:9}', DIM)} {text}", level)
 
     def print_run(self, folder: str, facts: dict[str, Any], side: int, engine: Engine) -> None:
-        """The head of a run: where it writes, what it trains, on what, and what differs from the defaults."""
+        """Print the summary of a run: folder, dataset, model, batch size, engine; with --verbose changed settings."""
         dataset, model, sizes = facts["dataset"], facts["settings"]["model"], engine.batch_sizes
         parts = (
             f", {model['attention']} attention, {model['feed_forward']} feed-forward"
@@ -62,16 +68,19 @@ class Console:
             else ""
         )
         images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
+        accumulation = plural(sizes.accumulation, "accumulation step")
         self.print_field("run", folder)
         self.print_field(
             "data",
-            f"{dataset['folder']}: {len(dataset['classes'])} classes, {side} x {side} pixels, {images}; {facts['source']} source",
+            f"{dataset['folder']}: {len(dataset['classes'])} classes, {side} x {side} pixels, {images}; "
+            f"{facts['source']} source",
         )
         self.print_field("model", f"{model['architecture']}{parts}: {engine.num_parameters:,} parameters")
         self.print_field(
             "batch",
-            f"{sizes.total} = {sizes.micro} x {sizes.accumulation} accumulated x {sizes.shards} processes; "
-            f"{facts['steps_per_epoch']} steps an epoch, {facts['total_steps']:,} in all",
+            f"global batch {sizes.total} = {sizes.micro} per process x {accumulation} x "
+            f"{plural(sizes.shards, 'process')}; {facts['steps_per_epoch']} steps per epoch, "
+            f"{facts['total_steps']:,} in total",
         )
         self.print_field("engine", f"{facts['settings']['strategy']} on {facts['device']}, {engine.describe()}")
         for path, value, default in changed_settings(facts["settings"]):
@@ -80,74 +89,61 @@ class Console:
             self.print_field("resuming", f"after step {engine.step:,} of {facts['total_steps']:,}")
 
     def bar(self, epoch: int, done: int, total: int, batch: int) -> Bar | LogHeartbeat:
-        """What shows the way through an epoch of `total` steps of `batch` images, `done` of them made already."""
+        """Return the progress display of an epoch of `total` steps of `batch` images, of which `done` are trained."""
         shown = self.level > QUIET
         if shown and is_terminal(self.bars):
             return Bar(self, epoch, done, total, batch)
         return LogHeartbeat(self, epoch, done, total, shown)
 
     def epoch(self, line: dict[str, Any], splits: list[str], last_epoch: int) -> None:
-        """The line of an epoch, from its numbers in metrics.jsonl."""
+        """Print the line of an epoch, from its line in metrics.jsonl, and with --verbose a second one."""
         left = self.clock.seconds_left()
-        self.say(
-            "  ".join(
-                [
-                    self.paint(f"epoch {line['epoch']:>{len(str(last_epoch))}}/{last_epoch}", BOLD),
-                    f"train loss {line['train_loss']:.3f}",
-                    *(self._accuracy(line, split) for split in splits),
-                    f"{line['images_per_second']:>7,.0f} images/s",
-                    f"{duration(line['training_seconds']):>6}",
-                    self._wait(100 * line["data_wait_seconds"] / (line["training_seconds"] or 1.0)),
-                    *([f"left {duration(left):>7}"] if left else []),
-                ]
-            )
-        )
-        self.say(
-            self.paint(
-                "      "
-                + "  ".join(
-                    [
-                        f"learning rate {line['learning_rate']:.3g}",
-                        *(
-                            f"{split} loss {line[f'{split}_loss']:.3f}, top 5 {100 * line[f'{split}_top5_accuracy']:.2f}%, "
-                            f"counted in {line[f'{split}_seconds']:.1f} s"
-                            for split in splits
-                        ),
-                        f"memory {line['memory_gib']:.2f} GiB",
-                        f"watching cost {line['tracking_seconds']:.2f} s",
-                    ]
-                ),
-                DIM,
-            ),
-            VERBOSE,
-        )
+        fields = [
+            self.paint(f"epoch {line['epoch']:>{len(str(last_epoch))}}/{last_epoch}", BOLD),
+            f"train loss {line['train_loss']:.3f}",
+            *(self._accuracy(line, split) for split in splits),
+            f"{line['images_per_second']:>7,.0f} images/s",
+            f"{duration(line['training_seconds']):>6}",
+            self._wait(100 * line["data_wait_seconds"] / (line["training_seconds"] or 1.0)),
+            *([f"ETA {duration(left):>7}"] if left else []),
+        ]
+        self.say("  ".join(fields))
+        details = [f"learning rate {line['learning_rate']:.3g}"]
+        for split in splits:
+            top5, seconds = 100 * line[f"{split}_top5_accuracy"], line[f"{split}_seconds"]
+            details.append(f"{split} loss {line[f'{split}_loss']:.3f}, top-5 {top5:.2f}%, evaluated in {seconds:.1f} s")
+        details.append(f"memory {line['memory_gib']:.2f} GiB")
+        details.append(f"logging overhead {line['tracking_seconds']:.2f} s")
+        self.say(self.paint("      " + "  ".join(details), DIM), VERBOSE)
 
     def _accuracy(self, line: dict[str, Any], split: str) -> str:
+        """Return the accuracy of a split; where the run keeps an EMA, of the EMA weights and of the raw weights."""
         seen = str(line[f"{split}_seen"])
         counts = f"({line[f'{split}_correct']}/{seen})".rjust(2 * len(seen) + 3)
-        raw = (
-            f", trained weights {100 * line[f'{split}_raw_accuracy']:6.2f}%" if f"{split}_raw_accuracy" in line else ""
-        )
-        return f"{split} accuracy " + self.paint(f"{100 * line[f'{split}_accuracy']:6.2f}%", BOLD) + f" {counts}{raw}"
+        ema, raw = "", ""
+        if f"{split}_raw_accuracy" in line:
+            ema, raw = "EMA ", f", raw {100 * line[f'{split}_raw_accuracy']:6.2f}%"
+        accuracy = self.paint(f"{100 * line[f'{split}_accuracy']:6.2f}%", BOLD)
+        return f"{split} accuracy {ema}{accuracy} {counts}{raw}"
 
     def _wait(self, percent: float) -> str:
         text = f"data wait {percent:4.1f}%"
         return self.paint(text, YELLOW) if percent >= 10 else text
 
     def result(self, line: dict[str, Any], folder: str) -> None:
-        """The last line of a finished run; with --quiet the only one."""
+        """Print the last line of a finished run; with --quiet, the only one."""
         split = "test" if "test_accuracy" in line else "validation"
         accuracy = self.paint(f"{100 * line[f'{split}_accuracy']:.2f}%", BOLD)
-        epochs = f"{line['epoch']} epoch{'s' * (line['epoch'] > 1)}"
+        counts = f"({line[f'{split}_correct']}/{line[f'{split}_seen']})"
         self.say(
-            f"{self.paint('done     ', GREEN)} {split} accuracy {accuracy} ({line[f'{split}_correct']}/{line[f'{split}_seen']}) "
-            f"after {epochs}; see {folder}/report.html",
+            f"{self.paint('done     ', GREEN)} {split} accuracy {accuracy} {counts} "
+            f"after {plural(line['epoch'], 'epoch')}; see {folder}/report.html",
             QUIET,
         )
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows what engines log as lines of the console, so that --quiet silences them too."""
+    """Prints the log messages of engines through the console, so that --quiet silences them."""
 
     def __init__(self, console: Console):
         super().__init__()
@@ -158,7 +154,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class Clock:
-    """How long the rest of a run takes, from how long its steps took so far in this process, evaluation and all."""
+    """Estimates the remaining time of a run from the time per step in this process, evaluation included."""
 
     def __init__(self) -> None:
         self.start(0, 0)
@@ -167,13 +163,13 @@ class Clock:
         self.first, self.step, self.total, self.began = step, step, total_steps, time.monotonic()
 
     def seconds_left(self) -> float:
-        """0 where nothing is left or nothing is known."""
+        """Return the estimated remaining time, or 0 before the first step and after the last."""
         done = self.step - self.first
         return (time.monotonic() - self.began) / done * (self.total - self.step) if done else 0.0
 
 
 class Bar:
-    """A progress bar over the images of an epoch, with the time that is left of the epoch and of the run."""
+    """A progress bar over the images of an epoch, with the ETA of the epoch and of the run."""
 
     def __init__(self, console: Console, epoch: int, done: int, total: int, batch: int):
         from tqdm import tqdm
@@ -198,9 +194,7 @@ class Bar:
 
     def loss(self, value: float) -> None:
         left = self.clock.seconds_left()
-        self.bar.set_postfix_str(
-            f"loss {value:.3f}" + (f", run done in {duration(left)}" if left else ""), refresh=False
-        )
+        self.bar.set_postfix_str(f"loss {value:.3f}" + (f", run ETA {duration(left)}" if left else ""), refresh=False)
 
     def advance(self) -> None:
         self.clock.step += 1
@@ -208,7 +202,7 @@ class Bar:
 
 
 class LogHeartbeat:
-    """In place of a bar where there is no terminal: a line every two minutes, so that a log file shows that the run is alive."""
+    """Replaces the bar where there is no terminal: one line every two minutes shows that the run is alive."""
 
     def __init__(self, console: Console, epoch: int, done: int, total: int, shown: bool):
         self.console, self.epoch, self.done, self.total, self.shown = console, epoch, done, total, shown
@@ -225,7 +219,7 @@ class LogHeartbeat:
             self.said = time.monotonic()
             self.console.say(
                 f"  in epoch {self.epoch}: step {self.done} of {self.total}, train loss {value:.3f}, "
-                f"left {duration(self.console.clock.seconds_left())}"
+                f"ETA {duration(self.console.clock.seconds_left())}"
             )
 
     def advance(self) -> None:
@@ -237,13 +231,18 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def use_colours(stream: TextIO) -> bool:
-    """Colours belong on a terminal, of a person who has not asked for none."""
+def use_colors(stream: TextIO) -> bool:
+    """Return whether to print colors: on a terminal, unless NO_COLOR is set."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun: 1 process, 2 processes."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def show_library_logs() -> None:
-    """For --verbose: let libraries tell their story too. To be called when they are imported, which sets their own levels."""
+    """Show the log messages and warnings of libraries (--verbose). Call it before they are imported and log."""
     logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.INFO)
     warnings.simplefilter("default")

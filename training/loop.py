@@ -1,6 +1,6 @@
-"""The training loop: steps, epochs, evaluation, checkpoints, and what the person sees meanwhile.
+"""The training loop: steps, epochs, evaluation, checkpoints and console output.
 
-It knows neither how many processes there are (the engine does) nor how images are read (the batches do).
+It knows neither the number of processes (the engine does) nor how images are read (the batches do).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from training.non_finite import HINT, MAX_CONSECUTIVE_SKIPS, LossMonitor, NonFin
 from training.resume import raise_on_all_ranks
 from training.run_start import StartedRun
 
-FLUSH_SECONDS = 0.5  # between looks at the losses, which wait on the device until then
+FLUSH_SECONDS = 0.5  # interval of reading the losses, which stay on the device until then
 
 
 class Loop:
-    """One run from its first or next step to its end."""
+    """One run, from its first or next step to its end."""
 
     def __init__(
         self,
@@ -46,7 +46,10 @@ class Loop:
         stop: StopSignal,
         console: Console,
     ):
-        """`patience`: epochs without better validation accuracy after which the run ends; None: all epochs.
+        """Prepare the loop.
+
+        Args:
+            patience: early stopping: epochs without better validation accuracy; None: no early stopping.
 
         Raises:
             RunError: nothing is left to train.
@@ -66,16 +69,14 @@ class Loop:
         self._sync_progress_with_engine()
         if engine.step == total_steps and not self.progress.num_losses:
             raise RunError(
-                "the others have just made their last step, and nothing is left to train; their runs have the weights"
+                "nothing is left to train: the other peers have just made the last step; their runs have the weights"
             )
 
     def _sync_progress_with_engine(self) -> None:
-        """Go on from where others have carried the engine: `local` with peers."""
+        """Continue at the engine's step: under `local` with peers, other peers may have advanced it."""
         step, progress = self.engine.step, self.progress
         if step != progress.epoch * self.steps_per_epoch + progress.step_in_epoch:
-            progress.epoch = (
-                min(step, self.total_steps - 1) // self.steps_per_epoch
-            )  # the last step belongs to the last epoch
+            progress.epoch = min(step, self.total_steps - 1) // self.steps_per_epoch  # the last step ends its epoch
             progress.step_in_epoch = step - progress.epoch * self.steps_per_epoch
 
     def _where(self) -> str:
@@ -85,8 +86,8 @@ class Loop:
     # --- the epochs -----------------------------------------------------------------------------------------------
 
     def run(self, stop_at: int | None = None) -> bool:
-        """Train to the end. Returns False when told to stop before it; everything is saved then. Collective."""
-        if self.engine.any(self.stop.requested):  # while it waited to begin
+        """Train to the end. Returns False when asked to stop earlier; everything is saved then. Collective."""
+        if self.engine.any(self.stop.requested):  # while the run started
             return False
         self.console.clock.start(self.engine.step, self.total_steps)
         with self.tracking:
@@ -104,20 +105,20 @@ class Loop:
                 self._finish_epoch()
             else:
                 self._save_checkpoint()
-            # Asked again: the wish may have come during the evaluation.
+            # Checked again: the signal may have come during the evaluation.
             if (stopping or self.engine.any(self.stop.requested)) and not (
                 self.engine.step == self.total_steps or self.progress.finished
             ):
                 self.writer.wait()
                 self.console.say(
-                    f"stopped after step {self.engine.step:,} and saved; start the same run again to go on", QUIET
+                    f"stopped after step {self.engine.step:,} and saved; the same command resumes the run", QUIET
                 )
                 return False
         self.writer.wait()
         return True
 
     def _train(self, stop_at: int | None) -> bool:
-        """Steps until the epoch ends, the run is to stop or a checkpoint is due. Returns whether it is to stop."""
+        """Train until the epoch ends, a stop is requested or a checkpoint is due. Returns whether to stop."""
         engine, progress, stopping, pause = self.engine, self.progress, False, False
         accumulation = engine.batch_sizes.accumulation
         last = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
@@ -125,16 +126,15 @@ class Loop:
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, last, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
             self.training.wait_seconds = 0.0
-            self._first_steps_left = min(
-                self._first_steps_left, last - progress.step_in_epoch - 1
-            )  # one step at least is timed
+            # At least one step is timed.
+            self._first_steps_left = min(self._first_steps_left, last - progress.step_in_epoch - 1)
             while progress.step_in_epoch < last and not pause:
                 before = engine.step
                 loss = engine.train_batch(batches)
                 self._record_step(loss, before + 1)
                 progress.step_in_epoch += 1
                 progress.timed_images += engine.batch_sizes.total
-                if self._first_steps_left > 0:  # it compiled or warmed up: nothing to time the training by
+                if self._first_steps_left > 0:  # a step that compiles or warms up is not timed
                     loss.item()  # waits for the device
                     progress.warmup_seconds += time.perf_counter() - began
                     progress.timed_images -= engine.batch_sizes.total
@@ -151,7 +151,7 @@ class Loop:
                 stopping, *others = engine.any_flags(
                     stop_here, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None
                 )
-                pause = stopping or any(others) or engine.step != before + 1  # carried on by others
+                pause = stopping or any(others) or engine.step != before + 1  # advanced by other peers
             self._collect_losses()
             progress.training_seconds += time.perf_counter() - began
             progress.data_wait_seconds += self.training.wait_seconds
@@ -160,7 +160,7 @@ class Loop:
         return stopping
 
     def _record_step(self, loss: Tensor, step: int) -> None:
-        """Take note of the step that the engine has just made, or skipped."""
+        """Record the step that the engine has just made or skipped."""
         engine, monitor, index = self.engine, self.monitor, self.progress.step_in_epoch
         if not engine.skipped:
             monitor.in_a_row = 0
@@ -179,36 +179,37 @@ class Loop:
         if monitor.in_a_row == MAX_CONSECUTIVE_SKIPS:
             raise_on_all_ranks(
                 engine,
-                f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or a gradient that is not finite; the last checkpoint is untouched. "
-                f"{HINT}",
+                f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or a gradient that is not finite; "
+                f"the last checkpoint is unchanged. {HINT}",
             )
 
     def _collect_losses(self) -> None:
-        """Wait for the device, and add the losses that were noted to the epoch's."""
+        """Wait for the device, and add the recorded losses to the sum of the epoch."""
         losses = self.monitor.collect()
-        for _, loss in losses:  # one by one: the sum does not depend on how many come at once
+        for _, loss in losses:  # one by one, so that the sum does not depend on how many are read at once
             self.progress.loss_sum += loss
         self.progress.num_losses += len(losses)
         self.tracking.losses(losses)
 
     def _stop_on_non_finite(self) -> None:
-        """Raises NonFiniteLoss. Collective."""
+        """Raise NonFiniteLoss. Collective."""
         bad, images = describe(self.engine, self.monitor.bad, self.training, self.progress, self._folder())
         self.writer.wait()
         if not self.engine.is_main:
             raise SystemExit(1)
         raise NonFiniteLoss(
-            f"{bad.what} at optimiser step {bad.step}; the last checkpoint is untouched. {HINT}; --skip-bad-steps goes on "
-            f"without such steps. Of that step, {images}"
+            f"{bad.what} at optimizer step {bad.step}; the last checkpoint is unchanged. {HINT}; "
+            "--skip-bad-steps skips "
+            f"such steps. Of that step, {images}"
         )
 
     def _finish_epoch(self) -> None:
-        """Evaluate, write the epoch's line, save."""
+        """Evaluate, write the epoch's line of metrics.jsonl and save a checkpoint."""
         engine, progress = self.engine, self.progress
         split = "validation" if "validation" in self.evaluation else "test"
         results = self._evaluate(split)
         best, waited, ends_early = progress.best_accuracy, 0, False
-        if split == "validation":  # the test split chooses nothing
+        if split == "validation":  # the test split never selects a model
             best = max(best, results[split][0].accuracy)
             waited = 0 if best > progress.best_accuracy else progress.epochs_without_better + 1
             ends_early = self.patience is not None and waited >= self.patience and engine.step < self.total_steps
@@ -238,11 +239,12 @@ class Loop:
         self.writer.write(snapshot, self.progress)
         if ends_early:
             self.console.say(
-                f"ended early: no better validation accuracy than {100 * best:.2f}% for {waited} epochs (--patience {self.patience})"
+                f"early stopping: no better validation accuracy than {100 * best:.2f}% for {waited} epochs "
+                f"(--patience {self.patience})"
             )
 
     def _evaluate(self, split: str) -> dict[str, tuple[EvalCounts, float]]:
-        """What counts, by the name of the split: the averaged weights where there is an average, and then the trained ones as `<split>_raw`."""
+        """Evaluate a split with the EMA where there is one, and then also with the trained weights as `<split>_raw`."""
         results = {}
         for name, raw in [(split, False), *([(f"{split}_raw", True)] if self.engine.ema is not None else [])]:
             began = time.perf_counter()
@@ -252,7 +254,7 @@ class Loop:
     # --- files ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        """In the middle of an epoch. Collective."""
+        """Save a checkpoint within an epoch. Collective."""
         snapshot = self.writer.take_snapshot(self.progress)
         self.progress.checkpoint_seconds += snapshot.seconds
         self.writer.write(snapshot, self.progress)

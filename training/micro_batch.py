@@ -1,9 +1,9 @@
-"""The micro-batch: how many images a process takes through the network at once, and the largest that its GPU has room for.
+"""Micro-batch size: images per process and forward pass, and the largest that fits into GPU memory.
 
-    python train.py --micro-batch 64        the global batch stays what it is, by accumulation
-    python train.py --micro-batch auto      what fits is tried before training starts
+    python train.py --micro-batch 64        accumulation keeps the global batch size
+    python train.py --micro-batch auto      sizes are tried before training starts
 
-Smaller micro-batches give the same gradient up to rounding, except where BatchNorm looks at a micro-batch as a whole.
+Smaller micro-batches give the same gradient up to rounding, except under BatchNorm, which normalizes each micro-batch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from parallel import process_group
 from parallel.engine import Engine
 
 OutOfMemory = torch.cuda.OutOfMemoryError
-SHARE = 0.9  # of the free memory that a trial may take: engines, exchanges and data have their own needs
+SHARE = 0.9  # fraction of the free memory for a trial; engines, communication and data need the rest
 
 
 class MicroBatch:
-    """The micro-batch of one run: chosen before it starts, and advised when its GPU turns out to be too small."""
+    """The micro-batch size of one run: chosen before it starts, and advised after an out-of-memory error."""
 
     def __init__(
         self, engine: type[Engine], settings: Settings, build: Callable[[], nn.Module], dataset: Dataset, side: int
@@ -39,23 +39,28 @@ class MicroBatch:
         self.shards = engine.num_shards(settings, int(os.environ.get("WORLD_SIZE", 1)))
 
     def choose(self, asked: str) -> str:
-        """Set `gradient_accumulation_steps` so that micro-batches have the size asked for, or "auto". Returns a line for the screen. Collective.
+        """Set `gradient_accumulation_steps` for a micro-batch size, or for "auto". Collective.
+
+        Returns:
+            A line for the screen, empty without "auto".
 
         Raises:
-            SettingsError: no such micro-batches make the global batch, or "auto" cannot find out here.
+            SettingsError: the size does not divide the global batch, or "auto" cannot be determined here.
         """
         size = self._find() if asked == "auto" else int(asked)
         self.settings.engine["gradient_accumulation_steps"] = accumulation_for(size, self.total, self.shards)
-        return f"micro     {size} images at once, the largest that the GPU has room for" if asked == "auto" else ""
+        return (
+            f"micro     {size} images per micro-batch, the largest that fits into GPU memory" if asked == "auto" else ""
+        )
 
     def _find(self) -> int:
         if not self.engine.fits_one_device:
             raise SettingsError(
-                "--micro-batch auto tries the whole network on one GPU, which this strategy does not put there; give a number"
+                "--micro-batch auto tries the whole network on one GPU, which this strategy distributes; give a number"
             )
         if process_group.pick_device().type != "cuda":
             raise SettingsError(
-                "--micro-batch auto asks a GPU what it has room for, and there is none here; give a number, or leave it out"
+                "--micro-batch auto measures GPU memory, and there is no GPU here; give a number, or leave it out"
             )
         possible = sizes(self.total, self.shards)
         found = min(process_group.all_gather_objects(largest_that_fits(possible, self.new_trial().fits) or 0))
@@ -65,53 +70,60 @@ class MicroBatch:
         return found
 
     def advice(self) -> str:
-        """The sentence for a GPU that had no room; for when nothing holds the engine any more."""
+        """Return the sentence for an out-of-memory error; call it when nothing holds the engine any more."""
         possible = sizes(self.total, self.shards)
         now = self.total // self.shards // self.settings.engine["gradient_accumulation_steps"]
         smaller = [size for size in possible if size < now]
         free_memory()
         try:
             found = largest_that_fits(smaller, self.new_trial().fits) if smaller else None
-        except OutOfMemory:  # what the failed engine has not let go leaves no room for the network alone
+        except OutOfMemory:  # memory that the failed engine still holds leaves too little for the network alone
             found = smaller[-1] if smaller else None
         return no_room(now, possible, found)
 
 
 def no_room(now: int, possible: list[int], found: int | None) -> str:
-    """What to say when `now` images at once were too many, and `found` are not (None: even one is)."""
-    start = f"the GPU has no room for {now} images at once"
+    """Return the sentence for a micro-batch of `now` images that does not fit; `found` fits (None: not even one)."""
+    start = f"out of GPU memory with a micro-batch of {now} images"
     if found is None:
-        return f"{start}, nor for fewer: take a smaller network, bf16.enabled=true, or more GPUs with zero_optimization.stage=3"
+        return (
+            f"{start}, and smaller ones do not fit either; choose a smaller network, --set bf16.enabled=true, or more "
+            "GPUs with --set zero_optimization.stage=3"
+        )
     return (
-        f"{start}, but for {found}: start the same run again with --micro-batch {found}, of which {possible[-1] // found} a process make the "
-        "same global batch. What was saved is untouched"
+        f"{start}; {found} fit. Start the same run again with --micro-batch {found}: {possible[-1] // found} "
+        "accumulation steps give the same global batch. Saved checkpoints are unchanged"
     )
 
 
 def sizes(total: int, shards: int) -> list[int]:
-    """The micro-batches that `shards` processes can make a global batch of `total` from, smallest first. Raises SettingsError."""
+    """Return the micro-batch sizes that divide a global batch on `shards` processes, ascending.
+
+    Raises SettingsError.
+    """
     if total % shards:
         raise SettingsError(
-            f"train_batch_size={total} cannot be cut into {shards} data-parallel processes; choose a multiple of {shards}"
+            f"train_batch_size={total} is not divisible by {shards} data-parallel processes; choose a multiple "
+            f"of {shards}"
         )
     return [size for size in range(1, total // shards + 1) if total // shards % size == 0]
 
 
 def accumulation_for(micro: int, total: int, shards: int) -> int:
-    """How many micro-batches of `micro` images make a process's part of the global batch. Raises SettingsError when none do."""
+    """Return the accumulation steps for micro-batches of `micro` images. Raises SettingsError where none fit."""
     possible = sizes(total, shards)
     if micro not in possible:
         near = sorted(possible, key=lambda size: abs(size - micro))[:3]
         raise SettingsError(
-            f"--micro-batch {micro}: a global batch of {total} on {shards} processes is not made of such parts; "
+            f"--micro-batch {micro} does not divide a global batch of {total} on {shards} process(es); "
             f"choose {', '.join(map(str, sorted(near)))} or another divisor of {total // shards}"
         )
     return total // shards // micro
 
 
 def largest_that_fits(possible: list[int], fits: Callable[[int], bool]) -> int | None:
-    """The last of the ascending sizes for which `fits` holds, asked a few times; None when the first does not fit."""
-    low, high = 0, len(possible)  # what is below `low` fits, what is from `high` on does not
+    """Return the largest of the ascending sizes for which `fits` holds, by bisection; None when none does."""
+    low, high = 0, len(possible)  # sizes below `low` fit, sizes from `high` on do not
     while low < high:
         middle = (low + high) // 2
         if fits(possible[middle]):
@@ -122,7 +134,7 @@ def largest_that_fits(possible: list[int], fits: Callable[[int], bool]) -> int |
 
 
 class Trial:
-    """Training steps on noise, outside of any engine, to see whether they fit beside the dataset."""
+    """Training steps on noise, outside of any engine, to test whether they fit into memory next to the dataset."""
 
     def __init__(
         self, build: Callable[[], nn.Module], settings: Settings, dataset: Dataset, side: int, device: torch.device
@@ -134,7 +146,7 @@ class Trial:
         self.ballast = torch.empty(packed, dtype=torch.uint8, device=device)
 
     def fits(self, micro: int) -> bool:
-        """Whether a step on `micro` images stays within SHARE of the memory that is free."""
+        """Whether a step on `micro` images stays within SHARE of the free memory."""
         try:
             self._step(micro)
             if self.device.type != "cuda":
@@ -159,7 +171,7 @@ class Trial:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, and forget the highest mark."""
+    """Release unreferenced memory and reset the peak statistics."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

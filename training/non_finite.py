@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite: found without making the device wait at every step, and told with their images.
+"""Steps with a non-finite loss or gradient: detected without synchronizing every step, reported with their images.
 
-Losses and gradient norms stay on the device until somebody looks at them, twice a second and before every checkpoint: so no
-checkpoint holds what came after a bad step. Which images a step had follows from (seed, epoch, step).
+Losses and gradient norms stay on the device and are read twice a second and before every checkpoint, so no checkpoint
+holds a state after a bad step. The images of a step follow from (seed, epoch, step).
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from dali_pipeline import Batches
 from parallel.engine import Engine
 from records.run_folder import Progress
 
-MAX_CONSECUTIVE_SKIPS = 10  # steps skipped one after the other, before that is no accident
-HINT = "A lower optimizer.params.lr or a longer schedule.warmup_fraction usually cures it"
+MAX_CONSECUTIVE_SKIPS = 10  # skipped steps in a row that end the run: the run has diverged
+HINT = "A lower optimizer.params.lr or a longer schedule.warmup_fraction usually helps"
 
 
 class NonFiniteLoss(RunError):
-    """A loss or a gradient became infinite or not a number; the message names the step and its images."""
+    """A loss or a gradient became infinite or NaN; the message names the step and its images."""
 
 
 @dataclass(frozen=True)
 class NonFiniteStep:
-    """What one process saw of a bad step."""
+    """What one process knows of a bad step."""
 
     step: int
     index: int  # of the step in its epoch
     what: str
-    own: bool  # the loss of its own images is to raise_for_unreadable, not only the gradient of all
+    own: bool  # whether the loss of this process's own images is not finite, not only the gradient of all
 
 
 class LossMonitor:
-    """The steps of one process that nobody has looked at yet."""
+    """The recorded steps of one process whose losses have not been read yet."""
 
     def __init__(self) -> None:
         self.bad: NonFiniteStep | None = None  # the first one
-        self.in_a_row = 0  # steps that were skipped
+        self.in_a_row = 0  # consecutive skipped steps
         self._noted: list[
             tuple[int, int, Tensor, Tensor | None]
         ] = []  # step, its index in the epoch, loss, gradient's norm
 
     def add(self, step: int, index: int, loss: Tensor, grad_norm: Tensor | None) -> None:
-        """Take note of an optimiser step, the `index`-th of its epoch."""
+        """Record an optimizer step, the `index`-th of its epoch."""
         self._noted.append((step, index, loss, grad_norm))
 
     def collect(self) -> list[tuple[int, float]]:
-        """Wait for the device, and return the steps noted since the last time, each with its loss."""
+        """Wait for the device, and return the steps recorded since the last call, each with its loss."""
         if not self._noted:
             return []
         steps, places, on_device, norms = zip(*self._noted, strict=True)
@@ -66,7 +66,7 @@ class LossMonitor:
 
 
 def check_finite(step: int, index: int, loss: float, norm: float) -> NonFiniteStep | None:
-    """What to say of a step with these figures, if anything."""
+    """Return what is wrong with a step of this loss and gradient norm; None for finite ones."""
     if not math.isfinite(loss):
         return NonFiniteStep(step, index, f"the loss is {loss}", own=True)
     return None if math.isfinite(norm) else NonFiniteStep(step, index, f"the gradient's norm is {norm}", own=False)
@@ -75,9 +75,11 @@ def check_finite(step: int, index: int, loss: float, norm: float) -> NonFiniteSt
 def describe(
     engine: Engine, bad: NonFiniteStep | None, training: Batches, progress: Progress, folder: Path | None
 ) -> tuple[NonFiniteStep, str]:
-    """The first of the processes' bad steps, and a sentence about its images, which are listed in `folder`. Collective.
+    """Return the first bad step of all processes, and a sentence about its images, listed in `folder`. Collective.
 
-    `bad` is what this process saw, `folder` the run folder on the main process; the text is empty elsewhere.
+    Args:
+        bad: the bad step of this process, if any.
+        folder: the run folder on the main process; None elsewhere, where the sentence is empty.
     """
     seen = [other for other in engine.all_gather_objects(bad) if other is not None]
     first = min(seen, key=lambda other: (other.step, not other.own))
@@ -95,7 +97,7 @@ def describe(
 
 
 def images_of(training: Batches, epoch: int, start: int, stop: int) -> list[str]:
-    """This process's images of batches `start` to `stop` of an epoch: position in the training list, file, class."""
+    """Return this process's images of batches `start` to `stop` of an epoch: position in the list, file, class."""
     if training.source == "synthetic":
         return ["noise"]
     split, classes = training.split, training.dataset.classes

@@ -1,6 +1,6 @@
-"""How a run begins or goes on: its folder, the checkpoint it goes on from, and whether what follows is the same to the bit.
+"""Start or resumption of a run: its folder, the checkpoint to resume from, and whether the result is bitwise the same.
 
-docs/resume.md has the table of what may change between a run and its resumption, and what each change means.
+docs/resume.md lists what may change between a run and its resumption, and the effect of each change.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import RunError
+from common.errors import EXIT_NOTHING_DONE, RunError, RunFinishedError
 from common.files import gigabytes, room_left, write_atomically
 from config.differences import differences
 from image_data.dataset import Dataset
@@ -19,19 +19,21 @@ from records.checkpoint_store import ENGINE, STATE, Checkpoints, disk_space_need
 from records.run_folder import Progress, RunFolder
 from training.resume_conditions import MAY_DIFFER, MUST_MATCH, comparable, compare
 
+BUDGET = ("settings.epochs ", "max_steps ")  # differences that only make a run longer or shorter
+
 
 @dataclass
 class ResumePoint:
-    """Where a run starts, on the main process: its folder, and the checkpoint it goes on from, if there is one."""
+    """Where a run starts, on the main process: its folder, and the checkpoint to resume from, if there is one."""
 
     record: RunFolder
     checkpoint: Path | None
     progress: Progress
-    messages: list[str]  # for the screen: what was damaged, what will not be the same to the bit
-    changed: list[str] = field(default_factory=list)  # conditions that are other ones than those of the checkpoint
+    messages: list[str]  # for the screen: what was damaged, what will not be bitwise the same
+    changed: list[str] = field(default_factory=list)  # conditions that differ from those of the checkpoint
 
     def save_changes(self) -> None:
-        """Write into run.json what is not the same from here on, for whoever reads the run's figures."""
+        """Record in run.json which conditions change at this step, for readers of the run's metrics."""
         if self.changed:
             facts = self.record.facts()
             facts.setdefault("changes", []).append({"after_step": step_of(self.checkpoint), "what": self.changed})
@@ -40,7 +42,7 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """Where a run writes, and what it may find there."""
+    """Options of the run folder and its checkpoints."""
 
     runs_dir: Path
     name: str | None
@@ -52,15 +54,15 @@ class FolderOptions:
 def find_resume_point(
     options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], state_values: int
 ) -> ResumePoint:
-    """Find or make the run folder, and say where the run resumes. For the main process.
+    """Find or create the run folder, and find the checkpoint to resume from. For the main process.
 
     Args:
-        facts: what run.json is to hold.
-        new: the conditions of now.
-        state_values: numbers that a checkpoint holds, to see whether the disk has room for them.
+        facts: content of run.json.
+        new: the present conditions.
+        state_values: number of values in a checkpoint, to check the free disk space.
 
     Raises:
-        RunError: the folder cannot be used as asked, its checkpoints are lost, or going on would not be the same training.
+        RunError: the folder cannot be used as asked, its checkpoints are lost, or the conditions have changed.
     """
     record, messages = choose_folder(options.runs_dir, options.name, options.fresh, facts)
     if not record.exists:
@@ -75,20 +77,18 @@ def find_resume_point(
         epochs = len(record.metrics())
         if epochs > 1:  # more than the first, whose line is written before its checkpoint
             lost = "; ".join(
-                [
-                    f"{os.path.relpath(record.folder)} has {epochs} finished epochs, but no checkpoint that is whole",
-                    *damaged,
-                ]
+                [f"{os.path.relpath(record.folder)} has {epochs} finished epochs, but no intact checkpoint", *damaged]
             )
             raise RunError(
-                f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), or from its weights with --init-weights"
+                f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), "
+                "or from its weights with --init-weights"
             )
-        record.write_metrics("")  # of a run that was killed before its first checkpoint
+        record.write_metrics("")  # the run was killed before its first checkpoint
         return ResumePoint(record, None, Progress(), messages)
     check_room(record.folder, sum(file.stat().st_size for file in checkpoint.iterdir()) * 3 // 2, options)
     changed = check_conditions(record, checkpoint, new, options.allow_inexact_resume)
     messages += [
-        f"from step {step_of(checkpoint):,} on not the same to the bit as an unbroken run: {text}" for text in changed
+        f"from step {step_of(checkpoint):,} on not bitwise the same as an uninterrupted run: {text}" for text in changed
     ]
     record.write_metrics((checkpoint / "metrics.jsonl").read_text())
     return ResumePoint(record, checkpoint, RunFolder.read_progress(checkpoint), messages, changed)
@@ -97,10 +97,13 @@ def find_resume_point(
 def start_or_resume(
     engine: Engine, options: FolderOptions, facts: dict[str, Any], new: dict[str, Any], dataset: Dataset
 ) -> ResumePoint | None:
-    """Find or make the run folder and load its newest checkpoint if it has one; None in all but the main process. Collective.
+    """Find or create the run folder and load its newest checkpoint, if there is one. Collective.
+
+    Returns:
+        The resume point on the main process, None elsewhere.
 
     Raises:
-        RunError: as `find_resume_point`; the other processes end.
+        RunError: as `find_resume_point`; the other processes exit.
     """
     point = problem = None
     if engine.is_main:
@@ -108,7 +111,7 @@ def start_or_resume(
             point = find_resume_point(options, facts, new, engine.state_values())
             keep_validation_list(point.record.folder, dataset)
         except (RunError, OSError) as error:
-            problem = str(error)
+            problem = error
     raise_on_all_ranks(engine, problem)
     if engine.broadcast_object(point is not None and point.checkpoint is not None):
         engine.load(point.checkpoint if point else Path())
@@ -117,14 +120,21 @@ def start_or_resume(
     return point
 
 
-def raise_on_all_ranks(engine: Engine, problem: str | None) -> None:
-    """Where the main process has a problem, end all of them; it says what the problem is. Collective."""
-    if problem := engine.broadcast_object(problem):
-        raise RunError(problem) if engine.is_main else SystemExit(1)
+def raise_on_all_ranks(engine: Engine, problem: str | Exception | None) -> None:
+    """End all processes where the main process has a problem, which it alone reports. Collective.
+
+    Args:
+        problem: the message, or the error itself, on the main process.
+    """
+    text = engine.broadcast_object(None if problem is None else str(problem))
+    if text:
+        error = problem if isinstance(problem, RunError) else RunError(text)
+        finished = engine.broadcast_object(isinstance(error, RunFinishedError))
+        raise error if engine.is_main else SystemExit(EXIT_NOTHING_DONE if finished else 1)
 
 
 def check_conditions(record: RunFolder, checkpoint: Path, new: dict[str, Any], allowed: bool) -> list[str]:
-    """What will not be the same to the bit from here on. Raises RunError where it would be another training, unless `allowed`."""
+    """Return the changed conditions. Raises RunError for changes of the arithmetic, unless `allowed`."""
     from safetensors import safe_open
 
     with safe_open(checkpoint / STATE, "pt") as file:
@@ -132,25 +142,26 @@ def check_conditions(record: RunFolder, checkpoint: Path, new: dict[str, Any], a
     accepted, refused = compare(read_facts(checkpoint, ENGINE).get("conditions", {}), new, batch_norm)
     if refused and not allowed:
         raise RunError(
-            f"{os.path.relpath(record.folder)} would not go on as the same training: {'; '.join(refused)}. "
-            "Start it as before, or go on all the same with --allow-inexact-resume"
+            f"{os.path.relpath(record.folder)} would not resume as the same training: {'; '.join(refused)}. "
+            "Start it as before, or resume nevertheless with --allow-inexact-resume"
         )
     return [*accepted, *refused]
 
 
 def check_room(folder: Path, needed: int, options: FolderOptions) -> None:
-    """Raises RunError when the disk of the run folder cannot take what will be written."""
+    """Raise RunError where the disk of the run folder has too little free space."""
     left = room_left(folder)
     if left < needed:
         raise RunError(
-            f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of {os.path.relpath(options.runs_dir)} "
-            f"has {gigabytes(left)} left; make room, choose another --runs-dir, or keep fewer than --keep-checkpoints "
-            f"{options.keep_checkpoints}"
+            f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of "
+            f"{os.path.relpath(options.runs_dir)} has {gigabytes(left)} left; free some space, choose another "
+            "--runs-dir, "
+            f"or keep fewer than --keep-checkpoints {options.keep_checkpoints}"
         )
 
 
 def keep_validation_list(folder: Path, dataset: Dataset) -> None:
-    """Which images were held out, where some were."""
+    """Write the list of the validation images, where there is a validation split."""
     if held := dataset.splits.get("validation"):
         write_atomically(
             folder / "validation_file_list.txt",
@@ -162,13 +173,14 @@ def keep_validation_list(folder: Path, dataset: Dataset) -> None:
 
 
 def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str, Any]) -> tuple[RunFolder, list[str]]:
-    """The folder of this run: the one that is to go on, or a new one; and what there is to say of it.
+    """Return the folder of this run, new or to be resumed, and messages for the screen.
 
-    A name that was given must be new, or hold a run of the same settings. Without a name, the first of `base`, `base-2`,
-    ... that is new or holds an unfinished run of the same settings. Only the strategy may change (see MAY_DIFFER).
+    A given name must be new, or hold an unfinished run of the same settings. Without a name, it is the first of `base`,
+    `base-2`, ... that is new or holds an unfinished run of the same settings. Only MAY_DIFFER may change.
 
     Raises:
-        RunError: the named folder holds another run, or a finished one.
+        RunError: the named folder holds another run.
+        RunFinishedError: the named folder holds a finished run.
     """
     number = 1
     while True:
@@ -176,7 +188,7 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
         record = RunFolder(runs_dir / (base if number == 1 else f"{base}-{number}"))
         messages = restore_facts(record)
         if fresh and number == 1 and record.exists:
-            messages = [f"the run that was there is now {record.rename_aside().name}"]
+            messages = [f"the previous run is now {record.rename_aside().name}"]
         if not record.exists:
             return record, messages
         old = record.facts()
@@ -193,12 +205,20 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
         if not changed and not finished:
             return record, messages
         where = os.path.relpath(record.folder)
+        if name and changed and finished and all(text.startswith(BUDGET) for text in changed):
+            raise RunFinishedError(
+                f"{where} is finished; its schedule ended with it ({'; '.join(changed)}). To train longer, "
+                "start from its "
+                f"weights: --name {record.folder.name}-longer --init-weights {where}/weights.safetensors; "
+                "or --fresh to start over"
+            )
         if name and changed:
             raise RunError(
-                f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, or --fresh to start over"
+                f"{where} holds a run of other settings ({'; '.join(changed)}); choose another --name, "
+                "or --fresh to start over"
             )
         if name:
-            raise RunError(
+            raise RunFinishedError(
                 f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
                 "or --fresh to start over"
             )
@@ -206,12 +226,12 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
 
 
 def restore_facts(record: RunFolder) -> list[str]:
-    """Where run.json is lost or damaged, take it from the newest whole checkpoint."""
+    """Restore a lost or damaged run.json from the newest intact checkpoint. Returns messages for the screen."""
     try:
         record.facts()
     except RunError:
         for path in reversed(Checkpoints(record.folder / "state", 1).all()):
             if find_damage(path) is None:
                 write_atomically(record.folder / "run.json", (path / "run.json").read_text())
-                return [f"run.json was lost or damaged, and is restored from {path.name}"]
+                return [f"run.json was lost or damaged and is restored from {path.name}"]
     return []

@@ -1,4 +1,4 @@
-"""What may change between a run and its resumption, and what each change means."""
+"""Conditions that may change between a run and its resumption, and the effect of each change."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from common.machine import cpu_name
 from config.settings import Settings
 from parallel.engine import Engine
 
-# What must be the same for a run to go on ...
+# What must be the same for a run to resume ...
 MUST_MATCH = ("settings", "seed", "max_steps", "hold_out", "patience", "init_weights", "synthetic")
 
-
-# ... but for how the work is spread: the state is the same for all (an engine that cannot go on from another's refuses it by name).
+# ... except how the work is distributed: the state is the same (an engine that cannot load another's state rejects it).
 MAY_DIFFER = (
     "settings.strategy",
     "settings.parallel",
@@ -28,42 +27,39 @@ MAY_DIFFER = (
 
 @dataclass(frozen=True)
 class Change:
-    """What it means when a run goes on under another condition; one that is not `accepted` needs --allow-inexact-resume."""
+    """Effect of resuming under another condition; one that is not `accepted` needs --allow-inexact-resume."""
 
     words: str
     why: str
     accepted: bool
 
 
-ROUNDING = "the same sums, rounded in another order"
+ROUNDING = "same sums, rounded in another order"
 CHANGES = {  # by the key of `conditions`
-    "processes": Change("processes", f"{ROUNDING}; dropout draws other masks", True),
+    "processes": Change("processes", f"{ROUNDING}; other dropout masks", True),
     "micro_batch": Change(
-        "images a micro-batch", f"{ROUNDING}; dropout draws other masks, MixUp and CutMix other partners", True
+        "micro-batch size", f"{ROUNDING}; other dropout masks, other MixUp and CutMix partners", True
     ),
     "strategy": Change("strategy", ROUNDING, True),
     "stage": Change("ZeRO stage", ROUNDING, True),
     "threads": Change("CPU threads", ROUNDING, True),
     "device_name": Change("device", ROUNDING, True),
-    "torch": Change("PyTorch", "its kernels may round differently", True),
+    "torch": Change("PyTorch", "kernels may round differently", True),
     "commit": Change("commit of this project", "the code may compute something else", True),
-    "device": Change("kind of device", "another arithmetic, and dropout draws other masks", False),
-    "precision": Change("precision", "another arithmetic", False),
+    "device": Change("device type", "other arithmetic and other dropout masks", False),
+    "precision": Change("precision", "other arithmetic", False),
     "compile": Change("torch.compile", "compiled kernels round differently", True),
     "deterministic": Change("--deterministic", "other kernels", False),
-    "source": Change("source of the images", "pixels differ by roundings of one level", False),
+    "source": Change("image source", "pixels differ by roundings of one level", False),
 }
 
-
-IMPLIED_CHANGES = {
-    "device": ("threads", "device_name"),
-    "strategy": ("stage",),
-}  # change with these, and need no sentence of their own
-BATCH_NORM = Change("images a micro-batch", "BatchNorm takes its statistics of each micro-batch", False)
+# Conditions that change together with another one and need no sentence of their own.
+IMPLIED_CHANGES = {"device": ("threads", "device_name"), "strategy": ("stage",)}
+BATCH_NORM = Change("micro-batch size", "BatchNorm computes its statistics per micro-batch", False)
 
 
 def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
-    """Under which conditions this process trains: a run that goes on under the same ones gives the same bits (on a GPU if deterministic)."""
+    """Return the conditions of this process, under which a resumed run has the same bits (docs/resume.md)."""
     on_gpu = engine.device.type == "cuda"
     return {
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
@@ -83,7 +79,7 @@ def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple[list[str], list[str]]:
-    """Sentences for the changes of conditions that are accepted, and for those that are not."""
+    """Return sentences for the accepted changes of conditions, and for the rejected ones."""
     accepted, refused = [], []
     changed = {key for key in CHANGES if key in old and old[key] != new[key]}
     for key in (
@@ -97,7 +93,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple
 
 
 def comparable(facts: dict[str, Any], key: str) -> Any:
-    """A fact of run.json; a run made before a setting existed had that setting's default."""
+    """Return a fact of run.json for comparison; a run older than a setting had that setting's default."""
     if key == "settings":
         try:
             return Settings.from_dict(facts["settings"]).as_dict()

@@ -1,4 +1,4 @@
-"""What run.json holds of a run: what was asked, of which data, on which machine."""
+"""The content of run.json: options, settings, dataset and machine of a run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from records.provenance import provenance
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the user asks of a run beside its settings; each is recorded under its name."""
+    """Options of a run besides its settings; run.json records each under its name."""
 
     preset: str
     seed: int
     max_steps: int | None
-    hold_out: float | None  # share of the training split that the validation split takes
-    patience: int | None  # epochs without better validation accuracy after which the run ends
-    init_weights: str | None  # name of the file
+    hold_out: float | None  # fraction of the training split that becomes the validation split
+    patience: int | None  # early stopping: epochs without better validation accuracy
+    init_weights: str | None  # file name
     synthetic: bool
     deterministic: bool
 
@@ -38,10 +38,10 @@ def facts_of(
     steps_per_epoch: int,
     total_steps: int,
 ) -> dict[str, Any]:
-    """The content of run.json.
+    """Return the content of run.json.
 
     Args:
-        folder: of the prepared dataset as the user gave it, of which `dataset` may be a copy on a local disk.
+        folder: of the prepared dataset as the user gave it; `dataset` may be a copy of it on a local disk.
     """
     return {
         **provenance(),

@@ -1,15 +1,13 @@
-"""From an engine that stands to a run that can take its next step: folder, checkpoint, console lines, logging."""
+"""The start of a run, from a complete engine to the next step: run folder, checkpoint, console lines, logging."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common.errors import RunError
 from dali_pipeline import Batches, Synthetic
-from image_data.dataset import Dataset
 from parallel.engine import Engine
 from records.checkpoint_store import Checkpoints, Interval
 from records.run_folder import Progress, RunFolder
@@ -18,26 +16,27 @@ from training.console import Console
 from training.resume import FolderOptions, raise_on_all_ranks, start_or_resume
 from training.resume_conditions import conditions
 from training.run_facts import RunOptions, facts_of
+from training.run_setup import RunData
 from training.trackers import Tracking, first_images, start_tracking
 
 
 @dataclass(frozen=True)
 class LoggingOptions:
-    """When a run saves and who is told of it."""
+    """When a run saves checkpoints, and which trackers it logs to."""
 
     checkpoint_every: Interval
     tensorboard: bool
-    wandb: str | None  # project at Weights & Biases, "" for its default; None for none
+    wandb: str | None  # Weights & Biases project, "" for its default; None: no Weights & Biases
 
 
 @dataclass
 class StartedRun:
-    """What the training loop works on beside the engine and the batches."""
+    """What the training loop needs besides the engine and the batches."""
 
     progress: Progress
     writer: CheckpointWriter
     tracking: Tracking
-    record: RunFolder | None  # on the main process
+    record: RunFolder | None  # on the main process only
 
 
 def start_run(
@@ -45,24 +44,20 @@ def start_run(
     options: RunOptions,
     folder: FolderOptions,
     logging: LoggingOptions,
-    dataset: Dataset,
-    data_folder: Path,
+    data: RunData,
     training: Batches | Synthetic,
     steps_per_epoch: int,
     total_steps: int,
     console: Console,
 ) -> StartedRun:
-    """Find or make the run folder, load its newest checkpoint if it has one, and say what is trained. Collective.
-
-    Args:
-        data_folder: of the prepared dataset as the user gave it; `dataset` may be a copy on a local disk.
+    """Find or create the run folder, load its newest checkpoint if there is one, and print the run. Collective.
 
     Raises:
         RunError: the folder cannot be used as asked.
     """
-    facts = facts_of(options, dataset, data_folder, engine, training.source, steps_per_epoch, total_steps)
+    facts = facts_of(options, data.dataset, data.folder, engine, training.source, steps_per_epoch, total_steps)
     now = conditions(engine, training.source, facts["commit"])
-    point = start_or_resume(engine, folder, facts, now, dataset)
+    point = start_or_resume(engine, folder, facts, now, data.dataset)
     record = point.record if point else None
     progress = engine.broadcast_object(point and point.progress)
     progress.loss_sum = engine.own_value(progress.loss_sums)
@@ -74,7 +69,8 @@ def start_run(
         console.print_field("note", text)
     tracking = _start_tracking(engine, record, facts, logging, console)
     if not engine.step:
-        tracking.first_batch(lambda: first_images(next(training.epoch(0, 0, 1))[0], dataset.mean, dataset.std))
+        mean, std = data.dataset.mean, data.dataset.std
+        tracking.first_batch(lambda: first_images(next(training.epoch(0, 0, 1))[0], mean, std))
     engine.begin(facts)
     return StartedRun(progress, writer, tracking, record)
 
@@ -82,7 +78,7 @@ def start_run(
 def _start_tracking(
     engine: Engine, record: RunFolder | None, facts: dict[str, Any], logging: LoggingOptions, console: Console
 ) -> Tracking:
-    """Collective, because a logger that cannot be started ends all processes."""
+    """Start the trackers. Collective, because a tracker that cannot start ends all processes."""
     tracking, problem = Tracking([]), None
     if record:
         try:

@@ -1,11 +1,11 @@
-"""What watches a run from its main process, beside metrics.jsonl: TensorBoard, Weights & Biases, losses by step, pictures.
+"""Trackers of a run, called by its main process: TensorBoard, Weights & Biases, losses by step, pictures.
 
     tensorboard --logdir runs               every run, in the browser (train.py --no-tensorboard: no event files)
-    python train.py --wandb ...             Weights & Biases too (WANDB_MODE=offline: on this disk only)
+    python train.py --wandb ...             also log to Weights & Biases (WANDB_MODE=offline: to this disk only)
 
-Every number has the name and the value that it has in metrics.jsonl, and stands at the optimiser step where it was taken. A watcher is
-told of the first batch, of training losses, of each epoch's line, and of the end. What all of them cost stands in `tracking_seconds`
-of the next line.
+Every number has the name and the value that it has in metrics.jsonl, at the optimizer step where it was measured. A
+tracker receives the first batch, training losses, the line of each epoch, and the end of the run. The time that all
+trackers take is in `tracking_seconds` of the next line.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ from records.run_data import RunData
 from training.console import QUIET, Console
 from training.utilization import Sampler
 
-STEP_POINTS = 1000  # of the training loss by step, over a run: more could not be told apart in a picture
-LOOKED_AT = 64  # images of the first batch that are shown
-CHARTS = {  # TensorBoard's tab "custom scalars": what belongs together, by patterns of names
+STEP_POINTS = 1000  # logged training losses per run: more are not distinguishable in a picture
+SHOWN_IMAGES = 64  # of the first batch
+CHARTS = {  # TensorBoard's tab "custom scalars": title -> patterns of names
     "accuracy": [r".*_accuracy$"],
     "loss": [r".*_loss$"],
     "learning rate": ["learning_rate"],
-    "images a second": ["images_per_second"],
+    "images/s": ["images_per_second"],
     "seconds": [r".*_seconds$"],
 }
-REDRAW_SECONDS = 30.0  # at least, between redrawings of curves.png
-REDRAW_FACTOR = 300  # and at least so many times what one takes: a third of a per cent
+REDRAW_SECONDS = 30.0  # minimum time between redraws of curves.png
+REDRAW_FACTOR = 300  # and at least this multiple of the time of one redraw: at most 1/300 of the run
 
 
 class Tracker:
-    """Something that is told how a run goes. Each of its methods may be left out."""
+    """Receives the events of a run. A subclass overrides the methods that it needs."""
 
     def batch(self, pixels: np.ndarray) -> None:
-        """What the network sees first: uint8 (rows, columns, S, S, 3), augmented. Only in a run that begins."""
+        """Log the first training images: uint8 (rows, columns, S, S, 3), augmented. Only in a run that starts."""
 
     def loss(self, step: int, mean: float, steps: int) -> None:
-        """The main process's mean training loss over the last `steps` steps up to `step`."""
+        """Log the main process's mean training loss over the last `steps` steps up to `step`."""
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """The line of metrics.jsonl that has just been written."""
+        """Log the line of metrics.jsonl that was just written."""
 
     def close(self, failed: bool) -> None:
-        """The run ends here: finished, stopped or, with `failed`, by an error."""
+        """Finish: the run is finished, stopped or, with `failed`, ended by an error."""
 
 
-def pass_over_full_disks() -> None:
-    """Print no trace of TensorBoard's writing thread when the disk is full: the run itself says so, in a sentence."""
+def ignore_full_disks() -> None:
+    """Print no traceback of TensorBoard's writer thread on a full disk: the run reports it in one sentence."""
     usual = threading.excepthook
 
     def hook(details: threading.ExceptHookArgs) -> None:
@@ -68,12 +68,12 @@ def pass_over_full_disks() -> None:
 
 
 class TensorBoard(Tracker):
-    """Event files in <run>/tensorboard/. Events of steps that a resumed run makes again are purged."""
+    """Event files in <run>/tensorboard/. Events of steps that a resumed run repeats are purged."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        pass_over_full_disks()
+        ignore_full_disks()
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0, flush_secs=10)
         if not step:
             self.writer.add_custom_scalars({"this run": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
@@ -98,19 +98,17 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """A run at Weights & Biases; a resumed run goes on with the same one, and what it was told already is not told again."""
+    """A run at Weights & Biases. A resumed run continues the same one and does not log repeated steps again."""
 
     def __init__(self, folder: Path, facts: dict[str, Any], step: int, project: str | None, silent: bool):
-        """Raises RunError when it cannot be reached or does not know who this is."""
+        """Raises RunError when the service is unreachable or nobody is logged in."""
         import wandb
 
-        name = folder / "wandb_run.txt"  # its id there: a run that starts over has a new folder, and becomes a new run
+        name = folder / "wandb_run.txt"  # its id there; a run that starts over has a new folder, hence a new id
         identity = name.read_text().strip() if step and name.is_file() else secrets.token_hex(4)
         write_atomically(name, identity + "\n")
-        config = {
-            key: facts[key]
-            for key in ("settings", "preset", "seed", "command", "commit", "versions", "dataset", "device")
-        }
+        keys = ("settings", "preset", "seed", "command", "commit", "versions", "dataset", "device")
+        config = {key: facts[key] for key in keys}
         try:
             self.run = wandb.init(
                 project=project,
@@ -123,24 +121,25 @@ class WeightsAndBiases(Tracker):
             )
         except wandb.errors.Error as error:
             raise RunError(
-                f"Weights & Biases says '{str(error).splitlines()[0]}'; WANDB_MODE=offline keeps the numbers on this disk"
+                f"Weights & Biases reports '{str(error).splitlines()[0]}'. To log to this disk only, set "
+                "WANDB_MODE=offline"
             ) from error
         self.image = wandb.Image
 
-    def _notify(self, step: int, numbers: dict[str, Any]) -> None:
-        if step >= self.run.step:  # it refuses to go back; a step that is made again has the numbers that it had
+    def _log(self, step: int, numbers: dict[str, Any]) -> None:
+        if step >= self.run.step:  # wandb rejects earlier steps; a repeated step has the same numbers anyway
             self.run.log(numbers, step=step)
 
     def batch(self, pixels: np.ndarray) -> None:
         from reports.images import tile
 
-        self._notify(0, {"first_batch": self.image(tile(pixels))})
+        self._log(0, {"first_batch": self.image(tile(pixels))})
 
     def loss(self, step: int, mean: float, steps: int) -> None:
-        self._notify(step, {"step_loss": mean})
+        self._log(step, {"step_loss": mean})
 
     def epoch(self, line: dict[str, Any]) -> None:
-        self._notify(line["step"], numbers_of(line))
+        self._log(line["step"], numbers_of(line))
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
@@ -160,7 +159,7 @@ class StepLosses(Tracker):
 
 
 class Pictures(Tracker):
-    """curves.png while the run goes on, report.html at its end."""
+    """curves.png during the run, report.html at its end."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -189,68 +188,68 @@ class Pictures(Tracker):
 
 
 class Tracking:
-    """All watchers of one run, and the clock of what they cost. Without watchers (in all processes but the main one) it does nothing.
+    """All trackers of one run, and the time that they take. Without trackers, as outside the main process, it is idle.
 
-    A picture is not worth a run: a watcher that cannot write (a full disk) is given up, with a note, and the run goes on.
+    A tracker never ends a run: one that fails (a full disk, a name that cannot be drawn) is disabled with a warning.
     """
 
     def __init__(
         self,
-        watchers: list[Tracker],
+        trackers: list[Tracker],
         sampler: Sampler | None = None,
         total_steps: int = 0,
         say: Callable[[str], None] = print,
         seconds: float = 0.0,
     ):
-        """`seconds` is what it has cost to make the watchers."""
-        self.watchers, self.sampler, self.say = watchers, sampler, say
+        """`seconds` is the time that it took to create the trackers."""
+        self.trackers, self.sampler, self.say = trackers, sampler, say
         self.total_steps, self.every = total_steps, max(1, total_steps // STEP_POINTS)
         self._losses: list[float] = []
-        self._told: int | None = None  # the step at which a mean was last told
+        self._last_logged: int | None = None  # the step of the last mean loss
         self._seconds = seconds
-        self._sampled = 0.0  # of the sampler's seconds, those that were told
+        self._sampled = 0.0  # part of the sampler's seconds that take_seconds has returned
 
-    def _notify(self, what: Callable[[Tracker], None]) -> None:
+    def _notify(self, event: Callable[[Tracker], None]) -> None:
         began = time.perf_counter()
-        for watcher in list(self.watchers):
+        for tracker in list(self.trackers):
             try:
-                what(watcher)
-            except OSError as error:
-                self.watchers.remove(watcher)
-                self.say(
-                    f"note: {type(watcher).__name__} is given up, because {error.strerror or error}; the run goes on"
-                )
+                event(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+                reason = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+                self.say(f"warning: {type(tracker).__name__} is disabled ({reason}); training continues")
         self._seconds += time.perf_counter() - began
 
     def first_batch(self, pixels: Callable[[], np.ndarray]) -> None:
-        """Show what the network will see; `pixels` makes it, where somebody wants it."""
-        if any(type(watcher).batch is not Tracker.batch for watcher in self.watchers):
+        """Log the first images; `pixels` makes them, and is called only where a tracker shows images."""
+        if any(type(tracker).batch is not Tracker.batch for tracker in self.trackers):
             shown = pixels()
-            self._notify(lambda watcher: watcher.batch(shown))
+            self._notify(lambda tracker: tracker.batch(shown))
 
     def losses(self, losses: list[tuple[int, float]]) -> None:
-        """Steps, in their order, with the training loss of each; they are told on as means, STEP_POINTS or so in a run.
+        """Receive steps in order with their training losses; log means of them, about STEP_POINTS per run.
 
-        A step may be missing because it was skipped: the mean is then told at the next one.
+        A step may be missing because it was skipped: the mean is then logged at the next one.
         """
-        if not self.watchers:
+        if not self.trackers:
             return
         for step, loss in losses:
             self._losses.append(loss)
-            told = step - 1 if self._told is None else self._told
-            if step // self.every > told // self.every or step == self.total_steps:
-                self._tell_loss(step, float(np.mean(self._losses)), len(self._losses))
+            logged = step - 1 if self._last_logged is None else self._last_logged
+            if step // self.every > logged // self.every or step == self.total_steps:
+                self._log_loss(step, float(np.mean(self._losses)), len(self._losses))
                 self._losses.clear()
-                self._told = step
+                self._last_logged = step
 
-    def _tell_loss(self, step: int, mean: float, steps: int) -> None:
-        self._notify(lambda watcher: watcher.loss(step, mean, steps))
+    def _log_loss(self, step: int, mean: float, steps: int) -> None:
+        self._notify(lambda tracker: tracker.loss(step, mean, steps))
 
     def epoch(self, line: dict[str, Any]) -> None:
-        self._notify(lambda watcher: watcher.epoch(line))
+        self._notify(lambda tracker: tracker.epoch(line))
 
     def take_seconds(self) -> float:
-        """What watching has cost since the last call."""
+        """Return the time that tracking has taken since the last call."""
         sampled = self.sampler.seconds if self.sampler else 0.0
         seconds, self._seconds = self._seconds + sampled - self._sampled, 0.0
         self._sampled = sampled
@@ -262,61 +261,62 @@ class Tracking:
     def __exit__(self, error: type[BaseException] | None, *details: Any) -> None:
         if self.sampler:
             self.sampler.stop()
-        self._notify(lambda watcher: watcher.close(failed=error is not None))
+        self._notify(lambda tracker: tracker.close(failed=error is not None))
 
 
 def start_tracking(
     folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, screen: Console
 ) -> Tracking:
-    """The watchers of a run that goes on after `step`; in the main process.
+    """Return the trackers of a run that continues after `step`; for the main process.
 
     Args:
-        wandb: the project at Weights & Biases, "" for its default; None for none.
+        wandb: project at Weights & Biases, "" for the default project; None for no logging there.
 
     Raises:
         RunError: Weights & Biases cannot be used.
     """
     began = time.perf_counter()
-    watchers: list[Tracker] = [StepLosses(folder, step)]
+    trackers: list[Tracker] = [StepLosses(folder, step)]
     if tensorboard:
-        watchers.append(TensorBoard(folder, facts, step))
+        trackers.append(TensorBoard(folder, facts, step))
     if wandb is not None:
-        watchers.append(WeightsAndBiases(folder, facts, step, wandb or None, silent=screen.level == QUIET))
+        trackers.append(WeightsAndBiases(folder, facts, step, wandb or None, silent=screen.level == QUIET))
     sampler = Sampler(folder)
     sampler.start()
     return Tracking(
-        [*watchers, Pictures(folder)], sampler, facts["total_steps"], screen.say, time.perf_counter() - began
+        [*trackers, Pictures(folder)], sampler, facts["total_steps"], screen.say, time.perf_counter() - began
     )
 
 
 def check_trackers(tensorboard: bool, wandb: str | None) -> None:
-    """Before anything else is done: are the packages there? Raises SettingsError."""
+    """Check before anything else that the needed packages are installed. Raises SettingsError."""
     if wandb is not None and find_spec("wandb") is None:
         raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
     if tensorboard and find_spec("tensorboard") is None:
         raise SettingsError(
-            "the package tensorboard is not installed: pip install tensorboard, or give --no-tensorboard"
+            "the package tensorboard is not installed: pip install tensorboard, or add --no-tensorboard"
         )
 
 
 def numbers_of(line: dict[str, Any]) -> dict[str, float]:
-    """What of a line of metrics.jsonl is a number; the step is where it stands, not a number of its own."""
+    """Return the numbers of a line of metrics.jsonl except `step`, which is their x coordinate."""
     return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
 
 
 def first_images(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """The first images of a batch (B, 3, S, S), as they look, in eight columns: uint8 (rows, columns, S, S, 3)."""
+    """Return the first images of a normalized batch (B, 3, S, S) as pixels: uint8 (rows, 8, S, S, 3)."""
     from image_data.pixels import denormalize
 
-    pixels = denormalize(images[:LOOKED_AT], mean, std)
+    pixels = denormalize(images[:SHOWN_IMAGES], mean, std)
     columns = min(8, len(pixels))
     rows = len(pixels) // columns
     return pixels[: rows * columns].reshape(rows, columns, *pixels.shape[1:])
 
 
 def as_markdown(value: Any) -> str:
-    """A text for TensorBoard: an indented block, which it shows as it is."""
-    text = (
-        value if isinstance(value, str) else " ".join(value) if isinstance(value, list) else json.dumps(value, indent=2)
-    )
+    """Return a value as an indented block of Markdown, which TensorBoard shows verbatim."""
+    if isinstance(value, list):
+        text = " ".join(value)
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, indent=2)
     return "\n".join("    " + row for row in text.splitlines())

@@ -1,10 +1,12 @@
-"""What GPUs, CPU and memory do while a run trains: one line of `utilisation.jsonl` every two seconds, from a thread of the main process.
+"""Hardware utilization of a run: one line of `utilisation.jsonl` every two seconds, from a thread of the main process.
 
-    {"seconds": 4.0, "cpu_percent": 96.8, "ram_gib": 7.1, "process_ram_gib": 1.4, "gpu_percent": [97.0], "gpu_memory_gib": [3.2]}
+    {"seconds": 4.0, "cpu_percent": 96.8, "ram_gib": 7.1, "process_ram_gib": 1.4, "gpu_percent": [97.0],
+     "gpu_memory_gib": [3.2]}
 
-`seconds` count while the run runs, stops left out. `cpu_percent` and `ram_gib` are the whole machine's, `process_ram_gib` the
-main process's; GPUs are those that this process may use on its own machine (other machines of a job are not looked at),
-null where a GPU does not say. psutil asks the kernel, NVIDIA's nvidia-ml-py the driver; without it there are no GPU numbers.
+`seconds` is the running time, without the time when the run was stopped. `cpu_percent` and `ram_gib` are of the whole
+machine, `process_ram_gib` is of the main process. The GPU lists hold the GPUs that this process may use on its own
+machine; a value is null where a GPU does not report it. Other machines of a job are not sampled. The CPU numbers come
+from psutil, the GPU numbers from NVIDIA's nvidia-ml-py; without that package there are none.
 """
 
 from __future__ import annotations
@@ -18,29 +20,29 @@ from typing import Any
 
 FILE = "utilisation.jsonl"
 EVERY_SECONDS = 2.0
-# Samples are taken more rarely as a run grows long: 1,800 in its first hour, 6,000 in a day, 9,000 in a week.
+# Sampling slows down in long runs: 1,800 samples in the first hour, 6,000 in a day, 9,000 in a week.
 SHARE_OF_RUN = EVERY_SECONDS / 3600
 
 
 class Gpus:
-    """The GPUs that this process may use, asked through the driver's library; none where there is no driver or no nvidia-ml-py."""
+    """The GPUs that this process may use, queried through NVML; none where there is no driver or no nvidia-ml-py."""
 
     def __init__(self, visible: str | None = None):
-        """`visible` as in CUDA_VISIBLE_DEVICES, which is what it is by default."""
+        """`visible` has the format of CUDA_VISIBLE_DEVICES, which is the default."""
         self.nvml: Any = None
         self.handles: list[Any] = []
         try:
             import pynvml
 
             pynvml.nvmlInit()
-        except Exception:  # no package, no driver, a driver that answers oddly: a run trains without these numbers
+        except Exception:  # no package, no driver, or a faulty driver: the run trains without these numbers
             return
         self.nvml = pynvml
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
         names = range(pynvml.nvmlDeviceGetCount()) if visible is None else visible.split(",") if visible else []
         for name in (str(name).strip() for name in names):
-            handle = self._ask(lambda name=name: self._handle(name))
-            if handle is None:  # as CUDA does: what follows a name that is not there does not count
+            handle = self._query(lambda name=name: self._handle(name))
+            if handle is None:  # CUDA ignores all entries after an invalid one
                 break
             self.handles.append(handle)
 
@@ -50,32 +52,35 @@ class Gpus:
             self.nvml.nvmlDeviceGetHandleByIndex(int(name)) if by_number else self.nvml.nvmlDeviceGetHandleByUUID(name)
         )
 
-    def _ask(self, question: Any) -> Any:
-        """An answer, or None where this GPU has none (a MIG slice does not tell how busy it is)."""
+    def _query(self, function: Any) -> Any:
+        """Return the value, or None where this GPU does not report it (a MIG slice reports no utilization)."""
         try:
-            return question()
+            return function()
         except self.nvml.NVMLError:
             return None
 
     def percent(self) -> list[float | None]:
-        """Share of the last moment in which each GPU ran something."""
+        """Return the utilization of each GPU in percent of the last sampling period."""
         rates = [
-            self._ask(lambda handle=handle: self.nvml.nvmlDeviceGetUtilizationRates(handle)) for handle in self.handles
+            self._query(lambda handle=handle: self.nvml.nvmlDeviceGetUtilizationRates(handle))
+            for handle in self.handles
         ]
         return [None if rate is None else float(rate.gpu) for rate in rates]
 
     def memory_gib(self) -> list[float | None]:
-        """What is taken of each GPU's memory, by all programs."""
-        infos = [self._ask(lambda handle=handle: self.nvml.nvmlDeviceGetMemoryInfo(handle)) for handle in self.handles]
+        """Return the used memory of each GPU in GiB, by all programs."""
+        infos = [
+            self._query(lambda handle=handle: self.nvml.nvmlDeviceGetMemoryInfo(handle)) for handle in self.handles
+        ]
         return [None if info is None else round(info.used / 2**30, 3) for info in infos]
 
 
 class Sampler:
-    """A thread that samples from `start` to `stop`. It never ends a run: where a file cannot be written, it gives up."""
+    """A thread that samples from `start` to `stop`. It never ends a run: it stops where its file cannot be written."""
 
     def __init__(self, folder: Path, every_seconds: float = EVERY_SECONDS):
         self.path, self.every_seconds = folder / FILE, every_seconds
-        self.seconds = 0.0  # of CPU time that sampling has cost
+        self.seconds = 0.0  # CPU time of sampling so far
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="utilisation", daemon=True)
 
@@ -83,7 +88,7 @@ class Sampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """End."""
+        """End the thread."""
         self._stopped.set()
         self._thread.join(timeout=5)
 
@@ -92,7 +97,7 @@ class Sampler:
 
         before, began = _seconds_so_far(self.path), time.monotonic()
         process, gpus = psutil.Process(), Gpus()
-        psutil.cpu_percent()  # the first answer is about nothing
+        psutil.cpu_percent()  # the first value has no period to refer to
         try:
             with self.path.open("a") as file:
                 while not self._stopped.wait(
@@ -114,12 +119,12 @@ class Sampler:
 
 
 def _seconds_so_far(path: Path) -> float:
-    """Where a resumed run's clock goes on; a torn last line (power cut) is cut off, so that the next one is whole."""
+    """Return the running time before a resume. A truncated last line (power failure) is removed from the file."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return 0.0
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        path.write_bytes(whole)
-    return json.loads(whole.splitlines()[-1])["seconds"] if whole else 0.0
+    complete = text[: text.rfind(b"\n") + 1]
+    if len(complete) < len(text):
+        path.write_bytes(complete)
+    return json.loads(complete.splitlines()[-1])["seconds"] if complete else 0.0

@@ -1,1 +1,1 @@
-"""What the programs in benchmarks/ share."""
+"""Modules that the programs in benchmarks/ share."""

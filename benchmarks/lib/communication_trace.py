@@ -1,13 +1,13 @@
-"""What the processes of a group tell one another in training: how many bytes, and how long it takes.
+"""Communication of a process group in training: bytes and time.
 
-Both are looked at from PyTorch's dispatcher and profiler, below all engines: DeepSpeed, DistributedDataParallel's reducer
-(which is C++) and fully_shard all end in operations of the namespace c10d. Neither disturbs the timed steps, for both look
-at further ones.
+Both are observed below all engines, in PyTorch's dispatcher and profiler: DeepSpeed, DistributedDataParallel's reducer
+(which is C++) and fully_shard all end in operations of the namespace c10d. Neither disturbs the timed steps, because
+both observe additional ones.
 
-Time: the profiler knows when each exchange was under way, and when this process computed. On a GPU these are the kernels of
-NCCL and all other kernels; on a CPU, Gloo's work items and the operations of the thread that trains. `under_way` is the
-time when at least one exchange was; `exposed` the part of it in which nothing was computed, which is what communication
-costs. Both include waiting for a slower process: that is where it shows.
+Time: the profiler records when each exchange was in flight and when this process computed. On a GPU these are NCCL's
+kernels and all other kernels; on a CPU, Gloo's work items and the operations of the training thread. `under_way` is the
+time with at least one exchange in flight. `exposed` is the part of it without computation, which is what communication
+costs. Both include waiting for a slower process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Interval = tuple[float, float]
 
-# Operation of PyTorch -> kind of exchange. fully_shard's clipping goes through the functional ones.
+# PyTorch operation -> kind of exchange. fully_shard's gradient clipping uses the functional operations.
 KINDS = {
     "allreduce_": "all_reduce",
     "allreduce_coalesced_": "all_reduce",
@@ -51,14 +51,14 @@ KINDS = {
     "all_to_all_single": "all_to_all",
 }
 NAMESPACES = ("c10d", "_c10d_functional")
-CONTROL_BYTES = 64  # an exchange of at most so many is about a flag or a norm
+CONTROL_BYTES = 64  # an exchange of at most this size carries a flag or a norm
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Exchanges of one kind among groups of one size: how many a step, and the bytes of the whole tensors in them.
+    """Exchanges of one kind among groups of one size: calls per step, and bytes of the full tensors in them.
 
-    Those about a flag or a norm (`control`) stand apart: they go to all, whatever graph the rest keeps to.
+    Exchanges of a flag or a norm (`control`) are separate: they go to all processes, whatever the topology of the rest.
     """
 
     kind: str
@@ -69,10 +69,10 @@ class Exchange:
 
 
 class CountExchanges(TorchDispatchMode):
-    """While it is entered, adds up every exchange of this process.
+    """Counts every exchange of this process while the mode is active.
 
-    The payload of an exchange is the size of the tensor that the group shares: the gradient of an all-reduce, the whole
-    (not the shard) of an all-gather or a reduce-scatter.
+    The payload of an exchange is the size of the tensor that the group shares: the gradient of an all-reduce, the full
+    tensor (not the shard) of an all-gather or a reduce-scatter.
     """
 
     def __init__(self) -> None:
@@ -88,15 +88,15 @@ class CountExchanges(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _add(self, kind: str, args: tuple) -> None:
-        group, whole = group_size(args), max(map(num_bytes, args))
+        group, full = group_size(args), max(map(num_bytes, args))
         if kind == "all_gather" and len([arg for arg in args if num_bytes(arg)]) == 1:
-            whole *= group  # the functional form is given this process's part only
-        key = kind, group, whole <= CONTROL_BYTES
+            full *= group  # the functional form receives only this process's shard
+        key = kind, group, full <= CONTROL_BYTES
         self.calls[key] += 1
-        self.payload[key] += whole
+        self.payload[key] += full
 
     def exchanges(self, steps: int) -> list[Exchange]:
-        """A step's share."""
+        """Return the exchanges per step."""
         return [
             Exchange(kind, group, calls / steps, self.payload[kind, group, control] / steps, control)
             for (kind, group, control), calls in sorted(self.calls.items())
@@ -104,20 +104,20 @@ class CountExchanges(TorchDispatchMode):
 
 
 def uncompiled() -> AbstractContextManager:
-    """Compiled networks run as they were written meanwhile: what the dispatcher sees must not depend on the compiler."""
+    """Run compiled networks eagerly meanwhile: the dispatcher's view must not depend on the compiler."""
     stance = getattr(torch.compiler, "set_stance", None)  # PyTorch 2.6 and newer
     return stance("force_eager") if stance else nullcontext()
 
 
 def num_bytes(value: Any) -> int:
-    """Of a tensor or of the tensors in nested lists; 0 for everything else."""
+    """Return the bytes of a tensor or of tensors in nested lists; 0 for everything else."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(map(num_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def group_size(args: Iterable[Any]) -> int:
-    """Processes in the group that an operation was given, as an object or by name; else in all."""
+    """Return the size of the process group that an operation received as object or name; else the world size."""
     for value in args:
         if isinstance(value, dist.ProcessGroup):
             return value.size()
@@ -126,14 +126,14 @@ def group_size(args: Iterable[Any]) -> int:
         if isinstance(value, str):
             try:
                 return dist.distributed_c10d._resolve_process_group(value).size()
-            except (RuntimeError, LookupError, ValueError):  # another word: the operation of a reduction
+            except (RuntimeError, LookupError, ValueError):  # another string argument: the reduction operation
                 continue
     return dist.get_world_size()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the steps that the profiler saw."""
+    """Seconds of the profiled steps."""
 
     steps: float
     under_way: float
@@ -144,7 +144,7 @@ class Timing:
 
 
 def time_exchanges(work: Callable[[], None], device: torch.device) -> Timing:
-    """Do the work, and say how much of its time went into exchanges."""
+    """Profile `work` and return how much of its time went into communication."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     on_gpu = device.type == "cuda"
@@ -167,7 +167,7 @@ MARK = "timed exchanges"
 
 
 def on_the_cpu(events: Iterable[Any], thread: int) -> tuple[list[Interval], list[Interval]]:
-    """Gloo's work items, and the operations of the thread that trains."""
+    """Return Gloo's work items and the operations of the training thread, as intervals."""
     exchanges = [interval(event) for event in events if event.is_async and event.name.startswith("gloo:")]
     return exchanges, [
         interval(event)
@@ -177,7 +177,7 @@ def on_the_cpu(events: Iterable[Any], thread: int) -> tuple[list[Interval], list
 
 
 def on_the_gpu(events: Iterable[Any], thread: int) -> tuple[list[Interval], list[Interval]]:
-    """The kernels of NCCL, and all other kernels and copies."""
+    """Return NCCL's kernels and all other kernels and copies, as intervals."""
     kernels = [
         event for event in events if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation
     ]
@@ -190,7 +190,7 @@ def interval(event: Any) -> Interval:
 
 
 def merge(intervals: Iterable[Interval], within: Interval) -> list[Interval]:
-    """The union, as intervals apart and in order, cut to `within`."""
+    """Return the union as disjoint, sorted intervals, clipped to `within`."""
     result: list[Interval] = []
     for begin, end in sorted((max(a, within[0]), min(b, within[1])) for a, b in intervals):
         if end <= begin:
@@ -203,7 +203,7 @@ def merge(intervals: Iterable[Interval], within: Interval) -> list[Interval]:
 
 
 def subtract(intervals: list[Interval], others: list[Interval]) -> list[Interval]:
-    """What of the intervals no other covers; both as `merge` returns them."""
+    """Return the parts of `intervals` that no interval of `others` covers; both as `merge` returns them."""
     result, i = [], 0
     for begin, end in intervals:
         while i < len(others) and others[i][1] <= begin:

@@ -1,4 +1,4 @@
-"""What this machine computes with, and how fast: one small JSON.
+"""Device, driver and measured throughput of this machine, as one small JSON file.
 
 python benchmarks/lib/device_facts.py device.json
 """
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def gpu_facts() -> dict[str, Any]:
+    """Return name, memory, versions and measured throughput of GPU 0."""
     import torch
+
+    from benchmarks.lib.memory_floor import copy_bandwidth
 
     device = torch.device("cuda", 0)
     properties = torch.cuda.get_device_properties(device)
@@ -44,7 +47,8 @@ def gpu_facts() -> dict[str, Any]:
         facts[f"matrix products, {kind}"] = f"{reached:,.0f} TFLOP/s" + (
             f", {100 * reached / on_paper:.0f} % of the data sheet" if on_paper else ""
         )
-    facts["from host to device"] = f"{copy_rate(device) / 1e9:.1f} GB/s from pinned memory"
+    facts["large copy"] = f"{copy_bandwidth(device) / 1e9:,.0f} GB/s on the device, read plus written"
+    facts["host to device"] = f"{copy_rate(device) / 1e9:.1f} GB/s from pinned memory"
     return facts
 
 
@@ -57,7 +61,7 @@ def driver() -> str:
 
 
 def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
-    """Bytes a second, the best of five copies."""
+    """Return bytes/s from pinned host memory to the device, the best of five copies."""
     import torch
 
     source, target = (
@@ -77,10 +81,10 @@ def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
 def main() -> None:
     parser = Parser(
         "python benchmarks/lib/device_facts.py FILE",
-        "What this machine computes with, and how fast: one small JSON.",
+        "Device, driver and measured throughput of this machine, as one small JSON file.",
         example="python benchmarks/lib/device_facts.py device.json",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="what to write")
+    parser.add_argument("file", type=Path, metavar="FILE", help="output file")
     args = parser.parse_args()
     import torch  # after the arguments, so that --help answers at once
 

@@ -1,4 +1,4 @@
-"""What `fault_matrix.py` does to a run: each fault lets one begin and brings it down."""
+"""The faults of `fault_matrix.py`: each starts a run and interrupts it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from typing import Any
 from benchmarks.lib.forked_programs import Done, Program, run_script
 from records.run_folder import RunFolder
 
-STOPPED = 75  # exit code of a run that was told to stop, and saved
+STOPPED = 75  # exit code of a run that was asked to stop and saved a checkpoint
 DISK_MB = 6
-CHANGES = (
+CHANGES = (  # audit events; os.replace raises os.rename
     "open",
     "os.rename",
     "os.remove",
     "os.mkdir",
     "os.rmdir",
     "shutil.rmtree",
-)  # audit events; os.replace is an os.rename
+)
 REMOVALS = ("os.remove", "os.rmdir", "shutil.rmtree")
 
 
 class TooLate(Exception):
-    """The run was over before the fault could strike."""
+    """The run was over before the fault occurred."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a fault has at hand."""
+    """The state of one round that a fault uses."""
 
-    folder: Path  # of the run folder `run`
+    folder: Path  # holds the run folder `run`
     command: list[str]  # of train.py
-    seconds: float  # that the undisturbed run trained
+    seconds: float  # training time of the undisturbed run
     operations: int  # file operations of the undisturbed run in its folder
     random: random.Random
 
@@ -52,18 +52,18 @@ class Round:
         return RunFolder(self.folder / "run")
 
     def begin(self, plan: tuple[int, str, float] | None = None) -> Program:
-        """Start the run, with a `plan` for `strike_inside`."""
+        """Start the run; `plan` is what `Operations.inject` does."""
         return Program(train, (str(self.folder / "run"), plan, *self.command), {})
 
     def some_time(self, program: Program) -> None:
-        """Wait for a random moment of the training. Raises TooLate when it was over before."""
+        """Wait for a random moment of training. Raises TooLate if the run was over before."""
         program.wait_for("engine  ")
         time.sleep(self.random.uniform(0, self.seconds))
         if not program.process.is_alive():
             raise TooLate
 
 
-# --- the faults: each lets a run begin and brings it down ----------------------------------------------------------
+# --- the faults: each starts a run and interrupts it --------------------------------------------------------------
 
 
 def killed(now: Round) -> None:
@@ -83,23 +83,23 @@ def told_to_stop(now: Round) -> None:
 
 
 def killed_saving(now: Round) -> None:
-    """killed up to 3 ms after a random file operation in the run folder: inside a save, nearly always"""
+    """killed up to 3 ms after a random file operation in the run folder: nearly always inside a save"""
     operation = now.random.randint(1, now.operations)
     expect(now.begin((operation, "die", now.random.uniform(1e-6, 3e-3))).end(), -signal.SIGALRM)
 
 
 def no_room(now: Round) -> None:
-    """a random file operation in the run folder finds no room on the disk"""
+    """a random file operation in the run folder fails because the disk is full"""
     expect(now.begin((now.random.randint(1, now.operations), "no room", 0.0)).end(), 1)
 
 
 def short_files(now: Round) -> None:
-    """from a random file operation on, files beyond a random size are cut short by the system (RLIMIT_FSIZE)"""
+    """from a random file operation on, the system truncates files beyond a random size (RLIMIT_FSIZE)"""
     expect(now.begin((now.random.randint(1, now.operations), "short files", now.random.uniform(0, 300_000))).end(), 1)
 
 
 def disk_full(now: Round) -> None:
-    """a disk of its own is filled to the last byte at a random moment, and emptied before the next start"""
+    """a separate disk is filled to the last byte at a random moment, and emptied before the next start"""
     with small_disk(now.folder):
         program = now.begin()
         now.some_time(program)
@@ -125,14 +125,14 @@ def deleted(now: Round) -> None:
 
 
 def cut(now: Round) -> None:
-    """SIGKILL, then a random file of the run folder is cut at a random place"""
+    """SIGKILL, then a random file of the run folder is truncated at a random position"""
     killed(now)
     path = some_file(now)
     os.truncate(path, now.random.randrange(max(1, path.stat().st_size)))
 
 
 def flipped(now: Round) -> None:
-    """SIGKILL, then one bit of a random file of the run folder is turned over"""
+    """SIGKILL, then one bit of a random file of the run folder is flipped"""
     killed(now)
     path = some_file(now)
     content = bytearray(path.read_bytes())
@@ -155,15 +155,15 @@ FAULTS: dict[str, Callable[[Round], None]] = {
 
 
 def expect(done: Done, code: int) -> None:
-    """Raises TooLate for a run that finished, AssertionError for one that ended otherwise than by the fault, or with a trace."""
+    """Raises TooLate for a run that finished, AssertionError for another exit code than the fault's or a traceback."""
     if done.code == 0:
         raise TooLate
-    assert done.code == code, f"exit code {code} was due\n{done.text}"
+    assert done.code == code, f"expected exit code {code}\n{done.text}"
     assert "Traceback" not in done.err, done.err
 
 
 def some_file(now: Round) -> Path:
-    """A file that a next start reads: of the newest checkpoint or of the run folder itself."""
+    """Return a file that the next start reads: of the newest checkpoint or of the run folder itself."""
     newest = now.record.newest_checkpoint()
     if newest is None or now.record.is_finished():
         raise TooLate
@@ -177,13 +177,13 @@ def some_file(now: Round) -> Path:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A disk of DISK_MB at `folder`. Raises RuntimeError where this process may not mount one."""
+    """Mount a disk of DISK_MB at `folder`. Raises RuntimeError if this process may not mount one."""
     folder.mkdir(exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if mounted.returncode:
-        raise RuntimeError(f"may not mount a disk here ({mounted.stderr.strip()})")
+        raise RuntimeError(f"this process may not mount a disk ({mounted.stderr.strip()})")
     try:
         yield
     finally:
@@ -194,7 +194,7 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def train(run: str, plan: tuple[int, str, float] | None, *command: str) -> None:
-    """train.py, with something that happens at the `plan[0]`-th file operation in its run folder."""
+    """Run train.py with a fault at the `plan[0]`-th file operation in its run folder."""
     counter = Operations(run, *(plan or (0, "", 0.0)))
     sys.addaudithook(counter.hear)
     try:
@@ -206,7 +206,7 @@ def train(run: str, plan: tuple[int, str, float] | None, *command: str) -> None:
 
 @dataclass
 class Operations:
-    """EvalCounts what Python does to files in a folder, and lets one operation be the last, or fail."""
+    """Counts Python's file operations in a folder and lets one of them fail or be the last."""
 
     folder: str
     number: int
@@ -214,7 +214,7 @@ class Operations:
     amount: float
     count: int = 0
     listening: bool = True
-    struck: bool = False
+    injected: bool = False
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not (self.listening and event in CHANGES and str(arguments[0]).startswith(self.folder)):
@@ -222,16 +222,17 @@ class Operations:
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
         self.count += 1
-        needs_none = self.what == "no room" and event in REMOVALS  # the next one then
-        if self.what and not self.struck and self.count >= self.number and not needs_none:
-            self.struck = True
-            self.strike()
+        needs_none = (
+            self.what == "no room" and event in REMOVALS
+        )  # removing a file needs no space: take the next operation
+        if self.what and not self.injected and self.count >= self.number and not needs_none:
+            self.injected = True
+            self.inject()
 
-    def strike(self) -> None:
+    def inject(self) -> None:
         if self.what == "die":
-            signal.setitimer(
-                signal.ITIMER_REAL, self.amount
-            )  # of a signal that nobody catches, in the middle of whatever goes on
+            # SIGALRM is not caught, so the process dies in the middle of whatever it is doing.
+            signal.setitimer(signal.ITIMER_REAL, self.amount)
         elif self.what == "no room":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:

@@ -1,9 +1,9 @@
-"""FFCV's part of `input_pipeline.py`, which starts it: `python benchmarks/lib/ffcv_loader.py '{"batch_size": 512, ...}'`.
+"""The FFCV process of `input_pipeline.py`: `python benchmarks/lib/ffcv_loader.py '{"batch_size": 512, ...}'`.
 
-Writes the training images to a file of FFCV's and answers every line {"epochs": 3, "look": false} on its standard input
-with one on its standard output: what `timing.consume` measured. It may run in another Python than the rest; that one needs
-ffcv, torch, torchvision and NumPy. In JSON come the batch size, the number of batches an epoch, threads, device, padding,
-the prepared dataset's folder, and the file to write.
+Writes the training images to an FFCV file and answers every line {"epochs": 3, "look": false} on standard input with
+one line on standard output: the result of `timing.consume`. It may run in another Python than the benchmark; that one
+needs ffcv, torch, torchvision and NumPy. The JSON argument holds batch size, batches per epoch, threads, device,
+padding, the folder of the prepared dataset and the file to write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from image_data.dataset import Dataset
 
 
 class Samples:
-    """(pixels uint8 (S, S, 3), label) of each training image, for FFCV's writer."""
+    """Pixels uint8 (S, S, 3) and label of each training image, for FFCV's writer."""
 
     def __init__(self, dataset: Dataset):
         split = dataset.splits["train"]
@@ -43,7 +43,10 @@ def write(dataset: Dataset, file: str, workers: int) -> None:
 
 
 def make_loader(dataset: Dataset, request: dict):
-    """An FFCV loader as its CIFAR example has it, with float32 at the end; on a CPU FFCV normalises by table, which is faster."""
+    """Return an FFCV loader as in its CIFAR example, with float32 output.
+
+    On a CPU, FFCV's NormalizeImage uses a lookup table, which is faster than Convert and Normalize.
+    """
     import torch
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -88,7 +91,7 @@ def make_loader(dataset: Dataset, request: dict):
 
 
 def serve(request: dict, answer) -> None:
-    """Say that all is ready, then measure whatever is asked for until the input ends."""
+    """Report readiness, then measure each request until the input ends."""
     try:
         import ffcv  # noqa: F401
     except ImportError as error:
@@ -112,7 +115,7 @@ def serve(request: dict, answer) -> None:
 
 
 def main() -> None:
-    # FFCV and numba print as they please: the pipe to the parent moves elsewhere, and what they print goes to the errors.
+    # FFCV and numba print to standard output: move the pipe to another descriptor and redirect their output to stderr.
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(json.loads(sys.argv[1]), lambda content: print(json.dumps(content), file=pipe, flush=True))

@@ -1,8 +1,8 @@
-"""The project's scripts as programs of their own: on the CPU, with a time limit, and started quickly.
+"""The project's scripts as separate processes: on the CPU, with a time limit, and started quickly.
 
-    done = start("train.py", "--max-steps", 3).end()      # a process that is forked with PyTorch, DeepSpeed and DALI already in memory
+    done = start("train.py", "--max-steps", 3).end()      # forked with PyTorch, DeepSpeed and DALI already in memory
 
-A fork saves four seconds a start. Every program sees the same machine: no GPU, one thread a process.
+A fork saves four seconds per start. Every program sees the same machine: no GPU, one thread per process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.lib.private_folder import private_folder
 from common.paths import PROJECT
 
-LIMIT_SECONDS = 180  # of one program; a hang, not a slow machine
+LIMIT_SECONDS = 180  # of one program; a slow machine stays below it, a hang does not
 PRELOADED = [
     "torch",
     "deepspeed",
@@ -35,7 +36,7 @@ PRELOADED = [
     "matplotlib.backends.backend_svg",
     "torch.utils.tensorboard",
     "pytest",
-    # What every optimiser of PyTorch, and every engine of DeepSpeed, imports when it is made: half the time of a short run.
+    # PyTorch optimizers and DeepSpeed engines import these when they are created: half the time of a short run.
     "torch._dynamo",
     "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
@@ -45,16 +46,16 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_EXTENSIONS_DIR": str(Path(tempfile.gettempdir()) / f"test-extensions-{os.getuid()}"),
+    "TORCH_EXTENSIONS_DIR": str(private_folder("test-extensions")),
 }
-LAUNCHED = (
+LAUNCHED = (  # variables that a launcher sets
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
-)  # what a launcher sets
+)
 
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(PRELOADED)
@@ -62,7 +63,7 @@ forks.set_forkserver_preload(PRELOADED)
 
 @dataclass(frozen=True)
 class Done:
-    """How a program ended: its exit code (negative: the signal that killed it) and what it said."""
+    """How a program ended: its exit code (negative: the signal that killed it) and its output."""
 
     code: int
     out: str
@@ -74,11 +75,11 @@ class Done:
 
 
 class Program:
-    """A program at work, forked: `script` with its arguments, or a function."""
+    """A running, forked program: `script` with its arguments, or a function."""
 
     def __init__(self, target: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]):
         self._folder = tempfile.TemporaryDirectory()
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # the server keeps the environment that it is started with
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # the fork server keeps the environment that it is started with
             for name in LAUNCHED:
                 os.environ.pop(name, None)
             multiprocessing.forkserver.ensure_running()
@@ -86,24 +87,24 @@ class Program:
         self.process.start()
 
     def said(self, name: str = "out") -> str:
-        """What it has written so far, to `out` or `err`."""
+        """Return what it has written so far to `out` or `err`."""
         path = Path(self._folder.name, name)
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_for(self, text: str) -> None:
-        """Return as soon as it has printed `text`."""
+        """Wait until it has printed `text`."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while text not in self.said():
             if not self.process.is_alive() or time.monotonic() > deadline:
                 self.process.kill()
-                raise AssertionError(f"never said {text!r}\n{self.end().text}")
+                raise AssertionError(f"never printed {text!r}\n{self.end().text}")
             time.sleep(0.005)
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)
 
     def end(self, limit_seconds: float = LIMIT_SECONDS) -> Done:
-        """Wait for its end; one that takes longer is killed, and the caller's test fails."""
+        """Wait for its end; a program that takes longer is killed, and the caller's test fails."""
         self.process.join(limit_seconds)
         hangs = self.process.is_alive()
         if hangs:
@@ -123,12 +124,12 @@ def _inside(target: Callable[..., None], arguments: tuple[Any, ...], environment
 
 
 def run_script(*words: str) -> None:
-    """In a process of its own: be the script that the first word names."""
+    """Run the script that the first word names as the main program of this process."""
     sys.argv = [str(PROJECT / words[0]), *words[1:]]
     sys.path.insert(0, str(PROJECT))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(script: str, *arguments: Any, **environment: str) -> Program:
-    """Fork a script of the project, and return at once."""
+    """Fork a script of the project and return at once."""
     return Program(run_script, (script, *map(str, arguments)), environment)

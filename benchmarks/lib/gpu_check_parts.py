@@ -1,7 +1,7 @@
-"""The parts of `benchmarks/gpu_check.py`: commands to run, and what to read from what they leave behind.
+"""The parts of `benchmarks/gpu_check.py`: commands to run, and how to read their results.
 
-Where a part is a property that has a test, the test is run (`tests/gpu/test_gpu.py`); what a CPU cannot do has a form for it, or
-is skipped with a sentence. A part that does not reach what it must raises NotReached.
+Where a part is a property that has a test, the test runs (`tests/gpu/test_gpu.py`). What a CPU cannot do has a CPU form
+or is skipped with a reason. A part that misses its target raises NotReached.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,34 +20,37 @@ from common.paths import PROJECT
 from image_data.dataset import Dataset
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
-FIRST = ("device", "prepare")  # what all others need
-# Least test accuracy after the training part. Three epochs of spt-lsa on CIFAR-100 gave 25 % on an H200 (one seed), six of the
-# preset cpu on the drawn shapes 52 % on a CPU (one seed); guessing gives 1 % and 10 %.
+FIRST = ("device", "prepare")  # all other parts need these
+# Smallest test accuracy after the training part. Three epochs of spt-lsa on CIFAR-100 gave 25 % on an H200 (one seed),
+# six epochs of the preset cpu on the drawn shapes 52 % on a CPU (one seed); chance is 1 % and 10 %.
 CIFAR100_ACCURACY, SHAPES_ACCURACY = 0.18, 0.40
-CIFAR100_EPOCHS, SHAPES_EPOCHS, CPU_EPOCHS = (
-    3,
-    6,
-    2,
-)  # the last: of anything but the drawn shapes on a CPU, where it is enough to learn
+CIFAR100_EPOCHS, SHAPES_EPOCHS = 3, 6
+CPU_EPOCHS = 2  # of other datasets on a CPU: enough to be above chance
 
 
 class Skipped(Exception):
-    """A part that this machine cannot do, or need not; the message says why."""
+    """This machine cannot run a part, or does not need it; the message says why."""
 
 
 class NotReached(Exception):
-    """A part that failed; the message says how."""
+    """A part failed; the message says how."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the parts are told."""
+    """Facts about the machine and the command line that the parts use."""
 
     out: Path
     num_gpus: int
     quick: bool
     data_dir: Path | None
     archive: Path | None
+    small: bool = False  # tiny networks on a CPU, to rehearse the timed phases
+    end_at: float | None = None  # on the monotonic clock; None: no limit
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the end of a timed check; infinity for others."""
+        return float("inf") if self.end_at is None else self.end_at - time.monotonic()
 
     @property
     def data(self) -> Path:
@@ -62,24 +66,26 @@ class Check:
         return self.out / name
 
     def batch(self, images: int) -> str:
-        """The setting for a global batch of about so many images, that this machine's GPUs can share evenly."""
+        """Return the setting for a global batch size near `images` that all GPUs share evenly."""
         shares = max(1, self.num_gpus)
         return f"train_batch_size={images // shares * shares}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part; seconds of a large GPU's whole and quick check are far below its limits."""
+    """One part. A large GPU needs far less than the limits for the full and for the quick check."""
 
     what: str
     commands: Callable[[Check], list[list[str]]]
     read: Callable[[Check, str], dict[str, Any]]
     limit_seconds: float
     quick_seconds: float
+    at_once: bool = False  # run all commands concurrently
 
     def limit(self, check: Check) -> float:
-        """A CPU may take four times as long."""
-        return (self.quick_seconds if check.quick else self.limit_seconds) * (1 if check.num_gpus else 4)
+        """Return the time limit in seconds: four times as long on a CPU, and never beyond the end of a timed check."""
+        limit = (self.quick_seconds if check.quick else self.limit_seconds) * (1 if check.num_gpus else 4)
+        return min(limit, check.seconds_left())
 
 
 def program(name: str, *words: object) -> list[str]:
@@ -97,17 +103,17 @@ def device_figures(check: Check, log: str) -> dict[str, Any]:
     facts = json.loads(check.file("device.json").read_text())
     if facts.pop("visible to PyTorch") != check.num_gpus:
         raise NotReached(
-            f"nvidia-smi lists {check.num_gpus} GPUs that may be used, PyTorch sees another number: the installed torch is for another "
-            "driver; environment/setup.sh chooses by it"
+            f"nvidia-smi lists {check.num_gpus} usable GPUs, PyTorch sees another number: the installed torch does not "
+            "match the driver. Run environment/setup.sh"
         )
     return facts
 
 
 def prepare_commands(check: Check) -> list[list[str]]:
     if Dataset.is_prepared(check.data):
-        raise Skipped(f"{check.data.name} is prepared")
+        raise Skipped(f"{check.data.name} is already prepared")
     if check.data_dir is not None:
-        raise NotReached(f"{check.data_dir} holds no prepared dataset; give its archive with --archive")
+        raise NotReached(f"{check.data_dir} holds no prepared dataset. Prepare one from an archive with --archive FILE")
     source = ["--archive", str(check.archive)] if check.archive else ["--dataset", "shapes"]
     return [program("prepare_dataset.py", "--data-dir", check.data, *source)]
 
@@ -126,7 +132,12 @@ def prepare_figures(check: Check, log: str) -> dict[str, Any]:
 def tests(
     on_gpu: str, on_cpu: str | None, quick: str | None = None, cpu_file: str = "test_dali_pipeline.py"
 ) -> Callable[[Check], list[list[str]]]:
-    """The tests of a part: names in tests/gpu/test_gpu.py, and names in another file for a CPU (None: it has no form there)."""
+    """Return the commands of a part that runs tests.
+
+    Args:
+        on_gpu: expression for names in tests/gpu/test_gpu.py; `quick`: the same for a quick check.
+        on_cpu: expression for names in tests/`cpu_file`; None: the part has no CPU form.
+    """
 
     def commands(check: Check) -> list[list[str]]:
         if not check.num_gpus:
@@ -142,7 +153,7 @@ def test_figures(check: Check, log: str) -> dict[str, Any]:
     found = re.findall(r"(\d+) (passed|skipped)", log)
     counts = {word: int(number) for number, word in found}
     if not counts.get("passed"):
-        raise Skipped("every one of its tests was skipped here")
+        raise Skipped("all of its tests were skipped on this machine")
     return {"tests": ", ".join(f"{number} {word}" for word, number in counts.items())}
 
 
@@ -190,19 +201,20 @@ def train_figures(check: Check, log: str) -> dict[str, Any]:
         else 2 / len(dataset.classes)
     )
     evaluated = json.loads(check.file("evaluation.json").read_text())["correct"]
-    if (
-        abs(evaluated - last["test_correct"]) > 0.001 * last["test_seen"]
-    ):  # one process and several sum in another order
+    # One process and several processes sum in different orders.
+    if abs(evaluated - last["test_correct"]) > 0.001 * last["test_seen"]:
         raise NotReached(f"the run counted {last['test_correct']} correct test images, evaluate.py {evaluated}")
     if last["test_accuracy"] < due:
         raise NotReached(
-            f"{100 * last['test_accuracy']:.1f} % test accuracy after {last['epoch']} epochs, and at least {100 * due:.0f} % was due"
+            f"{100 * last['test_accuracy']:.1f} % test accuracy after {last['epoch']} epochs, expected at least "
+            f"{100 * due:.0f} %"
         )
     speeds = [line["images_per_second"] for line in lines[1:] or lines]
     return {
-        "test accuracy": f"{100 * last['test_accuracy']:.1f} % after {last['epoch']} epochs (at least {100 * due:.0f} % was due)",
+        "test accuracy": f"{100 * last['test_accuracy']:.1f} % after {last['epoch']} epochs "
+        f"(expected: at least {100 * due:.0f} %)",
         "images/s": f"{statistics.median(speeds):,.0f}",
-        "wait for data": f"{100 * last['data_wait_seconds'] / last['training_seconds']:.1f} %",
+        "dataloader wait": f"{100 * last['data_wait_seconds'] / last['training_seconds']:.1f} %",
     }
 
 
@@ -246,7 +258,7 @@ def input_figures(check: Check, log: str) -> dict[str, Any]:
 
 
 def step_commands(check: Check) -> list[list[str]]:
-    words = ["--strategies", "zero 1", "--peers", "bare", "--rounds", 3] if check.quick else []
+    words = ["--strategies", "zero 1", "--baselines", "bare", "--rounds", 3] if check.quick else []
     if not check.num_gpus:
         words += ["--steps", 3, "--warm-up", 1]
     elif check.quick:
@@ -254,26 +266,28 @@ def step_commands(check: Check) -> list[list[str]]:
     return [program("benchmarks/training_step.py", "--data-dir", check.data, *words, *output(check, "training_step"))]
 
 
-def step_figures(check: Check, log: str) -> dict[str, Any]:
-    report = json.loads(check.file("training_step.json").read_text())
+def step_figures(check: Check, log: str, name: str = "training_step") -> dict[str, Any]:
+    report = json.loads(check.file(f"{name}.json").read_text())
     figures = {}
     for row in report["rows"]:
         if row["left_out"]:
-            figures[row["label"]] = f"left out: {row['left_out']}"
+            figures[row["label"]] = f"skipped: {row['left_out']}"
             continue
-        share = f", {100 * statistics.median(row['mfu']):.1f} % of the peak" if row["mfu"] else ""
+        share = f", {100 * statistics.median(row['mfu']):.1f} % MFU" if row["mfu"] else ""
         ratio = (
-            f", {statistics.median(row['time_ratio']):.3f} of the time of {row['against']}"
+            f", {statistics.median(row['time_ratio']):.3f} x the time of {row['against']}"
             if "time_ratio" in row
             else ""
         )
+        floor = row["of_memory_floor"]
+        share += f", {100 * statistics.median(floor):.1f} % of the memory floor" if floor else ""
         figures[row["label"]] = f"{statistics.median(row['images_per_second']):,.0f} images/s{share}{ratio}"
     return figures
 
 
 def strategies_commands(check: Check) -> list[list[str]]:
     if check.num_gpus < 2:
-        raise Skipped("needs two GPUs (benchmarks/strategies.py measures two CPU processes, in twenty minutes)")
+        raise Skipped("needs two GPUs (benchmarks/strategies.py measures two CPU processes in twenty minutes)")
     words = ["--rounds", 1, "--steps", 32] if check.quick else ["--rounds", 2]
     return [
         program(
@@ -294,7 +308,7 @@ def strategies_figures(check: Check, log: str) -> dict[str, Any]:
     return {
         f"{row['name']} x {row['processes']}": row["failed"]
         or f"{statistics.median(row['images_per_second']):,.0f} images/s, "
-        f"{statistics.median(row['speed_up']):.2f} times one process"
+        f"{statistics.median(row['speed_up']):.2f} x one process"
         for row in rows
     }
 
@@ -304,12 +318,10 @@ def output(check: Check, name: str) -> list[object]:
 
 
 PARTS = {
-    "device": Part(
-        "what this machine has, and how fast its matrix products are", device_commands, device_figures, 120, 120
-    ),
+    "device": Part("devices of this machine, and measured peaks", device_commands, device_figures, 120, 120),
     "prepare": Part("a prepared dataset", prepare_commands, prepare_figures, 300, 120),
     "data": Part(
-        "DALI on the GPU equals the CPU: evaluation, every augmentation, statistics, both sources",
+        "batches on the GPU equal those on the CPU: evaluation, augmentations, statistics",
         tests(
             on_gpu="evaluation_on_the_gpu or training_batches or any_batch or statistics",
             quick="evaluation_on_the_gpu or statistics",
@@ -320,34 +332,26 @@ PARTS = {
         90,
     ),
     "engines": Part(
-        "ZeRO 0 to 3 and bf16 learn what fp32 learns; a run resumes, and is evaluated alike on GPU and CPU",
+        "ZeRO 0 to 3 and bf16 train as fp32; a run resumes; evaluation agrees on GPU and CPU",
         tests(
-            on_gpu="learns_the_same or evaluated_alike or goes_on",
-            quick="learns_the_same",
-            on_cpu="close_to_fp32 or refused",
-            cpu_file="test_zero.py",
+            on_gpu="trains_the_same or evaluation_agrees or resumes",
+            quick="trains_the_same",
+            on_cpu="bf16",
+            cpu_file="parallel/test_zero.py",
         ),
         test_figures,
         400,
         150,
     ),
     "compile": Part(
-        "torch.compile trains as without it",
+        "training with torch.compile equals training without",
         tests(on_gpu="compile or graphs", quick="compile and not bf16 and not fsdp", on_cpu=None),
         test_figures,
         300,
         150,
     ),
-    "train": Part(
-        "a short run by the launcher reaches its accuracy, and evaluate.py agrees",
-        train_commands,
-        train_figures,
-        300,
-        90,
-    ),
-    "input": Part("images a second of the input pipeline and its peers", input_commands, input_figures, 300, 90),
-    "step": Part("what a training step costs, against a bare loop", step_commands, step_figures, 400, 120),
-    "strategies": Part(
-        "every way of sharing the work over the GPUs", strategies_commands, strategies_figures, 900, 400
-    ),
+    "train": Part("a short run reaches its accuracy, and evaluate.py agrees", train_commands, train_figures, 300, 90),
+    "input": Part("images/s of the input pipeline and of baselines", input_commands, input_figures, 300, 90),
+    "step": Part("cost of a training step against a bare loop", step_commands, step_figures, 400, 120),
+    "strategies": Part("all parallelism strategies on all GPUs", strategies_commands, strategies_figures, 900, 400),
 }

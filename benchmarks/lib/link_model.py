@@ -1,23 +1,23 @@
-"""What exchanges put on the wires between hosts, and how long that takes: the arithmetic behind the projection of `strategies.py`.
+"""Bytes and seconds of communication between hosts: the model behind the projection of `strategies.py`.
 
-A group of k processes that shares a payload of V bytes passes it round a ring (Patarasu and Yuan, "Bandwidth optimal all-reduce
-algorithms for clusters of workstations", JPDC 69, 2009; NCCL and Gloo do so for large payloads). In every round of the ring each
-process sends V / k bytes to the next one:
+A group of k processes that shares a payload of V bytes passes it around a ring (Patarasu and Yuan, "Bandwidth optimal
+all-reduce algorithms for clusters of workstations", JPDC 69, 2009; NCCL and Gloo do so for large payloads). In every
+round of the ring each process sends V / k bytes to the next one:
 
-    reduce_scatter, all_gather    k - 1 rounds           each process sends (k - 1) / k V
-    all_reduce                    one after the other    each process sends 2 (k - 1) / k V
-    broadcast, reduce             a chain                each process but the last sends V
-    all_to_all                    k - 1 rounds           each process sends (k - 1) / k V
-    send                                                 V: activations to the next stage, their gradients to the one before
+    reduce_scatter, all_gather    k - 1 rounds        each process sends (k - 1) / k V
+    all_reduce                    both in sequence    each process sends 2 (k - 1) / k V
+    broadcast, reduce             a chain             each process but the last sends V
+    all_to_all                    k - 1 rounds        each process sends (k - 1) / k V
+    send                                              V: activations to the next stage, their gradients back
 
-So with all gradients of G bytes, a step of `ddp` sends 2 (k - 1) / k G, and what section 7 of the ZeRO paper (arXiv 1910.02054)
-says of its stages follows: stages 1 and 2 as much as ddp, stage 3 and fsdp 1.5 times as much. What a strategy really does is not
-taken from a paper here: it is counted (`exchange.py`), and DeepSpeed's stages 1 and 2, for example, all-reduce where the paper
-has a reduce-scatter.
+With gradients of G bytes, a step of `ddp` therefore sends 2 (k - 1) / k G. Section 7 of the ZeRO paper (arXiv
+1910.02054) follows: stages 1 and 2 send as much as ddp, stage 3 and fsdp 1.5 times as much. The payloads are not taken
+from the paper but counted (`communication_trace.py`): DeepSpeed's stages 1 and 2, for example, all-reduce where the
+paper reduce-scatters.
 
-Processes are numbered host by host, so a ring of all of them enters and leaves each host once, and the wire of a host carries
-what one process sends. Links are full duplex: what counts is the host that sends most. Each round costs the link's latency
-once. An exchange within a host is part of what was measured there and costs nothing here.
+Processes are numbered host by host, so a ring of all of them enters and leaves each host once, and a host's link
+carries what one process sends. Links are full duplex: the host that sends most determines the time. Each round costs
+the link's latency once. Communication inside a host is part of the measurement on that host and adds nothing here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from benchmarks.lib.communication_trace import Exchange
 
-# Rounds of the ring, and what each process sends in all of them as a share of the payload, for k processes.
+# For k processes: rounds of the ring, and the share of the payload that each process sends in all rounds.
 RING: dict[str, Callable[[int], tuple[int, float]]] = {
     "all_reduce": lambda k: (2 * (k - 1), 2 * (k - 1) / k),
     "reduce_scatter": lambda k: (k - 1, (k - 1) / k),
@@ -39,13 +39,13 @@ RING: dict[str, Callable[[int], tuple[int, float]]] = {
     "broadcast": lambda k: (k - 1, float(k > 1)),
     "reduce": lambda k: (k - 1, float(k > 1)),
     "send": lambda k: (1, 1.0),
-    "receive": lambda k: (0, 0.0),  # the sender's business
+    "receive": lambda k: (0, 0.0),  # counted at the sender
 }
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between hosts, in each direction."""
+    """A link between hosts; the numbers hold in each direction."""
 
     gigabits: float
     latency_seconds: float
@@ -71,7 +71,7 @@ class Layout:
         return self.hosts * self.per_host
 
     def rounds(self) -> list[list[list[int]]]:
-        """The groups that share gradients or weights, for each step of a period."""
+        """Return the groups that share gradients or weights, for each step of a period."""
         if self.topology:
             from parallel.topologies import rounds_of
 
@@ -79,34 +79,34 @@ class Layout:
         replicas = self.processes // self.stages
         return [[list(range(stage * replicas, (stage + 1) * replicas)) for stage in range(self.stages)]]
 
-    def neighbours(self) -> list[list[int]]:
-        """Pairs of processes with consecutive stages of one replica."""
+    def adjacent_stages(self) -> list[list[int]]:
+        """Return pairs of processes that hold consecutive stages of one replica."""
         replicas = self.processes // self.stages
         return [[rank, rank + replicas] for rank in range(self.processes - replicas)]
 
 
 def sent_by_process(exchanges: Sequence[Exchange]) -> float:
-    """Bytes that a process sends in a step, as the exchanges were counted."""
+    """Return the bytes that a process sends per step, from the counted exchanges."""
     return sum(RING[exchange.kind](exchange.group)[1] * exchange.payload for exchange in exchanges)
 
 
 def on_the_wire(exchanges: Sequence[Exchange], measured: Layout, layout: Layout) -> tuple[float, float]:
-    """Bytes a step through the busiest host's link, and rounds of latency, for exchanges that were counted under `measured`.
+    """Return bytes per step through the busiest host's link, and rounds of latency.
 
-    Payloads of gradients and weights do not depend on the number of processes. The activations between two stages are those
-    of the whole batch, dealt out to the replicas.
+    `exchanges` were counted under the layout `measured`. Payloads of gradients and weights do not depend on the number
+    of processes. The activations between two stages are those of the full batch, divided over the replicas.
     """
     num_bytes = rounds = 0.0
-    whole = [[list(range(layout.processes))]]
+    everyone = [[list(range(layout.processes))]]
     for exchange in exchanges:
         payload, groups = exchange.payload, layout.rounds()
         if exchange.kind in ("send", "receive"):
             payload, groups = (
-                payload * len(measured.neighbours()) / max(1, len(layout.neighbours())),
-                [layout.neighbours()],
+                payload * len(measured.adjacent_stages()) / max(1, len(layout.adjacent_stages())),
+                [layout.adjacent_stages()],
             )
         elif exchange.control:
-            groups = whole
+            groups = everyone
         for chosen in groups:
             most, latency = busiest(exchange.kind, chosen, payload, layout.per_host)
             num_bytes += most / len(groups)
@@ -115,7 +115,7 @@ def on_the_wire(exchanges: Sequence[Exchange], measured: Layout, layout: Layout)
 
 
 def busiest(kind: str, groups: list[list[int]], payload: float, per_host: int) -> tuple[float, int]:
-    """Of exchanges that go on at once in several groups: bytes that leave the busiest host, and rounds of latency."""
+    """Return bytes that leave the busiest host and rounds of latency, for concurrent exchanges in several groups."""
     leaving: Counter[int] = Counter()
     latency = 0
     for group in groups:
@@ -135,11 +135,11 @@ def project(
     exposed_seconds: float,
     link: Link,
 ) -> float:
-    """Seconds of a step on so many hosts like the measured one, with the same global batch.
+    """Return seconds per step on `hosts` hosts like the measured one, with the same global batch.
 
-    The computation is divided evenly, what communication costs inside a host stays, and what goes between hosts is added:
-    nothing of it is hidden behind the computation. On a slow link there is little to hide it behind; on a fast one this is
-    too much by at most the computation's seconds.
+    The computation is divided evenly, communication inside a host stays as measured, and communication between hosts is
+    added without overlap. On a slow link there is little computation to overlap with; on a fast one the result is too
+    high by at most the computation's seconds.
     """
     layout = Layout(hosts, measured.per_host, measured.stages, measured.topology)
     return (

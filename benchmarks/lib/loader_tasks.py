@@ -1,6 +1,6 @@
-"""What `input_pipeline.py` asks of the loaders of `loaders.py`: which there are, two jobs, and the size of a turn.
+"""Names, jobs and the request that `input_pipeline.py` passes to the loaders of `loaders.py`.
 
-They stand apart from the loaders because these import PyTorch and torchvision, which `--help` does without.
+They are separate from the loaders because these import PyTorch and torchvision, which `--help` does without.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ if TYPE_CHECKING:
     import torch
 
 OURS = ("resident", "files", "tensor")  # the sources of dali_pipeline.Batches
-PEERS = ("imagefolder", "memory", "whole_batch", "ffcv")
-OPTIONAL = (
-    "ffcv_channels_last",
-)  # where asked for only: cheaper, but not the same work, its images have their channels last in memory
+BASELINES = ("imagefolder", "memory", "whole_batch", "ffcv")
+# Only on request: cheaper, but a different job, because its images are channels last in memory.
+OPTIONAL = ("ffcv_channels_last",)
 PADDING = 4
 JOBS = {
-    "crop": f"crop {PADDING} + flip + normalise",
-    "rand_augment": f"crop {PADDING} + flip + RandAugment(2, 9) + normalise",
+    "crop": f"crop {PADDING} + flip + normalize",
+    "rand_augment": f"crop {PADDING} + flip + RandAugment(2, 9) + normalize",
 }
 
 
@@ -29,10 +28,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What every loader is asked to do."""
+    """The job of a loader."""
 
     job: str
     batch_size: int
-    num_batches: int  # an epoch
+    num_batches: int  # per epoch
     threads: int  # or worker processes
     device: torch.device

@@ -1,12 +1,12 @@
-"""The loaders that `input_pipeline.py` compares: ours with each of its sources, and the peers.
+"""The loaders that `input_pipeline.py` compares: ours with each of its sources, and the baselines.
 
-Each is made from (dataset, Task) and yields whole epochs of float32 (B, 3, S, S) normalised images and int64 (B,) labels on
-the device, shuffled anew every epoch, the remainder dropped. The peers are what their own documentation suggests:
+Each is created from (dataset, Task) and yields full epochs of normalized float32 images (B, 3, S, S) and int64 labels
+(B,) on the device, reshuffled every epoch, the remainder dropped. The baselines are what their documentation suggests:
 
-    imagefolder   torchvision's ImageFolder and v2 transforms in a DataLoader with a worker for each thread
+    imagefolder   torchvision's ImageFolder and v2 transforms in a DataLoader with one worker per thread
     memory        the same with the decoded pixels in memory, as torchvision.datasets.CIFAR100 holds them
-    whole_batch   no sample is ever handled alone: a gather of windows, a flip, two passes to normalise
-    ffcv          FFCV, in a process of its own, which may run another Python (`ffcv_peer.py`)
+    whole_batch   operations on full batches only: a gather of windows, a flip, two passes to normalize
+    ffcv          FFCV in a separate process, which may use another Python (`ffcv_loader.py`)
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ FFCV_LOADER = PROJECT / "benchmarks" / "lib" / "ffcv_loader.py"
 
 
 class InProcess:
-    """A loader whose epochs this process iterates over."""
+    """A loader that this process iterates over."""
 
-    versions: dict[str, str] = {}  # of packages that this process need not have
+    versions: dict[str, str] = {}  # of packages that this process may lack
 
     def __init__(self, dataset: Dataset, task: Task):
         self.task, self.side, self.num_epochs = task, dataset.image_side, 0
@@ -49,16 +49,16 @@ class InProcess:
         raise NotImplementedError
 
     def turn(self, epochs: int) -> Window:
-        """That many further epochs."""
+        """Iterate over the next `epochs` epochs."""
         return self._consume(epochs, None)
 
     def warm_up(self) -> tuple[Window, float, float]:
-        """The first epoch, its mean and its standard deviation. Raises ValueError for batches other than asked for."""
+        """Return the first epoch with mean and standard deviation. Raises ValueError for batches of another form."""
         look = Look(self.task.batch_size, self.side, self.task.device)
         return self._consume(1, look), look.mean, look.std
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End the loader; here there is nothing to end."""
 
     def _consume(self, epochs: int, look: Look | None) -> Window:
         first, self.num_epochs = self.num_epochs, self.num_epochs + epochs
@@ -77,7 +77,7 @@ class Ours(InProcess):
         try:
             augmentation = AugmentationSettings(crop_padding=PADDING, flip=0.5, **options)
         except TypeError as error:
-            raise Unavailable(f"these settings are not known to this version: {error}") from error
+            raise Unavailable(f"this version does not know these settings: {error}") from error
         try:
             self.batches = Batches(
                 dataset,
@@ -98,7 +98,8 @@ class Ours(InProcess):
 class PerSample(InProcess):
     """A torch Dataset, sample by sample, in worker processes that live as long as the loader.
 
-    They are spawned: a fork of a process in which DALI and torch have threads can end its child with a segmentation fault.
+    Workers are spawned: a fork of a process with threads of DALI and torch can end with a segmentation fault in the
+    child.
     """
 
     def __init__(self, dataset: Dataset, task: Task, samples: TorchDataset):
@@ -134,12 +135,15 @@ class Pictures(TorchDataset):
 
 
 class WholeBatch(InProcess):
-    """All images padded once, channels first; a batch is one gather of windows. On a CPU numpy gathers faster than torch."""
+    """All images padded once, channels first; a batch is one gather of windows.
+
+    On a CPU, NumPy gathers faster than PyTorch.
+    """
 
     def __init__(self, dataset: Dataset, task: Task):
         super().__init__(dataset, task)
         if task.job != "crop":
-            raise Unavailable("RandAugment differs from image to image: this loader does the other job only")
+            raise Unavailable("RandAugment differs from image to image; this loader does the job crop only")
         S, device = self.side, task.device
         pixels = resident_pixels(dataset).transpose(0, 3, 1, 2)
         padded = np.pad(pixels, ((0, 0), (0, 0), (PADDING, PADDING), (PADDING, PADDING)))
@@ -162,7 +166,7 @@ class WholeBatch(InProcess):
             yield images.float().mul_(self.scale).add_(self.shift), self.labels[order[chosen]]
 
     def _crops(self, rows: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S)"""
+        """Return uint8 crops (B, 3, S, S)."""
         if isinstance(self.windows, Tensor):
             images = self.windows[rows, :, corner[:, 0], corner[:, 1]]
             return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
@@ -173,7 +177,7 @@ class WholeBatch(InProcess):
 
 
 class Ffcv:
-    """FFCV in a child process, one line of JSON each way a turn."""
+    """FFCV in a child process; a turn is one line of JSON in each direction."""
 
     def __init__(self, dataset: Dataset, task: Task, python: str, channels_last: bool):
         if task.job != "crop":
@@ -204,7 +208,7 @@ class Ffcv:
             self.versions = {"ffcv": self._answer()["version"]}
         except RuntimeError as error:
             self.close()
-            raise Unavailable(f"it does not start: {str(error).splitlines()[-1]}") from error
+            raise Unavailable(f"FFCV does not start: {str(error).splitlines()[-1]}") from error
         except Unavailable:
             self.close()
             raise
@@ -231,7 +235,7 @@ class Ffcv:
         line = self._child.stdout.readline()
         if not line:
             self._errors.seek(0)
-            raise RuntimeError("FFCV's process ended:\n" + "".join(self._errors.readlines()[-12:]))
+            raise RuntimeError("the FFCV process ended:\n" + "".join(self._errors.readlines()[-12:]))
         answer = json.loads(line)
         if "unavailable" in answer:
             raise Unavailable(answer["unavailable"])
@@ -239,7 +243,7 @@ class Ffcv:
 
 
 def resident_pixels(dataset: Dataset) -> np.ndarray:
-    """The training images in memory: uint8 (N, S, S, 3). Raises Unavailable when they were not packed."""
+    """Return the training images in memory, uint8 (N, S, S, 3). Raises Unavailable if they are not packed."""
     split = dataset.splits["train"]
     if split.packed is None:
         raise Unavailable("the images are not packed")
@@ -247,7 +251,7 @@ def resident_pixels(dataset: Dataset) -> np.ndarray:
 
 
 def transform(dataset: Dataset, job: str) -> Callable:
-    """The job in torchvision's v2 transforms, from a Pillow image on."""
+    """Return the job as torchvision v2 transforms of a Pillow image."""
     from torchvision.transforms import v2
 
     policy = [v2.RandAugment(2, 9)] if job == "rand_augment" else []
@@ -269,7 +273,7 @@ def image_folder(dataset: Dataset, task: Task) -> PerSample:
     split = dataset.splits["train"]
     samples = ImageFolder(dataset.root / Path(split.paths[0]).parts[0], transform(dataset, task.job))
     if len(samples) != len(split):
-        raise Unavailable(f"it finds {len(samples)} images, the prepared list has {len(split)}")
+        raise Unavailable(f"ImageFolder finds {len(samples)} images, the prepared list has {len(split)}")
     return PerSample(dataset, task, samples)
 
 
@@ -280,7 +284,7 @@ def memory(dataset: Dataset, task: Task) -> PerSample:
 
 
 def loaders(ffcv_python: str | None = None) -> dict[str, Callable[[Dataset, Task], InProcess | Ffcv]]:
-    """Every loader by name, in the order of `input_tasks`: ours, the peers, the optional ones."""
+    """Return every loader by name, in the order of `loader_tasks`: ours, the baselines, the optional ones."""
     python = ffcv_python or sys.executable
 
     def ours(source: str) -> Callable[[Dataset, Task], Ours]:

@@ -1,11 +1,11 @@
-"""What the programs of this folder share beside their clocks: options, and what becomes of a report. Nothing here imports PyTorch.
+"""Options and reports that the programs of this folder share. Nothing here imports PyTorch.
 
 data = add_data(parser)                                        --data-dir and --source
 add_settings(parser, "spt-lsa")                                --preset and --set
 parser.add_argument("--jobs", type=some_of("job", JOBS), ...)   names separated by commas, in the order of the table
 parser.add_argument("--hosts", type=several(int), ...)         numbers separated by commas
-report = {**origin(), ...}                                     by which command, commit and versions it was made
-keep((options.json, text), (options.markdown, table))          the files that were asked for
+report = {**origin(), ...}                                     command, commit and versions of the measurement
+keep((options.json, text), (options.markdown, table))          the files that the user asked for
 """
 
 from __future__ import annotations
@@ -25,45 +25,54 @@ Number = TypeVar("Number", int, float)
 
 
 def add_data(parser: Parser, source: bool = True) -> argparse._ArgumentGroup:
-    """The group of the options about the data."""
+    """Add the options for the dataset and return their group."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-dir",
         type=Path,
         default=Path("data/cifar100"),
         metavar="DIR",
-        help="a prepared dataset (default: %(default)s)",
+        help="prepared dataset (default: %(default)s)",
     )
     if source:
-        group.add_argument("--source", default="auto", choices=SOURCES, help="as of train.py (default: auto)")
+        group.add_argument(
+            "--source", default="auto", choices=SOURCES, help="input backend, as in train.py (default: auto)"
+        )
     return group
 
 
 def add_settings(parser: Parser, preset: str) -> argparse._ArgumentGroup:
-    """The group of the options about the network and its training."""
+    """Add the options for the network and its training and return their group."""
     group = parser.add_argument_group("what to train")
     group.add_argument(
         "--preset",
         default=preset,
         metavar="NAME",
-        help="settings to start from, a name or a .toml file (default: cpu without a GPU, else spt-lsa)",
+        help="preset name or .toml file (default: cpu without a GPU, else spt-lsa)",
     )
     group.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; repeat for more"
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; may be repeated"
     )
     return group
 
 
 def add_reports(parser: Parser) -> argparse._ArgumentGroup:
-    """The group of the options about what is kept."""
-    group = parser.add_argument_group("what is kept")
-    group.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here (default: nowhere)")
-    group.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here (default: nowhere)")
+    """Add the options for output files and return their group."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all measurements to this JSON file (default: none)"
+    )
+    group.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the tables to this Markdown file (default: none)"
+    )
     return group
 
 
 def some_of(kind: str, known: Collection[str], none: bool = False) -> Callable[[str], list[str]]:
-    """The `type` of an option that takes names separated by commas; `none` allows "none". They come back in the order of `known`."""
+    """Return the `type` of an option that takes names separated by commas; `none` allows "none".
+
+    The names come back in the order of `known`.
+    """
 
     def parse(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(",") if name.strip()]
@@ -73,14 +82,14 @@ def some_of(kind: str, known: Collection[str], none: bool = False) -> Callable[[
             if name not in known:
                 raise argparse.ArgumentTypeError(unknown(kind, name, list(known)))
         if not chosen:
-            raise argparse.ArgumentTypeError(f"name at least one {kind}: {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"needs at least one {kind}: {', '.join(known)}")
         return [name for name in known if name in chosen]
 
     return parse
 
 
 def several(form: type[Number]) -> Callable[[str], list[Number]]:
-    """The `type` of an option that takes numbers above 0 separated by commas. They come back in order, each once."""
+    """Return the `type` of an option that takes positive numbers separated by commas; sorted, without duplicates."""
 
     def parse(text: str) -> list[Number]:
         try:
@@ -88,20 +97,20 @@ def several(form: type[Number]) -> Callable[[str], list[Number]]:
         except ValueError:
             values = []
         if not values or not values[0] > 0:
-            raise argparse.ArgumentTypeError(f"give numbers above 0, such as 1,2, not {text}")
+            raise argparse.ArgumentTypeError(f"needs numbers above 0, such as 1,2; got {text}")
         return values
 
     return parse
 
 
 def origin() -> dict[str, Any]:
-    """What a report says of its making: commit, versions, and the command without the folders of this machine."""
+    """Return commit, versions, and the command without the folders of this machine."""
     facts = provenance()
     return {**facts, "command": [without_paths(word) for word in facts["command"]]}
 
 
 def keep(*reports: tuple[Path | None, str]) -> None:
-    """Write each text to its file, unless that is None."""
+    """Write each text to its file, unless the path is None."""
     for path, text in reports:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,23 @@
-"""What a device can do at most, to say how much of it training uses: from the maker's data sheet, and as a large product of matrices finds it."""
+"""Peak throughput of a device, the reference for utilization.
+
+It is taken from the vendor's data sheet, and measured as a large matrix product and a large copy.
+"""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.lib.timing import synchronise
+from benchmarks.lib.timing import synchronize
 
 if TYPE_CHECKING:
     import torch
 
 
 class Peak(NamedTuple):
-    """10^12 floating-point operations a second, dense (data sheets like to print twice as much, for sparse matrices)."""
+    """Dense TFLOP/s of a device (data sheets like to print twice as much, for sparse matrices)."""
 
-    bf16: float | None  # matrix units, fp32 sums; None: the device has no bf16 there
+    bf16: float | None  # matrix units with fp32 accumulation; None: they do not support bf16
     tf32: float | None
     fp32: float
     source: str
@@ -24,7 +27,7 @@ _HOPPER = "NVIDIA H100/H200 data sheets (2024), half of the sparse figures"
 _AMPERE = "NVIDIA data sheet of the card (2021), dense"
 _ADA = "NVIDIA Ada architecture white paper v2.1 (2023), dense, fp32 accumulate"
 
-# Part of the name that torch.cuda.get_device_name() gives; of several that fit, the longest.
+# Key: words of torch.cuda.get_device_name(); the longest matching key wins.
 PEAKS = {
     "B200": Peak(2250, 1125, 75, "NVIDIA HGX B200 data sheet (2024), an eighth of the board's, dense"),
     "H200": Peak(989, 494, 67, _HOPPER),
@@ -44,14 +47,14 @@ PEAKS = {
     "RTX 4080": Peak(97.5, 48.7, 48.7, _ADA),
     "RTX 3090": Peak(71, 35.6, 35.6, "NVIDIA Ampere GA102 white paper v2 (2021), dense, fp32 accumulate"),
     "RTX 3080": Peak(59.5, 29.8, 29.8, "NVIDIA Ampere GA102 white paper v2 (2021), dense, fp32 accumulate"),
-    "T4": Peak(None, None, 8.1, "NVIDIA T4 data sheet (2019); its matrix units know fp16 only"),
-    "V100": Peak(None, None, 15.7, "NVIDIA V100 data sheet (2020), SXM2; its matrix units know fp16 only"),
-    "V100-PCIE": Peak(None, None, 14, "NVIDIA V100 data sheet (2020), PCIe; its matrix units know fp16 only"),
+    "T4": Peak(None, None, 8.1, "NVIDIA T4 data sheet (2019); its matrix units support fp16 only"),
+    "V100": Peak(None, None, 15.7, "NVIDIA V100 data sheet (2020), SXM2; its matrix units support fp16 only"),
+    "V100-PCIE": Peak(None, None, 14, "NVIDIA V100 data sheet (2020), PCIe; its matrix units support fp16 only"),
 }
 
 
 def data_sheet(device_name: str) -> Peak | None:
-    """The entry for a device; None for one that the table does not have."""
+    """Return the entry for a device; None if the table does not have it."""
     words = device_name.upper()
     fitting = [name for name in PEAKS if all(part.upper() in words for part in name.split())]
     fitting = [name for name in fitting if not _inside_another_number(name.split()[-1].upper(), words)]
@@ -59,7 +62,7 @@ def data_sheet(device_name: str) -> Peak | None:
 
 
 def _inside_another_number(part: str, words: str) -> bool:
-    """Whether `L4` was found in `L40S`, or `A10` in `A100`, only."""
+    """Return whether every occurrence is part of a longer name, as `L4` in `L40S` or `A10` in `A100`."""
     found = [i for i in range(len(words)) if words.startswith(part, i)]
     return all(
         (words[i + len(part) : i + len(part) + 1] or " ").isalnum() or (words[i - 1 : i] or " ").isalnum()
@@ -68,7 +71,7 @@ def _inside_another_number(part: str, words: str) -> bool:
 
 
 def peak_flops(device: torch.device, bf16: bool) -> tuple[float | None, str]:
-    """Operations a second that the arithmetic of a run could reach on paper, and where that is written."""
+    """Return the data sheet's FLOP/s for the arithmetic of a run, and its source."""
     import torch
 
     if device.type != "cuda":
@@ -83,7 +86,7 @@ def peak_flops(device: torch.device, bf16: bool) -> tuple[float | None, str]:
 
 
 def measured_flops(device: torch.device, bf16: bool, seconds: float = 1.0) -> float:
-    """Operations a second of the best of several products of large square matrices, in about so many seconds."""
+    """Return FLOP/s of the fastest of several products of large square matrices, measured for about `seconds`."""
     import torch
 
     side = 8192 if device.type == "cuda" else 1024
@@ -91,9 +94,9 @@ def measured_flops(device: torch.device, bf16: bool, seconds: float = 1.0) -> fl
     best, deadline = float("inf"), time.perf_counter() + seconds
     a @ b
     while time.perf_counter() < deadline:
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         a @ b
-        synchronise(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best

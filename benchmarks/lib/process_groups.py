@@ -2,9 +2,9 @@
 
     answers = run_group("benchmarks/lib/strategy_worker.py", request, processes=2, limit_seconds=300)
 
-The processes are fresh, and told who they are as a launcher tells them (RANK, WORLD_SIZE, MASTER_ADDR ...). Their words
-are two paths: of the request, and of the folder where process i writes its answer as i.json. What goes wrong in one
-group, a crash, a refusal or a hang, becomes an exception with one sentence, and leaves the caller's process as it was.
+The processes are new and get the environment that a launcher would set (RANK, WORLD_SIZE, MASTER_ADDR ...). Their
+arguments are two paths: the request file, and the folder where process i writes its answer as i.json. A crash, an error
+or a hang of a group becomes an exception with one sentence; the caller's process is not affected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common.errors import DatasetError, SettingsError
 from common.paths import PROJECT
 from common.text import last_error
 
-GRACE_SECONDS = 5.0  # that the others get to end by themselves when one process has failed
+GRACE_SECONDS = 5.0  # that the other processes get to end by themselves after one has failed
 
 
 class Failed(Exception):
@@ -32,19 +32,19 @@ class Failed(Exception):
 
 
 class Running(Protocol):
-    """A process at work."""
+    """A running process."""
 
     def poll(self) -> int | None:
-        """Its exit code, None while it works."""
+        """Return its exit code, None while it runs."""
 
     def kill(self) -> None: ...
 
     def said(self) -> str:
-        """What it has written to its standard error so far."""
+        """Return its standard error so far."""
 
 
 class Fresh:
-    """A new Python that runs one of the project's programs."""
+    """A new Python process that runs one of the project's programs."""
 
     def __init__(self, program: str, words: list[str], environment: dict[str, str]):
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the child)
@@ -78,12 +78,12 @@ def run_group(
     environment: dict[str, str] | None = None,
     start: Start = Fresh,
 ) -> list[dict[str, Any]]:
-    """The answers of all processes, by rank.
+    """Run a program in several processes and return their answers by rank.
 
     Raises:
-        Failed: a process ended without an answer, answered with an error, or the time limit passed.
+        Failed: a process ended without an answer, answered with an error, or exceeded the time limit.
     """
-    meeting = {
+    launched = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
@@ -96,7 +96,7 @@ def run_group(
             start(
                 program,
                 [str(question), folder],
-                {**meeting, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                {**launched, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(processes)
         ]
@@ -106,11 +106,11 @@ def run_group(
             for child in children:
                 if child.poll() is None:
                     child.kill()
-        return collect(Path(folder), children, f"still at work after {limit_seconds:g} s" if late else None)
+        return collect(Path(folder), children, f"still running after {limit_seconds:g} s" if late else None)
 
 
 def wait(children: list[Running], limit_seconds: float) -> bool:
-    """Until all have ended, or soon after one has failed. Returns False when the limit passes first."""
+    """Wait until all have ended, or shortly after one has failed. Returns False if the limit passes first."""
     deadline, failed = time.monotonic() + limit_seconds, False
     while any(child.poll() is None for child in children):
         if time.monotonic() > deadline:
@@ -122,26 +122,26 @@ def wait(children: list[Running], limit_seconds: float) -> bool:
 
 
 def collect(folder: Path, children: list[Running], problem: str | None) -> list[dict[str, Any]]:
-    """What the processes wrote. Raises Failed with the best reason there is."""
+    """Return what the processes wrote. Raises Failed with the most informative reason."""
     files = [folder / f"{rank}.json" for rank in range(len(children))]
     answers = [json.loads(file.read_text()) if file.exists() else None for file in files]
     for answer in answers:
         if answer and "error" in answer:
             raise Failed(answer["error"])
-    # The one that failed by itself, before those that were killed because of it.
+    # Report the process that failed by itself before those that were killed because of it.
     codes = [(child.poll() or 0) for child in children]
     for rank in sorted(range(len(children)), key=lambda rank: (codes[rank] < 0, rank)):
         if answers[rank] is None or codes[rank]:
             raise Failed(
                 problem
                 or last_error(children[rank].said())
-                or f"process {rank} ended with exit code {codes[rank]} and said nothing"
+                or f"process {rank} ended with exit code {codes[rank]} and printed nothing"
             )
     return answers
 
 
 def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """The other side: `work` on the request, its answer or its refusal written for `collect`. Returns the exit code."""
+    """Run `work` on the request in a group's process, write its answer or its error, and return the exit code."""
     question, folder = map(Path, sys.argv[1:])
     try:
         reply = work(json.loads(question.read_text()))
@@ -154,7 +154,7 @@ def answer(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
 
 
 def device_environment(threads: int) -> dict[str, str]:
-    """What a process has to be told before it loads PyTorch: on a CPU, how many threads are its share."""
+    """Return variables that a process needs before it loads PyTorch: on a CPU, its number of threads."""
     import torch
 
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
@@ -163,7 +163,10 @@ def device_environment(threads: int) -> dict[str, str]:
 
 
 def keep_to(threads: int, pin: bool) -> None:
-    """Use so many threads and, where there are cores for all, those cores only: one process must not use what the others' share would be."""
+    """Use this many threads and, with `pin`, only as many cores.
+
+    Without pinning, a lone process would use the cores that other rows of the table give to several processes.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -173,7 +176,7 @@ def keep_to(threads: int, pin: bool) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """Return a TCP port that nothing listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -1,9 +1,11 @@
-"""Loops that other people would write, on the same network and batches: what `training_step.py` compares our engines with.
+"""Training loops of other projects on the same network and batches: the baselines of `training_step.py`.
 
-bare                   a plain PyTorch loop: autocast for bf16, AdamW, clipping, a scheduler
-bare, bf16 weights     the same with bf16 weights and an fp32 copy that the optimiser works on, as DeepSpeed's bf16 is
-timm                   the pieces of timm's training script (task, optimiser, clipping, meter), in its order
+bare                   a plain PyTorch loop: autocast for bf16, AdamW, gradient clipping, a learning-rate schedule
+bare, bf16 weights     the same with bf16 weights and an fp32 copy for the optimizer, as in DeepSpeed's bf16
+timm                   the components of timm's training script (task, optimizer, clipping, meter), in its order
 lightning              PyTorch Lightning's Trainer without logger, checkpoints and progress bar
+
+All of them use channels_last and a torch.compile mode where the settings ask for it, as our engines do.
 """
 
 from __future__ import annotations
@@ -20,23 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.lib.step_breakdown import Marks
-from benchmarks.lib.timing import synchronise
+from benchmarks.lib.timing import synchronize
 from benchmarks.lib.workload import SEED, Feed, Spent, Subject
 from models.cost import count_parameters
 from optim.lr_schedule import Schedule
 from parallel import process_group
 from parallel.batch_sizes import BatchSizes
+from parallel.compile import GRAPHS
 from parallel.engine import build_seeded
 
-TOTAL_STEPS = 100_000  # of the learning rate's course: it hardly moves while we measure
+TOTAL_STEPS = 100_000  # of the learning-rate schedule: the rate is nearly constant during the measurement
 
 
 class Unavailable(Exception):
-    """A contender cannot run here, or not this; the message says why."""
+    """A baseline cannot run here, or not with these settings; the message says why."""
 
 
 class Bare:
-    """A loop that knows nothing of our engines."""
+    """A plain PyTorch loop that uses none of our engines."""
 
     describe = "plain PyTorch loop"
 
@@ -48,18 +51,19 @@ class Bare:
         self.feed = Feed(
             subject, self.sizes, int(os.environ["RANK"]), self.device, request["source"], request["synthetic"]
         )
+        self.memory_format = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         self.bf16, self.clipping = bool(config["bf16"]["enabled"]), config["gradient_clipping"]
         if config["optimizer"]["type"] != "AdamW":
-            raise Unavailable(f"this peer uses AdamW, not {config['optimizer']['type']}")
+            raise Unavailable(f"this baseline uses AdamW, not {config['optimizer']['type']}")
         self.network = build_seeded(subject.build, SEED).to(self.device)
         self.num_parameters = count_parameters(self.network)
         self.prepare()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, Schedule(self.settings.schedule, TOTAL_STEPS)
         )
-        self.model = self.network
-        if request["compile"]:
-            self.model = torch.compile(self.model)
+        self.model, self.compile = self.network, request["compile"]
+        if self.compile != "off":
+            self.model = torch.compile(self.model, mode=None if self.compile == "on" else self.compile)
         if request["processes"] > 1:
             self.model = nn.parallel.DistributedDataParallel(
                 self.model,
@@ -68,7 +72,7 @@ class Bare:
             )
 
     def prepare(self) -> None:
-        """Make the optimiser."""
+        """Create the optimizer."""
         self.optimizer = self.adamw(list(self.network.parameters()))
 
     def adamw(self, parameters: list[Tensor]) -> torch.optim.AdamW:
@@ -91,10 +95,18 @@ class Bare:
         self.model.train()
         return [self.step() for _ in range(count)]
 
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return images and labels of the next micro-batch, in the memory format of the settings."""
+        if self.compile in GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()
+        images, labels = next(self.feed)
+        return images.contiguous(memory_format=self.memory_format), labels
+
     def step(self) -> Tensor:
+        """Train one step, with accumulation, and return its loss."""
         losses = []
         for _ in range(self.sizes.accumulation):
-            images, labels = next(self.feed)
+            images, labels = self.batch()
             with self.autocast():
                 scores = self.model(images)
             loss = self.loss(scores, labels)
@@ -111,11 +123,11 @@ class Bare:
         self.scheduler.step()
 
     def turn(self, count: int) -> tuple[Spent, list[float]]:
-        synchronise(self.device)
+        synchronize(self.device)
         self.feed.batches.wait_seconds = 0.0
         began = time.perf_counter()
         losses = torch.stack(self.steps(count)).tolist()
-        synchronise(self.device)
+        synchronize(self.device)
         return Spent(time.perf_counter() - began, self.feed.batches.wait_seconds), losses
 
     def parts(self, count: int) -> dict[str, float]:
@@ -139,22 +151,22 @@ class Bare:
 
 
 class BareWeights(Bare):
-    """bf16 throughout, but for the optimiser's fp32 copy of the weights."""
+    """The plain loop with bf16 weights, except for the optimizer's fp32 copy."""
 
     describe = "plain PyTorch loop, bf16 weights with an fp32 copy"
 
     def prepare(self) -> None:
         if not self.bf16:
-            raise Unavailable("it is about bf16")
+            raise Unavailable("this baseline exists in bf16 only")
         self.network.bfloat16()
         self.trained = list(self.network.parameters())
         self.copies = [p.detach().float().requires_grad_() for p in self.trained]
         self.optimizer = self.adamw(self.copies)
 
     def step(self) -> Tensor:
-        images, labels = next(self.feed)
         if self.sizes.accumulation > 1:
-            raise Unavailable("it does not accumulate gradients")
+            raise Unavailable("this baseline does not accumulate gradients")
+        images, labels = self.batch()
         loss = self.loss(self.model(images.bfloat16()), labels)
         loss.backward()
         self.update()
@@ -172,11 +184,11 @@ class BareWeights(Bare):
             torch._foreach_copy_(self.trained, self.copies)
 
     def parts(self, count: int) -> dict[str, float]:
-        raise Unavailable("its optimiser works on other tensors than its gradients")
+        raise Unavailable("the optimizer works on other tensors than the gradients")
 
 
 class Timm(Bare):
-    """timm's own task, optimiser factory, clipping and meter. As its script does by default, it looks at the loss in every step."""
+    """timm's task, optimizer factory, clipping and meter; like its script, it reads the loss in every step."""
 
     describe = "pieces of timm's train.py"
 
@@ -188,9 +200,9 @@ class Timm(Bare):
         except ImportError as error:
             raise Unavailable(f"timm with a training task is not installed: {error}") from error
         if int(os.environ["WORLD_SIZE"]) > 1:
-            raise Unavailable("compared on one process only")
+            raise Unavailable("measured with one process only")
         if self.settings.augmentation.mixup or self.settings.augmentation.cutmix:
-            raise Unavailable("its task here takes one label an image")
+            raise Unavailable("timm's task takes one label per image here, so no MixUp or CutMix")
         params = self.settings.engine["optimizer"]["params"]
         self.optimizer = create_optimizer_v2(
             self.network,
@@ -210,8 +222,8 @@ class Timm(Bare):
         self.clip, self.meter, self.task = dispatch_clip_grad, AverageMeter(), None
 
     def step(self) -> Tensor:
-        self.task = self.task or self.make_task()  # the model is compiled only after `prepare`
-        images, labels = next(self.feed)
+        self.task = self.task or self.make_task()  # created late: the model is compiled after `prepare`
+        images, labels = self.batch()
         with self.autocast():
             result = self.task(images, labels)
         loss = result["loss"]
@@ -225,7 +237,7 @@ class Timm(Bare):
         return loss.detach()
 
     def parts(self, count: int) -> dict[str, float]:
-        raise Unavailable("its loss is inside its task")
+        raise Unavailable("the loss is inside timm's task")
 
 
 class Lightning(Bare):
@@ -236,11 +248,11 @@ class Lightning(Bare):
     def __init__(self, subject: Subject, request: dict[str, Any]):
         self.library = lightning_library()
         if request["processes"] > 1:
-            raise Unavailable("compared on one process only")
+            raise Unavailable("measured with one process only")
         super().__init__(subject, request)
 
     def turn(self, count: int) -> tuple[Spent, list[float]]:
-        """A fit of its own; the clock leaves out its beginning and its first step."""
+        """Run one `fit`; the clock excludes its start and its first step."""
         clock = lightning_clock(self.library, self.device, count)
         self.fit(count + 1, [clock])
         return Spent(clock.seconds, self.feed.batches.wait_seconds * count / (count + 1)), clock.losses
@@ -267,11 +279,11 @@ class Lightning(Bare):
         trainer.fit(lightning_module(self.library, self), itertools.islice(self.feed, count * self.sizes.accumulation))
 
     def parts(self, count: int) -> dict[str, float]:
-        raise Unavailable("its loop is its own")
+        raise Unavailable("Lightning runs its own loop")
 
 
 def lightning_library() -> Any:
-    """Either of the names that Lightning is published under."""
+    """Return Lightning under either of the names that it is published under."""
     import importlib
     import logging
     import warnings
@@ -284,44 +296,49 @@ def lightning_library() -> Any:
             continue
         logging.getLogger(name).setLevel(logging.ERROR)
         return library
-    raise Unavailable("Lightning is not installed (pip install lightning, in an environment that may have it)")
+    raise Unavailable("Lightning is not installed; pip install lightning")
 
 
-def lightning_module(library: Any, peer: Bare) -> Any:
+def lightning_module(library: Any, loop: Bare) -> Any:
+    """Return a LightningModule around the network, loss and optimizer of `loop`."""
+
     class Module(library.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.network = peer.model
+            self.network = loop.model
 
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-            return peer.loss(self.network(batch[0]), batch[1])
+            images = batch[0].contiguous(memory_format=loop.memory_format)
+            return loop.loss(self.network(images), batch[1])
 
         def configure_optimizers(self) -> Any:
-            scheduler = torch.optim.lr_scheduler.LambdaLR(peer.optimizer, Schedule(peer.settings.schedule, TOTAL_STEPS))
-            return {"optimizer": peer.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, Schedule(loop.settings.schedule, TOTAL_STEPS))
+            return {"optimizer": loop.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     return Module()
 
 
 def lightning_clock(library: Any, device: torch.device, count: int) -> Any:
+    """Return a callback that times `count` steps after the first."""
+
     class Clock(library.Callback):
         def __init__(self) -> None:
             self.seconds, self.losses, self.seen = 0.0, [], []
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             if not self.seen:
-                synchronise(device)
+                synchronize(device)
                 self.began = time.perf_counter()
             self.seen.append(outputs["loss"].detach())
             if trainer.global_step == count + 1:
                 self.losses = torch.stack(self.seen[1:]).tolist()
-                synchronise(device)
+                synchronize(device)
                 self.seconds = time.perf_counter() - self.began
 
     return Clock()
 
 
-PEERS: dict[str, Callable[[Subject, dict[str, Any]], Bare]] = {
+BASELINES: dict[str, Callable[[Subject, dict[str, Any]], Bare]] = {
     "bare": Bare,
     "bare, bf16 weights": BareWeights,
     "timm": Timm,

@@ -1,8 +1,8 @@
-"""Where the milliseconds of a training step go: marks that are set as a step passes from one part to the next.
+"""Milliseconds of a training step by part, from marks set where a step passes from one part to the next.
 
-On a GPU a mark is an event in the stream, so the parts are the device's time: idle while it waits for the host, it stays in
-the part that came last. On a CPU it is the clock. The marks need no change to what is measured: they sit in the iterator of
-batches, around the loss, on the gradients of the parameters and on the optimiser's step.
+On a GPU a mark is an event in the stream, so the parts are device time: while the device waits for the host, the time
+counts toward the last part. On a CPU a mark reads the clock. The measured code does not change: the marks are in the
+iterator of batches, around the loss, on the gradients of the parameters and on the optimizer's step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PARTS = ("data", "forward", "loss", "backward", "clip and exchange", "optimiser", "rest")
+PARTS = ("data", "forward", "loss", "backward", "clip and exchange", "optimizer", "rest")
 
 
 class Marks:
@@ -26,11 +26,11 @@ class Marks:
         self.marks: list[tuple[str, Any]] = []
 
     def __call__(self, part: str) -> None:
-        """From now on it is `part`."""
+        """Begin `part` now."""
         self.marks.append((part, self._now()))
 
     def again(self, part: str) -> None:
-        """As a call; but where it is `part` already, that begins only now."""
+        """Begin `part` now, even if it is the current part: its time so far counts toward the part before it."""
         if self.marks and self.marks[-1][0] == part:
             self.marks.pop()
         self(part)
@@ -45,7 +45,7 @@ class Marks:
         return event
 
     def seconds(self) -> dict[str, float]:
-        """Of each part; what follows the last mark is not counted."""
+        """Return seconds by part; time after the last mark does not count."""
         if self.on_gpu:
             import torch
 
@@ -55,9 +55,10 @@ class Marks:
             total[part] += begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin
         return total
 
-    # --- where they sit -------------------------------------------------------------------------------------------
+    # --- placement of the marks -------------------------------------------------------------------------------------
 
     def around_batches(self, batches: Iterator) -> Iterator:
+        """Mark the wait for each batch as data, and what follows as forward."""
         while True:
             self("data")
             batch = next(batches)
@@ -65,6 +66,8 @@ class Marks:
             yield batch
 
     def around_loss(self, loss: Any) -> Any:
+        """Mark the loss, and what follows as backward."""
+
         def marked(*arguments: Any) -> Any:
             self("loss")
             value = loss(*arguments)
@@ -74,7 +77,7 @@ class Marks:
         return marked
 
     def on(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
-        """Handles that remove the hooks again."""
+        """Register the hooks of the later parts and return their handles."""
         ready = [
             p.register_post_accumulate_grad_hook(lambda _: self.again("clip and exchange"))
             for p in model.parameters()
@@ -82,6 +85,6 @@ class Marks:
         ]
         return [
             *ready,
-            optimizer.register_step_pre_hook(lambda *_: self("optimiser")),
+            optimizer.register_step_pre_hook(lambda *_: self("optimizer")),
             optimizer.register_step_post_hook(lambda *_: self("rest")),
         ]

@@ -1,4 +1,4 @@
-"""What `training_step.py` says of its measurements: speeds and their share of the peak, milliseconds by part, ratios, the goal."""
+"""The report of `training_step.py`: throughput, shares of peak and memory floor, milliseconds by part, ratios, goal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from benchmarks.lib.step_breakdown import PARTS
 from benchmarks.lib.timing import ratios, spread
 
 Report = dict[str, Any]
-BACKWARD = 2  # matrix products in the backward pass for each of the forward pass
-GOAL = 1.03  # of the bare loop's time that our engines may take, on a GPU
+BACKWARD = 2  # matrix products of the backward pass per matrix product of the forward pass
+GOAL = 1.03  # largest time of our engines on a GPU, divided by the bare loop's
 OURS = ("ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp")
 
 
 def complete(report: Report) -> None:
-    """Add to every row: operations a second, their share of the peaks, and the time beside the bare loop's, round by round."""
+    """Add to every row: FLOP/s, shares of peaks and memory floor, and the ratio to the bare loop, by round."""
     rows = {row["label"]: row for row in report["rows"] if not row["left_out"]}
     for row in rows.values():
         peak = report["peaks"]["bf16" if row["bf16"] else "fp32"]
@@ -27,30 +27,45 @@ def complete(report: Report) -> None:
         row["flops_per_second"] = speeds
         row["mfu"] = [value / peak["data_sheet"] for value in speeds] if peak["data_sheet"] else None
         row["of_measured"] = [value / peak["measured"] for value in speeds]
+        floor = floor_seconds(report, "bf16" if row["bf16"] else "fp32")
+        row["of_memory_floor"] = [floor * row["steps"] / value for value in row["seconds"]] if floor else None
         row["against"] = bare_label(row)
         if row["against"] in rows:
             row["time_ratio"] = ratios(row["seconds"], rows[row["against"]]["seconds"])
 
 
+def floor_seconds(report: Report, precision: str) -> float | None:
+    """Return seconds that the counted bytes of a step take at the measured bandwidth; None if they were not counted."""
+    memory = report["memory"]
+    num_bytes = memory["bytes_per_step"].get(precision)
+    return num_bytes / memory["copy_bytes_per_second"] if num_bytes else None
+
+
 def bare_label(row: Report) -> str:
-    """The bare loop that computes as this contender does: ZeRO's bf16 keeps bf16 weights, the others autocast."""
+    """Return the bare loop with the same arithmetic: ZeRO's bf16 keeps bf16 weights, the others use autocast."""
     weights = row["bf16"] and row["name"].startswith("zero")
-    return ("bare, bf16 weights" if weights else "bare, bf16" if row["bf16"] else "bare") + (
-        ", compiled" if row["compiled"] else ""
+    return ("bare, bf16 weights" if weights else "bare, bf16" if row["bf16"] else "bare") + compiled_label(
+        row["compile"]
     )
+
+
+def compiled_label(mode: str) -> str:
+    """Return the end of a label that names the torch.compile mode."""
+    return "" if mode == "off" else ", compiled" if mode == "on" else f", {mode}"
 
 
 def speed_table(report: Report) -> list[list[str]]:
     table = [
         [
-            "contender",
+            "system",
             "images/s",
-            "ms a step",
+            "ms per step",
             "TFLOP/s",
-            "of the peak (MFU)",
-            "of a large product",
+            "MFU",
+            "of a large matmul",
+            "of the memory floor",
             "memory MiB",
-            "time by the bare loop's",
+            "time / bare loop",
         ]
     ]
     for row in report["rows"]:
@@ -66,6 +81,7 @@ def speed_table(report: Report) -> list[list[str]]:
                 f"{statistics.median(row['flops_per_second']) / 1e12:.3g}",
                 mfu,
                 f"{100 * statistics.median(row['of_measured']):.1f} %",
+                f"{100 * statistics.median(row['of_memory_floor']):.1f} %" if row["of_memory_floor"] else "-",
                 f"{row['memory_bytes'] / 2**20:,.0f}",
                 tables.cell(spread(row["time_ratio"]), ".3f") if "time_ratio" in row else "-",
             ]
@@ -74,21 +90,24 @@ def speed_table(report: Report) -> list[list[str]]:
 
 
 def parts_table(report: Report) -> list[list[str]]:
-    """Milliseconds of the further steps that were looked at closely."""
-    table = [["ms a step", *PARTS, "sum", *(["of it communication"] if report["settings"]["processes"] > 1 else [])]]
+    """Return milliseconds by part, from additional steps with marks."""
+    table = [["ms per step", *PARTS, "sum", *(["communication"] if report["settings"]["processes"] > 1 else [])]]
     for row in report["rows"]:
         if row["left_out"] or not row["parts"]:
             continue
-        whole = sum(row["parts"].values())
-        shared = [f"{1e3 * whole * row['exposed_share']:.2f}"] if "exposed_share" in row else []
+        total = sum(row["parts"].values())
+        communication = [f"{1e3 * total * row['exposed_share']:.2f}"] if "exposed_share" in row else []
         table.append(
-            [row["label"], *(f"{1e3 * row['parts'][part]:.2f}" for part in PARTS), f"{1e3 * whole:.2f}", *shared]
+            [row["label"], *(f"{1e3 * row['parts'][part]:.2f}" for part in PARTS), f"{1e3 * total:.2f}", *communication]
         )
     return table
 
 
+TURNS = {"alternate": "systems in turns", "sequential": "one system after the other"}
+
+
 def goals(report: Report) -> list[str]:
-    """Whether our engines cost no more than they may; on a CPU there is no goal."""
+    """Compare our engines with the goal; on a CPU there is none."""
     if not report["machine"]["gpu"]:
         return []
     lines = []
@@ -97,8 +116,8 @@ def goals(report: Report) -> list[str]:
             least, median, most = (f"{100 * (value - 1):+.1f}" for value in spread(row["time_ratio"]))
             verdict = "met" if statistics.median(row["time_ratio"]) <= GOAL else "NOT met"
             lines.append(
-                f"{verdict}: at most {100 * (GOAL - 1):.0f} % more time than {row['against']}: {row['label']}, {median} % "
-                f"({least} .. {most})"
+                f"{verdict}: {row['label']}: {median} % time against {row['against']} "
+                f"(min .. max {least} .. {most} %; goal: at most +{100 * (GOAL - 1):.0f} %)"
             )
     return lines
 
@@ -106,14 +125,16 @@ def goals(report: Report) -> list[str]:
 def headline(report: Report) -> str:
     rows = [row for row in report["rows"] if not row["left_out"]]
     if not rows:
-        return "No contender could be measured."
+        return "No system could be measured."
     chosen, where, row = report["settings"], report["machine"], rows[0]
-    cpu = "" if where["gpu"] else f", {chosen['threads']} threads a process"
+    cpu = "" if where["gpu"] else f", {chosen['threads']} threads per process"
     return (
         f"Preset {' '.join([chosen['preset'], *chosen['set']])}: {row['num_parameters']:,} parameters, "
-        f"{report['flops_per_image'] / 1e6:,.1f} MFLOPs an image forward, {BACKWARD + 1} times that in training; batches of {row['batch']}, "
-        f"{chosen['processes']} process{'es' * (chosen['processes'] > 1)}, {row['source']} source; {where['gpu'] or where['cpu']}{cpu}. "
-        f"{chosen['rounds']} turns of {chosen['steps']} steps after {chosen['warm_up']}: medians (least .. most). "
+        f"{report['flops_per_image'] / 1e6:,.1f} MFLOPs per image forward, {BACKWARD + 1} times that in training; "
+        f"global batch size {row['batch']}, {chosen['processes']} process{'es' * (chosen['processes'] > 1)}, "
+        f"source {row['source']}; {where['gpu'] or where['cpu']}{cpu}. "
+        f"{chosen['rounds']} turns of {chosen['steps']} steps after {chosen['warm_up']} warm-up steps, "
+        f"{TURNS[chosen['turns']]}: median (min .. max). "
         f"{tables.made_by(report)}"
     )
 
@@ -122,12 +143,20 @@ def notes(report: Report) -> list[str]:
     lines = [
         f"peak {kind}: "
         + (f"{peak['data_sheet'] / 1e12:,.0f} TFLOP/s ({peak['source']})" if peak["data_sheet"] else peak["source"])
-        + f"; a large product of matrices here: {peak['measured'] / 1e12:,.3g} TFLOP/s"
+        + f"; a large matmul here: {peak['measured'] / 1e12:,.3g} TFLOP/s"
         for kind, peak in report["peaks"].items()
     ]
-    lines += [f"{row['label']}: left out: {row['left_out']}" for row in report["rows"] if row["left_out"]]
+    memory = report["memory"]
+    bandwidth = f"{memory['copy_bytes_per_second'] / 1e9:,.0f} GB/s of a large copy here, read plus written"
+    for kind, num_bytes in memory["bytes_per_step"].items():
+        counted = (
+            f"{num_bytes / 1e9:,.2f} GB per step and process" if num_bytes else f"not counted ({memory['problem']})"
+        )
+        floor = f": {1e3 * floor_seconds(report, kind):,.2f} ms" if num_bytes else ""
+        lines.append(f"memory floor {kind}: {counted}, {bandwidth}{floor}")
+    lines += [f"{row['label']}: skipped: {row['left_out']}" for row in report["rows"] if row["left_out"]]
     without = [row["label"] for row in report["rows"] if not row["left_out"] and not row["parts"]]
-    return lines + ([f"without parts: {', '.join(without)}: their loops are their own"] if without else [])
+    return lines + ([f"not divided into parts: {', '.join(without)}"] if without else [])
 
 
 def as_text(report: Report) -> str:
@@ -140,5 +169,5 @@ def as_text(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     parts = ["# The training step", headline(report), tables.as_markdown(speed_table(report))]
     if len(parts_table(report)) > 1:
-        parts += ["## Where the milliseconds go", tables.as_markdown(parts_table(report))]
+        parts += ["## Milliseconds by part", tables.as_markdown(parts_table(report))]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in [*goals(report), *notes(report)])]) + "\n"

@@ -1,4 +1,4 @@
-"""What `strategies.py` says of its measurements: the table of an epoch, the projection to more hosts, and a picture of each."""
+"""The report of `strategies.py`: the table of an epoch, the projection to more hosts, and a plot of each."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ COLUMNS = [
     "running s",
     "images/s",
     "speed-up",
-    "MiB a process",
-    "MB sent a step",
+    "MiB per process",
+    "MB sent per step",
     "accuracy",
 ]
 
 
 def epoch_seconds(row: Report) -> dict[str, float]:
-    """The parts of an epoch, from the medians of the rounds; they add up to `running`."""
+    """Return the parts of an epoch in seconds, from the medians of the rounds; they add up to `running`."""
     scale = row["steps_per_epoch"] / row["steps"]
     running, data = (scale * statistics.median(row[key]) for key in ("running_seconds", "data_seconds"))
     communication = min(row["exposed_share"] * running, running - data)
@@ -45,7 +45,7 @@ def epoch_seconds(row: Report) -> dict[str, float]:
 
 
 def running_spread(row: Report) -> Spread:
-    """Of the rounds, in seconds an epoch."""
+    """Return the spread over the rounds, in seconds per epoch."""
     scale = epoch_seconds(row)["running"] / statistics.median(row["running_seconds"])
     return spread([scale * seconds for seconds in row["running_seconds"]])
 
@@ -80,7 +80,7 @@ def epoch_table(rows: Sequence[Report]) -> list[list[str]]:
 
 
 def projection(rows: Sequence[Report], hosts: Sequence[int], links: Sequence[Link]) -> list[dict[str, Any]]:
-    """For each link: seconds a step of every strategy on each number of `hosts` (None: not possible), and the quickest."""
+    """Return, for each link, seconds per step by strategy and number of hosts (None: impossible), and the fastest."""
     most = max(row["processes"] for row in rows)
     able = [row for row in rows if not row["failed"] and row["processes"] == most > 1 and row["strategy"] != "dp"]
     result = []
@@ -109,7 +109,7 @@ def _projected(row: Report, hosts: Sequence[int], link: Link) -> list[float | No
     for count in hosts:
         try:
             times.append(project(exchanges_of(row), measured, count, step - exposed, exposed, link))
-        except SettingsError:  # a topology that does not go with so many processes
+        except SettingsError:  # this topology does not allow this number of processes
             times.append(None)
     return times
 
@@ -117,7 +117,7 @@ def _projected(row: Report, hosts: Sequence[int], link: Link) -> list[float | No
 def projection_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     result = []
     for part in report["projection"]:
-        head = ["ms a step", "here", *(f"{count} hosts" for count in part["hosts"][1:])]
+        head = ["ms per step", "here", *(f"{count} hosts" for count in part["hosts"][1:])]
         body = [
             [
                 name,
@@ -143,13 +143,15 @@ def headline(report: Report) -> str:
     share = (
         ""
         if where["gpu"]
-        else f", {chosen['threads']} thread{plural} a process{', each on cores of its own' * chosen['pin']}"
+        else f", {chosen['threads']} thread{plural} per process{', each on its own cores' * chosen['pin']}"
     )
     return (
-        f"Preset {' '.join([chosen['preset'], *chosen['set']])} ({first['num_parameters']:,} parameters, {first['describe']}), "
-        f"global batches of {sizes['total']} images; {first['device']}{share}; {where['cpu']}, {where['cores']} cores. Seconds of an epoch "
-        f"of {first['steps_per_epoch']} steps, from {chosen['steps']} steps after {chosen['warm_up']}; medians (least .. most) of "
-        f"{chosen['rounds']} round{'s' * (chosen['rounds'] > 1)} in turns; accuracy on the test split after these steps. "
+        f"Preset {' '.join([chosen['preset'], *chosen['set']])} ({first['num_parameters']:,} parameters, "
+        f"{first['describe']}), "
+        f"global batch size {sizes['total']}; {first['device']}{share}; {where['cpu']}, {where['cores']} cores. "
+        f"Seconds per epoch of {first['steps_per_epoch']} steps, from {chosen['steps']} steps after "
+        f"{chosen['warm_up']} warm-up steps; median (min .. max) of {chosen['rounds']} "
+        f"round{'s' * (chosen['rounds'] > 1)} in turns; accuracy on the test split after these steps. "
         f"{tables.made_by(report)}"
     )
 
@@ -160,7 +162,7 @@ def notes(report: Report) -> list[str]:
     ]
     gossips = any(row["strategy"] in ("gossip", "local") and not row["failed"] for row in report["rows"])
     return failed + (
-        ["gossip and local do not make the same steps as the others: their accuracy is that of the workers' mean."]
+        ["gossip and local train different steps from the others: their accuracy is that of the mean of all workers."]
         if gossips
         else []
     )
@@ -168,9 +170,10 @@ def notes(report: Report) -> list[str]:
 
 def projection_note(report: Report) -> str:
     return (
-        "Projected, not measured: hosts like this one, the same global batch. The computation is divided evenly, the exchanges counted here are "
-        "put on rings over all processes (links.py), and nothing of what goes between hosts hides behind computation. * is the quickest; "
-        "for gossip and local, quickest a step is not quickest to an accuracy."
+        "Projected, not measured: hosts like this one, the same global batch. The computation is divided evenly. "
+        "The communication counted here runs on rings over all processes (benchmarks/lib/link_model.py), and none of "
+        "it overlaps with computation. * marks the fastest. For gossip and local, the fastest step does not mean the "
+        "shortest time to an accuracy."
     )
 
 
@@ -185,24 +188,24 @@ def as_text(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     parts = ["# Strategies", headline(report), tables.as_markdown(epoch_table(report["rows"])), *notes(report)]
     if any(not row["failed"] for row in report["rows"]):
-        parts.append("![Seconds of an epoch](epoch.png)")
+        parts.append("![Seconds per epoch](epoch.png)")
     found = projection_tables(report)
     if found:
         parts += ["## More hosts", projection_note(report)]
         parts += [f"### {link}\n\n{tables.as_markdown(rows)}" for link, rows in found]
-        parts.append("![Milliseconds a step on more hosts](hosts.png)")
+        parts.append("![Milliseconds per step on more hosts](hosts.png)")
     return "\n\n".join(parts) + "\n"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 PARTS = {"training": "#0072B2", "communication": "#D55E00", "data": "#E69F00"}
 LINES = ("#000000", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00")
 
 
 def draw(report: Report, folder: Path) -> None:
-    """epoch.png, and hosts.png where there is something to project."""
+    """Write epoch.png, and hosts.png where there is something to project."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,7 +219,7 @@ def draw(report: Report, folder: Path) -> None:
 
 
 def draw_epoch(plt: Any, rows: Sequence[Report], path: Path) -> None:
-    """A bar a strategy, in parts, with its speed-up at the end."""
+    """Draw one stacked bar per strategy, with its speed-up at the end."""
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.36 * len(rows)), layout="constrained")
     seconds = [epoch_seconds(row) for row in rows]
     begins = [0.0] * len(rows)
@@ -238,7 +241,7 @@ def draw_epoch(plt: Any, rows: Sequence[Report], path: Path) -> None:
         [row["name"] + (f" x {row['processes']}" if row["processes"] > 1 or i else "") for i, row in enumerate(rows)],
     )
     axes.invert_yaxis()
-    axes.set(xlabel="seconds an epoch; x: speed-up over one process", xlim=(0, 1.12 * max(begins)))
+    axes.set(xlabel="seconds per epoch; x: speed-up over one process", xlim=(0, 1.12 * max(begins)))
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -248,7 +251,7 @@ def draw_epoch(plt: Any, rows: Sequence[Report], path: Path) -> None:
 
 
 def draw_hosts(plt: Any, parts: Sequence[dict[str, Any]], path: Path) -> None:
-    """Milliseconds a step against the number of hosts, a panel for each link."""
+    """Draw milliseconds per step against the number of hosts, one panel per link."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, panels = plt.subplots(
@@ -279,7 +282,7 @@ def draw_hosts(plt: Any, parts: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(str(Link(part["gigabits"], part["latency_seconds"])), fontsize=10)
         axes.grid(alpha=0.3)
         axes.set_xlabel("hosts (projected)")
-    panels[0, 0].set_ylabel("milliseconds a step")
+    panels[0, 0].set_ylabel("milliseconds per step")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)

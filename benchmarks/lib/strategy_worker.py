@@ -1,6 +1,6 @@
-"""One process of one measurement of `strategies.py`, which starts it: warm-up, timed steps, accuracy, exchanges.
+"""One process of one measurement of `strategies.py`: warm-up, timed steps, accuracy, exchanged bytes.
 
-In: the request `measure` reads. Out: what this process saw, as JSON (`groups.py` says where).
+In: the request that `measure` reads. Out: the answer of this process as JSON (`process_groups.py` says where).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ began = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.lib.process_groups import answer, keep_to  # noqa: E402
 
-PROFILED_STEPS = 4  # at least; a strategy that exchanges only now and then needs a whole period
+PROFILED_STEPS = 4  # at least; a strategy that communicates every few steps needs a full period
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Run the measurement that the request describes and return the answer of this process."""
     keep_to(request["threads"], request["pin"])
     import torch
 
@@ -33,7 +34,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     engine = work.engine
     work.steps(warm_up)
     start_seconds = time.perf_counter() - began
-    engine.any(False)  # all begin together
+    engine.any(False)  # a barrier: all processes start together
     spent, losses = work.timed(timed)
     report: dict[str, Any] = {
         "start_seconds": start_seconds,

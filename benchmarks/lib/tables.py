@@ -1,4 +1,4 @@
-"""Tables of cells as text for the screen and as Markdown; the first row is the head."""
+"""Tables of cells as text for the screen and as Markdown; the first row is the header."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def as_text(rows: Rows) -> str:
-    """Columns in line: the first to the left, the others to the right."""
+    """Return aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
@@ -19,19 +19,20 @@ def as_text(rows: Rows) -> str:
 
 
 def as_markdown(rows: Rows) -> str:
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
     return "\n".join(lines)
 
 
 def made_by(report: dict[str, Any]) -> str:
-    """The commit and the versions of a report."""
+    """Return the commit and the versions of a report."""
     versions = ", ".join(f"{name} {version}" for name, version in report["machine"]["versions"].items())
     return f"Commit {report['commit'][:10]}{' with uncommitted changes' * report['uncommitted_changes']}; {versions}."
 
 
 def cell(values: Spread, form: str = ".2f") -> str:
-    """Median (least .. most); the median alone where all are the same number."""
+    """Return "median (min .. max)", or the median alone if all values are equal."""
     median = format(values.median, form)
     return (
         median if values.minimum == values.maximum else f"{median} ({values.minimum:{form}} .. {values.maximum:{form}})"

@@ -1,10 +1,10 @@
 """Clocks, rounds and ratios that the benchmarks share.
 
-Loaders or programs that are compared take turns (A B C, A B C, ...), so that a slow moment of the machine meets all of
-them, and a ratio is taken round by round between neighbours. Beside the wall clock stands the CPU time of the process with
-all its threads and of its living descendants, which other programs on the machine disturb far less.
+The systems that are compared take turns (A B C, A B C, ...), so that a slow moment of the machine affects all of them.
+A ratio is taken between two turns of the same round. CPU time is measured next to wall time: it covers the process, all
+its threads and its living descendants, and other programs on the machine disturb it far less.
 
-PyTorch is imported where it is used, so that the `--help` of a benchmark answers at once.
+PyTorch is imported inside functions, so that `--help` of a benchmark answers at once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# Batches at the start of a turn that the wall clock leaves out. Some loaders have a few ready from the turn before, others
-# begin theirs with the turn; neither shall count.
+# Batches at the start of a turn that the wall clock excludes. Some loaders have a few batches ready from the previous
+# turn, others start from nothing; neither should count.
 HEAD_BATCHES = 8
 PACKAGES = (
     "torch",
@@ -37,11 +37,11 @@ PACKAGES = (
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda110",
 )
-SETTLE_SECONDS = 0.2  # for what is still being read ahead when a turn ends: its CPU time belongs to that turn
+SETTLE_SECONDS = 0.2  # wait after a turn: the CPU time of batches still being read ahead belongs to that turn
 
 
 class Spread(NamedTuple):
-    """Of the rounds."""
+    """Minimum, median and maximum over the rounds."""
 
     minimum: float
     median: float
@@ -49,18 +49,19 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
+    """Return minimum, median and maximum of the values."""
     return Spread(min(values), statistics.median(values), max(values))
 
 
-def ratios(ours: Sequence[float], peer: Sequence[float]) -> list[float]:
-    """Ours by the peer, round by round."""
-    return [a / b for a, b in zip(ours, peer, strict=True)]
+def ratios(ours: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Return ours divided by the baseline, round by round."""
+    return [a / b for a, b in zip(ours, baseline, strict=True)]
 
 
 def alternate(
     turns: dict[str, Callable[[], T]], rounds: int, report: Callable[[int, str, T], None] | None = None
 ) -> dict[str, list[T]]:
-    """Every turn once a round, in the given order; the results of each, one for every round."""
+    """Run every turn once per round, in the given order, and return the results by name, one per round."""
     results: dict[str, list[T]] = {name: [] for name in turns}
     for number in range(rounds):
         for name, turn in turns.items():
@@ -70,8 +71,8 @@ def alternate(
     return results
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         import torch
 
@@ -79,7 +80,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def cpu_seconds() -> float:
-    """User and system time so far of this process, of the descendants it waited for, and of those that live."""
+    """Return user plus system time so far: this process, its finished children and its living descendants."""
     import psutil
 
     own = os.times()
@@ -87,7 +88,7 @@ def cpu_seconds() -> float:
     for child in psutil.Process().children(recursive=True):
         try:
             used = child.cpu_times()
-        except psutil.Error:  # it ended between the two calls
+        except psutil.Error:  # the child ended between the two calls
             continue
         total += used.user + used.system
     return total
@@ -95,7 +96,7 @@ def cpu_seconds() -> float:
 
 @dataclass(frozen=True)
 class Window:
-    """What a turn yielded: `images` in all, `timed_images` of them in the `seconds` after its first batches."""
+    """Images of one turn: `images` in total, `timed_images` of them in the `seconds` after the first batches."""
 
     images: int
     timed_images: int
@@ -107,7 +108,7 @@ class Window:
 
 
 class Look:
-    """Whether batches are what was asked for, and the mean and the standard deviation of their numbers."""
+    """Checks shape, type and device of batches, and accumulates mean and standard deviation of their pixels."""
 
     def __init__(self, batch_size: int, side: int, device: torch.device):
         import torch
@@ -116,7 +117,7 @@ class Look:
         self.total = self.squares = torch.zeros((), device=device)
 
     def at(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Raises ValueError for another shape, kind of number or device."""
+        """Add one batch. Raises ValueError for another shape, type or device."""
         import torch
 
         for tensor, shape, dtype in ((images, self.shape, torch.float32), (labels, self.shape[:1], torch.int64)):
@@ -144,7 +145,7 @@ def consume(
     device: torch.device,
     look: Look | None = None,
 ) -> Window:
-    """Take all batches of the epochs, `num_batches` in all, and do nothing with them."""
+    """Iterate over all batches of the epochs, `num_batches` in total, and do nothing with them."""
     head = min(HEAD_BATCHES, num_batches // 2)
     seen = head_images = batches = 0
     began = time.perf_counter()
@@ -155,9 +156,9 @@ def consume(
             seen += len(images)
             batches += 1
             if batches == head:
-                synchronise(device)
+                synchronize(device)
                 began, head_images = time.perf_counter(), seen
-    synchronise(device)
+    synchronize(device)
     seconds = time.perf_counter() - began
     if batches != num_batches:
         raise ValueError(f"a loader yielded {batches} batches, not {num_batches}")
@@ -165,7 +166,7 @@ def consume(
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
+    """Return the installed version of a package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -173,7 +174,7 @@ def version_of(package: str) -> str | None:
 
 
 def machine(device: torch.device | None = None, packages: Sequence[str] = PACKAGES) -> dict[str, object]:
-    """Where and with what something was measured; without a device, on the CPU."""
+    """Return CPU, cores, GPU and versions of the machine; without a device, of its CPU."""
     versions = {package: version_of(package) for package in packages}
     return {
         "cpu": _cpu_model(),

@@ -1,6 +1,6 @@
-"""The work that the benchmarks measure: an engine and its batches, made as `train.py` makes them.
+"""The training that the benchmarks measure: an engine and its batches, built as `train.py` builds them.
 
-Every number of processes sees the same global batches in the same order, so what they train is the same, step by step.
+Every number of processes sees the same global batches in the same order, so all of them train the same steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.timing import synchronise
+from benchmarks.lib.timing import synchronize
 from common.errors import DatasetError
 from config.settings import Settings
 from dali_pipeline import Batches, Synthetic, side_of
@@ -35,11 +35,11 @@ class Spent:
     """Seconds of some steps."""
 
     running: float
-    data: float  # of them, spent waiting for batches
+    data: float  # share of `running` spent waiting for batches
 
 
 class Subject:
-    """What is trained on what: the dataset, and how the network is built.
+    """Network and dataset of a benchmark.
 
     Raises:
         DatasetError: fewer training images than one global batch.
@@ -51,14 +51,16 @@ class Subject:
         self.steps_per_epoch = len(self.dataset.splits["train"]) // total
         if not self.steps_per_epoch:
             raise DatasetError(
-                f"{len(self.dataset.splits['train'])} training images are fewer than one batch of train_batch_size={total}"
+                f"{len(self.dataset.splits['train'])} training images are fewer than one batch of "
+                f"train_batch_size={total}"
             )
 
     def build(self) -> nn.Module:
+        """Return the untrained network."""
         return build_model(self.settings.model, len(self.dataset.classes), self.side)
 
     def batches(self, split: str, sizes: BatchSizes, shard: int, device: torch.device, source: str) -> Batches:
-        """One process's part of a split."""
+        """Return the batches of one process: shard `shard` of a split."""
         training = dict(seed=SEED, augmentation=self.settings.augmentation) if split == "train" else {}
         return Batches(
             self.dataset,
@@ -74,7 +76,10 @@ class Subject:
 
 
 class Feed:
-    """Epoch after epoch of one process's training batches, each as long as train.py makes it; with `synthetic`, one batch of noise."""
+    """Endless training batches of one process, epoch after epoch as train.py makes them.
+
+    With `synthetic`, every batch is the same random batch on the device.
+    """
 
     def __init__(
         self,
@@ -101,10 +106,10 @@ class Feed:
 
 
 class Workload:
-    """One engine at its training.
+    """One engine with its training batches.
 
     Raises:
-        SettingsError: settings that the strategy refuses.
+        SettingsError: the strategy rejects the settings.
     """
 
     def __init__(self, subject: Subject, source: str = "auto", total_steps: int = 1000, synthetic: bool = False):
@@ -118,24 +123,24 @@ class Workload:
         )
 
     def steps(self, count: int) -> list[Tensor]:
-        """That many steps, with what the training loop does in each: the losses of this process."""
+        """Train `count` steps as the training loop does, and return the losses of this process."""
         losses = []
         for _ in range(count):
             losses.append(self.engine.train_batch(self.feed))
-            self.engine.any(False)  # the loop asks whether anybody wants to stop
+            self.engine.any(False)  # the training loop asks in every step whether any process wants to stop
         return losses
 
     def timed(self, count: int) -> tuple[Spent, list[float]]:
-        """As `steps`, with the clock running until the device has done them and the losses are looked at."""
-        synchronise(self.engine.device)
+        """Train `count` steps as `steps`, timed until the device is done and the losses are on the host."""
+        synchronize(self.engine.device)
         self.feed.batches.wait_seconds = 0.0
         began = time.perf_counter()
         losses = torch.stack(self.steps(count)).tolist()
-        synchronise(self.engine.device)
+        synchronize(self.engine.device)
         return Spent(time.perf_counter() - began, self.feed.batches.wait_seconds), losses
 
     def count(self) -> EvalCounts:
-        """Correct images of the test split, as an epoch's end counts them. Collective."""
+        """Count correct test images, as the evaluation after an epoch does. Collective."""
         engine = self.engine
         evaluation = self.subject.batches("test", engine.batch_sizes, engine.data_shard[0], engine.device, self.source)
         counts = engine.evaluate(evaluation.epoch())
@@ -148,16 +153,17 @@ class Workload:
 
 
 def resident_bytes() -> int:
-    """What this process holds in RAM now."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def memory_bytes(device: torch.device, before: int) -> int:
-    """The most that training took: on a GPU as PyTorch counts it, else in RAM beyond the `before` of an idle process."""
+    """Return peak memory of training: PyTorch's count on a GPU, else RAM beyond `before`, the idle process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
 def facts_of(counts: EvalCounts) -> dict[str, Any]:
+    """Return evaluation counts as a dict for JSON."""
     return {"correct": counts.correct, "seen": counts.seen, "loss": counts.loss}

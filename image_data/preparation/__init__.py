@@ -1,1 +1,1 @@
-"""A tree or an archive of images becomes a prepared dataset."""
+"""Image tree, archive or download -> prepared dataset."""

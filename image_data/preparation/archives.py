@@ -1,32 +1,33 @@
-"""An archive -> the tree of images in it: zip or tar of a class tree, or the original python archives of CIFAR-10 and CIFAR-100.
+"""Archives -> image trees: zip or tar of a class tree, or the original Python archives of CIFAR-10 and CIFAR-100.
 
     unpack(Path("cifar100.zip"), Path("somewhere/images"))      gives somewhere/images/train/<class>/*.png, and test
 
-Archives come from strangers: members that would leave the target folder, links and devices are refused by name, and the
-pickles inside the CIFAR archives are read by an unpickler that can build lists, dicts and byte arrays and nothing else.
+Archives are not trusted. Members that would leave the target folder, links and devices are rejected. So are archives
+that unpack to far more than their own size. The pickles inside the CIFAR archives are read by an unpickler that can
+build only lists, dicts and byte arrays.
 """
 
 from __future__ import annotations
 
 import gzip
 import lzma
-import pickle
+import os
 import re
 import shutil
 import stat
+import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 from common.progress import progress
 from common.text import listed
+from image_data.image_file import SUFFIXES
+from image_data.preparation.cifar_batches import BATCHES, Member, write_batches
 from image_data.preparation.image_tree import TEST_NAMES, PrepareError, is_hidden
 
 DAMAGE = (
@@ -39,42 +40,50 @@ DAMAGE = (
     RuntimeError,
     NotImplementedError,
 )
-BATCHES = {  # folder in the archive: files of each split, file of the class names, key of the labels, key of the class names
-    "cifar-10-batches-py": (
-        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
-        "batches.meta",
-        "labels",
-        "label_names",
-    ),
-    "cifar-100-python": ({"train": ["train"], "test": ["test"]}, "meta", "fine_labels", "fine_label_names"),
+# Python's zipfile reads these methods; numbers and names from APPNOTE.TXT, section 4.4.5.
+READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+METHOD_NAMES = {1: "Shrink", 6: "Implode", 9: "Deflate64", 93: "Zstandard", 95: "XZ", 96: "JPEG", 98: "PPMd", 99: "AES"}
+IS_ENCRYPTED, IS_UTF8 = 0x0001, 0x0800  # flag bits of a zip member
+OTHER_ARCHIVES = {  # first bytes -> kind of archive and the command that unpacks it
+    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", "7z x"),
+    b"Rar!": ("a RAR archive", "unrar x"),
+    b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", "tar --zstd -xf"),
 }
+# A bomb of the size of an e-mail fills a disk. Images hardly compress, so a factor of 100 is far more than they need.
+MAX_RATIO, ALWAYS_ALLOWED_GIB = 100, 0.25
 
 
-@dataclass(frozen=True)
-class Member:
-    """A file in an archive; `parts` is its path, `open()` a readable binary file."""
+def unpack(archive: Path, target: Path, limit_gib: float | None = None, needs_splits: bool = True) -> None:
+    """Write the tree in `archive` into `target`. After an error the caller removes `target`.
 
-    parts: tuple[str, ...]
-    open: Callable
+    Args:
+        limit_gib: largest unpacked size; default: 100 times the size of the archive, at least 0.25 GiB.
+        needs_splits: whether the tree must have a train folder; otherwise class folders are enough.
 
-
-def unpack(archive: Path, target: Path) -> None:
-    """Write the tree that `archive` holds into `target`. On any error some files may lie there: the caller removes `target`."""
+    Raises:
+        PrepareError: the archive is unsafe, damaged, of an unsupported kind, or holds no tree.
+    """
     try:
-        with _members(archive) as members:
+        with _members(archive, limit_gib) as members:
+            needed, free = sum(member.size for member in members), shutil.disk_usage(target).free
+            if needed > free:
+                raise PrepareError(
+                    f"unpacking {archive} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free in "
+                    f"{target.parent}. Free disk space, or choose another --data-dir"
+                )
             known = {member.parts[-2] for member in members if len(member.parts) > 1} & set(BATCHES)
             if known:
-                _unpack_batches(archive, members, known.pop(), target)
+                write_batches(archive, members, known.pop(), target)
             else:
-                _unpack_tree(archive, members, target)
+                _unpack_tree(archive, members, target, needs_splits)
     except DAMAGE as error:
-        raise PrepareError(f"{archive} is damaged or cut short ({error}); delete it and fetch it again") from None
+        raise PrepareError(f"{archive} is damaged or cut short ({error}). Delete it and download it again") from None
 
 
 def check_zip(archive: Path) -> None:
-    """Raise PrepareError unless every byte of the zip is whole and it holds train/ and test/."""
+    """Raise PrepareError unless every byte of the zip is intact and it holds train/ and test/."""
     try:
-        with _members(archive) as members, zipfile.ZipFile(archive) as file:
+        with _members(archive, None) as members, zipfile.ZipFile(archive) as file:
             root = _root_of_tree(archive, members)
             inside = {
                 member.parts[len(root)]
@@ -90,29 +99,99 @@ def check_zip(archive: Path) -> None:
 
 
 @contextmanager
-def _members(archive: Path) -> Iterator[list[Member]]:
-    """The regular files of a zip or tar, all names checked."""
+def _members(archive: Path, limit_gib: float | None) -> Iterator[list[Member]]:
+    """Yield the regular files of a zip or tar, after checking names, kinds and sizes of all members."""
     if not archive.is_file():
-        raise PrepareError(f"{archive} is not a file; give --archive the path of a zip or tar archive")
+        raise PrepareError(f"{archive} is not a file. Give --archive the path of a zip or tar archive")
     if zipfile.is_zipfile(archive):
+        _refuse_split_zip(archive)
         with zipfile.ZipFile(archive) as file:
+            _refuse_unreadable(archive, file.infolist())
             kinds = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link"}
+            names = _zip_names(archive, file.infolist())
             entries = [
                 (
-                    info.filename,
+                    name,
                     "folder" if info.is_dir() else kinds.get(stat.S_IFMT(info.external_attr >> 16), "device"),
+                    info.file_size,
                     partial(file.open, info),
                 )
-                for info in file.infolist()
+                for name, info in zip(names, file.infolist(), strict=True)
             ]
-            yield _safe(archive, entries)
+            yield _safe(archive, entries, limit_gib)
     elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as file:
-            yield _safe(archive, [(info.name, _tar_kind(info), partial(file.extractfile, info)) for info in file])
+            entries = ((info.name, _tar_kind(info), info.size, partial(file.extractfile, info)) for info in file)
+            yield _safe(archive, entries, limit_gib)
     else:
-        raise PrepareError(
-            f"{archive} is neither a zip nor a tar archive, or it is cut short; fetch it again or give another --archive"
+        raise PrepareError(_why_not_an_archive(archive))
+
+
+def _why_not_an_archive(archive: Path) -> str:
+    with open(archive, "rb") as file:
+        start = file.read(8)
+    for mark, (kind, command) in OTHER_ARCHIVES.items():
+        if start.startswith(mark):
+            return f"{archive} is {kind}, which is not supported. Unpack it ({command} {archive}) and use --root"
+    if start.startswith(b"PK"):
+        return (
+            f"{archive} is the beginning of a zip archive: the download is incomplete, or this is one part of a split "
+            "archive. Download it again, or unpack all parts (7z x) and use --root"
         )
+    return (
+        f"{archive} is neither a zip nor a tar archive, or it is cut short. Download it again, or use another --archive"
+    )
+
+
+def _refuse_split_zip(archive: Path) -> None:
+    """Raise PrepareError for the last part of a split zip, which alone looks like a damaged one."""
+    with open(archive, "rb") as file:
+        file.seek(max(0, os.path.getsize(archive) - 66_000))
+        end = file.read()
+    at = end.rfind(b"PK\5\6")
+    disk = int.from_bytes(end[at + 4 : at + 6], "little")
+    if at >= 0 and disk not in (0, 0xFFFF):  # 0xFFFF: zip64, where zipfile checks it
+        raise PrepareError(
+            f"{archive} is the last of {disk + 1} parts of a split archive. "
+            f"Unpack all parts (7z x {archive}) and use --root"
+        )
+
+
+def _refuse_unreadable(archive: Path, infos: list[zipfile.ZipInfo]) -> None:
+    """Raise PrepareError if a member is encrypted, or compressed by a method that Python cannot read."""
+    for info in infos:
+        if info.flag_bits & IS_ENCRYPTED:
+            raise PrepareError(
+                f"{archive} is encrypted ('{info.filename}'). "
+                f"Unpack it with its password (7z x {archive}) and use --root"
+            )
+        if info.compress_type not in READABLE_METHODS:
+            method = METHOD_NAMES.get(info.compress_type, f"method {info.compress_type}")
+            raise PrepareError(
+                f"{archive} is compressed with {method} ('{info.filename}'), which is not supported. "
+                f"Unpack it (7z x {archive}) and use --root"
+            )
+
+
+def _zip_names(archive: Path, infos: list[zipfile.ZipInfo]) -> list[str]:
+    """Return the names of the members. Without the UTF-8 flag they are tried as UTF-8 first: macOS omits the flag."""
+    names, unknown = [], []
+    for info in infos:
+        name = info.filename
+        if not info.flag_bits & IS_UTF8 and not name.isascii():
+            try:
+                name = name.encode("cp437").decode("utf-8")
+            except UnicodeError:
+                unknown.append(name)
+        names.append(name)
+    if unknown:
+        print(
+            f"warning: {len(unknown)} names in {archive} are not UTF-8 and are read as code page 437: "
+            f"{listed(unknown)}. "
+            "If they look wrong, unpack the archive with the right encoding and use --root",
+            file=sys.stderr,
+        )
+    return names
 
 
 def _tar_kind(info: tarfile.TarInfo) -> str:
@@ -121,145 +200,83 @@ def _tar_kind(info: tarfile.TarInfo) -> str:
     return "symbolic link" if info.issym() else "hard link" if info.islnk() else "device"
 
 
-def _safe(archive: Path, entries: list[tuple[str, str, Callable]]) -> list[Member]:
-    """Refuse what could write outside the target; drop folders and the droppings of operating systems."""
-    members, refused = [], []
-    for raw_name, kind, opener in entries:
+def _safe(archive: Path, entries: Iterator[tuple[str, str, int, Callable]], limit_gib: float | None) -> list[Member]:
+    """Reject unsafe names and sizes; drop folders and files left by operating systems."""
+    members, refused, total = [], [], 0
+    default = max(ALWAYS_ALLOWED_GIB, MAX_RATIO * os.path.getsize(archive) / 2**30)
+    limit = default if limit_gib is None else limit_gib
+    for raw_name, kind, size, opener in entries:
+        total += size
+        if total > limit * 2**30:  # checked member by member: to list a compressed tar is to unpack it
+            reason = f"{MAX_RATIO} times its size" if limit > ALWAYS_ALLOWED_GIB else "allowed for a small archive"
+            reason = "--unpack-limit-gib" if limit_gib is not None else reason
+            raise PrepareError(
+                f"{archive} ({os.path.getsize(archive) / 2**20:.1f} MiB) unpacks to more than {limit:.2f} GiB "
+                f"({reason}). "
+                f"If you trust it, run prepare_dataset.py with --unpack-limit-gib {max(1, round(10 * limit))}"
+            )
         name = raw_name.replace("\\", "/")
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
-        if name.startswith("/") or re.match("[A-Za-z]:/", name) or ".." in parts:
+        if name.startswith("/") or re.match("[A-Za-z]:/", name) or ".." in parts or "\0" in name:
             refused.append(f"{raw_name} (leads outside)")
         elif kind not in ("file", "folder"):
             refused.append(f"{raw_name} ({kind})")
         elif kind == "file" and parts and not any(map(is_hidden, parts)):
-            members.append(Member(parts, opener))
+            members.append(Member(parts, size, opener))
     if refused:
         raise PrepareError(
-            f"{archive} is refused because of {len(refused)} unsafe member(s): {listed(refused)}; "
-            "it must hold plain files and folders only, so pack it again from a tree you trust"
+            f"{archive} is rejected because of {len(refused)} unsafe member(s): {listed(refused)}. "
+            "Pack plain files and folders only"
         )
     return members
 
 
 def _root_of_tree(archive: Path, members: list[Member]) -> tuple[str, ...]:
-    """The folder that contains train/, nearest to the top of the archive."""
+    """Return the folder that contains train/, nearest to the top of the archive."""
     roots = {member.parts[: member.parts.index("train")] for member in members if "train" in member.parts[:-1]}
     if not roots:
         raise PrepareError(
-            f"{archive} holds no train/ folder; expected train/<class>/*.png and test/<class>/*.png, "
-            "or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz"
+            f"{archive} holds no train/ folder. Expected train/<class>/*.png and test/<class>/*.png, "
+            "or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz. "
+            "To split class folders into train and test, add --test-fraction 0.2 to prepare_dataset.py"
         )
     depth = min(map(len, roots))
     nearest = sorted("/".join(root) for root in roots if len(root) == depth)
     if len(nearest) > 1:
         raise PrepareError(
-            f"{archive} holds several trees ({listed(nearest)}); unpack it and give one of them as --root"
+            f"{archive} holds several trees ({listed(nearest)}). Unpack it and use one of them as --root"
         )
     return tuple(PurePosixPath(nearest[0]).parts)
 
 
-def _unpack_tree(archive: Path, members: list[Member], target: Path) -> None:
-    root = _root_of_tree(archive, members)
-    depth = len(root)
-    wanted = [
-        member for member in members if member.parts[:depth] == root and member.parts[depth] in ("train", *TEST_NAMES)
-    ]
+def _root_of_classes(archive: Path, members: list[Member]) -> tuple[str, ...]:
+    """Return the folder that contains all class folders."""
+    folders = {member.parts[:-1] for member in members if _is_image(member)}
+    if len(folders) < 2:
+        raise PrepareError(f"{archive} holds images in {len(folders)} folder(s). Expected one folder per class")
+    return os.path.commonprefix(sorted(folders))
+
+
+def _is_image(member: Member) -> bool:
+    return os.path.splitext(member.parts[-1])[1].lower() in SUFFIXES
+
+
+def _unpack_tree(archive: Path, members: list[Member], target: Path, needs_splits: bool) -> None:
+    if needs_splits or any("train" in member.parts[:-1] for member in members):
+        root = _root_of_tree(archive, members)
+        wanted = [
+            member
+            for member in members
+            if member.parts[: len(root)] == root and member.parts[len(root)] in ("train", *TEST_NAMES)
+        ]
+    else:
+        root = _root_of_classes(archive, members)
+        wanted = [member for member in members if member.parts[: len(root)] == root]
     for member in progress(wanted, len(wanted), "unpacking"):
-        file = target.joinpath(*member.parts[depth:])
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = target.joinpath(*member.parts[len(root) :])
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             with member.open() as source, open(file, "xb") as sink:
                 shutil.copyfileobj(source, sink)
-        except FileExistsError:
-            raise PrepareError(f"{archive} holds '{'/'.join(member.parts)}' twice; pack it again") from None
-
-
-def _unpack_batches(archive: Path, members: list[Member], folder: str, target: Path) -> None:
-    """The python archives: pickled dicts of pixel rows (N, 3 * 32 * 32), labels and file names."""
-    splits, meta, label_key, names_key = BATCHES[folder]
-    files = {member.parts[-1]: member for member in members if member.parts[-2:-1] == (folder,)}
-    if missing := [name for name in (meta, *splits["train"], *splits["test"]) if name not in files]:
-        raise PrepareError(
-            f"{archive} lacks {listed(f'{folder}/{name}' for name in missing)}; fetch the whole archive again"
-        )
-    try:
-        classes = _unpickle(archive, files[meta])[names_key]
-        for split, names in splits.items():
-            for name in names:
-                batch = _unpickle(archive, files[name])
-                pixels = batch["data"].value.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                rows = list(zip(pixels, batch[label_key], batch["filenames"], strict=True))
-                _write_images(progress(rows, len(rows), f"writing {split} images of {name}"), classes, target / split)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, PrepareError):
-            raise
-        raise PrepareError(
-            f"{archive} is damaged: {folder} does not hold what CIFAR holds ({error!r}); fetch it again"
-        ) from None
-
-
-def _write_images(rows: Iterator[tuple[np.ndarray, int, str]], classes: list[str], folder: Path) -> None:
-    from PIL import Image
-
-    for pixels, label, name in rows:
-        for text in (classes[label], name):
-            if text.startswith(".") or "/" in text or "\\" in text or not text.isprintable():
-                raise ValueError(f"unsafe name {text!r}")
-        stem = PurePosixPath(name).stem
-        file, copy = folder / classes[label] / f"{stem}.png", 2
-        file.parent.mkdir(parents=True, exist_ok=True)
-        while file.exists():
-            file, copy = file.with_name(f"{stem}_{copy}.png"), copy + 1
-        Image.fromarray(np.ascontiguousarray(pixels)).save(file)
-
-
-class _Bytes:
-    """Stands in for numpy.ndarray while unpickling: takes the state of a uint8 array and nothing else."""
-
-    def __init__(self, *_: object) -> None:
-        self.value = np.zeros(0, dtype=np.uint8)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, is_fortran, raw = state
-        if dtype.name not in ("u1", "uint8"):
-            raise ValueError(f"pixels of type {dtype.name!r}")
-        data = raw.encode("latin1") if isinstance(raw, str) else raw
-        self.value = np.frombuffer(data, dtype=np.uint8).reshape(shape, order="F" if is_fortran else "C")
-
-
-class _Type:
-    """Stands in for numpy.dtype."""
-
-    def __init__(self, name: str, *_: object) -> None:
-        self.name = name
-
-    def __setstate__(self, state: tuple) -> None:
-        pass
-
-
-class _Unpickler(pickle.Unpickler):
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): _Bytes,
-        ("numpy._core.multiarray", "_reconstruct"): _Bytes,
-        ("numpy", "ndarray"): _Bytes,
-        ("numpy", "dtype"): _Type,
-        ("_codecs", "encode"): lambda text, encoding: text.encode(
-            "latin1"
-        ),  # how Python 3 stores bytes in an old protocol
-    }
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return self.ALLOWED[module, name]
-
-
-def _unpickle(archive: Path, member: Member) -> dict:
-    try:
-        with member.open() as file:
-            return _Unpickler(file, encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise PrepareError(
-            f"{archive} is refused: '{'/'.join(member.parts)}' is not a plain CIFAR batch (it asks for {error}); "
-            "fetch the original from https://www.cs.toronto.edu/~kriz/cifar.html"
-        ) from None
+        except (FileExistsError, NotADirectoryError):
+            raise PrepareError(f"{archive} holds '{'/'.join(member.parts)}' twice. Pack it again") from None

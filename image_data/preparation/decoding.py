@@ -1,16 +1,16 @@
-"""Image files -> exact facts about their pixels, and the packed arrays; in parallel, with the same result for any number of workers.
+"""Parallel decoding: image files -> exact pixel statistics and packed arrays.
 
     with decoder(workers=2) as decode:
-        facts = decode_split(decode, root, paths, side=32, packed=Path("train.npy"))
+        facts = decode_split(decode, root, paths, side=32, packed=Path("train.npy"), what="decoding train images")
 
-In: paths relative to a root. Out: a SplitFacts (sizes, digests, histogram, what was converted, what was broken); when `packed` is
-given, also the uint8 array (N, side, side, 3) of the images that decoded, in the order of `paths`.
+The result does not depend on the number of workers. `paths` are relative to `root`. The result is a SplitFacts with
+sizes, digests, histogram, conversions and errors. With `packed` the decoded images are also written, in the order of
+`paths`, as a uint8 array (N, side, side, 3).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import multiprocessing
 import os
@@ -28,39 +28,29 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from common.progress import progress
+from image_data.image_file import MAX_MEGAPIXELS, decode_image, reason
 from image_data.preparation.image_tree import PrepareError
 
-CHUNK = 128  # images a task: small enough for a smooth bar, large enough to hide the cost of sending it
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000")
-KINDS = {
-    "1": "greyscale",
-    "L": "greyscale",
-    "LA": "grey with alpha",
-    "La": "grey with alpha",
-    "P": "palette",
-    "PA": "palette",
-}
-EXIF_ORIENTATION = 0x0112
+CHUNK = 128  # images per task: small enough for a smooth progress bar, large enough to hide the overhead of a task
 
 
 @dataclass
 class SplitFacts:
-    """What decoding found. `sizes`, `digests` and `kept` have one entry for each image that decoded, in the order of the paths."""
+    """Result of decoding a split. `sizes`, `digests` and `kept` have one entry per decoded image, in order of paths."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height)
-    digests: list[bytes] = field(default_factory=list)  # SHA-256 of size and pixels
+    digests: list[bytes] = field(default_factory=list)  # SHA-256 of size and pixels of each image
     kept: list[int] = field(default_factory=list)  # positions in the list of paths
     broken: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
     kinds: Counter = field(default_factory=Counter)  # RGB, RGBA, 16-bit, ...
-    formats: Counter = field(default_factory=Counter)  # PNG, JPEG, ... by content, not by name
+    formats: Counter = field(default_factory=Counter)  # PNG, JPEG, ... by content, not by suffix
     histogram: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
-    pixels: bytes = b""  # of one chunk, on its way to the packed file
+    pixels: bytes = b""  # pixels of one chunk, for the packed file
 
     def add(self, other: SplitFacts) -> None:
-        """Append the facts of the chunk that follows."""
+        """Append the facts of the next chunk."""
         for name in ("sizes", "digests", "kept", "broken"):
             getattr(self, name).extend(getattr(other, name))
         self.kinds += other.kinds
@@ -69,35 +59,53 @@ class SplitFacts:
 
 
 def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def decoder(workers: int) -> Iterator[Callable]:
-    """A function like `map` that runs in `workers` processes and keeps the order."""
-    if workers == 1:
+    """Yield a function like `map` that runs in `workers` processes and keeps the order."""
+    pool = _process_pool(workers) if workers > 1 else None
+    if pool is None:
         yield map
         return
-    # Forking is quick and does not import the caller's script again; the children use nothing but Pillow and NumPy.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+    with pool:
         try:
             yield pool.map
         except BrokenProcessPool:
-            raise PrepareError(
-                "a decoding process was killed (out of memory?); try again with a smaller --workers"
-            ) from None
+            raise PrepareError("a decoding process was killed (out of memory?). Try again with --workers 1") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+def _process_pool(workers: int) -> ProcessPoolExecutor | None:
+    """Start worker processes. Returns None, with a warning, where the system offers no semaphores."""
+    # Forking is fast and does not import the caller's script again; workers use only Pillow and NumPy.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
+    except OSError as error:  # semaphores need /dev/shm, which may be full, read-only or missing
+        print(
+            f"warning: decoding in one process, because /dev/shm is not usable ({error.strerror or error})",
+            file=sys.stderr,
+        )
+        return None
+
+
 def decode_split(
-    decode: Callable, root: Path, paths: list[str], side: int | None, packed: Path | None, what: str
+    decode: Callable,
+    root: Path,
+    paths: list[str],
+    side: int | None,
+    packed: Path | None,
+    what: str,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> SplitFacts:
-    """Decode every image. Packing stops, and the file goes, at the first image that is not `side` x `side`."""
+    """Decode every image. The packed file is deleted at the first image that is not `side` x `side`."""
     facts = SplitFacts()
     chunks = [(start, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
-    results = decode(partial(_decode_chunk, str(root), side if packed else None), chunks)
+    results = decode(partial(_decode_chunk, str(root), side if packed else None, max_megapixels), chunks)
     file = open(packed, "wb") if packed else None
     try:
         if file:
@@ -119,47 +127,22 @@ def decode_split(
     return facts
 
 
-def first_side(root: Path, paths: list[str]) -> int | None:
-    """The side of the first image that can be decoded; None when it is not square."""
+def first_side(root: Path, paths: list[str], max_megapixels: float = MAX_MEGAPIXELS) -> int | None:
+    """Return the side of the first image that can be decoded; None if it is not square."""
     for path in paths:
         try:
-            height, width, _ = decode_image(root / path)[0].shape
+            height, width, _ = decode_image(root / path, max_megapixels=max_megapixels)[0].shape
             return width if width == height else None
-        except Exception:  # it will be reported as broken when it is decoded
+        except Exception:  # reported later, when every image is decoded
             continue
     return None
 
 
-def decode_image(path: Path, formats: tuple[str, ...] | None = FORMATS) -> tuple[np.ndarray, str, str]:
-    """Pixels (height, width, 3) uint8, kind and format of an image file; raises when any part of it cannot be decoded.
-
-    `formats` None: any that Pillow knows.
-    """
-    data = path.read_bytes()
-    if not data:
-        raise ValueError("empty file")
-    with Image.open(io.BytesIO(data), formats=formats) as image:
-        is_16_bit = any(
-            ";16" in str(tile[3]) for tile in image.tile
-        )  # known only before loading: Pillow then has 8-bit RGB
-        image.load()
-        kind, name = "16-bit" if is_16_bit else KINDS.get(image.mode, image.mode), image.format
-        if name != "PNG" and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if is_16_bit and image.mode.startswith("I"):
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2), kind, name
-        if image.mode in ("I", "F"):
-            raise ValueError("32 bits per channel")
-        if image.mode == "P":
-            image = image.convert(
-                "RGBA"
-            )  # a palette may carry transparency, which Pillow drops only this way in silence
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), kind, name
-
-
 def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per channel, in 0..1 units, from counts (3, 256): sums of Python integers, so the last digit is the same everywhere."""
+    """Return mean and standard deviation per channel, pixel values scaled to 0..1, from counts (3, 256).
+
+    Sums of Python integers are exact, so the last digit is the same on every machine.
+    """
     mean, std = [], []
     for counts in histogram.tolist():
         n = sum(counts)
@@ -171,7 +154,7 @@ def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _start_worker(parent: int) -> None:
-    """Ctrl-C is the parent's business; a parent that was killed outright must not leave its workers waiting for ever."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent is gone: it may have been killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -182,14 +165,14 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _decode_chunk(root: str, side: int | None, chunk: tuple[int, list[str]]) -> SplitFacts:
+def _decode_chunk(root: str, side: int | None, max_megapixels: float, chunk: tuple[int, list[str]]) -> SplitFacts:
     start, paths = chunk
     facts, arrays = SplitFacts(), []
     for position, path in enumerate(paths, start):
         try:
-            pixels, kind, name = decode_image(Path(root, path))
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... on damaged files
-            facts.broken.append((path, _reason(error)))
+            pixels, kind, name = decode_image(Path(root, path), max_megapixels=max_megapixels)
+        except Exception as error:  # see `decode_image`
+            facts.broken.append((path, reason(error)))
             continue
         height, width, _ = pixels.shape
         raw = pixels.tobytes()
@@ -206,13 +189,7 @@ def _decode_chunk(root: str, side: int | None, chunk: tuple[int, list[str]]) -> 
     return facts
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _npy_header(count: int, side: int) -> bytes:
-    """The first 128 bytes of a .npy file (format 1.0), written by hand so that its length never depends on NumPy's version."""
+    """Return the first 128 bytes of a .npy file (format 1.0); fixed here, because NumPy may change their length."""
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, {side}, {side}, 3), }}"
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"

@@ -1,9 +1,10 @@
-"""Ten drawn shapes as a class tree of PNG files: a dataset without a download, for first steps and tests.
+"""The dataset `shapes`: ten drawn shapes as a class tree of PNG files, for first steps and tests without a download.
 
     python prepare_dataset.py --dataset shapes
 
-In: side, images per class. Out: `<target>/{train,test}/<shape>/<shape>_0001.png`. Place, size, angle and colours vary, noise lies over
-everything. All arithmetic is on integers and all randomness is the raw output of PCG64, so the pixels are the same on every machine.
+It writes `<target>/{train,test}/<shape>/<shape>_0001.png` and so on. Position, size, angle and colors vary, and noise
+is added. All arithmetic uses integers, and all randomness is the raw output of PCG64. The pixels are therefore the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from PIL import Image
 
 from common.progress import progress
 
-R = 256  # every shape fits the circle of this radius around the origin; u points right, v down
-FINE = 3  # samples per pixel and axis, for smooth edges
+R = 256  # each shape fits into a circle of this radius around the origin; u points right, v down
+FINE = 3  # samples per pixel and axis, for antialiased edges
 
 
 def _beyond(u: np.ndarray, v: np.ndarray, degrees: int) -> np.ndarray:
-    """How far points lie along a direction, in units of the plane (0 degrees is up)."""
+    """Return the coordinate of points along a direction (0 degrees is up)."""
     cos, sin = _cos_sin(degrees)
     return (u * sin - v * cos) >> 12
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # A point is in the five-pointed star when it is on the inner side of at least four of the five lines through its tips.
+    # A point lies in the star if it is on the inner side of at least four of the five lines through the tips.
     return sum((_beyond(u, v, 180 + 72 * k) <= 79).astype(np.int64) for k in range(5)) >= 4  # 79 = 256 cos 72 degrees
 
 
@@ -51,7 +52,11 @@ SHAPES = {
 
 
 def draw_shapes(target: Path, side: int = 32, train_per_class: int = 500, test_per_class: int = 100) -> None:
-    """Write the tree. A larger one holds the smaller one: image i of a class never depends on how many there are."""
+    """Write the tree. Image i of a class does not depend on the number of images.
+
+    Raises:
+        ValueError: `side` is below 16, or a number of images below 1.
+    """
     if side < 16 or min(train_per_class, test_per_class) < 1:
         raise ValueError("shapes need a side of at least 16 and at least one image per class and split")
     jobs = [
@@ -67,7 +72,7 @@ def draw_shapes(target: Path, side: int = 32, train_per_class: int = 500, test_p
 
 
 def draw(name: str, side: int, seed: list[int]) -> np.ndarray:
-    """One image (side, side, 3) uint8 of the shape `name`."""
+    """Draw one image of the shape `name`: uint8 (side, side, 3)."""
     bits = np.random.PCG64(seed)
 
     def pick(low: int, high: int, count: int | None = None) -> np.ndarray:
@@ -77,7 +82,7 @@ def draw(name: str, side: int, seed: list[int]) -> np.ndarray:
             else int(pick(low, high, 1)[0])
         )
 
-    radius = pick(side * 22, side * 40) * FINE // 100  # in samples, as everything up to `coverage`
+    radius = pick(side * 22, side * 40) * FINE // 100  # in samples, like all lengths down to `coverage`
     margin = radius + FINE
     x, y = pick(margin, side * FINE - margin), pick(margin, side * FINE - margin)
     rows, columns = np.mgrid[: side * FINE, : side * FINE].astype(np.int64)
@@ -88,7 +93,7 @@ def draw(name: str, side: int, seed: list[int]) -> np.ndarray:
 
     dark, light = pick(0, 110, 3), pick(130, 255, 3)
     front, back = (light, dark) if pick(0, 1) else (dark, light)
-    drift = pick(-40, 40, 6).reshape(2, 3)  # the background changes this much across and down
+    drift = pick(-40, 40, 6).reshape(2, 3)  # change of the background across and down
     ramp = np.arange(side, dtype=np.int64)[:, None]
     ground = back + (ramp * drift[0] // side)[:, None] + (ramp * drift[1] // side)[None]
     noise = pick(-12, 12, 2 * side * side * 3).reshape(2, side, side, 3).sum(axis=0)
@@ -97,5 +102,5 @@ def draw(name: str, side: int, seed: list[int]) -> np.ndarray:
 
 
 def _cos_sin(degrees: int) -> tuple[int, int]:
-    """In units of 1/4096: rounding hides the last-digit differences between mathematical libraries."""
+    """Return cosine and sine in units of 1/4096; rounding hides differences between math libraries."""
     return round(4096 * math.cos(math.radians(degrees))), round(4096 * math.sin(math.radians(degrees)))

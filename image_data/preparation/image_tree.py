@@ -1,37 +1,42 @@
-"""What is in an image tree, and what is wrong with it: refusals (PrepareError) and warnings, each by name.
+"""Image trees: find classes and images below a folder, and report what is wrong with them.
 
-    <root>/train/<class>/*.png      a class is any folder that directly holds images, its name its path below the split,
-    <root>/test/<class>/*.png       so `train/animals/cat/1.png` is of class `animals/cat`; `val` stands in for a missing `test`
+    <root>/train/<class>/*.png      a class is any folder that directly holds images; its name is the path below the
+    <root>/test/<class>/*.png       split: `train/animals/cat/1.png` has class `animals/cat`; `val` can replace `test`
 
-In: a folder. Out: `list_tree(root)` gives the classes, paths and labels in their final order; the other functions take what
-decoding found and give sentences. Nothing here opens an image, except that `looks_like_jpeg` is handed pixels.
+`list_tree(root)` returns classes, paths and labels in their final order. `walk_images` is the only rule that finds
+images, here and in `evaluate.py --predict`. The other functions turn the results of decoding into errors
+(PrepareError) and warnings. Nothing here opens an image.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-
-import numpy as np
+from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import DatasetError
 from common.text import listed
+from image_data.dataset import LIST_FILES
+from image_data.image_file import SUFFIXES, TOO_LARGE
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".webp", ".jp2"}
 TEST_NAMES = ("test", "val", "validation")
-SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
-CIFAR_SIDE = 32
+SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+PREPARED_FROM = "prepared_from.json"  # next to dataset.json: the archive or dataset that it was made from
+# What preparing writes: not part of a tree of class folders without splits, if the dataset is prepared in place.
+WRITTEN = frozenset({"dataset.json", "labels.txt", "packed", PREPARED_FROM, *LIST_FILES.values()})
 
 
 class PrepareError(DatasetError):
-    """The dataset cannot be prepared; the message is one sentence that names the thing and the mend."""
+    """The dataset cannot be prepared. The message names the cause and the fix."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """The images below `root`: `paths[split]` sorted as unicode strings, `labels[split]` beside them, and what to warn about."""
+    """Images below `root`: sorted paths and their labels of each split, and warnings."""
 
     root: Path
     classes: list[str]
@@ -40,24 +45,70 @@ class Tree:
     warnings: list[str]
 
 
+class ImageFolder(NamedTuple):
+    """One folder of a walk; all names are sorted."""
+
+    path: str  # relative to the top of the walk, "." for the top
+    real: str  # absolute path without links
+    subfolders: list[str]
+    images: list[str]
+    others: list[str]
+
+
 def is_hidden(name: str) -> bool:
-    """Files that operating systems leave behind; they are passed over in silence."""
+    """Return whether a file or folder is hidden or was left by an operating system; those are skipped silently."""
     return name.startswith(".") or name in SYSTEM_FILES
 
 
-def list_tree(root: Path) -> Tree:
-    """Find the classes and images below `root`. Raises PrepareError when they do not make a dataset."""
-    warnings: list[str] = []
-    folders = _split_folders(root, warnings)
-    by_class = {split: _images_by_class(root, folder, warnings) for split, folder in folders.items()}
-    for split, found in by_class.items():
-        if not found:
-            raise PrepareError(f"{root / folders[split]} holds 0 images in class folders; expected {_layout(root)}")
-    _refuse_lonely_classes({folders[split]: set(found) for split, found in by_class.items()})
+def walk_images(top: Path, skip: frozenset[str] = frozenset()) -> Iterator[ImageFolder]:
+    """Yield every folder at and below `top` with its images, which are recognized by suffix.
+
+    Links to folders are followed, except those to a folder above. Hidden files and folders are skipped, and at the top
+    also the names in `skip`.
+
+    Raises:
+        PrepareError: a folder cannot be listed.
+    """
+    real_paths: dict[str, tuple[str, ...]] = {}  # of each folder and of the folders above it, to detect loops
+    for folder, subfolders, files in os.walk(top, onerror=_raise, followlinks=True):
+        real, above = os.path.realpath(folder), real_paths.get(os.path.dirname(folder), ())
+        if real in above:
+            subfolders.clear()
+            continue
+        real_paths[folder] = (*above, real)
+        path = Path(folder).relative_to(top).as_posix()
+        skipped = skip if path == "." else frozenset()
+        # In place: os.walk visits what is left in the list, in this order.
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name) and name not in skipped)
+        files = sorted(name for name in files if not is_hidden(name) and name not in skipped)
+        images = [name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES]
+        yield ImageFolder(path, real, list(subfolders), images, sorted(set(files).difference(images)))
+
+
+def list_tree(root: Path, test_fraction: float | None = None, name: str = "") -> Tree:
+    """Find the classes and images below `root`.
+
+    Args:
+        test_fraction: share of the images of each class to use as the test split of a tree that has none.
+        name: name of the tree in messages; default: `root`.
+
+    Raises:
+        PrepareError: the tree is not a dataset.
+    """
+    name, warnings = name or str(root), []
+    if test_fraction is None:
+        folders = _split_folders(root, name, warnings)
+        by_class = {split: _images_by_class(root, folder, warnings) for split, folder in folders.items()}
+        for split, found in by_class.items():
+            if not found:
+                raise PrepareError(f"{name}/{folders[split]} holds 0 images in class folders. Expected {_layout(name)}")
+        _refuse_unmatched_classes({folders[split]: set(found) for split, found in by_class.items()})
+    else:
+        by_class = _split_by_name(_images_without_splits(root, name, warnings), test_fraction, name)
     classes = sorted(by_class["train"])
-    label_of = {name: label for label, name in enumerate(classes)}
+    label_of = {class_name: label for label, class_name in enumerate(classes)}
     pairs = {
-        split: sorted((path, label_of[name]) for name, paths in found.items() for path in paths)
+        split: sorted((path, label_of[class_name]) for class_name, paths in found.items() for path in paths)
         for split, found in by_class.items()
     }
     _refuse_names(path for listing in pairs.values() for path, _ in listing)
@@ -71,26 +122,38 @@ def list_tree(root: Path) -> Tree:
 
 
 def broken_warnings(tree: Tree, kept: dict[str, list[int]], broken: list[tuple[str, str]], skip: bool) -> list[str]:
-    """`broken` holds (path, reason) of what cannot be decoded, `kept[split]` the positions of what can. Refuses unless `skip`."""
+    """Return the warning about images that cannot be decoded.
+
+    Args:
+        kept: positions of the decoded images of each split.
+        broken: (path, reason) of every other image.
+        skip: skip broken images; otherwise they are an error.
+
+    Raises:
+        PrepareError: `skip` is False, or a class has no image left in a split.
+    """
     if not broken:
         return []
     names = listed(f"{path} ({reason})" for path, reason in broken)
     if not skip:
+        hint = ". --max-megapixels raises the limit" if any(TOO_LARGE in reason for _, reason in broken) else ""
         raise PrepareError(
-            f"{len(broken)} image(s) cannot be decoded: {names}; replace them, or leave them out with --skip-broken"
+            f"{len(broken)} image(s) cannot be decoded: {names}. Replace them, or run prepare_dataset.py --skip-broken"
+            f"{hint}"
         )
     for split, positions in kept.items():
         if lost := set(range(len(tree.classes))).difference(tree.labels[split][i] for i in positions):
             names = listed(tree.classes[label] for label in sorted(lost))
             raise PrepareError(
-                f"without the broken images the {split} split has none of class {names}; replace them or remove the class"
+                f"without the broken images the {split} split has none of class {names}. "
+                "Replace them, or remove the class"
             )
-    return [f"{len(broken)} image(s) that cannot be decoded left out: {names}"]
+    return [f"skipped {len(broken)} image(s) that cannot be decoded: {names}"]
 
 
 def conversion_warnings(kinds: dict[str, int]) -> list[str]:
-    """What decoding did to images that were not 8-bit RGB; `kinds` counts images by kind."""
-    how = {"16-bit": "the high byte is kept", "RGBA": "alpha is dropped", "grey with alpha": "alpha is dropped"}
+    """Return one warning per kind of image that is not 8-bit RGB; `kinds` counts images by kind."""
+    how = {"16-bit": "the high byte is kept", "RGBA": "alpha is dropped", "grayscale with alpha": "alpha is dropped"}
     return [
         f"{count} {kind} image{'s' * (count > 1)} converted to 8-bit RGB" + (f" ({how[kind]})" if kind in how else "")
         for kind, count in sorted(kinds.items())
@@ -99,121 +162,134 @@ def conversion_warnings(kinds: dict[str, int]) -> list[str]:
 
 
 def duplicate_warnings(paths: dict[str, list[str]], digests: dict[str, list[bytes]]) -> list[str]:
-    """Images whose pixels are exactly the same in train and test: the test accuracy would flatter the model."""
+    """Return a warning about images with the same pixels in train and test, which inflate the test accuracy."""
     first_in_train: dict[bytes, str] = {}
     for path, digest in zip(paths["train"], digests["train"], strict=True):
         first_in_train.setdefault(digest, path)
-    twins = [
+    pairs = [
         (first_in_train[digest], path)
         for path, digest in zip(paths["test"], digests["test"], strict=True)
         if digest in first_in_train
     ]
-    if not twins:
+    if not pairs:
         return []
-    shown = ", ".join(f"'{ours}' = '{theirs}'" for ours, theirs in twins[:3]) + ", ..." * (len(twins) > 3)
-    return [f"{len(twins)} of {len(paths['test'])} test images are exact duplicates of training images: {shown}"]
+    shown = ", ".join(f"'{train}' = '{test}'" for train, test in pairs[:3]) + ", ..." * (len(pairs) > 3)
+    return [f"{len(pairs)} of {len(paths['test'])} test images are exact duplicates of training images: {shown}"]
 
 
-def looks_like_jpeg(pixels: np.ndarray) -> bool:
-    """Whether 32x32 images (N, 32, 32, 3) went through JPEG, whatever they are stored as now.
-
-    JPEG rounds the DCT coefficients of each 8x8 block to multiples of a step, which sends most high frequencies to zero; on a
-    grid shifted by half a block nothing of that shows. So compare how many high frequencies vanish on the two grids.
-    Measured ratio: CIFAR-100 and CIFAR-10 0.8 to 0.9 (at most 1.1 on any 30 images), after JPEG of quality 98 it is 1.6, of 95 3.3,
-    of 90, 75 and 50 4.6 and more.
-    """
-    if len(pixels) < 30:
-        return False
-    luma = pixels.astype(np.float64) @ [0.299, 0.587, 0.114]
-    on_grid, off_grid = _vanished(luma[:, 8:24, 8:24]), _vanished(luma[:, 4:28, 4:28])
-    return bool(on_grid > 1.3 * off_grid + 0.03)
+def _layout(name: str) -> str:
+    return f"{name}/train/<class>/*.png and {name}/test/<class>/*.png"
 
 
-def jpeg_warning(what: str) -> str:
-    return (
-        f"{what}: a CIFAR recompressed as JPEG costs 2 to 3 points of accuracy and compares with no published number; "
-        "use the original pixels (--dataset cifar100 or --dataset cifar10)"
-    )
-
-
-def _vanished(luma: np.ndarray) -> float:
-    """The share of high-frequency DCT coefficients of the 8x8 blocks of `luma` (N, h, w) that are nearly zero."""
-    n, h, w = luma.shape
-    k, x = np.mgrid[:8, :8]
-    dct = np.cos(np.pi * (2 * x + 1) * k / 16) * np.where(k == 0, np.sqrt(1 / 8), 0.5)
-    blocks = luma.reshape(n, h // 8, 8, w // 8, 8).swapaxes(2, 3)
-    high = (dct @ blocks @ dct.T)[..., k + x >= 5]
-    return float((np.abs(high) < 0.8).mean())
-
-
-def _layout(root: Path) -> str:
-    return f"{root}/train/<class>/*.png and {root}/test/<class>/*.png"
-
-
-def _split_folders(root: Path, warnings: list[str]) -> dict[str, str]:
+def _split_folders(root: Path, name: str, warnings: list[str]) -> dict[str, str]:
     if not root.is_dir():
-        raise PrepareError(f"{root} is not a folder; expected {_layout(root)}")
+        raise PrepareError(f"{name} is not a folder. Expected {_layout(name)}")
     if not (root / "train").is_dir():
         inner = sorted(child for child in root.iterdir() if (child / "train").is_dir())
-        hint = f"did you mean {inner[0]}" if inner else f"expected {_layout(root)}"
-        raise PrepareError(f"{root} holds no train folder, so 0 images were found; {hint}")
-    present = [name for name in TEST_NAMES if (root / name).is_dir()]
+        hint = f"Did you mean {inner[0]}?" if inner else f"Expected {_layout(name)}"
+        if not inner and any(map(_holds_images, root.iterdir())):
+            hint += ". To split class folders into train and test, add --test-fraction 0.2 to prepare_dataset.py"
+        raise PrepareError(f"{name} holds no train folder, so 0 images were found. {hint}")
+    present = [folder for folder in TEST_NAMES if (root / folder).is_dir()]
     if not present:
-        raise PrepareError(f"{root} holds no test folder (nor val, nor validation); expected {_layout(root)}")
+        raise PrepareError(
+            f"{name} holds no test folder (nor val, nor validation). Expected {_layout(name)}. "
+            "To take the test split from train, add --test-fraction 0.2 to prepare_dataset.py"
+        )
     if present[0] != "test":
-        warnings.append(f"{root} holds no test folder: '{present[0]}' is used as the test split")
+        warnings.append(f"{name} holds no test folder: '{present[0]}' is used as the test split")
     if present[1:]:
-        warnings.append(f"'{present[0]}' is the test split; {listed(present[1:])} is left alone")
+        warnings.append(f"'{present[0]}' is the test split: {listed(present[1:])} is ignored")
     return {"train": "train", "test": present[0]}
 
 
-def _images_by_class(root: Path, split: str, warnings: list[str]) -> dict[str, list[str]]:
-    """Class name -> image paths relative to `root`; adds warnings about strays and empty folders."""
-    found: dict[str, list[str]] = {}
-    strays, loose, empty, seen = [], [], [], set()
-    for folder, subfolders, files in os.walk(root / split, onerror=_raise, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link that leads back into the tree would loop
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
-        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        name = here.relative_to(split).as_posix()
-        files = [file for file in files if not is_hidden(file)]
-        images = [f"{here}/{file}" for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES]
-        strays += sorted({f"{here}/{file}" for file in files}.difference(images))
-        if name == ".":
-            loose += sorted(images)
-        elif images:
-            found[name] = images
-        elif not subfolders:
-            empty.append(str(here))
-    for count, names, what in (
-        (len(empty), empty, "class folder(s) without images"),
-        (len(strays), strays, "file(s) that are not images"),
-        (len(loose), loose, f"image(s) directly in {split}/, outside any class folder"),
-    ):
-        if count:
-            warnings.append(f"{count} {what} left out: {listed(sorted(names))}")
+def _holds_images(folder: Path) -> bool:
+    try:
+        return any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+    except OSError:  # a file, or a folder that cannot be listed
+        return False
+
+
+def _images_without_splits(root: Path, name: str, warnings: list[str]) -> dict[str, list[str]]:
+    """Class name -> image paths of a tree that has no test split."""
+    if not root.is_dir():
+        raise PrepareError(f"{name} is not a folder")
+    present = [folder for folder in TEST_NAMES if (root / folder).is_dir()]
+    if present:
+        raise PrepareError(f"{name} already holds the folder {present[0]}. Omit --test-fraction")
+    found = _images_by_class(root, "train" if (root / "train").is_dir() else ".", warnings)
+    if not found:
+        raise PrepareError(f"{name} holds 0 images in class folders. Expected {name}/<class>/*.png")
     return found
 
 
-def _refuse_lonely_classes(classes_of: dict[str, set[str]]) -> None:
-    """Every class needs images in both splits; `classes_of` maps the two split folders to their class names."""
+def _split_by_name(found: dict[str, list[str]], test_fraction: float, name: str) -> dict[str, dict[str, list[str]]]:
+    """Take the paths with the lowest SHA-256 digests of each class as the test split: the same on every machine."""
+    if not 0 < test_fraction < 1:
+        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
+    if lonely := sorted(class_name for class_name, paths in found.items() if len(paths) < 2):
+        raise PrepareError(
+            f"{name} has a single image of class {listed(lonely)}, and --test-fraction needs two. Add images"
+        )
+    splits: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
+    for class_name, paths in found.items():
+        count = min(max(1, round(test_fraction * len(paths))), len(paths) - 1)
+        in_order = sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+        splits["test"][class_name], splits["train"][class_name] = in_order[:count], in_order[count:]
+    return splits
+
+
+def _images_by_class(root: Path, split: str, warnings: list[str]) -> dict[str, list[str]]:
+    """Class name -> image paths relative to `root`; adds warnings about everything that is skipped or unusual."""
+    found: dict[str, list[str]] = {}
+    names_of_folder: dict[str, list[str]] = {}
+    unsupported, loose, empty, merged = [], [], [], []
+    prefix = "" if split == "." else f"{split}/"
+    for folder in walk_images(root / split, WRITTEN if split == "." else frozenset()):
+        here = prefix if folder.path == "." else f"{prefix}{folder.path}/"
+        images = [here + image for image in folder.images]
+        unsupported += [here + other for other in folder.others]
+        if folder.path == ".":
+            loose += images
+        elif images:
+            name = unicodedata.normalize("NFC", folder.path)  # macOS decomposes accents, other systems do not
+            merged += [name] if name in found else []
+            found[name] = found.get(name, []) + images
+            names_of_folder.setdefault(folder.real, []).append(name)
+        elif not folder.subfolders:
+            empty.append(here.rstrip("/"))
+    for names, what in (
+        (empty, "class folder(s) without images"),
+        (unsupported, "file(s) with an unsupported suffix"),
+        (loose, f"image(s) directly in {split}/, outside any class folder"),
+    ):
+        if names:
+            warnings.append(f"skipped {len(names)} {what}: {listed(sorted(names))}")
+    if merged:
+        warnings.append(f"merged class folders whose names differ only in Unicode form: {listed(merged)}")
+    for names in names_of_folder.values():
+        if len(names) > 1:
+            warnings.append(f"classes {listed(names)} are links to one folder: each of its images is in all of them")
+    return found
+
+
+def _refuse_unmatched_classes(classes_of: dict[str, set[str]]) -> None:
+    """Raise PrepareError if a class has images in one split only; `classes_of` maps split folders to class names."""
     (train, in_train), (test, in_test) = classes_of.items()
-    lonely = [
+    unmatched = [
         f"only in {here}: {listed(sorted(ours - theirs))}"
         for here, ours, theirs in ((train, in_train, in_test), (test, in_test, in_train))
         if ours - theirs
     ]
-    if lonely:
+    if unmatched:
         raise PrepareError(
-            f"some classes have images {'; '.join(lonely)}; give each class images in both {train} and {test}, or remove it"
+            f"some classes have images {'; '.join(unmatched)}. "
+            f"Give each class images in both {train} and {test}, or remove it"
         )
 
 
 def _refuse_names(paths: Iterable[str]) -> None:
-    """The lists hold one `path<TAB>label` a line in UTF-8: names that would break a line or cannot be encoded are refused."""
+    """Raise PrepareError for names that do not fit into a list of `path<TAB>label` lines in UTF-8."""
     bad = [
         path
         for path in paths
@@ -222,7 +298,7 @@ def _refuse_names(paths: Iterable[str]) -> None:
     if bad:
         raise PrepareError(
             f"{len(bad)} file name(s) hold a tab, a line break or bytes that are not UTF-8: "
-            f"{listed(ascii(path)[1:-1] for path in bad)}; rename them"
+            f"{listed(ascii(path)[1:-1] for path in bad)}. Rename them"
         )
 
 
@@ -235,4 +311,4 @@ def _unencodable(path: str) -> bool:
 
 
 def _raise(error: OSError) -> None:
-    raise PrepareError(f"cannot list {error.filename} ({error.strerror}); check its permissions")
+    raise PrepareError(f"cannot list {error.filename} ({error.strerror}). Check its permissions")

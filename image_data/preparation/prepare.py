@@ -1,11 +1,11 @@
-"""Archive, download or image tree -> the files that training reads (see image_data/dataset.py for what they are)."""
+"""Preparation: archive, download or image tree -> the files that training reads (listed in image_data/dataset.py)."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -15,47 +15,39 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from common.errors import DatasetError
 from common.paths import DATA
 from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
+from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.archives import unpack
-from image_data.preparation.decoding import (
-    SplitFacts,
-    available_cores,
-    decode_image,
-    decode_split,
-    decoder,
-    first_side,
-    mean_and_std,
-)
+from image_data.preparation.decoding import SplitFacts, available_cores, mean_and_std
 from image_data.preparation.downloads import fill
-from image_data.preparation.image_tree import (
-    CIFAR_SIDE,
-    PrepareError,
-    Tree,
-    broken_warnings,
-    conversion_warnings,
-    duplicate_warnings,
-    jpeg_warning,
-    list_tree,
-    looks_like_jpeg,
-)
+from image_data.preparation.image_tree import PREPARED_FROM, PrepareError, Tree, list_tree
+from image_data.preparation.survey import Options, Survey, extremes, survey_images
 
 PACK_LIMIT_GIB = 8.0
-JPEG_SAMPLE = 1000  # training images looked at for traces of JPEG
-PREPARED_FROM = "prepared_from.json"  # beside dataset.json: the archive or dataset that it was made from
-OURS = ".unpacked"  # an empty file that marks <data-dir>/images as made by this script, which may then replace it
+OURS = ".unpacked"  # an empty file that marks <data-dir>/images as written by this script, which may replace it
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What decoding every image found, and the arrays it packed into `packed` (None when they were not packed)."""
+class Source:
+    """Where the images come from: at most one of a dataset's name, an archive and the root of a tree."""
 
-    facts: dict[str, SplitFacts]
-    packed: Path | None
-    warnings: list[str]
+    dataset: str | None
+    archive: Path | None
+    root: Path | None
+
+    def default_folder(self) -> Path:
+        """Return the folder to prepare if --data-dir is not given."""
+        if self.root is not None:
+            return self.root
+        return Path("data", self.archive.name.split(".")[0] if self.archive is not None else self.dataset or DEFAULT)
+
+    def record(self) -> dict[str, str | int]:
+        """Return the content of prepared_from.json: nothing that depends on this machine."""
+        if self.archive is not None:
+            return {"archive": self.archive.name, "bytes": os.path.getsize(self.archive)}
+        return {"root": self.root.name} if self.root is not None else {"dataset": self.dataset or DEFAULT}
 
 
 def prepare(
@@ -68,66 +60,92 @@ def prepare(
     pack_limit_gib: float = PACK_LIMIT_GIB,
     force: bool = False,
     shapes: dict[str, int] | None = None,
+    test_fraction: float | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    unpack_limit_gib: float | None = None,
 ) -> Dataset:
-    """Prepare a dataset and return it. Raises PrepareError with one sentence that names the thing and the mend.
+    """Prepare a dataset and return it. A folder that is already prepared is returned unchanged.
 
-    Give at most one of `dataset` (a name of SOURCES, default cifar100), `archive` and `root`. A folder that is prepared already
-    is returned as it is unless `force`. `shapes` holds side, train_per_class, test_per_class for the dataset 'shapes'.
+    Args:
+        data_dir: folder to write to; default: see `Source.default_folder`.
+        dataset, archive, root: source of the images, at most one of them; default: the dataset cifar100.
+        workers: decoding processes; default: one per available core.
+        skip_broken: skip images that cannot be decoded; otherwise they are an error.
+        pack_limit_gib: largest size of the packed arrays.
+        force: prepare again.
+        shapes: side, train_per_class and test_per_class of the dataset 'shapes'.
+        test_fraction: share of each class to use as the test split, for a tree without one.
+        max_megapixels: larger images count as broken.
+        unpack_limit_gib: largest unpacked size of an archive; default: see `archives.unpack`.
+
+    Raises:
+        PrepareError: the dataset cannot be prepared; the message names the cause and the fix.
     """
     if (archive is not None) + (root is not None) + (dataset is not None) > 1:
         raise PrepareError("give only one of --dataset, --archive and --root")
     if workers is not None and workers < 1:
-        raise PrepareError(f"--workers must be at least 1, not {workers}")
+        raise PrepareError(f"--workers must be at least 1, got {workers}")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
+    for name, value in (("--pack-limit-gib", pack_limit_gib), ("--max-megapixels", max_megapixels)):
+        if not value >= 0:
+            raise PrepareError(f"{name} must be >= 0, got {value}")
+    if unpack_limit_gib is not None and not unpack_limit_gib > 0:
+        raise PrepareError(f"--unpack-limit-gib must be > 0, got {unpack_limit_gib}")
     started = time.perf_counter()
-    folder = _default_folder(dataset, archive, root) if data_dir is None else Path(data_dir)
-    source = next((given for given in (archive, root, dataset) if given is not None), None)
+    source = Source(dataset, _expand(archive), _expand(root))
+    folder = _expand(data_dir) or source.default_folder()
+    options = Options(
+        workers or available_cores(),
+        skip_broken,
+        pack_limit_gib,
+        test_fraction,
+        max_megapixels,
+        unpack_limit_gib,
+        shapes,
+    )
     try:
         if not Dataset.is_prepared(folder) or force:
-            for option, path, exists in (("--archive", archive, os.path.isfile), ("--root", root, os.path.isdir)):
+            for option, path, exists in (
+                ("--archive", source.archive, os.path.isfile),
+                ("--root", source.root, os.path.isdir),
+            ):
                 if path is not None and not exists(path):
-                    raise PrepareError(f"{option} {path} does not exist; check the path")
+                    raise PrepareError(f"{option} {path} does not exist. Check the path")
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
                 if not Dataset.is_prepared(folder) or force:
-                    _make(
-                        folder,
-                        dataset,
-                        archive,
-                        root,
-                        shapes,
-                        workers or available_cores(),
-                        skip_broken,
-                        pack_limit_gib,
-                    )
+                    _make(folder, source, options)
                     ready = Dataset.open(folder)
                     print(f"prepared in {time.perf_counter() - started:.1f} s: {_describe(ready)}")
                     return ready
     except OSError as error:
-        what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or error
-        raise PrepareError(
-            f"cannot prepare {folder} ({what}); check permissions and free space, or choose another --data-dir"
-        ) from error
+        raise PrepareError(_explain(error, folder, source)) from error
     ready = Dataset.open(folder)
+    given = next((given for given in (archive, root, dataset) if given is not None), None)
     print(
         f"already prepared: {_describe(ready)}"
-        + (f"\n  '{source}' was not looked at; --force to redo from it" if source else "")
+        + (f"\n  '{given}' was not read; add --force to prepare again from it" if given else "")
     )
     return ready
 
 
 def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | None) -> Path:
-    """The folder of a prepared dataset, prepared if need be; the first process of each host does that, the others wait.
+    """Return the folder of a prepared dataset; prepare it first if necessary.
+
+    The first process of each host prepares, and the others wait for it.
 
     Raises:
-        DatasetError: a folder of the user's own that holds neither a dataset nor a tree, and no word on what to put there;
-            or an archive or a dataset that a prepared folder was not made from, and that would be ignored.
+        DatasetError: `data_dir` holds neither a prepared dataset nor a tree, and no source is given; or it was prepared
+            from another archive or dataset than the one given.
     """
-    folder = Path(data_dir or DATA / (dataset or DEFAULT))
+    data_dir, archive = _expand(data_dir), _expand(archive)
+    folder = data_dir or DATA / (dataset or DEFAULT)
     if not Dataset.is_prepared(folder):
-        if data_dir and not (archive or dataset or (folder / "train").is_dir()):
+        if data_dir and not (archive or dataset or os.path.isdir(folder / "train")):
             raise DatasetError(
-                f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/; check the path, "
-                "or say with --archive FILE or --dataset NAME what to put there"
+                f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/. Check the path, "
+                "or add --archive FILE or --dataset NAME"
             )
         prepare(folder, dataset=None if archive else dataset, archive=archive)
     elif archive or (data_dir and dataset):
@@ -135,151 +153,100 @@ def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | 
     return folder
 
 
+def _expand(path: str | Path | None) -> Path | None:
+    """Replace a leading ~ by the home folder: shells leave it alone in --data-dir=~/data."""
+    return None if path is None else Path(os.path.expanduser(path))
+
+
+def _explain(error: OSError, folder: Path, source: Source) -> str:
+    """Return the message for a file that cannot be read or written while `folder` is prepared."""
+    what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or error
+    if error.errno == errno.ENOSPC:
+        return f"cannot prepare {folder} ({what}). Free disk space, or choose another --data-dir"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not os.access(folder, os.W_OK):
+        tree = source.root or (folder if os.path.isdir(folder / "train") else None)
+        fix = f"Run: python prepare_dataset.py --root {tree} --data-dir NEW" if tree else "Choose another --data-dir"
+        return f"cannot prepare {folder} ({what}), because it is read-only. {fix}"
+    return f"cannot prepare {folder} ({what}). Check permissions and free space, or choose another --data-dir"
+
+
 def _refuse_another_source(folder: Path, dataset: str | None, archive: Path | None) -> None:
-    """Raises DatasetError where `folder` is known to be prepared from something else than what was given."""
+    """Raise DatasetError if `folder` was prepared from something else than the source given."""
     option, given = ("--archive", archive) if archive else ("--dataset", dataset)
     if archive and not archive.is_file():
         raise DatasetError(
-            f"--archive {archive} does not exist; check the path, or leave it out: {folder} is prepared already"
+            f"--archive {archive} does not exist. Check the path, or omit it: {folder} is already prepared"
         )
     try:
         made_from = json.loads((folder / PREPARED_FROM).read_text())
-    except (OSError, ValueError):  # prepared before this was written down
+    except (OSError, ValueError):  # prepared by a version that did not record it
         print(
-            f"note: {folder} is prepared already, so {option} {given} was not read; prepare_dataset.py --force reads it again"
+            f"note: {option} {given} was not read, because {folder} is already prepared; "
+            "prepare_dataset.py --force prepares it again"
         )
         return
-    if made_from != _source(dataset, archive, None):
+    if made_from != Source(dataset, archive, None).record():
         raise DatasetError(
-            f"{folder} was prepared from {next(iter(made_from.values()))}, and {option} {given} would be ignored; "
-            "choose another --data-dir, or prepare it anew with prepare_dataset.py --force"
+            f"{folder} was prepared from {next(iter(made_from.values()))}, and {option} {given} would be ignored. "
+            "Choose another --data-dir, or prepare it again with prepare_dataset.py --force"
         )
 
 
-def _source(dataset: str | None, archive: str | Path | None, root: str | Path | None) -> dict[str, str | int]:
-    """What a folder is prepared from, as far as another machine could tell."""
-    if archive is not None:
-        return {"archive": Path(archive).name, "bytes": os.path.getsize(archive)}
-    return {"root": Path(root).name} if root is not None else {"dataset": dataset or DEFAULT}
-
-
-def _make(
-    folder: Path,
-    dataset: str | None,
-    archive: str | Path | None,
-    root: str | Path | None,
-    shapes: dict[str, int] | None,
-    workers: int,
-    skip_broken: bool,
-    pack_limit_gib: float,
-) -> None:
+def _make(folder: Path, source: Source, options: Options) -> None:
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        tree = list_tree(_find_images(folder, partial, dataset, archive, root, shapes))
-        survey = _survey(tree, partial, workers, skip_broken, pack_limit_gib)
+        root = _find_images(folder, partial, source, options)
+        tree = list_tree(root, options.test_fraction, name=str(source.archive or source.root or folder))
+        if options.test_fraction is not None:
+            test, images = len(tree.paths["test"]), sum(map(len, tree.paths.values()))
+            print(
+                f"split by file name: {test} of {images} images are the test split "
+                f"(--test-fraction {options.test_fraction:g})"
+            )
+        survey = survey_images(tree, partial, options)
         for warning in (*tree.warnings, *survey.warnings):
-            print(f"warning: {warning}", file=sys.stderr)
-        (folder / PREPARED_FROM).write_text(json.dumps(_source(dataset, archive, root)) + "\n")
-        _write(folder, partial, tree, survey)
+            print(f"warning: {_printable(warning)}", file=sys.stderr)
+        (folder / PREPARED_FROM).write_text(json.dumps(source.record()) + "\n")
+        _write(folder, partial, tree, survey, options)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _default_folder(dataset: str | None, archive: str | Path | None, root: str | Path | None) -> Path:
-    if root is not None:
-        return Path(root)
-    return Path("data", Path(archive).name.split(".")[0] if archive is not None else dataset or DEFAULT)
-
-
-def _find_images(
-    folder: Path,
-    partial: Path,
-    dataset: str | None,
-    archive: str | Path | None,
-    root: str | Path | None,
-    shapes: dict[str, int] | None,
-) -> Path:
-    """The root of an image tree: one that exists, or `partial/images`, newly filled."""
-    if root is not None:
-        return Path(root)
-    if archive is None and dataset is None and (folder / "train").is_dir():
-        print(f"using the images that lie in {folder}/train")
+def _find_images(folder: Path, partial: Path, source: Source, options: Options) -> Path:
+    """Return the root of an image tree: an existing one, or `partial/images` after filling it."""
+    if source.root is not None:
+        return source.root
+    is_tree = (folder / "train").is_dir()
+    if source.archive is None and source.dataset is None and is_tree:
+        print(f"using the images in {folder}/train")
         return folder
     if (folder / "images").exists() and not (folder / "images" / OURS).exists():
         raise PrepareError(
-            f"{folder}/images is in the way and was not made by this script; "
-            "move it, give it as --root, or choose another --data-dir"
+            f"{folder}/images exists and was not written by this script. "
+            "Move it, give it as --root, or choose another --data-dir"
         )
     images = partial / "images"
     images.mkdir()
-    if archive is not None:
-        unpack(Path(archive), images)
+    if source.archive is not None:
+        unpack(source.archive, images, options.unpack_limit_gib, needs_splits=options.test_fraction is None)
     else:
-        fill(dataset or DEFAULT, images, folder, shapes)
+        fill(source.dataset or DEFAULT, images, folder, options.shapes)
     (images / OURS).touch()
     return images
 
 
-def _survey(tree: Tree, partial: Path, workers: int, skip_broken: bool, pack_limit_gib: float) -> Survey:
-    """Decode every image once; pack when one square size fits all and the arrays fit the budget."""
-    side = first_side(tree.root, tree.paths["train"])
-    gib = sum(map(len, tree.paths.values())) * (side or 0) ** 2 * 3 / 2**30
-    packed = partial / "packed" if side and gib <= pack_limit_gib else None
-    if packed:
-        packed.mkdir()
-    with decoder(workers) as decode:
-        facts = {
-            split: decode_split(
-                decode, tree.root, paths, side, packed and packed / f"{split}.npy", f"decoding {split} images"
-            )
-            for split, paths in tree.paths.items()
-        }
-    broken = [pair for found in facts.values() for pair in found.broken]
-    warnings = broken_warnings(tree, {split: found.kept for split, found in facts.items()}, broken, skip_broken)
-    sizes = set().union(*(found.sizes for found in facts.values()))
-    if len(sizes) > 1 or not side:
-        packed = None
-        small, large = _extremes(sizes)
-        warnings.append(
-            f"image sizes vary from {small[0]}x{small[1]} to {large[0]}x{large[1]}"
-            if len(sizes) > 1
-            else f"the images are {small[0]}x{small[1]}, not square"
-        )
-        warnings[-1] += ": they are not packed, training will read the files"
-    elif not packed:
-        warnings.append(
-            f"packed arrays would take {gib:.1f} GiB, more than --pack-limit-gib {pack_limit_gib:g}: they are not packed, "
-            "training will read the files"
-        )
-    warnings += conversion_warnings(facts["train"].kinds + facts["test"].kinds)
-    warnings += _jpeg_warnings(tree, facts, sizes)
-    kept = {split: [tree.paths[split][i] for i in facts[split].kept] for split in facts}
-    warnings += duplicate_warnings(kept, {split: facts[split].digests for split in facts})
-    return Survey(facts, packed, warnings)
+def _write(folder: Path, partial: Path, tree: Tree, survey: Survey, options: Options) -> None:
+    """Move everything into `folder`.
 
-
-def _jpeg_warnings(tree: Tree, facts: dict[str, SplitFacts], sizes: set[tuple[int, int]]) -> list[str]:
-    """CIFAR-sized images that are JPEG files, or were JPEG files once."""
-    if sizes != {(CIFAR_SIDE, CIFAR_SIDE)}:
-        return []
-    if count := sum(found.formats["JPEG"] for found in facts.values()):
-        return [jpeg_warning(f"{count} images of {CIFAR_SIDE}x{CIFAR_SIDE} pixels are stored as JPEG")]
-    kept = facts["train"].kept
-    sample = [tree.root / tree.paths["train"][kept[i]] for i in range(0, len(kept), math.ceil(len(kept) / JPEG_SAMPLE))]
-    if looks_like_jpeg(np.stack([decode_image(path)[0] for path in sample])):
-        return [jpeg_warning(f"the {CIFAR_SIDE}x{CIFAR_SIDE} images show the traces of JPEG compression")]
-    return []
-
-
-def _write(folder: Path, partial: Path, tree: Tree, survey: Survey) -> None:
-    """Put everything in its place: dataset.json goes first and comes last, so it never stands beside files it does not describe."""
+    dataset.json is removed first and written last, so that it never describes files of another preparation.
+    """
     facts, fresh = survey.facts, partial / "images"
     root = folder / "images" if tree.root == fresh else tree.root
     listings = {split: [(tree.paths[split][i], tree.labels[split][i]) for i in facts[split].kept] for split in facts}
     sizes = set().union(*(found.sizes for found in facts.values()))
-    small, large = _extremes(sizes)
+    small, large = extremes(sizes)
     side = small[0] if len(sizes) == 1 and small[0] == small[1] else None
     mean, std = mean_and_std(facts["train"].histogram)
     description = {
@@ -293,6 +260,8 @@ def _write(folder: Path, partial: Path, tree: Tree, survey: Survey) -> None:
         "root": Path(os.path.relpath(root.resolve(), folder.resolve())).as_posix(),
         "fingerprint": _fingerprint(tree.classes, listings, facts),
     }
+    if options.test_fraction is not None:
+        description["test_fraction"] = options.test_fraction
     if side is None:
         description |= {"smallest_image": small, "largest_image": large}
     texts = {"labels.txt": "".join(f"{name}\n" for name in tree.classes)}
@@ -318,7 +287,7 @@ def _write(folder: Path, partial: Path, tree: Tree, survey: Survey) -> None:
 
 
 def _fingerprint(classes: list[str], listings: dict[str, list[tuple[str, int]]], facts: dict[str, SplitFacts]) -> str:
-    """SHA-256 over class names, and path, label and decoded pixels of every image."""
+    """Return the SHA-256 of class names and of path, label and decoded pixels of every image."""
     digest = hashlib.sha256("".join(f"{name}\n" for name in classes).encode())
     for split, rows in listings.items():
         for (path, label), pixels in zip(rows, facts[split].digests, strict=True):
@@ -326,15 +295,15 @@ def _fingerprint(classes: list[str], listings: dict[str, list[tuple[str, int]]],
     return f"sha256:{digest.hexdigest()}"
 
 
-def _extremes(sizes: set[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The smallest and the largest (width, height) by number of pixels."""
-    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    return by_area[0], by_area[-1]
+def _printable(text: str) -> str:
+    """Escape control characters and bytes that are not UTF-8, which file names may contain."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _describe(ready: Dataset) -> str:
-    side = f"{ready.image_side}x{ready.image_side}" if ready.image_side else "not of one square size"
-    packed = "packed" if ready.splits["train"].packed else "not packed, read as files"
+    side = f"{ready.image_side}x{ready.image_side}" if ready.image_side else "no common square size"
+    packed = "packed" if ready.splits["train"].packed else "not packed (training reads the files)"
     mean, std = ("/".join(f"{value:.4f}" for value in values) for values in (ready.mean, ready.std))
     train, test = len(ready.splits["train"]), len(ready.splits["test"])
     return (
@@ -345,8 +314,8 @@ def _describe(ready: Dataset) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two runs that start at once (several ranks or jobs): the second waits, then finds the folder prepared."""
+    """Lock a folder: of several ranks or jobs that start at once, one prepares, and the others wait."""
     with open(folder / ".prepare.lock", "w") as file:
-        with suppress(OSError):  # some network file systems have no locks
+        with suppress(OSError):  # some network file systems do not support locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,12 +1,14 @@
-"""Strategy `local` over the internet: peers that are jobs of their own, and come and go.
+"""Strategy `local` over the internet: peers, which are separate jobs that join and leave a common run.
 
-    place.py      addresses, and what a peer listens with
-    heartbeat.py  that a peer is alive, and which lighthouse answers
-    members.py    what a peer brings to an exchange, what it gets, who leads
-    meeting.py    who takes part in an exchange, and the exchange
-    local.py      the engine: a whole DeepSpeed job that meets the others after every `parallel.local_steps` steps
-    start.py      from flags to a meeting; what peers must agree on
-    link.py       what an exchange costs over a given link
+    setup.py        from flags to a PeerGroup; the facts that peers must agree on
+    endpoint.py     addresses, and the sockets on which a peer listens
+    heartbeat.py    heartbeats, which also show which lighthouse answers
+    membership.py   what a peer announces, who takes part, who leads
+    failures.py     peers that cannot be reached or that fail repeatedly
+    rendezvous.py   PeerGroup: the members of an exchange, and the exchange
+    averaging.py    sums over the members of an exchange
+    engine.py       the engine: a DeepSpeed job that exchanges with others after every `parallel.local_steps` steps
+    link_cost.py    the cost of an exchange over a given link
 
 docs/strategies.md shows how to use it.
 """

@@ -1,9 +1,10 @@
-"""Where peers find one another: addresses, and what a peer listens with.
+"""Addresses of peers, and the sockets on which a peer listens.
 
-A peer listens on one address of its machine and on no other, with three things: at `port` a store, where newcomers read
-which run this is and where it meets; at `port + 1` torchft's lighthouse, which keeps the membership; and during an
-exchange Gloo's sockets, on ports that the system chooses. Every peer has a lighthouse, so that the run outlives any of
-them: all meet at the first that answers.
+A peer listens on one address of its machine and on no other, with three things: at `port` a store, where newcomers
+read the facts of the run and where it meets; at `port + 1` torchft's lighthouse, which keeps the membership; and on
+ports that the system chooses, a socket that only accepts connections (it tests the path) and, during an exchange,
+Gloo's sockets. Every peer has a lighthouse, so that the run outlives any single peer: all meet at the first one that
+answers.
 """
 
 from __future__ import annotations
@@ -12,46 +13,51 @@ import errno
 import ipaddress
 import os
 import socket
+import threading
 from datetime import timedelta
+from functools import cache
+from hashlib import blake2b
 from types import ModuleType
 
 import psutil
 import torch.distributed as dist
 
 from common.errors import RunError, SettingsError
+from common.paths import PROJECT
 
 DEFAULT_PORT = 29600
-HEARTBEAT_SECONDS = 5.0  # a peer whose heartbeats stay away for so long is gone
+HEARTBEAT_SECONDS = 5.0  # without a heartbeat, until a peer counts as gone
+# What decides how a peer trains: peers of one run must have the same of it.
+CODE_FILES = ("train.py", "model.py", "dali_pipeline.py")
+CODE_FOLDERS = ("config", "image_data", "models", "optim", "parallel", "training")
 
 
 def coordination() -> ModuleType:
-    """torchft's own building blocks. Raises SettingsError where it is not installed."""
-    os.environ.setdefault("RUST_LOG", "error")  # else the lighthouse tells of every quorum
+    """torchft's building blocks. Raises SettingsError if it is not installed."""
+    os.environ.setdefault("RUST_LOG", "error")  # otherwise the lighthouse logs every quorum
     try:
         from torchft import coordination
     except ImportError as error:
         raise SettingsError(
-            "peers need torchft, which is not installed here: pip install torchft==0.2.0 "
-            "(it exists for Python 3.10 to 3.13 and PyTorch 2.7 or newer)"
+            "peers need torchft, which is not installed here; type: pip install torchft==0.2.0 "
+            "(available for Python 3.10 to 3.13 and PyTorch 2.7 or newer)"
         ) from error
     return coordination
 
 
 def split_address(text: str, flag: str) -> tuple[str, int]:
-    """IPv4 address and port of `ADDRESS[:PORT]`. Raises SettingsError for what is neither."""
+    """Parse `ADDRESS[:PORT]` into an IPv4 address and a port. Raises SettingsError for anything else."""
     name, colon, port = text.partition(":")
-    if colon and not (port.isdecimal() and 1024 <= int(port) < 65535):
+    if colon and not (port.isascii() and port.isdecimal() and 1024 <= int(port) < 65535):
         raise SettingsError(f"{flag} {text}: the port must be a number from 1024 to 65534")
     try:
         return socket.gethostbyname(name), int(port) if colon else DEFAULT_PORT
-    except OSError:
-        raise SettingsError(
-            f"{flag} {text}: {name!r} is neither an IPv4 address nor a name that this machine knows"
-        ) from None
+    except (OSError, UnicodeError):
+        raise SettingsError(f"{flag} {text}: {name!r} is neither an IPv4 address nor a name that resolves") from None
 
 
 def check_own(address: str, flag: str) -> str:
-    """The address, when it is one of this machine's. Raises SettingsError otherwise."""
+    """Return the address if it belongs to this machine. Raises SettingsError otherwise."""
     own = sorted(
         {
             entry.address
@@ -62,51 +68,50 @@ def check_own(address: str, flag: str) -> str:
     )
     if address == "0.0.0.0":
         raise SettingsError(
-            f"{flag} 0.0.0.0 would listen on every network of this machine; name the one address by which the others "
-            f"reach it (of {', '.join(own)})"
+            f"{flag} 0.0.0.0 would listen on every network of this machine; give the one address at which the others "
+            f"reach it (one of {', '.join(own)})"
         )
     if address not in own and not address.startswith("127."):
-        raise SettingsError(f"{flag} {address} is no address of this machine, which has {', '.join(own)}")
+        raise SettingsError(f"{flag} {address} is not an address of this machine; it has {', '.join(own)}")
     return address
 
 
 def own_address(towards: str) -> str:
-    """The address of this machine from which it reaches another. Raises SettingsError for a public one: nobody asked for that."""
+    """The address from which this machine reaches another. Raises SettingsError for a public one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((towards, 9))  # sends nothing
         except OSError as error:
-            raise SettingsError(f"there is no way from here to {towards}: {error.strerror}") from None
+            raise SettingsError(f"no route from this machine to {towards}: {error.strerror}") from None
         address = probe.getsockname()[0]
     if ipaddress.ip_address(address).is_global:
         raise SettingsError(
-            f"this machine would reach {towards} from its public address {address}, and anyone could then talk to this peer; "
-            f"use the addresses of a VPN, or give --peer-address {address} if that is what you want"
+            f"this machine reaches {towards} from its public address {address}, so anyone could connect to it. "
+            f"Use addresses of a VPN, or give --peer-address {address} if you want this"
         )
     return address
 
 
-def lighthouse_of(place: str) -> str:
-    """The URL of the lighthouse of the place `address:port`."""
-    address, _, port = place.rpartition(":")
+def lighthouse_of(endpoint: str) -> str:
+    """The URL of the lighthouse of the peer at `address:port`."""
+    address, _, port = endpoint.rpartition(":")
     return f"http://{address}:{int(port) + 1}"
 
 
-def open_store(place: str, seconds: float) -> dist.Store:
-    """The store of the place `address:port`. Raises OSError or RuntimeError when nothing answers there in time."""
-    address, _, port = place.rpartition(":")
-    socket.create_connection(
-        (address, int(port)), timeout=seconds
-    ).close()  # where nothing listens, the store would try on
+def open_store(endpoint: str, seconds: float) -> dist.Store:
+    """Connect to the store of the peer at `address:port`. Raises OSError or RuntimeError if nothing answers in time."""
+    address, _, port = endpoint.rpartition(":")
+    socket.create_connection((address, int(port)), timeout=seconds).close()  # without a listener, TCPStore would retry
     return dist.TCPStore(address, int(port), None, False, timedelta(seconds=seconds), wait_for_workers=False)
 
 
 class Endpoint:
-    """What this peer listens with; `text` is how others name it.
+    """The sockets on which this peer listens; `text` is its `address:port` for others.
 
     Args:
-        fixed: whether it must be this very port, or may be another where it is in use.
-        patience_seconds: how long those who have come to the lighthouse wait for a peer that is alive but late.
+        fixed: whether it must be this port; otherwise another one is used if it is taken.
+        patience_seconds: how long peers that have asked the lighthouse for a quorum wait for a peer that is alive but
+        late.
 
     Raises:
         RunError: the port is in use.
@@ -122,7 +127,7 @@ class Endpoint:
                 if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise RunError(f"cannot listen on {address}:{candidate}: {error.strerror}") from None
         raise RunError(
-            f"port {port} or {port + 1} of {address} is in use: end what listens there, or choose another pair with "
+            f"port {port} or {port + 1} of {address} is in use. End the program there, or choose other ports: "
             f"--host-peers {address}:PORT"
         )
 
@@ -141,7 +146,7 @@ class Endpoint:
                     quorum_tick_ms=100,
                     heartbeat_timeout_ms=round(1000 * HEARTBEAT_SECONDS),
                 )
-            except RuntimeError as error:  # the port after the store's is not free
+            except RuntimeError as error:  # the port after the store's is taken
                 raise OSError(errno.EADDRINUSE, str(error)) from None
             self.store = dist.TCPStore(
                 self.address,
@@ -152,8 +157,23 @@ class Endpoint:
                 wait_for_workers=False,
                 master_listen_fd=listening.detach(),
             )
+            self._accept_probes()
         finally:
             listening.close()
+
+    def _accept_probes(self) -> None:
+        """Accept connections on a port that the system chooses, as Gloo's are, and close them."""
+        self.probes = socket.create_server((self.address, 0))
+        self.probe_port = self.probes.getsockname()[1]
+
+        def work() -> None:
+            try:
+                while True:
+                    self.probes.accept()[0].close()
+            except OSError:
+                pass  # closed
+
+        threading.Thread(target=work, name="path probes", daemon=True).start()
 
     @property
     def text(self) -> str:
@@ -161,4 +181,19 @@ class Endpoint:
 
     def close(self) -> None:
         self.lighthouse.shutdown()
+        self.probes.shutdown(socket.SHUT_RDWR)  # `close` alone would not wake the thread in `accept`
+        self.probes.close()
         del self.store
+
+
+@cache
+def code_fingerprint() -> str:
+    """A hash of the code that decides how a peer trains."""
+    digest = blake2b(digest_size=8)
+    paths = [PROJECT / name for name in CODE_FILES]
+    for folder in CODE_FOLDERS:
+        paths += sorted((PROJECT / folder).rglob("*.py"))
+    for path in paths:
+        if path.exists():
+            digest.update(f"{path.relative_to(PROJECT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,12 +1,15 @@
-"""Strategy `local` over the internet: a whole DeepSpeed job that meets others like it after every `parallel.local_steps` steps.
+"""Strategy `local` over the internet: a DeepSpeed job that regularly exchanges weights with others like it.
 
-Between two meetings it is the engine of `zero`, stage 0 to 3, on any number of processes. At a meeting its main process
-has the whole fp32 weights, averages them with the other peers', makes the outer step of DiLoCo (arXiv 2311.08105), and
-hands the result to its own processes. One process speaks for a peer, because peers differ in stage and number of
-processes and have no shards in common; what goes over the slow link is the same, a copy of the weights a peer.
+An exchange follows every `parallel.local_steps` steps.
 
-Progress is counted in outer steps: after the k-th all peers stand at step k * local_steps of the schedule, whatever a
-single one has trained. So a late one takes over the count, and all end together.
+Between two exchanges it is the engine of `zero`, stage 0 to 3, on any number of processes. In an exchange its main
+process gathers the full fp32 weights, averages them with those of the other peers, makes the outer step of DiLoCo
+(arXiv 2311.08105) and sends the result to its own processes. Only one process per peer communicates, because peers
+differ in stage and number of processes and have no shards in common. The slow link carries the same either way: one
+copy of the weights per peer.
+
+Progress is counted in outer steps: after the k-th, all peers are at step k * local_steps of the schedule, however much
+each has trained. So a late peer takes over the count, and all end together.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from parallel.peers.membership import ExchangeResult, Member, PeerState
 from parallel.peers.rendezvous import PeerGroup
 from parallel.peers.setup import agreement, data_seed, join_command
 
-POLL_SECONDS = 0.5  # between looks at whether an exchange is over, and whether the person wants to leave
+POLL_SECONDS = 0.5  # between checks whether an exchange is over and whether the user stops the run
 
 LOGGER = logging.getLogger("engine")
 
@@ -45,26 +48,26 @@ class Engine(zero.Engine):
 
     name = "local"
     used_settings = frozenset({"local_steps", "outer_lr", "outer_momentum", "patience_seconds"})
-    ema_refusal = "peers that come and go would each average only what they saw themselves"
-    own_average_refusal = "the peers exchange the weights that are trained, and not the average that would be evaluated"
+    ema_refusal = "peers join and leave, and each would average only the steps that it made itself"
+    own_average_refusal = "the peers exchange the trained weights, not the average that would be evaluated"
 
     def __init__(
         self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int, meeting: PeerGroup
     ):
-        """As of `zero`; `meeting` is used by the main process only.
+        """As for `zero`; only the main process uses `meeting`.
 
         Raises:
-            SettingsError: a combination that would not train as asked.
+            SettingsError: a combination of settings that would not train as requested.
         """
         check_outer(settings.parallel)
         super().__init__(build, settings, schedule, seed)
         self.meeting, self.local_steps = meeting, settings.parallel.local_steps
         self.data_seed = data_seed(seed, meeting.number)
-        self.outer_steps = 0  # outer steps made
-        self.alone = 0  # optimiser steps since the last one
-        self.made = 0  # optimiser steps of this process
-        self.began = time.monotonic()  # of these
-        self.met: list[Member] = []
+        self.outer_steps = 0
+        self.alone = 0  # optimizer steps since the last outer step
+        self.made = 0  # optimizer steps of this process
+        self.began = time.monotonic()  # when the steps since the last outer step began
+        self.met: list[Member] = []  # of the last exchange
         self.facts: dict[str, float] = {}
         self.outer: OuterStep | None = None  # in the main process
 
@@ -74,12 +77,12 @@ class Engine(zero.Engine):
     def describe(self) -> str:
         chosen = self.settings.parallel
         return (
-            f"a peer that takes {chosen.local_steps} steps alone, outer rate {chosen.outer_lr} and momentum {chosen.outer_momentum}, "
-            f"{super().describe()}"
+            f"peer, {chosen.local_steps} local steps, outer learning rate {chosen.outer_lr} and momentum "
+            f"{chosen.outer_momentum}, {super().describe()}"
         )
 
     def epoch_facts(self) -> dict[str, float]:
-        """`peers` of the last exchange, `outer_steps` made in all, and what that exchange took in waiting, seconds and bytes sent."""
+        """`peers` of the last exchange, total `outer_steps`, and that exchange's wait, seconds and bytes sent."""
         return self.facts
 
     def close(self, failed: bool = False) -> None:
@@ -87,12 +90,14 @@ class Engine(zero.Engine):
             self.meeting.close()
         super().close()
 
-    # --- training -------------------------------------------------------------------------------------------------
+    # --- training --------------------------------------------------------------------------------------------------
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Join the others, and go on from where they stand; the first peer begins alone."""
+        """Join the others and take over their state; the first peer begins alone."""
         problem = None
         if self.is_main:
+            self.meeting.most_steps = self.schedule.total
+            self.meeting.most_outer_steps = -(-self.schedule.total // self.local_steps)
             try:
                 self.meeting.open(agreement(facts, self.num_parameters))
             except (RunError, SettingsError) as error:
@@ -100,11 +105,11 @@ class Engine(zero.Engine):
         self._raise(self.broadcast_object(problem))
         self._make_outer()
         if self.is_main:
-            self.say(f"peers     this one listens at {self.meeting.place.text}; another joins with")
-            self.say(f"          {join_command(facts, self.meeting.place.text)}")
+            self.say(f"peers     listening at {self.meeting.endpoint.text}; another peer joins with")
+            self.say(f"          {join_command(facts, self.meeting.endpoint.text)}")
             if self.meeting.join:
                 self.say("peers     waiting for the others' next exchange")
-        if self.meeting.join or self.alone >= self.local_steps:  # the latter: stopped while it waited for an exchange
+        if self.meeting.join or self.alone >= self.local_steps:  # the latter: it was stopped while it waited
             self._exchange(joining=self.meeting.join is not None)
         self.began = time.monotonic()
 
@@ -122,39 +127,38 @@ class Engine(zero.Engine):
         return super().forward(images)
 
     def _exchange(self, joining: bool = False) -> None:
-        """Meet the others, make the outer step, and stand where they stand. Collective.
+        """Average with the others, make the outer step, and take over their progress. Collective.
 
-        Told to stop while it waits, the peer leaves without the exchange; resumed, it meets the others before anything else.
+        If the run is stopped during the wait, the peer leaves without the exchange. After a resume it exchanges first.
         """
         values, future = self._gather(), None
         worked_seconds = time.monotonic() - self.began
         if self.is_main:
-            sound = bool(torch.isfinite(values).all())  # a peer whose weights are lost does not spoil the others'
-            share = min(1.0, self.alone / self.local_steps) if sound else 0.0
-            standing = PeerState(self.outer_steps, self.step, share, values, self._outer_vector())
-            future = background(self.meeting.exchange, standing, joining)
+            share = min(1.0, self.alone / self.local_steps)
+            state = PeerState(self.outer_steps, self.step, share, values, self._outer_vector())
+            future = background(self.meeting.exchange, state, joining)
         if not self._wait(future):
             if self.is_main:
                 self.meeting.leave()
-                self.say("peers     left without the exchange that it was waiting for")
+                self.say("peers     stopped while waiting for an exchange; it follows after a resume")
             return
         outcome: ExchangeResult | None = future.result() if future else None
         if outcome is not None:
             values = self._outer_step(outcome)
-            self._tell(outcome, worked_seconds)
+            self._report(outcome, worked_seconds)
         self._scatter(values)
         self.outer_steps, self.step, self.facts = self.broadcast_object((self.outer_steps, self.step, self.facts))
         self.alone, self.began = 0, time.monotonic()
 
     def _wait(self, future: Future | None) -> bool:
-        """Until the main process has the outcome; False when told to leave. Collective."""
+        """Wait until the main process has the result; False if the run is stopped first. Collective."""
         while True:
             done, problem = False, None
             if future is not None:
                 wait([future], timeout=POLL_SECONDS)
                 done = future.done()
                 problem = str(future.exception()) if done and isinstance(future.exception(), RunError) else None
-            # The other processes wait here only, and never for longer than a moment: no time limit of theirs can strike.
+            # The other processes wait only here, for short intervals, so none of their time limits expires.
             done, problem = self.broadcast_object((done, problem))
             self._raise(problem)
             if done:
@@ -166,10 +170,10 @@ class Engine(zero.Engine):
         if problem:
             raise RunError(problem) if self.is_main else SystemExit(1)
 
-    # --- the outer step, in the main process ----------------------------------------------------------------------
+    # --- the outer step, in the main process -----------------------------------------------------------------------
 
     def _make_outer(self) -> None:
-        """From the weights as they are, unless a checkpoint brought one."""
+        """Create the outer optimizer from the current weights, unless a checkpoint restored it."""
         masters = self._masters(keep=self.is_main and self.outer is None)
         if self.is_main and self.outer is None:
             chosen = self.settings.parallel
@@ -196,7 +200,7 @@ class Engine(zero.Engine):
         )
 
     def _outer_step(self, outcome: ExchangeResult) -> Tensor:
-        """The values that every peer goes on from."""
+        """The values with which every peer continues."""
         if outcome.outer is not None:
             self._set_outer_vector(outcome.outer)
         self.outer_steps, self.step = outcome.count, outcome.step
@@ -210,8 +214,8 @@ class Engine(zero.Engine):
         self.step = min(self.outer_steps * self.local_steps, self.schedule.total)
         return torch.cat([*values, buffers])
 
-    def _tell(self, outcome: ExchangeResult, worked_seconds: float) -> None:
-        """Facts for the epoch's line, and on the screen who came and who went."""
+    def _report(self, outcome: ExchangeResult, worked_seconds: float) -> None:
+        """Record facts for the epoch's line, and print which peers joined and left."""
         self.facts = {
             "peers": len(outcome.members),
             "outer_steps": self.outer_steps,
@@ -220,30 +224,32 @@ class Engine(zero.Engine):
             "exchange_bytes": outcome.num_bytes,
         }
         now, before = (
-            {member.id: member.place for member in members}
+            {member.id: member.endpoint for member in members}
             for members in (outcome.members, self.met or outcome.members[:0])
         )
-        came = sorted(place for key, place in now.items() if key not in before and key != self.meeting.id)
-        went = sorted(place for key, place in before.items() if key not in now)
+        joined = sorted(endpoint for key, endpoint in now.items() if key not in before and key != self.meeting.id)
+        left = sorted(endpoint for key, endpoint in before.items() if key not in now)
         self.met = outcome.members
-        if came or went or outcome.outer is not None:
-            changes = [f"{', '.join(places)} {what}" for places, what in ((came, "here"), (went, "gone")) if places]
+        if joined or left or outcome.outer is not None:
+            changes = [f"{', '.join(names)} {what}" for names, what in ((joined, "joined"), (left, "left")) if names]
             if outcome.outer is not None:
-                changes.append(f"this one has taken over their state after outer step {outcome.count}")
+                changes.append(f"took over the state of the others after outer step {outcome.count}")
             self.say(
-                f"peers     outer step {self.outer_steps}, step {self.step}: {len(now)} with this one; {'; '.join(changes)}"
+                f"peers     outer step {self.outer_steps}, step {self.step}: {len(now)} including this one; "
+                f"{'; '.join(changes)}"
             )
-        if [member.number for member in outcome.members].count(self.meeting.number) > 1 and came:
+        if [member.number for member in outcome.members].count(self.meeting.number) > 1 and joined:
             self.say(
-                "peers     another peer sees the very images that this one sees: of two on one machine, each needs a --name of its own"
+                "warning: another peer trains on the same images in the same order as this one. "
+                "Give each peer on a machine its own --name"
             )
-        if came and self.alone:
+        if joined and self.alone:
             self.say(line_of_exchange(outcome.seconds, outcome.wait_seconds, worked_seconds, self.alone))
 
-    # --- the weights, between the job's processes and one vector ----------------------------------------------------
+    # --- the weights, between the job's processes and one vector ---------------------------------------------------
 
     def _masters(self, keep: bool) -> dict[str, Tensor]:
-        """The trained parameters in fp32, whole, on the CPU; empty unless this process is to keep them. Collective."""
+        """The full fp32 trained parameters on the CPU; empty unless this process keeps them. Collective."""
         parts, masters = self.parts, {}
         for name, parameter in self.engine.module.named_parameters():
             if parameter.requires_grad:
@@ -256,7 +262,7 @@ class Engine(zero.Engine):
         return [buffer for buffer in persistent_buffers(self.engine.module).values() if buffer.is_floating_point()]
 
     def _gather(self) -> Tensor | None:
-        """Parameters, then floating-point buffers (N,), on the CPU of the main process. Collective."""
+        """Parameters, then floating-point buffers, as one vector (N,) on the CPU of the main process. Collective."""
         masters = self._masters(keep=self.is_main)
         if not self.is_main:
             return None
@@ -280,7 +286,7 @@ class Engine(zero.Engine):
         for buffer, piece in zip(buffers, pieces[len(trained) :], strict=True):
             buffer.copy_(piece)
 
-    # --- the state: that of zero, and the outer step's --------------------------------------------------------------
+    # --- the state: that of zero and of the outer step -------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
         state = super().gather_state()
@@ -290,9 +296,8 @@ class Engine(zero.Engine):
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
         super().scatter_state(state)
-        if (
-            state is not None and "outer/progress" in state
-        ):  # a state of zero has none: its weights are what peers agree on
+        # A checkpoint of zero has no outer state; then its weights are the common starting point.
+        if state is not None and "outer/progress" in state:
             chosen = self.settings.parallel
             trained = [name for name, parameter in self.engine.module.named_parameters() if parameter.requires_grad]
             self.outer = OuterStep(

@@ -1,4 +1,4 @@
-"""Heartbeats to the lighthouses, and calls that wait in the background."""
+"""Heartbeats to the lighthouses, and function calls in background threads."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from parallel.peers.endpoint import coordination, lighthouse_of
 
 BEAT_SECONDS = 0.5  # between heartbeats
-SILENT_SECONDS = 4.0  # a lighthouse that has not answered for so long is given up for the next
+SILENT_SECONDS = 4.0  # without an answer, until the next lighthouse is used
 
 
 class Heartbeat(threading.Thread):
-    """Tells one lighthouse that this peer is alive, and notes whether it answers."""
+    """Sends heartbeats of this peer to one lighthouse and records whether it answers."""
 
-    def __init__(self, place: str, peer: str, is_alive: Callable[[], bool]):
-        super().__init__(name=f"heartbeat to {place}", daemon=True)
-        self.place, self.peer, self.is_alive = place, peer, is_alive
+    def __init__(self, endpoint: str, peer: str, is_alive: Callable[[], bool]):
+        super().__init__(name=f"heartbeat to {endpoint}", daemon=True)
+        self.endpoint, self.peer, self.is_alive = endpoint, peer, is_alive
         self.ended = threading.Event()
         self.tried = False
         self._client: Any = None
@@ -30,8 +30,8 @@ class Heartbeat(threading.Thread):
     def answers(self) -> bool:
         return time.monotonic() - self._heard < SILENT_SECONDS
 
-    def begin_anew(self) -> None:
-        """Believe in this lighthouse again when it has answered over a new connection."""
+    def reconnect(self) -> None:
+        """Count this lighthouse as answering again only after it answers over a new connection."""
         self._client, self._heard = None, float("-inf")
 
     def run(self) -> None:
@@ -40,19 +40,19 @@ class Heartbeat(threading.Thread):
             if self.is_alive():
                 try:
                     client = self._client or coordination().LighthouseClient(
-                        lighthouse_of(self.place), connect_timeout=limit
+                        lighthouse_of(self.endpoint), connect_timeout=limit
                     )
                     self._client = client
                     client.heartbeat(self.peer, timeout=limit)
                     self._heard = time.monotonic()
-                except (RuntimeError, TimeoutError):
+                except (RuntimeError, TimeoutError, ValueError):
                     self._client = None
                 self.tried = True
             self.ended.wait(BEAT_SECONDS)
 
 
 def background(function: Callable[..., Any], *arguments: Any) -> Future:
-    """Call a function in a thread that does not keep the process alive: it may wait for peers that never come."""
+    """Call a function in a daemon thread, because a wait for peers must not keep the process alive."""
     future: Future = Future()
 
     def work() -> None:

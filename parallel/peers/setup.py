@@ -1,4 +1,4 @@
-"""What a peer settles before it meets the others: from its flags, where to listen and who it is; which facts must be equal."""
+"""Set up a peer before its first exchange: address and number from the flags, facts that peers must share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from config.differences import leaves
 from parallel.peers.endpoint import check_own, coordination, own_address, split_address
 from parallel.peers.rendezvous import PeerGroup
 
-# What may differ between peers: how each spreads its own work, and at which precision. Memory and GPUs differ.
+# Settings that may differ between peers: parallelism and precision, because memory and GPUs differ.
 FREE = (
     "strategy",
     "engine.zero_optimization",
@@ -21,7 +21,8 @@ FREE = (
     "engine.gradient_accumulation_steps",
     "parallel.patience_seconds",
 )
-# Flags of train.py that are one peer's own; the others are handed on. With the number of words that follow.
+# Flags of train.py that are specific to one peer, with the number of words that follow. The others go into the join
+# command.
 OWN_FLAGS = {
     "--host-peers": 1,
     "--join": 1,
@@ -47,17 +48,17 @@ def meeting_of(
     name: str | None,
     patience_seconds: float,
 ) -> PeerGroup | None:
-    """The meeting that the flags of these names ask for; None without any.
+    """The PeerGroup for the flags of these names; None without any of them.
 
     Raises:
-        SettingsError: flags that do not go together, an address that is not this machine's, or torchft is missing.
+        SettingsError: flags that exclude one another, an address of another machine, or torchft is missing.
     """
     if not (host_peers or join):
         if peer_address:
-            raise SettingsError("--peer-address says where a peer listens: give --host-peers or --join with it")
+            raise SettingsError("--peer-address sets where a peer listens: add --host-peers or --join")
         return None
     if host_peers and join:
-        raise SettingsError("--host-peers starts a run of peers and --join enters one: give one of them")
+        raise SettingsError("--host-peers starts a run of peers and --join enters one: give only one of them")
     coordination()
     if host_peers:
         address, port = split_address(host_peers, "--host-peers")
@@ -73,17 +74,17 @@ def meeting_of(
 
 
 def peer_number(host: str, name: str) -> int:
-    """1 to 2^20 - 1, the same whenever this peer starts; the first peer is 0."""
+    """A number from 1 to 2^20 - 1 that stays the same when this peer restarts; the first peer has 0."""
     return 1 + int.from_bytes(blake2b(f"{host} {name}".encode(), digest_size=4).digest(), "big") % (2**20 - 1)
 
 
 def data_seed(seed: int, number: int) -> int:
-    """The seed of a peer's order of images and of their augmentation: of the first peer, the run's own."""
+    """The seed of a peer's data order and augmentation; the first peer uses the seed of the run."""
     return seed if number == 0 else int.from_bytes(blake2b(f"{seed} {number}".encode(), digest_size=4).digest(), "big")
 
 
 def agreement(facts: dict[str, Any], num_parameters: int) -> dict[str, Any]:
-    """What peers must have in common, from the facts of `run.json`."""
+    """The facts of `run.json` that must be equal for all peers."""
     settings = {path: value for path, value in leaves(facts["settings"]) if not path.startswith(FREE)}
     return {
         **settings,
@@ -98,16 +99,16 @@ def agreement(facts: dict[str, Any], num_parameters: int) -> dict[str, Any]:
     }
 
 
-def join_command(facts: dict[str, Any], place: str) -> str:
-    """What to type on another machine. The preset is named: without a GPU there, another would be chosen."""
-    words, handed = iter(facts["command"][1:]), []
+def join_command(facts: dict[str, Any], endpoint: str) -> str:
+    """The join command. It names the preset, because a machine without a GPU would choose another one."""
+    words, kept = iter(facts["command"][1:]), []
     for word in words:
         flag, _, value = word.partition("=")
         if flag not in OWN_FLAGS:
-            handed.append(word)
+            kept.append(word)
         elif not value:
             for _ in range(OWN_FLAGS[flag]):
                 next(words, None)
     return shlex.join(
-        ["./launch_local_train.sh", "--strategy", "local", "--join", place, "--preset", facts["preset"], *handed]
+        ["./launch_local_train.sh", "--strategy", "local", "--join", endpoint, "--preset", facts["preset"], *kept]
     )

@@ -1,4 +1,4 @@
-"""The fault matrix: a round of a few faults, and that it would notice a loss. All faults: -m slow."""
+"""Fault injection: a round of a few faults, and that a lost run would be noticed. All faults: -m slow."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_run_survives(scene, fault):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_survives_every_fault(scene, fault):
     if fault == "disk-full" and not may_mount(scene.folder):
-        pytest.skip("may not mount a disk here")
+        pytest.skip("this process may not mount a disk")
     for seed in range(2, 5):
         survives(scene, fault, seed)
 
@@ -82,8 +82,8 @@ def test_the_table_counts_what_was_lost():
     assert "| 2 | 1 | 1 | 0 |" in table and "| 1 | 1 | 0 | 1 |" in table and table.endswith("| all | | 3 | 2 | 1 | 1 |")
 
 
-def test_what_checkpoints_cost_is_measured_and_kept(training, tmp_path):
-    """That it runs and says what it measured; the figures are of a busy moment."""
+def test_the_cost_of_checkpoints_is_measured_and_written(training, tmp_path):
+    """It runs and reports its measurements; the figures are those of a busy moment."""
     preset, data_dir = training[1], training[3]
     run(
         "benchmarks/checkpoint_cost.py",
@@ -100,4 +100,4 @@ def test_what_checkpoints_cost_is_measured_and_kept(training, tmp_path):
     )
     facts, text = json.loads((tmp_path / "cost.json").read_text()), (tmp_path / "cost.md").read_text()
     assert len(facts["plain"]) == len(facts["saving"]) == len(facts["waited"]) == 2 and facts["bytes"] > 10_000
-    assert f"**{100 * facts['share']:.2f} %**" in text and f"{facts['bytes'] / 1e6:.1f} MB a checkpoint" in text
+    assert f"**{100 * facts['share']:.2f} %**" in text and f"{facts['bytes'] / 1e6:.1f} MB per checkpoint" in text

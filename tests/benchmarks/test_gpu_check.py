@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py: parts end within their limits, say what they found, and do not end one another.
+"""benchmarks/gpu_check.py: parts end within their limits, report their results, and do not affect one another.
 
 pytest tests/benchmarks/test_gpu_check.py            without the parts that take minutes; those: -m slow
 """
@@ -6,6 +6,7 @@ pytest tests/benchmarks/test_gpu_check.py            without the parts that take
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,32 +19,35 @@ import psutil
 import pytest
 
 from benchmarks import gpu_check
+from benchmarks.lib import gpu_check_phases as phases
 from benchmarks.lib.gpu_check_parts import CIFAR100_ACCURACY, PARTS, Check, NotReached, Part, Skipped, train_figures
+from benchmarks.lib.gpu_check_phases import PHASES
+from common.paths import PROJECT
 from config.settings import Settings
+from image_data.dataset import Dataset
 from records.run_folder import RunFolder
-
-PROJECT = Path(gpu_check.__file__).resolve().parent
 
 
 def python(code: str) -> list[list[str]]:
     return [[sys.executable, "-c", code]]
 
 
-def part(code: str, read=lambda check, log: {"said": log.splitlines()[-1]}, limit: float = 30) -> Part:
-    return Part("made for this test", lambda check: python(code), read, limit, limit)
+def part(code: str, read=lambda check, log: {"said": log.splitlines()[-1]}, limit: float = 30, **more) -> Part:
+    return Part("part of this test", lambda check: python(code), read, limit, limit, **more)
 
 
 def check_with(monkeypatch, tmp_path: Path, parts: dict[str, Part], *arguments: str) -> tuple[int, dict]:
     monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.setattr(gpu_check, "PHASES", parts)
     monkeypatch.setattr(gpu_check, "FIRST", ("first",))
-    monkeypatch.setattr(Part, "limit", lambda self, check: self.limit_seconds)
+    monkeypatch.setattr(Part, "limit", lambda self, check: min(self.limit_seconds, check.seconds_left()))
     code = gpu_check.main(["--parts", ",".join(parts), "--out", str(tmp_path), *arguments])
     return code, json.loads((tmp_path / "check.json").read_text())
 
 
 def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch, tmp_path, capsys):
     def disappoint(check, log):
-        raise NotReached("3 % where 5 % was due")
+        raise NotReached("3 %, expected 5 %")
 
     began = time.monotonic()
     code, report = check_with(
@@ -72,17 +76,73 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
     ]
     assert found["good"]["figures"] == {"said": "all well"} and found["last"]["figures"] == {"said": "still here"}
     assert "ValueError: no such thing" in found["raises"]["words"] and "raises.log" in found["raises"]["words"]
-    assert "took too long" in found["hangs"]["words"] and "exit code -6" in found["crashes"]["words"]
+    assert "exceeded its time limit" in found["hangs"]["words"] and "exit code -6" in found["crashes"]["words"]
     page, printed = (tmp_path / "check.md").read_text(), capsys.readouterr().out
-    assert "3 % where 5 % was due" in page and "3 % where 5 % was due" in printed
+    assert "3 %, expected 5 %" in page and "3 %, expected 5 %" in printed
     assert "2 passed, 4 failed, 0 skipped" in printed
 
 
+def test_a_part_that_is_cut_off_keeps_its_figures(monkeypatch, tmp_path):
+    """Such as a run whose epochs so far are on the disk."""
+    mark = tmp_path / "epochs"
+    code = f"import pathlib, time; pathlib.Path({str(mark)!r}).write_text('7'); time.sleep(60)"
+    parts = {"long": part(code, lambda check, log: {"epochs": mark.read_text()}, limit=2)}
+    code, report = check_with(monkeypatch, tmp_path, parts)
+    assert code == 1 and report["parts"][0]["status"] == "failed" and report["parts"][0]["figures"] == {"epochs": "7"}
+    assert (
+        "exceeded its time limit" in (tmp_path / "check.md").read_text()
+        and "epochs: 7" in (tmp_path / "check.md").read_text()
+    )
+
+
+def test_a_timed_check_ends_in_time_and_reports_what_it_skipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 2.0)
+    parts = {"hangs": part("import time; time.sleep(60)", limit=50), "late": part("print('never')")}
+    began = time.monotonic()
+    code, report = check_with(monkeypatch, tmp_path, parts, "--minutes", "0.06", "--small")
+    assert code == 1 and time.monotonic() - began < 20
+    assert [(entry["status"], entry["words"]) for entry in report["parts"]][1] == ("skipped", "no time left")
+
+
+def test_the_report_is_written_after_each_part(monkeypatch, tmp_path):
+    """A check that is killed loses the part at work only."""
+    seen = {}
+
+    def look(check, log):
+        seen.update(json.loads((check.out / "check.json").read_text()))
+        return {}
+
+    check_with(monkeypatch, tmp_path, {"one": part("print('done')"), "two": part("pass", look)})
+    assert [entry["name"] for entry in seen["parts"]] == ["one"] and seen["parts"][0]["figures"] == {"said": "done"}
+
+
+def test_commands_of_a_part_can_run_at_once(monkeypatch, tmp_path):
+    """Each waits for the file of the other."""
+    files = [str(tmp_path / name) for name in "ab"]
+    code = (
+        "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch()\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)\n"
+        "print('met')"
+    )
+    commands = [[sys.executable, "-c", code, *order] for order in (files, files[::-1])]
+    both = Part(
+        "part of this test", lambda check: commands, lambda check, log: {"met": log.count("\nmet")}, 60, 60, True
+    )
+    failing = Part(
+        "part of this test", lambda check: [*commands, *python("raise SystemExit(3)")], both.read, 60, 60, True
+    )
+    code, report = check_with(monkeypatch, tmp_path, {"both": both, "failing": failing})
+    assert code == 1 and [entry["status"] for entry in report["parts"]] == ["passed", "failed"]
+    assert [entry["figures"] for entry in report["parts"]] == [{"met": 2}, {"met": 2}]
+    assert "exit code 3" in report["parts"][1]["words"] and "failing-3.log" in report["parts"][1]["words"]
+
+
 def test_what_a_part_left_running_is_ended(monkeypatch, tmp_path):
-    """A daemon that a part started and that outlives it, in its session."""
+    """A process that a part started in its session and that outlives it."""
     mark, daemon = tmp_path / "mark", tmp_path / "daemon.py"
     daemon.write_text(
-        f"import pathlib, time\nwhile True:\n    pathlib.Path({str(mark)!r}).write_text(str(time.time()))\n    time.sleep(0.05)\n"
+        f"import pathlib, time\nwhile True:\n"
+        f"    pathlib.Path({str(mark)!r}).write_text(str(time.time()))\n    time.sleep(0.05)\n"
     )
     code = (
         f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, {str(daemon)!r}])\n"
@@ -95,8 +155,8 @@ def test_what_a_part_left_running_is_ended(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_ending_the_check_ends_what_is_at_work(shapes, tmp_path, number):
-    """The device part, stopped as soon as it is there."""
+def test_ending_the_check_ends_its_processes(shapes, tmp_path, number):
+    """The device part, stopped as soon as its process exists."""
     check = subprocess.Popen(
         [sys.executable, "benchmarks/gpu_check.py", "--parts", "device", "--data-dir", shapes, "--out", tmp_path],
         cwd=PROJECT,
@@ -119,15 +179,15 @@ def test_ending_the_check_ends_what_is_at_work(shapes, tmp_path, number):
     assert not left
 
 
-def test_without_what_all_need_nothing_else_is_tried(monkeypatch, tmp_path, capsys):
+def test_nothing_else_runs_if_a_part_fails_that_all_others_need(monkeypatch, tmp_path, capsys):
     code, report = check_with(
         monkeypatch, tmp_path, {"first": part("raise SystemExit(2)"), "second": part("print('never')")}
     )
     assert code == 1 and [entry["name"] for entry in report["parts"]] == ["first"]
-    assert "without first the other parts can say nothing" in capsys.readouterr().out
+    assert "first failed, and the other parts need it" in capsys.readouterr().out
 
 
-def test_the_machine_is_described_and_the_data_looked_for(shapes, tmp_path, capsys):
+def test_the_report_describes_the_machine(shapes, tmp_path, capsys):
     """The real parts that take a moment, on whatever machine the tests run."""
     assert gpu_check.main(["--parts", "device", "--data-dir", str(shapes), "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "check.json").read_text())
@@ -156,8 +216,8 @@ def test_the_list_names_every_part(capsys):
     assert all(name in printed and PARTS[name].what in printed for name in PARTS)
 
 
-def test_the_training_part_wants_its_accuracy_and_the_same_count_twice(unbroken, shapes, tmp_path):
-    """With the run of the other tests in place of its own."""
+def test_the_training_part_checks_its_accuracy_and_the_count_of_evaluate(unbroken, shapes, tmp_path):
+    """With the run of the other tests instead of its own."""
     last = RunFolder(unbroken.folder).metrics()[-1]
     (tmp_path / "run").symlink_to(unbroken.folder)
     check = Check(tmp_path, 0, False, shapes, None)
@@ -169,8 +229,8 @@ def test_the_training_part_wants_its_accuracy_and_the_same_count_twice(unbroken,
     (tmp_path / "evaluation.json").write_text(json.dumps({"correct": last["test_correct"]}))
     if last["test_accuracy"] >= 2 / 10:
         assert f"{100 * last['test_accuracy']:.1f} %" in train_figures(check, "")["test accuracy"]
-    (tmp_path / "shapes").symlink_to(shapes)  # of the drawn shapes more is due
-    with pytest.raises(NotReached, match="at least 40 % was due"):
+    (tmp_path / "shapes").symlink_to(shapes)  # the drawn shapes need a higher accuracy
+    with pytest.raises(NotReached, match="expected at least 40 %"):
         train_figures(Check(tmp_path, 0, True, None, None), "")
     assert CIFAR100_ACCURACY > 0.1
 
@@ -190,9 +250,126 @@ def test_the_tests_that_a_part_runs_exist(name, quick, num_gpus, tmp_path):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+# --- timed phases -------------------------------------------------------------------------------------------------
+
+
+def blocked(folder: Path, *packages: str) -> str:
+    """Return a folder for PYTHONPATH that makes packages look as if they were not installed."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        f"""import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name in {packages!r} or name.startswith(tuple(p + "." for p in {packages!r})):
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+    )
+    return str(folder)
+
+
+def rehearse(tmp_path: Path, monkeypatch, *arguments: str, without: tuple[str, ...] = ()) -> tuple[int, dict]:
+    """Run `gpu_check.sh --small` in a process of its own, with this Python, without some packages."""
+    monkeypatch.setenv("PYTHONPATH", blocked(tmp_path / "blocked", *without))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    words = [str(PROJECT / "gpu_check.sh"), "--small", "--out", str(tmp_path / "out"), *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1400)
+    report = tmp_path / "out" / "check.json"
+    assert report.is_file(), done.stdout + done.stderr
+    return done.returncode, json.loads(report.read_text())
+
+
+def problems(report: dict) -> dict[str, str]:
+    return {entry["name"]: entry["words"] for entry in report["parts"] if entry["status"] != "passed"}
+
+
+def test_a_rehearsal_trains_without_dali_and_deepspeed(tmp_path, monkeypatch):
+    """The last phase, on the data that the rehearsal writes itself."""
+    code, report = rehearse(
+        tmp_path, monkeypatch, "--minutes", "6", "--parts", "long", without=("nvidia.dali", "deepspeed")
+    )
+    assert code == 0 and problems(report) == {}, report
+    [(name, found)] = report["parts"][-1]["figures"].items()
+    assert name == "long-100ep" and "speed only (no CIFAR-100) after 1 epochs, 3 steps" in found
+    assert report["small"] and report["parts"][1]["figures"] == {"dataset": "noise", "train": "2,000", "test": "400"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_whole_quick_check_passes(tmp_path):
+@pytest.mark.parametrize("without", [(), ("nvidia.dali", "deepspeed")], ids=["all packages", "without DALI, DeepSpeed"])
+def test_the_full_rehearsal_passes(tmp_path, monkeypatch, without):
+    code, report = rehearse(tmp_path, monkeypatch, "--minutes", "20", without=without)
+    assert [entry["name"] for entry in report["parts"]] == list(PHASES)
+    assert code == 0 and problems(report) == {}, problems(report)
+    assert all(entry["figures"] for entry in report["parts"])
+
+
+def test_the_phases_come_in_order_of_value():
+    order = list(PHASES)
+    assert order[:2] == ["device", "prepare"] and order[-1] == "long"
+    assert order.index("tests") < order.index("input") < order.index("step-speedrun") < order.index("seeds")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be above 0, got 0"),
+        (["--minutes", "5", "--quick"], "--quick does not apply to --minutes"),
+        (["--small", "--parts", "seed"], "did you mean 'seeds'?"),
+    ],
+)
+def test_invalid_flags_of_a_timed_check_are_rejected(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_long_recipe_gets_the_epochs_that_fit(shapes, tmp_path):
+    """At the speed of its profile: 1,000 images/s, and overhead per epoch and per run."""
+    images = len(Dataset.open(shapes).splits["train"])
+    (tmp_path / "profile-100ep.json").write_text(
+        json.dumps({"batch": 100, "turns": {"on": {"step_ms": [90, 100, 110]}}})
+    )
+    for seconds, epochs in ((60.5, 0), (60 + 5.5 * (images / 1000 + 0.9), 5)):
+        check = Check(tmp_path, 1, False, shapes, None, end_at=time.monotonic() + seconds)
+        assert max(0, phases.long_epochs(check)) == epochs
+    assert "--epochs 5" in " ".join(phases.long_commands(check))
+    with pytest.raises(Skipped, match="no time left for one epoch"):
+        phases.long_commands(Check(tmp_path, 1, False, shapes, None, end_at=time.monotonic() + 60))
+
+
+@pytest.mark.parametrize(
+    ("installed", "loaders"), [(True, "tensor,whole_batch,resident"), (False, "tensor,whole_batch")]
+)
+def test_phases_use_dali_and_deepspeed_only_where_installed(monkeypatch, shapes, tmp_path, installed, loaders):
+    monkeypatch.setattr(phases, "has", lambda package: installed or package == "pytest")
+    check = Check(tmp_path, 1, False, shapes, None, end_at=time.monotonic() + 600)
+    [command] = phases.input_commands(check)
+    assert command[command.index("--loaders") + 1] == loaders
+    [command] = phases.baseline_commands(check)
+    assert command[command.index("--strategies") + 1] == "ddp" + ",zero 1" * installed
+    marks = {command[command.index("-m", 3) + 1] for command in phases.test_commands(check)}
+    assert marks == {"gpu" + " and not needs_dali and not needs_deepspeed" * (not installed)}
+
+
+def test_the_script_installs_nothing_for_a_timed_check(tmp_path):
+    """A Python without PyTorch is an error that says what to do; pip is not started."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    copy = tmp_path / "gpu_check.sh"
+    copy.write_text((PROJECT / "gpu_check.sh").read_text())
+    copy.chmod(0o755)
+    done = subprocess.run(
+        [copy, "--minutes", "1"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "has no PyTorch, NumPy and Pillow. Set PYTHON=" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_full_quick_check_passes(tmp_path):
     assert gpu_check.main(["--quick", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "check.json").read_text())
     assert {entry["name"] for entry in report["parts"]} == set(PARTS)

@@ -1,4 +1,4 @@
-"""benchmarks/input_pipeline.py: every loader does the same work and is counted alike. Nothing here looks at speeds.
+"""benchmarks/input_pipeline.py: every loader does the same work and is measured in the same way. No speeds here.
 
 pytest tests/benchmarks/test_input_pipeline.py
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import input_pipeline
-from benchmarks.lib.loader_tasks import JOBS, OPTIONAL, OURS, PEERS
+from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS
 from benchmarks.lib.loaders import loaders
 from benchmarks.lib.timing import alternate, ratios, spread
 from image_data.preparation.prepare import prepare
 
 PROGRAM = Path(input_pipeline.__file__)
-ROUNDS, BATCH, IMAGES = 2, 16, 100  # six whole batches an epoch, four images dropped
+ROUNDS, BATCH, IMAGES = 2, 16, 100  # six full batches per epoch, four images dropped
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def measured(drawn) -> tuple[dict, str, str]:
     return json.loads(files[0].read_text()), files[1].read_text(), done.stdout
 
 
-def test_the_names_that_can_be_chosen_are_those_of_the_loaders():
-    assert list(loaders()) == [*OURS, *PEERS, *OPTIONAL]
+def test_the_names_on_the_command_line_are_those_of_the_loaders():
+    assert list(loaders()) == [*OURS, *BASELINES, *OPTIONAL]
 
 
 def test_every_loader_yields_as_many_images(measured):
@@ -77,11 +77,11 @@ def test_every_loader_yields_as_many_images(measured):
     assert set(counts.values()) == {IMAGES // BATCH * BATCH} == {report["settings"]["images_per_epoch"]}
 
 
-def test_every_loader_ran_or_says_why_not(measured):
+def test_every_loader_ran_or_reports_the_reason(measured):
     report, _, _ = measured
     assert list(report["jobs"]) == list(JOBS)
     for job, part in report["jobs"].items():
-        assert {*part["loaders"], *part["skipped"]} == {*OURS, *PEERS}
+        assert {*part["loaders"], *part["skipped"]} == {*OURS, *BASELINES}
         assert {*OURS, "imagefolder", "memory"} <= set(part["loaders"])
         assert all(part["skipped"].values())
         assert ("whole_batch" in part["loaders"]) == (job == "crop")
@@ -96,10 +96,10 @@ def test_the_report_has_every_round_and_ratio(measured):
             for figure in ("images_per_second", "cpu_us_per_image"):
                 assert len(facts[figure]) == ROUNDS and min(facts[figure]) >= 0
         assert list(part["ratios"]) == [name for name in OURS if name in part["loaders"]]
-        for ours, peers in part["ratios"].items():
-            assert list(peers) == [name for name in PEERS if name in part["loaders"]]
-            for peer, values in peers.items():
-                speeds = [part["loaders"][name]["images_per_second"] for name in (ours, peer)]
+        for ours, others in part["ratios"].items():
+            assert list(others) == [name for name in BASELINES if name in part["loaders"]]
+            for other, values in others.items():
+                speeds = [part["loaders"][name]["images_per_second"] for name in (ours, other)]
                 assert values == [a / b for a, b in zip(*speeds, strict=True)]
     assert {"cpu", "cores", "gpu", "versions"} == set(report["machine"])
 
@@ -121,12 +121,12 @@ def test_goals_are_judged_on_the_fastest_of_ours(measured):
 
 def test_the_tables_name_every_loader(measured):
     report, markdown, printed = measured
-    for loader in (*OURS, *PEERS):
+    for loader in (*OURS, *BASELINES):
         assert loader in markdown and loader in printed
     assert report["machine"]["cpu"] in markdown
 
 
-def test_ffcv_that_is_not_installed_is_left_out_with_a_word(drawn, capsys, monkeypatch):
+def test_ffcv_is_skipped_with_a_reason_where_it_is_not_installed(drawn, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(blocker := drawn.parent / "blocked"))
     (blocker / "ffcv").mkdir(parents=True, exist_ok=True)
     (blocker / "ffcv" / "__init__.py").write_text("raise ImportError('no module named ffcv')")
@@ -146,7 +146,7 @@ def test_ffcv_that_is_not_installed_is_left_out_with_a_word(drawn, capsys, monke
     ]
     assert input_pipeline.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "ffcv: left out: not installed" in printed and "not measured: at least FFCV's speed" in printed
+    assert "ffcv: skipped: not installed" in printed and "not measured: at least FFCV's speed" in printed
 
 
 @pytest.mark.parametrize(
@@ -157,18 +157,18 @@ def test_ffcv_that_is_not_installed_is_left_out_with_a_word(drawn, capsys, monke
         (["--rounds", "0"], "--rounds: must be at least 1"),
     ],
 )
-def test_unknown_names_are_refused(arguments, message, capsys):
+def test_unknown_names_are_rejected(arguments, message, capsys):
     with pytest.raises(SystemExit):
         input_pipeline.main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_batch_larger_than_the_dataset_is_refused(drawn, capsys):
+def test_a_batch_larger_than_the_dataset_is_rejected(drawn, capsys):
     assert input_pipeline.main(["--data-dir", str(drawn), "--device", "cpu"]) == 1
     assert "fewer than one batch of 512" in capsys.readouterr().err
 
 
-def test_turns_alternate_and_ratios_go_round_by_round():
+def test_turns_alternate_and_ratios_are_taken_by_round():
     order = []
     results = alternate({name: lambda name=name: order.append(name) or len(order) for name in "abc"}, rounds=3)
     assert "".join(order) == "abcabcabc"

@@ -1,4 +1,4 @@
-"""benchmarks/strategies.py: every strategy does the same work and stands in the table, and bytes and seconds add up. No speeds here.
+"""benchmarks/strategies.py: every strategy does the same work and has its row; bytes and seconds add up. No speeds.
 
 pytest tests/benchmarks/test_strategies_benchmark.py
 """
@@ -21,12 +21,12 @@ from benchmarks.lib.process_groups import Failed, run_group
 from parallel.topologies import TOPOLOGIES
 
 STEPS, WARM_UP, ROUNDS = 2, 1, 1
-EXACT = ["ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp", "pipeline"]  # the same steps as one process makes
+EXACT = ["ddp", "zero 0", "zero 1", "zero 2", "zero 3", "fsdp", "pipeline"]  # train the same steps as one process
 OTHERS = ["gossip", "local"]
 
 
 class Forked:
-    """A process of a group that is forked with PyTorch in memory, instead of a fresh one."""
+    """A process of a group that is forked with PyTorch in memory, instead of a new one."""
 
     def __init__(self, program: str, words: list[str], environment: dict[str, str]):
         self.program = programs.start(program, *words, **environment)
@@ -44,7 +44,7 @@ class Forked:
 
 @pytest.fixture(scope="module")
 def measured(shapes, tiny, tmp_path_factory) -> tuple[dict, Path]:
-    """The JSON and the folder of a small run of everything. The pipeline's 8 micro-batches need 64 images a step."""
+    """The JSON and the folder of a small run of all strategies. 8 micro-batches of the pipeline need 64 images."""
     folder = tmp_path_factory.mktemp("strategies")
     code = strategies.main(
         [
@@ -80,11 +80,11 @@ def rows(report: dict, processes: int = 2) -> dict[str, dict]:
 
 
 def payload(row: dict, kind: str) -> float:
-    """Bytes a step in exchanges of one kind, flags and norms left out."""
+    """Return bytes per step in exchanges of one kind, without flags and norms."""
     return sum(x.payload for x in strategy_report.exchanges_of(row) if x.kind == kind and not x.control)
 
 
-def test_every_strategy_stands_in_the_table_once(measured):
+def test_every_strategy_has_one_row(measured):
     report, _ = measured
     assert [(row["name"], row["processes"]) for row in report["rows"]] == [
         ("one process", 1),
@@ -96,7 +96,7 @@ def test_every_strategy_stands_in_the_table_once(measured):
     )
 
 
-def test_all_are_given_the_same_work(measured):
+def test_all_strategies_do_the_same_work(measured):
     report, _ = measured
     assert {(row["batch"]["total"], row["steps"], row["num_parameters"], row["source"]) for row in report["rows"]} == {
         (64, STEPS, report["rows"][0]["num_parameters"], "tensor")
@@ -104,7 +104,7 @@ def test_all_are_given_the_same_work(measured):
     assert {row["counts"]["seen"] for row in report["rows"]} == {10 * TEST_PER_CLASS}
 
 
-def test_strategies_that_make_the_same_steps_end_alike(measured):
+def test_strategies_that_train_the_same_steps_have_the_same_loss(measured):
     report, _ = measured
     alone = report["rows"][0]
     for name in EXACT:
@@ -133,7 +133,7 @@ def test_an_epoch_is_the_sum_of_its_parts(measured):
     assert all(row["under_way_share"] > 0 for row in rows(report).values())
 
 
-def test_the_bytes_are_those_that_the_strategies_owe(measured):
+def test_the_bytes_are_those_of_each_strategy(measured):
     report, _ = measured
     parameters = 4 * report["rows"][0]["num_parameters"]  # bytes, in fp32
     found = rows(report)
@@ -145,18 +145,19 @@ def test_the_bytes_are_those_that_the_strategies_owe(measured):
     ):
         assert payload(found[name], kind) == share * parameters, name
         assert sent_by_process(strategy_report.exchanges_of(found[name])) == pytest.approx(share * parameters, abs=200)
-    # Shards are padded to equal sizes: a few bytes more. fully_shard makes each layer whole twice, ZeRO 3 too unless it still is.
+    # Shards are padded to equal sizes: a few bytes more. fully_shard gathers each layer twice, and so does ZeRO 3
+    # unless the layer is still gathered.
     for name in ("zero 1", "zero 2"):
         assert parameters <= payload(found[name], "all_gather") < 1.01 * parameters
     assert 2 * parameters <= payload(found["fsdp"], "all_gather") < 2.1 * parameters
     for name in ("zero 3", "fsdp"):
         assert parameters <= payload(found[name], "reduce_scatter") < 1.05 * parameters
-    # Activations of 16 + 1 tokens or 16 and of their gradients: to the other stage and back.
+    # Activations of 16 tokens, or 17 with the CLS token, and their gradients: to the other stage and back.
     tokens = payload(found["pipeline"], "send") / (64 * 32 * 4)
     assert tokens in (16, 17) and payload(found["pipeline"], "receive") == payload(found["pipeline"], "send")
 
 
-def test_the_report_has_text_tables_and_pictures(measured, capsys):
+def test_the_report_has_text_tables_and_plots(measured, capsys):
     report, folder = measured
     text, markdown = strategy_report.as_text(report), (folder / "strategies.md").read_text()
     for row in report["rows"]:
@@ -166,7 +167,7 @@ def test_the_report_has_text_tables_and_pictures(measured, capsys):
     assert str(folder.parent) not in json.dumps(report) + markdown  # no path of this machine
 
 
-def test_the_projection_names_the_quickest(measured):
+def test_the_projection_names_the_fastest(measured):
     report, _ = measured
     assert [part["gigabits"] for part in report["projection"]] == [1.0, 10.0]
     for part in report["projection"]:
@@ -176,7 +177,7 @@ def test_the_projection_names_the_quickest(measured):
             assert len(known) >= len(EXACT) and part["step_seconds"][name][i] == min(known)
 
 
-def test_the_page_made_of_the_json_is_the_one_that_was_written(measured):
+def test_the_json_gives_the_page_that_was_written(measured):
     report, folder = measured
     markdown = strategy_report.as_markdown(report)
     assert markdown == (folder / "strategies.md").read_text()
@@ -192,8 +193,8 @@ def test_the_page_made_of_the_json_is_the_one_that_was_written(measured):
             ]
 
 
-def test_rows_that_fail_say_why_and_the_others_go_on(shapes, tiny, tmp_path, capsys):
-    """Two refusals: of the engine, in its processes, and of a graph that does not exist, before they are started."""
+def test_rows_that_fail_report_the_reason_and_the_others_continue(shapes, tiny, tmp_path, capsys):
+    """Two errors: of the engine in its processes, and of an unknown topology before they are started."""
     code = strategies.main(
         [
             "--data-dir",
@@ -227,7 +228,7 @@ def test_rows_that_fail_say_why_and_the_others_go_on(shapes, tiny, tmp_path, cap
         assert reason in row["failed"] and reason in printed.out and reason in (tmp_path / "strategies.md").read_text()
 
 
-def test_a_setting_that_does_not_exist_starts_nothing(shapes, capsys):
+def test_an_unknown_setting_is_an_error_before_anything_starts(shapes, capsys):
     assert strategies.main(["--data-dir", str(shapes), "--set", "model.widht=3"]) == 1
     assert "did you mean 'model.width'" in capsys.readouterr().err
 
@@ -236,18 +237,18 @@ def test_a_setting_that_does_not_exist_starts_nothing(shapes, capsys):
     ("arguments", "message"),
     [
         (["--strategies", "zero1"], "did you mean 'zero 1'?"),
-        (["--processes", "1,x"], "--processes: give numbers above 0"),
-        (["--link-gbps", "0"], "--link-gbps: give numbers above 0"),
+        (["--processes", "1,x"], "--processes: needs numbers above 0, such as 1,2; got 1,x"),
+        (["--link-gbps", "0"], "--link-gbps: needs numbers above 0"),
         (["--rounds", "0"], "--rounds: must be at least 1"),
     ],
 )
-def test_unusable_flags_are_refused(arguments, message, capsys):
+def test_invalid_flags_are_rejected(arguments, message, capsys):
     with pytest.raises(SystemExit):
         strategies.main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_dataset_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_dataset_is_named(tmp_path, capsys):
     assert strategies.main(["--data-dir", str(tmp_path / "none")]) == 1
     assert "holds no prepared dataset" in capsys.readouterr().err
 
@@ -258,8 +259,8 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("import time; time.sleep(60)", "still at work after 1 s"),
-        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        ("import time; time.sleep(60)", "still running after 1 s"),
+        ("raise RuntimeError('bad luck')", "RuntimeError: bad luck"),
         (
             "import os, time; os._exit(3) if os.environ['RANK'] == '1' else time.sleep(60)",
             "process 1 ended with exit code 3",
@@ -278,8 +279,10 @@ def test_a_group_that_does_not_answer_is_ended(tmp_path, body, reason):
 
 
 def simulate_ring(kind: str, processes: int) -> tuple[int, float]:
-    """Rounds, and what each process sends of a payload of 1, of a ring that passes chunks on until all have what they should."""
-    have = {p: {c: {p} for c in range(processes)} for p in range(processes)}  # chunk -> whose summands are in it
+    """Return rounds, and what each process sends of a payload of 1, of a simulated ring that passes chunks on."""
+    have = {
+        p: {c: {p} for c in range(processes)} for p in range(processes)
+    }  # chunk -> the processes whose summands it contains
     everyone, rounds, sent = set(range(processes)), 0, 0.0
     for phase in {"all_reduce": 2, "reduce_scatter": 1}[kind] * [None]:
         del phase
@@ -298,12 +301,12 @@ def simulate_ring(kind: str, processes: int) -> tuple[int, float]:
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
 @pytest.mark.parametrize("kind", ["all_reduce", "reduce_scatter"])
-def test_the_ring_formulae_are_those_of_a_ring(kind, processes):
+def test_the_ring_formulas_equal_a_simulated_ring(kind, processes):
     rounds, sent = simulate_ring(kind, processes)
     assert RING[kind](processes) == (rounds, pytest.approx(sent))
 
 
-def test_a_ring_of_all_leaves_each_host_once():
+def test_a_ring_of_all_processes_leaves_each_host_once():
     gradients = [Exchange("all_reduce", 2, calls=1, payload=1e6)]
     for per_host in (1, 2, 4):
         layout = Layout(4, per_host)
@@ -314,8 +317,8 @@ def test_a_ring_of_all_leaves_each_host_once():
 
 
 @pytest.mark.parametrize("topology", [name for name in TOPOLOGIES if name != "complete"])
-def test_gossip_sends_no_more_with_more_hosts(topology):
-    """Over a whole period, and with one worker a host; the complete graph is an all-reduce."""
+def test_the_traffic_of_gossip_does_not_grow_with_the_hosts(topology):
+    """Over a full period, and with one worker per host; the complete graph is an all-reduce."""
     weights = [Exchange("all_reduce", 2, calls=1, payload=1e6)]
     sent = {
         hosts: on_the_wire(weights, Layout(1, 1, topology=topology), Layout(hosts, 1, topology=topology))[0]
@@ -325,20 +328,20 @@ def test_gossip_sends_no_more_with_more_hosts(topology):
     assert on_the_wire(weights, Layout(1, 1, topology="complete"), Layout(16, 1, topology="complete"))[0] > 1.8e6
 
 
-def test_a_pipeline_sends_the_whole_batch_once_between_two_stages():
+def test_a_pipeline_sends_the_full_batch_once_between_two_stages():
     activations = [Exchange("send", 2, calls=8, payload=1e6), Exchange("receive", 2, calls=8, payload=1e6)]
     for hosts in (2, 4):
         num_bytes, rounds = on_the_wire(activations, Layout(1, 2, stages=2), Layout(hosts, 2, stages=2))
         assert num_bytes == pytest.approx(1e6 / (hosts / 2)) and rounds == 8
 
 
-def test_flags_go_to_all_even_in_gossip():
+def test_flags_go_to_all_processes_even_in_gossip():
     flags = [Exchange("all_reduce", 2, calls=1, payload=8, control=True)]
     _, rounds = on_the_wire(flags, Layout(1, 2, topology="ring"), Layout(4, 2, topology="ring"))
     assert rounds == 2 * 7
 
 
-def test_a_projection_divides_the_computation_and_adds_the_wire():
+def test_a_projection_divides_the_computation_and_adds_the_link():
     gradients = [Exchange("all_reduce", 1, calls=1, payload=1e9 / 8)]
     seconds = [
         project(gradients, Layout(1, 1), hosts, compute_seconds=8.0, exposed_seconds=0.5, link=Link(1.0, 0.25))

@@ -1,4 +1,4 @@
-"""benchmarks/training_step.py: all contenders do the same work, and its figures follow from what was measured. No speeds here.
+"""benchmarks/training_step.py: all systems do the same work, and its figures follow from the measurements. No speeds.
 
 pytest tests/benchmarks/test_training_step.py
 """
@@ -14,11 +14,14 @@ from unittest import mock
 import programs
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import training_step
-from benchmarks.lib import step_report
+from benchmarks.lib import memory_floor, step_report
 from benchmarks.lib.peak_flops import PEAKS, data_sheet, measured_flops
 from benchmarks.lib.step_breakdown import PARTS, Marks
+from benchmarks.lib.workload import Subject
+from config.settings import resolve
 from models.cost import count_flops
 
 STEPS, WARM_UP, ROUNDS = 2, 1, 2
@@ -27,7 +30,7 @@ SAME_STEPS = ["ddp", "zero 1", "bare", "timm"]  # in fp32
 
 @pytest.fixture(scope="module")
 def context():
-    """Contenders are forked with PyTorch in memory."""
+    """Systems are forked with PyTorch in memory."""
     with mock.patch.dict(os.environ, programs.ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
@@ -35,7 +38,7 @@ def context():
 
 @pytest.fixture(scope="module")
 def measured(shapes, tiny, context, tmp_path_factory) -> tuple[dict, Path]:
-    """The JSON of a small run of everything, in both precisions, and its folder."""
+    """The JSON of a small run of all systems, in both precisions, and its folder."""
     folder = tmp_path_factory.mktemp("step")
     code = training_step.main(
         [
@@ -72,7 +75,7 @@ def rows(report: dict) -> dict[str, dict]:
     return {row["label"]: row for row in report["rows"] if not row["left_out"]}
 
 
-def test_all_contenders_ran_or_say_why_not(measured):
+def test_all_systems_ran_or_report_the_reason(measured):
     report, _ = measured
     labels = [
         "ddp",
@@ -89,11 +92,11 @@ def test_all_contenders_ran_or_say_why_not(measured):
     ]
     assert [row["label"] for row in report["rows"]] == labels
     left_out = {row["label"]: row["left_out"] for row in report["rows"] if row["left_out"]}
-    assert set(left_out) <= {"lightning", "lightning, bf16"}  # an optional peer
+    assert set(left_out) <= {"lightning", "lightning, bf16"}  # an optional baseline
     assert all("not installed" in reason for reason in left_out.values())
 
 
-def test_all_make_the_same_steps(measured):
+def test_all_systems_train_the_same_steps(measured):
     report, _ = measured
     found = rows(report)
     for label in SAME_STEPS:
@@ -103,13 +106,15 @@ def test_all_make_the_same_steps(measured):
     assert len({row["num_parameters"] for row in found.values()}) == 1
 
 
-def test_figures_follow_from_what_was_measured(measured):
+def test_figures_follow_from_the_measurements(measured):
     report, _ = measured
     for label, row in rows(report).items():
         peak = report["peaks"]["bf16" if row["bf16"] else "fp32"]
-        assert (
-            len(row["seconds"]) == ROUNDS and row["mfu"] is None and peak["data_sheet"] is None
-        )  # a CPU has no data sheet here
+        assert len(row["seconds"]) == ROUNDS
+        assert row["mfu"] is None and peak["data_sheet"] is None  # there are no data sheets of CPUs
+        memory = report["memory"]
+        floor = memory["bytes_per_step"]["bf16" if row["bf16"] else "fp32"] / memory["copy_bytes_per_second"]
+        assert row["of_memory_floor"] == pytest.approx([floor * STEPS / seconds for seconds in row["seconds"]])
         for i, seconds in enumerate(row["seconds"]):
             assert row["images_per_second"][i] == pytest.approx(STEPS * 64 / seconds)
             assert row["of_measured"][i] == pytest.approx(
@@ -126,17 +131,17 @@ def test_figures_follow_from_what_was_measured(measured):
     )
 
 
-def test_the_parts_of_a_step_are_all_there(measured):
+def test_a_step_is_divided_into_all_parts(measured):
     report, _ = measured
     found = rows(report)
     for label in ("ddp", "zero 1", "bare", "ddp, bf16", "zero 1, bf16"):
         parts = found[label]["parts"]
         assert set(parts) == set(PARTS)
-        assert min(parts[part] for part in ("forward", "loss", "backward", "optimiser")) > 0, label
+        assert min(parts[part] for part in ("forward", "loss", "backward", "optimizer")) > 0, label
     assert found["timm"]["parts"] is None and found["timm"]["no_parts"]
 
 
-def test_the_tables_name_every_contender(measured):
+def test_the_tables_name_every_system(measured):
     report, folder = measured
     text, markdown = step_report.as_text(report), (folder / "step.md").read_text()
     for row in report["rows"]:
@@ -158,7 +163,7 @@ def test_the_goal_is_judged_on_a_gpu_only(measured):
     assert [line.partition(":")[0] for line in step_report.goals(on_gpu)] == ["met", "NOT met"]
 
 
-def test_two_processes_say_how_much_is_communication(shapes, tiny, context, capsys):
+def test_two_processes_report_their_communication(shapes, tiny, context, capsys):
     assert (
         training_step.main(
             [
@@ -168,7 +173,7 @@ def test_two_processes_say_how_much_is_communication(shapes, tiny, context, caps
                 str(tiny),
                 "--strategies",
                 "ddp",
-                "--peers",
+                "--baselines",
                 "timm,bare",
                 "--processes",
                 "2",
@@ -186,18 +191,75 @@ def test_two_processes_say_how_much_is_communication(shapes, tiny, context, caps
         == 0
     )
     printed = capsys.readouterr().out
-    assert "of it communication" in printed and "timm: left out: compared on one process only" in printed
+    assert "communication" in printed and "timm: skipped: measured with one process only" in printed
+
+
+def test_one_system_at_a_time_gives_the_same_rows(shapes, tiny, context, tmp_path):
+    """Sequential turns: a system ends before the next one starts. The flag --peers still works."""
+    words = [
+        "--strategies",
+        "ddp",
+        "--peers",
+        "bare",
+        "--steps",
+        "1",
+        "--warm-up",
+        "1",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+    ]
+    words += ["--turns", "sequential", "--set", "model.dropout=0.0", "--json", str(tmp_path / "step.json")]
+    at_once = []
+
+    def start(system, given):
+        at_once.append([other.label for other in started if other.children])
+        started.append(system)
+        return original(system, given)
+
+    started, original = [], training_step.System.start
+    with mock.patch.object(training_step.System, "start", start):
+        assert training_step.main(["--data-dir", str(shapes), "--preset", str(tiny), *words], context) == 0
+    found = rows(json.loads((tmp_path / "step.json").read_text()))
+    assert at_once == [[], []] and list(found) == ["ddp", "bare"]
+    assert found["ddp"]["loss"] == pytest.approx(found["bare"]["loss"], rel=1e-5)
+    assert len(found["ddp"]["time_ratio"]) == 2
+
+
+def test_baselines_use_channels_last_and_the_compile_mode(shapes, tiny, monkeypatch):
+    """As our engines do, so that the comparison is about the loop."""
+    from benchmarks.lib import step_baselines
+
+    seen = {}
+
+    def prepared(loop):
+        loop.optimizer = loop.adamw(list(loop.network.parameters()))
+
+    stem = ["model.patch_embedding=conv_stem", "model.patch_embedding_options.layers=3"]
+    overrides = ["channels_last=true", *stem, "optimizer.type=AdamW"]
+    settings = resolve(str(tiny), overrides, strategy="ddp")
+    monkeypatch.setattr(step_baselines.Bare, "prepare", prepared)
+    monkeypatch.setattr(step_baselines.process_group, "init_process_group", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda model, mode: seen.update(mode=mode) or model)
+    monkeypatch.setenv("RANK", "0")
+    request = {"processes": 1, "source": "tensor", "synthetic": True, "compile": "max-autotune"}
+    loop = step_baselines.Bare(Subject(settings, shapes), request)
+    images, _ = loop.batch()
+    assert images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    assert seen == {"mode": "max-autotune"}
+    loop.feed.batches.close()
 
 
 @pytest.mark.parametrize(
     ("arguments", "optimizer"),
     [
         ([], "optimizer.type=AdamW"),
-        (["--peers", "none"], None),
+        (["--baselines", "none"], None),
         (["--set", "optimizer.type=Muon"], "optimizer.type=Muon"),
     ],
 )
-def test_a_preset_with_another_optimiser_is_measured_with_the_peers_one(arguments, optimizer):
+def test_the_optimizer_is_the_one_of_the_baselines(arguments, optimizer):
     assert training_step.parse_arguments(["--preset", "cpu", *arguments]).set == ([optimizer] if optimizer else [])
 
 
@@ -206,17 +268,18 @@ def test_a_preset_with_another_optimiser_is_measured_with_the_peers_one(argument
     [
         (["--strategies", "pipelin"], "unknown strategy 'pipelin'"),
         (["--precision", "fp16"], "unknown precision 'fp16'"),
-        (["--strategies", "none", "--peers", "none"], "nothing to measure"),
+        (["--strategies", "none", "--baselines", "none"], "nothing to measure"),
+        (["--compile", "fast"], "unknown mode 'fast'"),
         (["--steps", "0"], "--steps: must be at least 1"),
     ],
 )
-def test_unusable_flags_are_refused(arguments, message, capsys):
+def test_invalid_flags_are_rejected(arguments, message, capsys):
     with pytest.raises(SystemExit):
         training_step.main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_setting_that_does_not_exist_is_named(shapes, capsys):
+def test_an_unknown_setting_is_named(shapes, capsys):
     assert training_step.main(["--data-dir", str(shapes), "--set", "model.widht=3"]) == 1
     assert "did you mean 'model.width'" in capsys.readouterr().err
 
@@ -245,16 +308,72 @@ def test_a_device_is_found_by_its_name(name, entry):
     assert data_sheet(name) == (PEAKS[entry] if entry else None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "modes"),
+    [
+        ([], ["off"]),
+        (["--compile", "both"], ["off", "on"]),
+        (["--compile", "reduce-overhead,on"], ["on", "reduce-overhead"]),
+    ],
+)
+def test_compile_takes_modes(arguments, modes):
+    assert training_step.parse_arguments(arguments).compile == modes
+
+
+def test_the_memory_traffic_of_an_mlp_is_what_a_fused_implementation_moves():
+    """(N, a) -> Linear -> GELU -> Linear -> (N, k): counted by hand, in fp32."""
+    N, a, b, k = 64, 32, 128, 16
+    network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(a, b), nn.GELU(), nn.Linear(b, k))  # noqa: E731
+    counted = memory_floor.pass_bytes(network, (N, a // 2, 1, 2), False, torch.device("cpu"))
+    x, h, y, v, w = N * a, N * b, N * k, a * b, b * k  # elements of input, hidden, scores and the two weights
+    forward = (x + v + b + h) + (h + h) + (h + w + k + y)
+    loss = 2 * y  # reads the scores, writes their gradient
+    backward = (y + w + h) + (y + h + w) + (y + k) + (h + h + h) + (h + x + v) + (h + b)
+    assert counted == pytest.approx(4 * (forward + loss + backward), rel=0.02)
+
+
+def test_fusion_ends_at_a_matrix_product():
+    """A residual around a matrix product is read twice: before the product and after it."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = nn.Linear(64, 64, bias=False)
+
+        def forward(self, images):
+            x = images.flatten(1).sin()
+            return x + self.product(x.cos())
+
+    recorder = memory_floor.RecordTraffic()
+    with torch.no_grad(), recorder:
+        Residual()(torch.ones(256, 1, 8, 8))
+    recorded = [one for one in recorder.operations if not one.separate and one.depth == 0 or one.depth]
+    n = 4 * 256 * 64
+    total = memory_floor.fused_bytes(recorded[-4:])  # sin, cos, product, sum
+    assert total == (n + 2 * n) + (n + 4 * 64 * 64 + n) + (2 * n + n)
+
+
+@pytest.mark.parametrize(("kind", "states"), [("AdamW", 2), ("Muon", 1)])
+def test_an_update_reads_the_gradient_and_moves_parameter_and_state_twice(kind, states):
+    assert memory_floor.optimizer_bytes(10, kind) == 4 * 10 * (1 + 2 + 2 * states)
+
+
+def test_a_copy_counts_bytes_read_and_written(monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr("benchmarks.lib.memory_floor.time.perf_counter", lambda: float(next(ticks)))
+    assert memory_floor.copy_bandwidth(torch.device("cpu"), repeats=2) == 2 * memory_floor.COPY_BYTES["cpu"]
+
+
 def test_a_product_of_matrices_is_counted_right(monkeypatch):
-    """The rate is the product's operations by its seconds: with a clock that takes one second a look, 2 x 1024^3."""
+    """FLOP/s are operations by seconds: with a clock of one second per reading, 2 x 1024^3."""
     ticks = iter(range(1000))
     monkeypatch.setattr("benchmarks.lib.peak_flops.time.perf_counter", lambda: float(next(ticks)))
     assert measured_flops(torch.device("cpu"), bf16=False, seconds=5) == 2 * 1024**3
     assert count_flops(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 10)), 4, "cpu") == 2 * 48 * 10
 
 
-def test_marks_tile_the_time(monkeypatch):
-    """A part that begins again before the next one counts its earlier beginning to the part before."""
+def test_marks_cover_the_time_without_gaps(monkeypatch):
+    """When a part begins again before the next one, its earlier time counts toward the part before."""
     clock = iter([0.0, 1.0, 3.0, 4.0, 6.0, 10.0])
     monkeypatch.setattr("benchmarks.lib.step_breakdown.time.perf_counter", lambda: next(clock))
     marks = Marks(torch.device("cpu"))
@@ -262,11 +381,11 @@ def test_marks_tile_the_time(monkeypatch):
     marks("backward")
     marks.again("clip and exchange")
     marks.again("clip and exchange")
-    marks("optimiser")
+    marks("optimizer")
     marks("rest")
     assert {part: seconds for part, seconds in marks.seconds().items() if seconds} == {
         "forward": 1.0,
         "backward": 3.0,
         "clip and exchange": 2.0,
-        "optimiser": 4.0,
+        "optimizer": 4.0,
     }

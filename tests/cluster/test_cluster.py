@@ -1,8 +1,8 @@
-"""Several machines without several machines: the hostfile, the script, arguments, variables, blame.
+"""Launching on several machines, without any: hostfile, script, arguments, variables, and which rank failed first.
 
     ./run_tests.sh tests/cluster/test_cluster.py
 
-test_preflight.py looks at hosts, test_cluster_hosts.py does it all for real.
+test_preflight.py tests the check of hosts, test_several_hosts.py real launches on simulated hosts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import pytest
 from launching import AWKWARD, fake, run
 from programs import run_ranks
 
-from cluster import agent, run_hosts
-from cluster import failure_cause as blame
+from cluster import agent, failure_cause, run_hosts
 from cluster.hostfile import HostfileError, parse
 from cluster.job import Limits, Plan
-from cluster.preflight import Meeting
+from cluster.preflight import Rendezvous
 from cluster.remote import Host
 from parallel.process_group import limit_waits
 
@@ -31,7 +30,7 @@ LAUNCH = "launch_distributed_train.sh"
 HOSTS = [Host("node1", 2), Host("node2", 2)]
 
 
-# --- the hostfile -------------------------------------------------------------------------------------------------------------
+# --- the hostfile -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,29 +59,30 @@ def test_hostfile_is_read(text, hosts):
         ("node1 slots=2 max_slots=4", "whole number"),
         ("node1 slots=0", "at least 1"),
         ("node1:2222 slots=2", "colon"),
-        ("node[1-3] slots=2", "one line a host"),
-        ("-oProxyCommand=x slots=1", "no host name"),
-        ("a;b slots=1", "no host name"),
+        ("node[1-3] slots=2", "one host per line"),
+        ("-oProxyCommand=x slots=1", "begins with a dash"),
+        ("-v@node1 slots=1", "begins with a dash"),
+        ("a;b slots=1", "not a host name"),
         ("node1 slots=1\nme@node1 slots=2", "line 2: 'node1' is already on line 1"),
-        ("localhost slots=1\nnode2 slots=1", "by that name"),
+        ("localhost slots=1\nnode2 slots=1", "cannot reach it as 'localhost'"),
     ],
 )
-def test_hostfile_lines_that_deepspeed_would_misread_are_refused(text, sentence):
+def test_hostfile_lines_that_deepspeed_would_misread_are_rejected(text, sentence):
     with pytest.raises(HostfileError, match=re.escape(sentence)):
         parse(text)
 
 
-# --- the script ---------------------------------------------------------------------------------------------------------------
+# --- the script ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cluster(repo):  # noqa: F811
-    """The scripts beside a hostfile of two hosts, with an ssh that reaches neither."""
+    """A copy of the scripts with a hostfile of two hosts and an ssh that reaches neither."""
     (repo / "hostfile").write_text("me@node1 slots=2\nnode2 slots=2\n")
     fake(
         repo,
         "ssh",
-        'if [ "$1" = -G ]; then echo "user me"; echo "hostname ${2#*@}.lan"; exit; fi\n'
+        'if [ "$1" = -G ]; then echo "user me"; echo "hostname ${3#*@}.lan"; exit; fi\n'
         'case "$*" in *node1*) echo "me@node1: Permission denied (publickey)." >&2 ;;\n'
         '*) echo "ssh: connect: Connection timed out" >&2 ;; esac\nexit 255',
     )
@@ -108,7 +108,7 @@ def test_unedited_and_missing_hostfiles_fail_clearly(repo):  # noqa: F811
     assert result.returncode == 2 and "nowhere does not exist" in result.stderr
 
 
-def test_dry_run_prints_what_each_host_runs_with_every_argument_unharmed(cluster):
+def test_dry_run_prints_the_command_of_each_host_with_every_argument_unchanged(cluster):
     result = run(cluster, LAUNCH, "--restarts", "2", *AWKWARD, DRY_RUN="1", MASTER_PORT="21000")
     found = commands(result.stdout)
     assert list(found) == ["me@node1", "node2"]
@@ -120,20 +120,20 @@ def test_dry_run_prints_what_each_host_runs_with_every_argument_unharmed(cluster
         assert json.loads(base64.urlsafe_b64decode(world)) == {"node1": [0, 1], "node2": [0, 1]}
 
 
-def test_hosts_that_do_not_answer_are_named_with_the_mend(cluster):
+def test_hosts_that_do_not_answer_are_named_with_the_fix(cluster):
     result = run(cluster, LAUNCH)
     assert result.returncode == 3
-    assert "First: me@node1 refuses the key.\n    Mend: give it yours: ssh-copy-id me@node1" in result.stderr
-    assert "Then:  node2 does not answer.\n    Mend: look whether it is on" in result.stderr
+    assert "error: me@node1 refuses the key.\n    Fix: copy your key to it: ssh-copy-id me@node1" in result.stderr
+    assert "error: node2 does not answer.\n    Fix: check that it is on" in result.stderr
 
 
-# --- what the ranks are told, and who is to blame -----------------------------------------------------------------------------
+# --- orders for the ranks, and the cause of a failure -------------------------------------------------------------
 
 
 def make_plan(hosts, **environment):
     return Plan(
         hosts,
-        Meeting("10.0.0.1", 21000, {"node1": "eth0", "node2": "ens3"}),
+        Rendezvous("10.0.0.1", 21000, {"node1": "eth0", "node2": "ens3"}),
         "/venv/bin/python",
         "/p/train.py",
         ["--x", "a b"],
@@ -150,7 +150,7 @@ def test_each_host_gets_its_own_interface_unless_one_was_named():
     assert make_plan(HOSTS, NCCL_SOCKET_IFNAME="ib0").order(0, "job")["environment"]["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
-def test_limits_of_patience_come_from_variables():
+def test_time_limits_come_from_variables():
     assert Limits.of({}) == Limits(20, 20, 30) and Limits.of({"GRACE_SECONDS": "2.5", "REJOIN_SECONDS": ""}) == Limits(
         20, 2.5, 30
     )
@@ -159,7 +159,7 @@ def test_limits_of_patience_come_from_variables():
             Limits.of({"SILENCE_SECONDS": wrong})
 
 
-def test_variables_that_matter_are_sent_and_no_others(tmp_path, monkeypatch):
+def test_only_variables_that_matter_to_training_are_sent(tmp_path, monkeypatch):
     kept = {
         "NCCL_DEBUG": "1",
         "OMP_NUM_THREADS": "2",
@@ -182,7 +182,7 @@ def test_variables_that_matter_are_sent_and_no_others(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "slots, batch, before, after",
     [
-        ([8, 8, 8], (1024, 1, 32), 32, [8, 8]),  # 24 ranks cannot share 1024 images
+        ([8, 8, 8], (1024, 1, 32), 32, [8, 8]),  # 24 ranks cannot divide 1024 images
         ([8, 8, 8], (96, 2, 32), 32, [8, 8, 8]),
         ([8, 8], (96, 1, 24), 24, [8, 8]),
         ([2, 1], (64, 1, 4), 4, [2]),
@@ -191,7 +191,7 @@ def test_variables_that_matter_are_sent_and_no_others(tmp_path, monkeypatch):
         ([1], (64, 1, 4), 8, []),
     ],
 )
-def test_ranks_that_are_left_share_the_same_global_batch(slots, batch, before, after):
+def test_the_remaining_ranks_divide_the_same_global_batch(slots, batch, before, after):
     hosts = [Host(f"node{i}", count) for i, count in enumerate(slots)]
     assert [host.slots for host in run_hosts.fit(hosts, *batch, before)] == after
 
@@ -246,13 +246,13 @@ ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
             [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 247, {1: []})],
             [(0, 0), (1, 1)],
             137,
-            "rank 1 on node2 failed first, without a word",
+            "rank 1 on node2 failed first without an error message",
         ),
         (
-            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 0, {}, lost="said nothing for 20 s")],
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 0, {}, lost="sent no heartbeat for 20 s")],
             [(0, 0)],
             69,
-            "node2 was lost: it said nothing",
+            "node2 was lost: it sent no heartbeat",
         ),
         (
             [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 1, {1: ECHO})],
@@ -261,35 +261,35 @@ ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
             "rank 1 on node2 failed first",
         ),
         (
-            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], -9, {1: []}, reason="rank 1 was halted")],
+            [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], -9, {1: []}, reason="rank 1 was suspended")],
             [(0, 0)],
             1,
-            "node2: rank 1 was halted",
+            "node2: rank 1 was suspended",
         ),
-        # Ranks that died before they were seen: those that were told to end are not to blame.
+        # Ranks that died before they were seen: those that were ordered to end are not the cause.
         (
             [Ended(HOSTS[0], -9, {0: []}, reason="told to"), Ended(HOSTS[1], 247, {1: []})],
             [],
             137,
-            "rank 1 on node2 failed first, without a word (k",
+            "rank 1 on node2 failed first without an error message (k",
         ),
         (
             [Ended(HOSTS[0], 1, {0: ECHO}), Ended(HOSTS[1], 3, {1: []})],
             [(0, 0)],
             3,
-            "rank 1 on node2 failed first, without a word; its",
+            "rank 1 on node2 failed first without an error message; its",
         ),
     ],
 )
-def test_the_one_to_blame_is_named_and_not_those_who_felt_it(agents, gone, code, words):
-    found, cause, _ = blame.cause(agents, gone)
+def test_the_rank_that_failed_first_is_named_and_not_those_that_lost_it(agents, gone, code, words):
+    found, cause, _ = failure_cause.cause(agents, gone)
     assert found == code and words in cause
 
 
-# --- ranks that hang ---------------------------------------------------------------------------------------------------------
+# --- ranks that hang ----------------------------------------------------------------------------------------------
 
 
-def wait_for_one_who_does_not_come():
+def wait_for_a_rank_that_does_not_come():
     import torch
     import torch.distributed as dist
 
@@ -300,7 +300,7 @@ def wait_for_one_who_does_not_come():
     limit_waits()
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 1:
-        store.wait(["given up"])  # alive all the while, for a closed connection would be noticed at once
+        store.wait(["given up"])  # it stays alive, because a closed connection would be noticed at once
         store.set("seen", "")
         os._exit(0)
     with pytest.raises(RuntimeError, match="(?i)timed? ?out"):
@@ -311,4 +311,4 @@ def wait_for_one_who_does_not_come():
 
 
 def test_a_rank_that_waits_too_long_for_another_gives_up():
-    run_ranks(2, wait_for_one_who_does_not_come)
+    run_ranks(2, wait_for_a_rank_that_does_not_come)

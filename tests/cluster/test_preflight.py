@@ -1,8 +1,8 @@
-"""The preflight without several machines: what a host answers, what that means, and whether the page explains every message.
+"""The preflight without several machines: a host's answer, the problems in it, and the documentation of every message.
 
     ./run_tests.sh tests/cluster/test_preflight.py
 
-test_cluster_hosts.py does it for real.
+test_several_hosts.py runs it on simulated hosts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster import probe, remote
 from cluster.remote import Host, Unreachable
 from common.paths import PROJECT
 
-# --- what a host answers, and what that means ---------------------------------------------------------------------------------
+# --- a host's answer, and the problems in it -----------------------------------------------------------------------
 
 GPU = {"index": "0", "name": "H200", "total": 141000, "free": 140000, "driver": "580.1"}
 NOW = time.time()
@@ -54,7 +54,7 @@ HOSTS = [Host("node1", 2), Host("node2", 2)]
 
 
 def problems_of(change, on_cpu=False):
-    """What is said when the second of two hosts differs from a good one."""
+    """The problems when the second of two hosts differs from a good one."""
     second = copy.deepcopy(GOOD)
     for path, value in change.items():
         tree, *keys = path.split(".")
@@ -79,10 +79,10 @@ def test_hosts_that_agree_have_no_problem():
             "another commit (bbbbbbbb, here aaaaaaaa): training/loop.py",
             False,
         ),
-        ({"code": {"train.py": "1"}}, "the same commit, but other changes in it: training/loop.py", False),
-        ({"cwd": False}, "does not have the folder you stand in", False),
+        ({"code": {"train.py": "1"}}, "the same commit, but other uncommitted changes: training/loop.py", False),
+        ({"cwd": False}, "does not have your current folder", False),
         ({"given": {}}, "does not have /my.toml", False),
-        ({"given": {"/my.toml": "8"}}, "another content in /my.toml", False),
+        ({"given": {"/my.toml": "8"}}, "other content in /my.toml", False),
         ({"environment": None}, "no usable Python environment", False),
         ({"environment.torch": "2.7.0"}, "other versions: torch 2.7.0 (node1: 2.11.0)", False),
         ({"gpus": [GPU]}, "has 1 GPUs and 2 slots", False),
@@ -99,18 +99,18 @@ def test_hosts_that_agree_have_no_problem():
         ({"time": NOW + 90}, "clock that is 88 s ahead", True),
     ],
 )
-def test_what_differs_is_said_of_the_right_host(change, sentence, is_warning):
+def test_a_difference_is_reported_for_the_right_host(change, sentence, is_warning):
     (problem,) = problems_of(change)
-    assert problem.host == "node2" and sentence in problem.what and problem.warning == is_warning and problem.mend
+    assert problem.host == "node2" and sentence in problem.what and problem.warning == is_warning and problem.fix
 
 
-def test_gpus_do_not_matter_on_the_cpu_and_what_is_nowhere_is_no_difference():
+def test_gpus_do_not_count_on_the_cpu_and_a_dataset_that_no_host_has_is_no_problem():
     assert problems_of({"gpus": []}, on_cpu=True) == []
     nobody = {**GOOD, "data": None}
     assert checks.check(HOSTS, [nobody, nobody], nobody, False) == []
 
 
-def test_table_has_a_row_for_each_host_and_marks_what_differs():
+def test_the_table_has_a_row_per_host_and_marks_differences():
     other = {
         **GOOD,
         "commit": "b" * 40,
@@ -136,8 +136,8 @@ def test_table_has_a_row_for_each_host_and_marks_what_differs():
     "words, reason",
     [
         ("me@a: Permission denied (publickey).", "refuses the key"),
-        ("Host key verification failed.", "is not known"),
-        ("ssh: Could not resolve hostname a: Name or service not known", "nobody knows"),
+        ("Host key verification failed.", "unknown or changed host key"),
+        ("ssh: Could not resolve hostname a: Name or service not known", "does not resolve"),
         ("ssh: connect to host a port 22: Connection refused", "no SSH server"),
         ("ssh: connect to host a port 22: No route to host", "does not answer"),
         ("bash: line 1: python3: command not found", "has no python3"),
@@ -145,11 +145,11 @@ def test_table_has_a_row_for_each_host_and_marks_what_differs():
         ("", "exit code 255"),
     ],
 )
-def test_what_ssh_says_in_words(words, reason):
+def test_messages_of_ssh_are_explained(words, reason):
     assert reason in remote.explain("a", 255, words).reason
 
 
-def test_probe_runs_in_a_bare_python_and_finds_what_is_there(tmp_path, shapes):
+def test_the_probe_runs_in_a_bare_python_and_reports_the_host(tmp_path, shapes):
     project = tmp_path / "project"
     (project / "cluster").mkdir(parents=True)
     (project / "runs").mkdir()
@@ -205,14 +205,14 @@ def test_a_connection_is_checked_and_measured():
         listener.wait()
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------------
+# --- the documentation --------------------------------------------------------------------------------------------
 
 READS_ON = re.compile(r"(has|does|is|cannot|could|refuses|closes|gives|shows) ")  # after a host's name
 PREFLIGHT = [PROJECT / "cluster" / name for name in ("host_checks.py", "preflight.py", "remote.py", "sync.py")]
 
 
 def texts(tree):
-    """All texts of a program, what is put in as a NUL."""
+    """All string literals of a program; each inserted value is a NUL."""
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -222,7 +222,7 @@ def texts(tree):
 
 
 def messages():
-    """What the preflight and --sync can say of a host, as patterns: by their first words, and by the calls that say them."""
+    """All messages of the preflight and --sync about a host, as patterns; found by first words and constructors."""
     found = set()
     for path in PREFLIGHT:
         tree = ast.parse(path.read_text())
@@ -236,14 +236,14 @@ def messages():
             if isinstance(said, (ast.Constant, ast.JoinedStr)):
                 text = next(texts(said))
                 assert READS_ON.match(text) or text.startswith("\0"), (
-                    f"{path.name}: '{text}' is not looked for in the docs: add its verb to READS_ON"
+                    f"{path.name}: '{text}' is not checked against the docs: add its verb to READS_ON"
                 )
     return {text: re.compile(".+".join(map(re.escape, text.split("\0")))) for text in found}
 
 
-def test_the_page_lists_every_message_and_no_other():
+def test_the_documentation_lists_every_message_and_no_other():
     page = (PROJECT / "docs/cluster.md").read_text()
-    rows = re.findall(r"^\| (.+?) \|", page.split("## What the preflight says")[1].split("\n## ")[0], re.MULTILINE)
+    rows = re.findall(r"^\| (.+?) \|", page.split("## Preflight messages")[1].split("\n## ")[0], re.MULTILINE)
     listed = [message for row in rows if row not in ("message", "---") for message in row.split("; ")]
     said = messages()
     assert len(said) > 30
@@ -254,4 +254,4 @@ def test_the_page_lists_every_message_and_no_other():
     ]
     assert not missing, f"docs/cluster.md does not list: {missing}"
     stale = [message for message in listed if not any(pattern.match(message) for pattern in said.values())]
-    assert not stale, f"docs/cluster.md lists what is never said: {stale}"
+    assert not stale, f"docs/cluster.md lists messages that do not exist: {stale}"

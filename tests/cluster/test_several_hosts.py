@@ -1,9 +1,10 @@
-"""Several hosts for real: the preflight finds what is wrong, training over two hosts is training on one, and failures end in time.
+"""Launches on simulated hosts: the preflight finds problems, two hosts train like one, and failures end in time.
 
     ./run_tests.sh tests/cluster/test_several_hosts.py
 
-The hosts are network namespaces of this machine (cluster/simulated_hosts.py); where they cannot be made, the tests are skipped with
-the reason. The limits of patience are shorter here than a person's; `python cluster/failure_trial.py` measures the real ones.
+The hosts are network namespaces of this machine (cluster/simulated_hosts.py); if they cannot be created, the tests are
+skipped with the reason. Time limits are shorter here than by default; `python cluster/failure_trial.py` measures with
+the defaults.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster import simulated_hosts as local_hosts
+from cluster import simulated_hosts
 from cluster.simulated_hosts import Hosts, wait_until
 from common.paths import PROJECT
 
@@ -32,8 +33,8 @@ LIMITS = {"SILENCE_SECONDS": "6", "GRACE_SECONDS": "3", "REJOIN_SECONDS": "1"}
 LIMIT_SECONDS = 100  # of one launch; a hang, not a slow machine
 AWKWARD = ["a b", "it's", 'say "x"', "a;echo b", "$HOME", "*", "", '--set=x={"k": 1}', "100%n"]
 
-# A train.py that only waits: failures are the launcher's business, whatever the ranks compute. Each rank has a child that
-# leaves its session, as a careless worker process might.
+# A train.py that only waits, because the launcher handles failures whatever the ranks compute. Each rank has a child
+# process in a session of its own, like a badly written worker process.
 STUB = """
 import json, os, pathlib, signal, subprocess, sys, time
 stop = []
@@ -57,9 +58,9 @@ sys.exit(75 if stop else 0)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory, shapes):
-    """Three hosts. The SSH server of box3 has another port, and its copy of project and data is another one. At `bare`, the
-    second and third have an empty folder where the first has a project."""
-    if reason := local_hosts.missing():
+    """Three hosts. box3 has another SSH port and other copies of project and data. At `bare`, the second and third host
+    have an empty folder where the first has a project."""
+    if reason := simulated_hosts.missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")
     project, other, bare, wheels = folder / "project", folder / "box3", folder / "bare", folder / "wheels"
@@ -110,7 +111,7 @@ def launch(cluster, slots, *arguments, project=None, **variables):
 
 
 def started(cluster, process, ranks):
-    """Once all ranks are there: of each its number, what it was started with, and its variables."""
+    """Wait until all ranks have started; return the process ID, arguments and variables of each."""
     paths = [cluster.out / f"started{rank}" for rank in range(ranks)]
     wait_until(
         lambda: process.poll() is not None or all(path.exists() for path in paths),
@@ -122,7 +123,7 @@ def started(cluster, process, ranks):
 
 
 def end(process, seconds=LIMIT_SECONDS):
-    """Wait for its end: (exit code, what it said)."""
+    """Wait for the end of a process: (exit code, output)."""
     try:
         out = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -131,10 +132,10 @@ def end(process, seconds=LIMIT_SECONDS):
     return process.returncode, out
 
 
-# --- before the start ---------------------------------------------------------------------------------------------------------
+# --- before the start ---------------------------------------------------------------------------------------------
 
 
-def test_preflight_names_what_is_wrong_on_each_host_and_sync_mends_it(cluster):
+def test_the_preflight_names_the_problems_of_each_host_and_sync_fixes_them(cluster):
     arguments = ["--check", "--data-dir", str(cluster.project / "data/shapes")]
     code, out = end(launch(cluster, {"box1": 1, "10.177.0.9": 1, "box2": 1, "root@box3": 1}, *arguments))
     assert code == 3
@@ -151,8 +152,8 @@ def test_preflight_names_what_is_wrong_on_each_host_and_sync_mends_it(cluster):
 
 
 @pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
-def test_sync_makes_the_environment_on_bare_hosts_and_names_the_one_where_it_cannot(cluster):
-    """The environment is a stand-in of one package, which box3 does not find."""
+def test_sync_creates_the_environment_on_bare_hosts_and_names_a_host_where_it_cannot(cluster):
+    """The environment consists of one fake package, which box3 does not find."""
     programs.copy_scripts(cluster.bare)
     (cluster.bare / "train.py").write_text("")
     (cluster.bare / "requirements.txt").write_text(f"--no-index\n--find-links {cluster.wheels}\nstandin==1.0\n")
@@ -180,28 +181,28 @@ def test_sync_makes_the_environment_on_bare_hosts_and_names_the_one_where_it_can
         )
     )
     assert code == 3, out
-    assert "box2: making the Python environment" in out and "box3: making the Python environment" in out
-    assert "box3 could not make the environment: " in out and "No matching distribution found for standin" in out
-    assert "First: box3 has no usable Python environment" in out and "box2 has" not in out
+    assert "box2: creating the Python environment" in out and "box3: creating the Python environment" in out
+    assert "box3 could not create the environment: " in out and "No matching distribution found for standin" in out
+    assert "error: box3 has no usable Python environment" in out and "box2 has" not in out
     assert (cluster.out / "empty2/.venv/bin/python").exists()
 
 
-# --- a stand-in for training --------------------------------------------------------------------------------------------------
+# --- with a fake train.py -----------------------------------------------------------------------------------------
 
 
-def test_ranks_get_arguments_variables_and_their_logs_and_a_signal_lets_all_of_them_save(cluster):
+def test_ranks_get_arguments_variables_and_logs_and_a_signal_lets_all_save(cluster):
     process = launch(cluster, {"box1": 1, "box2": 2}, *AWKWARD, NCCL_DEBUG="WARN")
     facts = started(cluster, process, 3)
     assert all(arguments == AWKWARD for _, arguments, _ in facts)
     for rank, environment in enumerate(fact[2] for fact in facts):
-        # Of two interfaces the one that leads to the others, though the first host's name for itself means the other one.
+        # The interface that leads to the others, although the first host resolves its own name to the other interface.
         assert environment["WORLD_SIZE"] == "3" and environment["MASTER_ADDR"] == "10.177.0.1"
         assert (
             environment["GLOO_SOCKET_IFNAME"] == "eth0"
             and environment["NCCL_SOCKET_IFNAME"] == "=eth0"
             and environment["NCCL_DEBUG"] == "WARN"
         )
-        # DeepSpeed's launcher turns the local ranks of a host when slots differ; each is there once.
+        # DeepSpeed's launcher permutes the local ranks of a host if slots differ; each occurs once.
         assert environment["LOCAL_RANK"] == ("0", "1", "0")[rank]
         assert environment["OMP_NUM_THREADS"] == "1" and environment["PATH"].startswith(
             str(Path(sys.executable).parent)
@@ -225,7 +226,7 @@ def test_a_killed_rank_ends_the_job_everywhere(cluster):
     assert "rank 1 on box2 failed first" in out and "the last words of rank 1" in out.split("failed first")[1]
 
 
-def test_a_killed_agent_leaves_nothing(cluster):
+def test_a_killed_agent_leaves_no_process(cluster):
     process = launch(cluster, {"box1": 1, "box2": 1})
     agent = psutil.Process(started(cluster, process, 2)[1][0]).parent().parent()
     assert "agent.py" in " ".join(agent.cmdline())
@@ -234,11 +235,11 @@ def test_a_killed_agent_leaves_nothing(cluster):
     assert code == 69 and "box2 was lost" in out, out
 
 
-def test_a_halted_rank_counts_as_dead(cluster):
+def test_a_suspended_rank_counts_as_dead(cluster):
     process = launch(cluster, {"box1": 1, "box2": 1})
     os.kill(started(cluster, process, 2)[1][0], signal.SIGSTOP)
     code, out = end(process)
-    assert code == 1 and "box2: rank 1 was halted" in out, out
+    assert code == 1 and "box2: rank 1 was suspended" in out, out
 
 
 def test_ranks_of_a_killed_launcher_save_and_end(cluster):
@@ -250,11 +251,11 @@ def test_ranks_of_a_killed_launcher_save_and_end(cluster):
     process.communicate()
 
 
-# --- the real train.py --------------------------------------------------------------------------------------------------------
+# --- the real train.py --------------------------------------------------------------------------------------------
 
 
 def rank_of(mark, rank):
-    """The process of a rank, found by its arguments and its variables."""
+    """The process of a rank, found by its arguments and variables."""
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
@@ -268,7 +269,7 @@ def rank_of(mark, rank):
 def test_training_survives_a_killed_rank_and_a_cut_cable_and_gives_the_weights_of_one_host(
     cluster, shapes, tiny, tmp_path
 ):
-    """Killed in the first start, cut off in the second, finished by the first host alone in the third."""
+    """The first start is killed, the second cut off; in the third the first host finishes alone."""
     arguments = [
         "--preset",
         str(tiny),
@@ -301,12 +302,12 @@ def test_training_survives_a_killed_rank_and_a_cut_cable_and_gives_the_weights_o
         code, out = end(process)
         wait_until(lambda: not cluster.at_work(), LIMIT_SECONDS, lambda: f"orphans: {cluster.at_work()}")
     finally:
-        cluster.mend("box2")
+        cluster.reconnect("box2")
     assert code == 0, out
     assert alone.end().code == 0
     assert "rank 1 on box2 failed first" in out and "box2 was lost" in out and out.count("resuming  after step") == 2
-    assert "Going on with 1 ranks on box1; the global batch stays 64" in out
-    assert out.count("(BatchNorm): --allow-inexact-resume") == 1
+    assert "Resuming with 1 rank on box1; the global batch stays 64" in out
+    assert out.count("(BatchNorm) differ from before: adding --allow-inexact-resume") == 1
     weights, reference = (load_file(tmp_path / name / "weights.safetensors") for name in ("two", "one"))
     for name, tensor in reference.items():
         torch.testing.assert_close(

@@ -1,6 +1,6 @@
-"""compare.py: what a report may say and show, of runs that are made up and of real ones.
+"""compare.py: the content of a report, from invented runs and from real ones.
 
-The real ones are forks of train.py, and one goes through the launcher.
+The real runs are forks of train.py; one goes through the launcher.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import programs
 import psutil
 import pytest
-from comparisons import ARMS, COMMON, report
+from comparisons import COMMON, VARIANTS, report
 from torch import nn
 
 import compare
@@ -27,27 +27,42 @@ from image_data.dataset import Dataset
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder
 
-# --- what a report says -------------------------------------------------------------------------------------------
+# --- content of a report ------------------------------------------------------------------------------------------
 
 
-def test_unequal_arms_are_named_and_marked(ask, invented, tmp_path):
+def test_unequal_variants_are_named_and_marked(ask, invented, tmp_path):
     for seed in (0, 1):
-        invented.facts[f"gated-seed{seed}"] = {"commit": "def", "device": "NVIDIA H200"}
-    ask(COMMON + ARMS + "train_batch_size = 32\n")
+        invented.facts[f"gated-seed{seed}"] = {
+            "code": {"fingerprint": "456", "files": {"train.py": "other", "models/position.py": "only here"}},
+            "device": "NVIDIA H200",
+            "changes": [{"after_step": 4, "what": ["processes: 1 before, 2 now"]}],
+        }
+    ask(COMMON + VARIANTS.replace("32", "40") + "train_batch_size = 32\n")
     text, data = report(tmp_path)
     assert data["arms"]["gated"]["unequal"] == [
-        "commit: def instead of abc",
-        "device: ('NVIDIA H200', 1) instead of ('CPU', 1)",
+        "parameters: 50,060 instead of 48,460 (1.03 x)",
+        "source code: 'train.py' differ",
+        "device: 1 x NVIDIA H200 instead of 1 x CPU",
         "images trained on: 192 instead of 384",
+        "seed 0 resumed after step 4: processes: 1 before, 2 now",
+        "seed 1 resumed after step 4: processes: 1 before, 2 now",
     ]
-    assert (
-        "- **gated**\\* against plain:" in text
-        and "| gated\\* |" in text
-        and "- **gated**\\* — images trained on: 192" in text
-    )
+    assert "- **gated**\\* against plain:" in text and "| gated\\* |" in text
+    assert "- **gated**\\*: images trained on: 192" in text
 
 
-def test_equal_arms_are_said_to_be_equal(ask, invented, tmp_path):
+def test_without_a_record_of_the_source_the_commits_are_compared(ask, invented, tmp_path):
+    for name in ("plain", "gated"):
+        for seed in (0, 1):
+            facts = {"code": None, "commit": "abc" if name == "plain" else None, "uncommitted_changes": None}
+            invented.facts[f"{name}-seed{seed}"] = facts
+    assert ask()[0] == 0
+    text, data = report(tmp_path)
+    assert data["arms"]["gated"]["unequal"] == ["commit: unknown instead of abc"]
+    assert data["commits"] == ["abc", "unknown"] and "Commit abc, unknown" in text
+
+
+def test_equal_variants_are_reported_as_equal(ask, invented, tmp_path):
     ask()
     text, data = report(tmp_path)
     assert "compared over all runs: equal." in text and "\\*" not in text
@@ -59,7 +74,7 @@ def test_the_numbers_of_a_report(ask, invented, tmp_path):
             f"plain-seed{seed}": 0.5 + seed / 100,
             f"gated-seed{seed}": 0.55 + seed / 100 + (seed % 2) / 1000,
         }
-    code, out, _ = ask(COMMON + ARMS, "--seeds", "6")
+    code, out, _ = ask(COMMON + VARIANTS, "--seeds", "6")
     text, data = report(tmp_path)
     plain, gated = data["results"]["validation"]
     assert (
@@ -69,34 +84,41 @@ def test_the_numbers_of_a_report(ask, invented, tmp_path):
         and plain["n"] == 6
     )
     assert gated["difference"]["mean"] == pytest.approx(5.05) and gated["difference"]["p"] == 2 / 64
-    sentence = "better by 5.05 ± 0.06 points (p = 0.03, 6 seeds)"
-    assert (
-        gated["difference"]["sentence"] == sentence
-        and f"- **gated** against plain: {sentence}." in text
-        and sentence in out
+    assert gated["difference"]["half"] == pytest.approx(0.0575, abs=1e-4)
+    sentence = (
+        "+5.05 points (95 % CI +4.99 to +5.11, n = 6; p < 0.0001 paired t, p = 0.03 sign-flip; d = 92.2): "
+        "confirmed better"
     )
+    assert gated["difference"]["sentence"] == sentence and sentence in out
+    assert f"- **gated** against plain: {sentence}." in text
     assert "commit abc" in text.lower() and "`model.feed_forward` 'geglu' (not 'mlp')" in text
-    assert all(
-        (tmp_path / "results" / "gates" / name).stat().st_size > 5000
-        for name in ("accuracy.png", "costs.png", "curves.png")
-    )
+    for name in ("differences.png", "accuracy.png", "costs.png", "curves.png", "curves-by-cost.png"):
+        assert (tmp_path / "results" / "gates" / name).stat().st_size > 5000 and f"({name})" in text
+
+
+def test_a_margin_makes_equivalence_a_verdict(ask, invented, tmp_path):
+    for seed in range(6):
+        invented.accuracy[f"gated-seed{seed}"] = 0.5 + (seed % 2) / 1000
+    ask("margin = 1.0\n" + COMMON + VARIANTS, "--seeds", "6")
+    text, data = report(tmp_path)
+    assert data["results"]["validation"][1]["difference"]["verdict"] == "equivalent" and data["margin"] == 1.0
+    assert "equivalent within ±1 points" in text and "two one-sided t tests" in text
 
 
 def test_the_test_split_appears_with_final_only(ask, invented, tmp_path):
     ask()
     text, data = report(tmp_path)
     assert "12.35" not in text and "0.1234" not in json.dumps(data) and "test_accuracy" not in json.dumps(data)
-    assert "## Answer on the held-out part of train" in text and "neither used nor shown" in text
-    code, out, _ = ask(COMMON + ARMS, "--final")
+    assert "## Result on the validation split" in text and "neither used nor shown" in text
+    code, out, _ = ask(COMMON + VARIANTS, "--final")
     text, data = report(tmp_path)
     assert (
-        text.index("## Answer on the test split") < text.index("## Answer on the held-out part of train")
-        and "12.35" in text
+        text.index("## Result on the test split") < text.index("## Result on the validation split") and "12.35" in text
     )
     assert data["results"]["test"][0]["mean"] == pytest.approx(12.3456) and data["final"]
 
 
-def test_a_report_has_no_path_of_this_machine(ask, invented, tmp_path, shapes):
+def test_a_report_contains_no_path_of_this_machine(ask, invented, tmp_path, shapes):
     ask()
     for path in (tmp_path / "results" / "gates").glob("report.*"):
         text = path.read_text()
@@ -119,7 +141,7 @@ def test_a_report_has_no_path_of_this_machine(ask, invented, tmp_path, shapes):
 
 
 class Forked:
-    """A run of train.py as a fork with PyTorch in memory, and perhaps with a new feed-forward."""
+    """A run of train.py as a fork with PyTorch in memory, and with a new feed-forward in the registry."""
 
     def __init__(self, task: PlannedRun, environment: dict[str, str]):
         self.program = programs.Program(train_with_new_entry, tuple(task.arguments), {})
@@ -137,7 +159,7 @@ class Forked:
 
 
 class Twice(nn.Module):
-    """A map and its half."""
+    """A linear map, scaled."""
 
     def __init__(self, dims, factor: float = 0.5):
         super().__init__()
@@ -155,30 +177,32 @@ def train_with_new_entry(*arguments: str) -> None:
     run_script("train.py", *arguments)
 
 
-def test_a_new_feed_forward_is_an_arm_like_any_other_beside_one_that_fails(ask, monkeypatch, tmp_path, shapes):
-    """Real runs: one arm of a new entry, one whose loss explodes, one plain."""
+def test_a_new_feed_forward_is_a_variant_like_any_other_next_to_one_that_fails(ask, monkeypatch, tmp_path, shapes):
+    """Real runs: one variant of a new entry, one whose loss explodes, one plain."""
     monkeypatch.setattr(compare, "launch", Forked)
     monkeypatch.setitem(feedforward.FEED_FORWARDS, "twice", Twice)
-    arms = ARMS.replace("gated", "twice").replace('"geglu"', '"twice"').replace("hidden = 32", "factor = 0.25")
-    arms += '[[arms]]\nname = "explodes"\nidea = "A learning rate without measure."\noptimizer.params.lr = 1e30\n'
-    code, out, err = ask(COMMON.replace("seeds = 2", "seeds = 1") + arms)
+    variants = VARIANTS.replace("gated", "twice").replace('"geglu"', '"twice"').replace("hidden = 32", "factor = 0.25")
+    variants += '[[variants]]\nname = "explodes"\nidea = "A far too large learning rate."\noptimizer.params.lr = 1e30\n'
+    code, out, err = ask(COMMON.replace("seeds = 2", "seeds = 1") + variants)
     assert "missing: explodes" in err, out + err
     text, data = report(tmp_path)
     assert code == 1 and list(data["missing"]) == ["explodes-seed0"]
-    assert "error: the loss is nan at optimiser step" in data["missing"]["explodes-seed0"]
+    assert "error: the loss is nan at" in data["missing"]["explodes-seed0"]
     plain, twice, _ = data["results"]["validation"]
     assert plain["n"] == twice["n"] == 1 and twice["images_per_second"] > 0 and 0 <= twice["mean"] <= 100
-    assert data["dataset"]["fingerprint"] == Dataset.open(shapes).fingerprint and data["arms"]["twice"]["unequal"] == []
-    assert "no difference shown: one seed" in text or "the same accuracy with every seed" in text
+    assert data["dataset"]["fingerprint"] == Dataset.open(shapes).fingerprint and all(
+        "parameters" in line for line in data["arms"]["twice"]["unequal"]
+    )
+    assert "inconclusive. One seed gives no interval" in text or "identical with every seed" in text
     seen = data["results"]["validation"][0]["by_seed"]["0"] / 100 * 30
     assert seen == pytest.approx(round(seen)) and str(tmp_path) not in text
 
 
-def test_ctrl_c_lets_the_runs_save_and_they_go_on(tmp_path, tiny, shapes):
-    """The whole way: compare.py as a program, the launcher, DeepSpeed's launcher, train.py."""
+def test_ctrl_c_lets_the_runs_save(tmp_path, tiny, shapes):
+    """End to end: compare.py as a program, the launcher, DeepSpeed's launcher, train.py."""
     (tmp_path / "tiny.toml").write_text(tiny.read_text())
     (tmp_path / "gates.toml").write_text(
-        COMMON.replace("steps = 6", "steps = 100000").replace("seeds = 2", "seeds = 1") + ARMS
+        COMMON.replace("steps = 6", "steps = 100000").replace("seeds = 2", "seeds = 1") + VARIANTS
     )
     command = [
         sys.executable,
@@ -212,9 +236,11 @@ def test_ctrl_c_lets_the_runs_save_and_they_go_on(tmp_path, tiny, shapes):
     (metrics,) = tmp_path.glob("runs/gates/*/metrics.jsonl")
     record = RunFolder(metrics.parent)
     assert (
-        child.returncode == 75 and "stopping: 1 run(s) save first" in out and "start the same comparison again" in out
+        child.returncode == 75
+        and "stopping: 1 run(s) save first" in out
+        and "start the same command again to resume" in out
     ), out
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in below)
-    assert "and saved; start the same run again" in metrics.parent.with_name(f"{metrics.parent.name}.log").read_text()
+    assert "saved" in metrics.parent.with_name(f"{metrics.parent.name}.log").read_text()
     saved = int(record.newest_checkpoint().name.removeprefix("step-"))
     assert saved >= 4 and RunFolder.read_progress(record.newest_checkpoint()).epoch >= 1

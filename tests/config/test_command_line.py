@@ -1,7 +1,8 @@
-"""The command line of every script: help that answers at once and says everything, mistyped words that are understood, the Tab key."""
+"""The command line of every script: fast and complete help, suggestions for mistyped words, Tab completion."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -13,12 +14,13 @@ from programs import clean_environment
 
 from common.paths import PROJECT
 from config.catalog import setting_of, setting_paths
-from config.command_line import Parser
-from config.settings import resolve
-from tools.list_settings import comments
+from config.command_line import Parser, run_name
+from config.settings import declared_settings, resolve
+from tools.list_settings import markdown
+from training.arguments import parse_arguments
 
 PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
-# What persons start. The programs of the folders that have no Parser are started by others, with arguments of their own.
+# Scripts that users start. Programs without a Parser are started by other programs, with arguments of their own.
 SCRIPTS = sorted(
     str(path.relative_to(PROJECT))
     for path in (
@@ -29,15 +31,16 @@ SCRIPTS = sorted(
     )
     if PROGRAM.search(text := path.read_text()) and (path.parent == PROJECT or "Parser(" in text)
 )
-# What takes a second or more to import; --help must do without.
+# Libraries that take a second or more to import; --help must not need them.
 HEAVY = ("torch", "torchvision", "deepspeed", "nvidia", "timm", "matplotlib", "onnx")
 
 
 def without_heavy_imports(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a script where importing any of HEAVY fails."""
+    """Run a script with imports of HEAVY failing."""
     code = (
         f"import runpy, sys\nsys.modules |= dict.fromkeys({HEAVY!r})\nsys.argv = [{script!r}, *{list(arguments)!r}]\n"
-        f"sys.path[0] = {str((PROJECT / script).parent)!r}\nrunpy.run_path({str(PROJECT / script)!r}, run_name='__main__')"
+        f"sys.path[0] = {str((PROJECT / script).parent)!r}\nrunpy.run_path({str(PROJECT / script)!r}, "
+        "run_name='__main__')"
     )
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -67,7 +70,7 @@ def test_help_needs_no_pytorch_and_has_an_example_and_every_default(script):
 
 @pytest.mark.parametrize(
     "script", sorted({*SCRIPTS} - {"cluster/run_hosts.py"})
-)  # which hands what it does not know to train.py
+)  # it passes unknown options on to train.py
 def test_a_mistyped_option_is_one_sentence(script):
     done = without_heavy_imports(script, "--nonsuch")
     assert (
@@ -96,9 +99,26 @@ for option in ("--epochs", "--set", "--split", "--data-dir"):
         ("model.width=64", "unexpected argument 'model.width=64'; did you mean --set model.width=64?"),
         ("stray", "unexpected argument 'stray'"),
         ("--frobnicate", "unknown option --frobnicate"),
+        ("--wd 0.1", "unknown option --wd; did you mean --set optimizer.params.weight_decay=0.1?"),
+        ("--optimizer adamw", "unknown option --optimizer; did you mean --set optimizer.type=AdamW?"),
+        ("--model vit", "unknown option --model; did you mean --set model.architecture=vit?"),
+        (
+            "--warmup-epochs 5",
+            "unknown option --warmup-epochs; did you mean --set schedule.warmup_fraction=FRACTION "
+            "(a fraction of the run's steps, such as 0.05)?",
+        ),
+        (
+            "--device cpu",
+            "unknown option --device: training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu "
+            "chooses the CPU",
+        ),
+        (
+            "--resume runs/first",
+            "unknown option --resume: starting the same command again resumes the run; --fresh starts over",
+        ),
     ],
 )
-def test_what_was_meant_is_suggested(words, said, capsys):
+def test_the_meant_option_or_setting_is_suggested(words, said, capsys):
     with pytest.raises(SystemExit) as end:
         PARSER.parse_args(words.split())
     assert end.value.code == 2 and capsys.readouterr().err == f"error: {said} (all options: python example.py --help)\n"
@@ -114,7 +134,7 @@ def test_only_the_first_of_several_processes_complains(monkeypatch, capsys):
 def test_settings_are_found_by_their_last_name_and_exist():
     for path in setting_paths():
         assert setting_of(path) == path
-        if not path.endswith("_options"):
+        if not path.endswith(("_options", ".device", ".type", ".enabled")):  # too general to mean these
             assert setting_of(path.rsplit(".")[-1].replace("_", "-")) is not None
     assert setting_of("nonsuch") is None
 
@@ -127,7 +147,7 @@ def test_settings_are_found_by_their_last_name_and_exist():
     [[], ["--preset", "cpu"], ["--set", "model.feed_forward=fff"], ["--set", "optimizer.type=SGD"]],
     ids=str,
 )
-def test_the_list_of_settings_is_whole_and_can_be_typed_back(arguments):
+def test_the_list_of_settings_is_complete_and_can_be_typed_back(arguments):
     done = without_heavy_imports("train.py", "--list-settings", *arguments)
     listed = dict(re.findall(r"^  ([\w.]+)\s+(\[.*?\]|\S+)", done.stdout, re.MULTILINE))
     shown = {path for path in listed if not path.endswith(".NAME")}
@@ -148,20 +168,100 @@ def test_the_list_of_settings_is_whole_and_can_be_typed_back(arguments):
     assert typed.stdout == done.stdout, typed.stderr
 
 
-def test_comments_of_the_settings_reach_their_paths():
-    assert comments()["model.patch"].startswith("side of a square patch") and comments()["image_side"].startswith(
-        "pixels the network sees"
-    )
+def test_every_setting_has_a_description_that_stands_alone_and_a_valid_default():
+    declared = declared_settings()
+    assert set(setting_paths()) == set(declared)
+    for path, what in declared.items():
+        assert what.description.split()[0].rstrip(",:;").lower() not in (
+            "of",
+            "the",
+            "whether",
+            "how",
+            "what",
+            "where",
+        ), path
+        assert len(what.description) > 8 or path == "optimizer.type", path
 
 
-# --- the Tab key -------------------------------------------------------------------------------------------------
+def test_the_markdown_tables_have_every_setting_once():
+    rows = re.findall(r"^\| `([\w.]+?)(?:\.NAME)?` \|", markdown(None, []), re.MULTILINE)
+    assert sorted(rows) == sorted(declared_settings())
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("first", True),
+        ("a b.c-1", True),
+        ("größe", True),
+        ("", False),
+        (".", False),
+        ("..", False),
+        ("a/b", False),
+        ("../x", False),
+        ("a\\b", False),
+        ("a\nb", False),
+        ("a\x07", False),
+        ("a\u202eb", False),  # right-to-left override
+        ("x" * 201, False),
+    ],
+)
+def test_a_run_name_is_one_path_component(text, valid):
+    if valid:
+        assert run_name(text) == text
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match="must"):
+            run_name(text)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_option(monkeypatch, tmp_path):
+    parser = Parser("python example.py", "Does nothing.", example="python example.py")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--more", type=Path, nargs="*")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = parser.parse_args(["--folder=~/x", "--more", "~/y", "z"])
+    assert found.folder == tmp_path / "x" and found.more == [tmp_path / "y", Path("z")]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--folder=~no-such-user-here/x"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "9" * 20], "argument --seed: must be a whole number from 0 to 9223372036854775807, not "),
+        (["--seed", "-1"], "argument --seed: must be a whole number from 0 to"),
+        (["--seed", "1e3"], "argument --seed: must be a whole number from 0 to"),
+        (["--hold-out", "10"], "argument --hold-out: must be a number between 0 and 1, for example 0.1, not 10"),
+        (["--hold-out", "nan"], "argument --hold-out: must be a number between 0 and 1"),
+        (["--epochs", "1.5"], "argument --epochs: must be a whole number of at least 1, not 1.5"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1, not 0"),
+        (["--name", ".."], "argument --name: must be a single folder name, not '..'"),
+        (["--keep-checkpoints", "-3"], "argument --keep-checkpoints: must be at least 1, not -3"),
+    ],
+)
+def test_a_value_out_of_range_is_one_sentence(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as end:
+        parse_arguments()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"set -o pipefail; {sys.executable} train.py --list-settings | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+# --- Tab completion -------------------------------------------------------------------------------------------------
 
 
 def complete(line: str) -> set[str]:
     """What bash offers at the end of `line`, after `source environment/completion.sh`."""
     words = " ".join(f"'{word}'" for word in re.split(r"(=)| ", line) if word is not None)
     script = f"""
-        source environment/completion.sh && COMP_LINE='{line}' COMP_POINT={len(line)} COMP_TYPE=9 COMP_WORDS=({words}) COMP_CWORD=$(({len(words.split())} - 1))
+        source environment/completion.sh && COMP_LINE='{line}' COMP_POINT={len(line)} COMP_TYPE=9 \\
+            COMP_WORDS=({words}) COMP_CWORD=$(({len(words.split())} - 1))
         function=$(complete -p {line.split()[0]} 2>/dev/null | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
         "${{function:-_python_argcomplete_global}}" {line.split()[0]} 2>/dev/null
         printf '%s\\n' "${{COMPREPLY[@]}}"
@@ -185,11 +285,11 @@ def complete(line: str) -> set[str]:
         ("./launch_local_train.sh --strategy g", {"gossip"}),
     ],
 )
-def test_the_tab_key_completes(line, some):
+def test_tab_completes_options_and_names(line, some):
     pytest.importorskip("argcomplete")
     assert some <= complete(line)
 
 
-def test_the_tab_key_knows_settings():
+def test_tab_completes_settings():
     pytest.importorskip("argcomplete")
     assert "augmentation.mixup=" in complete("python train.py --set augmentation.mi")

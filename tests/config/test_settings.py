@@ -1,18 +1,23 @@
-"""config/settings.py: a path must exist, a value must fit, later sources win, and what was resolved can be read back."""
+"""config/settings.py: paths must exist, values must fit, later sources win, and settings survive JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from common.errors import SettingsError, unknown
 from common.paths import PROJECT
-from config.catalog import table_names
-from config.settings import Settings, preset_names, resolve
+from config.catalog import check_names, table_names
+from config.optimizer_defaults import OPTIMIZER_PARAMS
+from config.schema import INTERVAL
+from config.settings import Settings, declared_settings, preset_names, resolve
 
 
 @pytest.fixture
@@ -87,7 +92,7 @@ def test_values_are_read_as_typed():
             "optimizer.params.lr=3e-4",
             "optimizer.params.betas=[0.8, 0.95]",
             "bf16.enabled=true",
-            "model.drop_path=1",
+            "augmentation.flip=1",
             'model.feed_forward="geglu"',
             "zero_optimization.stage=2",
             " model.width =96",
@@ -101,14 +106,14 @@ def test_values_are_read_as_typed():
     }
     assert settings.engine["bf16"]["enabled"] is True and settings.engine["zero_optimization"]["stage"] == 2
     assert settings.model.feed_forward == "geglu" and settings.model.width == 96
-    assert settings.model.drop_path == 1.0 and isinstance(
-        settings.model.drop_path, float
-    )  # an int fits where a float stands
+    flip = settings.augmentation.flip
+    assert flip == 1.0 and isinstance(flip, float)  # an int becomes a float where one is needed
 
 
 def test_a_preset_beats_the_defaults_set_beats_the_preset_and_flags_beat_all(preset):
     mine = preset(
-        "epochs = 7\n[model]\nwidth = 40\ndepth = 3\n[engine]\ntrain_batch_size = 32\n[engine.optimizer.params]\nlr = 0.5\n"
+        "epochs = 7\n[model]\nwidth = 40\ndepth = 3\n[engine]\ntrain_batch_size = "
+        "32\n[engine.optimizer.params]\nlr = 0.5\n"
     )
     default, settings = (
         resolve(None, []),
@@ -118,10 +123,10 @@ def test_a_preset_beats_the_defaults_set_beats_the_preset_and_flags_beat_all(pre
     assert settings.engine["train_batch_size"] == 16 and settings.engine["optimizer"]["params"]["lr"] == 0.5
     assert (settings.model.heads, settings.strategy) == (default.model.heads, default.strategy)
     assert settings.engine["bf16"] == default.engine["bf16"]
-    assert resolve(mine, ["model.width=80", "model.width=88"]).model.width == 88  # the last word counts
+    assert resolve(mine, ["model.width=80", "model.width=88"]).model.width == 88  # the last override wins
 
 
-def test_resolving_once_leaves_no_trace_in_the_next():
+def test_resolving_twice_gives_independent_settings():
     before = resolve(None, []).as_dict()
     resolve(
         None, ["optimizer.params.lr=9.0", "model.feed_forward_options.hidden=9", "optimizer.params.betas=[0.1, 0.1]"]
@@ -146,7 +151,7 @@ def test_presets_that_come_with_the_project_resolve(name):
 def test_another_feed_forward_starts_from_its_own_defaults():
     assert resolve(None, ["model.feed_forward=geglu"]).model.feed_forward_options == {}
     same = resolve(None, ["model.feed_forward=mlp"]).model
-    assert same.feed_forward_options == {"hidden": 256}  # the name that was chosen already: nothing is dropped
+    assert same.feed_forward_options == {"hidden": 256}  # the same name: no option is dropped
     added = resolve(None, ["model.feed_forward=geglu", "model.feed_forward_options.hidden=384"]).model
     assert added.feed_forward_options == {"hidden": 384}
     assert (
@@ -155,22 +160,20 @@ def test_another_feed_forward_starts_from_its_own_defaults():
     )
 
 
-def test_another_optimiser_starts_from_its_own_parameters(preset):
-    from config.optimizer_defaults import OPTIMIZER_PARAMS
-
+def test_another_optimizer_starts_from_its_own_parameters(preset):
     for name, params in OPTIMIZER_PARAMS.items():
         assert resolve(None, [f"optimizer.type={name}"]).engine["optimizer"] == {"type": name, "params": params}
     given = [
         "optimizer.params.momentum=0.5",
         "optimizer.params.lr=1",
         "optimizer.type=SGD",
-    ]  # the type counts first wherever it stands
+    ]  # the type comes first wherever it stands
     assert resolve(None, given).engine["optimizer"]["params"] == {**OPTIMIZER_PARAMS["SGD"], "momentum": 0.5, "lr": 1.0}
     mine = preset('[engine.optimizer]\ntype = "Lion"\n[engine.optimizer.params]\nlr = 0.25\n')
     assert resolve(mine, []).engine["optimizer"] == {"type": "Lion", "params": {**OPTIMIZER_PARAMS["Lion"], "lr": 0.25}}
     assert (
         resolve(mine, ["optimizer.type=Lion"]).engine["optimizer"]["params"]["lr"] == 0.25
-    )  # the one that was chosen already
+    )  # the optimizer that was already chosen
     assert resolve(mine, ["engine.optimizer.type=AdamW"]).engine["optimizer"] == resolve(None, []).engine["optimizer"]
 
 
@@ -187,12 +190,12 @@ def test_another_optimiser_starts_from_its_own_parameters(preset):
         (["optimizer.type=3"], "optimizer.type must be of type str"),
     ],
 )
-def test_a_parameter_that_the_optimiser_does_not_have_is_refused(overrides, sentence):
+def test_a_parameter_of_another_optimizer_is_rejected(overrides, sentence):
     with pytest.raises(SettingsError, match=sentence):
         resolve(None, overrides)
 
 
-def test_ds_config_json_is_the_home_of_the_default_optimiser(tmp_path, monkeypatch):
+def test_ds_config_json_declares_the_default_optimizer(tmp_path, monkeypatch):
     from config import settings
 
     engine = json.loads(settings.DS_CONFIG.read_text())
@@ -230,7 +233,7 @@ def test_resolved_settings_survive_a_round_trip_through_json():
     assert settings.engine["optimizer"]["params"]["lr"] == 2.0
 
 
-def test_a_run_folder_of_another_version_is_refused_by_the_name_of_the_setting():
+def test_a_run_of_another_version_is_rejected_by_the_name_of_the_setting():
     tree = resolve(None, []).as_dict()
     tree["model"]["wings"] = 2
     with pytest.raises(SettingsError, match=r"unknown setting 'model.wings'"):
@@ -244,6 +247,104 @@ def test_every_default_is_of_the_type_it_is_declared_as():
             assert type(getattr(value, field.name)).__name__ == str(field.type).split("[")[0], (
                 f"{group.name}.{field.name}"
             )
+
+
+# --- declared ranges and choices -----------------------------------------------------------------------------------
+
+
+def outside(declared) -> list:
+    """Values that a declared interval excludes."""
+    if not declared.within:
+        return []
+    opening, low, high, closing = INTERVAL.fullmatch(declared.within).groups()
+    values = [math.nan, math.inf]
+    if low != "-inf":
+        values += [float(low) - 1, -1e30] + ([float(low)] if opening == "(" else [])
+    if high != "inf":
+        values += [float(high) + 0.5, 1e30] + ([float(high)] if closing == ")" else [])
+    return values
+
+
+def optimizer_with(path: str) -> list[str]:
+    """The override that chooses an optimizer with the parameter at `path`."""
+    name = path.removeprefix("optimizer.params.")
+    chosen = next(kind for kind, params in OPTIMIZER_PARAMS.items() if name in params) if name != path else "AdamW"
+    return [f"optimizer.type={chosen}"]
+
+
+@pytest.mark.parametrize("path", [path for path, what in declared_settings().items() if what.within])
+def test_a_number_out_of_its_declared_range_is_one_sentence(path):
+    declared = declared_settings()[path]
+    settings = resolve(None, optimizer_with(path))
+    default: Any = settings.as_dict() | settings.engine
+    for key in path.split("."):
+        default = default[key]
+    for value in outside(declared):
+        if isinstance(default, int) and math.isfinite(value):
+            value = math.floor(value) if value < 1 else math.ceil(value)
+        elif isinstance(default, int):
+            continue  # refused by its type
+        given = [value] * len(default) if isinstance(default, list) else value
+        with pytest.raises(SettingsError, match=re.escape(path) + " must") as refusal:
+            resolve(None, [*optimizer_with(path), f"{path}={json.dumps(given)}"])
+        assert "got" in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train_batch_size=0", "train_batch_size must be >= 1, got 0"),
+        ("loss.label_smoothing=1.5", r"loss.label_smoothing must be in \[0, 1\], got 1.5"),
+        ("model.dropout=NaN", r"model.dropout must be in \[0, 1\), got nan"),
+        ("model.depth=0", "model.depth must be >= 1, got 0"),
+        ("optimizer.params.lr=-1.0", "optimizer.params.lr must be >= 0, got -1.0"),
+        ("optimizer.params.lr=1e999", "optimizer.params.lr must be >= 0, got inf"),
+        ("optimizer.params.betas=[0.9]", r"optimizer.params.betas must be a list of 2 numbers, got \[0.9\]"),
+        ('augmentation.erasing_scale=["a", 1]', "augmentation.erasing_scale must be a list of 2 numbers"),
+        ("schedule.shape=cosin", "unknown schedule.shape 'cosin'; did you mean 'cosine'"),
+        ("augmentation.policy=randaugment", "unknown augmentation.policy 'randaugment'; did you mean 'rand_augment'"),
+        ("optimizer.type=adamw", "unknown optimizer.type 'adamw'; did you mean 'AdamW'"),
+        ("lr=1e-3", "unknown setting 'lr'; did you mean 'optimizer.params.lr'"),
+        ("engine=3", "engine is a group"),
+        ("optimizer.params.lr=" + "9" * 400, "must be a finite number"),
+    ],
+)
+def test_a_senseless_value_is_one_sentence(override, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        resolve(None, [override])
+
+
+def test_unknown_names_are_found_without_importing_a_registry():
+    for override, sentence in [
+        ("model.feed_forward=MLP", "unknown feed-forward 'MLP'; did you mean 'mlp'"),
+        ("model.architecture=resnet-50", "unknown architecture 'resnet-50'; did you mean 'resnet50'"),
+        ("strategy=fdsp", "unknown strategy 'fdsp'; did you mean 'fsdp'"),
+    ]:
+        with pytest.raises(SettingsError, match=sentence):
+            check_names(resolve(None, [override]))
+    for name in ("vit", "sl-vit", "lenet", "timm:resnet18"):
+        check_names(resolve(None, [f"model.architecture={name}"]))
+
+
+def test_declared_choices_are_those_of_the_registries():
+    from image_data.augmentation import FLIPS, POLICIES
+    from optim.lr_schedule import SCHEDULES
+    from parallel.compile import CHOICES
+    from parallel.pipeline_stages import PARTITIONS
+
+    declared = declared_settings()
+    for path, names in [
+        ("schedule.shape", SCHEDULES),
+        ("augmentation.policy", POLICIES),
+        ("augmentation.flip_mode", FLIPS),
+        ("compile", CHOICES),
+        ("parallel.partition", PARTITIONS),
+    ]:
+        assert set(declared[path].choices) == set(names), path
+
+
+def test_wsd_is_another_name_of_trapezoid():
+    assert resolve(None, ["schedule.shape=wsd"]).schedule == resolve(None, ["schedule.shape=trapezoid"]).schedule
 
 
 def test_names_of_a_table_are_read_without_importing_it():
@@ -262,6 +363,7 @@ def test_the_sentence_for_an_unknown_name_lists_the_known_ones():
     assert "did you mean" not in unknown("fruit", "xyz", ["pear", "apple"])
 
 
-def test_a_mistyped_setting_is_answered_without_loading_pytorch():
-    code = "import sys, config.settings; sys.exit(any(name.split('.')[0] in ('torch', 'deepspeed') for name in sys.modules))"
+def test_a_mistyped_setting_is_reported_without_loading_pytorch():
+    heavy = "any(name.split('.')[0] in ('torch', 'deepspeed') for name in sys.modules)"
+    code = f"import sys, config.settings; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=60).returncode == 0

@@ -1,6 +1,6 @@
-"""What README.md and docs/ say can be run and is so: every command, link, file name and quoted sentence.
+"""Commands, links, file names and quoted sentences of README.md and docs/ are correct.
 
-python -m pytest tests/docs/test_documentation.py        some seconds a page
+python -m pytest tests/docs/test_documentation.py        some seconds per page
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from training.arguments import parse_arguments
 COMMANDS = commands()
 
 
-def those(kind: str):
+def commands_of(kind: str):
     return pytest.mark.parametrize("command", [command for command in COMMANDS if treatment(command) == kind], ids=str)
 
 
@@ -48,7 +48,7 @@ def new_idea(monkeypatch):
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
-def test_a_command_that_nobody_has_thought_of_is_found(tmp_path):
+def test_a_command_without_treatment_is_found(tmp_path):
     (tmp_path / "page.md").write_text(
         "```bash\npython train.py --epochs 1\nfrobnicate --all\nA=1 B=2 python nonsuch.py && ./run_tests.sh\n```\n"
     )
@@ -63,21 +63,21 @@ def test_a_command_that_nobody_has_thought_of_is_found(tmp_path):
         if is_known:
             treatment(command)
         else:
-            with pytest.raises(AssertionError, match="nothing runs it"):
+            with pytest.raises(AssertionError, match="has no treatment"):
                 treatment(command)
 
 
 @pytest.fixture(scope="module")
 def in_world(world):
-    """Run a program with arguments in the world; the same only once."""
+    """Run a program with arguments in the project copy; equal commands only once."""
     return cache(lambda *words: Program(inside, (str(world), False, *words), {}).end())
 
 
-@those("run")
+@commands_of("run")
 def test_a_quick_command_runs(command, world, in_world):
     added = ADDED.get(command.script, [])
     if command.script == "prepare_dataset.py" and not {"--archive", "--root"} & set(command.words):
-        added = []  # it finds its dataset prepared, and downloads nothing
+        added = []  # the dataset is prepared already, so nothing is downloaded
     if "squared_relu" in str(command):
         add_the_idea(world)
     done = in_world(command.script, *command.arguments, *(word for word in added if word not in command.words))
@@ -86,7 +86,7 @@ def test_a_quick_command_runs(command, world, in_world):
 
 
 def add_the_idea(world: Path) -> None:
-    """Do to the world's models/feed_forward.py what the README tells its reader to do."""
+    """Edit models/feed_forward.py of the project copy as the README describes."""
     path = world / "models/feed_forward.py"
     if "SquaredReLU" not in (source := path.read_text()):
         code = re.search(
@@ -97,8 +97,8 @@ def add_the_idea(world: Path) -> None:
         path.write_text(source.replace(table, f'\n{code}\n\n{table}    "squared_relu": SquaredReLU,\n', 1))
 
 
-@those("train")
-def test_training_would_start_with_these_settings(command, monkeypatch, new_idea, world):
+@commands_of("train")
+def test_the_arguments_and_settings_of_a_training_command_are_valid(command, monkeypatch, new_idea, world):
     arguments = command.arguments
     if command.words[0].startswith("./"):
         environment = {**clean_environment(), **dict(command.environment), "DRY_RUN": "1", "PYTHON": sys.executable}
@@ -115,7 +115,7 @@ def test_training_would_start_with_these_settings(command, monkeypatch, new_idea
         if all(word.endswith(".toml") for word in arguments):  # experiment files, for compare.sbatch
             assert all(list(PROJECT.glob(word)) for word in arguments)
             return
-        arguments = arguments if arguments[0].startswith("--") else arguments[1:]  # the name that runs begin with
+        arguments = arguments if arguments[0].startswith("--") else arguments[1:]  # the prefix of the run names
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     args = parse_arguments()
     settings = resolve(args.preset or "cpu", args.set, epochs=args.epochs, strategy=args.strategy)
@@ -126,14 +126,14 @@ def test_training_would_start_with_these_settings(command, monkeypatch, new_idea
     assert settings.strategy in table_names("parallel/strategies.py", "STRATEGIES")
 
 
-@those("parse")
-def test_a_long_command_is_understood(command, world):
+@commands_of("parse")
+def test_the_arguments_of_a_long_command_are_valid(command, world):
     done = Program(inside, (str(world), True, command.script, *command.arguments), {}).end()
     assert done.code == 0, f"{command.page}: {command}\n{done.text}"
 
 
-@those("foreign")
-def test_what_a_foreign_command_names_is_there(command, world):
+@commands_of("foreign")
+def test_files_and_marks_of_a_foreign_command_exist(command, world):
     program, arguments = command.words[0], command.arguments
     if program.startswith("./"):
         assert os.access(PROJECT / program, os.X_OK)
@@ -147,7 +147,7 @@ def test_what_a_foreign_command_names_is_there(command, world):
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub creates them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).replace(" ", "-") for heading in headings}
@@ -162,7 +162,7 @@ def test_links_lead_to_files_and_headings(page):
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(there), (
-            f"{page.name} links to {target}, and {there.name} has no such heading"
+            f"{page.name} links to {target}, but {there.name} has no such heading"
         )
 
 
@@ -174,7 +174,7 @@ def test_files_that_are_named_exist(page):
 
 
 def sentences() -> list[str]:
-    """Every string of our programs, with what is filled in left out; and the text of the shell scripts."""
+    """Return every string of our programs, without the values filled in, and the text of the shell scripts."""
     found = [path.read_text(encoding="utf-8") for path in PROJECT.glob("*.sh")]
     for path in (
         path
@@ -193,7 +193,7 @@ def sentences() -> list[str]:
 NOT_OURS = ("ModuleNotFoundError",)
 
 
-def test_the_sentences_of_the_troubleshooting_page_are_printed_by_our_programs():
+def test_messages_quoted_in_the_troubleshooting_page_exist():
     page = (PROJECT / "docs" / "troubleshooting.md").read_text().split("\n## What is known to go wrong elsewhere")[0]
     ours, rows = sentences(), re.findall(r"^\| ([^|]*`.*?) \|", page, re.MULTILINE)
     quoted = [
@@ -208,7 +208,7 @@ def test_the_sentences_of_the_troubleshooting_page_are_printed_by_our_programs()
     assert len(quoted) > 30 and not missing, missing
 
 
-def test_every_command_is_treated_and_most_run():
+def test_every_command_has_a_treatment_and_most_run():
     kinds = [treatment(command) for command in COMMANDS]
     assert kinds.count("run") >= 20 and "train" in kinds
     assert isinstance(COMMANDS[0], Command)

@@ -1,4 +1,4 @@
-"""The example of the README, and the tables that are written into the pages. Commands and links: test_documentation.py."""
+"""The example of the README, and the tables that are generated into the pages. Commands: test_documentation.py."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 import pytest
 
 from common.paths import PROJECT
-from models import feed_forward as feedforward
+from models import feed_forward as feed_forward
 from tools.update_docs import PAGES, table, update
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_of_a_feed_forward_works():
-    """The class in the README is run as it stands there."""
+    """The class in the README runs unchanged."""
     import torch
 
     code = re.search(r"```python\n(class SquaredReLU.*?)\n\n\nFEED_FORWARDS", README, re.DOTALL)[1]
-    scope = dict(vars(feedforward))
+    scope = dict(vars(feed_forward))
     exec(code, scope)
     from models.parts import Dimensions
 
@@ -32,10 +32,10 @@ def test_the_tables_are_up_to_date(page):
     assert update(text) == text, "run: python tools/update_docs.py"
 
 
-def test_a_new_entry_stands_in_the_table(monkeypatch):
-    class Mine(feedforward.MLP):
+def test_a_new_entry_is_in_the_table(monkeypatch):
+    class Mine(feed_forward.MLP):
         """Something new."""
 
-    monkeypatch.setitem(feedforward.FEED_FORWARDS, "mine", Mine)
+    monkeypatch.setitem(feed_forward.FEED_FORWARDS, "mine", Mine)
     row, page = "| `mine` | Something new. | `hidden=0` |", PROJECT / "docs" / "architectures.md"
     assert row in table("feed_forward") and row in update(page.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""Bad input gets one sentence that names the thing and the mend, no trace, and spoils nothing that is there.
+"""Bad input gets one sentence that names the problem and the fix, no traceback, and changes no existing run.
 
-A table of cases, tried one after the other in two forked processes. Hostfiles: test_cluster.py. Archives: test_prepare_dataset.py.
+A table of cases, run one after the other in two forked processes. Hostfiles: tests/cluster. Archives: tests/image_data.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from records.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of train.py, in which `{place}` is the folder that `scene` set; what it must say; what is broken beneath it."""
+    """Arguments of train.py, where `{place}` is the folder of `scene`; the expected message; what is replaced."""
 
     arguments: list[str]
     sentence: str
     code: int = 1
-    broken: dict[str, Any] = field(default_factory=dict)  # "module.attribute": what stands in for it
+    broken: dict[str, Any] = field(default_factory=dict)  # "module.attribute": its replacement
 
 
 class Bomb:
-    """A pickle of it makes a folder when it is loaded."""
+    """A pickle of it creates a folder when it is loaded."""
 
     def __init__(self, target: Path):
         self.target = str(target)
@@ -63,7 +63,7 @@ def cannot(*_: Any, **__: Any) -> None:
 
 
 SET, NAMED = "--set", ["--name", "mistaken"]
-NEW = {  # these may not leave a run folder
+NEW = {  # none of these may leave a run folder
     # settings
     "unknown": Case(
         [SET, "model.widht=3"], "--set model.widht=3: unknown setting 'model.widht'; did you mean 'model.width'"
@@ -83,7 +83,7 @@ NEW = {  # these may not leave a run folder
     ),
     "unknown strategy": Case(["--strategy", "nought"], "unknown strategy 'nought'"),
     "unknown preset": Case(["--preset", "cpp"], "unknown preset 'cpp'; did you mean 'cpu'?"),
-    "a preset that is no TOML": Case(["--preset", "{place}/broken.toml"], "broken.toml is not valid TOML"),
+    "a preset that is not TOML": Case(["--preset", "{place}/broken.toml"], "broken.toml is not valid TOML"),
     "too large a batch": Case(
         [SET, "train_batch_size=301"], "the train split has 300 images, fewer than one global batch of 301"
     ),
@@ -92,26 +92,26 @@ NEW = {  # these may not leave a run folder
         "the train split has 300 images, fewer than one global batch of 302",
     ),
     "a batch that does not divide": Case(
-        [SET, "gradient_accumulation_steps=3"], "train_batch_size=64 cannot be cut into 1 data-parallel processes"
+        [SET, "gradient_accumulation_steps=3"], "train_batch_size=64 is not divisible by 1 data-parallel processes"
     ),
     "a micro-batch that does not divide": Case(
         ["--micro-batch", "7"],
-        "--micro-batch 7: a global batch of 64 on 1 processes is not made of such "
-        "parts; choose 2, 4, 8 or another divisor of 64",
+        "--micro-batch 7 does not divide a global batch of 64 on 1 process(es); "
+        "choose 2, 4, 8 or another divisor of 64",
     ),
     "asking a GPU that is not there": Case(
-        ["--micro-batch", "auto"], "--micro-batch auto asks a GPU what it has room for, and there is none here"
+        ["--micro-batch", "auto"], "--micro-batch auto measures GPU memory, and there is no GPU here"
     ),
-    "skipping where it cannot be": Case(
+    "skipping where it is impossible": Case(
         ["--skip-bad-steps", SET, "zero_optimization.stage=0"], "--skip-bad-steps needs zero_optimization.stage 1"
     ),
-    "skipping what counts its steps": Case(
+    "skipping with an optimizer that counts steps": Case(
         ["--skip-bad-steps", SET, "optimizer.type=Lamb", SET, "zero_optimization.stage=0"],
         "--skip-bad-steps: optimizer.type=Lamb counts its steps itself",
     ),
-    "an empty held-out part": Case(["--hold-out", "0.001"], "holding out 0.001 of the 30 training images"),
+    "an empty validation split": Case(["--hold-out", "0.001"], "holding out 0.001 of the 30 training images"),
     "steps": Case(["--max-steps", "0"], "argument --max-steps: must be at least 1, not 0", 2),
-    "epochs": Case(["--epochs", "few"], "argument --epochs: must be at least 1, not few", 2),
+    "epochs": Case(["--epochs", "few"], "argument --epochs: must be a whole number of at least 1, not few", 2),
     "stop": Case(["--stop-at", "-1"], "argument --stop-at: must be at least 1, not -1", 2),
     "interval": Case(
         ["--checkpoint-every", "5 hours"],
@@ -119,13 +119,32 @@ NEW = {  # these may not leave a run folder
         2,
     ),
     "no checkpoints": Case(["--keep-checkpoints", "0"], "argument --keep-checkpoints: must be at least 1, not 0", 2),
+    # what is wrong is said before a dataset is prepared: no folder `new` may be there at the end
+    **{
+        f"before the data: {' '.join(words)}": Case(
+            ["--data-dir", "{place}/new", "--dataset", "shapes", *words], sentence, code
+        )
+        for words, sentence, code in [
+            ([SET, "model.feed_forward=gegl"], "unknown feed-forward 'gegl'; did you mean 'geglu'?", 1),
+            (["--strategy", "fdsp"], "unknown strategy 'fdsp'; did you mean 'fsdp'?", 1),
+            (["--hold-out", "10"], "argument --hold-out: must be a number between 0 and 1", 2),
+            ([SET, "model.feed_forward_options.hiden=3"], "unknown option 'hiden'; did you mean 'hidden'?", 1),
+            ([SET, "schedule.shape=cosin"], "unknown schedule.shape 'cosin'; did you mean 'cosine'?", 1),
+            ([SET, "model.dropout=1.5"], "model.dropout must be in [0, 1), got 1.5", 1),
+            ([SET, "train_batch_size=0"], "train_batch_size must be >= 1, got 0", 1),
+            ([SET, "parallel.topology=complete"], "strategy zero would not use parallel.topology=complete", 1),
+            (["--init-weights", "{place}/none.pt"], "none.pt: there is no such file", 1),
+            (["--seed", "9" * 20], "argument --seed: must be a whole number from 0 to 9223372036854775807", 2),
+            (["--name", ".."], "argument --name: must be a single folder name, not '..'", 2),
+        ]
+    },
     # the dataset
     "no archive": Case(
         ["--data-dir", "{place}/new", "--archive", "/nowhere.zip"], "--archive /nowhere.zip does not exist"
     ),
     "nothing there": Case(
         ["--data-dir", "{place}/new"],
-        "new holds neither a prepared dataset nor images in train/<class>/; check the path",
+        "new holds neither a prepared dataset nor images in train/<class>/. Check the path",
     ),
     "no list": Case(["--data-dir", "{place}/no-list"], "no-list is damaged"),
     "damaged facts": Case(["--data-dir", "{place}/no-facts"], "no-facts is damaged"),
@@ -148,13 +167,13 @@ NEW = {  # these may not leave a run folder
     ),
     "no room": Case([], "MB for its checkpoints and weights, and the disk of", broken={"shutil.disk_usage": full_disk}),
 }
-OLD = {  # these concern a run that is there
+OLD = {  # these concern an existing run
     "a changed dataset": Case(
         ["--name", "changed", "--data-dir", "{place}/relabelled"], "the dataset's fingerprint was "
     ),
     "a missing image": Case(
         ["--name", "new", "--data-dir", "{place}/no-image", "--source", "files"],
-        "cannot be read (No such file or directory); restore it, or run prepare_dataset.py --force",
+        "cannot be read (No such file or directory). Restore the file, or run prepare_dataset.py --force",
     ),
     "another architecture": Case(["--name", "other-network"], "the checkpoint holds another network: "),
     "other classes": Case(["--name", "other-classes"], "3.classify.weight is (9, 32), here (10, 32)"),
@@ -162,12 +181,12 @@ OLD = {  # these concern a run that is there
         ["--name", "gossiped"], "the checkpoint holds the state of one worker a process, for gossip"
     ),
     "another device": Case(
-        ["--name", "from-a-gpu"], "would not go on as the same training: kind of device: GPU before, CPU now"
+        ["--name", "from-a-gpu"], "would not resume as the same training: device type: GPU before, CPU now"
     ),
     "no memory": Case(
         ["--name", "new"],
-        "the GPU has no room for 64 images at once, but for 32: start the same run again with --micro-batch 32, of "
-        "which 2 a process make the same global batch",
+        "out of GPU memory with a micro-batch of 64 images; 32 fit. Start the same run again with --micro-batch 32: "
+        "2 accumulation steps give the same global batch",
         broken={"training.loop.Loop.run": out_of_memory},
     ),
     "no deterministic kernel": Case(
@@ -181,7 +200,7 @@ OLD = {  # these concern a run that is there
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, shapes, unbroken) -> Path:
-    """Everything that the cases need, in one folder."""
+    """A folder with everything that the cases need."""
     place = tmp_path_factory.mktemp("scene")
     (place / "broken.toml").write_text("epochs = ")
     datasets = {
@@ -206,7 +225,7 @@ def scene(tmp_path_factory, shapes, unbroken) -> Path:
 
 
 def unfinished(record: RunFolder, name: str) -> None:
-    """Leave a run whose only checkpoint lies before its end, and is changed as the name says."""
+    """Turn a run into one with a single earlier checkpoint, which is changed as the name says."""
     shutil.rmtree(record.folder / "state" / "step-00000048")
     (folder,) = (record.folder / "state").iterdir()
     tensors = load_file(folder / "state.safetensors")
@@ -226,7 +245,7 @@ def unfinished(record: RunFolder, name: str) -> None:
 
 
 def attempt(cases: dict[str, Case], common: list[str], place: str, out: str) -> None:
-    """In a process of its own: make each mistake, and write down the exit code and what was said."""
+    """Run every case in a process of its own, and write down exit code and stderr."""
     sys.path.insert(0, str(PROJECT))
     import train
 
@@ -262,7 +281,7 @@ def said(training, scene) -> dict[str, tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("name", [*NEW, *OLD])
-def test_a_mistake_gets_one_sentence(said, name):
+def test_bad_input_gets_one_sentence(said, name):
     case, (code, screen) = {**NEW, **OLD}[name], said[name]
     assert case.sentence in screen and code == case.code, f"{code}\n{screen}"
     assert "Traceback" not in screen
@@ -271,7 +290,7 @@ def test_a_mistake_gets_one_sentence(said, name):
         assert case.sentence in line
 
 
-def test_no_mistake_made_a_run_or_ran_code_or_harmed_what_was_there(said, scene, unbroken):
+def test_bad_input_creates_no_run_runs_no_code_and_changes_no_run(said, scene, unbroken):
     assert (
         not (scene / "runs" / "mistaken").exists()
         and not (scene / "executed").exists()

@@ -1,7 +1,8 @@
-"""What commit 5db9433 left on the disk is read, resumed to the same bits and evaluated: a dataset, runs, a checkpoint, an experiment.
+"""Files of commit 5db9433 are read, resumed to the same bits and evaluated: dataset, runs, checkpoint, experiment.
 
-tests/fixtures/made_by_5db9433.zip holds: `dataset` (three classes of drawn images of 8 x 8 pixels, prepared), `runs/stopped` (stopped
-after step 5 of 8), `runs/finished` (the same run, never stopped) and `comparison` (two variants, two seeds, and their report).
+tests/fixtures/made_by_5db9433.zip holds: `dataset` (three classes of generated images of 8 x 8 pixels, prepared),
+`runs/stopped` (stopped after step 5 of 8), `runs/finished` (the same run, uninterrupted) and `comparison` (two
+variants, two seeds, and their report).
 """
 
 from __future__ import annotations

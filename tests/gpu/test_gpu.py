@@ -1,7 +1,11 @@
-"""What only a GPU can show; skipped without one. Run: python -m pytest -m gpu tests/gpu/test_gpu.py"""
+"""What only a GPU can show; skipped without one. Run: python -m pytest -m gpu tests/gpu/test_gpu.py
+
+Tests that need DALI or DeepSpeed have a form with the source `tensor` or the strategy ddp, which needs neither.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,10 +30,18 @@ POLICIES = {
     "rand augment": AugmentationSettings(policy="rand_augment"),
     "trivial augment": AugmentationSettings(policy="trivial_augment"),
     "auto augment": AugmentationSettings(policy="auto_augment"),
-    "colour jitter": AugmentationSettings(brightness=0.4, contrast=0.4, saturation=0.4),
+    "color jitter": AugmentationSettings(brightness=0.4, contrast=0.4, saturation=0.4),
     "erasing": AugmentationSettings(erasing=0.5),
     "mixing": AugmentationSettings(mixup=0.8, cutmix=1.0),
 }
+SOURCES = [
+    pytest.param("resident", marks=pytest.mark.needs_dali),
+    pytest.param("files", marks=pytest.mark.needs_dali),
+    "tensor",
+]
+STRATEGIES = [pytest.param("zero", marks=pytest.mark.needs_deepspeed), "ddp"]
+WITHOUT_DALI = [] if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else ["tensor"]
+SOURCE = [word for source in WITHOUT_DALI for word in ("--source", source)]
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +50,21 @@ def dataset(shapes) -> Dataset:
 
 
 def levels(images: torch.Tensor, dataset: Dataset) -> torch.Tensor:
-    """Normalised images in steps of 1/255."""
+    """Return normalized images in steps of 1/255."""
     return images.cpu() * torch.tensor(dataset.std).view(3, 1, 1) * 255
 
 
-@pytest.mark.parametrize("source", ["resident", "files", "tensor"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_evaluation_on_the_gpu_equals_the_cpu(dataset, source):
     gpu = torch.cat([images for images, _ in Batches(dataset, "test", 32, device="cuda", source=source).epoch()]).cpu()
     cpu = torch.cat([images for images, _ in Batches(dataset, "test", 32, source="tensor").epoch()])
     torch.testing.assert_close(gpu, cpu, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("source", ["resident", "files", "tensor"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_training_batches_on_the_gpu_equal_the_cpu(dataset, source, name):
-    """The plan is the same, so the pixels are, but for roundings of one level and points on the border of two pixels."""
+    """The plan is the same, so the pixels are, except for rounding by one level and points between two pixels."""
     on = [
         Batches(dataset, "train", 100, seed=4, augmentation=POLICIES[name], device=d, source=s)
         for d, s in (("cuda", source), ("cpu", "tensor"))
@@ -64,15 +76,15 @@ def test_training_batches_on_the_gpu_equal_the_cpu(dataset, source, name):
 
 
 def statistics(batches: Batches) -> torch.Tensor:
-    """Mean and standard deviation of each channel over three epochs: (2, 3)."""
+    """Return mean and standard deviation of each channel over three epochs: (2, 3)."""
     images = torch.cat([images.cpu() for epoch in range(3) for images, _ in batches.epoch(epoch)])
     return torch.stack([images.mean(dim=(0, 2, 3)), images.std(dim=(0, 2, 3))])
 
 
-@pytest.mark.parametrize("source", ["resident", "files"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", ["crop and flip", "resized crop", "rand augment", "erasing"])
-def test_statistics_of_dali_on_the_gpu_are_those_of_dali_on_the_cpu(dataset, source, name):
-    """What a network is shown over some epochs, whatever a single pixel is."""
+def test_statistics_on_the_gpu_equal_those_on_the_cpu(dataset, source, name):
+    """Over several epochs, whatever a single pixel is."""
     gpu, cpu = (
         statistics(Batches(dataset, "train", 100, seed=4, augmentation=POLICIES[name], device=d, source=source))
         for d in ("cuda", "cpu")
@@ -80,7 +92,7 @@ def test_statistics_of_dali_on_the_gpu_are_those_of_dali_on_the_cpu(dataset, sou
     torch.testing.assert_close(gpu, cpu, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("source", ["resident", "files", "tensor"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_any_batch_can_be_asked_for(dataset, source):
     def make():
         return Batches(
@@ -93,65 +105,64 @@ def test_any_batch_can_be_asked_for(dataset, source):
             source=source,
         )
 
-    whole = [images.clone() for images, _ in make().epoch(0)]
+    full = [images.clone() for images, _ in make().epoch(0)]
     again = [images.clone() for images, _ in make().epoch(0, start=3)]
-    assert len(again) == len(whole) - 3 and all(torch.equal(a, b) for a, b in zip(again, whole[3:], strict=True))
+    assert len(again) == len(full) - 3 and all(torch.equal(a, b) for a, b in zip(again, full[3:], strict=True))
 
 
-PLAINLY = ["--set", "model.dropout=0.0", "--set", "compile=off"]
+DETERMINISTIC = ["--set", "model.dropout=0.0", "--set", "compile=off"]
+FORMS = {  # strategy -> name of a run -> flags
+    "ddp": {
+        f"ddp-{p}": ["--strategy", "ddp", "--set", f"bf16.enabled={p == 'bf16'}".lower()] for p in ("fp32", "bf16")
+    },
+    "zero": {
+        f"stage{stage}-{p}": [
+            *("--strategy", "zero", "--set", f"zero_optimization.stage={stage}"),
+            *("--set", f"bf16.enabled={p == 'bf16'}".lower()),
+        ]
+        for stage, p in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+    },
+}
+REFERENCE = {"ddp": "ddp-fp32", "zero": "stage1-fp32"}
 
 
 @pytest.fixture(scope="module")
-def trained(shapes, tiny, tmp_path_factory) -> dict[str, Path]:
-    """One run for each ZeRO stage and precision, by name."""
+def trained(shapes, tiny, tmp_path_factory):
+    """Return a function: the run of a strategy and name, trained at its first use."""
     runs = tmp_path_factory.mktemp("gpu-runs")
-    cases = {
-        f"stage{stage}-{p}": (stage, p == "bf16")
-        for stage, p in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
-    }
-    for name, (stage, bf16) in cases.items():
-        done = on_gpu(
-            "train.py",
-            "--preset",
-            tiny,
-            "--data-dir",
-            shapes,
-            "--runs-dir",
-            runs,
-            "--name",
-            name,
-            "--epochs",
-            12,
-            "--set",
-            f"zero_optimization.stage={stage}",
-            "--set",
-            f"bf16.enabled={str(bf16).lower()}",
-            *PLAINLY,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    return {name: runs / name for name in cases}
+
+    def run(strategy: str, name: str) -> Path:
+        if not (runs / name).exists():
+            common = ["--preset", tiny, "--data-dir", shapes, "--runs-dir", runs, "--name", name, "--epochs", 12]
+            done = on_gpu("train.py", *common, *SOURCE, *FORMS[strategy][name], *DETERMINISTIC)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return runs / name
+
+    return run
 
 
-def last_line(run: Path) -> dict:
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_stage_and_precision_learns_the_same(trained):
-    losses = {name: last_line(run)["train_loss"] for name, run in trained.items()}
-    first = json.loads((trained["stage0-fp32"] / "metrics.jsonl").read_text().splitlines()[0])["train_loss"]
-    reference = losses["stage0-fp32"]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_stage_and_precision_trains_the_same(trained, strategy):
+    losses = {name: metrics(trained(strategy, name))[-1]["train_loss"] for name in FORMS[strategy]}
+    first = metrics(trained(strategy, REFERENCE[strategy]))[0]["train_loss"]
+    reference = losses[REFERENCE[strategy]]
     assert reference < 0.92 * first
     for name, loss in losses.items():
         assert abs(loss - reference) < (0.15 if "bf16" in name else 0.02) * reference, losses
 
 
-def test_a_gpu_run_is_evaluated_alike_on_gpu_and_cpu(trained, tmp_path):
-    run = trained["stage1-fp32"]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_evaluation_agrees_on_gpu_and_cpu(trained, tmp_path, strategy):
+    run = trained(strategy, REFERENCE[strategy])
     counts = {}
     for where, environment in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
         report = tmp_path / f"{where}.json"
         done = subprocess.run(
-            [sys.executable, "evaluate.py", str(run), "--json", str(report)],
+            [sys.executable, "evaluate.py", str(run), "--json", str(report), *SOURCE],
             cwd=PROJECT,
             env={**os.environ, **environment},
             capture_output=True,
@@ -160,78 +171,52 @@ def test_a_gpu_run_is_evaluated_alike_on_gpu_and_cpu(trained, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         counts[where] = json.loads(report.read_text())
-    assert counts["gpu"]["correct"] == counts["cpu"]["correct"] == last_line(run)["test_correct"]
+    assert counts["gpu"]["correct"] == counts["cpu"]["correct"] == metrics(run)[-1]["test_correct"]
     np.testing.assert_allclose(counts["gpu"]["loss"], counts["cpu"]["loss"], rtol=1e-4)
 
 
-def test_a_stopped_gpu_run_goes_on_where_it_stopped(shapes, tiny, tmp_path, trained):
-    common = [
-        "train.py",
-        "--preset",
-        tiny,
-        "--data-dir",
-        shapes,
-        "--runs-dir",
-        tmp_path,
-        "--name",
-        "again",
-        "--epochs",
-        12,
-        "--set",
-        "zero_optimization.stage=1",
-        "--set",
-        "bf16.enabled=false",
-        *PLAINLY,
-    ]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_stopped_run_resumes(shapes, tiny, tmp_path, trained, strategy):
+    words = FORMS[strategy][REFERENCE[strategy]]
+    common = ["--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path, "--name", "again", "--epochs", 12]
+    common = ["train.py", *common, *SOURCE, *words, *DETERMINISTIC]
     assert on_gpu(*common, "--stop-at", 21).returncode == 75
     done = on_gpu(*common)
     assert done.returncode == 0 and "resuming  after step 21" in done.stdout, done.stdout + done.stderr
-    assert abs(last_line(tmp_path / "again")["train_loss"] - last_line(trained["stage1-fp32"])["train_loss"]) < 1e-3
+    losses = [metrics(run)[-1]["train_loss"] for run in (tmp_path / "again", trained(strategy, REFERENCE[strategy]))]
+    assert abs(losses[0] - losses[1]) < 1e-3
 
 
 CONVOLUTIONS = ["--set", "model.patch_embedding=conv_stem", "--set", "model.patch_embedding_options.layers=3"]
-FASTER = {  # name: what trains as the same without it does
-    "compile": (["--set", "compile=on"], []),
-    "compile, bf16": (["--set", "compile=on", "--set", "bf16.enabled=true"], ["--set", "bf16.enabled=true"]),
-    "compile, fsdp": (["--strategy", "fsdp", "--set", "compile=on"], []),
-    "CUDA graphs": (["--strategy", "ddp", "--set", "compile=reduce-overhead"], []),
+DDP, ZERO = ["--strategy", "ddp"], ["--strategy", "zero"]
+BF16, MUON = ["--set", "bf16.enabled=true"], ["--set", "optimizer.type=Muon"]
+FASTER = {  # name: flags of a run, and of the run that it must equal
+    "compile": ([*DDP, "--set", "compile=on"], DDP),
+    "compile, bf16": ([*DDP, "--set", "compile=on", *BF16], [*DDP, *BF16]),
+    "compile, zero": ([*ZERO, "--set", "compile=on"], ZERO),
+    "compile, fsdp": (["--strategy", "fsdp", "--set", "compile=on"], DDP),
+    "CUDA graphs": ([*DDP, "--set", "compile=reduce-overhead"], DDP),
     "CUDA graphs, accumulated": (
-        ["--strategy", "ddp", "--set", "compile=reduce-overhead", "--set", "gradient_accumulation_steps=2"],
-        [],
+        [*DDP, "--set", "compile=reduce-overhead", "--set", "gradient_accumulation_steps=2"],
+        DDP,
     ),
-    "channels last": (["--set", "channels_last=true", *CONVOLUTIONS], CONVOLUTIONS),
-    "Muon with an average": (
-        ["--set", "optimizer.type=Muon", "--set", "ema.decay=0.9"],
-        ["--set", "optimizer.type=Muon"],
-    ),
-    "offloaded": (["--set", "zero_optimization.offload_optimizer.device=cpu"], []),
+    "channels last": ([*DDP, "--set", "channels_last=true", *CONVOLUTIONS], [*DDP, *CONVOLUTIONS]),
+    "Muon with EMA": ([*DDP, *MUON, "--set", "ema.decay=0.9"], [*DDP, *MUON]),
+    "Muon with EMA, zero": ([*ZERO, *MUON, "--set", "ema.decay=0.9"], [*ZERO, *MUON]),
+    "offloaded, zero": ([*ZERO, "--set", "zero_optimization.offload_optimizer.device=cpu"], ZERO),
 }
+NAMES = [pytest.param(name, marks=[pytest.mark.needs_deepspeed] * ("zero" in name), id=name) for name in FASTER]
 
 
-@pytest.mark.parametrize("name", FASTER)
-def test_what_makes_it_faster_or_smaller_trains_the_same(shapes, tiny, tmp_path, name):
+@pytest.mark.parametrize("name", NAMES)
+def test_faster_or_smaller_configurations_have_the_same_losses(shapes, tiny, tmp_path, name):
     losses = []
     for i, more in enumerate(FASTER[name]):
         off = [] if any("compile" in word for word in more) else ["--set", "compile=off"]
-        done = on_gpu(
-            "train.py",
-            "--preset",
-            tiny,
-            "--data-dir",
-            shapes,
-            "--runs-dir",
-            tmp_path,
-            "--name",
-            f"{i}",
-            "--epochs",
-            4,
-            "--set",
-            "model.dropout=0.0",
-            *off,
-            *more,
-        )
+        places = ["--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path, "--name", f"{i}", "--epochs", 4]
+        done = on_gpu("train.py", *places, *SOURCE, "--set", "model.dropout=0.0", *off, *more)
         assert done.returncode == 0, done.stdout + done.stderr
-        lines = [json.loads(line) for line in (tmp_path / f"{i}" / "metrics.jsonl").read_text().splitlines()]
+        lines = metrics(tmp_path / f"{i}")
         losses.append([line["train_loss"] for line in lines])
         assert lines[0]["warmup_seconds"] > 0 and lines[1]["warmup_seconds"] == 0
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05 if "bf16" in name else 5e-3)

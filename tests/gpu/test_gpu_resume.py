@@ -1,4 +1,7 @@
-"""Stopping and going on with a GPU, and its memory; skipped without one. Run: python -m pytest -m gpu tests/gpu/test_gpu_resume.py"""
+"""Stopping and resuming on a GPU, and its memory; skipped without one.
+
+python -m pytest -m gpu tests/gpu/test_gpu_resume.py
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,29 @@ from records.run_folder import RunFolder
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
-@pytest.mark.parametrize(
-    "more", [["--strategy", "ddp"], ["--set", "bf16.enabled=true"]], ids=["ddp in fp32", "zero in bf16"]
-)
-def test_a_deterministic_run_goes_on_with_the_same_bits(shapes, tiny, tmp_path, more):
-    common = ["train.py", "--preset", tiny, "--data-dir", shapes, "--runs-dir", tmp_path, "--deterministic", *more]
+BF16 = ["--set", "bf16.enabled=true"]
+FORMS = [
+    pytest.param(["--strategy", "ddp"], id="ddp in fp32"),
+    pytest.param(["--strategy", "ddp", *BF16], id="ddp in bf16"),
+    pytest.param(["--strategy", "zero", *BF16], id="zero in bf16", marks=pytest.mark.needs_deepspeed),
+]
+
+
+@pytest.mark.parametrize("more", FORMS)
+def test_a_deterministic_run_resumes_with_the_same_bits(shapes, tiny, tmp_path, more):
+    common = [
+        "train.py",
+        "--preset",
+        tiny,
+        "--data-dir",
+        shapes,
+        "--runs-dir",
+        tmp_path,
+        "--deterministic",
+        "--source",
+        "tensor",
+    ]
+    common += more
     done = on_gpu(*common, "--name", "unbroken")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -33,7 +54,8 @@ def test_a_deterministic_run_goes_on_with_the_same_bits(shapes, tiny, tmp_path, 
     assert_same_as(RunFolder(tmp_path / "stopped"), RunFolder(tmp_path / "unbroken"))
 
 
-def test_from_the_gpu_to_the_cpu_only_when_allowed(shapes, tiny, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero", marks=pytest.mark.needs_deepspeed)])
+def test_a_gpu_run_resumes_on_a_cpu_only_when_allowed(shapes, tiny, tmp_path, strategy):
     common = [
         "train.py",
         "--preset",
@@ -44,24 +66,26 @@ def test_from_the_gpu_to_the_cpu_only_when_allowed(shapes, tiny, tmp_path):
         tmp_path,
         "--name",
         "moved",
+        "--strategy",
+        strategy,
         "--source",
         "tensor",
     ]
     assert on_gpu(*common, "--stop-at", 6).returncode == STOPPED
     on_cpu = [
         "-c",
-        "import os, runpy, sys; os.environ['CUDA_VISIBLE_DEVICES'] = ''; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], "
-        "run_name='__main__')",
+        "import os, runpy, sys; os.environ['CUDA_VISIBLE_DEVICES'] = ''; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')",
         *common,
     ]
     refused = on_gpu(*on_cpu)
-    assert refused.returncode == 1 and "kind of device: GPU before, CPU now" in refused.stderr
+    assert refused.returncode == 1 and "device type: GPU before, CPU now" in refused.stderr
     done = on_gpu(*on_cpu, "--allow-inexact-resume")
     assert done.returncode == 0 and "resuming  after step 6" in done.stdout, done.stderr
 
 
-def test_the_largest_micro_batch_is_found_and_too_large_a_one_is_told_with_the_one_that_fits(shapes, tmp_path):
-    """A network whose activations fill any GPU at this batch."""
+def test_the_largest_micro_batch_is_found_and_named_in_the_error_of_a_larger_one(shapes, tmp_path):
+    """The activations of this network fill any GPU at this batch size."""
     wide = tmp_path / "wide.toml"
     wide.write_text(
         'epochs = 1\n[model]\npatch = 1\nwidth = 1024\ndepth = 12\nheads = 16\nhead_size = 64\npooling = "mean"\n'
@@ -75,13 +99,17 @@ def test_the_largest_micro_batch_is_found_and_too_large_a_one_is_told_with_the_o
         shapes,
         "--runs-dir",
         tmp_path,
+        "--strategy",
+        "ddp",
+        "--source",
+        "tensor",
         "--max-steps",
         1,
         "--name",
         "wide",
     ]
     full = on_gpu(*common)
-    assert full.returncode == 1 and "the GPU has no room for 256 images at once, but for " in full.stderr, full.stderr
+    assert full.returncode == 1 and "out of GPU memory with a micro-batch of 256 images; " in full.stderr, full.stderr
     done = on_gpu(*common, "--micro-batch", "auto")
-    assert done.returncode == 0 and "the largest that the GPU has room for" in done.stdout, done.stderr
+    assert done.returncode == 0 and "the largest that fits into GPU memory" in done.stdout, done.stderr
     assert RunFolder(tmp_path / "wide").facts()["batch"]["total"] == 256

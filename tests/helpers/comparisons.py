@@ -1,4 +1,4 @@
-"""What the tests of compare.py share: a small experiment, and runs that are made up: their folders are written at once."""
+"""Shared by the tests of compare.py: a small experiment, and invented runs, whose folders are written at once."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import json
 from pathlib import Path
 
 from comparison.run_queue import PlannedRun
+from records.provenance import digest_of
 from records.run_folder import RunFolder
 
 COMMON = 'question = "Is a gate better?"\npreset = "tiny.toml"\nsteps = 6\nseeds = 2\n'
-ARMS = """
-[[arms]]
+VARIANTS = """
+[[variants]]
 name = "plain"
-idea = "As ever."
-[[arms]]
+idea = "The reference."
+[[variants]]
 name = "gated"
 idea = "A gate."
 model.feed_forward = "geglu"
 model.feed_forward_options.hidden = 32
-"""
+"""  # 3 matrices of 32 have the parameters of the reference's 2 of 48
+
+CODE = ("train.py", "models/feed_forward.py")
 
 
 class Invented:
-    """Starts of runs. `accuracy`, `facts`, `speed` and `fails` say what they come to, by the name of the run."""
+    """Replaces `launch`. `accuracy`, `facts`, `speed` and `fails` set the outcome, by run name or variant."""
 
     def __init__(self):
         self.started: list[str] = []
@@ -30,8 +33,8 @@ class Invented:
 
     def __call__(self, task: PlannedRun, environment: dict[str, str]) -> Ended:
         self.started.append(task.name)
-        for arm, message in self.fails.items():
-            if task.name.startswith(arm):
+        for variant, message in self.fails.items():
+            if task.name.startswith(variant):
                 task.log.write_text(
                     f"run       here\nTraceback (most recent call last):\n{message}\nTraining failed (exit code 1).\n"
                 )
@@ -46,7 +49,7 @@ class Invented:
 
 
 class Ended:
-    """A child that has ended."""
+    """A child process that has ended."""
 
     def __init__(self, code: int):
         self.code = code
@@ -55,11 +58,11 @@ class Ended:
         return self.code
 
     def terminate(self) -> None:
-        raise AssertionError("nothing was to be stopped")
+        raise AssertionError("no run should be stopped")
 
 
 def write_run(task: PlannedRun, accuracy: float, images_per_second: float, changed: dict, done: bool = True) -> None:
-    """The folder of a run of 300 images in batches of 64, 30 of them held out."""
+    """Write the folder of a run on 300 images in batches of 64; 30 images are the validation split."""
     expected = task.expected
     batch = expected["settings"]["engine"]["train_batch_size"]
     steps = expected["max_steps"] or expected["settings"]["epochs"] * (270 // batch)
@@ -78,6 +81,7 @@ def write_run(task: PlannedRun, accuracy: float, images_per_second: float, chang
         "total_steps": steps,
         "commit": "abc",
         "uncommitted_changes": False,
+        "code": {"fingerprint": "123", "files": {path: digest_of(path) for path in CODE}},
         "device": "CPU",
         "num_processes": 1,
         "versions": {"torch": "2"},

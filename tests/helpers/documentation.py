@@ -1,12 +1,12 @@
-"""The commands of README.md and docs/*.md, and a small world to run them in: a copy of the programs, drawn data, a finished run.
+"""The commands of README.md and docs/*.md, and a small copy of the project to run them in, with drawn data and a run.
 
-Every line of a ```bash block is a command. What is done with it:
+Every line of a ```bash block is a command. Each command gets one of these treatments:
 
-    run        a program of ours that is quick: run for real, in the world, with what ADDED says
-    train      training: its launcher prints what it would run (DRY_RUN=1), and its arguments are read, its settings
-               resolved and its network built
-    parse      any other program of ours: its arguments are read, and it ends there
-    foreign    a program of somebody else, by the names in FOREIGN
+    run        a quick program of ours: it runs in that copy, with the flags of ADDED
+    train      training: its launcher prints the command (DRY_RUN=1), whose arguments are parsed, settings resolved and
+               network built
+    parse      another program of ours: its arguments are parsed, and it ends there
+    foreign    a program of somebody else, listed in FOREIGN
 
 A command that is none of these is an error (`treatment`).
 """
@@ -54,20 +54,20 @@ FOREIGN = (
     "export",
     "wandb",
 )
-# What a command gets besides, so that it is quick: only the plan of a comparison, for a dataset of CIFAR's size, which it makes without
-# one; no worker processes, and the archive although there is a dataset.
+# Further flags that make a command quick: a comparison prints only its plan, for a dataset of CIFAR's size without
+# having one; preparation uses no worker processes, and the archive although the dataset exists.
 ADDED = {
     "compare.py": ["--dry-run", "--data-dir", "none"],
     "prepare_dataset.py": ["--force", "--workers", "1"],
     "report.py": ["--quick"],
 }
-# Paths of the reader's machine, and what stands for them in the world.
+# Paths of the reader's machine, and their substitutes in the project copy.
 PATHS = {"/big/disk/imagenet": "big/disk/imagenet", "/local/disk": "local/disk"}
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command, and the page that shows it first."""
+    """One command, and the first page that shows it."""
 
     words: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
@@ -78,18 +78,18 @@ class Command:
 
     @property
     def script(self) -> str:
-        """The file that is run, as it is written."""
+        """The script that runs, as written."""
         return self.words[1] if self.words[0] == "python" and len(self.words) > 1 else self.words[0]
 
     @property
     def arguments(self) -> list[str]:
-        """What follows the script, for the world."""
+        """The arguments of the script, with the substitutes of PATHS."""
         words = self.words[2:] if self.words[0] == "python" else self.words[1:]
         return [PATHS.get(word, word) for word in words]
 
 
 def commands(pages: list[Path] = PAGES) -> list[Command]:
-    """Every command of the pages, each once."""
+    """Return every command of the pages, each once."""
     found: dict[Command, None] = {}
     for page in pages:
         for block in re.findall(r"^ *```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
@@ -111,7 +111,7 @@ def commands(pages: list[Path] = PAGES) -> list[Command]:
 
 
 def split(line: str) -> list[list[str]]:
-    """The commands of a line: `a && b | c` are three."""
+    """Return the commands of a line: `a && b | c` are three."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
     lexer.whitespace_split = True
     parts: list[list[str]] = [[]]
@@ -124,9 +124,9 @@ def split(line: str) -> list[list[str]]:
 
 
 def treatment(command: Command) -> str:
-    """run, train, parse or foreign. Raises AssertionError for a command that nobody has thought of."""
+    """Return run, train, parse or foreign. Raises AssertionError for an unknown command."""
     program, script = command.words[0], command.script
-    if "cluster/slurm/compare.sbatch" in command.words:  # its words are those of compare.py
+    if "cluster/slurm/compare.sbatch" in command.words:  # its arguments are those of compare.py
         return "foreign"
     if program in LAUNCHERS or script == "train.py":
         return "train"
@@ -135,12 +135,12 @@ def treatment(command: Command) -> str:
     if program == "python" and (PROJECT / script).is_file():
         return "run" if script in RUN else "parse"
     raise AssertionError(
-        f"{command.page} shows '{command}': nothing runs it, and nothing says why not (tests/helpers/documentation.py)"
+        f"{command.page} shows '{command}', which has no treatment: add it to tests/helpers/documentation.py"
     )
 
 
 def make_world(folder: Path, shapes: Path, run: Path) -> Path:
-    """A copy of the programs with the data, images, archives and runs that the pages speak of."""
+    """Copy the programs to `folder`, with the data, images, archives and runs that the pages mention."""
     from trees import python_archive, save, tree_files
 
     from image_data.preparation.prepare import prepare
@@ -160,7 +160,7 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
     for name in ("photo.jpg", "cat.png", "image.png"):
         shutil.copy(next((folder / "photos").iterdir()), folder / name)
     shutil.copy(run / "weights.safetensors", folder)
-    (folder / "hostfile").write_text("node1 slots=8\nnode2 slots=8\n")  # as docs/cluster.md tells to write it
+    (folder / "hostfile").write_text("node1 slots=8\nnode2 slots=8\n")  # as docs/cluster.md describes it
     facts = json.loads((run / "run.json").read_text())
     facts["dataset"]["folder"] = "data/cifar100"
     for name in {
@@ -174,7 +174,7 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
 
 
 def inside(folder: str, only_parse: bool, script: str, *arguments: str) -> None:
-    """Run a program of the world; to be called in a process of its own, by `programs.Program`."""
+    """Run a program of the project copy; to be called in a separate process, by `programs.Program`."""
     os.chdir(folder)
     sys.path[:] = [folder, *(path for path in sys.path if path and Path(path).resolve() != PROJECT)]
     sys.argv = [script, *arguments]

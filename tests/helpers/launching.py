@@ -1,4 +1,7 @@
-"""The launchers beside a stub of train.py, with fakes of nvidia-smi and the like: what their tests share. The fixture `repo` is in conftest.py."""
+"""The launchers beside a stub of train.py, with fakes of nvidia-smi and the like: what their tests share.
+
+The fixture `repo` is in conftest.py.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ time.sleep(0.2)                         # a second signal would come about now
 (out / f"saved{rank}").touch()
 ranks, latest = int(os.environ["WORLD_SIZE"]), time.time() + 10
 while stop and time.time() < latest and not all((out / f"saved{i}").exists() for i in range(ranks)):
-    time.sleep(0.01)                    # as train.py does: the launcher tells the others to stop when the first one leaves
+    # As train.py does: the launcher tells the others to stop when the first one leaves.
+    time.sleep(0.01)
 (out / f"ended{rank}").write_text(str(len(stop)))
 sys.exit(75 if stop else int(os.environ.get("STUB_CODE", 0)))
 """
@@ -88,7 +92,7 @@ def dry_run(repo, *arguments, script="launch_local_train.sh", **variables):
     result = run(repo, script, *arguments, DRY_RUN="1", **variables)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1
-    # bash itself takes the line apart, because that is what a person would paste it into
+    # bash itself splits the line, because users paste it there
     words = subprocess.run(
         ["bash", "-c", f"printf '%s\\0' {result.stdout}"], capture_output=True, text=True, check=True
     ).stdout

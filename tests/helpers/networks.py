@@ -1,4 +1,4 @@
-"""What the tests of parts share: a tiny network, and images and tokens for it, the same each time."""
+"""A tiny network for tests of parts, with images and tokens that are the same each time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CLASSES, SIDE = 5, 16
 
 
 def dimensions(**changes) -> Dimensions:
-    """Those of the tiny network, with changes."""
+    """Dimensions of the tiny network, with changes."""
     dims = Dimensions(CLASSES, SIDE, patch=4, width=16, depth=2, heads=2, head_size=8, num_prefix=1, dropout=0.0)
     return replace(dims, **changes)
 
 
 def tiny(**changes) -> nn.Sequential:
-    """The tiny network with other settings, the same weights each time."""
+    """The tiny network with changed settings and the same weights each time."""
     torch.manual_seed(0)
     return build_model(replace(TINY, **changes), CLASSES, SIDE)
 

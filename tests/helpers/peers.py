@@ -1,4 +1,4 @@
-"""Facts of a run that a peer announces, and ports for it to listen at."""
+"""Facts of a run as in run.json, and free ports for peers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def facts_for(*overrides: str) -> dict:
 
 
 def free_pair() -> int:
-    """A port that is free, and the one after it too."""
+    """A free port whose successor is free as well."""
     while True:
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))

@@ -1,9 +1,10 @@
-"""The project's scripts as programs of their own: on the CPU, with a time limit, and started quickly.
+"""The project's scripts as separate programs: on the CPU, with a time limit, and started quickly.
 
-    done = run("train.py", "--max-steps", 3)          # a process that is forked with PyTorch, DeepSpeed and DALI already in memory
-    done = launch(2, "train.py", "--max-steps", 3)    # two, by DeepSpeed's launcher or torchrun, as a person would start them
+    # A process that is forked with PyTorch, DeepSpeed and DALI already in memory.
+    done = run("train.py", "--max-steps", 3)
+    done = launch(2, "train.py", "--max-steps", 3)    # two, by DeepSpeed's launcher or torchrun, as a user starts them
 
-`benchmarks/lib/forked_programs.py` says how. Every test sees the same machine: no GPU, one thread a process.
+`benchmarks/lib/forked_programs.py` says how. Every test sees the same machine: no GPU, one thread per process.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from common.paths import PROJECT
 
 
 def run(script: str, *arguments: Any, code: int | None = 0, **environment: str) -> Done:
-    """Run a script of the project to its end, which must be the exit code `code` (None: any)."""
+    """Run a script of the project to its end and check its exit code (None: any)."""
     return _check(start(script, *arguments, **environment).end(), code)
 
 
 def copy_scripts(folder: Path) -> None:
-    """Copy what the launchers need, but train.py, to another folder."""
+    """Copy the files that the launchers need, except train.py, to another folder."""
     for path in [*PROJECT.glob("*.sh"), *PROJECT.glob("requirements*.txt")]:
         shutil.copy(path, folder)
     for package in ("cluster", "common", "config", "environment"):
@@ -51,7 +52,10 @@ def run_ranks(processes: int, function: Callable[..., None], *arguments: Any) ->
 
 
 def launcher(processes: int, script: str, *arguments: Any) -> list[str]:
-    """The command that starts a script as several processes: DeepSpeed's launcher for train.py, torchrun for the rest."""
+    """Return the command that starts a script as several processes:
+
+    DeepSpeed's launcher for train.py, else torchrun.
+    """
     words = [str(PROJECT / script), *map(str, arguments)]
     if script != "train.py":
         return [
@@ -77,7 +81,7 @@ def launcher(processes: int, script: str, *arguments: Any) -> list[str]:
 
 
 def launch(processes: int, script: str, *arguments: Any, code: int | None = 0) -> Done:
-    """Run a script as several processes, by a launcher."""
+    """Run a script as several processes with a launcher."""
     child = subprocess.Popen(
         launcher(processes, script, *arguments),
         cwd=PROJECT,
@@ -98,12 +102,12 @@ def launch(processes: int, script: str, *arguments: Any, code: int | None = 0) -
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment of a program that no launcher started."""
+    """Return the environment of a program without a launcher."""
     return {**{key: value for key, value in os.environ.items() if key not in LAUNCHED}, **ENVIRONMENT}
 
 
 def _check(done: Done, code: int | None) -> Done:
-    assert code is None or done.code == code, f"exit code {code} was due\n{done.text}"
+    assert code is None or done.code == code, f"expected exit code {code}\n{done.text}"
     return done
 
 

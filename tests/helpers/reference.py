@@ -52,7 +52,8 @@ def settings_for(*overrides: str) -> Settings:
         ],
     )
     params = settings.engine["optimizer"]["params"]
-    # Adam divides each gradient by its own size. One that is zero but for rounding would become a whole step in a direction that
+    # Adam divides each gradient by its own size. One that is zero but for rounding would become a whole step in a
+    # direction that
     # depends on the machine: with 1e-8 equal runs come apart by 1e-5 on some CPUs.
     if "eps" in params:
         params["eps"] = 1e-4
@@ -64,7 +65,7 @@ def network(settings: Settings) -> nn.Module:
 
 
 def data(soft: bool = False) -> tuple[Tensor, Tensor]:
-    """One global batch a step: images (steps, B, 3, S, S), labels (steps, B), or soft ones (steps, B, K) as mixing makes them."""
+    """Global batches, one per step: images (steps, B, 3, S, S), labels (steps, B), or soft ones (steps, B, K)."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(STEPS, BATCH, 3, SIDE, SIDE, generator=generator)
     labels = torch.randint(0, NUM_CLASSES, (STEPS, BATCH), generator=generator)
@@ -76,7 +77,7 @@ def data(soft: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def batches(engine, soft: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """The micro-batches of this process, from the engine's optimiser step on."""
+    """Yield the micro-batches of this process, from the engine's optimizer step on."""
     (images, labels), (which, of), sizes = data(soft), engine.data_shard, engine.batch_sizes
     for step in range(engine.step, STEPS):
         for part in range(sizes.accumulation):
@@ -85,7 +86,7 @@ def batches(engine, soft: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def plain_loop(settings: Settings, soft: bool = False, build: Callable[[], nn.Module] | None = None) -> dict:
-    """Losses, weights and averaged weights of a loop that knows of no engine: the whole batch at once, in one process."""
+    """Return losses, weights and EMA of a loop without an engine: the whole batch at once, in one process."""
     torch.manual_seed(SEED)
     model, schedule = build() if build else network(settings), Schedule(settings.schedule, 20)
     optimizer = build_optimizer(settings.engine["optimizer"], model, fused=False)
@@ -153,7 +154,7 @@ def train_and_save(
     look: bool = False,
     build: Callable[[], nn.Module] | None = None,
 ) -> dict:
-    """All steps, with the state saved on the way into `folder`; `look`: counted on the way too, which must leave no trace."""
+    """Make all steps and save the state midway; `look`: also evaluate midway, which must not change training."""
     engine = make_engine(strategy, settings_for(*overrides), build)
     losses = train(engine, SAVED_AT, soft)
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,7 @@ def train_and_save(
 
 
 def go_on(strategy: str, overrides: list[str], folder: Path, soft: bool = False) -> dict:
-    """The rest of the steps, from a saved state on."""
+    """Make the remaining steps, from a saved state on."""
     engine = make_engine(strategy, settings_for(*overrides))
     engine.load(Path(folder))
     state, step = engine.gather_state(), engine.step
@@ -187,7 +188,7 @@ def go_on(strategy: str, overrides: list[str], folder: Path, soft: bool = False)
 
 
 def counts_of(engine, raw: bool = False) -> tuple[int, int, int, float]:
-    """EvalCounts over all images, dealt out to the shards, with a last batch that is filled up and not of the training's size."""
+    """Return EvalCounts over all images, divided over the shards, with a padded last batch of another size."""
     (images, labels), (which, of) = data(), engine.data_shard
     images, labels = images.flatten(0, 1), labels.flatten(0, 1)
     size = 7 if of == 1 else 3
@@ -203,7 +204,7 @@ def counts_of(engine, raw: bool = False) -> tuple[int, int, int, float]:
 
 @contextmanager
 def pretended_gpus() -> Iterator[None]:
-    """For strategy dp, which refuses to run without two GPUs."""
+    """Replace the GPU count for strategy dp, which rejects fewer than two GPUs."""
     with (
         mock.patch("torch.cuda.device_count", return_value=2),
         mock.patch("torch.cuda.is_available", return_value=False),
@@ -214,7 +215,7 @@ def pretended_gpus() -> Iterator[None]:
 
 
 def refusal(strategy: str, *overrides: str, build=None) -> str:
-    """The sentence with which a strategy refuses what would not train as asked."""
+    """Return the message with which a strategy rejects settings."""
     try:
         make_engine(strategy, settings_for(*overrides), build)
     except SettingsError as error:

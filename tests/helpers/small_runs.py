@@ -1,4 +1,4 @@
-"""The tiny preset and dataset of the tests, and what a run of them left behind."""
+"""The tiny preset and dataset of the tests, and the files of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from records.run_folder import RunFolder
 
-# Dropout and augmentation are on, so that a resumed run has random numbers to get wrong. 300 images make 4 steps an epoch.
+# Dropout and augmentation are on, so that resuming must restore random numbers. 300 images are 4 steps per epoch.
 TINY = """
 epochs = 12
 [model]
@@ -25,16 +25,16 @@ train_batch_size = 64
 lr = 3e-3
 """
 TRAIN_PER_CLASS, TEST_PER_CLASS = 30, 7
-EPOCHS, STEPS_PER_EPOCH = 12, 4  # what TINY and the number of images come to
-STOPPED = 75  # exit code of a run that was told to stop, and saved
+EPOCHS, STEPS_PER_EPOCH = 12, 4  # they follow from TINY and the number of images
+STOPPED = 75  # exit code of a run that stopped on request and saved
 
 
-# --- what a run left behind ----------------------------------------------------------------------------------------
+# --- files of a run -----------------------------------------------------------------------------------------------
 # Bit-identical means: the bytes of weights.safetensors, and every number of metrics.jsonl that is not a time.
 
 
 def results(record: RunFolder) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock measured."""
+    """Return the lines of metrics.jsonl without timings and memory."""
     measured = ("_seconds", "_per_second", "_gib")
     return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
 

@@ -1,6 +1,6 @@
-"""What the tests of prepare_dataset.py share: small trees and archives of images, and the sentence with which a command refuses.
+"""Small image trees and archives for the tests of prepare_dataset.py, and its error messages.
 
-The fixtures `tree` and `zipped` in conftest.py are made of them.
+The fixtures `tree` and `zipped` in conftest.py use them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def save(path: Path, pixels: np.ndarray, **options) -> None:
 
 
 def tree_files(classes=("cat", "big dog"), train=3, test=2) -> dict[str, np.ndarray]:
-    """Relative path -> pixels; all images differ."""
+    """Return relative path -> pixels; all images differ."""
     names = [
         f"{split}/{name}/image {i}.png"
         for split, count in (("train", train), ("test", test))
@@ -50,7 +50,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 def refusal(capsys, *arguments: object) -> str:
-    """The sentence with which the command refuses; nothing else on stderr may look like a traceback."""
+    """Run the command, which must fail without a traceback, and return its error message."""
     assert main([str(argument) for argument in arguments]) == 1
     message = capsys.readouterr().err
     assert "Traceback" not in message
@@ -65,7 +65,10 @@ def member(name: str, **attributes) -> tarfile.TarInfo:
 
 
 def python_archive(path: Path, which: int, extra: dict[str, bytes] | None = None) -> dict[str, np.ndarray]:
-    """A miniature cifar-<which>-python.tar.gz, pickled as the original is (protocol 2, str keys). Returns path -> pixels."""
+    """Write a miniature cifar-<which>-python.tar.gz, pickled like the original (protocol 2, str keys).
+
+    Returns path -> pixels of its images.
+    """
     folder = {10: "cifar-10-batches-py", 100: "cifar-100-python"}[which]
     batches = {
         10: {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},

@@ -1,7 +1,8 @@
-"""prepare_dataset.py on archives, whole, hostile or damaged; on the original CIFAR files; and with or without a network."""
+"""prepare_dataset.py on archives: intact, hostile, damaged and unsupported ones, the CIFAR files, and downloads."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trees import member, python_archive, refusal
+from PIL import Image
+from trees import member, python_archive, refusal, tree_files
 
 from common.paths import PROJECT
 from image_data.dataset import Dataset
+from image_data.preparation import archives
 from image_data.preparation import downloads as dataset_sources
 from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.prepare import prepare
@@ -74,7 +77,7 @@ def test_a_damaged_archive_leaves_nothing(zipped, tmp_path, capsys):
     zipped.write_bytes(damaged)
     assert "is damaged or cut short" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     zipped.write_bytes(damaged[:1000])
-    assert "neither a zip nor a tar archive" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
+    assert "is the beginning of a zip archive" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".prepare.lock"]
 
 
@@ -98,7 +101,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_works(zipped, tmp_path)
 def test_a_folder_of_the_user_is_not_replaced(zipped, tmp_path, capsys):
     (tmp_path / "out/images").mkdir(parents=True)
     (tmp_path / "out/images/holiday.png").touch()
-    assert "is in the way" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
+    assert "was not written by this script" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     assert (tmp_path / "out/images/holiday.png").exists()
 
 
@@ -107,6 +110,118 @@ def test_archive_without_a_tree(tmp_path, capsys):
         file.writestr("readme.txt", "hello")
     assert "holds no train/ folder" in refusal(capsys, "--archive", tmp_path / "x.zip", "--data-dir", tmp_path / "out")
     assert "does not exist" in refusal(capsys, "--archive", tmp_path / "y.zip", "--data-dir", tmp_path / "out2")
+
+
+# ---- archives that Python cannot unpack, and bombs ----
+
+
+def zip_of(tree: Path, path: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as file:
+        for image in sorted(tree.rglob("*.png")):
+            file.write(image, f"pets/{image.relative_to(tree)}")
+    return path
+
+
+def patch_headers(path: Path, local: int, central: int, change) -> None:
+    """Change one byte of every local and central header of a zip, at these offsets."""
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        at = data.find(signature)
+        while at >= 0:
+            data[at + offset] = change(data[at + offset])
+            at = data.find(signature, at + 1)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(9, "Deflate64"), (93, "Zstandard"), (95, "XZ"), (98, "PPMd"), (77, "method 77")]
+)
+def test_unsupported_compression_is_named(tree, tmp_path, capsys, method, name):
+    archive = zip_of(tree, tmp_path / "x.zip")
+    patch_headers(archive, 8, 10, lambda _: method)
+    message = refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
+    assert f"is compressed with {name}" in message and "--root" in message and "damaged" not in message
+
+
+def test_an_encrypted_archive_is_named(tree, tmp_path, capsys):
+    archive = zip_of(tree, tmp_path / "x.zip")
+    patch_headers(archive, 6, 8, lambda flags: flags | 1)
+    message = refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
+    assert "is encrypted" in message and "--root" in message
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_bzip2_and_lzma_are_unpacked(tree, tmp_path, method):
+    assert len(prepare(tmp_path / "out", archive=zip_of(tree, tmp_path / "x.zip", method)).splits["train"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"7z\xbc\xaf\x27\x1c", "7-Zip"),
+        (b"Rar!\x1a\x07", "RAR"),
+        (b"\x28\xb5\x2f\xfd", "Zstandard"),
+        (b"PK\x03\x04", "beginning of a zip"),
+    ],
+)
+def test_other_kinds_of_archives_are_named(tmp_path, capsys, start, kind):
+    (tmp_path / "x.zip").write_bytes(start + bytes(1000))
+    message = refusal(capsys, "--archive", tmp_path / "x.zip", "--data-dir", tmp_path / "out")
+    assert kind in message and "--root" in message
+
+
+def test_the_last_part_of_a_split_zip_is_named(tree, tmp_path, capsys):
+    archive = zip_of(tree, tmp_path / "x.zip")
+    data = bytearray(archive.read_bytes())
+    data[data.rindex(b"PK\5\6") + 4] = 2
+    archive.write_bytes(data)
+    message = refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
+    assert "last of 3 parts of a split archive" in message and "--root" in message
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_a_bomb_is_refused_and_the_limit_can_be_raised(tree, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr(archives, "ALWAYS_ALLOWED_GIB", 0.001)
+    bomb, zeros = tmp_path / f"bomb.{kind}", bytes(4 << 20)
+    if kind == "zip":
+        zip_of(tree, bomb)
+        with zipfile.ZipFile(bomb, "a", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("pets/train/cat/zeros.bin", zeros)
+    else:
+        with tarfile.open(bomb, "w:gz") as file:
+            file.add(tree, "pets")
+            file.addfile(member("pets/train/cat/zeros.bin", size=len(zeros)), io.BytesIO(zeros))
+    message = refusal(capsys, "--archive", bomb, "--data-dir", tmp_path / "out")
+    assert "unpacks to more than" in message and "--unpack-limit-gib" in message
+    assert not (tmp_path / "out/images").exists()
+    assert len(prepare(tmp_path / "out", archive=bomb, unpack_limit_gib=1).splits["train"]) == 6
+
+
+def test_utf8_names_without_the_flag_are_read_as_utf8(tmp_path, capsys):
+    """macOS and Info-ZIP write them so; code page 437 would garble the names of the classes."""
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as file:
+        for name, pixels in tree_files(classes=("caf\u00e9", "\u732b")).items():
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            file.writestr(f"pets/{name}", buffer.getvalue())
+    patch_headers(tmp_path / "mac.zip", 7, 9, lambda flags: flags & ~0x08)
+    assert prepare(tmp_path / "out", archive=tmp_path / "mac.zip").classes == ["caf\u00e9", "\u732b"]
+    data = (tmp_path / "mac.zip").read_bytes().replace("caf\u00e9".encode(), b"caf\xe9\xe9").replace
+    (tmp_path / "old.zip").write_bytes(data("\u732b".encode(), b"dog"))
+    capsys.readouterr()
+    prepare(tmp_path / "out2", archive=tmp_path / "old.zip")
+    assert "are not UTF-8 and are read as code page 437" in capsys.readouterr().err
+
+
+def test_class_folders_in_an_archive_can_be_split(tree, tmp_path):
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as file:
+        for path in sorted((tree / "train").rglob("*.png")):
+            file.write(path, f"my/pets/{path.relative_to(tree / 'train')}")
+    ready = prepare(tmp_path / "out", archive=tmp_path / "flat.zip", test_fraction=0.34)
+    assert ready.classes == ["big dog", "cat"] and {name: len(ready.splits[name]) for name in ready.splits} == {
+        "train": 4,
+        "test": 2,
+    }
 
 
 # ---- the original CIFAR archives ----
@@ -136,7 +251,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, capsys):
         tmp_path / "cifar.tar.gz", 100, {"train": pickle.dumps({"data": Malicious(tmp_path / "owned")}, protocol=2)}
     )
     message = refusal(capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out")
-    assert "is refused" in message and "cifar-100-python/train" in message and "mkdir" in message
+    assert "is rejected" in message and "cifar-100-python/train" in message and "mkdir" in message
     assert not (tmp_path / "owned").exists()
 
 
@@ -145,7 +260,7 @@ def test_python_archive_with_hostile_names_or_holes(tmp_path, capsys):
     python_archive(tmp_path / "cifar.tar.gz", 100, {"meta": meta})
     assert "unsafe name" in refusal(capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out")
     python_archive(tmp_path / "cifar.tar.gz", 100, {"train": pickle.dumps({}, protocol=2)})
-    assert "does not hold what CIFAR holds" in refusal(
+    assert "does not hold the data of CIFAR" in refusal(
         capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out"
     )
 
@@ -165,7 +280,7 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path, capsys, monkey
     assert "Network is unreachable" in message and "--archive FILE" in message and "--dataset shapes" in message
 
 
-def test_drive_file_is_used_only_when_whole(zipped, tmp_path, monkeypatch):
+def test_drive_file_is_used_only_if_its_checksum_is_the_known_one(zipped, tmp_path, monkeypatch):
     class Gdown:
         content = zipped.read_bytes()
 
@@ -175,14 +290,19 @@ def test_drive_file_is_used_only_when_whole(zipped, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "gdown", Gdown)
     monkeypatch.setattr(dataset_sources, "_download", offline)
-    whole, Gdown.content = Gdown.content, b"<html>quota exceeded</html>"
-    with pytest.raises(PrepareError):
-        prepare(tmp_path / "out", dataset="cifar100")
-    assert not list((tmp_path / "out").glob("cifar100.zip*"))
-    Gdown.content = whole
+    intact = Gdown.content
+    for content in (b"<html>quota exceeded</html>", intact):  # the second is another zip than the published one
+        Gdown.content = content
+        with pytest.raises(PrepareError):
+            prepare(tmp_path / "out", dataset="cifar100")
+        assert not list((tmp_path / "out").glob("cifar100.zip*"))
+    monkeypatch.setattr(dataset_sources, "CIFAR100_SHA256", hashlib.sha256(intact).hexdigest())
     assert len(prepare(tmp_path / "out", dataset="cifar100").splits["train"]) == 6
     monkeypatch.setitem(sys.modules, "gdown", None)  # the archive stays: no network is needed again
     assert len(prepare(tmp_path / "out", dataset="cifar100", force=True).splits["train"]) == 6
+    (tmp_path / "out/cifar100.zip").write_bytes(intact + b"more")
+    with pytest.raises(PrepareError, match="cifar100.zip is not the published file .*--archive"):
+        prepare(tmp_path / "out", dataset="cifar100", force=True)
 
 
 def test_toronto_file_is_resumed_and_used_only_when_its_checksum_is_right(tmp_path, monkeypatch):
@@ -204,7 +324,5 @@ def test_toronto_file_is_resumed_and_used_only_when_its_checksum_is_right(tmp_pa
         prepare(tmp_path / "out", dataset="cifar10")
     assert asked == ["bytes=700-"] and not list((tmp_path / "out").glob("cifar-10*"))
     (tmp_path / "out/cifar-10-python.tar.gz.part").write_bytes(content[:700])
-    monkeypatch.setitem(
-        dataset_sources.TORONTO_MD5, "cifar-10-python.tar.gz", dataset_sources._md5(tmp_path / "mini.tar.gz")
-    )
+    monkeypatch.setitem(dataset_sources.TORONTO_MD5, "cifar-10-python.tar.gz", hashlib.md5(content).hexdigest())
     assert len(prepare(tmp_path / "out", dataset="cifar10").splits["train"]) == 20

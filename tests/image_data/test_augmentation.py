@@ -1,4 +1,7 @@
-"""What a plan says and what is made of it, against torchvision. Run: python -m pytest tests/image_data/test_augmentation.py"""
+"""Augmentation plans and their application, compared with torchvision.
+
+Run: python -m pytest tests/image_data/test_augmentation.py
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ CASES = [(family, name) for family, (_, _, space) in SPACES.items() for name in 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_tensor_operations_equal_torchvision(images, family, name):
-    """Pixel by pixel, at every third magnitude, both signs; blends of floats may differ by one level."""
+    """Every pixel, at every third magnitude, with both signs; blends of floats may differ by one level."""
     theirs, bins, space = SPACES[family]
     for bin in range(0, bins, 3):
         for negative in (False, True):
@@ -81,7 +84,7 @@ def test_tensor_operations_equal_torchvision(images, family, name):
 
 @pytest.fixture(scope="module")
 def dali():
-    """Apply one level by the DALI graph: (images, level) -> uint8 images."""
+    """A function that applies one operation with the DALI graph: (images, operation) -> uint8 images."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     from image_data.dali_backend import Graph
@@ -125,7 +128,7 @@ def test_dali_operations_equal_the_tensor_ones(images, dali, name):
                 assert difference.max() <= 1, "one level of rounding"
 
 
-def test_the_cifar_policy_is_torchvisions():
+def test_the_cifar_policy_is_that_of_torchvision():
     theirs = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)._policies
     ours = [((a, p, m), (b, q, n)) for a, p, m, b, q, n in policies.AutoAugment.PAIRS]
     assert [tuple((name, chance, bin or 0) for name, chance, bin in pair) for pair in theirs] == ours
@@ -143,7 +146,7 @@ TRANSFORMS = {
         AugmentationSettings(crop_padding=0, flip=0.0, policy="auto_augment"),
         v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
     ),
-    "colour jitter": (
+    "color jitter": (
         AugmentationSettings(crop_padding=0, flip=0.0, brightness=0.4, contrast=0.3, saturation=0.5),
         v2.ColorJitter(0.4, 0.3, 0.5),
     ),
@@ -153,7 +156,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("name", list(TRANSFORMS))
 def test_statistics_agree_with_torchvision(name):
-    """The same few images many times: mean and spread of every statistic within what chance allows."""
+    """A few images, augmented many times: mean and spread of every statistic agree within chance."""
     settings, transform = TRANSFORMS[name]
     few = pictures(4)
     many = few.repeat(NUMBER // 4, 1, 1, 1)
@@ -181,7 +184,7 @@ def test_statistics_agree_with_torchvision(name):
 
 
 def test_crops_and_flips_are_uniform():
-    """All 81 corners and both directions are equally likely (chi squared, 161 degrees of freedom)."""
+    """All 81 crop offsets and both flips are equally likely (chi-squared test, 161 degrees of freedom)."""
     plan = Augmentation(AugmentationSettings(), SIDE).plan(0, 0, 16_200)
     cell = (plan.crop_offset[:, 0] + 4) * 18 + (plan.crop_offset[:, 1] + 4) * 2 + plan.flip
     counts = np.bincount(cell, minlength=162)
@@ -190,7 +193,7 @@ def test_crops_and_flips_are_uniform():
 
 
 def test_alternating_flips_mirror_each_image_in_every_second_epoch():
-    """A function of (seed, epoch, image): whatever the place of the image in the epoch, and half of the images in each."""
+    """A function of (seed, epoch, image), not of the position in the epoch; half of the images in each epoch."""
     alternating = Augmentation(AugmentationSettings(flip_mode="alternating"), SIDE, seed=5)
     images = np.arange(4000)
     flips = [alternating.plan(epoch, 0, 4000, images=images).flip for epoch in range(4)]
@@ -207,7 +210,7 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch():
     )
     assert 0.4 < (other != flips[0]).mean() < 0.6
     random = Augmentation(AugmentationSettings(), SIDE, seed=5).plan(0, 0, 4000)
-    assert np.array_equal(random.corner, alternating.plan(0, 0, 4000).corner), "the other draws stay as they are"
+    assert np.array_equal(random.crop_offset, alternating.plan(0, 0, 4000).crop_offset), "other draws do not change"
 
 
 def test_erased_rectangles_follow_their_settings():
@@ -230,7 +233,7 @@ def test_draws_depend_on_the_position_alone():
 
 
 def test_the_words_of_the_stream_are_fixed():
-    """Another NumPy must not change which batch comes when: these numbers were written down once."""
+    """Another version of NumPy must not change the batches: these numbers were recorded once."""
     assert epoch_order(0, 0, 8).tolist() == EXPECTED_ORDER
     np.testing.assert_allclose(uniform_rows(1, 2, ERASING, 3, 1, 4)[0], EXPECTED_DRAWS, rtol=0, atol=1e-12)
 
@@ -244,7 +247,7 @@ def mixed(settings: AugmentationSettings, count: int = 4000):
     return mixer, mixer.draw(0, 0, count)
 
 
-def test_mixup_blends_images_and_labels_alike():
+def test_mixup_blends_images_and_labels_with_the_same_weight():
     mixer, mixing = mixed(AugmentationSettings(mixup=0.8))
     share, boxes = mixing.share, mixing.boxes
     assert not boxes.any() and abs(share.mean() - 0.5) < 0.02
@@ -271,7 +274,7 @@ def test_cutmix_labels_follow_the_pixels():
     own_label = soft.gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(own_label[differs], own_pixels[differs], atol=1e-5, rtol=0)
     torch.testing.assert_close(soft.sum(1), torch.ones(4000))
-    # Without the edge of the image the area would be uniform; clipping leaves more of the image.
+    # Boxes are clipped at the edge of the image, so more than half of the image is left on average.
     assert 0.5 < share.mean() < 0.75
 
 
@@ -293,7 +296,7 @@ def test_noise_fills_the_boxes_and_nothing_else():
 
 
 def test_noise_depends_on_the_position_in_the_epoch_alone():
-    """The boxes of four images at once, and two by two as two shards have them."""
+    """The boxes of four images at once, and in two pairs, as two shards have them."""
     boxes = np.array([[0, 0, 4, 4], [1, 2, 3, 8], [0, 0, 0, 0], [2, 2, 6, 6]])
     images = torch.zeros(4, 3, 8, 8)
     whole = erase(images, boxes, erasing_noise(boxes, seed=3, epoch=5, start=100))
@@ -301,7 +304,7 @@ def test_noise_depends_on_the_position_in_the_epoch_alone():
         erase(images[i : i + 2], boxes[i : i + 2], erasing_noise(boxes[i : i + 2], 3, 5, 100 + i)) for i in (0, 2)
     ]
     assert torch.equal(whole, torch.cat(halves))
-    assert not torch.equal(whole[0, :, :4, :4], whole[3, :, 2:6, 2:6]), "two positions have noise of their own"
+    assert not torch.equal(whole[0, :, :4, :4], whole[3, :, 2:6, 2:6]), "two positions have different noise"
     for seed, epoch, start in ((4, 5, 100), (3, 6, 100), (3, 5, 101)):
         assert not torch.equal(whole[0], erase(images, boxes, erasing_noise(boxes, seed, epoch, start))[0])
     inside = whole[0, :, :4, :4]
@@ -311,14 +314,18 @@ def test_noise_depends_on_the_position_in_the_epoch_alone():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(crop_padding=-1), "crop_padding must not be negative"),
+        (dict(crop_padding=-1), "crop_padding must be finite and >= 0, got -1"),
+        (dict(mixup=float("nan")), "mixup must be finite and >= 0, got nan"),
+        (dict(brightness=float("inf")), "brightness must be finite and >= 0, got inf"),
+        (dict(flip=float("nan")), "flip must be a probability between 0 and 1, got nan"),
         (dict(erasing_value="noise"), "unknown augmentation.erasing_value 'noise'"),
-        (dict(resized_crop_scale=[0.5]), "resized_crop_scale is a range"),
-        (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale is a range"),
-        (dict(rand_augment_magnitude=31), "rand_augment_magnitude lies between 0 and 30"),
-        (dict(repeats=0), "repeats are at least 1"),
+        (dict(resized_crop_scale=[0.5]), "resized_crop_scale must be a range"),
+        (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale must be a range"),
+        (dict(erasing_ratio=[0.5, float("inf")]), "erasing_ratio must be a range"),
+        (dict(rand_augment_magnitude=31), "rand_augment_magnitude must lie between 0 and 30, got 31"),
+        (dict(repeats=0), "repeats must be at least 1, got 0"),
         (dict(flip_mode="alternate"), "unknown augmentation.flip_mode 'alternate'; did you mean 'alternating'"),
-        (dict(flip_mode="alternating", flip=0.25), "alternating would not use augmentation.flip=0.25"),
+        (dict(flip_mode="alternating", flip=0.25), "alternating does not use augmentation.flip=0.25"),
     ],
 )
 def test_settings_out_of_range_are_named(change, sentence):

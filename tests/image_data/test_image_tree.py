@@ -1,10 +1,12 @@
-"""prepare_dataset.py on images that are converted, varied or broken, and on trees that are not a dataset."""
+"""prepare_dataset.py on images that are converted, varied or broken, on unusual trees, and on invalid trees."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from trees import noise, refusal, save, tree_files
 
 from image_data.preparation.drawn_shapes import draw
+from image_data.preparation.image_tree import list_tree
 from image_data.preparation.prepare import prepare
 
 # ---- images that are converted, varied or broken ----
@@ -44,12 +47,12 @@ def test_16_bit_images_keep_the_high_byte(tree, capsys, color_type, channels):
     "mode, said",
     [
         ("RGBA", "1 RGBA image converted to 8-bit RGB (alpha is dropped)"),
-        ("LA", "1 grey with alpha image converted to 8-bit RGB (alpha is dropped)"),
+        ("LA", "1 grayscale with alpha image converted to 8-bit RGB (alpha is dropped)"),
         ("P", "1 palette image converted to 8-bit RGB"),
-        ("L", "1 greyscale image converted to 8-bit RGB"),
+        ("L", "1 grayscale image converted to 8-bit RGB"),
     ],
 )
-def test_other_modes_are_converted_and_said(tree, capsys, mode, said):
+def test_other_modes_are_converted_and_counted(tree, capsys, mode, said):
     image = Image.fromarray(noise(50)).convert("RGBA" if mode == "RGBA" else mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(7)
@@ -66,7 +69,7 @@ def test_mixed_sizes_are_not_packed(tree, capsys):
     assert ready.image_side is None and ready.splits["train"].packed is None and not (tree / "packed").exists()
     assert (facts["smallest_image"], facts["largest_image"]) == ([16, 16], [40, 20])
     assert (
-        "image sizes vary from 16x16 to 40x20: they are not packed, training will read the files"
+        "image sizes vary from 16x16 to 40x20: they are not packed, and training reads the files"
         in capsys.readouterr().err
     )
 
@@ -77,18 +80,18 @@ def test_pack_limit(tree, capsys):
     assert "more than --pack-limit-gib 0" in capsys.readouterr().err
 
 
-def test_broken_images_are_refused_or_left_out(tree, capsys):
+def test_broken_images_are_an_error_or_skipped(tree, capsys):
     (tree / "train/cat/empty.png").touch()
     (tree / "train/cat/text.png").write_text("no picture")
-    whole = (tree / "train/big dog/image 1.png").read_bytes()
-    (tree / "train/big dog/image 1.png").write_bytes(whole[: len(whole) // 2])
+    intact = (tree / "train/big dog/image 1.png").read_bytes()
+    (tree / "train/big dog/image 1.png").write_bytes(intact[: len(intact) // 2])
     message = refusal(capsys, "--root", tree)
     assert "3 image(s) cannot be decoded" in message and "--skip-broken" in message
     assert "train/cat/empty.png (empty file)" in message and "train/cat/text.png (not an image)" in message
     assert "train/big dog/image 1.png (" in message
     assert not (tree / "dataset.json").exists()
     ready = prepare(root=tree, skip_broken=True)
-    assert "3 image(s) that cannot be decoded left out" in capsys.readouterr().err
+    assert "skipped 3 image(s) that cannot be decoded" in capsys.readouterr().err
     assert ready.splits["train"].paths == [
         f"train/{name}.png"
         for name in ("big dog/image 0", "big dog/image 2", "cat/image 0", "cat/image 1", "cat/image 2")
@@ -97,7 +100,7 @@ def test_broken_images_are_refused_or_left_out(tree, capsys):
     assert len(ready.splits["train"].pixels()) == 5
 
 
-def test_a_class_that_is_wholly_broken_is_refused(tree, capsys):
+def test_a_class_without_intact_images_is_an_error(tree, capsys):
     for path in (tree / "test/cat").iterdir():
         path.write_bytes(b"")
     assert "the test split has none of class 'cat'" in refusal(capsys, "--root", tree, "--skip-broken")
@@ -106,7 +109,7 @@ def test_a_class_that_is_wholly_broken_is_refused(tree, capsys):
 # ---- trees that are not a dataset ----
 
 
-def test_lonely_classes_are_refused(tree, capsys):
+def test_classes_in_one_split_only_are_an_error(tree, capsys):
     save(tree / "train/fox/a.png", noise(70))
     save(tree / "test/owl/a.png", noise(71))
     message = refusal(capsys, "--root", tree)
@@ -117,7 +120,7 @@ def test_no_images_names_the_layout(tmp_path, capsys):
     assert "holds no train folder, so 0 images were found" in refusal(capsys, "--root", tmp_path)
     for split in ("train", "test"):
         (tmp_path / "inner" / split / "cat").mkdir(parents=True)
-    assert f"did you mean {tmp_path}/inner" in refusal(capsys, "--root", tmp_path)
+    assert f"Did you mean {tmp_path}/inner?" in refusal(capsys, "--root", tmp_path)
     message = refusal(capsys, "--root", tmp_path / "inner")
     assert "holds 0 images in class folders" in message and "train/<class>/*.png" in message
 
@@ -129,7 +132,7 @@ def test_names_that_would_break_a_list_are_refused(tree, capsys, name):
     assert ascii(name)[1:-1] in refusal(capsys, "--root", tree)
 
 
-def test_strays_and_empty_folders_are_named_and_system_files_are_not(tree, capsys):
+def test_skipped_files_and_empty_folders_are_named_and_system_files_are_not(tree, capsys):
     (tree / "train/cat/notes.txt").touch()
     (tree / "train/cat/.DS_Store").touch()
     (tree / "train/cat/Thumbs.db").touch()
@@ -138,9 +141,9 @@ def test_strays_and_empty_folders_are_named_and_system_files_are_not(tree, capsy
     save(tree / "train/loose.png", noise(90))
     assert len(prepare(root=tree).splits["train"]) == 6
     said = capsys.readouterr().err
-    assert "1 file(s) that are not images left out: 'train/cat/notes.txt'" in said
-    assert "1 class folder(s) without images left out: 'train/nothing'" in said
-    assert "1 image(s) directly in train/, outside any class folder left out: 'train/loose.png'" in said
+    assert "skipped 1 file(s) with an unsupported suffix: 'train/cat/notes.txt'" in said
+    assert "skipped 1 class folder(s) without images: 'train/nothing'" in said
+    assert "skipped 1 image(s) directly in train/, outside any class folder: 'train/loose.png'" in said
     assert not any(name in said for name in (".DS_Store", "Thumbs.db", "__MACOSX"))
 
 
@@ -165,4 +168,76 @@ def test_cifar_sized_images_that_went_through_jpeg_are_named(tmp_path, capsys, s
                 if stored == "JPEG":
                     path.write_bytes(file.getvalue())
     prepare(root=tmp_path)
-    assert ("a CIFAR recompressed as JPEG costs 2 to 3 points" in capsys.readouterr().err) == (stored != "as drawn")
+    assert ("CIFAR recompressed as JPEG costs 2 to 3 points" in capsys.readouterr().err) == (stored != "as drawn")
+
+
+# ---- unusual trees ----
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_links_to_one_class_folder_are_both_kept_in_any_order_of_the_disk(tree, capsys, monkeypatch, reverse):
+    walk = os.walk
+
+    def in_order(top, **options):
+        for folder, subfolders, files in walk(top, **options):
+            subfolders.sort(reverse=reverse)
+            files.sort(reverse=reverse)
+            yield folder, subfolders, files
+
+    monkeypatch.setattr(os, "walk", in_order)
+    for split in ("train", "test"):
+        (tree / split / "kitten").symlink_to("cat")
+        (tree / split / "cat/back").symlink_to("..")  # a loop: not followed
+    found = list_tree(tree)
+    assert found.classes == ["big dog", "cat", "kitten"] and found.labels["train"] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert found.paths["train"] == sorted(found.paths["train"])
+    assert any("classes 'cat', 'kitten' are links to one folder" in warning for warning in found.warnings)
+
+
+def test_hidden_folders_are_skipped(tree):
+    save(tree / "train/.thumbs/a.png", noise(1))
+    save(tree / "train/cat/@eaDir/a.png", noise(2))
+    found = list_tree(tree)
+    assert found.classes == ["big dog", "cat"] and not found.warnings
+
+
+def test_class_names_that_differ_in_unicode_form_only_are_one_class(tree, capsys):
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    for split, name in (("train", composed), ("train", decomposed), ("test", decomposed)):
+        save(tree / split / name / f"{len(name)}.png", noise(len(name) + len(split)))
+    ready = prepare(root=tree)
+    assert ready.classes == ["big dog", composed, "cat"] or ready.classes == ["big dog", "cat", composed]
+    assert (ready.splits["train"].labels == ready.classes.index(composed)).sum() == 2
+    assert "merged class folders whose names differ only in Unicode form" in capsys.readouterr().err
+
+
+def test_gif_images_are_read(tree):
+    Image.fromarray(noise(5)).save(tree / "train/cat/a.gif")
+    assert "train/cat/a.gif" in prepare(root=tree).splits["train"].paths
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_tree_without_a_test_split_can_be_split_by_name(tmp_path, capsys, flat):
+    for i in range(20):
+        for name in ("cat", "dog"):
+            save(
+                tmp_path / ("" if flat else "train") / name / f"{i}.png",
+                noise(100 * len(name) + i + (name == "dog") * 50),
+            )
+    message = refusal(capsys, "--root", tmp_path)
+    assert "--test-fraction 0.2" in message
+    ready = prepare(root=tmp_path, test_fraction=0.2)
+    splits = {name: ready.splits[name].paths for name in ("train", "test")}
+    assert {name: len(paths) for name, paths in splits.items()} == {"train": 32, "test": 8}
+    assert not set(splits["train"]) & set(splits["test"]) and ready.splits["test"].labels.tolist() == [0] * 4 + [1] * 4
+    assert "split by file name: 8 of 40 images are the test split (--test-fraction 0.2)" in capsys.readouterr().out
+    again = prepare(root=tmp_path, test_fraction=0.2, force=True)  # its own files in the folder are not classes
+    assert again.fingerprint == ready.fingerprint and again.classes == ["cat", "dog"]
+    assert not capsys.readouterr().err.count("skipped")
+
+
+def test_a_test_fraction_that_does_not_apply_is_an_error(tree, tmp_path, capsys):
+    assert "Omit --test-fraction" in refusal(capsys, "--root", tree, "--test-fraction", 0.2)
+    assert "between 0 and 1, got 1.5" in refusal(capsys, "--root", tree, "--test-fraction", 1.5)
+    save(tmp_path / "flat/cat/a.png", noise(0))
+    assert "a single image of class 'cat'" in refusal(capsys, "--root", tmp_path / "flat", "--test-fraction", 0.2)

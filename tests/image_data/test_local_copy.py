@@ -1,4 +1,7 @@
-"""Copies of datasets on a local disk, and the fixed batches of --synthetic. Run: python -m pytest tests/image_data/test_local_copy.py"""
+"""--stage-to (copies of datasets on a local disk) and the fixed batches of --synthetic.
+
+Run: python -m pytest tests/image_data/test_local_copy.py
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,8 @@ def test_the_copy_gives_the_same_images(dataset, tmp_path, files, source):
     assert staged.root.exists() and (not files or tmp_path in staged.root.parents)
 
 
-def test_a_copy_that_was_cut_short_is_finished(dataset, tmp_path):
-    """Files that are whole stay as they are; missing and short ones are copied again; nothing counts before the end."""
+def test_an_interrupted_copy_is_completed(dataset, tmp_path):
+    """Intact files are kept; missing and short ones are copied again. The copy counts only when it is complete."""
     staged = stage(dataset, tmp_path, files=True)
     paths = [staged.root / path for path in staged.splits["train"].paths[:3]]
     (staged.folder / "dataset.json").unlink()
@@ -57,10 +60,10 @@ def test_the_processes_of_a_host_make_one_copy(dataset, tmp_path, monkeypatch):
     assert len({s.folder for s in staged}) == 1 and len(copied) == len(set(copied)) == 5
 
 
-def test_what_goes_wrong_is_named(dataset, tmp_path, monkeypatch):
+def test_errors_of_staging_name_the_cause(dataset, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 0))
-    with pytest.raises(DatasetError, match="0.0 GiB are free; choose another --stage-to"):
+    with pytest.raises(DatasetError, match="0.0 GiB are free. Choose another --stage-to"):
         stage(dataset, tmp_path, files=False)
     monkeypatch.undo()
     shutil.copytree(dataset.folder, tmp_path / "broken")
@@ -68,6 +71,9 @@ def test_what_goes_wrong_is_named(dataset, tmp_path, monkeypatch):
     broken.splits["train"].packed.unlink()
     with pytest.raises(DatasetError, match="cannot stage .*broken"):
         stage(broken, tmp_path / "copies", files=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match="cannot stage .* Choose another --stage-to, or omit it"):
+        stage(dataset, tmp_path / "file" / "below", files=False)
 
 
 def test_synthetic_batches_have_the_shape_of_the_real_ones(dataset):

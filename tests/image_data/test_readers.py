@@ -1,4 +1,4 @@
-"""image_data/readers.py: images by position, and their sizes as decoders see them."""
+"""image_data/readers.py: image sizes after EXIF orientation, as the decoders apply it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from image_data.readers import FileReader
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_sizes_are_those_after_exif_orientation(tmp_path, orientation):
-    """8 x 4 pixels on the disk; orientations 5 to 8 turn the image by 90 degrees."""
+    """The file stores 8 x 4 pixels; orientations 5 to 8 rotate them by 90 degrees."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)

@@ -1,4 +1,4 @@
-"""evaluate.py --export onnx, and the model card beside it: the file gives what the run gives, and what the card says works."""
+"""evaluate.py --export onnx and the model card: the file gives the results of the run, the card's code works."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def exported(unbroken, tmp_path_factory) -> tuple[Done, TrainedModel]:
-    """What an export says, and the run it is of."""
+    """The output of an export, and the exported run."""
     folder = shutil.copytree(
         unbroken.folder, tmp_path_factory.mktemp("exported") / "runs" / "mine", ignore=shutil.ignore_patterns("state")
     )
@@ -45,21 +45,21 @@ def session(trained: TrainedModel):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 70])
-def test_the_file_gives_the_accuracy_of_the_run_from_plain_pixels(exported, unbroken, shapes, batch_size):
+def test_the_exported_file_has_the_accuracy_of_the_run_on_raw_pixels(exported, unbroken, shapes, batch_size):
     test, network = Dataset.open(shapes).splits["test"], session(exported[1])
     pixels = np.asarray(test.pixels()[test.rows])
     best = [network.run(None, {"images": part})[0].argmax(1) for part in np.split(pixels, len(pixels) // batch_size)]
     assert (np.concatenate(best) == test.labels).sum() == unbroken.metrics()[-1]["test_correct"]
 
 
-def test_what_is_printed_names_the_difference_and_the_shape(exported):
+def test_the_export_prints_difference_and_shapes(exported):
     said = exported[0].out
     assert "against PyTorch on 70 test images" in said and "top-1 equal on 70 of 70" in said
     assert float(re.search(r"differ by (\S+) at most", said)[1]) < 1e-4
     assert "images uint8 (B, 32, 32, 3) -> scores float32 (B, 10), any batch size B" in said
 
 
-def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported, unbroken, tmp_path_factory):
+def test_the_file_has_metadata_and_no_path_of_this_machine(exported, unbroken, tmp_path_factory):
     trained = exported[1]
     network, facts = session(trained), unbroken.facts()
     (images,), (scores,) = network.get_inputs(), network.get_outputs()
@@ -76,7 +76,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported, unbroken
     )
 
 
-def test_weights_say_what_they_are(unbroken):
+def test_weights_have_metadata(unbroken):
     with safe_open(unbroken.folder / "weights.safetensors", "np") as file:
         said, facts = json.loads(file.metadata()["trained"]), unbroken.facts()
     assert (
@@ -90,25 +90,25 @@ def test_weights_say_what_they_are(unbroken):
     )
 
 
-# --- what does not export -----------------------------------------------------------------------------------------
+# --- networks without ONNX form -----------------------------------------------------------------------------------
 
 
 class Spectrum(nn.Module):
-    """Has no form in ONNX."""
+    """Has an operation without ONNX form."""
 
     def forward(self, x):
         return x + torch.linalg.eigvalsh(x.transpose(1, 2) @ x)[:, None]
 
 
 class Dice(nn.Module):
-    """Gives something else each time."""
+    """Gives another result each time."""
 
     def forward(self, x):
         return x + torch.rand_like(x)
 
 
 def with_part(trained: TrainedModel, part: nn.Module) -> TrainedModel:
-    """The same run, but one layer of its network is replaced."""
+    """Return the run with one layer of its network replaced."""
     network = trained.network()
     network[1] = part
 
@@ -123,7 +123,10 @@ def with_part(trained: TrainedModel, part: nn.Module) -> TrainedModel:
     ("part", "sentence"),
     [
         (Spectrum(), "cannot be exported to ONNX: PyTorch's operation aten._linalg_eigh has no ONNX form"),
-        (Dice(), "the exported network is not the trained one: against PyTorch on 32 images of noise"),
+        (
+            Dice(),
+            "the exported network gives other results than the trained one: against PyTorch on 32 images of noise",
+        ),
     ],
     ids=["no form", "another result"],
 )
@@ -179,18 +182,38 @@ def test_the_head_of_the_card_is_yaml_that_hubs_read(unbroken):
     assert result["metrics"][0]["value"] == round(100 * unbroken.metrics()[-1]["test_accuracy"], 2)
 
 
-def test_an_evaluation_of_other_weights_is_told_apart(exported):
+def test_the_card_names_the_weights_of_an_evaluation(exported):
     record = RunFolder(shutil.copytree(exported[1].record.folder, exported[1].record.folder.with_name("other")))
     shutil.copy(record.folder / "weights.safetensors", record.folder / "best.safetensors")
     run("evaluate.py", record.folder, "--weights", "best.safetensors")
     assert "| `best.safetensors` |" in text_of(record) and "# other\n" in text_of(record)
     record.write_metrics(
         "".join(json.dumps(line) + "\n" for line in record.metrics()[:-1])
-    )  # as when that epoch is to be trained again
+    )  # as when that epoch is trained again
     from inference.model_card import write_card
 
     write_card(record)
     assert "| `best.safetensors` |" not in text_of(record)
+
+
+def test_odd_names_do_not_break_the_card(unbroken, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    folder = shutil.copytree(unbroken.folder, tmp_path / 'a$x_{"|`*b*', ignore=shutil.ignore_patterns("state"))
+    facts = json.loads((folder / "run.json").read_text())
+    facts["dataset"]["classes"][:3] = ["<img src=x>", "a|b", "*c*\x1b[31m"]
+    facts["dataset"]["name"] = "my `data` | set"
+    facts["commit"] = None
+    (folder / "run.json").write_text(json.dumps(facts))
+    from inference.model_card import write_card
+
+    text = write_card(RunFolder(folder)).read_text()
+    assert yaml.safe_load(text.split("---")[1])["datasets"] == ["my `data` | set"]
+    assert r"\<img src=x\>, a\|b, \*c\*" in text and "\x1b" not in text and "``my `data` \\| set``" in text
+    assert "| commit | not recorded |" in text and r'# a\$x\_\{"\|\`\*b\*' in text
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "card", "exec")
+    for line in re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines():
+        assert shlex.split(line)[2] == f"runs/{folder.name}"
 
 
 def test_the_code_and_the_commands_of_the_card_run(exported, shapes, monkeypatch, capsys):
@@ -206,4 +229,4 @@ def test_the_code_and_the_commands_of_the_card_run(exported, shapes, monkeypatch
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
-        assert (folder / evaluate.parse_arguments().run / "run.json").is_file()
+        assert (folder / evaluate.parse_arguments().runs[0] / "run.json").is_file()

@@ -1,10 +1,13 @@
-"""evaluate.py --predict: what evaluation counts, for images of any kind, without the dataset; and what cannot be read."""
+"""evaluate.py --predict: the predictions of the evaluation for any kind of image, and unreadable files."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +21,14 @@ from programs import run
 from dali_pipeline import Batches
 from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
-from inference.predict_images import fit, read_image
+from inference.predict_images import find_images, fit, for_screen, read_image, table
 from inference.trained_model import TrainedModel
 from records.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
 def trained(unbroken, tmp_path_factory) -> RunFolder:
-    """The finished run on a machine that does not have its dataset."""
+    """A finished run on a machine without its dataset."""
     folder = Path(
         shutil.copytree(
             unbroken.folder, tmp_path_factory.mktemp("runs") / "trained", ignore=shutil.ignore_patterns("state")
@@ -42,7 +45,7 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Coarse noise, which survives resizing."""
+    """Return coarse noise, which survives resizing."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
 
@@ -70,7 +73,7 @@ def test_a_folder_of_test_images_gives_the_counts_of_the_evaluation(trained, unb
     assert [row["path"] for row in found] == sorted(row["path"] for row in found)
 
 
-def test_the_screen_shows_five_classes_from_the_likeliest_on(trained, tmp_path):
+def test_the_screen_shows_the_five_most_probable_classes(trained, tmp_path):
     photograph(80, 50).save(tmp_path / "my photo.jpg")
     out = run("evaluate.py", trained.folder, "--predict", tmp_path / "my photo.jpg").out.splitlines()
     assert out[0] == str(tmp_path / "my photo.jpg") and len(out) == 6
@@ -103,11 +106,11 @@ def write_all_kinds(folder: Path) -> Iterable[str]:
 
 def test_every_kind_of_image_is_read_and_a_broken_one_does_not_stop_the_others(trained, tmp_path):
     names = set(write_all_kinds(tmp_path / "in"))
-    whole = (tmp_path / "in" / "rgb.png").read_bytes()
-    (tmp_path / "in" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    intact = (tmp_path / "in" / "rgb.png").read_bytes()
+    (tmp_path / "in" / "broken.png").write_bytes(intact[: len(intact) // 2])
     (tmp_path / "in" / "empty.jpg").touch()
-    (tmp_path / "in" / "notes.txt").write_text("not an image, and nobody says so")
-    (tmp_path / "in" / "._rgb.png").write_text("what another system leaves behind")
+    (tmp_path / "in" / "notes.txt").write_text("not an image: skipped silently")
+    (tmp_path / "in" / "._rgb.png").write_text("left by another operating system")
     done = run("evaluate.py", trained.folder, "--predict", tmp_path / "in", code=1)
     assert {str(Path(row["path"]).relative_to(tmp_path / "in")) for row in rows(done.out)} == names
     said = [line for line in done.err.splitlines() if line.startswith("error: ")]
@@ -118,7 +121,7 @@ def test_every_kind_of_image_is_read_and_a_broken_one_does_not_stop_the_others(t
     )
 
 
-def test_a_file_that_is_no_image_or_not_there_is_named_and_the_others_go_on(trained, tmp_path):
+def test_a_missing_file_or_one_without_an_image_is_named_and_skipped(trained, tmp_path):
     photograph(9, 9).save(tmp_path / "a.png")
     (tmp_path / "text.png").write_text("hello")
     done = run(
@@ -131,8 +134,8 @@ def test_a_file_that_is_no_image_or_not_there_is_named_and_the_others_go_on(trai
         code=1,
     )
     assert done.err.splitlines() == [
-        f"error: {tmp_path}/text.png cannot be read (not an image); it is left out",
-        f"error: {tmp_path}/none.png cannot be read (No such file or directory); it is left out",
+        f"error: {tmp_path}/text.png cannot be read (not an image); skipped",
+        f"error: {tmp_path}/none.png cannot be read (No such file or directory); skipped",
     ]
     assert done.out.startswith(f"{tmp_path}/a.png\n")
 
@@ -163,9 +166,49 @@ def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
     batches = Batches(replace(dataset, splits={"test": test}), "test", len(test), source="files", image_side=image_side)
     ((theirs, _),) = batches.epoch()
     batches.close()
-    ours = trained.normalise(np.stack([fit(read_image(dataset.root / path), trained) for path in test.paths]))
+    ours = trained.normalize(np.stack([fit(read_image(dataset.root / path), trained) for path in test.paths]))
     assert ours.shape == theirs.shape
-    level = 1 / (255 * torch.tensor(dataset.std).view(3, 1, 1))  # of 255, in normalised units
-    assert ((ours - theirs).abs() / level).max() < (
-        2.01 if image_side else 1e-3
-    )  # DALI and PyTorch round their resizing apart
+    level = 1 / (255 * torch.tensor(dataset.std).view(3, 1, 1))  # one level of 255, in normalized units
+    # DALI and PyTorch round differently when they resize.
+    assert ((ours - theirs).abs() / level).max() < (2.01 if image_side else 1e-3)
+
+
+def test_odd_names_cost_no_other_result(trained, tmp_path, monkeypatch):
+    """A name that is not UTF-8, a line break, and a screen without the letters of a name."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    photograph(9, 9).save(folder / "a.png")
+    for name in (b"caf\xe9.png", "\u732b.png".encode(), b"two\nlines.png"):
+        shutil.copy(folder / "a.png", os.fsencode(folder) + b"/" + name)
+    run("evaluate.py", trained.folder, "--predict", folder, "--output", tmp_path / "found.csv")
+    found = rows((tmp_path / "found.csv").read_text(encoding="utf-8"))
+    assert {Path(row["path"]).name for row in found} == {"a.png", r"caf\xe9.png", "\u732b.png", r"two\nlines.png"}
+    found = rows(run("evaluate.py", trained.folder, "--predict", folder).out)
+    assert len(found) == 4
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict"))
+    print(for_screen("caf\u00e9"), flush=True)
+    assert sys.stdout.buffer.getvalue() == rb"caf\xe9" + b"\n"
+
+
+def test_cells_that_a_spreadsheet_would_run_are_text():
+    text = table([(Path("=cmd|x.png"), [("+1", 0.5), ("a-b", 0.25)])], shown=2)
+    assert text.splitlines()[1] == "'=cmd|x.png,'+1,0.500000,a-b,0.250000"
+
+
+def test_images_are_found_as_in_training(tmp_path):
+    """Links are followed, hidden folders are skipped, and the suffixes are those of the preparation."""
+    for name in ("a.png", "deep/b.JPG", "c.gif", ".hidden/d.png", "e.txt", "@eaDir/f.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/g.png").touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    found = [path.relative_to(tmp_path / "in").as_posix() for path in find_images([tmp_path / "in"])]
+    assert found == ["a.png", "c.gif", "deep/b.JPG", "link/g.png"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("none/found.csv", "does not exist"), ("", "is a folder")])
+def test_an_impossible_output_is_refused_before_the_work(trained, tmp_path, name, message):
+    photograph(9, 9).save(tmp_path / "a.png")
+    done = run("evaluate.py", trained.folder, "--predict", tmp_path, "--output", tmp_path / name, code=1)
+    assert message in done.err and "Traceback" not in done.err and "images" not in done.err

@@ -25,7 +25,7 @@ from models.parts import Dimensions, make_part
 from models.pooling import POOLINGS
 from models.position import POSITIONS
 from optim.param_groups import parameter_groups
-from parallel.buffers import normalise_in_fp32
+from parallel.buffers import normalize_in_fp32
 
 # Trainable parameters of the tiny network with that entry instead of TINY's own. A change makes recorded runs
 # incomparable: change a number only on purpose.
@@ -124,7 +124,7 @@ def test_half_precision_runs_by_casting_and_by_autocast(kind, name):
     model = tiny(**{kind: name, "layer_scale": 0.1, "drop_path": 0.5})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         F.cross_entropy(model(images()).float(), torch.arange(3)).backward()
-    normalise_in_fp32(model)
+    normalize_in_fp32(model)
     for parameter in model.parameters():
         parameter.data, parameter.grad = parameter.data.bfloat16(), None
     scores = model(images().to(torch.bfloat16))

@@ -1,6 +1,8 @@
 """torch.compile trains as the plain network does, keeps the names of the state, and is refused where it would not.
 
-The one test that really compiles takes a C++ compiler and a minute or two. Run: python -m pytest tests/parallel/test_compile.py -m slow
+The one test that really compiles needs a C++ compiler and a minute or two. Run:
+
+    python -m pytest tests/parallel/test_compile.py -m slow
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ RECIPE = [*RECIPES["accumulated, clipped"], "compile=on"]
 
 
 def captured() -> dict[str, dict]:
-    """Every strategy with its layers captured as graphs, forward and backward, and run by PyTorch's own kernels: no compiler."""
+    """Every strategy with its layers captured as graphs and run by PyTorch's own kernels, without a compiler."""
     import torch.distributed as dist
 
     results = {}
@@ -76,7 +78,7 @@ def test_captured_layers_train_as_plain_ones_do_and_keep_their_names(on_two, pla
 
 
 def small() -> nn.Module:
-    """Two layers with dropout: what a compiler takes a while for, and what draws random numbers."""
+    """Two layers with dropout, which draws random numbers."""
     return nn.Sequential(
         nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 16), nn.GELU(), nn.Dropout(0.1)),
         nn.Linear(16, NUM_CLASSES),
@@ -84,7 +86,7 @@ def small() -> nn.Module:
 
 
 def really_compiled() -> dict[str, dict]:
-    """Losses and weights of the small network: plain without dropout, compiled without it, compiled with it, and that resumed."""
+    """Losses and weights: plain without dropout, compiled without it, compiled with it, and the last one resumed."""
 
     def engine(compile: str, dropout: bool):
         def build() -> nn.Module:
@@ -136,7 +138,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ("reduce-overhead", GPU, None, None, "reduce-overhead"),
     ],
 )
-def test_what_the_setting_comes_to(monkeypatch, setting, device, refusal, graphs_refusal, comes_to):
+def test_the_mode_follows_from_setting_device_and_strategy(
+    monkeypatch, setting, device, refusal, graphs_refusal, comes_to
+):
     monkeypatch.setattr(compiling, "trouble_with", lambda device: None)
     assert compiling.choose(setting, device, refusal, graphs_refusal) == comes_to
 
@@ -150,24 +154,24 @@ def test_what_the_setting_comes_to(monkeypatch, setting, device, refusal, graphs
         ("onn", GPU, (None, None), "unknown compile 'onn'; did you mean 'on'"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(setting, device, refusals, sentence):
+def test_an_impossible_mode_is_rejected_by_name(setting, device, refusals, sentence):
     with pytest.raises(SettingsError, match=sentence):
         compiling.choose(setting, device, *refusals)
 
 
-def test_a_machine_that_cannot_compile_trains_without_unless_it_was_asked_for(monkeypatch, capsys):
+def test_a_machine_that_cannot_compile_trains_uncompiled_unless_compiling_was_requested(monkeypatch, capsys):
     monkeypatch.setattr(compiling, "trouble_with", lambda device: "no C compiler")
     assert compiling.choose("auto", GPU, None, None) == "off"
     assert "torch.compile does not work on this machine (no C compiler)" in capsys.readouterr().out
     with pytest.raises(
         SettingsError,
-        match="compile=on: torch.compile does not work on this machine .no C compiler.; compile=off trains without",
+        match="compile=on: torch.compile does not work on this machine .no C compiler.; --set compile=off trains",
     ):
         compiling.choose("on", GPU, None, None)
 
 
 def test_evaluation_runs_the_plain_network(monkeypatch):
-    """Compiled forwards come and go, and nothing of them is left in the module."""
+    """Compiled forwards are added and removed, and nothing of them remains in the module."""
     calls = []
 
     def pretend(forward, **options):

@@ -1,10 +1,11 @@
-"""The average of the weights: under every strategy that of one plain process, evaluated and handed over, exact when resumed.
+"""EMA of the weights: equal to that of one plain process under every strategy, evaluated and saved, exact when resumed.
 
-An optimiser that averages by itself (schedule-free) has its average tested with the other optimisers, in test_parallel_optimizers.py.
+test_optimizers_by_strategy.py tests optimizers that average by themselves (schedule-free).
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ MOVES = [
 
 
 def moving() -> dict[str, dict]:
-    """Engines of which the average is compared with what their own weights were: workers, and a network with buffers."""
+    """Engines whose EMA is compared with their own past weights: workers, and a network with buffers."""
     cases = {"ddp": [], "gossip": [], "local": ["parallel.local_steps=3"], "zero": [], "fsdp": []}
     results = {}
     for strategy, overrides in cases.items():
@@ -61,6 +62,26 @@ def moving() -> dict[str, dict]:
             engine.train_batch(stream)
             seen.append(engine.weights(raw=True))
         results[f"moving {strategy}"] = {"seen": seen, "average": engine.weights()}
+    return results
+
+
+def restored() -> dict[str, dict]:
+    """The EMA of a network with buffers, before it was saved and after another engine has loaded it."""
+    results = {}
+    for strategy in ("ddp", "zero", "fsdp"):
+        with tempfile.TemporaryDirectory() as place:
+            engine = make_engine(strategy, settings_for(*EMA), with_batch_norm)
+            place = engine.broadcast_object(place)
+            stream = batches(engine)
+            for _ in range(SAVED_AT):
+                engine.train_batch(stream)
+            engine.save(Path(place))
+            saved = engine.gather_state()
+            engine.any(False)  # wait until the main process has written
+            other = make_engine(strategy, settings_for(*EMA), with_batch_norm)
+            other.load(Path(place))
+            results[f"restored {strategy}"] = {"saved": saved, "loaded": other.gather_state()}
+            engine.any(False)
     return results
 
 
@@ -77,7 +98,14 @@ def on_two(folder) -> dict:
     }
     cases |= {"bf16": ["zero", ["bf16.enabled=true", "zero_optimization.stage=2", *EMA], {}]}
     cases = dict(sorted(cases.items(), key=lambda case: "zero_optimization.stage=3" in case[1][1]))
-    return perform(folder / "on-2", 2, reference.job, cases, {}, ["tests.parallel.test_ema:moving"])
+    return perform(
+        folder / "on-2",
+        2,
+        reference.job,
+        cases,
+        {},
+        ["tests.parallel.test_ema:moving", "tests.parallel.test_ema:restored"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +136,7 @@ def plain() -> dict:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_it_is_that_of_a_plain_loop_and_leaves_the_training_alone(on_two, plain, engine):
+def test_the_ema_equals_that_of_a_plain_loop_and_does_not_change_training(on_two, plain, engine):
     result = on_two[engine]
     assert largest_difference(result["weights"], plain["averaged"]) < 1e-6
     assert largest_difference(result["raw"], plain["weights"]) < 1e-6
@@ -117,7 +145,7 @@ def test_it_is_that_of_a_plain_loop_and_leaves_the_training_alone(on_two, plain,
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_it_is_what_is_counted_and_the_trained_weights_are_counted_on_request(on_two, engine):
+def test_evaluation_uses_the_ema_and_on_request_the_trained_weights(on_two, engine):
     result = on_two[engine]
     assert_counts(result["counts"], result["weights"])
     assert_counts(result["raw counts"], result["raw"])
@@ -125,8 +153,8 @@ def test_it_is_what_is_counted_and_the_trained_weights_are_counted_on_request(on
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_resumed_run_has_the_same_bits_and_an_evaluation_leaves_no_trace(on_two, moved, engine):
-    """The run that was not stopped was evaluated on its way; the resumed one was not."""
+def test_a_resumed_run_has_the_same_bits_and_evaluation_does_not_change_training(on_two, moved, engine):
+    """The uninterrupted run was evaluated during training; the resumed one was not."""
     resumed, unbroken = moved[2][f"{(engine, 2, engine)}"], on_two[engine]
     assert resumed["losses"] == unbroken["losses"][SAVED_AT:]
     for kind in ("weights", "raw"):
@@ -134,7 +162,7 @@ def test_a_resumed_run_has_the_same_bits_and_an_evaluation_leaves_no_trace(on_tw
 
 
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: f"{move[0]} on 2 to {move[2]} on {move[1]}")
-def test_it_moves_to_another_strategy_and_number_of_processes_as_it_is(folder, moved, plain, move):
+def test_the_ema_moves_unchanged_to_another_strategy_and_number_of_processes(folder, moved, plain, move):
     result, saved = moved[move[1]][f"{move}"], load_file(folder / "on-2" / move[0] / "state.safetensors")
     assert largest_difference(result["state"], saved) == 0
     assert {f"ema/{name}" for name in plain["weights"]} <= set(saved)
@@ -142,7 +170,7 @@ def test_it_moves_to_another_strategy_and_number_of_processes_as_it_is(folder, m
 
 
 def test_bf16_training_is_averaged_in_fp32(on_two):
-    """In bf16 an average would stand still: a step changes less than its last digit."""
+    """In bf16 the EMA would not change: an update is smaller than its last digit."""
     average = on_two["bf16"]["weights"]["3.classify.weight"]
     assert average.dtype == torch.float32 and not torch.equal(average, average.bfloat16().float())
     assert largest_difference(on_two["bf16"]["weights"], on_two["bf16"]["raw"]) > 1e-4
@@ -159,6 +187,16 @@ def test_buffers_are_averaged_too_and_the_mean_of_workers_averages_is_that_of_th
     assert average.pop(whole) == seen[-1][whole] == SAVED_AT and expected.pop(whole) is not None
     assert largest_difference(average, expected) < 1e-6
     assert not torch.equal(average["0.norm.running_mean"], seen[-1]["0.norm.running_mean"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero", "fsdp"])
+def test_the_ema_of_buffers_is_restored(on_two, strategy):
+    saved, loaded = on_two[f"restored {strategy}"]["saved"], on_two[f"restored {strategy}"]["loaded"]
+    buffers = [key for key in saved if key.startswith("ema/") and "running_" in key]
+    assert buffers and saved.keys() == loaded.keys()
+    for key in saved:
+        assert torch.equal(saved[key], loaded[key]), key
+    assert any(not torch.equal(saved[key], saved[key.replace("ema/", "weights/", 1)]) for key in buffers)
 
 
 def test_the_decay_warms_up_or_does_not():

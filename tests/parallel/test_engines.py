@@ -1,6 +1,6 @@
-"""parallel/: every data-parallel strategy and the pipeline train as one plain PyTorch loop does, and go on from one another's states.
+"""parallel/: data-parallel strategies and the pipeline train as a plain PyTorch loop, and load one another's states.
 
-ZeRO's stages have tests of their own in test_zero.py, what is refused in test_engine_refusals.py, whole runs in test_strategies.py.
+ZeRO's stages are tested in test_zero.py, rejected settings in test_setting_checks.py, whole runs in test_strategies.py.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def bf16_cases() -> dict[str, dict]:
 
 
 def processes_main(value: str) -> str:
-    """The main process's value in all of them."""
+    """Return the main process's value on all processes."""
     import torch.distributed as dist
 
     box = [value]
@@ -113,7 +113,7 @@ def processes_main(value: str) -> str:
 
 
 def dp_case() -> dict[str, dict]:
-    """DataParallel without GPUs is the plain module: what is left to see is that the engine around it trains."""
+    """DataParallel without GPUs is the plain module; the test shows that the engine around it trains."""
     with pretended_gpus():
         engine = make_engine("dp", settings_for(*RECIPES["accumulated, clipped"]))
     results = {"dp": {"losses": train(engine), "weights": engine.weights(), "said": engine.describe()}}
@@ -123,7 +123,7 @@ def dp_case() -> dict[str, dict]:
 
 
 def cut_cases() -> dict[str, dict]:
-    """Other ways to cut the pipeline, and a network whose stages differ in their parameter groups."""
+    """Other divisions of the pipeline, and a network whose stages have different parameter groups."""
     results = {}
     for cut in ("uniform", "time"):
         engine = make_engine(
@@ -274,7 +274,7 @@ def test_soft_labels_with_smoothing_and_accumulation_train_as_in_a_plain_loop(on
     assert largest_difference(expected["weights"], plain["accumulated, clipped"]["weights"]) > 1e-3
 
 
-def test_the_recipes_differ_by_more_than_what_is_tolerated(plain):
+def test_the_recipes_differ_by_more_than_the_tolerance(plain):
     """Otherwise an engine that ignores clipping or smoothing would pass."""
     first, clipped, accumulated = (plain[name] for name in RECIPES)
     assert largest_difference(first["weights"], clipped["weights"]) > 1e-3
@@ -284,12 +284,12 @@ def test_the_recipes_differ_by_more_than_what_is_tolerated(plain):
 @pytest.mark.parametrize(
     "case", [case for case in TWO if recipe_of(case) == "clipped"] + ["pipeline 1 x 2 accumulated, clipped"]
 )
-def test_counts_are_exact_sums_that_leave_padding_out(on_two, case):
+def test_counts_are_exact_sums_without_padding(on_two, case):
     assert_counts(on_two[case]["counts"], on_two[case]["weights"])
 
 
 @pytest.mark.parametrize("move", MOVES, ids=lambda m: f"{m[1]} on {m[0]} to {m[3]} on {m[2]}")
-def test_a_state_goes_on_under_another_strategy_with_another_number_of_processes(on_two, back_on_one, plain, move):
+def test_a_state_resumes_under_another_strategy_and_number_of_processes(on_two, back_on_one, plain, move):
     result, expected = (on_two if move[2] == 2 else back_on_one)[f"{move}"], plain["clipped"]
     assert result["step"] == SAVED_AT
     assert result["losses"] == pytest.approx(expected["losses"][SAVED_AT:], abs=1e-6)
@@ -338,7 +338,7 @@ def test_batch_norm_has_one_running_mean_and_variance_for_all_processes(on_two, 
 
 
 @pytest.mark.parametrize("cut", ["uniform", "time"])
-def test_a_pipeline_trains_the_same_however_it_is_cut(on_two, plain, cut):
+def test_a_pipeline_trains_the_same_with_any_stages(on_two, plain, cut):
     result = on_two[f"cut {cut}"]
     assert result["losses"] == pytest.approx(plain["clipped"]["losses"], abs=1e-6)
     first, middle, last = result["cuts"]
@@ -363,7 +363,7 @@ def test_four_processes_are_two_stages_times_two_replicas_or_four_workers(folder
 
 
 def test_stages_may_differ_in_their_parameter_groups(on_two):
-    """DeepSpeed adds the norms up group by group over the stages; an unequal number would clip wrongly, or wait for ever."""
+    """DeepSpeed sums norms group by group over the stages; unequal numbers would clip wrongly, or hang."""
     expected = plain_loop(settings_for("gradient_clipping=0.05"), build=uneven)
     assert largest_difference(on_two["uneven"]["weights"], expected["weights"]) < 1e-6
 
@@ -375,7 +375,7 @@ def test_dp_is_one_process(on_one, plain):
 
 
 def test_dps_threads_compute_in_bf16():
-    """Autocast is entered in the thread, with its kind of number; DataParallel itself would enter it with fp16 there."""
+    """Autocast is entered in the thread with bf16; DataParallel itself would enter it with fp16."""
     network = InPrecision(nn.Linear(4, 4), lambda: torch.autocast("cpu", torch.bfloat16))
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(network, torch.ones(2, 4)).result().dtype == torch.bfloat16

@@ -35,7 +35,7 @@ from common.errors import SettingsError
 SGD = ["optimizer.type=SGD", "optimizer.params.lr=0.05", "gradient_clipping=0.0"]
 ALONE = ["parallel.local_steps=1", "parallel.outer_lr=1.0", "parallel.outer_momentum=0.0"]
 DILOCO = ["parallel.local_steps=3"]
-WORKERS = {  # name of a case: strategy, settings, whether the optimiser is SGD
+WORKERS = {  # name of a case: strategy, settings, whether the optimizer is SGD
     "gossip SGD": ("gossip", ["parallel.topology=complete"], True),
     "gossip SGD accumulated": ("gossip", ["parallel.topology=complete", "gradient_accumulation_steps=2"], True),
     "gossip SGD, average then step": (
@@ -101,7 +101,7 @@ def job(out: str) -> None:
 
 
 def job_alone(out: str) -> None:
-    """One process: what it makes of a state of two, and a gossip with nobody."""
+    """One process: loading a state of two processes, and gossip without neighbors."""
     import torch.distributed as dist
 
     results: dict = {
@@ -163,8 +163,8 @@ def plain_sgd() -> dict:
 
 
 @pytest.mark.parametrize("case", ["gossip SGD", "gossip SGD accumulated", "local SGD"])
-def test_sgd_with_everybody_in_every_step_is_sgd_on_the_global_batch(on_two, case):
-    """With momentum and weight decay too: all of it is linear in the gradient."""
+def test_sgd_on_the_complete_graph_is_sgd_on_the_global_batch(on_two, case):
+    """Also with momentum and weight decay, since both are linear in the gradient."""
     plain, result = plain_sgd(), on_two[case]
     assert result["losses"] == pytest.approx(plain["losses"], abs=1e-6)
     assert largest_difference(result["weights"], plain["weights"]) < 1e-6
@@ -192,7 +192,7 @@ def test_one_process_is_a_plain_loop(on_one):
 
 
 @pytest.mark.parametrize("case", WORKERS)
-def test_the_mean_model_is_counted_and_handed_over_and_every_worker_keeps_its_own(on_two, case):
+def test_the_mean_model_is_evaluated_and_saved_and_every_worker_keeps_its_own(on_two, case):
     result = on_two[case]
     mean = {
         name: (result["all"][f"0/weights/{name}"] + result["all"][f"1/weights/{name}"]) / 2
@@ -224,7 +224,7 @@ def own(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def test_workers_that_do_not_meet_are_apart(on_two):
+def test_workers_without_exchange_differ(on_two):
     assert on_two["local, one meeting after the last"]["apart"]["worker_distance"] > 0.01
     assert (
         1e-4
@@ -234,19 +234,19 @@ def test_workers_that_do_not_meet_are_apart(on_two):
 
 
 @pytest.mark.parametrize("case", WORKERS)
-def test_a_run_that_was_stopped_goes_on_with_the_same_bits(on_two, case):
-    """The fourth of ten steps lies between two meetings of `local`, and inside a window of AccumAdam."""
+def test_a_stopped_run_resumes_with_the_same_bits(on_two, case):
+    """The fourth of ten steps lies between two outer steps of `local`, and inside a window of AccumAdam."""
     resumed, unbroken = on_two[f"{case}, resumed"], on_two[case]
     assert resumed["losses"] == unbroken["losses"][SAVED_AT:]
     assert largest_difference(resumed["all"], unbroken["all"]) == 0
     assert largest_difference(resumed["weights"], unbroken["weights"]) == 0
 
 
-def test_a_state_of_other_workers_is_refused_by_name(on_two, on_one):
+def test_a_state_of_other_workers_is_rejected_by_name(on_two, on_one):
     for strategy, said in zip(("gossip", "local"), on_one["refused"], strict=True):
         assert (
-            f"strategy {strategy} keeps a state for each process: this one was saved by 2 processes and cannot go on with 1"
-            in said
+            f"strategy {strategy} keeps one state per process: this one was saved by 2 processes and cannot "
+            "resume with 1" in said
         )
     ddp, gossip = on_two["refused"]
     assert "holds the state of one worker a process, for local, strategy ddp has that of one model" in ddp

@@ -1,6 +1,6 @@
-"""Every optimiser trains under every strategy as in one plain process, or is refused by name; a resumed run has the same bits.
+"""Every optimizer trains under every strategy as in one process, or is rejected; a resumed run has the same bits.
 
-AdamW, the default, is the one of test_engines.py and test_zero.py; how each optimiser steps is tested in test_optimizers.py.
+test_engines.py and test_zero.py test AdamW, the default; tests/optim/test_optimizers.py tests the steps themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENGINES = {
     "pipeline": ("pipeline", ["parallel.stages=2"]),
     "zero 3": ("zero", ["zero_optimization.stage=3"]),  # last: it replaces F.linear for the rest of the process
 }
-PIECES = ("zero 1", "zero 2", "zero 3", "pipeline")  # hand the optimiser pieces of parameters, which Lamb cannot take
+PIECES = ("zero 1", "zero 2", "zero 3", "pipeline")  # hand the optimizer pieces of parameters, which Lamb cannot take
 ELEMENTWISE = (
     "Adam",
     "SGD",
@@ -123,7 +123,7 @@ def test_a_resumed_run_has_the_same_bits(on_two, resumed, engine, name):
 
 @pytest.mark.parametrize("name", ["Muon", "AdamWScheduleFree"])
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: f"{move[0]} on 2 to {move[1]} on 1")
-def test_a_state_moves_as_it_is(folder, moved, plain, move, name):
+def test_a_state_moves_unchanged_to_another_engine(folder, moved, plain, move, name):
     result, saved = moved[f"{move} {name}"], load_file(folder / "on-2" / f"{move[0]} {name}" / "state.safetensors")
     assert largest_difference(result["state"], saved) == 0
     assert largest_difference(result["weights"], plain[name]["averaged"]) < 2e-6

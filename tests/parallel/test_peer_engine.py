@@ -1,4 +1,4 @@
-"""parallel/peers/: engines that are peers of one another train as a plain loop does; then `train.py` itself, killed and started late."""
+"""parallel/peers/: peers train like a plain loop; then `train.py` itself, with peers that are killed or join late."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from parallel.strategies import engine_class
 from records.run_folder import RunFolder
 
 if sys.version_info >= (3, 14) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-    pytest.skip("torchft is not to be had for this Python or this PyTorch", allow_module_level=True)
+    pytest.skip("torchft is not available for this Python or this PyTorch", allow_module_level=True)
 endpoint.coordination()  # before anything else imports torchft: it is quiet then
 
 HERE = "127.0.0.1"
 STOPPED = 75
 
-# --- engines in forked processes ----------------------------------------------------------------------------------
+# --- engines in forked processes -----------------------------------------------------------------------------------
 
 
 DILOCO = ["parallel.local_steps=3"]
@@ -64,7 +64,7 @@ def averaging_settings(*overrides: str):
 
 
 def job_alone(out: str, port: int) -> None:
-    """A peer alone against the one worker of `local`, for the stages; the state on the way, and a state of `zero`."""
+    """Train one peer alone and one worker of `local`, for each stage; also resume, and load its state in `zero`."""
     import torch.distributed as dist
 
     results: dict = {}
@@ -106,7 +106,7 @@ def alone(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_a_peer_alone_trains_as_one_worker_of_local_does(alone, stage):
+def test_a_single_peer_trains_like_one_worker_of_local(alone, stage):
     assert alone[stage]["losses"] == pytest.approx(alone["local"]["losses"], abs=1e-5)
     assert largest_difference(alone[stage]["weights"], alone["local"]["weights"]) < 1e-5
     assert (
@@ -117,14 +117,14 @@ def test_a_peer_alone_trains_as_one_worker_of_local_does(alone, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_a_peer_that_was_stopped_goes_on_with_the_same_bits(alone, stage):
+def test_a_stopped_peer_resumes_with_the_same_bits(alone, stage):
     assert alone[f"{stage} resumed"]["losses"] == alone[stage]["losses"][SAVED_AT:]
     assert largest_difference(alone[f"{stage} resumed"]["state"], alone[stage]["state"]) == 0
-    assert alone["zero"] == SAVED_AT  # and its checkpoint is one of zero's, with the outer state beside
+    assert alone["zero"] == SAVED_AT  # its checkpoint is one of zero plus the outer state
 
 
 def job_averaging(out: str, port: int, join: str | None, stage: int, go: str) -> None:
-    """A peer that reads its half of every batch; the first one takes its first step when it is told to."""
+    """Train on half of every batch; the first peer waits for the file `go` before its first step."""
     import torch.distributed as dist
 
     engine = peer_engine(
@@ -137,7 +137,7 @@ def job_averaging(out: str, port: int, join: str | None, stage: int, go: str) ->
     images, labels = data()
     half = slice(BATCH // 2, BATCH) if join else slice(0, BATCH // 2)
     which, size = engine.data_shard[0], engine.batch_sizes.micro
-    assert engine.step == int(bool(join))  # the second one comes in at the first exchange
+    assert engine.step == int(bool(join))  # the second peer joins at the first exchange
     while not os.path.exists(go):
         time.sleep(0.02)
     stream = (
@@ -155,10 +155,10 @@ def job_averaging(out: str, port: int, join: str | None, stage: int, go: str) ->
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_loop_on_both_halves(tmp_path, stage):
-    """The first step is the first peer's alone: the second comes in there, with nothing trained."""
+    """The first peer makes the first step alone; the second joins after it, untrained."""
     port, go = free_pair(), tmp_path / "go"
     first = Program(job_averaging, (str(tmp_path / "a"), port, None, 1, str(go)), {})
-    first.wait_for("this one listens at")
+    first.wait_for("listening at")
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": HERE, "MASTER_PORT": str(programs.free_port())}
     arguments = (str(tmp_path / "b"), free_pair(), f"{HERE}:{port}", stage, str(go))
     second = [Program(job_averaging, arguments, {**group, "RANK": f"{i}", "LOCAL_RANK": f"{i}"}) for i in range(2)]
@@ -192,7 +192,7 @@ def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_
     assert largest_difference(a["weights"], model.state_dict()) < 1e-6
 
 
-# --- train.py -------------------------------------------------------------------------------------------------------
+# --- train.py -----------------------------------------------------------------------------------------------------
 
 
 def peer(training: list, name: str, *arguments, **environment) -> Program:
@@ -213,30 +213,30 @@ def peer(training: list, name: str, *arguments, **environment) -> Program:
 
 
 def listens_at(program: Program) -> str:
-    program.wait_for("this one listens at")
-    return program.said().split("this one listens at ")[1].split(";")[0]
+    program.wait_for("listening at")
+    return program.said().split("listening at ")[1].split(";")[0]
 
 
 def bytes_of(runs: Path, name: str) -> bytes:
     return (runs / name / "weights.safetensors").read_bytes()
 
 
-def test_one_is_killed_one_comes_late_one_leaves_and_the_run_goes_on(training, runs):
-    """The one that is killed is the first, at whose lighthouse all met. Those that are left end with equal weights."""
+def test_the_run_survives_a_killed_a_late_and_a_stopped_peer(training, runs):
+    """The killed peer is the first, whose lighthouse all use. The remaining peers end with equal weights."""
     long = ("--set", "train_batch_size=20", "--epochs", "30")  # 15 steps an epoch
     first = peer(training, "peer-a", "--host-peers", f"{HERE}:{free_pair()}", *long)
     place = listens_at(first)
     second = peer(training, "peer-b", "--join", place, *long)
-    second.wait_for("2 with this one")
+    second.wait_for("2 including this one")
     first.send(signal.SIGKILL)
     third = peer(training, "peer-c", "--join", listens_at(second), *long)
-    second.wait_for(f"{place} gone")
-    third.wait_for("this one has taken over their state")
+    second.wait_for(f"{place} left")
+    third.wait_for("took over the state of the others")
     third.wait_for("accuracy")
     third.send(signal.SIGTERM)
     assert third.end().code == STOPPED
     again = peer(training, "peer-c", "--join", listens_at(second), *long)
-    again.wait_for("2 with this one")
+    again.wait_for("2 including this one")
     for program in (second, again):
         _check(program.end(), 0)
     assert first.end().code == -signal.SIGKILL
@@ -257,8 +257,8 @@ def load_state(run: Path) -> dict:
     return load_file(RunFolder(run).newest_checkpoint() / "state.safetensors")
 
 
-def test_a_peer_that_waits_to_be_let_in_can_be_stopped(training):
-    """The first one takes so many steps alone that the second one would wait for minutes."""
+def test_a_peer_that_waits_to_join_can_be_stopped(training):
+    """The first peer makes so many local steps that the second would wait for minutes."""
     long = ("--set", "parallel.local_steps=100000", "--epochs", "100000")
     first = peer(training, "peer-long", "--host-peers", f"{HERE}:{free_pair()}", *long)
     second = peer(training, "peer-waits", "--join", listens_at(first), *long)

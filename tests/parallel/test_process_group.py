@@ -1,15 +1,21 @@
-"""How processes come together: nobody outside this machine can connect to those of a run on one machine; and the same bits on request."""
+"""The process group: processes of one machine listen on its loopback interface alone; deterministic kernels."""
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import sys
+import time
 
 import psutil
 import pytest
 import torch
-from programs import run_ranks
+from programs import free_port, run_ranks
 
 from benchmarks.lib.forked_programs import Program
+from common.errors import RunError, SettingsError
+from common.stop_signal import StopSignal
 from parallel import process_group
 from training.determinism import make_deterministic
 
@@ -17,7 +23,7 @@ HERE = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def meet() -> None:
-    """Join, exchange something in every group, and look at what this process listens on."""
+    """Join, exchange a value in every group, and list the addresses on which this process listens."""
     import torch.distributed as dist
 
     process_group.init_process_group()
@@ -38,7 +44,7 @@ def test_the_processes_of_one_machine_listen_on_its_loopback_interface_alone(cou
     run_ranks(count, meet)
 
 
-def test_a_process_that_nothing_launched_listens_nowhere_else_either():
+def test_a_process_without_a_launcher_listens_on_the_loopback_interface_alone():
     done = Program(meet, (), {}).end()
     assert done.code == 0, done.text
 
@@ -51,13 +57,62 @@ def deterministic() -> None:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
 
 
-def test_deterministic_kernels_are_asked_for_and_what_has_none_is_refused():
+def test_deterministic_kernels_are_used_and_an_operation_without_one_fails():
     done = Program(deterministic, (), {}).end()
     assert done.code == 0, done.text
 
 
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"DS_ACCELERATOR": "CPU"}, "DS_ACCELERATOR=CPU is unknown; write DS_ACCELERATOR=cpu, or unset it"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not; unset WORLD_SIZE"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' is not a number; unset it"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK='one' is not a number"),
+        ({"RANK": "0"}, "RANK is set, but WORLD_SIZE and MASTER_ADDR and MASTER_PORT are not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "RANK is set, but MASTER_ADDR is not"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "RANK=2 must be below WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_an_inconsistent_environment_is_one_sentence(monkeypatch, variables, sentence):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as refusal:
+        process_group.check_environment()
+    assert sentence in str(refusal.value)
+
+
+def wait_for_nobody() -> None:
+    """Wait as one of two processes, of which the other one never starts."""
+    logging.getLogger("engine").addHandler(logging.StreamHandler(sys.stdout))
+    StopSignal()
+    process_group.SAY_SECONDS = 0.5
+    try:
+        process_group.init_process_group()
+    except RunError as error:
+        print(error, flush=True)
+        os._exit(1)
+
+
+def test_waiting_for_other_processes_is_reported_and_ends_on_sigterm():
+    port = free_port()
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    program = Program(wait_for_nobody, (), alone)
+    program.wait_for(f"process 0 of 2 waits at 127.0.0.1:{port} for the other processes")
+    program.send(signal.SIGTERM)
+    asked = time.monotonic()
+    done = program.end()
+    assert time.monotonic() - asked < 5 and done.code == 1
+    assert f"stopped while process 0 of 2 waited for the others at 127.0.0.1:{port}" in done.out
+
+
 def test_a_group_that_was_left_is_not_used_again():
-    """Two engines one after the other in a process: the second makes groups of its own."""
+    """Two engines one after the other in a process: the second creates its own groups."""
     done = Program(make_two_groups, (), {}).end()
     assert done.code == 0, done.text
 

@@ -1,6 +1,6 @@
-"""parallel/peers/: several peers of strategy `local` meet in this process; some leave, die or do not fit.
+"""parallel/peers/: several peers of strategy `local` exchange within this process; some leave, die or do not fit.
 
-What engines and `train.py` make of it is in `test_peers.py`.
+`test_peer_engine.py` tests engines and `train.py` with them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import socket
 import sys
 import threading
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 
 import programs
@@ -21,35 +21,36 @@ from peers import facts_for, free_pair
 from common.errors import RunError, SettingsError
 from config.differences import leaves
 from parallel.diloco import OuterStep
-from parallel.peers import endpoint, heartbeat, rendezvous
+from parallel.peers import endpoint, failures, heartbeat, rendezvous
 from parallel.peers.link_cost import enough_steps, lines_of_cost, seconds_over
-from parallel.peers.membership import Member, PeerState, choose_leader, ring_bytes
+from parallel.peers.membership import Member, PeerState, choose_leader, ring_bytes, without_unreachable
 from parallel.peers.rendezvous import PeerGroup
 from parallel.peers.setup import agreement, data_seed, join_command, meeting_of, peer_number
 from parallel.strategies import engine_class
 
 if sys.version_info >= (3, 14) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-    pytest.skip("torchft is not to be had for this Python or this PyTorch", allow_module_level=True)
+    pytest.skip("torchft is not available for this Python or this PyTorch", allow_module_level=True)
 endpoint.coordination()  # before anything else imports torchft: it is quiet then
 
 HERE = "127.0.0.1"
 LIMIT_SECONDS = 60  # of one exchange
 
-# --- meetings in this process -------------------------------------------------------------------------------------
+# --- exchanges in this process -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The dead are noticed sooner than over the internet."""
+    """Shorter time limits than over the internet."""
     monkeypatch.setattr(endpoint, "HEARTBEAT_SECONDS", 1.5)
     monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(rendezvous, "CONNECT_SECONDS", 2.0)
+    monkeypatch.setattr(failures, "CONNECT_SECONDS", 2.0)
+    monkeypatch.setattr(failures, "PROBE_SECONDS", 0.3)
 
 
 @pytest.fixture
 def circle(quick):
-    """Make peers that meet: `circle(n)` gives n of them, `circle(1, join)` one more, with `port` a first one at that port."""
+    """Make peers: `circle(n)` opens n of them, `circle(1, join)` one more, and `port` gives a first one its port."""
     opened: list[PeerGroup] = []
 
     def make(
@@ -64,7 +65,7 @@ def circle(quick):
             meeting = PeerGroup(
                 HERE,
                 port or free_pair(),
-                first.place.text if first else None,
+                first.endpoint.text if first else None,
                 len(opened),
                 patience,
                 say=lambda text: None,
@@ -82,8 +83,35 @@ def standing(value: float, count: int = 3, share: float = 1.0, outer: float = 7.
     return PeerState(count, 4 * count, share, torch.full((5,), value), torch.full((10,), outer))
 
 
+def announcement(peer: PeerGroup, state: PeerState, **changes) -> dict:
+    """What a peer with this state announces, with changes."""
+    return {**peer._announce(state).announcement(), "since": time.time(), **changes}
+
+
+def ask(peer: PeerGroup, id: str, count: int = 3, data: dict | None = None, where: str = f"{HERE}:9") -> None:
+    """Ask the lighthouse of a peer for a quorum, as a stranger that then does nothing."""
+    client = endpoint.coordination().LighthouseClient(
+        endpoint.lighthouse_of(peer.endpoint.text), connect_timeout=timedelta(seconds=2)
+    )
+    stranger = threading.Thread(
+        target=lambda: client.quorum(
+            id,
+            timeout=timedelta(seconds=30),
+            address="",
+            store_address=where,
+            step=count,
+            world_size=1,
+            shrink_only=False,
+            data=data,
+        ),
+        daemon=True,
+    )
+    stranger.start()
+    time.sleep(0.3)
+
+
 def exchange(meetings: list[PeerGroup], standings: list[PeerState]) -> list:
-    """All of them at once."""
+    """Exchange with all of them at the same time."""
     with ThreadPoolExecutor(len(meetings)) as pool:
         return [
             future.result(LIMIT_SECONDS)
@@ -93,33 +121,33 @@ def exchange(meetings: list[PeerGroup], standings: list[PeerState]) -> list:
         ]
 
 
-def test_the_mean_is_the_same_for_all_and_weighs_what_each_has_trained(circle):
+def test_all_get_the_same_mean_weighted_by_what_each_has_trained(circle):
     outcomes = exchange(circle(3), [standing(1.0), standing(2.0, share=0.5), standing(9.0, share=0.0)])
     for outcome in outcomes:
         assert outcome.worked and outcome.outer is None and len(outcome.members) == 3
         assert torch.equal(outcome.mean, outcomes[0].mean) and torch.allclose(outcome.mean, torch.full((5,), 2.0 / 1.5))
 
 
-def test_alone_a_peer_keeps_what_it_has(circle):
+def test_a_single_peer_keeps_its_weights(circle):
     (outcome,) = exchange(circle(1), [standing(1.7)])
     assert torch.equal(outcome.mean, torch.full((5,), 1.7)) and outcome.num_bytes == 0 and outcome.worked
 
 
-def test_who_is_behind_takes_the_outer_state_and_its_work_does_not_count(circle):
+def test_a_peer_that_is_behind_takes_the_outer_state_and_its_steps_do_not_count(circle):
     outcomes = exchange(circle(3), [standing(1.0), standing(3.0), standing(100.0, count=2, outer=5.0)])
     assert [outcome.outer is None for outcome in outcomes] == [True, True, False]
     assert torch.equal(outcomes[2].outer, torch.full((10,), 7.0)) and outcomes[2].count == 3 and outcomes[2].step == 12
     assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) for outcome in outcomes)
 
 
-def test_peers_that_say_the_same_count_but_differ_are_put_right(circle):
-    """A split of the network makes such: each side has gone on alone."""
+def test_a_peer_with_the_same_count_but_another_state_takes_the_majoritys(circle):
+    """A network partition leads to this: each side continued on its own."""
     outcomes = exchange(circle(3), [standing(4.0, outer=1.0), standing(1.0), standing(3.0)])
     assert torch.equal(outcomes[0].outer, torch.full((10,), 7.0)) and outcomes[1].outer is None
     assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) for outcome in outcomes)
 
 
-def test_where_nobody_has_trained_all_take_the_leaders_weights_and_no_outer_step_is_due(circle):
+def test_if_nobody_has_trained_all_take_the_leaders_weights_without_an_outer_step(circle):
     outcomes = exchange(circle(2), [standing(1.0, share=0.0), standing(3.0, share=0.0)])
     assert all(torch.equal(outcome.mean, torch.full((5,), 1.0)) and not outcome.worked for outcome in outcomes)
 
@@ -132,51 +160,33 @@ def test_a_peer_that_leaves_is_not_waited_for(circle):
     assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
 
 
-def test_a_peer_that_dies_in_the_middle_of_an_exchange_costs_only_a_second_try(circle):
+def test_a_peer_that_dies_during_an_exchange_costs_only_a_second_attempt(circle):
     peers, said = circle(2), []
     for peer in peers:
         peer.say = said.append
-    client = endpoint.coordination().LighthouseClient(
-        endpoint.lighthouse_of(peers[0].place.text), connect_timeout=timedelta(seconds=2)
-    )
-    about = {"number": 9, "since": time.time(), "step": 12, "share": 1.0, "mark": standing(0.0).mark()}
-    dead = threading.Thread(
-        target=lambda: client.quorum(
-            "dead",
-            timeout=timedelta(seconds=9),
-            address="",
-            store_address=f"{HERE}:9",
-            step=3,
-            world_size=1,
-            shrink_only=False,
-            data=about,
-        ),
-        daemon=True,
-    )
-    dead.start()  # it asks to take part, and is never heard of again
-    time.sleep(0.3)
+    ask(peers[0], "dead", data=announcement(peers[0], standing(0.0)))  # it is never heard of again
     outcomes = exchange(peers, [standing(1.0), standing(3.0)])
     assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
-    assert said and "an exchange of 3 broke off" in said[0]
+    assert said and "an exchange of 3 failed" in said[0]
 
 
-def test_a_peer_that_hangs_is_gone_after_the_patience(circle):
+def test_a_peer_that_hangs_is_left_out_after_the_patience(circle):
     peers = circle(2, patience=1.0)
     exchange(peers, [standing(1.0), standing(3.0)])
-    began = time.monotonic()  # the second one trains on for ever, and its heart beats
+    began = time.monotonic()  # the second one sends heartbeats but never asks for an exchange
     (outcome,) = exchange(peers[:1], [standing(1.0, count=4)])
     assert len(outcome.members) == 1 and time.monotonic() - began > 1.0
 
 
-def test_the_meeting_outlives_the_first_peer_and_comes_home_when_it_is_back(circle):
+def test_exchanges_outlive_the_first_peer_and_return_to_its_lighthouse_when_it_is_back(circle):
     peers = circle(3)
     exchange(peers, [standing(float(i)) for i in range(3)])
-    home, others = peers[0].place.port, peers[1:]
+    home, others = peers[0].endpoint.port, peers[1:]
     peers[0].close()
     outcomes = exchange(others, [standing(1.0, count=4), standing(3.0, count=4)])
     assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
-    (late,) = circle(1, join=others[1])  # any of them can be joined, and tells where they meet
-    assert late._meeting_place() == others[0].place.text
+    (late,) = circle(1, join=others[1])  # any of them can be joined
+    assert late._meeting_endpoint() == others[0].endpoint.text
     (back,) = circle(1, port=home)
     time.sleep(0.5)
     standings = [
@@ -187,19 +197,135 @@ def test_the_meeting_outlives_the_first_peer_and_comes_home_when_it_is_back(circ
     ]
     outcomes = exchange([*others, late, back], standings)
     assert all(len(outcome.members) == 4 and torch.equal(outcome.mean, torch.full((5,), 3.0)) for outcome in outcomes)
-    assert all(peer._meeting_place() == back.place.text for peer in (*others, late, back))
+    assert all(peer._meeting_endpoint() == back.endpoint.text for peer in (*others, late, back))
 
 
-def test_a_peer_that_joins_is_not_left_alone_unasked(circle):
+def test_a_peer_that_joins_does_not_train_alone_without_consent(circle):
     (first,) = circle(1)
     (late,) = circle(1, patience=1.5)
     first.close()
-    with pytest.raises(RunError, match="is gone, and no other was met: start this one with --host-peers"):
+    with pytest.raises(
+        RunError, match="no other peer of the run at .* can be reached any more. Start this one with --host-peers"
+    ):
         late.exchange(standing(1.0), joining=True)
 
 
-def member(count: int, mark: str, since: float) -> Member:
-    return Member(id=f"{since}", place="", number=0, since=since, count=count, step=count, share=1.0, mark=mark)
+# --- peers that do not fit, fail or cannot be reached -------------------------------------------------------------
+
+
+def exchange_beside(circle, strange: dict | None, count: int = 3) -> tuple[list, list[str]]:
+    """Two peers exchange while a stranger with this announcement is in the quorum: (results, lines for the user)."""
+    peers, said = circle(2), []
+    peers[0].most_outer_steps = peers[1].most_outer_steps = 100
+    for peer in peers:
+        peer.say = said.append
+    data = None if strange is None else announcement(peers[0], standing(0.0), **strange)
+    ask(peers[0], "stranger", count, data, where=f"{HERE}:{free_pair()}")
+    return exchange(peers, [standing(1.0), standing(3.0)]), said
+
+
+@pytest.mark.parametrize(
+    ("strange", "count", "said"),
+    [
+        (None, 3, "announces nothing"),
+        ({"protocol": 1}, 3, "has protocol 1, this one 2"),
+        ({"protocol": "\x00" * 500}, 3, "has protocol"),
+        ({"share": float("1e9")}, 3, "announces share=1000000000.0"),
+        ({"since": "yesterday"}, 3, "announces since='yesterday'"),
+        ({"step": True}, 3, "announces step=True"),
+        ({"sizes": [7, 10]}, 3, "has vectors of 7 and 10 values, here 5 and 10"),
+        ({"sizes": "many"}, 3, "announces sizes='many'"),
+        ({"code": "0" * 16}, 3, "runs other code (00000000, here "),
+        ({"state_hash": {}}, 3, "announces state_hash={}"),
+        ({"unreachable": [1]}, 3, "announces unreachable=[1]"),
+        ({}, 101, "announces outer step 101 and step 12, which this run does not have"),
+    ],
+)
+def test_a_peer_that_does_not_fit_is_left_out_and_named(circle, strange, count, said):
+    outcomes, lines = exchange_beside(circle, strange, count)
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
+    assert len(lines) == 2 and all("is left out: it" in line and said in line for line in lines)
+
+
+def test_a_peer_that_never_arrives_is_left_out_after_its_second_failure(circle):
+    """It answers on its ports and announces what a peer would, with the most outer steps, so it would lead."""
+    peers, said, listener = circle(2), [], socket.create_server((HERE, 0))
+    peers[0].say = said.append
+    port = listener.getsockname()[1]
+    data = announcement(peers[0], standing(0.0), probe_port=port)
+    with ThreadPoolExecutor(1) as pool:
+        beats = heartbeat.Heartbeat(peers[0].endpoint.text, "ghost", lambda: True)
+        beats.start()
+        # It asks again and again, like a peer.
+        pool.submit(lambda: [ask(peers[0], "ghost", 3, data, f"{HERE}:{port}") or time.sleep(0.7) for _ in range(9)])
+        outcomes = exchange(peers, [standing(1.0), standing(3.0)])
+        beats.ended.set()
+    listener.close()
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
+    assert any(f"{HERE}:{port} is left out" in line for line in said), said
+
+
+def test_a_pair_without_a_path_loses_its_younger_peer_and_the_others_continue(circle):
+    peers, said = circle(3), []
+    without_path = {1: peers[2].endpoint.probe_port, 2: peers[1].endpoint.probe_port}
+    for peer, port in ((peers[i], port) for i, port in without_path.items()):
+        peer.failures.connect = lambda address, to, port=port: to != port and failures.can_connect(address, to)
+    peers[0].say = said.append
+    began = time.monotonic()
+    outcomes = exchange(peers, [standing(1.0), standing(3.0), standing(50.0)])
+    assert time.monotonic() - began < 10
+    assert [len(outcome.members) for outcome in outcomes] == [2, 2, 1]
+    assert [outcome.mean[0].item() for outcome in outcomes] == [2.0, 2.0, 50.0]
+    assert any(f"{peers[2].endpoint.text} is left out" in line for line in said), said
+    for peer in peers[1:]:
+        peer.failures.connect = failures.can_connect  # the path is there again
+    outcomes = exchange(peers, [standing(1.0, count=4), standing(3.0, count=4), standing(50.0, count=4, outer=5.0)])
+    assert all(len(outcome.members) == 3 and outcome.mean[0] == 2.0 for outcome in outcomes)
+
+
+def test_a_peer_with_nan_weights_does_not_count_and_takes_the_others_state(circle):
+    nan = float("nan")
+    outcomes = exchange(circle(3), [standing(1.0), standing(3.0), standing(nan, count=9, outer=nan)])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and outcome.count == 3 for outcome in outcomes)
+    assert torch.equal(outcomes[2].outer, torch.full((10,), 7.0))
+
+
+def test_a_peer_that_announces_finite_weights_and_sends_nan_does_not_spoil_the_mean(circle, monkeypatch):
+    peers, said = circle(3), []
+    peers[0].say = said.append
+    faulty = peers[2]._announce
+    peers[2]._announce = lambda state: replace(faulty(state), finite=True, share=1.0)
+    outcomes = exchange(peers, [standing(1.0), standing(3.0), standing(float("nan"))])
+    assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) for outcome in outcomes[:2])
+    assert any(f"{peers[2].endpoint.text} sent weights that are not finite" in line for line in said), said
+
+
+def test_what_answers_at_the_join_address_but_is_no_peer_is_named(quick):
+    port = free_pair()
+    store = torch.distributed.TCPStore(HERE, port, None, True, timedelta(seconds=5), wait_for_workers=False)
+    store.set("facts", "{")
+    store.set("places", b"\xff")
+    with pytest.raises(RunError, match=f"the program at {HERE}:{port} is not a peer"):
+        PeerGroup(HERE, free_pair(), f"{HERE}:{port}", 1).open({})
+
+
+def test_a_peer_with_other_code_is_rejected(circle, monkeypatch):
+    circle(1)
+    monkeypatch.setattr(rendezvous, "code_fingerprint", lambda: "1" * 16)
+    with pytest.raises(SettingsError, match="the fingerprint of the code is [0-9a-f]{16} there and 1{16} here"):
+        circle(1)
+
+
+def test_whoever_lacks_a_path_to_most_is_left_out():
+    members = [member(3, "a", since) for since in range(4)]
+    reports = [replace(one, unreachable=frozenset({"2"})) for one in members[:2]] + members[2:]
+    assert without_unreachable(reports) == ([reports[0], reports[1], reports[3]], [reports[2]])
+    liar = replace(members[0], unreachable=frozenset({"1", "2", "3"}))
+    assert without_unreachable([liar, *members[1:]]) == (members[1:], [liar])
+
+
+def member(count: int, state_hash: str, since: float, **more) -> Member:
+    return Member(f"{since}", "", 0, since, count, count, 1.0, state_hash, **more)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +337,14 @@ def member(count: int, mark: str, since: float) -> Member:
         ([member(5, "a", 3), member(4, "b", 1), member(4, "b", 2)], 0),
     ],
 )
-def test_the_furthest_leads_then_the_most_then_the_oldest(members, leader):
+def test_the_furthest_peer_leads_then_the_majority_then_the_oldest(members, leader):
     assert choose_leader(members) is members[leader] and choose_leader(members[::-1]) is members[leader]
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 
-def test_a_peer_of_another_run_is_told_what_differs(circle):
+def test_a_peer_with_other_settings_is_rejected_and_the_difference_named(circle):
     circle(1, facts={"settings": {"parallel": {"local_steps": 8}}, "seed": 0})
     with pytest.raises(
         SettingsError, match=r"does not fit the run at 127.*settings.parallel.local_steps is 8 there and 16 here"
@@ -226,7 +352,7 @@ def test_a_peer_of_another_run_is_told_what_differs(circle):
         circle(1, facts={"settings": {"parallel": {"local_steps": 16}}, "seed": 0})
 
 
-def test_nobody_there_and_a_port_in_use(circle):
+def test_nobody_listens_and_a_port_in_use(circle):
     (first,) = circle(1)
     with pytest.raises(
         RunError, match=rf"port {first.port} or {first.port + 1} of {HERE} is in use.*--host-peers {HERE}:PORT"
@@ -236,38 +362,34 @@ def test_nobody_there_and_a_port_in_use(circle):
         PeerGroup(HERE, free_pair(), f"{HERE}:9", 1).open({})
 
 
-def flags(**given) -> Namespace:
-    return Namespace(
-        **{"host_peers": None, "join": None, "peer_address": None, "name": None, "runs_dir": "runs", **given}
-    )
+def flags(**given) -> dict:
+    """Arguments of `meeting_of`, as without any flag but `given`."""
+    return {"host_peers": None, "join": None, "peer_address": None, "name": None, "runs_dir": "runs", **given}
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"host_peers": "0.0.0.0"}, "would listen on every network of this machine; name the one address"),
-        ({"host_peers": "192.0.2.7"}, "192.0.2.7 is no address of this machine, which has 127.0.0.1"),
+        ({"host_peers": "0.0.0.0"}, "would listen on every network of this machine; give the one address"),
+        ({"host_peers": "192.0.2.7"}, "192.0.2.7 is not an address of this machine; it has 127.0.0.1"),
         (
             {"host_peers": "127.0.0.1:99999"},
             "--host-peers 127.0.0.1:99999: the port must be a number from 1024 to 65534",
         ),
-        (
-            {"join": "no such name:29600"},
-            "'no such name' is neither an IPv4 address nor a name that this machine knows",
-        ),
-        ({"host_peers": "127.0.0.1", "join": "127.0.0.1"}, "give one of them"),
-        ({"peer_address": "127.0.0.1"}, "give --host-peers or --join with it"),
+        ({"join": "no such name:29600"}, "'no such name' is neither an IPv4 address nor a name that resolves"),
+        ({"host_peers": "127.0.0.1", "join": "127.0.0.1"}, "give only one of them"),
+        ({"peer_address": "127.0.0.1"}, "add --host-peers or --join"),
     ],
 )
-def test_bad_addresses_are_refused(given, said):
+def test_wrong_addresses_are_rejected(given, said):
     with pytest.raises(SettingsError, match=said):
-        meeting_of(flags(**given), 120.0)
+        meeting_of(**flags(**given), patience_seconds=120.0)
 
 
-def test_nothing_listens_on_a_public_address_unasked(monkeypatch):
+def test_nothing_listens_on_a_public_address_without_consent(monkeypatch):
     monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("8.8.4.4", 1))
     with pytest.raises(SettingsError, match="from its public address 8.8.4.4.*give --peer-address 8.8.4.4"):
-        meeting_of(flags(join=HERE), 120.0)
+        meeting_of(**flags(join=HERE), patience_seconds=120.0)
 
 
 def test_peers_are_for_local_only():
@@ -275,10 +397,10 @@ def test_peers_are_for_local_only():
         engine_class("zero", object())
 
 
-# --- what a peer is -------------------------------------------------------------------------------------------------
+# --- facts of a peer ----------------------------------------------------------------------------------------------
 
 
-def test_peers_agree_on_everything_but_how_each_spreads_its_work():
+def test_peers_must_agree_on_everything_but_parallelism_and_precision():
     plain = agreement(facts_for(), 5)
     assert (
         agreement(facts_for("zero_optimization.stage=3", "bf16.enabled=true", "gradient_accumulation_steps=2"), 5)
@@ -296,13 +418,13 @@ def test_peers_agree_on_everything_but_how_each_spreads_its_work():
     assert dict(leaves(plain)) == plain
 
 
-def test_the_join_command_hands_on_what_must_be_equal():
+def test_the_join_command_holds_what_must_be_equal():
     assert join_command(facts_for(), "10.0.0.1:29600") == (
         "./launch_local_train.sh --strategy local --join 10.0.0.1:29600 --preset cpu --set a=1 --epochs 3"
     )
 
 
-def test_every_peer_sees_images_in_an_order_of_its_own_and_the_same_after_a_restart():
+def test_every_peer_has_its_own_data_order_which_survives_a_restart():
     numbers = {peer_number(host, name) for host in "abc" for name in ("runs/x", "runs/y")}
     assert len(numbers) == 6 and 0 not in numbers and peer_number("a", "runs/x") in numbers
     assert data_seed(7, 0) == 7 and len({data_seed(seed, number) for seed in (0, 1) for number in numbers}) == 12
@@ -315,12 +437,12 @@ def test_the_cost_of_an_exchange():
     assert 0.32 / (0.32 + 0.1 * steps) <= 0.05 < 0.32 / (0.32 + 0.1 * (steps - 1))
     lines = lines_of_cost(1_000_000, 32, 0.1, 0.1)
     assert (
-        "2 peers: each sends 4.0 MB an outer step, 0.32 s, 9.1% of the time; parallel.local_steps=61 would make it 5%"
+        "2 peers: each sends 4.0 MB per outer step, 0.32 s, 9.1% of the time; parallel.local_steps=61 would make it 5%"
         in lines[1]
     )
 
 
-def test_the_outer_step_is_that_of_torch():
+def test_the_outer_step_equals_pytorchs_nesterov_sgd():
     generator = torch.Generator().manual_seed(0)
     start, means = torch.randn(50, generator=generator), torch.randn(5, 50, generator=generator)
     parameter = start.clone().requires_grad_()
@@ -331,14 +453,14 @@ def test_the_outer_step_is_that_of_torch():
         assert torch.allclose(outer.step([mean])[0], parameter.detach(), atol=1e-5)
 
 
-def test_a_bad_start_is_one_clear_sentence(training, circle):
+def test_a_wrong_command_line_gives_one_clear_sentence(training, circle):
     (other,) = circle(1, facts={"--seed": 5})
     done = programs.run(
-        "train.py", *training, "--name", "other", "--strategy", "local", "--join", other.place.text, code=1
+        "train.py", *training, "--name", "other", "--strategy", "local", "--join", other.endpoint.text, code=1
     )
     assert (
         done.err.count("\n") == 1
-        and f"error: this peer does not fit the run at {other.place.text}: --seed is 5 there and 0 here" in done.err
+        and f"error: this peer does not fit the run at {other.endpoint.text}: --seed is 5 there and 0 here" in done.err
     )
     nobody = f"{HERE}:{free_pair()}"
     done = programs.run("train.py", *training, "--name", "nobody", "--strategy", "local", "--join", nobody, code=1)

@@ -1,4 +1,4 @@
-"""What would not train as asked is refused, in a sentence that names it, by the strategy that would not do it."""
+"""Every strategy rejects settings that it would not use, in a sentence that names them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from common.errors import SettingsError
 from parallel.setting_checks import check_unused_settings
 
-REFUSED = {  # strategy and settings: what the sentence says
+REFUSED = {  # strategy and settings: text in the message
     ("ddp", ("zero_optimization.stage=2",)): "strategy ddp would not use zero_optimization.stage=2",
     ("fsdp", ("zero_optimization.stage=0",)): "strategy fsdp would not use zero_optimization.stage=0",
     (
@@ -29,24 +29,24 @@ REFUSED = {  # strategy and settings: what the sentence says
         "gossip",
         ("parallel.topology=alternating_exponential_ring",),
     ): "needs 2, 4, 8, ... machines .* not 2 processes with 2 on this machine",
-    ("gossip", ("parallel.moment_steps=2", "optimizer.type=SGD")): "parallel.moment_steps=2 is about Adam's moments",
-    ("gossip", ("parallel.moment_steps=0",)): "parallel.moment_steps=0 does not go .* a window of 0 steps",
-    ("local", ("parallel.local_steps=0",)): "parallel.local_steps must be at least 1, not 0",
-    ("local", ("parallel.outer_momentum=1.0",)): "parallel.outer_momentum in 0..1, not 0.7 and 1.0",
+    ("gossip", ("parallel.moment_steps=2", "optimizer.type=SGD")): "parallel.moment_steps=2 needs Adam's moments",
+    ("gossip", ("parallel.moment_steps=0",)): "parallel.moment_steps must be >= 1, got 0",
+    ("local", ("parallel.local_steps=0",)): "parallel.local_steps must be >= 1, got 0",
+    ("local", ("parallel.outer_momentum=1.0",)): r"parallel.outer_momentum must be in \[0, 1\), got 1.0",
     ("pipeline", ("zero_optimization.stage=2",)): "pipeline works with zero_optimization.stage 0 or 1, not 2",
     (
         "pipeline",
         ("zero_optimization.stage=0",),
-    ): "clips wrongly at zero_optimization.stage=0; take stage 1, or gradient_clipping=0.0",
+    ): "clips wrongly at zero_optimization.stage=0; choose stage 1, or gradient_clipping=0.0",
     (
         "pipeline",
         ("zero_optimization.offload_optimizer.device=cpu",),
     ): "pipeline would not use zero_optimization.offload_optimizer",
     ("pipeline", ("parallel.stages=3",)): "parallel.stages=3 does not divide the number of processes, 2",
     ("pipeline", ("parallel.partition=size",)): "unknown parallel.partition 'size'",
-    ("pipeline", ("parallel.partition=time",)): "give the image side with --set image_side=32",
-    ("dp", ()): "strategy dp shares a batch among the GPUs of one machine, and there are 0 here",
-    ("ddp", ("train_batch_size=7",)): "train_batch_size=7 cannot be cut into 2 data-parallel processes",
+    ("pipeline", ("parallel.partition=time",)): "add --set image_side=32",
+    ("dp", ()): "strategy dp divides a batch over the GPUs of one machine, and there are 0 here",
+    ("ddp", ("train_batch_size=7",)): "train_batch_size=7 is not divisible by 2 data-parallel processes",
     ("ddp", ("optimizer.type=AdamWW",)): "unknown optimizer.type 'AdamWW'",
     (
         "gossip",
@@ -59,7 +59,7 @@ REFUSED = {  # strategy and settings: what the sentence says
     (
         "pipeline",
         ("optimizer.type=Lamb",),
-    ): "Lamb looks at the norm of each parameter, and zero_optimization.stage=1 hands it pieces of many",
+    ): "Lamb needs the norm of each full parameter, but zero_optimization.stage=1 shards them",
     (
         "fsdp",
         ("compile=reduce-overhead",),
@@ -68,14 +68,14 @@ REFUSED = {  # strategy and settings: what the sentence says
     (
         "pipeline",
         ("channels_last=true",),
-    ): "strategy pipeline would not use channels_last: what goes from stage to stage",
-    ("ddp", ("channels_last=true",)): "channels_last=true is about convolutions, and this network has none",
-    ("ddp", ("ema.decay=-0.1",)): "ema.decay must lie between 0 .off. and 1, not -0.1",
+    ): "strategy pipeline would not use channels_last: activations sent between stages",
+    ("ddp", ("channels_last=true",)): "channels_last=true applies to convolutions, and this network has none",
+    ("ddp", ("ema.decay=-0.1",)): r"ema.decay must be in \[0, 1\), got -0.1",
 }
 
 
 def refusals() -> dict[str, str]:
-    """In two forked processes: strategy and settings, what was said."""
+    """Return the messages in two forked processes, by strategy and settings."""
     scalar = nn.Linear(2, 2)
     scalar.temperature = nn.Parameter(torch.tensor(1.0))
     cases = {f"{strategy}: {' '.join(overrides)}": refusal(strategy, *overrides) for strategy, overrides in REFUSED}
@@ -100,7 +100,7 @@ def on_two(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case[0]}: {' '.join(case[1])}")
-def test_what_would_not_train_as_asked_is_refused(on_two, case):
+def test_an_unusable_setting_is_rejected(on_two, case):
     said = on_two[f"{case[0]}: {' '.join(case[1])}"]
     assert re.search(REFUSED[case], said), said
 
@@ -109,8 +109,8 @@ def test_dp_by_a_launcher_is_refused(on_two):
     assert "start it without a launcher: python train.py --strategy dp" in on_two["dp: by a launcher"]
 
 
-def test_batch_norm_does_not_go_with_an_optimiser_that_averages_itself(on_two):
-    assert "BatchNorm's statistics would be those of the latter" in on_two["ddp: BatchNorm"]
+def test_batch_norm_does_not_go_with_an_optimizer_that_averages_itself(on_two):
+    assert "BatchNorm's statistics would be those of the trained ones" in on_two["ddp: BatchNorm"]
 
 
 def test_a_dp_engine_refuses_to_compile():

@@ -1,8 +1,9 @@
-"""Slurm: its variables become a launcher's, and on a real one, pre-empted training saves, is queued again and finishes.
+"""Slurm: its variables become a launcher's; in a real Slurm, preempted training saves, is requeued and finishes.
 
-    ./run_tests.sh tests/parallel/test_slurm.py          ./run_tests.sh tests/parallel/test_slurm.py -m slow      with a real one
+    ./run_tests.sh tests/parallel/test_slurm.py
+    ./run_tests.sh tests/parallel/test_slurm.py -m slow      with a real Slurm
 
-The real one is started for the tests, with two nodes on this machine: as root, with Debian's slurm-wlm and munge.
+The tests start a real Slurm with two nodes on this machine, which needs root and Debian's packages slurm-wlm and munge.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def test_slurms_variables_become_those_of_a_launcher():
     }
 
 
-def test_names_that_resolve_are_used_and_one_node_meets_at_home(monkeypatch):
+def test_names_that_resolve_are_used_and_a_single_node_uses_the_loopback(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     environment = dict(STEP)
     rank_environment(environment)
@@ -64,7 +65,7 @@ def test_names_that_resolve_are_used_and_one_node_meets_at_home(monkeypatch):
     assert environment["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_a_task_that_sees_one_gpu_of_its_own_calls_it_the_first():
+def test_a_task_with_one_visible_gpu_uses_device_0():
     for visible, local in (("3", "0"), ("0,1,2,3", "1")):
         environment = {**STEP, "CUDA_VISIBLE_DEVICES": visible}
         rank_environment(environment)
@@ -74,7 +75,7 @@ def test_a_task_that_sees_one_gpu_of_its_own_calls_it_the_first():
 @pytest.mark.parametrize(
     "environment", [{}, {**STEP, "RANK": "3"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "12"}]
 )
-def test_launchers_come_first_and_a_batch_script_is_alone(environment):
+def test_a_launchers_variables_have_priority_and_a_batch_script_is_one_process(environment):
     before = dict(environment)
     assert not rank_environment(environment) and environment == before
 
@@ -88,19 +89,19 @@ def test_launchers_come_first_and_a_batch_script_is_alone(environment):
         ("rack1-[09-11].lan", ["rack1-09.lan", "rack1-10.lan", "rack1-11.lan"]),
     ],
 )
-def test_slurms_short_names_are_expanded(text, names):
+def test_slurms_short_node_names_are_expanded(text, names):
     assert expand_nodes(text) == names
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "cluster/slurm").glob("*.sbatch")), ids=lambda path: path.name)
-def test_batch_scripts_save_before_the_limit_and_go_back_into_the_queue(path):
+def test_batch_scripts_save_before_the_time_limit_and_are_requeued(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     text = path.read_text()
     assert "#SBATCH --signal=TERM@180" in text and "#SBATCH --requeue" in text and ". cluster/slurm/ranks.sh" in text
     assert "scontrol requeue" in (path.parent / "ranks.sh").read_text()
 
 
-# --- a real one ---------------------------------------------------------------------------------------------------------------
+# --- a real Slurm -------------------------------------------------------------------------------------------------
 
 CONF = """
 ClusterName=test
@@ -132,7 +133,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 
 
 def missing():
-    """Why there can be no Slurm here; empty when there can."""
+    """The reason why Slurm cannot run here; empty if it can."""
     absent = [
         name
         for name in ("slurmctld", "slurmd", "sbatch", "munged")
@@ -145,7 +146,7 @@ def missing():
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """Runs a Slurm command and returns what it prints."""
+    """A function that runs a Slurm command and returns its output."""
     if reason := missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
@@ -213,7 +214,7 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture
 def project(tmp_path):
-    """The project in a folder of its own, for what Slurm writes where one stands."""
+    """The project in a folder of its own, because Slurm writes into the current folder."""
     folder = tmp_path / "project"
     folder.mkdir()
     for path in PROJECT.iterdir():
@@ -223,7 +224,7 @@ def project(tmp_path):
 
 
 def preempt(slurm, jobs, folder, out):
-    """A job that matters more takes both nodes; afterwards those that made room are queued again, and start."""
+    """Let a job of higher priority take both nodes; then the preempted jobs are requeued and start again."""
     slurm("sbatch", "--partition=high", "--nodes=2", "--wrap", "sleep 1", cwd=folder)
     for job in jobs:
         wait_until(lambda job=job: "Restarts=1" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
@@ -242,7 +243,7 @@ def wait_until(condition, seconds, what="waited in vain"):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_preempted_training_saves_goes_back_into_the_queue_and_finishes(slurm, project, tmp_path, shapes, tiny):
+def test_preempted_training_saves_is_requeued_and_finishes(slurm, project, tmp_path, shapes, tiny):
     def out():
         return next((path.read_text() for path in project.glob("slurm-*.out")), "")
 
@@ -302,7 +303,7 @@ arms = [{{name = "plain", idea = "As ever."}}, {{name = "gated", idea = "A gate.
     wait_until(lambda: len(list(tmp_path.glob("runs/gate/*/state/step-*"))) > 1, LIMIT_SECONDS, out)
     preempt(slurm, [f"{array}_{i}" for i in (1, 2)], tmp_path, out)
     report = json.loads((tmp_path / "results/gate/report.json").read_text())
-    assert report["missing"] == {} and "stopped; start the same comparison again to go on" in out()
+    assert report["missing"] == {} and "stopped; start the same command again to resume" in out()
     started = [re.findall(r"\] (\S+) started", path.read_text()) for path in sorted(project.glob("slurm-*.out"))]
     assert len(started) == 2 and not set(started[0]) & set(started[1])  # no run is made by two elements
     assert {*started[0], *started[1]} == {f"{arm}-seed{seed}" for arm in ("plain", "gated") for seed in (0, 1)}

@@ -1,5 +1,7 @@
-"""Every strategy from end to end: train.py on two processes, evaluate.py on what it leaves, stopping and going on, also under
-another strategy and on another number of processes."""
+"""Every strategy from end to end: training on two processes, evaluation, and resuming.
+
+Runs also resume under another strategy and on another number of processes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from records.run_folder import RunFolder
 
 
 def start(training: list, processes: int, name: str, strategy: str, *arguments: str, code: int = 0) -> str:
-    """Run train.py as so many processes; what the first one said."""
+    """Run train.py with a number of processes; return the output of the first one."""
     words = ["train.py", *map(str, training), "--name", name, "--strategy", strategy, "--max-steps", "6", *arguments]
     if strategy == "local":
         words += ["--set", "parallel.local_steps=3"]
@@ -45,14 +47,15 @@ def test_two_processes_train_and_evaluate_agrees(training, runs, strategy):
     )
     apart = [line.get("worker_distance") for line in lines]
     if strategy in ("gossip", "local"):
-        # two workers make one pair, equal after every step; the others are apart until the sixth step ends with an outer one
+        # two workers make one pair, equal after every step; the others are apart until the sixth step ends with an
+        # outer one
         assert (apart[0] > 0) == (strategy == "local") and apart[1] == 0
     else:
         assert apart == [None, None]
 
 
 @pytest.mark.parametrize("strategy", ["local", "pipeline"])
-def test_two_processes_that_are_stopped_go_on_with_the_same_bits(training, runs, strategy):
+def test_two_stopped_processes_resume_with_the_same_bits(training, runs, strategy):
     """With dropout, within an epoch and between two outer steps; after the test above, whose run was not stopped."""
     unbroken = RunFolder(runs / strategy)
     if not unbroken.exists:
@@ -67,7 +70,8 @@ def test_two_processes_that_are_stopped_go_on_with_the_same_bits(training, runs,
 
 
 FIXED = ["--set", "model.dropout=0.0", "--set", "ema.decay=0.5"]  # dropout differs from process to process
-MOVES = [  # (processes, strategy, settings) that a run is stopped under after three of six steps, and those it goes on under
+# (processes, strategy, settings) that a run is stopped under after three of six steps, and those it goes on under.
+MOVES = [
     ((2, "zero", ["--set", "zero_optimization.stage=2"]), (1, "ddp", [])),
     ((2, "fsdp", []), (2, "zero", ["--set", "zero_optimization.stage=3"])),
     ((1, "zero", ["--set", "zero_optimization.stage=3"]), (2, "pipeline", [])),
@@ -81,7 +85,7 @@ def never_moved(training, runs) -> dict:
 
 
 @pytest.mark.parametrize(("before", "after"), MOVES, ids=lambda side: f"{side[1]} {side[2][1:]} on {side[0]}")
-def test_a_run_goes_on_under_another_strategy_and_ends_with_the_same_weights(
+def test_a_run_resumes_under_another_strategy_and_ends_with_the_same_weights(
     training, runs, never_moved, before, after
 ):
     name = f"{before[1]}-to-{after[1]}"
@@ -90,7 +94,8 @@ def test_a_run_goes_on_under_another_strategy_and_ends_with_the_same_weights(
     for file, expected in never_moved.items():
         found = load_file(runs / name / file)
         assert found.keys() == expected.keys()
-        # Adam turns the rounding of very small gradients into steps of a size; without a moment or the average it would be 1e-3.
+        # Adam turns the rounding of very small gradients into steps of a size; without a moment or the average it would
+        # be 1e-3.
         assert max((found[key] - expected[key]).abs().max().item() for key in found) < 1e-5, file
 
 

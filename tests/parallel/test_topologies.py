@@ -1,4 +1,4 @@
-"""parallel/topologies.py: who averages with whom. Every round keeps the mean of the workers, and many rounds bring all together."""
+"""parallel/topologies.py: every round keeps the mean of the workers, and many rounds make all workers equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def machines(name: str, workers: int) -> list[int]:
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
-def test_every_round_keeps_the_mean_and_many_rounds_bring_all_together(name, workers):
+def test_every_round_keeps_the_mean_and_many_rounds_make_all_equal(name, workers):
     for per_machine in machines(name, workers):
         product = torch.eye(workers, dtype=torch.float64)
         rounds = rounds_of(name, workers, per_machine)

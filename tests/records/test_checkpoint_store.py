@@ -1,4 +1,4 @@
-"""Checkpoints and run folders without training: whole or not there, who may write, what is kept, which folder a run gets."""
+"""Checkpoints and run folders without training: atomic writing, locking, pruning, and the choice of a folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def store(record: RunFolder, keep: int = 2) -> Checkpoints:
     return Checkpoints(record.folder / "state", keep)
 
 
-# --- whole or not there -------------------------------------------------------------------------------------------
+# --- atomic writing ------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
@@ -62,7 +62,7 @@ def test_the_newest_are_kept_and_the_best(tmp_path):
     assert checkpoints(record) == ["step-00000008", "step-00000010"]
 
 
-def test_sums_are_those_of_sha256sum(tmp_path):
+def test_checksums_have_the_format_of_sha256sum(tmp_path):
     store(RunFolder(tmp_path)).write(2, STATE, texts(2))
     subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"],
@@ -84,7 +84,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "deleted"])
 @pytest.mark.parametrize("name", ["state.safetensors", "engine.json", "progress.json", "run.json", "SHA256SUMS"])
-def test_whatever_is_harmed_is_seen_and_the_one_before_serves(tmp_path, harm, name):
+def test_any_damage_is_detected_and_the_previous_checkpoint_is_used(tmp_path, harm, name):
     record = RunFolder(tmp_path)
     for step in (2, 4):
         store(record).write(step, STATE, texts(step))
@@ -104,7 +104,7 @@ def test_whatever_is_harmed_is_seen_and_the_one_before_serves(tmp_path, harm, na
     assert checkpoints(record) == ["damaged-step-00000004", "step-00000002"]
 
 
-def test_a_file_too_many_is_seen(tmp_path):
+def test_an_additional_file_is_detected(tmp_path):
     record = RunFolder(tmp_path)
     store(record).write(2, STATE, texts(2))
     (tmp_path / "state" / "step-00000002" / "more.json").write_text("{}")
@@ -112,7 +112,7 @@ def test_a_file_too_many_is_seen(tmp_path):
 
 
 def operations(monkeypatch, fail_at: int) -> list[str]:
-    """Let the `fail_at`-th flush or rename of `Checkpoints.write` find a full disk; the list fills with what was done."""
+    """Make the `fail_at`-th flush or rename of `Checkpoints.write` fail with a full disk; return the operations."""
     done: list[str] = []
 
     def counted(name, function):
@@ -130,15 +130,56 @@ def operations(monkeypatch, fail_at: int) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("fail_at", range(1, 14))
-def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monkeypatch, fail_at):
-    record = RunFolder(tmp_path)
+def write_operations(folder: Path, monkeypatch) -> list[str]:
+    """The flushes, renames and writes of one checkpoint."""
+    with monkeypatch.context() as patch:
+        done = operations(patch, fail_at=0)
+        store(RunFolder(folder)).write(4, STATE, texts(4))
+    return done
+
+
+def test_a_checkpoint_is_flushed_verified_renamed_and_its_folder_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(
+        checkpoint_store, "flush_to_disk", lambda path, forget=False: flushed.append((path.name, forget))
+    )
+    removed = []
+    monkeypatch.setattr(Checkpoints, "_prune", lambda self, best: removed.append(len(flushed)))
+    store(RunFolder(tmp_path)).write(4, STATE, texts(4))
+    names = ["state.safetensors", *texts(4)]
+    assert flushed[: len(names)] == [(name, True) for name in names]  # read back from the disk, not from memory
+    assert flushed[len(names) :] == [("SHA256SUMS", False), ("unfinished-step-00000004", False), ("state", False)]
+    assert removed == [len(flushed)]  # older ones go when the new one is on the disk
+    monkeypatch.undo()
+    assert write_operations(tmp_path / "order", monkeypatch)[-2:] == ["rename", "flush"]
+
+
+def test_a_flush_drops_the_file_from_the_page_cache_where_asked(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    dropped = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: dropped.append(arguments[1:]))
+    checkpoint_store.flush_to_disk(tmp_path / "a")
+    assert not dropped
+    checkpoint_store.flush_to_disk(tmp_path / "a", forget=True)
+    assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)]
+
+
+def test_a_full_disk_at_any_operation_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    count = len(write_operations(tmp_path / "counted", monkeypatch))
+    assert count > 10
+    for fail_at in range(1, count + 1):
+        with monkeypatch.context() as patch:
+            fill_disk_at(tmp_path / str(fail_at), patch, fail_at)
+
+
+def fill_disk_at(folder: Path, monkeypatch, fail_at: int) -> None:
+    record = RunFolder(folder)
     store(record, keep=1).write(2, STATE, texts(2))
     done = operations(monkeypatch, fail_at)
     with pytest.raises(
         RunError,
         match=r"the checkpoint after step 4 could not be written \(No space left on device: .* are free in .*; "
-        "the one after step [24] is whole; mend the disk and start the same run again",
+        "the one after step [24] is intact; free or repair the disk and start the same run again",
     ):
         store(record, keep=1).write(4, STATE, texts(4))
     monkeypatch.undo()
@@ -149,17 +190,17 @@ def test_a_disk_that_is_full_at_any_moment_leaves_the_one_before(tmp_path, monke
     assert checkpoints(record) == ["step-00000004"]
 
 
-def test_a_disk_that_gives_back_other_bytes_is_noticed_when_writing(tmp_path, monkeypatch):
+def test_a_disk_that_returns_other_bytes_is_detected_when_writing(tmp_path, monkeypatch):
     import safetensors.torch
 
     store(RunFolder(tmp_path)).write(2, STATE, texts(2))
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: {**STATE, "weights/a": STATE["weights/a"] + 1e-6})
-    with pytest.raises(RunError, match="gives back other bytes than were written to it"):
+    with pytest.raises(RunError, match="returns other bytes than were written"):
         store(RunFolder(tmp_path)).write(4, STATE, texts(4))
     assert checkpoints(RunFolder(tmp_path)) == ["step-00000002"]
 
 
-def test_only_the_last_damaged_ones_fill_the_disk(tmp_path):
+def test_only_the_newest_damaged_checkpoints_are_kept(tmp_path):
     record = RunFolder(tmp_path)
     for step in range(2, 12, 2):
         store(record).write(step, STATE, texts(step))
@@ -182,17 +223,17 @@ def test_only_the_last_damaged_ones_fill_the_disk(tmp_path):
         ("30s", Interval(seconds=30)),
     ],
 )
-def test_an_interval_is_read(text, interval):
+def test_an_interval_is_parsed(text, interval):
     assert Interval.parse(text) == interval
 
 
 @pytest.mark.parametrize("text", ["", "10", "0steps", "-3min", "ten min", "5 hours"])
-def test_what_is_no_interval_is_refused(text):
+def test_an_invalid_interval_is_rejected(text):
     with pytest.raises(ValueError, match="write it as 500steps, 10min or 30s"):
         Interval.parse(text)
 
 
-# --- under other conditions ---------------------------------------------------------------------------------------
+# --- changed conditions -------------------------------------------------------------------------------------------
 
 
 BEFORE = {
@@ -204,6 +245,7 @@ BEFORE = {
     "device": "CPU",
     "device_name": "x86",
     "precision": "fp32",
+    "compile": "off",
     "deterministic": False,
     "source": "tensor",
     "torch": "2.11",
@@ -218,19 +260,19 @@ BEFORE = {
         (
             {"processes": 1, "micro_batch": 64},
             False,
-            ["processes: 2 before, 1 now", "images a micro-batch: 32 before, 64 now"],
+            ["processes: 2 before, 1 now", "micro-batch size: 32 before, 64 now"],
             [],
         ),
         (
             {"processes": 1, "micro_batch": 64},
             True,
             ["processes: 2 before, 1 now"],
-            ["images a micro-batch: 32 before, 64 now (BatchNorm"],
+            ["micro-batch size: 32 before, 64 now (BatchNorm"],
         ),
         (
             {"strategy": "ddp", "stage": None},
             False,
-            ["strategy: zero before, ddp now (the same sums, rounded in another order)"],
+            ["strategy: zero before, ddp now (same sums, rounded in another order)"],
             [],
         ),
         (
@@ -248,7 +290,7 @@ BEFORE = {
             {"device": "GPU", "device_name": "H200", "threads": None},
             False,
             [],
-            ["kind of device: CPU before, GPU now (another arithmetic"],
+            ["device type: CPU before, GPU now (other arithmetic"],
         ),
         (
             {"precision": "autocast", "deterministic": True, "source": "resident"},
@@ -262,7 +304,7 @@ BEFORE = {
         ),
     ],
 )
-def test_each_change_of_conditions_has_its_sentence_and_verdict(now, batch_norm, accepted, refused):
+def test_each_changed_condition_has_a_sentence_and_is_accepted_or_rejected(now, batch_norm, accepted, refused):
     assert BEFORE.keys() == resume_conditions.CHANGES.keys()
     found = resume_conditions.compare(BEFORE, {**BEFORE, **now}, batch_norm)
     for sentences, starts in zip(found, (accepted, refused), strict=True):
@@ -278,7 +320,7 @@ def choice(runs_dir: Path, facts: dict = FACTS, name: str | None = None, fresh: 
     return resume.choose_folder(runs_dir, name, fresh, facts)[0]
 
 
-def test_without_a_name_a_run_goes_on_where_one_of_the_same_settings_is_unfinished(tmp_path):
+def test_without_a_name_an_unfinished_run_of_the_same_settings_is_resumed(tmp_path):
     first = choice(tmp_path)
     assert first.folder.name == "tiny-shapes-seed0"
     first.create(FACTS)
@@ -300,7 +342,7 @@ def test_without_a_name_a_run_goes_on_where_one_of_the_same_settings_is_unfinish
         ({"dataset": {"name": "shapes", "fingerprint": "g"}}, "the dataset's fingerprint was 'f', is 'g'"),
     ],
 )
-def test_a_name_that_holds_another_run_is_refused_by_what_differs(tmp_path, changed, sentence):
+def test_a_name_of_another_run_is_rejected_with_the_differences(tmp_path, changed, sentence):
     choice(tmp_path, name="mine").create(FACTS)
     with pytest.raises(RunError, match=sentence):
         choice(tmp_path, {**FACTS, **changed}, name="mine")
@@ -308,7 +350,7 @@ def test_a_name_that_holds_another_run_is_refused_by_what_differs(tmp_path, chan
     assert RunFolder(tmp_path / "mine.old-1").facts() == FACTS and not (tmp_path / "mine").exists()
 
 
-def test_a_run_folder_without_a_readable_run_json_is_named_or_mended(tmp_path):
+def test_an_unreadable_run_json_is_restored_or_reported(tmp_path):
     record = RunFolder(tmp_path / "mine")
     with pytest.raises(RunError, match="mine is not a run folder"):
         record.facts()
@@ -324,7 +366,7 @@ def test_one_process_at_a_time(tmp_path):
     first, second = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "mine")
     first.lock()
     with pytest.raises(
-        RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait for its end, stop it"
+        RunError, match=rf"mine is in use: process {os.getpid()} on \S+ trains there; wait until it ends, stop it"
     ):
         second.lock()
     with pytest.raises(RunError, match="is in use"):
@@ -353,7 +395,7 @@ def test_a_disk_that_is_mounted_read_only_is_named(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_replaced_atomically(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     write_atomically(path, "old")
 
@@ -363,13 +405,13 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         RunError,
-        match=r"metrics.jsonl could not be written \(No space left on device\); what stood there before is untouched",
+        match=r"metrics.jsonl could not be written \(No space left on device\); its previous content is unchanged",
     ):
         write_atomically(path, "new")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_metrics_never_end_in_half_a_line(tmp_path):
+def test_metrics_never_end_in_a_partial_line(tmp_path):
     record = RunFolder(tmp_path)
     for epoch in (1, 2):
         record.append_metrics({"epoch": epoch})
@@ -379,22 +421,20 @@ def test_metrics_never_end_in_half_a_line(tmp_path):
     assert [line["epoch"] for line in record.metrics()] == [1, 2, 3]
 
 
-def test_room_is_looked_for_before_the_start(tmp_path, monkeypatch):
+def test_free_disk_space_is_checked_before_the_start(tmp_path, monkeypatch):
     args = resume.FolderOptions(tmp_path, None, False, keep_checkpoints=2, allow_inexact_resume=False)
     resume.check_room(tmp_path / "new", disk_space_needed(1000, 2), args)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     with pytest.raises(
         RunError,
-        match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; make room",
+        match=r"needs about 20.0 MB for its checkpoints and weights, and the disk of .* has 10.0 MB left; free some",
     ):
         resume.check_room(tmp_path / "new", disk_space_needed(1_000_000, 2), args)
 
 
 @pytest.mark.parametrize("fail_at", range(1, 30))
-def test_a_checkpoint_of_the_same_step_is_replaced_without_a_moment_in_which_none_is_whole(
-    tmp_path, monkeypatch, fail_at
-):
-    """A process that is killed at any operation while it writes step 2 again: the next start finds a whole step 2."""
+def test_an_intact_checkpoint_exists_at_every_moment_of_replacing_one_of_the_same_step(tmp_path, monkeypatch, fail_at):
+    """Kill a process at any operation while it writes step 2 again; the next start finds an intact step 2."""
     record = RunFolder(tmp_path)
     store(record, keep=1).write(2, STATE, texts(2))
 

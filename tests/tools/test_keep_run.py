@@ -1,4 +1,7 @@
-"""A kept run says everything and names no machine. Run: python -m pytest tests/tools/test_keep_run.py"""
+"""tools/keep_run.py: a saved run has all numbers and no path of the machine.
+
+Run: python -m pytest tests/tools/test_keep_run.py
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from records.run_folder import RunFolder
 from tools.keep_run import kept
 
 
-def test_paths_of_the_machine_are_cut_and_figures_kept(tmp_path):
+def test_paths_of_the_machine_are_cut_and_numbers_kept(tmp_path):
     record = RunFolder(tmp_path / "mine")
     record.create(
         {

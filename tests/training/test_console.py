@@ -1,4 +1,4 @@
-"""What a person sees of a run. Run: python -m pytest tests/training/test_console.py"""
+"""training/console.py: what a run prints. Run: python -m pytest tests/training/test_console.py"""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from parallel.process_group import pick_device
 from records.run_folder import RunFolder
-from train import default_preset
 from training import console
 from training.console import NORMAL, QUIET, VERBOSE, Console
+from training.run_setup import default_preset
 
 LINE = {
     "epoch": 3,
@@ -44,7 +44,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that goes when it is told to."""
+    """A clock that tests advance."""
     time = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: time[0])
     return time
@@ -64,12 +64,12 @@ def test_the_line_of_an_epoch_has_its_numbers(out, now):
     shown.epoch(LINE, ["test"], 10)
     assert out.getvalue() == (
         "epoch  3/10  train loss 3.348  test accuracy  25.60%  (2560/10000)      563 images/s    89 s  "
-        "data wait  0.5%  left   7 min\n"
+        "data wait  0.5%  ETA   7 min\n"
     )
 
 
-def test_lines_stand_under_one_another(out, now):
-    """Column by column: what is a letter in one line is no digit in the next."""
+def test_columns_of_epoch_lines_are_aligned(out, now):
+    """Every field starts in the same column, whatever the values."""
     shown = Console(out=out)
     shown.clock.start(0, 100)
     changed = {
@@ -93,7 +93,7 @@ def test_lines_stand_under_one_another(out, now):
     assert (
         len(
             {
-                tuple(line.index(word) for word in ("train loss", "test accuracy", "images/s", "data wait", "left"))
+                tuple(line.index(word) for word in ("train loss", "test accuracy", "images/s", "data wait", "ETA"))
                 for line in lines
             }
         )
@@ -101,15 +101,15 @@ def test_lines_stand_under_one_another(out, now):
     )
 
 
-def test_averaged_and_trained_weights_stand_side_by_side(out):
+def test_accuracies_of_ema_and_raw_weights_are_printed_together(out):
     Console(out=out).epoch({**LINE, "test_raw_accuracy": 0.2444}, ["test"], 10)
-    assert "test accuracy  25.60%  (2560/10000), trained weights  24.44%" in out.getvalue()
+    assert "test accuracy EMA  25.60%  (2560/10000), raw  24.44%" in out.getvalue()
 
 
 @pytest.mark.parametrize(
     ("level", "is_main", "lines"), [(QUIET, True, 1), (NORMAL, True, 3), (VERBOSE, True, 4), (VERBOSE, False, 0)]
 )
-def test_how_much_is_said(out, level, is_main, lines):
+def test_number_of_lines_by_level(out, level, is_main, lines):
     shown = Console(level, is_main, out)
     shown.print_field("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
@@ -119,11 +119,11 @@ def test_how_much_is_said(out, level, is_main, lines):
         assert out.getvalue().endswith(
             "done      test accuracy 25.60% (2560/10000) after 3 epochs; see runs/mine/report.html\n"
         )
-    assert ("top 5 55.54%" in out.getvalue()) == (level == VERBOSE and is_main)
+    assert ("top-5 55.54%" in out.getvalue()) == (level == VERBOSE and is_main)
 
 
 @pytest.mark.parametrize(
-    ("stream", "environment", "coloured"),
+    ("stream", "environment", "has_colors"),
     [
         (Terminal, {}, True),
         (Terminal, {"NO_COLOR": "1"}, False),
@@ -132,25 +132,25 @@ def test_how_much_is_said(out, level, is_main, lines):
         (io.StringIO, {}, False),
     ],
 )
-def test_colours_are_for_terminals(out, monkeypatch, stream, environment, coloured):
+def test_colors_are_printed_on_terminals_only(out, monkeypatch, stream, environment, has_colors):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     to = stream()
     shown = Console(out=to)
     shown.print_field("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
-    assert ("\033[" in to.getvalue()) == coloured
+    assert ("\033[" in to.getvalue()) == has_colors
     assert "test accuracy  25.60%" in re.sub(r"\033\[\d+m", "", to.getvalue())
 
 
-def test_a_long_wait_for_data_is_marked(out):
+def test_a_data_wait_of_ten_percent_is_yellow(out):
     terminal = Terminal()
     for wait in (1.0, 20.0):
         Console(out=terminal).epoch({**LINE, "data_wait_seconds": wait}, ["test"], 10)
     assert [f"\033[{console.YELLOW}m" in line for line in terminal.getvalue().splitlines()] == [False, True]
 
 
-def test_the_time_left_comes_from_the_steps_of_this_process(now):
+def test_the_eta_comes_from_the_steps_of_this_process(now):
     clock = console.Clock()
     clock.start(50, 100)
     assert clock.seconds_left() == 0
@@ -169,14 +169,14 @@ def test_a_log_file_gets_a_line_every_two_minutes_of_a_long_epoch(out, now):
             bar.advance()
             bar.loss(2.5)
     assert out.getvalue().splitlines() == [
-        "  in epoch 1: step 3 of 50, train loss 2.500, left 81 min",
-        "  in epoch 1: step 6 of 50, train loss 2.500, left 78 min",
-        "  in epoch 1: step 9 of 50, train loss 2.500, left 76 min",
+        "  in epoch 1: step 3 of 50, train loss 2.500, ETA 81 min",
+        "  in epoch 1: step 6 of 50, train loss 2.500, ETA 78 min",
+        "  in epoch 1: step 9 of 50, train loss 2.500, ETA 76 min",
     ]
     assert shown.bars.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar_with_the_time_left(out, now, monkeypatch):
+def test_a_terminal_gets_a_bar_with_the_eta(out, now, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     shown = Console(out=out, bars=Terminal())
     shown.clock.start(0, 100)
@@ -185,7 +185,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left(out, now, monkeypatch):
         bar.advance()
         bar.loss(2.5)
         bar.bar.refresh()
-    assert "epoch 2:  22%" in shown.bars.getvalue() and "loss 2.500, run done in 16 min" in shown.bars.getvalue()
+    assert "epoch 2:  22%" in shown.bars.getvalue() and "loss 2.500, run ETA 16 min" in shown.bars.getvalue()
     assert out.getvalue() == ""
     quiet = Console(QUIET, out=out, bars=Terminal())
     with quiet.bar(1, 0, 50, 64) as bar:
@@ -194,7 +194,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left(out, now, monkeypatch):
 
 
 def test_quiet_prints_the_result_and_nothing_else(training, runs):
-    """In a process of its own, so that what libraries print when they are imported would be seen too."""
+    """In a separate process, so that output of libraries at import is seen too."""
     command = [
         sys.executable,
         "train.py",
@@ -217,14 +217,14 @@ def test_quiet_prints_the_result_and_nothing_else(training, runs):
     assert (runs / "quiet" / "report.html").is_file() and len(RunFolder(runs / "quiet").metrics()) == 1
 
 
-def test_verbose_names_what_is_not_the_default(training):
+def test_verbose_prints_changed_settings(training):
     out = programs.run("train.py", *training, "--name", "verbose", "--max-steps", 2, "--verbose").out
     assert "setting   model.width = 32 (default: 512)" in out and "      learning rate " in out
     refused = programs.run("train.py", *training, "--quiet", "--verbose", code=2)
     assert "not allowed with" in refused.err
 
 
-def test_an_epoch_that_took_no_time_divides_by_nothing():
+def test_an_epoch_of_zero_seconds_is_printed():
     out = io.StringIO()
     Console(out=out).epoch(
         {**LINE, "training_seconds": 0.0, "data_wait_seconds": 0.0, "images_per_second": 0.0}, ["test"], 10
@@ -233,7 +233,7 @@ def test_an_epoch_that_took_no_time_divides_by_nothing():
 
 
 @pytest.mark.parametrize(("level", "shown"), [(QUIET, ""), (NORMAL, "compile   off, because it does not work\n")])
-def test_quiet_silences_what_engines_say(level, shown):
+def test_quiet_silences_log_messages_of_engines(level, shown):
     out = io.StringIO()
     Console(level, out=out)
     logging.getLogger("engine").warning("compile   off, because %s", "it does not work")
@@ -243,7 +243,7 @@ def test_quiet_silences_what_engines_say(level, shown):
     assert out.getvalue() == shown
 
 
-def test_the_preset_is_that_of_the_device_that_will_be_used(monkeypatch):
+def test_the_default_preset_follows_the_selected_device(monkeypatch):
     """DS_ACCELERATOR=cpu on a machine with a GPU."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -253,3 +253,33 @@ def test_the_preset_is_that_of_the_device_that_will_be_used(monkeypatch):
         and "because there is no GPU" in out.getvalue()
     )
     assert default_preset(torch.device("cuda"), Console(out=out)) == "spt-lsa"
+
+
+def test_a_console_whose_reader_is_gone_says_nothing_and_raises_nothing(monkeypatch):
+    class ClosedPipe(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    shown = Console(VERBOSE)
+    shown.epoch(LINE, ["test"], 10)
+    shown.result(LINE, "runs/mine")
+    monkeypatch.setattr(sys, "stdout", None)  # as after `train.py >&-`
+    Console().epoch(LINE, ["test"], 10)
+
+
+@pytest.mark.parametrize(("accumulation", "shards"), [(1, 1), (2, 4)])
+def test_the_batch_line_is_understood_by_the_cluster_launcher(out, accumulation, shards):
+    from types import SimpleNamespace
+
+    from cluster.job import BATCH
+    from config.settings import Settings
+
+    sizes = SimpleNamespace(total=64 * accumulation * shards, micro=64, accumulation=accumulation, shards=shards)
+    engine = SimpleNamespace(batch_sizes=sizes, num_parameters=1, step=0, describe=lambda: "fp32")
+    dataset = {"folder": "data/x", "classes": ["a"], "num_images": {"train": 1}}
+    facts = {"dataset": dataset, "settings": Settings().as_dict(), "source": "tensor", "device": "CPU"}
+    facts |= {"steps_per_epoch": 1, "total_steps": 2}
+    Console(out=out).print_run("runs/mine", facts, 32, engine)
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("batch ")]
+    assert tuple(map(int, BATCH.match(line).groups())) == (sizes.total, accumulation, shards)

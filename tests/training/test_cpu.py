@@ -1,6 +1,6 @@
-"""Training without a GPU: precision, compilation and number of processes are chosen for the machine, and every part trains under its preset.
+"""Training without a GPU: precision, compilation and processes suit the machine; every part trains under the preset.
 
-pytest tests/test_cpu.py        no GPU, no data, under a minute
+pytest tests/training/test_cpu.py        no GPU, no data, under a minute
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALL = [
 ]
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -57,7 +57,7 @@ def test_explicit_attention_is_scaled_dot_product_attention(masked):
 
 def test_attention_takes_the_explicit_form_in_bf16_on_a_cpu_alone(monkeypatch):
     calls = []
-    monkeypatch.setattr("attention.explicit_attention", lambda q, k, v, **_: calls.append(v.dtype) or v)
+    monkeypatch.setattr("models.attention.explicit_attention", lambda q, k, v, **_: calls.append(v.dtype) or v)
     x = torch.ones(1, 1, 2, 4)
     attend(x, x, x)
     assert not calls
@@ -72,7 +72,7 @@ def test_dropout_leaves_out_weights_of_explicit_attention_and_keeps_their_mean()
     assert found.std() > 0.05 and abs(found.mean() - 1) < 0.02
 
 
-# --- precision ----------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------------------------
 
 
 def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch):
@@ -111,14 +111,14 @@ def test_the_setting_takes_words_and_truths(value):
 
 def test_muon_orthogonalizes_in_bf16_where_it_is_told_to():
     matrices = [torch.randn(24, 16, generator=torch.Generator().manual_seed(0))]
-    exact, half = orthogonalize(matrices)[0], orthogonalize(matrices, torch.bfloat16)[0]
+    exact, half = orthogonalize(matrices)[0], orthogonalize(matrices, dtype=torch.bfloat16)[0]
     assert half.dtype == torch.float32 and not torch.equal(exact, half)
     torch.testing.assert_close(half, exact, atol=0.05, rtol=0.05)
     standing = newton_schulz(matrices[0].T[None], torch.float32)[0].T * (0.2 * 24**0.5)
     torch.testing.assert_close(standing, exact)
 
 
-# --- compilation --------------------------------------------------------------------------------------------------------
+# --- compilation ----------------------------------------------------------------------------------------------------
 
 
 def test_auto_compiles_on_a_cpu_where_it_pays(monkeypatch):
@@ -150,7 +150,7 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is():
     torch._dynamo.config.suppress_errors = False
 
 
-# --- processes ----------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_a_layer_that_cannot_be_compiled_runs_as_it_is():
         ([], None, 2, 2, "two processes with half of the 2 cores each"),
         ([], "ddp", 16, 2, "half of the 16 cores"),
         ([], None, 1, 1, "there is one core"),
-        ([], None, 3, 1, "3 cores are not two equal halves"),
-        ([], "gossip", 2, 1, "strategy gossip takes as many as NUM_PROCS says"),
+        ([], None, 3, 1, "3 cores cannot be divided into two equal halves"),
+        ([], "gossip", 2, 1, "strategy gossip uses as many processes as NUM_PROCS says"),
         (["train_batch_size=3"], None, 2, 1, "a batch of 3"),
         (["train_batch_size=6", "gradient_accumulation_steps=2"], None, 2, 1, "a batch of 6"),
     ],
@@ -179,7 +179,7 @@ def test_the_launcher_gets_a_number_whatever_the_arguments(monkeypatch, capsys, 
     assert capsys.readouterr().out.split()[0] == number
 
 
-# --- the preset ---------------------------------------------------------------------------------------------------------
+# --- the preset -----------------------------------------------------------------------------------------------------
 
 
 def small(**parts: str):
@@ -191,7 +191,7 @@ def small(**parts: str):
 
 @pytest.mark.parametrize(("kind", "name"), PARTS)
 def test_every_part_trains_under_the_preset(kind, name):
-    """Three steps of its optimiser, in bf16 as on a processor that multiplies it."""
+    """Three steps of its optimizer, in bf16 as on a processor that multiplies it."""
     torch.manual_seed(0)
     settings = small(**{kind: name})
     model = build_model(settings.model, 5, 16)
@@ -272,7 +272,7 @@ def bf16_runs() -> dict[str, dict]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_in_bf16_resumes_with_the_same_bits(tmp_path, processes):
-    found = perform(tmp_path / "bf16", processes, reference.job, {}, {}, ["test_cpu:bf16_runs"])
+    found = perform(tmp_path / "bf16", processes, reference.job, {}, {}, ["tests.training.test_cpu:bf16_runs"])
     for result in found.values():
         assert result["precision"] == "autocast"
         assert result["muon"] == (torch.bfloat16 if precision.fast_bf16(CPU) else None)

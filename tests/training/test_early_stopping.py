@@ -1,4 +1,4 @@
-"""How a run is judged and when it ends: the average of the weights in the run folder, and --patience."""
+"""EMA in the run folder, and early stopping (--patience)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def without_clock(record: RunFolder) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
 
 
-# --- the average of the weights -------------------------------------------------------------------------------------
+# --- EMA ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def evaluated(record: RunFolder, weights: str, split: str) -> dict:
     return json.loads((record.folder / "report.json").read_text())
 
 
-def test_the_averaged_weights_are_evaluated_and_handed_over_and_the_trained_ones_beside_them(averaged):
+def test_the_ema_is_evaluated_and_saved_and_the_trained_weights_are_saved_too(averaged):
     last = averaged.metrics()[-1]
     for file, name in (("weights.safetensors", "test"), ("raw_weights.safetensors", "test_raw")):
         report = evaluated(averaged, file, "test")
@@ -47,7 +47,7 @@ def test_the_averaged_weights_are_evaluated_and_handed_over_and_the_trained_ones
     assert last["test_loss"] != last["test_raw_loss"]
 
 
-def test_the_best_weights_are_chosen_by_the_average(averaged):
+def test_the_best_weights_are_chosen_by_the_accuracy_of_the_ema(averaged):
     lines = averaged.metrics()
     assert all({"validation_accuracy", "validation_raw_accuracy"} <= set(line) for line in lines)
     assert evaluated(averaged, "best.safetensors", "validation")["correct"] == max(
@@ -55,7 +55,7 @@ def test_the_best_weights_are_chosen_by_the_average(averaged):
     )
 
 
-def test_a_run_with_an_average_that_is_stopped_and_resumed_equals_one_that_was_not(averaged, training, runs):
+def test_a_resumed_run_with_ema_equals_an_uninterrupted_one(averaged, training, runs):
     same = [
         "train.py",
         *training,
@@ -76,26 +76,28 @@ def test_a_run_with_an_average_that_is_stopped_and_resumed_equals_one_that_was_n
         assert (stopped.folder / file).read_bytes() == (averaged.folder / file).read_bytes()
 
 
-# --- an early end -----------------------------------------------------------------------------------------------------
+# --- early stopping -----------------------------------------------------------------------------------------------
 
-# A rate of nothing: the first epoch is the best, and no other is better.
+# A learning rate of 0: no epoch is better than the first.
 STANDING_STILL = ["--hold-out", 0.2, "--epochs", 9, "--patience", 3, "--set", "optimizer.params.lr=0.0"]
 
 
-def test_a_run_that_does_not_get_better_ends_and_says_so(training, runs):
+def test_a_run_without_improvement_stops_early(training, runs):
     done = run("train.py", *training, "--name", "impatient", *STANDING_STILL)
     record = RunFolder(runs / "impatient")
     *early, last = record.metrics()
     assert last["epoch"] == 4 and last["ended_early"] is True and not any("ended_early" in line for line in early)
     assert "test_accuracy" in last and not any("test_accuracy" in line for line in early)  # looked at once, at the end
-    assert "ended early: no better validation accuracy than" in done.out and "for 3 epochs (--patience 3)" in done.out
+    assert (
+        "early stopping: no better validation accuracy than" in done.out and "for 3 epochs (--patience 3)" in done.out
+    )
     assert record.facts()["patience"] == 3
-    again = run("train.py", *training, "--name", "impatient", *STANDING_STILL, code=1)
+    again = run("train.py", *training, "--name", "impatient", *STANDING_STILL, code=2)
     assert "is finished; evaluate it" in again.err
 
 
-def test_its_patience_survives_a_stop(training, runs):
-    """Stopped while it waits: what it waited before counts."""
+def test_the_count_of_early_stopping_survives_a_stop(training, runs):
+    """Epochs without improvement before the stop count."""
     same = ["train.py", *training, "--name", "impatient-stopped", *STANDING_STILL]
     run(*same, "--stop-at", 10, code=STOPPED)
     assert RunFolder(runs / "impatient-stopped").metrics()[-1]["epoch"] == 3
@@ -103,9 +105,6 @@ def test_its_patience_survives_a_stop(training, runs):
     assert [line["epoch"] for line in RunFolder(runs / "impatient-stopped").metrics()] == [1, 2, 3, 4]
 
 
-def test_patience_needs_a_held_out_part(training):
+def test_patience_needs_a_validation_split(training):
     done = run("train.py", *training, "--name", "no-part", "--patience", 3, code=1)
-    assert (
-        done.err.strip()
-        == "error: --patience waits for a better accuracy on a held-out part, and there is none; give --hold-out 0.1"
-    )
+    assert done.err.strip() == "error: --patience needs a validation split: add --hold-out 0.1"

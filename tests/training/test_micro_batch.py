@@ -1,4 +1,4 @@
-"""The micro-batch: which sizes make a global batch, and the search for the largest that fits, with a memory of our making."""
+"""Micro-batch sizes: divisors of the global batch, and the search for the largest that fits a simulated memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.micro_batch import MicroBatch, OutOfMemory, Trial, accumulation_fo
 
 
 class Hungry(nn.Module):
-    """A network that has room for `room` images at once."""
+    """A network that runs out of memory above `room` images."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -48,11 +48,11 @@ def test_the_global_batch_stays():
         assert micro * accumulation_for(micro, 96, 4) * 4 == 96
     with pytest.raises(
         SettingsError,
-        match="--micro-batch 5: a global batch of 96 on 4 processes is not made of such parts; choose 3, 4, 6 or",
+        match=r"--micro-batch 5 does not divide a global batch of 96 on 4 process\(es\); choose 3, 4, 6 or",
     ):
         accumulation_for(5, 96, 4)
     with pytest.raises(
-        SettingsError, match="train_batch_size=10 cannot be cut into 4 data-parallel processes; choose a multiple of 4"
+        SettingsError, match="train_batch_size=10 is not divisible by 4 data-parallel processes; choose a multiple of 4"
     ):
         sizes(10, 4)
 
@@ -71,7 +71,7 @@ def test_a_trial_is_a_training_step_and_survives_running_out_of_memory():
     before = network.map.weight.clone()
     assert largest_that_fits(sizes(64, 1), trial.fits) == 16
     assert set(network.tried) <= set(sizes(64, 1)) and max(network.tried) > 20
-    assert not torch.equal(network.map.weight, before)  # the optimiser's state counts too
+    assert not torch.equal(network.map.weight, before)  # the optimizer's state counts too
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -80,23 +80,29 @@ def test_a_trial_is_a_training_step_and_survives_running_out_of_memory():
     [
         (
             20,
-            "the GPU has no room for 64 images at once, but for 16: start the same run again with --micro-batch 16, of which 4 a process make the same",
+            "out of GPU memory with a micro-batch of 64 images; 16 fit. Start the same run again with "
+            "--micro-batch 16: "
+            "4 accumulation steps give the same global batch",
         ),
-        (0, "the GPU has no room for 64 images at once, nor for fewer: take a smaller network"),
+        (
+            0,
+            "out of GPU memory with a micro-batch of 64 images, and smaller ones do not fit either; choose a "
+            "smaller network",
+        ),
     ],
 )
-def test_the_advice_names_what_fits(room, sentence):
+def test_the_advice_names_the_largest_size_that_fits(room, sentence):
     chosen = MicroBatch(Engine, settings(), lambda: Hungry(room), dataset(), 8)
     assert sentence in chosen.advice()
 
 
-def test_auto_takes_the_smallest_of_what_the_gpus_have_room_for(monkeypatch):
+def test_auto_uses_the_smallest_size_over_all_gpus(monkeypatch):
     chosen = MicroBatch(Engine, settings(), lambda: Hungry(40), dataset(), 8)
     chosen.new_trial = lambda: Trial(lambda: Hungry(40), settings(), dataset(), 8, torch.device("cpu"))
     monkeypatch.setattr(micro_batch.process_group, "pick_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(
         micro_batch.process_group, "all_gather_objects", lambda value: [value, 16]
     )  # another process has less
-    assert "16 images at once" in chosen.choose("auto")
+    assert "16 images per micro-batch" in chosen.choose("auto")
     assert chosen.settings.engine["gradient_accumulation_steps"] == 4
     assert chosen.choose("8") == "" and chosen.settings.engine["gradient_accumulation_steps"] == 8

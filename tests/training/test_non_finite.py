@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: found, told with their images, or skipped in all processes alike."""
+"""Non-finite losses and gradients: detected, reported with their images, or skipped on all processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from image_data.dataset import Dataset
 from records.checkpoint_store import Checkpoints, Interval
 from records.run_folder import Progress, RunFolder
 from training.checkpoint_writer import CheckpointWriter, Snapshot
-from training.non_finite import LossMonitor, check_finite
+from training.non_finite import LossMonitor, NonFiniteStep, check_finite, describe
 
 BAD_STEP = 3  # of the engines, counted from 1
 ENGINES = {
@@ -56,7 +56,9 @@ def job(out: str) -> None:
     results: dict = {}
     for name, (strategy, overrides) in ENGINES.items():
         for kind, build in (("", None), (", batch norm", with_batch_norm)):
-            engine = make_engine(strategy, settings_for("gradient_accumulation_steps=2", *overrides), build)
+            engine = make_engine(
+                strategy, settings_for("gradient_accumulation_steps=2", "ema.decay=0.5", *overrides), build
+            )
             engine.skip_bad_steps()
             stream, skipped, states = poisoned(engine), [], []
             for _ in range(BAD_STEP + 2):
@@ -90,8 +92,8 @@ def test_a_bad_step_in_one_process_is_skipped_in_all_and_leaves_nothing(on_two, 
         and case["step"] == BAD_STEP + 2
     )
     before, after, later = (case["states"][i] for i in (BAD_STEP - 2, BAD_STEP - 1, -1))
-    assert before.keys() == after.keys()
-    if name.startswith("gossip"):  # the workers still meet, which brings them nearer to one another
+    assert before.keys() == after.keys() and any(key.rpartition("ema/")[1] for key in after)
+    if name.startswith("gossip"):  # the workers still average, which brings them closer
         assert all(value.isfinite().all() for value in after.values())
     else:
         assert all(torch.equal(before[key], after[key]) for key in before)
@@ -109,14 +111,14 @@ def test_the_gradients_norm_shows_a_bad_step_without_being_asked(on_two, name):
     assert len({round(norms[0], 4) for norms, _ in seen}) == 1  # one norm, of the whole gradient
 
 
-# --- who says what, and when --------------------------------------------------------------------------------------
+# --- detection ----------------------------------------------------------------------------------------------------
 
 
-def test_losses_are_looked_at_late_and_the_first_bad_step_is_found():
+def test_losses_are_read_late_and_the_first_bad_step_is_found():
     watch = LossMonitor()
     for i, (loss, norm) in enumerate(((2.0, 1.0), (1.5, 1.0), (1.0, math.inf), (math.nan, math.nan))):
         watch.add(10 + i, i, torch.tensor(loss), torch.tensor(norm))
-        assert watch.bad is None  # nobody waits for the device yet
+        assert watch.bad is None  # the device is not synchronized yet
     watch.look()
     assert (watch.bad.step, watch.bad.index, watch.bad.what, watch.bad.own) == (
         12,
@@ -126,7 +128,7 @@ def test_losses_are_looked_at_late_and_the_first_bad_step_is_found():
     )
 
 
-def test_every_loss_is_given_once_and_one_may_be_to_blame():
+def test_every_loss_is_returned_once():
     watch = LossMonitor()
     watch.add(1, 0, torch.tensor(2.0), None)
     watch.add(2, 1, torch.tensor(1.5), None)
@@ -134,7 +136,7 @@ def test_every_loss_is_given_once_and_one_may_be_to_blame():
     assert check_finite(7, 6, math.nan, math.nan).what == "the loss is nan" and check_finite(7, 6, 1.0, 1.0) is None
 
 
-def test_a_state_that_is_not_a_number_is_never_saved(tmp_path):
+def test_a_state_with_nan_is_never_saved(tmp_path):
     record = RunFolder(tmp_path)
     record.create({})
     saver = CheckpointWriter(
@@ -144,17 +146,43 @@ def test_a_state_that_is_not_a_number_is_never_saved(tmp_path):
     saver.write(Snapshot(4, {"weights/a": weights["a"]}, {}, {"weights.safetensors": weights}, [0.0], 0.0), Progress())
     with pytest.raises(
         RunError,
-        match="weights/a is not a number after step 4, so this state is not saved; the last checkpoint is untouched",
+        match="weights/a contains NaN after step 4, so this state is not saved; the last checkpoint is unchanged",
     ):
         saver.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_images_of_a_bad_step_are_those_of_all_its_micro_batches_on_the_process_with_the_bad_loss(tmp_path, rank):
+    asked, bad = [], NonFiniteStep(step=13, index=3, what="the loss is nan", own=True)
+    only_gradient = NonFiniteStep(step=13, index=3, what="the gradient's norm is nan", own=False)
+    seen = [only_gradient, bad]
+
+    def all_gather_objects(value):
+        if isinstance(value, NonFiniteStep):
+            return seen
+        return [value, ["7\tcat/7.png\tcat"]] if rank == 0 else [[], value]
+
+    def positions(epoch, start, stop):
+        asked.append((epoch, start, stop))
+        return torch.tensor([7])
+
+    split = SimpleNamespace(paths=[f"cat/{i}.png" for i in range(9)], labels=[0] * 9)
+    training = SimpleNamespace(
+        source="tensor", split=split, dataset=SimpleNamespace(classes=["cat"]), positions=positions
+    )
+    engine = SimpleNamespace(batch_sizes=SimpleNamespace(accumulation=4), all_gather_objects=all_gather_objects)
+    first, text = describe(engine, seen[rank], training, Progress(epoch=2), tmp_path)
+    assert first == bad and "its 1 images, 7 cat/7.png cat" in text
+    assert asked == ([] if rank == 0 else [(2, 12, 16)])  # index 3 of 4 micro-batches each
+    assert (tmp_path / "bad_steps" / "step-00000013.txt").read_text() == "7\tcat/7.png\tcat\n"
 
 
 # --- in a run -----------------------------------------------------------------------------------------------------
 
 
 def poisoned_train(epoch: int, index: int, *words: str) -> None:
-    """train.py, with a pixel that is not a number in batch `index` of epoch `epoch`."""
+    """Run train.py with a NaN pixel in batch `index` of epoch `epoch`."""
     from dali_pipeline import Batches
 
     plain = Batches.epoch
@@ -176,7 +204,7 @@ def test_a_bad_step_stops_the_run_with_its_images_and_can_be_skipped(training, r
     done = Program(poisoned_train, (1, 2, *words), {}).end()
     assert (
         done.code == 1
-        and f"error: the loss is nan at optimiser step {bad_step}; the last checkpoint is untouched" in done.err
+        and f"error: the loss is nan at optimizer step {bad_step}; the last checkpoint is unchanged" in done.err
     )
     assert "--skip-bad-steps" in done.err and "Traceback" not in done.err
     record = RunFolder(runs / "poisoned")
@@ -212,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(train
     before = (record.newest_checkpoint() / "state.safetensors").read_bytes()
     done = run("train.py", *exploding, code=1)
     assert (
-        "error: the loss is nan at optimiser step 2; the last checkpoint is untouched" in done.err
+        "error: the loss is nan at optimizer step 2; the last checkpoint is unchanged" in done.err
         and "Traceback" not in done.err
     )
     assert (
@@ -226,4 +254,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(train
         and "optimizer.params.lr" in done.err
     )
     first, last = load(before), load_file(record.newest_checkpoint() / "state.safetensors")
-    assert all(torch.equal(first[key], last[key]) for key in first)  # nothing came of the steps that were skipped
+    assert all(torch.equal(first[key], last[key]) for key in first)  # skipped steps change nothing

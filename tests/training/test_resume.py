@@ -1,4 +1,4 @@
-"""Stopping and going on, end to end: whatever ended a run, the same command brings it to the same bits.
+"""Stopping and resuming, end to end: whatever ended a run, the same command resumes it to the same bits.
 
 `benchmarks/fault_matrix.py` does the same at random moments, for as many rounds as one likes.
 """
@@ -29,15 +29,25 @@ def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(t
         said = run("train.py", *training, "--name", "stopped", "--stop-at", step, code=STOPPED).out
         assert f"stopped after step {step} and saved" in said and record.newest_checkpoint().name == f"step-{step:08d}"
         assert not (record.folder / "weights.safetensors").exists() or step > STEPS_PER_EPOCH
-    assert "resuming  after step 6 of 48" in said and "not the same to the bit" not in said
+    assert "resuming  after step 6 of 48" in said and "not bitwise the same" not in said
     said = run("train.py", *training, "--name", "stopped").out
     assert "resuming  after step 8 of 48" in said
     assert_same_as(record, unbroken)
     assert "changes" not in record.facts()
 
 
+def test_a_run_with_accumulation_resumes_within_an_epoch_to_the_same_bits(training, runs):
+    """The position in the epoch counts micro-batches, of which a step has several."""
+    words = [*training, "--set", "gradient_accumulation_steps=4", "--max-steps", 9]
+    run("train.py", *words, "--name", "accumulated")
+    for step in (2, 7):
+        run("train.py", *words, "--name", "accumulated-stopped", "--stop-at", step, code=STOPPED)
+    run("train.py", *words, "--name", "accumulated-stopped")
+    assert_same_as(RunFolder(runs / "accumulated-stopped"), RunFolder(runs / "accumulated"))
+
+
 @pytest.mark.parametrize("strategy", ["zero", "ddp"])
-def test_two_optimisers_in_one_keep_their_counts_over_several_stops(training, runs, strategy):
+def test_two_optimizers_in_one_keep_their_counts_over_several_stops(training, runs, strategy):
     """Muon's matrices have no count of steps, the rest, which AdamW trains, has."""
     words = [*training, "--strategy", strategy, "--set", "optimizer.type=Muon", "--max-steps", 9]
     run("train.py", *words, "--name", f"muon-{strategy}")
@@ -47,7 +57,7 @@ def test_two_optimisers_in_one_keep_their_counts_over_several_stops(training, ru
     assert_same_as(RunFolder(runs / f"muon-stopped-{strategy}"), RunFolder(runs / f"muon-{strategy}"))
 
 
-def test_checkpoints_on_the_way_change_nothing_and_cost_no_training_time(training, runs, unbroken):
+def test_checkpoints_within_epochs_change_nothing_and_cost_no_training_time(training, runs, unbroken):
     run("train.py", *training, "--name", "often", "--checkpoint-every", "1step", "--keep-checkpoints", 3)
     record = RunFolder(runs / "often")
     assert_same_as(record, unbroken)
@@ -56,7 +66,7 @@ def test_checkpoints_on_the_way_change_nothing_and_cost_no_training_time(trainin
     assert read_facts(record.newest_checkpoint(), "engine.json")["conditions"].keys() == CHANGES.keys()
 
 
-def test_sigterm_saves_and_the_run_goes_on(training, runs, unbroken):
+def test_sigterm_saves_and_the_run_resumes(training, runs, unbroken):
     program = start("train.py", *training, "--name", "told-to-stop")
     program.wait_for("epoch  2/12")
     program.send(signal.SIGTERM)
@@ -69,7 +79,7 @@ def test_sigterm_saves_and_the_run_goes_on(training, runs, unbroken):
     assert_same_as(record, unbroken)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken):
+def test_a_killed_run_resumes_from_its_last_checkpoint(training, runs, unbroken):
     program = start("train.py", *training, "--name", "killed")
     program.wait_for("epoch  4/12")
     program.send(signal.SIGKILL)
@@ -77,9 +87,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken)
     assert done.code == -signal.SIGKILL, done.text
     record = RunFolder(runs / "killed")
     step = int(record.newest_checkpoint().name.removeprefix("step-"))
-    # What a power cut may leave besides: a checkpoint that was being written, a line and a file that were not whole.
+    # A power loss may also leave a checkpoint being written, a partial line and a partial file.
     for left in (record.folder / "state").glob("unfinished-*"):
-        shutil.rmtree(left)  # where the kill itself met a write
+        shutil.rmtree(left)  # where the kill interrupted a write
     half = record.folder / "state" / "unfinished-step-00000099"
     half.mkdir()
     (half / "state.safetensors").write_bytes(b"half")
@@ -89,8 +99,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken)
     said = run("train.py", *training, "--name", "killed").out
     assert f"resuming  after step {step}" in said
     assert (
-        "note      the run ended while step-00000099 was being written; what there is of it is now state/damaged-step-00000099"
-        in said
+        "note      the run ended while step-00000099 was being written; the partial checkpoint is now "
+        "state/damaged-step-00000099" in said
     )
     assert f"note      run.json was lost or damaged, and is restored from step-{step:08d}" in said
     assert_same_as(record, unbroken)
@@ -100,13 +110,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(training, runs, unbroken)
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(training, runs, unbroken):
     record = RunFolder(runs / "killed-early")
     record.create(unbroken.facts())
-    record.append_metrics(unbroken.metrics()[0])  # written just before the checkpoint that is not there
+    record.append_metrics(unbroken.metrics()[0])  # written just before the missing checkpoint
     said = run("train.py", *training, "--name", "killed-early", "--stop-at", STEPS_PER_EPOCH + 1, code=STOPPED).out
     assert "resuming" not in said
     assert results(record) == results(unbroken)[:1]
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_serves(training, runs, unbroken):
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_is_used(training, runs, unbroken):
     record = copy_of(unbroken, runs / "damaged")
     damaged = (record.folder / "state" / LAST).rename(record.folder / "state" / "step-00000046")
     (damaged / "state.safetensors").write_bytes((damaged / "state.safetensors").read_bytes()[:1000])
@@ -115,21 +125,21 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_serves(training
     )  # it was the last one's
     said = run("train.py", *training, "--name", "damaged").out
     assert (
-        "note      step-00000046 is damaged (state.safetensors is not what was written); it is now state/damaged-step-00000046"
-        in said
+        "note      step-00000046 is damaged (state.safetensors does not match its checksum); it is now "
+        "state/damaged-step-00000046" in said
     )
     assert "resuming  after step 44 of 48" in said
     assert_same_as(record, unbroken)
 
 
-def test_when_no_checkpoint_is_whole_nothing_is_overwritten(training, runs, unbroken):
+def test_without_an_intact_checkpoint_nothing_is_overwritten(training, runs, unbroken):
     record = copy_of(unbroken, runs / "all-damaged")
     shutil.rmtree(record.folder / "state" / LAST)
     (record.folder / "state" / "step-00000044" / "engine.json").unlink()
     weights = (record.folder / "weights.safetensors").read_bytes()
     for sentence in (
-        "has 12 finished epochs, but no checkpoint that is whole; step-00000044 is damaged (engine.json is missing)",
-        "has 12 finished epochs, but no checkpoint that is whole. Start over with --fresh",
+        "has 12 finished epochs, but no intact checkpoint; step-00000044 is damaged (engine.json is missing)",
+        "has 12 finished epochs, but no intact checkpoint. Start over with --fresh",
     ):
         done = run("train.py", *training, "--name", "all-damaged", code=1)
         assert sentence in done.err and "Traceback" not in done.err
@@ -137,14 +147,14 @@ def test_when_no_checkpoint_is_whole_nothing_is_overwritten(training, runs, unbr
 
 
 def limited(size: int, *words: str) -> None:
-    """train.py on a disk that takes no file of more than `size` bytes."""
+    """Run train.py on a disk that allows no file of more than `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     run_script("train.py", *words)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of its own, of 6 MB; skipped where this process may not mount one."""
+    """A separate disk of 6 MB; skipped where this process may not mount one."""
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)], capture_output=True
     ).returncode:
@@ -153,7 +163,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_full_disk_ends_the_run_with_a_sentence_and_room_lets_it_go_on(training, unbroken, small_disk):
+def test_a_full_disk_ends_the_run_with_a_sentence_and_it_resumes_with_free_space(training, unbroken, small_disk):
     here = [*training, "--runs-dir", small_disk, "--name", "full", "--checkpoint-every", "3steps"]
     program = start("train.py", *here)
     program.wait_for("epoch  3/12")
@@ -167,7 +177,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_room_lets_it_go_on(trainin
     assert (
         done.code == 1
         and "No space left on device" in done.err
-        and "mend the disk" in done.err.lower()
+        and "free or repair the disk" in done.err.lower()
         and "Traceback" not in done.err
     )
     record = RunFolder(small_disk / "full")
@@ -180,27 +190,26 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_room_lets_it_go_on(trainin
 
 def test_a_write_that_fails_in_the_background_ends_the_run_with_a_sentence(training, runs, unbroken):
     words = [str(word) for word in (*training, "--name", "too-large", "--checkpoint-every", "3steps")]
-    done = Program(limited, (100_000, *words), {}).end()  # the weights fit, the state does not
+    done = Program(limited, (100_000, *words), {}).end()  # the weights fit, but not the state
     assert done.code == 1 and "error: the checkpoint after step 3 could not be written (File too large" in done.err
     assert (
-        "there is none before it; mend the disk and start the same run again" in done.err
+        "there is no earlier one; free or repair the disk and start the same run again" in done.err
         and "Traceback" not in done.err
     )
     run("train.py", *words)
     assert_same_as(RunFolder(runs / "too-large"), unbroken)
 
 
-# --- under other conditions ---------------------------------------------------------------------------------------
+# --- changed conditions -------------------------------------------------------------------------------------------
 
 
-def test_going_on_in_another_way_is_refused_with_the_reason_or_allowed_and_noted(training, runs, unbroken):
+def test_resuming_under_other_conditions_is_rejected_with_the_reason_or_allowed_and_noted(training, runs, unbroken):
     record = copy_of(unbroken, runs / "moved")
     shutil.rmtree(record.folder / "state" / LAST)
     words = [*training, "--name", "moved", "--source", "resident"]
     done = run("train.py", *words, code=1)
     assert (
-        "would not go on as the same training: source of the images: tensor before, resident now (pixels differ by"
-        in done.err
+        "would not resume as the same training: image source: tensor before, resident now (pixels differ by" in done.err
     )
     assert (
         "--allow-inexact-resume" in done.err
@@ -209,8 +218,8 @@ def test_going_on_in_another_way_is_refused_with_the_reason_or_allowed_and_noted
     )
     said = run("train.py", *words, "--allow-inexact-resume", "--strategy", "ddp").out
     assert (
-        "note      from step 44 on not the same to the bit as an unbroken run: strategy: zero before, ddp now (the same sums"
-        in said
+        "note      from step 44 on not bitwise the same as an uninterrupted run: strategy: zero before, ddp "
+        "now (same sums" in said
     )
     assert "source of the images: tensor before, resident now" in said
     (change,) = record.facts()["changes"]
@@ -219,14 +228,14 @@ def test_going_on_in_another_way_is_refused_with_the_reason_or_allowed_and_noted
 
 
 def ranked(*words: str) -> None:
-    """train.py in one of several processes; both ways to end well are well."""
+    """Run train.py in one of several processes, which may exit with 0 or 75."""
     try:
         run_script("train.py", *words)
     except SystemExit as end:
         assert end.code in (0, STOPPED), end.code
 
 
-def test_two_processes_go_on_with_the_same_bits_and_one_with_a_note(training, runs):
+def test_two_processes_resume_with_the_same_bits_and_one_process_with_a_note(training, runs):
     common = [str(word) for word in (*training, "--max-steps", 8, "--checkpoint-every", "3steps")]
     run_ranks(2, ranked, *common, "--name", "pair")
     run_ranks(2, ranked, *common, "--name", "pair-stopped", "--stop-at", "6")
@@ -236,14 +245,14 @@ def test_two_processes_go_on_with_the_same_bits_and_one_with_a_note(training, ru
     assert_same_as(stopped, RunFolder(runs / "pair"))
     said = run("train.py", *common, "--name", "pair-to-one").out
     assert (
-        "note      from step 6 on not the same to the bit as an unbroken run: processes: 2 before, 1 now (the same sums"
+        "note      from step 6 on not bitwise the same as an uninterrupted run: processes: 2 before, 1 now (same sums"
         in said
     )
-    assert "dropout draws other masks" in said and "images a micro-batch: 32 before, 64 now" in said
+    assert "other dropout masks" in said and "micro-batch size: 32 before, 64 now" in said
     assert results(alone)[0] == results(stopped)[0] and len(results(alone)) == 2
 
 
-def test_two_runs_into_one_folder_are_kept_apart_and_a_kill_frees_it(training, runs):
+def test_a_second_run_into_one_folder_is_rejected_and_a_kill_releases_it(training, runs):
     first = start("train.py", *training, "--name", "locked", "--epochs", 1000)
     first.wait_for("epoch    1/1000")
     second = run("train.py", *training, "--name", "locked", "--epochs", 1000, code=1)

@@ -1,4 +1,7 @@
-"""What watches a run: the same numbers under the same names everywhere, also after a run went on. Run: python -m pytest tests/training/test_trackers.py"""
+"""training/trackers.py: the same numbers under the same names everywhere, also in a resumed run.
+
+Run: python -m pytest tests/training/test_trackers.py
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ FACTS = {
 
 
 def events(folder: Path):
-    """What TensorBoard reads from a run folder."""
+    """Return what TensorBoard reads from a run folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
@@ -85,7 +88,7 @@ def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
     assert '"train_batch_size": 64' in text.tensor_proto.string_val[0].decode()
 
 
-def test_what_belongs_together_is_one_chart(unbroken):
+def test_custom_scalars_group_related_numbers(unbroken):
     import re
 
     names = [
@@ -118,44 +121,44 @@ def test_events_of_epochs_that_are_trained_again_are_purged(tmp_path):
     assert len(events(tmp_path).Tensors("settings/text_summary")) == 1
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_what_an_unbroken_one_does(training, runs, unbroken):
+def test_a_run_resumed_from_an_older_checkpoint_logs_what_an_uninterrupted_one_does(training, runs, unbroken):
     record = RunFolder(runs / "went-back")
     programs.run("train.py", *training, "--name", "went-back", "--stop-at", 7, code=75)
     programs.run("train.py", *training, "--name", "went-back", "--stop-at", 10, code=75)
     shutil.rmtree(record.folder / "state" / "step-00000010")
     assert scalars(record.folder)["step_loss"][-1][0] == 10
     time.sleep(1.0)  # the names of event files count seconds
-    said = programs.run("train.py", *training, "--name", "went-back", "--stop-at", 13, code=75).out
-    assert "resuming  after step 8" in said
+    printed = programs.run("train.py", *training, "--name", "went-back", "--stop-at", 13, code=75).out
+    assert "resuming  after step 8" in printed
     for name in ("step_loss", "train_loss", "test_accuracy", "learning_rate"):
         expected = [event for event in scalars(unbroken.folder)[name] if event[0] <= 13]
         assert scalars(record.folder)[name] == expected, name
     assert read_lines(record.folder / "steps.jsonl") == read_lines(unbroken.folder / "steps.jsonl")[:13]
 
 
-# --- Weights & Biases, played by a module that writes down what it is told --------------------------------------------
+# --- Weights & Biases, replaced by a module that records the calls ------------------------------------------------
 
 
 class Service(ModuleType):
-    """The part of the wandb package that is used; it remembers runs by their id, as the real service does."""
+    """The used part of the wandb package; it stores runs by their id, as the real service does."""
 
     def __init__(self):
         super().__init__("wandb")
         self.runs: dict[str, SimpleNamespace] = {}
-        self.refuses: str | None = None
+        self.error: str | None = None
         self.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
         self.Settings, self.Image = SimpleNamespace, lambda pixels: pixels.shape
 
     def init(self, **arguments) -> SimpleNamespace:
-        if self.refuses:
-            raise self.errors.Error(self.refuses)
-        new = SimpleNamespace(arguments=arguments, told=[], step=0, finished=None)
+        if self.error:
+            raise self.errors.Error(self.error)
+        new = SimpleNamespace(arguments=arguments, logged=[], step=0, finished=None)
         run = self.runs.setdefault(arguments["id"], new)
 
         def log(numbers: dict, step: int) -> None:
-            assert step >= run.step, "it refuses to go back"
+            assert step >= run.step, "wandb rejects earlier steps"
             run.step = step
-            run.told.append((step, numbers))
+            run.logged.append((step, numbers))
 
         run.log, run.finish = log, lambda exit_code: setattr(run, "finished", exit_code)
         return run
@@ -168,16 +171,16 @@ def service(monkeypatch) -> Service:
     return made
 
 
-def test_weights_and_biases_is_told_the_numbers_of_metrics(service, unbroken, tmp_path):
-    watcher = WeightsAndBiases(tmp_path, FACTS, 0, "project", silent=True)
-    watcher.batch(np.zeros((2, 2, 4, 4, 3), dtype=np.uint8))
+def test_weights_and_biases_logs_the_numbers_of_metrics(service, unbroken, tmp_path):
+    tracker = WeightsAndBiases(tmp_path, FACTS, 0, "project", silent=True)
+    tracker.batch(np.zeros((2, 2, 4, 4, 3), dtype=np.uint8))
     for line in unbroken.metrics():
-        watcher.loss(line["step"], 0.25, 4)
-        watcher.epoch(line)
-    watcher.close(failed=False)
+        tracker.loss(line["step"], 0.25, 4)
+        tracker.epoch(line)
+    tracker.close(failed=False)
     (run,) = service.runs.values()
-    assert run.told[0] == (0, {"first_batch": (10, 10, 3)}) and run.told[1] == (4, {"step_loss": 0.25})
-    assert run.told[2::2] == [
+    assert run.logged[0] == (0, {"first_batch": (10, 10, 3)}) and run.logged[1] == (4, {"step_loss": 0.25})
+    assert run.logged[2::2] == [
         (line["step"], {key: value for key, value in line.items() if key != "step"}) for line in unbroken.metrics()
     ]
     assert (
@@ -188,22 +191,22 @@ def test_weights_and_biases_is_told_the_numbers_of_metrics(service, unbroken, tm
     assert run.finished == 0
 
 
-def test_a_resumed_run_goes_on_with_the_same_one_and_tells_nothing_twice(service, tmp_path):
+def test_a_resumed_run_continues_the_same_wandb_run_and_logs_no_step_twice(service, tmp_path):
     WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True).epoch({"step": 8, "train_loss": 1.0})
     again = WeightsAndBiases(tmp_path, FACTS, 4, None, silent=True)
     again.epoch({"step": 6, "train_loss": 1.5})
     again.epoch({"step": 12, "train_loss": 0.5})
     (run,) = service.runs.values()
-    assert run.told == [(8, {"train_loss": 1.0}), (12, {"train_loss": 0.5})]
+    assert run.logged == [(8, {"train_loss": 1.0}), (12, {"train_loss": 0.5})]
     WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)  # the run starts over
     assert len(service.runs) == 2
 
 
 def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_path, monkeypatch):
-    service.refuses = "No API key configured.\nmore lines"
+    service.error = "No API key configured.\nmore lines"
     with pytest.raises(
         RunError,
-        match=r"^Weights & Biases says 'No API key configured.'; WANDB_MODE=offline keeps the numbers on this disk$",
+        match=r"^Weights & Biases reports 'No API key configured.'. To log to this disk only, set WANDB_MODE=offline$",
     ):
         WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
@@ -216,65 +219,76 @@ def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_pat
     check_trackers(tensorboard=False, wandb=None)
 
 
-# --- all watchers -------------------------------------------------------------------------------------------------
+# --- all trackers -------------------------------------------------------------------------------------------------
 
 
-class Listener(Tracker):
+class Recorder(Tracker):
     def __init__(self):
-        self.heard = []
+        self.received = []
 
     def loss(self, step: int, mean: float, steps: int) -> None:
-        self.heard.append((step, mean, steps))
+        self.received.append((step, mean, steps))
 
     def epoch(self, line: dict) -> None:
         time.sleep(0.02)
 
     def close(self, failed: bool) -> None:
-        self.heard.append("failed" if failed else "closed")
+        self.received.append("failed" if failed else "closed")
 
 
-def test_losses_are_told_as_means_and_none_is_forgotten():
-    listener = Listener()
-    tracking = Tracking([listener], total_steps=5000)  # five steps a point
+def test_losses_are_logged_as_means_and_none_is_lost():
+    recorder = Recorder()
+    tracking = Tracking([recorder], total_steps=5000)  # five steps a point
     losses = [(i, float(i)) for i in range(1, 24)]
     for start, stop in ((0, 3), (3, 6), (6, 7), (7, 23)):  # as they come from the device
         tracking.losses(losses[start:stop])
-    assert listener.heard == [(5, 3.0, 5), (10, 8.0, 5), (15, 13.0, 5), (20, 18.0, 5)]
+    assert recorder.received == [(5, 3.0, 5), (10, 8.0, 5), (15, 13.0, 5), (20, 18.0, 5)]
     tracking.losses([(4998, 0.0), (5000, 1.0)])  # between these, steps were skipped
-    assert listener.heard[4:] == [(4998, 16.5, 4), (5000, 1.0, 1)]
+    assert recorder.received[4:] == [(4998, 16.5, 4), (5000, 1.0, 1)]
 
 
-def test_what_watching_costs_is_told_once():
-    tracking = Tracking([Listener()], seconds=0.5)
+def test_the_logging_overhead_is_returned_once():
+    tracking = Tracking([Recorder()], seconds=0.5)
     assert tracking.take_seconds() == 0.5 and tracking.take_seconds() == 0
     tracking.epoch({"step": 1})
     assert 0.02 <= tracking.take_seconds() < 5
 
 
-def test_watchers_are_told_how_it_ended():
-    listener = Listener()
-    with Tracking([listener]):
+def test_trackers_learn_whether_the_run_failed():
+    recorder = Recorder()
+    with Tracking([recorder]):
         pass
-    with pytest.raises(ZeroDivisionError), Tracking([listener]):
+    with pytest.raises(ZeroDivisionError), Tracking([recorder]):
         raise ZeroDivisionError
-    assert listener.heard == ["closed", "failed"]
+    assert recorder.received == ["closed", "failed"]
 
 
-def test_a_watcher_that_cannot_write_is_given_up_and_the_run_goes_on():
-    class Full(Listener):
+def test_a_tracker_that_fails_is_disabled_and_training_continues():
+    class Full(Recorder):
         def epoch(self, line: dict) -> None:
             raise OSError(28, "No space left on device")
 
-    said, listener = [], Listener()
-    with Tracking([Full(), listener], say=said.append) as tracking:
+    printed, recorder = [], Recorder()
+    with Tracking([Full(), recorder], say=printed.append) as tracking:
         tracking.epoch({"step": 1})
         tracking.losses([(2, 1.0)])
-    assert said == ["note: Full is given up, because No space left on device; the run goes on"]
-    assert listener.heard == [(2, 1.0, 1), "closed"] and tracking.watchers == [listener]
+    assert printed == ["warning: Full is disabled (No space left on device); training continues"]
+    assert recorder.received == [(2, 1.0, 1), "closed"] and tracking.trackers == [recorder]
 
 
-def test_without_watchers_nothing_is_made():
-    Tracking([Listener()]).first_batch(lambda: pytest.fail("nobody wants it"))
+def test_a_picture_that_cannot_be_drawn_ends_no_run():
+    class Broken(Recorder):
+        def epoch(self, line: dict) -> None:
+            raise ValueError("cannot parse $x_{$")
+
+    printed: list[str] = []
+    with Tracking([Broken()], say=printed.append) as tracking:
+        tracking.epoch({"step": 1})
+    assert printed == ["warning: Broken is disabled (ValueError: cannot parse $x_{$); training continues"]
+
+
+def test_without_trackers_nothing_is_made():
+    Tracking([Recorder()]).first_batch(lambda: pytest.fail("nobody wants it"))
     tracking = Tracking([])
     tracking.first_batch(lambda: pytest.fail("nobody wants it"))
     tracking.losses([(1, 1.0)])
@@ -282,14 +296,14 @@ def test_without_watchers_nothing_is_made():
     assert tracking.take_seconds() < 0.1
 
 
-def test_every_line_says_what_watching_cost(unbroken):
+def test_every_line_has_the_logging_overhead(unbroken):
     assert (
         all(line["tracking_seconds"] >= 0 for line in unbroken.metrics())
         and unbroken.metrics()[0]["tracking_seconds"] > 0
     )
 
 
-def test_steps_that_are_made_again_are_forgotten(tmp_path):
+def test_losses_of_repeated_steps_are_removed(tmp_path):
     first = StepLosses(tmp_path, 0)
     for step in (2, 4, 6):
         first.loss(step, float(step), 2)
@@ -303,11 +317,11 @@ def test_steps_that_are_made_again_are_forgotten(tmp_path):
     ]
 
 
-def test_only_numbers_are_told():
+def test_only_numbers_are_logged():
     assert numbers_of({"step": 3, "epoch": 1, "loss": 0.5, "name": "x", "list": [1]}) == {"epoch": 1, "loss": 0.5}
 
 
-def test_no_tensorboard_for_those_who_want_none(training, runs):
+def test_no_tensorboard_option(training, runs):
     programs.run("train.py", *training, "--name", "plain-files", "--no-tensorboard", "--max-steps", 2)
     assert not (runs / "plain-files" / "tensorboard").exists()
     assert [line["step"] for line in read_lines(runs / "plain-files" / "steps.jsonl")] == [1, 2]
@@ -315,7 +329,7 @@ def test_no_tensorboard_for_those_who_want_none(training, runs):
 
 
 @pytest.mark.parametrize("source", ["tensor", "resident", "files"])
-def test_the_batch_that_is_shown_is_still_trained_on(shapes, source):
+def test_the_batch_that_is_logged_is_still_trained_on(shapes, source):
     from config.settings import AugmentationSettings
     from dali_pipeline import Batches
     from image_data.dataset import Dataset

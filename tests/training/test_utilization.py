@@ -1,4 +1,7 @@
-"""training/utilization.py: samples of what the machine does, and which GPUs are asked. Run: python -m pytest tests/training/test_utilization.py"""
+"""training/utilization.py: samples of the hardware utilization, and which GPUs are sampled.
+
+Run: python -m pytest tests/training/test_utilization.py
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 from common.files import read_lines
-from reports.utilization import utilisation
+from reports.utilization import utilization
 from training.utilization import FILE, Gpus, Sampler
 
 
@@ -23,20 +26,20 @@ def sampled(folder: Path, at_least: int) -> list[dict]:
     return read_lines(folder / FILE)
 
 
-def test_samples_say_what_the_machine_does_and_their_clock_goes_on(tmp_path):
+def test_samples_are_plausible_and_a_resumed_run_continues_their_clock(tmp_path):
     first = sampled(tmp_path, 3)
     assert len(first) >= 3 and all(
         0 <= line["cpu_percent"] <= 100 and line["ram_gib"] > 0.05 and line["process_ram_gib"] > 0.01 for line in first
     )
     with (tmp_path / FILE).open("a") as file:
-        file.write('{"seconds": 99')  # torn by a power cut
+        file.write('{"seconds": 99')  # truncated by a power failure
     both = sampled(tmp_path, len(first) + 2)
     assert both[: len(first)] == first
     seconds = [line["seconds"] for line in both]
     assert seconds == sorted(seconds) and seconds[-1] < first[-1]["seconds"] + 30
 
 
-def test_a_run_does_not_end_because_samples_cannot_be_written(tmp_path):
+def test_samples_that_cannot_be_written_end_no_run(tmp_path):
     sampler = Sampler(tmp_path / "nowhere", every_seconds=0.01)
     sampler.start()
     sampler._thread.join(timeout=30)
@@ -45,7 +48,7 @@ def test_a_run_does_not_end_because_samples_cannot_be_written(tmp_path):
 
 
 class Driver(ModuleType):
-    """NVIDIA's library with three GPUs, the last of which does not tell how busy it is."""
+    """NVIDIA's library with three GPUs, the last of which does not report its utilization."""
 
     class NVMLError(Exception):
         pass
@@ -76,12 +79,12 @@ class Driver(ModuleType):
         return SimpleNamespace(used=(handle + 1) * 2**30)
 
 
-def test_the_gpus_that_are_asked_are_those_that_may_be_used(monkeypatch):
+def test_only_visible_gpus_are_sampled(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", Driver())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert Gpus().percent() == [1.0, 11.0, None] and Gpus().memory_gib() == [1.0, 2.0, 3.0]
     assert Gpus("1,0").percent() == [11.0, 1.0] and Gpus("GPU-1").percent() == [11.0]
-    assert Gpus("0,7,1").percent() == [1.0]  # CUDA ignores what follows a number that is not there
+    assert Gpus("0,7,1").percent() == [1.0]  # CUDA ignores all entries after an invalid one
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     assert (Gpus().percent(), Gpus().memory_gib()) == ([None], [3.0])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -108,4 +111,4 @@ def test_a_run_that_went_from_a_gpu_to_a_cpu_has_a_picture():
         }
         for i, gpu in enumerate([[90.0], [None], [], []])
     ]
-    assert utilisation(samples, "from a GPU to a CPU").axes
+    assert utilization(samples, "from a GPU to a CPU").axes

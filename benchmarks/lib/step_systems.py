@@ -1,6 +1,6 @@
-"""The processes of the contenders that `training_step.py` compares: our engines here, the others in `step_peers.py`.
+"""Processes of the systems that `training_step.py` compares: our engines here, baselines in `step_baselines.py`.
 
-Each contender has a process (or several) of its own, which holds its network between its turns.
+Each system has its own process (or several), which keeps its network between its turns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.lib.communication_trace import time_exchanges
 from benchmarks.lib.process_groups import keep_to
-from benchmarks.lib.step_baselines import PEERS, TOTAL_STEPS, Unavailable
+from benchmarks.lib.step_baselines import BASELINES, TOTAL_STEPS, Unavailable
 from benchmarks.lib.step_breakdown import Marks
 from benchmarks.lib.workload import Spent, Subject, Workload, memory_bytes, resident_bytes
 from common.errors import DatasetError, SettingsError
@@ -39,13 +39,12 @@ class Ours:
         return self.work.timed(count)
 
     def parts(self, count: int) -> dict[str, float]:
-        """Seconds by part of that many steps."""
+        """Return seconds by part for `count` steps."""
         engine, feed = self.work.engine, self.work.feed
         marks = Marks(self.device)
         model = engine.engine.module if hasattr(engine, "engine") else engine.model
-        handles = marks.on(
-            model, getattr(engine.optimizer, "optimizer", engine.optimizer)
-        )  # inside DeepSpeed's wrapper is PyTorch's
+        # DeepSpeed wraps PyTorch's optimizer.
+        handles = marks.on(model, getattr(engine.optimizer, "optimizer", engine.optimizer))
         engine.loss, self.work.feed = marks.around_loss(engine.loss), marks.around_batches(feed)
         try:
             self.steps(count)
@@ -62,50 +61,52 @@ class Ours:
 
 
 def serve(connection: Any, request: dict[str, Any], environment: dict[str, str]) -> None:
-    """A contender's process: make it, then do what the connection asks for until it is closed."""
+    """Build a system in this process, then answer requests until the connection is closed."""
     os.environ.update(environment)
     try:
         keep_to(request["threads"], request["pin"])
         idle = resident_bytes()
         subject = Subject(Settings.from_dict(request["settings"]), Path(request["data_dir"]))
-        contender = PEERS.get(request["name"], Ours)(subject, request)
+        system = BASELINES.get(request["name"], Ours)(subject, request)
         connection.send(
             {
-                "num_parameters": contender.num_parameters,
-                "describe": contender.describe,
+                "num_parameters": system.num_parameters,
+                "describe": system.describe,
                 "side": subject.side,
-                "device": str(contender.device),
-                "source": contender.feed.batches.source,
+                "device": str(system.device),
+                "source": system.feed.batches.source,
             }
         )
-        while (wish := connection.recv()) is not None:
-            connection.send(ANSWERS[wish[0]](contender, wish[1], idle))
-        contender.close()
-    except (Unavailable, SettingsError, DatasetError) as reason:
+        while (asked := connection.recv()) is not None:
+            connection.send(ANSWERS[asked[0]](system, asked[1], idle))
+        system.close()
+    except (Unavailable, SettingsError, DatasetError, ImportError) as reason:
         connection.send({"left_out": str(reason)})
-    except EOFError:  # whoever asked has gone
+    except EOFError:  # the benchmark has ended
         pass
 
 
-def take_turn(contender: Any, count: int, idle: int) -> dict[str, Any]:
-    spent, losses = contender.turn(count)
+def take_turn(system: Any, count: int, idle: int) -> dict[str, Any]:
+    """Time `count` steps."""
+    spent, losses = system.turn(count)
     return {"seconds": spent.running, "data_seconds": spent.data, "losses": losses}
 
 
-def look_closer(contender: Any, count: int, idle: int) -> dict[str, Any]:
-    """Memory first: the profiler needs some of its own."""
-    answer: dict[str, Any] = {"memory_bytes": memory_bytes(contender.device, idle)}
+def look_closer(system: Any, count: int, idle: int) -> dict[str, Any]:
+    """Return memory, parts of a step and communication. Memory comes first: the profiler needs some itself."""
+    answer: dict[str, Any] = {"memory_bytes": memory_bytes(system.device, idle)}
     try:
-        answer["parts"] = {part: seconds / count for part, seconds in contender.parts(count).items()}
+        answer["parts"] = {part: seconds / count for part, seconds in system.parts(count).items()}
     except Unavailable as reason:
         answer["no_parts"] = str(reason)
     if int(os.environ["WORLD_SIZE"]) > 1:
-        answer |= time_exchanges(lambda: contender.steps(count), contender.device).shares()
+        answer |= time_exchanges(lambda: system.steps(count), system.device).shares()
     return answer
 
 
-def warm_up(contender: Any, count: int, idle: int) -> dict[str, Any]:
-    contender.steps(count)
+def warm_up(system: Any, count: int, idle: int) -> dict[str, Any]:
+    """Train `count` steps that do not count."""
+    system.steps(count)
     return {}
 
 

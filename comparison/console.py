@@ -1,0 +1,59 @@
+"""What compare.py prints before the first run: the plan, what is unequal, and the power of the planned seeds."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from comparison.experiment import Experiment
+from comparison.power import spread_of, statement
+from comparison.run_queue import PlannedRun
+from comparison.variant_costs import VariantCost, unequal_costs
+from records.provenance import commit_of_project
+
+
+def print_plan(experiment: Experiment, costs: list[VariantCost], runs_dir: Path, results_dir: Path) -> None:
+    """Print variants, sizes, what is unequal, and the power of the planned seeds."""
+    first = experiment.variants[0].settings
+    split = f"validation split ({100 * experiment.hold_out:g} % of train)" if experiment.hold_out else "test split"
+    print(f"question  {experiment.question}")
+    seeds = f"{experiment.seeds} to {experiment.max_seeds}" if experiment.max_seeds else f"{experiment.seeds}"
+    print(
+        f"runs      {len(experiment.variants)} variants x {seeds} seeds, "
+        f"{experiment.budget_amount:g} {experiment.budget} each, preset {Path(experiment.preset).stem}, "
+        f"batch {first.engine['train_batch_size']}; compared on the {split}"
+    )
+    unequal = unequal_costs(experiment, costs)
+    width = max(len(variant.name) for variant in experiment.variants)
+    for variant, cost in zip(experiment.variants, costs, strict=True):
+        mark = "*" if unequal[variant.name] else " "
+        print(
+            f"{mark} {variant.name:{width}}  {cost.parameters:>12,} parameters  {cost.flops / 1e6:>9,.1f} MFLOPs  "
+            f"{variant.idea}"
+        )
+    for name, texts in unequal.items():
+        for text in texts:
+            print(f"warning: {name} is not equal to {experiment.variants[0].name}: {text}")
+    if experiment.match == "none" and any("parameters:" in text for texts in unequal.values() for text in texts):
+        print('note: match = "parameters" in the experiment file resizes the option hidden of unequal variants')
+    spread = spread_of(experiment, runs_dir, results_dir)
+    print(f"power     {statement(replace(experiment, seeds=experiment.max_seeds or experiment.seeds), spread)}")
+    if spread is None:
+        print(
+            "note: no earlier run shows the spread between seeds; a pilot with --seeds 2 does, and its runs are reused"
+        )
+    commit, _, problem = commit_of_project()
+    if commit is None:
+        print(f"note: the commit of this project is unknown: {problem}")
+
+
+def print_runs(tasks: dict[tuple[str, int], PlannedRun]) -> None:
+    """Print the runs of a dry run in their order, with their states, and the first one as a command."""
+    for i, task in enumerate(tasks.values(), 1):
+        print(f"{i:4} {task.name}: {task.state()}")
+    if tasks:
+        words = shlex.join(next(iter(tasks.values())).arguments)
+        print(f"the first run as a command: NUM_PROCS=1 ./launch_local_train.sh {words}")
+    else:
+        print("the speed of each variant is measured first; its number of steps follows from that")

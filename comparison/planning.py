@@ -1,0 +1,171 @@
+"""From an experiment to its runs: the dataset's facts, the command of each run, shards, and seeds in rounds."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.errors import RunError, SettingsError
+from common.paths import DATA, PROJECT
+from common.stop_signal import StopSignal
+from comparison.experiment import Experiment, Variant
+from comparison.run_queue import PlannedRun
+from comparison.time_budget import calibrate
+from records.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Data:
+    """What planning needs to know about the dataset."""
+
+    folder: Path
+    num_train: int  # training images, without the validation split
+    num_classes: int
+    image_side: int
+    fingerprint: str | None  # None if the dataset is not prepared yet
+
+
+def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: bool) -> Data:
+    """Return the facts of the experiment's dataset, which is prepared first if necessary (not for a dry run).
+
+    Args:
+        data_dir: folder of the prepared dataset; None is data/<dataset>.
+    """
+    from image_data.dataset import Dataset  # not with the file, so that compare.py --help answers at once
+    from image_data.preparation.prepare import prepare
+
+    folder = (data_dir or DATA / experiment.dataset).resolve()
+    if not Dataset.is_prepared(folder):
+        if is_dry_run:
+            print(f"note: {os.path.relpath(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
+            num_train = round(50_000 * (1 - experiment.hold_out))
+            return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
+        prepare(folder, dataset=experiment.dataset)
+    dataset = Dataset.open(folder)
+    if experiment.hold_out:
+        dataset = dataset.hold_out(experiment.hold_out)
+    return Data(
+        folder, len(dataset.splits["train"]), len(dataset.classes), dataset.image_side or 0, dataset.fingerprint
+    )
+
+
+def data_of_runs(runs: Path, data_dir: Path | None) -> Data:
+    """Return the same facts from the existing runs, since a report needs no dataset.
+
+    Raises:
+        RunError: there is no run.
+    """
+    for path in sorted(runs.glob("*/run.json")):
+        facts = RunFolder(path.parent).facts()["dataset"]
+        folder = (data_dir or PROJECT / facts["folder"]).resolve()
+        return Data(
+            folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"]
+        )
+    raise RunError(f"{os.path.relpath(runs)} has no run to report on; leave out --report-only")
+
+
+def plan(
+    experiment: Experiment, data: Data, runs: Path, run: Callable[[list[PlannedRun]], dict[str, str]]
+) -> tuple[dict[tuple[str, int], PlannedRun], dict[str, str]]:
+    """Plan all runs.
+
+    Args:
+        run: makes the calibration runs that a budget in seconds needs.
+
+    Returns:
+        The runs by variant and seed, in the random order in which they are made, and the calibration runs that failed.
+    """
+    steps: dict[str, int | None]
+    failures: dict[str, str] = {}
+    if experiment.budget == "seconds":
+        steps, failures = calibrate(
+            experiment, lambda variant, name, count: make_task(experiment, variant, 0, data, runs / name, count), run
+        )
+    else:
+        count = int(experiment.budget_amount) if experiment.budget == "steps" else None
+        steps = dict.fromkeys([variant.name for variant in experiment.variants], count)
+    order = experiment.tasks()
+    random.Random(experiment.name).shuffle(order)
+    return {
+        (one.name, seed): make_task(experiment, one, seed, data, runs / f"{one.name}-seed{seed}", steps[one.name])
+        for one, seed in order
+        if one.name in steps
+    }, failures
+
+
+def run_until_decided(
+    experiment: Experiment, data: Data, runs: Path, run: Callable[[list[PlannedRun]], dict[str, str]], stop: StopSignal
+) -> tuple[Experiment, dict[tuple[str, int], PlannedRun], dict[str, str]]:
+    """Run seeds in rounds until every variant is decided, hopeless, or has `max_seeds`; see comparison/sequential.py.
+
+    Returns:
+        The experiment with the number of seeds reached, its runs by variant and seed, and the runs that failed.
+    """
+    from comparison.report import accuracies_of
+    from comparison.sequential import evaluate, plan_looks
+
+    names = [variant.name for variant in experiment.variants]
+    looks, active, failures = plan_looks(experiment.round_seeds, experiment.max_seeds), names[1:], {}
+    tasks: dict[tuple[str, int], PlannedRun] = {}
+    for look in looks:
+        reached = replace(experiment, seeds=look.seeds)
+        planned, failed = plan(reached, data, runs, run)
+        tasks |= {key: task for key, task in planned.items() if key[0] in (names[0], *active)}
+        failures |= failed | run([task for key, task in tasks.items() if key[0] in (names[0], *active)])
+        outcome = evaluate(accuracies_of(reached, tasks), names[0], looks, experiment.margin, len(names) - 1)
+        if stop.number or outcome.looks < look.number:
+            break  # told to stop, or runs failed
+        for name in active:
+            print(f"{name}: {outcome.differences[name].sentence}")
+        active = outcome.active
+        if not active:
+            break
+    return reached, tasks, failures
+
+
+def share(
+    experiment: Experiment, tasks: dict[tuple[str, int], PlannedRun], shard: tuple[int, int] | None
+) -> dict[tuple[str, int], PlannedRun]:
+    """Return the runs of shard I of N; None is all of them.
+
+    Runs are dealt seed by seed, so that all shards have nearly the same number. The deal starts one variant later with
+    each seed; otherwise one machine could make all runs of a variant, and speeds are compared as well.
+    """
+    number, count = shard or (1, 1)
+    variants = [variant.name for variant in experiment.variants]
+
+    def place(variant: str, seed: int) -> int:
+        return seed * len(variants) + (variants.index(variant) + seed) % len(variants)
+
+    return {key: task for key, task in tasks.items() if place(*key) % count == number - 1}
+
+
+def make_task(
+    experiment: Experiment, variant: Variant, seed: int, data: Data, folder: Path, steps: int | None
+) -> PlannedRun:
+    """Plan one run of train.py. With `steps` None, the budget is in epochs."""
+    batch = variant.settings.engine["train_batch_size"]
+    if data.num_train < batch:
+        raise SettingsError(
+            f"variant '{variant.name}': train_batch_size={batch} is more than the {data.num_train} training images; "
+            "choose a smaller batch"
+        )
+    epochs = -(-steps // (data.num_train // batch)) if steps else int(experiment.budget_amount)
+    hold_out = experiment.hold_out or None
+    expected = {
+        "settings": replace(variant.settings, epochs=epochs).as_dict(),
+        "seed": seed,
+        "max_steps": steps,
+        "hold_out": hold_out,
+        "fingerprint": data.fingerprint,
+    }
+    words = ["--preset", experiment.preset, "--data-dir", data.folder, "--runs-dir", folder.parent]
+    words += ["--name", folder.name, "--seed", seed, "--epochs", epochs]
+    words += ["--max-steps", steps] if steps else []
+    words += ["--hold-out", hold_out] if hold_out else []
+    words += [word for text in variant.overrides for word in ("--set", text)]
+    group = folder.name if folder.name.startswith("calibration-") else variant.name
+    return PlannedRun(folder.name, folder, [str(word) for word in words], expected, group)

@@ -1,0 +1,97 @@
+"""Seeds in rounds: a group-sequential comparison that ends when every variant is decided.
+
+After each round (a look) the variants are tested at a part of the error rate of 5 %. The parts are increments of the
+O'Brien-Fleming-type spending function of Lan and DeMets (Biometrika 70, 1983), and add up to 5 %. Hence all claims of
+all looks together are wrong in at most 5 of 100 comparisons, whatever the test (union bound). A decided variant gets no
+further seeds. A variant is dropped as hopeless when even the largest number of seeds would decide it with a probability
+below 10 %, given its current effect.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from scipy import stats
+
+from comparison.significance import ALPHA, CONFIRMED, Difference, compare, power_of
+
+LEAST_POWER = 0.1
+DECIDED = (*CONFIRMED, "equivalent")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the results: after `seeds` seeds, at the error rate `alpha`."""
+
+    number: int  # from 1
+    seeds: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The state of a sequential comparison after the looks that its runs allow."""
+
+    differences: dict[str, Difference]  # variant -> verdict at the look that decided or dropped it, else at the newest
+    active: list[str]  # variants without a decision
+    looks: int  # that were made
+
+
+def plan_looks(first: int, most: int) -> list[Look]:
+    """Return the looks of a comparison that starts with `first` seeds and adds as many in each round, up to `most`."""
+    counts = [*range(first, most, first), most]
+    quantile = stats.norm.ppf(1 - ALPHA / 2)
+    spent = [float(2 * stats.norm.sf(quantile / math.sqrt(count / most))) for count in counts]
+    return [
+        Look(i + 1, count, total - before)
+        for i, (count, total, before) in enumerate(zip(counts, spent, [0.0, *spent], strict=False))
+    ]
+
+
+def evaluate(
+    accuracies: dict[str, dict[int, float]], first: str, looks: list[Look], margin: float | None, planned: int
+) -> Outcome:
+    """Repeat all looks that the finished seeds allow.
+
+    A look is made when every variant that is still active has its seeds. The result depends on the accuracies alone, so
+    it is the same while the comparison runs, after a restart, and in the report.
+
+    Args:
+        accuracies: variant -> seed -> accuracy in points.
+        planned: number of comparisons, for Holm's correction; variants that are decided still count.
+    """
+    active = [name for name in accuracies if name != first]
+    found: dict[str, Difference] = {}
+    made = 0
+    for look in looks:
+        seeds = range(look.seeds)
+        if not active or any(seed not in accuracies[name] for name in [first, *active] for seed in seeds):
+            break
+        made = look.number
+        now = {name: {seed: accuracies[name][seed] for seed in seeds} for name in [first, *active]}
+        for name, one in compare(now, first, margin, planned, look.alpha).items():
+            note = f" (look {look.number} of {len(looks)}, level {look.alpha:.2g})"
+            if one.verdict not in DECIDED and one.verdict != "identical":
+                if look.number == len(looks) or not is_hopeless(one, looks[-1], margin, planned):
+                    found[name] = replace(one, sentence=one.sentence + note)
+                    continue
+                one = replace(one, verdict="inconclusive", sentence=one.sentence + note + "; dropped as hopeless")
+            else:
+                one = replace(one, sentence=one.sentence + note)
+            found[name] = one
+            active.remove(name)
+    return Outcome(found, active, made)
+
+
+def is_hopeless(one: Difference, last: Look, margin: float | None, planned: int) -> bool:
+    """Whether the last look would decide a variant with a probability below 10 %, given its current effect."""
+    if one.effect is None:
+        return False
+    if power_of(one.effect, last.seeds, planned, last.alpha) >= LEAST_POWER:
+        return False
+    if not margin:
+        return True
+    room = (margin - abs(one.mean)) / abs(one.mean / one.effect) if one.mean else math.inf
+    critical = stats.t.ppf(1 - last.alpha / planned, last.seeds - 1)
+    return float(stats.nct.sf(critical, last.seeds - 1, room * math.sqrt(last.seeds))) < LEAST_POWER

@@ -1,0 +1,31 @@
+"""Run folders as a user names them: a path, the name of a run, or nothing for the newest run."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from common.errors import RunError
+from records.run_folder import newest_run
+
+
+def find_run(name: Path | None, runs: Path) -> Path:
+    """Return the folder of a run: the path itself, `runs/<name>`, or the newest run where `name` is None.
+
+    Raises:
+        RunError: there is no such run, but one of a similar name, or `name` is None and there is no run at all.
+    """
+    runs = runs.expanduser()
+    if name is None:
+        return newest_run(runs)
+    folder = name.expanduser()
+    candidates = [folder, runs / folder]  # an absolute path stays itself
+    for candidate in candidates:
+        if (candidate / "run.json").is_file():
+            return candidate
+    if not folder.exists():
+        known = sorted(path.parent.name for path in runs.glob("*/run.json"))
+        near = difflib.get_close_matches(folder.name, known, n=1)
+        if near:
+            raise RunError(f"there is no run '{name}'. Did you mean {runs / near[0]}?")
+    return folder

@@ -1,0 +1,104 @@
+"""comparison/sequential.py: error rates with looks after every round, and what is run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from comparisons import COMMON, VARIANTS, report
+
+from comparison.sequential import DECIDED, evaluate, plan_looks
+from comparison.significance import CONFIRMED
+
+ROUNDS = COMMON.replace("seeds = 2", 'seeds = 6\nuntil = "decided"\nmax_seeds = 18')
+
+
+def test_the_looks_share_the_error_rate():
+    looks = plan_looks(6, 20)
+    assert [look.seeds for look in looks] == [6, 12, 18, 20] and [look.number for look in looks] == [1, 2, 3, 4]
+    assert sum(look.alpha for look in looks) == pytest.approx(0.05)
+    assert looks[0].alpha < 1e-3 < looks[1].alpha < looks[2].alpha
+
+
+@pytest.mark.parametrize(("variants", "first", "most"), [(2, 6, 18), (4, 8, 24)])
+def test_at_most_5_percent_without_a_difference_are_called_confirmed_over_all_looks(variants, first, most):
+    rng, confirmed, dropped, looks = np.random.default_rng(variants), 0, 0, plan_looks(first, most)
+    for _ in range(2000):
+        accuracies = {f"v{i}": dict(enumerate(rng.normal(50, 1, most))) for i in range(variants)}
+        outcome = evaluate(accuracies, "v0", looks, None, variants - 1)
+        verdicts = [one.verdict for one in outcome.differences.values()]
+        confirmed += any(verdict in CONFIRMED for verdict in verdicts)
+        dropped += sum("hopeless" in one.sentence for one in outcome.differences.values())
+    assert confirmed / 2000 <= 0.05
+    assert dropped / 2000 / (variants - 1) > 0.5  # most runs of variants without a difference are saved
+
+
+def test_a_clear_difference_is_decided_early_and_a_restart_gives_the_same():
+    rng, looks = np.random.default_rng(1), plan_looks(8, 32)
+    accuracies = {"a": dict(enumerate(rng.normal(50, 1, 32))), "b": dict(enumerate(rng.normal(53, 1, 32)))}
+    outcome = evaluate(accuracies, "a", looks, None, 1)
+    assert outcome.differences["b"].verdict == "confirmed better" and not outcome.active and outcome.looks < len(looks)
+    seeds = outcome.differences["b"].seeds
+    fewer = {name: {seed: value for seed, value in by.items() if seed < seeds} for name, by in accuracies.items()}
+    assert evaluate(fewer, "a", looks, None, 1) == outcome
+    del fewer["b"][0]
+    assert evaluate(fewer, "a", looks, None, 1).looks == 0  # a look needs all its runs
+
+
+def test_a_margin_decides_equivalence_instead_of_dropping():
+    rng, looks = np.random.default_rng(3), plan_looks(8, 32)
+    accuracies = {name: dict(enumerate(rng.normal(50, 0.3, 32))) for name in "ab"}
+    verdict = evaluate(accuracies, "a", looks, 1.0, 1).differences["b"].verdict
+    assert verdict == "equivalent" and verdict in DECIDED
+
+
+def test_compare_adds_seeds_until_decided(ask, invented, tmp_path):
+    rng = np.random.default_rng(2)
+    for seed in range(18):
+        invented.accuracy |= {f"plain-seed{seed}": 0.5 + rng.normal() / 100, f"gated-seed{seed}": 0.6}
+    code, out, err = ask(ROUNDS + VARIANTS)
+    assert code == 0 and err == "" and "2 variants x 6 to 18 seeds" in out
+    seeds = len(invented.started) // 2
+    assert seeds == 12 and "(look 2 of 3, level 0.016)" in out
+    text, data = report(tmp_path)
+    assert data["results"]["validation"][1]["difference"]["verdict"] == "confirmed better" and data["missing"] == {}
+    invented.started.clear()
+    assert ask(ROUNDS + VARIANTS)[0] == 0 and not invented.started
+    assert ask(ROUNDS + VARIANTS, "--report-only")[0] == 0 and report(tmp_path)[0] == text
+
+
+def test_compare_drops_a_hopeless_variant_and_runs_the_others_on(ask, invented, tmp_path):
+    rng = np.random.default_rng(4)
+    third = '[[variants]]\nname = "third"\nidea = "Another gate."\nmodel.feed_forward = "swiglu"\n'
+    for seed in range(18):
+        plain = 0.5 + rng.normal() / 100
+        gated = plain + (0.025 if seed % 2 else -0.025)
+        invented.accuracy |= {f"plain-seed{seed}": plain, f"gated-seed{seed}": gated, f"third-seed{seed}": 0.6}
+    code, out, _ = ask(ROUNDS + VARIANTS + third)
+    assert code == 0 and "dropped as hopeless" in out
+    counts = {name: sum(run.startswith(name) for run in invented.started) for name in ("plain", "gated", "third")}
+    assert counts == {"plain": 12, "gated": 6, "third": 12}
+    assert report(tmp_path)[1]["missing"] == {}
+
+
+def test_a_failed_run_ends_the_rounds_and_is_reported(ask, invented, tmp_path):
+    invented.fails["gated-seed5"] = "error: the loss is nan"
+    code, _, err = ask(ROUNDS + VARIANTS)
+    assert code == 1 and "missing: gated-seed5" in err and len(invented.started) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (ROUNDS.replace("max_seeds = 18", ""), 'until = "decided" and max_seeds = N belong together'),
+        (ROUNDS.replace("18", "6"), "max_seeds must lie between seeds + 1 = 7 and 1000, not 6"),
+        (ROUNDS.replace("decided", "decide"), "unknown until 'decide'; did you mean 'decided'?"),
+    ],
+)
+def test_mistakes_in_the_rounds_are_named(ask, invented, text, sentence):
+    code, _, err = ask(text + VARIANTS)
+    assert code == 1 and sentence in err and not invented.started
+
+
+def test_rounds_cannot_be_split_into_shards(ask, invented):
+    code, _, err = ask(ROUNDS + VARIANTS, "--shard", "1/2")
+    assert code == 1 and "leave out --shard" in err

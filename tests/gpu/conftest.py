@@ -1,0 +1,31 @@
+"""Marks of tests that need an optional package; they are skipped where it is not installed.
+
+python -m pytest -m "gpu and not needs_dali and not needs_deepspeed" tests/gpu
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+PACKAGES = {"needs_dali": "nvidia.dali", "needs_deepspeed": "deepspeed"}
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed; nothing is imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the parent of a dotted name
+        return False
+
+
+def pytest_configure(config):
+    for mark, package in PACKAGES.items():
+        config.addinivalue_line("markers", f"{mark}: needs the package {package}")
+
+
+def pytest_runtest_setup(item):
+    for mark, package in PACKAGES.items():
+        if item.get_closest_marker(mark) and not is_installed(package):
+            pytest.skip(f"{package} is not installed")

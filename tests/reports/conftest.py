@@ -1,0 +1,24 @@
+"""Fixtures of the tests of reports/."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+import report
+from records.run_data import RunData
+from reports.pictures import SplitAnalysis
+
+
+@pytest.fixture(scope="session")
+def done(unbroken) -> RunData:
+    """A finished run."""
+    return RunData.read(unbroken.folder)
+
+
+@pytest.fixture(scope="session")
+def analysis(done, shapes) -> SplitAnalysis:
+    """The predictions of its network on the test split."""
+    args = SimpleNamespace(split=None, data_dir=shapes, weights="weights.safetensors", batch_size=16, source="auto")
+    return report.analyze(done, args)

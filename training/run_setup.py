@@ -1,0 +1,170 @@
+"""The steps of train.py before a run starts: the process, the settings' checks, the dataset and the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.errors import SettingsError
+from common.stop_signal import StopSignal
+from config.catalog import check_names
+from config.settings import ModelSettings, Settings, preset_names
+from dali_pipeline import side_of
+from image_data import augmentation
+from image_data.dataset import Dataset
+from image_data.local_copy import stage
+from image_data.preparation.prepare import find_or_prepare
+from model import build_model
+from models.initial_weights import load_initial_weights
+from optim import lr_schedule
+from parallel.engine import Engine
+from parallel.precision import choose as choose_precision
+from parallel.precision import fast_bf16
+from parallel.process_group import check_environment, pick_device
+from parallel.setting_checks import check_unused_settings
+from parallel.slurm import rank_environment
+from training.console import VERBOSE, Console, show_library_logs
+from training.determinism import make_deterministic
+from training.trackers import check_trackers
+
+CHECKED_ON_META = ("vit", "sl-vit")  # architectures that this project builds from parts
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The dataset of a run.
+
+    Attributes:
+        dataset: the dataset that is read, possibly a copy on a local disk, with its validation split.
+        folder: the folder of the prepared dataset as the user gave it; run.json records it.
+        side: side of the network's input images, in pixels.
+    """
+
+    dataset: Dataset
+    folder: Path
+    side: int
+
+
+def start_process(
+    verbosity: int, deterministic: bool, tensorboard: bool, wandb: str | None
+) -> tuple[StopSignal, Console]:
+    """Set up this process: signal handlers, rank, console and determinism. Returns the first and the console.
+
+    Raises:
+        SettingsError: environment variables of a launcher that do not fit together.
+        RunError: a tracker that was asked for is not installed.
+    """
+    stop = StopSignal()
+    rank_environment()
+    check_environment()
+    console = Console(verbosity, is_main=os.environ.get("RANK", "0") == "0")
+    if verbosity == VERBOSE:
+        show_library_logs()
+    if deterministic:
+        make_deterministic()
+    check_trackers(tensorboard, wandb)
+    return stop, console
+
+
+def default_preset(device: torch.device, console: Console) -> str:
+    """Choose the preset for a device and print the choice."""
+    if device.type == "cuda":
+        preset, why = "spt-lsa", "there is a GPU"
+    elif fast_bf16(device):
+        preset, why = "cpu", "there is no GPU"
+    else:
+        preset, why = "cpu-fp32", "there is no GPU, and the processor is not faster in bf16"
+    console.print_field(
+        "preset", f"{preset}, because {why} (--preset NAME chooses another: {', '.join(preset_names())})"
+    )
+    return preset
+
+
+def check_settings(
+    settings: Settings, engine_type: type[Engine], preset: str, init_weights: Path | None, console: Console
+) -> None:
+    """Reject every wrong setting before a dataset is fetched, which takes minutes; print the chosen precision.
+
+    Raises:
+        SettingsError: an unknown name, a setting that would not be used, or parts that do not fit together.
+    """
+    check_names(settings)
+    lr_schedule.check(settings.schedule)
+    augmentation.check(settings.augmentation)
+    check_unused_settings(engine_type.name, settings, engine_type.used_settings, engine_type.uses_full_ds_config)
+    check_parts(settings)
+    device = pick_device()
+    if line := choose_precision(settings.engine["bf16"]["enabled"], engine_type.autocast_refusal, device)[1]:
+        console.print_field("precision", line)
+    if init_weights is not None and not init_weights.is_file():
+        raise SettingsError(f"--init-weights {init_weights}: there is no such file; check the path")
+    if Path(preset).stem == "finetune" and init_weights is None:
+        console.print_field(
+            "warning", "the preset finetune starts from random weights; add --init-weights FILE to fine-tune"
+        )
+
+
+def check_parts(settings: Settings) -> None:
+    """Build the network without memory for its tensors, so that mistyped options are found in milliseconds.
+
+    Raises:
+        SettingsError: an unknown option of a part, or sizes that do not fit together.
+    """
+    if settings.model.architecture not in CHECKED_ON_META:
+        return  # published networks have rules of their own about the image side, which the dataset may decide
+    side = settings.image_side or 8 * settings.model.patch
+    try:
+        with torch.device("meta"):
+            build_model(settings.model, 10, side)
+    except SettingsError:
+        raise
+    except Exception:  # noqa: BLE001, S110 (a part that cannot be built on the meta device is checked when it is built)
+        pass
+
+
+def open_dataset(
+    data_dir: Path | None,
+    name: str | None,
+    archive: Path | None,
+    stage_to: Path | None,
+    source: str,
+    hold_out: float | None,
+    image_side: int,
+) -> RunData:
+    """Open the dataset of a run, after preparing, copying and splitting it as asked.
+
+    Args:
+        data_dir: folder of the prepared dataset; None for data/<name>.
+        stage_to: local disk that the dataset is copied to first.
+        hold_out: fraction of each training class that becomes the validation split.
+        image_side: side of the network's input images, in pixels; 0 for the dataset's own.
+
+    Raises:
+        DatasetError: a dataset that cannot be read, prepared, copied or split.
+    """
+    folder = find_or_prepare(data_dir, name, archive)
+    dataset = Dataset.open(folder)
+    if stage_to:
+        dataset = stage(dataset, stage_to, files=source == "files" or dataset.splits["train"].packed is None)
+    if hold_out:
+        dataset = dataset.hold_out(hold_out)
+    return RunData(dataset, folder, side_of(dataset, image_side))
+
+
+def network_builder(
+    settings: ModelSettings, num_classes: int, side: int, init_weights: Path | None, console: Console
+) -> Callable[[], nn.Module]:
+    """Return the function that builds the network and, where asked, loads its initial weights."""
+
+    def build() -> nn.Module:
+        model = build_model(settings, num_classes, side)
+        for line in load_initial_weights(model, init_weights) if init_weights else []:
+            console.say(line)
+        return model
+
+    return build
