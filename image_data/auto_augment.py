@@ -61,6 +61,7 @@ def linspace(start: float, stop: float, count: int) -> np.ndarray:
 
     Translations are truncated to whole pixels, so 15.999999 and 16 give different images.
     """
+    start, stop = float(np.float32(start)), float(np.float32(stop))  # as PyTorch rounds both ends before it starts
     step = float(np.float32(stop - start) / np.float32(count - 1))
     index = np.arange(count)
     # In float64, so that each value is rounded only once, as by a fused multiply-add.

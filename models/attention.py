@@ -44,7 +44,7 @@ def explicit_attention(
 class Attention(nn.Module):
     """Multi-head self-attention: softmax over scaled dot products (arXiv 1706.03762).
 
-    `qkv_std` is the standard deviation of the initial weights of queries, keys and values; timm and the papers use 0.02.
+    `qkv_std` is the standard deviation of the initial weights of queries, keys and values: 0.02 in timm and the papers.
     The default 0 is PyTorch's initialization of linear maps: 1 / sqrt(3 C), 0.042 at width 192.
     """
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.project_dropout = nn.Dropout(dims.dropout)
 
     def set_up_qkv(self, rows: list[int], std: float) -> None:
-        """Initialize the weights with `std` unless it is 0, and tell Muon the rows of queries, keys and values."""
+        """Initialize the weights with `std` unless it is 0, and record the rows of queries, keys and values for Muon."""
         self.qkv.row_splits = tuple(rows)
         if std:
             trunc_normal(self.qkv.weight, std)

@@ -50,7 +50,7 @@ class Unsharded(MatrixSharding):
 class Muon(torch.optim.Optimizer):
     """Muon for groups with `hidden` true, AdamW for the others.
 
-    The matrices of a group with `row_splits`, such as (C, C, C), are orthogonalized as several matrices of so many rows.
+    Matrices of a group with `row_splits`, such as (C, C, C), are split into matrices of so many rows first.
 
     Attributes:
         shardings: how the tensors of the hidden groups hold matrices, by tensor; a missing tensor is one whole matrix.

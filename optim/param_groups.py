@@ -23,8 +23,8 @@ def parameter_groups(
     `is_input_or_output_layer`, which read the images or return the scores; a submodule of one that does neither sets
     `is_input_or_output_layer = False`. A module with matrices of its own names them in `muon_matrices`.
 
-    With `split_rows`, hidden weights of modules with `row_splits` (queries, keys and values in one weight) are in groups
-    of their own, which have the same `row_splits`. Weights may be sharded, so the numbers belong to the group.
+    With `split_rows`, hidden weights of modules with `row_splits` (queries, keys, values in one weight) have groups of
+    their own with the same `row_splits`. Weights may be sharded, so the numbers belong to the group.
     """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     grouped: set[int] = set()  # ids; several modules may share a parameter

@@ -1,4 +1,4 @@
-"""The recipes: every preset trains, keeps its budget, says where its numbers come from, and stands in docs/recipes.md.
+"""Recipes: every preset trains, keeps its parameter budget, names its sources and has a section in docs/recipes.md.
 
 pytest tests/docs/test_recipes.py      no GPU, under a minute
 """
@@ -38,13 +38,13 @@ RECIPES = [
     "cpu-fp32",
 ]
 TEXT = recipe_costs.DOCUMENT.read_text(encoding="utf-8")
-# What a processor must be spared: the side of the images, and one network of 88 M parameters.
+# Changes that make a preset small enough for a CPU.
 SMALLER = {
     **dict.fromkeys(["100ep", "300ep", "1500ep", "cifar10", "dhvt-t-2"], ["image_side=16"]),
     "imagenet-resnet50": ["image_side=64"],
     "finetune": ["image_side=64", "model.architecture=timm:test_vit"],
 }
-# Most parameters, in millions, and whose figure that is.
+# Largest number of parameters in millions, and its source.
 BUDGETS = {
     "300ep": (6.0, "DHVT-T/4; DHVT-T/2 has 5.8"),
     "1500ep": (6.0, "the same network for longer"),
@@ -59,7 +59,7 @@ def test_the_recipes_are_presets_and_every_preset_is_planned():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_trains(name, shapes, tmp_path):
-    """Two steps through train.py, with the recipe's own augmentation, optimiser, schedule, precision and strategy."""
+    """Two steps through train.py, with the recipe's own augmentation, optimizer, schedule, precision and strategy."""
     smaller = [word for text in SMALLER.get(name, []) for word in ("--set", text)]
     batch = ["--set", f"train_batch_size={3 * resolve(name, []).augmentation.repeats}"]
     programs.run(
@@ -118,14 +118,14 @@ def test_the_long_recipe_is_the_middle_one_for_longer():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_number_has_a_source(name):
-    """A word beside it, or a word in the file's head for all that have none."""
+    """A comment beside it, or one in the head of the file for all without."""
     head, _, body = (PRESETS / f"{name}.toml").read_text(encoding="utf-8").partition("\nepochs")
     bare = [
         line
         for line in f"epochs{body}".splitlines()
         if "#" not in line and re.search(r"= .*\d", re.sub(r'"[^"]*"', "", line))
     ]
-    assert not bare or re.search(r"number without a (source|word) beside it", head), f"where do these come from? {bare}"
+    assert not bare or re.search(r"Numbers without a (source|comment) are", head), f"without a source: {bare}"
 
 
 def test_the_command_in_a_preset_is_its_own():

@@ -69,9 +69,9 @@ CASES = [(family, name) for family, (_, _, space) in SPACES.items() for name in 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_tensor_operations_equal_torchvision(images, family, name):
-    """Every pixel, at every third magnitude, with both signs; blends of floats may differ by one level."""
+    """Every pixel, at every magnitude, with both signs; blends of floats may differ by one level."""
     theirs, bins, space = SPACES[family]
-    for bin in range(0, bins, 3):
+    for bin in range(bins):
         for negative in (False, True):
             expected = torchvision_reference(images, name, torchvision_magnitude(theirs, name, bins, bin, negative))
             ours = torch_backend.apply_operation(images, one_operation(space, name, bin, negative, len(images)))
@@ -126,6 +126,16 @@ def test_dali_operations_equal_the_tensor_ones(images, dali, name):
                 assert (difference > 0).float().mean() < 0.05
             else:
                 assert difference.max() <= 1, "one level of rounding"
+
+
+@pytest.mark.parametrize("bins", [10, 31])
+def test_linspace_is_that_of_pytorch_bit_for_bit(bins):
+    tops = [0.3, 0.9, 0.99, 4, 6, 30, 32, 135, *(150 / 331 * side for side in range(8, 257))]
+    for start, stop in [(0, top) for top in tops] + [(1, 0)]:
+        assert (policies.linspace(start, stop, bins) == torch.linspace(start, stop, bins).double().numpy()).all(), (
+            start,
+            stop,
+        )
 
 
 def test_the_cifar_policy_is_that_of_torchvision():

@@ -1,5 +1,7 @@
-"""The kernel inside ConvMLP against PyTorch's operations in float64. On a CPU by Triton's interpreter, in a process of
-its own, because TRITON_INTERPRET has to be set before Triton is imported; on a GPU compiled.
+"""The kernel inside ConvMLP against PyTorch operations in float64.
+
+On a CPU it runs in Triton's interpreter in a separate process, because TRITON_INTERPRET must be set before Triton is
+imported. On a GPU it is compiled.
 
 Run: python -m pytest tests/models/test_depthwise_kernel.py, and with -m gpu on a GPU
 """
@@ -21,7 +23,7 @@ from models.depthwise_kernel import Launch
 from models.feed_forward import ConvMLP
 from models.parts import Dimensions
 
-# name: images, grid, channels, prefix tokens, how the work is cut (None: as the module cuts it)
+# name: images, grid, channels, prefix tokens, launch configuration (None: the default)
 CASES = {
     "one token": (2, 1, 16, 0, None),
     "one row of neighbours": (1, 2, 16, 0, None),
@@ -35,11 +37,11 @@ CASES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW = "wider than a program takes whole"
-# What compiles in a second or two each, and one of each larger kind.
+# Cases that compile in a second or two each, and one of each larger kind.
 ON_GPU = [(name, kind) for name in CASES for kind in DTYPES if CASES[name][1] <= 3]
 ON_GPU += [("the grid of speedrun", "bf16"), ("strips", "bf16")]
 INTERPRETED = [(name, kind) for name in CASES for kind in DTYPES if (name, kind) != (SLOW, "bf16")]
-# Of the largest value: arithmetic is fp32, and bf16 rounds only the results; the interpreter cuts off instead.
+# Relative to the largest value: arithmetic is fp32, bf16 rounds only the results; the interpreter truncates.
 TOLERANCES = {"fp32": 3e-6, "bf16": 4e-3, "bf16, interpreted": 8e-3}
 NAMES = ("y", "dx", "dweight", "dbias")
 
@@ -53,12 +55,12 @@ def case(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tenso
 
 
 def tolerance(what: str, kind: str) -> float:
-    """Of y and dx in their own type; the gradients of the fp32 weights are fp32."""
+    """Return the tolerance: y and dx have the dtype of the case, gradients of the fp32 weights are fp32."""
     return TOLERANCES[kind if what in ("y", "dx") else "fp32"]
 
 
 def reference(tensors: list[Tensor], place: tuple[int, int]) -> list[Tensor]:
-    """y, dx, dweight, dbias in float64."""
+    """Return y, dx, dweight, dbias in float64."""
     *inputs, dy = (tensor.double() for tensor in tensors)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     y = depthwise_kernel.plain(*inputs, *place)
@@ -66,7 +68,7 @@ def reference(tensors: list[Tensor], place: tuple[int, int]) -> list[Tensor]:
 
 
 def errors(found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
-    """The largest difference, as a share of the largest value."""
+    """Return the largest difference relative to the largest value."""
     return {
         name: ((a.double() - b).abs().max() / b.abs().max()).item()
         for name, a, b in zip(NAMES, found, expected, strict=True)
@@ -81,7 +83,7 @@ def by_kernel(tensors: list[Tensor], place: tuple[int, int], how: Launch | None)
     ]
 
 
-# --- in the interpreter's process -------------------------------------------------------------------------------------
+# --- inside the process of the interpreter -------------------------------------------------------------------------------------
 
 
 def network(channels: int = 12) -> ConvMLP:
@@ -105,7 +107,7 @@ def largest(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def captured(part: nn.Module, x: Tensor) -> bool:
-    """Whether the graph of a compiled layer holds the kernel."""
+    """Return whether the graph of a compiled layer has the kernel."""
     targets: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
@@ -118,7 +120,7 @@ def captured(part: nn.Module, x: Tensor) -> bool:
 
 
 def interpreted() -> dict:
-    """Everything that the interpreter is asked, by name."""
+    """Return all results of the interpreter, by name."""
     found: dict = {"trouble": depthwise_kernel.trouble(torch.device("cpu")), "errors": {}}
     for name, kind in INTERPRETED:
         tensors, place, how = case(name, DTYPES[kind])
@@ -171,16 +173,16 @@ needs_triton = pytest.mark.skipif(depthwise_kernel.triton is None, reason="no Tr
 
 @needs_triton
 @pytest.mark.parametrize(("name", "kind"), INTERPRETED)
-def test_the_interpreted_kernel_gives_what_pytorch_gives_in_float64(found, name, kind):
+def test_the_interpreted_kernel_equals_pytorch_in_float64(found, name, kind):
     assert found["trouble"] is None
     for what, error in found["errors"][f"{name}, {kind}"].items():
         assert error < tolerance(what, "bf16, interpreted" if kind == "bf16" else kind), (what, error)
 
 
 @needs_triton
-def test_the_module_trains_alike_with_the_kernel_and_without_and_captured_as_a_graph(found):
+def test_the_module_trains_equally_with_without_and_compiled_with_the_kernel(found):
     assert found["same bits"]
-    assert found["captured"] == [True, True, False], "a compiled layer holds the kernel unless it is turned off"
+    assert found["captured"] == [True, True, False], "a compiled layer has the kernel unless it is disabled"
     assert found["module"] < 2e-5 and found["compiled"] < 2e-5
     assert found["autocast"] < 0.03  # PyTorch rounds to bf16 between its operations, the kernel does not
 
@@ -189,7 +191,7 @@ def test_the_module_trains_alike_with_the_kernel_and_without_and_captured_as_a_g
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_is_registered_as_pytorch_wants_it(dtype):
+def test_the_custom_operator_passes_opcheck(dtype):
     tensors, place, _ = case("odd grid, class token, ragged channels", dtype)
     x, weight, bias, dy = tensors
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
@@ -197,7 +199,7 @@ def test_the_operator_is_registered_as_pytorch_wants_it(dtype):
     torch.library.opcheck(depthwise_kernel.conv_gelu_backward, (x.detach(), weight.detach(), bias.detach(), dy, *place))
 
 
-def test_without_triton_the_operator_is_pytorchs_operations():
+def test_without_triton_the_operator_uses_pytorch_operations():
     tensors, place, _ = case("odd grid, two prefix tokens", torch.float32)
     inputs = [tensor.requires_grad_() for tensor in tensors[:3]]
     y = depthwise_kernel.conv_gelu(*inputs, *place)
@@ -206,7 +208,7 @@ def test_without_triton_the_operator_is_pytorchs_operations():
         assert error < 3e-6, what
 
 
-def test_the_kernel_is_chosen_on_a_gpu_alone_and_can_be_turned_off(monkeypatch):
+def test_the_kernel_is_used_on_a_gpu_only_and_can_be_disabled(monkeypatch):
     monkeypatch.setattr(depthwise_kernel, "triton", object())
     for dtype, device, expected in (
         (torch.bfloat16, "cuda", True),
@@ -224,7 +226,7 @@ def test_the_kernel_is_chosen_on_a_gpu_alone_and_can_be_turned_off(monkeypatch):
         depthwise_kernel.set_enabled(True)
 
 
-def test_the_names_of_the_state_are_those_of_a_convolution():
+def test_state_names_are_those_of_a_convolution():
     assert list(network().state_dict()) == [
         f"{part}.{name}" for part in ("expand", "neighbours", "contract") for name in ("weight", "bias")
     ]
@@ -239,7 +241,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(("name", "kind"), ON_GPU)
-def test_the_compiled_kernel_gives_what_pytorch_gives_in_float64(name, kind):
+def test_the_compiled_kernel_equals_pytorch_in_float64(name, kind):
     assert depthwise_kernel.trouble(torch.device("cuda", torch.cuda.current_device())) is None
     tensors, place, how = case(name, DTYPES[kind], "cuda")
     found = by_kernel(tensors, place, how)
@@ -250,7 +252,7 @@ def test_the_compiled_kernel_gives_what_pytorch_gives_in_float64(name, kind):
 
 @pytest.mark.gpu
 @on_gpu
-def test_a_compiled_layer_holds_the_kernel_and_trains_alike():
+def test_a_compiled_layer_has_the_kernel_and_trains_equally():
     part, x = network(64).cuda(), torch.randn(4, 10, 8, device="cuda")
     by_kernel_ = gradients_of(part, part, x)
     compiled = gradients_of(part, torch.compile(part.forward, dynamic=False, fullgraph=True), x)

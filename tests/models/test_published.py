@@ -203,7 +203,10 @@ def test_an_unknown_name_is_rejected_with_the_nearest():
 
 
 def test_importing_the_table_imports_no_library_of_models():
-    code = "import json, sys, models.published.table; print(json.dumps([m for m in ('timm', 'torchvision') if m in sys.modules]))"
+    code = (
+        "import json, sys, models.published.table; "
+        "print(json.dumps([m for m in ('timm', 'torchvision') if m in sys.modules]))"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == []
 

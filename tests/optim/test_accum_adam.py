@@ -48,7 +48,7 @@ def test_accumadam_follows_its_algorithm():
 
 
 def test_the_outer_step_is_nesterovs():
-    """DiLoCo's default: v <- 0.9 v + d, theta <- theta - 0.7 (d + 0.9 v), d is the negative mean progress of the workers."""
+    """DiLoCo: v <- 0.9 v + d, theta <- theta - 0.7 (d + 0.9 v), d is the negative mean progress of the workers."""
     start, means = torch.tensor([1.0, 2.0]), [torch.tensor([0.5, 2.5]), torch.tensor([0.2, 2.0])]
     outer = OuterStep({"w": start}, learning_rate=0.7, momentum=0.9)
     theta, v = start, torch.zeros(2)

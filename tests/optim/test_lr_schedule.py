@@ -102,7 +102,7 @@ def test_it_depends_on_the_step_only():
         ({"final_factor": -0.1}, "schedule.final_factor must be between 0 and 1, got -0.1"),
         (
             {"cooldown_fraction": 0.5},
-            "schedule.shape=cosine does not use schedule.cooldown_fraction=0.5. Remove it, or set schedule.shape to trap",
+            "schedule.shape=cosine does not use schedule.cooldown_fraction=0.5.* to trapezoid",
         ),
         (
             {"shape": "constant", "final_factor": 0.5},
