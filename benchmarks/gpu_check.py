@@ -192,7 +192,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the parts and exit")
     parser.add_argument("--quick", action="store_true", help="shorter parts: under three minutes on a large GPU")
     parser.add_argument(
-        "--minutes", type=float, metavar="N", help="run the timed phases in order of value, and end after N minutes"
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="run the timed phases in order of value, and end after N minutes (default: no limit, all parts)",
     )
     parser.add_argument(
         "--small",

@@ -200,6 +200,9 @@ ENGINE_SETTINGS: dict[str, Declared] = {
     "optimizer.params.momentum": Declared("momentum: decay rate of the running mean of the gradient", "[0, 1)"),
     "optimizer.params.nesterov": Declared("use Nesterov momentum"),
     "optimizer.params.matrix_lr_factor": Declared("learning-rate multiplier for matrices trained by Muon", "[0, inf)"),
+    "optimizer.params.split_qkv": Declared(
+        "Muon: orthogonalize the projections of queries, keys and values as three matrices instead of one"
+    ),
     "optimizer.params.weight_decay": Declared(
         "weight decay of matrices and filters; biases, norms, positional embeddings and CLS tokens have none",
         "[0, inf)",

@@ -1,6 +1,7 @@
-"""The import rules of CONTRIBUTING.md: imports go down the layers, without circles, and heavy libraries have one home each.
+"""The import rules of CONTRIBUTING.md: imports go down the layers, without circles; a heavy library has one home.
 
-Every Python file is parsed, nothing is imported. Imports inside functions, under TYPE_CHECKING and in main blocks count.
+Every Python file is parsed, nothing is imported. Imports inside functions, under TYPE_CHECKING and in main blocks
+count.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ NOT_PROJECT = {"tests", "data", "runs", "results", "docs"}
 
 
 class Import(NamedTuple):
-    """One imported module: dotted name, line, whether it is imported with the file, and whether a main block does it."""
+    """One imported module: dotted name, line, whether it is imported with the file, and whether by a main block."""
 
     module: str
     line: int

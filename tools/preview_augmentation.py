@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         example="python dali_pipeline.py --preview grid.png --set augmentation.policy=rand_augment",
     )
     parser.add_argument(
-        "--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg (required)"
+        "--preview", type=Path, required=True, metavar="FILE", help="picture to write, .png or .svg; must be given"
     )
     parser.add_argument(
         "--data-dir",

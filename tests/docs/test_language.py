@@ -1,6 +1,6 @@
 """One term for one thing: words that no text of this project uses, and what to write in their place.
 
-It reads every text file of the repository: documents, help texts, messages, comments, docstrings, presets and experiments.
+It reads every text file of the repository: documents, help, messages, comments, docstrings, presets, experiments.
 """
 
 from __future__ import annotations
