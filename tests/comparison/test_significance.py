@@ -182,8 +182,8 @@ CLEAR = [1.0, 1.2, 0.9, 1.1, 1.3, 1.0, 1.1, 0.9, 1.2]
             [0.5, -0.3, 0.2],
             0,
             None,
-            "+0.13 points (95 % CI -0.87 to +1.14, n = 3; p = 0.62 paired t, p = 0.75 sign-flip; d = 0.3): "
-            "inconclusive. About 76 seeds would confirm a difference of this size with 80 % power",
+            "+0.13 points (95 % CI -0.87 to +1.14, n = 3; p = 0.63 paired t, p = 0.75 sign-flip; d = 0.3): "
+            "inconclusive. About 75 seeds would confirm a difference of this size with 80 % power",
         ),
         ([0.4], 0, None, "+0.40 points (n = 1): inconclusive. One seed gives no interval"),
         ([0.0] * 3, 0, None, "+0.00 points (n = 3): identical with every seed. Check that the change has an effect"),
@@ -191,14 +191,14 @@ CLEAR = [1.0, 1.2, 0.9, 1.1, 1.3, 1.0, 1.1, 0.9, 1.2]
             [2.0, 2.0, 0.1, 2.0, 2.0, -0.15],
             0,
             None,
-            "+1.32 points (95 % CI +0.22 to +2.43, n = 6; p = 0.03 paired t, p = 0.09 sign-flip; d = 1.3): "
+            "+1.33 points (95 % CI +0.22 to +2.43, n = 6; p = 0.03 paired t, p = 0.09 sign-flip; d = 1.3): "
             "inconclusive. About 8 seeds would confirm a difference of this size with 80 % power",
         ),
         (
             [0.1, -0.1, 0.05, -0.1, 0.1, 0.0],
             0,
             0.5,
-            "+0.01 points (95 % CI -0.09 to +0.10, n = 6; p = 0.84 paired t, p = 0.94 sign-flip; d = 0.1): equivalent "
+            "+0.01 points (95 % CI -0.09 to +0.10, n = 6; p = 0.83 paired t, p = 1.00 sign-flip; d = 0.1): equivalent "
             "within ±0.5 points (p < 0.0001)",
         ),
         (
