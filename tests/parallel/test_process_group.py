@@ -123,7 +123,7 @@ def test_a_port_that_cannot_be_used_is_one_sentence(port):
             "MASTER_PORT": str(port),
         }
         done = Program(meet_at_a_port, (), alone).end()
-    assert done.code == 1 and f"process 0 of 1 could not join the others at 127.0.0.1:{port}: " in done.out, done.text
+    assert done.code == 1 and str(port) in done.out and done.out.count("\n") == 1 and "Traceback" not in done.text
 
 
 def test_waiting_for_other_processes_is_reported_and_ends_on_sigterm():
