@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.project_dropout = nn.Dropout(dims.dropout)
 
     def set_up_qkv(self, rows: list[int], std: float) -> None:
-        """Initialize the weights with `std` unless it is 0, and record the rows of queries, keys and values for Muon."""
+        """Initialize the weights with `std` unless it is 0, and record the rows of q, k and v for Muon."""
         self.qkv.row_splits = tuple(rows)
         if std:
             trunc_normal(self.qkv.weight, std)
