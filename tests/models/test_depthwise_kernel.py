@@ -83,7 +83,7 @@ def by_kernel(tensors: list[Tensor], place: tuple[int, int], how: Launch | None)
     ]
 
 
-# --- inside the process of the interpreter -----------------------------------------------------------------------------
+# --- inside the process of the interpreter
 
 
 def network(channels: int = 12) -> ConvMLP:
