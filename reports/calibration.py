@@ -8,7 +8,7 @@ import numpy as np
 
 from models.calibration import Calibration
 from reports.classes import wilson
-from reports.style import BLUE, GREY, INK, finish, make_figure, set_title
+from reports.style import BLUE, GRAY, INK, finish, make_figure, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +28,8 @@ def reliability(calibration: Calibration, title: str) -> Figure:
     figure, ((top,), (bottom,)) = make_figure(5.5, 6, 2, 1, sharex=True, height_ratios=[3, 1])
     top.bar(middle[used], 100 * correct[used] / seen[used], 0.9 * width, color=BLUE)
     top.vlines(middle[used], 100 * low[used], 100 * high[used], color=INK, lw=1)
-    top.plot([0, 100], [0, 100], color=GREY, ls="--", lw=1)
-    bottom.bar(middle, 100 * seen / max(1, seen.sum()), 0.9 * width, color=GREY)
+    top.plot([0, 100], [0, 100], color=GRAY, ls="--", lw=1)
+    bottom.bar(middle, 100 * seen / max(1, seen.sum()), 0.9 * width, color=GRAY)
     finish(top, ylabel="accuracy (%)", ylim=(0, 100))
     finish(bottom, xlabel="confidence (%)", ylabel="predictions (%)", xlim=(0, 100))
     set_title(figure, f"{title}: expected calibration error {100 * calibration.expected_error:.2f} %")

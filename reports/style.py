@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Colors of Okabe and Ito, distinguishable by color-blind readers (https://jfly.uni-koeln.de/color/).
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, PURPLE, AMBER, BLACK = "#56B4E9", "#CC79A7", "#E69F00", "#000000"
-GREY = "#777777"  # for data in the background
+GRAY = "#777777"  # for data in the background
 INK = "#1b1f24"  # text and axes, as in page.css
 COLORS = [BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK]
 DARK_MODE = {INK: "#e3e8ee", BLACK: "#e3e8ee", BLUE: "#3d9be0", SKY: "#a6d8f7"}  # other colors are readable on both

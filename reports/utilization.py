@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.style import BLACK, COLORS, GREY, finish, in_time_unit, make_figure, set_title
+from reports.style import BLACK, COLORS, GRAY, finish, in_time_unit, make_figure, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def utilization(samples: list[dict[str, Any]], title: str) -> Figure:
             axes,
             times,
             np.array([[sample[cpu_key]] for sample in samples], dtype=float),
-            GREY if gpus.size else COLORS[0],
+            GRAY if gpus.size else COLORS[0],
             cpu,
         )
     _draw(
@@ -71,7 +71,7 @@ def _draw(axes: Any, times: list[float], values: np.ndarray, color: str, label: 
     x, mean, low, high = binned(np.array(times), values)
     if np.isnan(mean).all():
         return
-    front = color != GREY
+    front = color != GRAY
     axes.plot(
         x, mean, color=color, lw=1.5 if front else 1, label=label, marker="o" if len(x) == 1 else "", zorder=3 + front
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, make_figure, set_title
+from reports.style import AMBER, BLACK, BLUE, GRAY, GREEN, ORANGE, PURPLE, SKY, make_figure, set_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ def paired_differences(
     """
     figure, ((axes,),) = make_figure(8, 1.6 + 0.5 * max(1, len(differences)))
     if margin:
-        axes.axvspan(-margin, margin, color=GREY, alpha=0.15, lw=0, zorder=0)
+        axes.axvspan(-margin, margin, color=GRAY, alpha=0.15, lw=0, zorder=0)
     axes.axvline(0, color=BLACK, lw=1, zorder=1)
     for row, one in enumerate(differences.values()):
         color = (GREEN if one["mean"] > 0 else ORANGE) if one["is_confirmed"] else BLUE

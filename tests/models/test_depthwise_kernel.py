@@ -26,7 +26,7 @@ from models.parts import Dimensions
 # name: images, grid, channels, prefix tokens, launch configuration (None: the default)
 CASES = {
     "one token": (2, 1, 16, 0, None),
-    "one row of neighbours": (1, 2, 16, 0, None),
+    "one row of neighbors": (1, 2, 16, 0, None),
     "odd grid, class token, ragged channels": (2, 3, 70, 1, None),
     "odd grid, two prefix tokens": (1, 7, 48, 2, None),
     "the grid of speedrun": (2, 8, 40, 0, None),
@@ -125,7 +125,7 @@ def interpreted() -> dict:
     for name, kind in INTERPRETED:
         tensors, place, how = case(name, DTYPES[kind])
         found["errors"][f"{name}, {kind}"] = errors(by_kernel(tensors, place, how), reference(tensors, place))
-    tensors, place, how = case("one row of neighbours", torch.float32)
+    tensors, place, how = case("one row of neighbors", torch.float32)
     again = [by_kernel(tensors, place, how) for _ in range(2)]
     found["same bits"] = all(torch.equal(a, b) for a, b in zip(*again, strict=True))
     part, x = network(), torch.randn(2, 10, 8)

@@ -268,7 +268,7 @@ def test_swiglu_and_geglu_differ_in_their_gate_alone():
     assert not torch.allclose(swiglu(x), geglu(x), atol=1e-4)
 
 
-def test_the_convolution_sees_neighbours_on_the_grid_and_never_class_tokens():
+def test_the_convolution_sees_neighbors_on_the_grid_and_never_class_tokens():
     part, x = make("conv_mlp", {}, num_prefix=2), tokens(1, 18)
     base = part(x)
 
@@ -279,8 +279,8 @@ def test_the_convolution_sees_neighbours_on_the_grid_and_never_class_tokens():
 
     assert changed(0) == {0} and changed(1) == {1}
     row, column = 1, 2  # of a 4 x 4 grid
-    neighbours = {2 + 4 * r + c for r in (row - 1, row, row + 1) for c in (column - 1, column, column + 1)}
-    assert changed(2 + 4 * row + column) == neighbours
+    neighbors = {2 + 4 * r + c for r in (row - 1, row, row + 1) for c in (column - 1, column, column + 1)}
+    assert changed(2 + 4 * row + column) == neighbors
 
 
 def test_mlp_equals_the_formula():

@@ -55,12 +55,12 @@ def training_cases() -> dict[str, list]:
     offloaded = {
         f"offloaded {number}": ["zero", stage(number, *RECIPES["clipped"], *OFFLOADED), {}] for number in (1, 2, 3)
     }
-    normalised = {
+    with_norm = {
         f"batch norm, bf16 {number}": ["zero", stage(number, "bf16.enabled=true"), {"build": with_batch_norm}]
         for number in (1, 3)
     }
     return dict(
-        sorted((exact | bf16 | offloaded | normalised).items(), key=lambda case: case[1][1][0])
+        sorted((exact | bf16 | offloaded | with_norm).items(), key=lambda case: case[1][1][0])
     )  # stage 3 last, see `moved`
 
 
