@@ -115,10 +115,10 @@ def report(
             )
     finished = {(variant.name, run.seed) for variant in results for run in variant.runs}
     missing = dict(failures)
-    for variant, seed in experiment.tasks():
-        is_planned = not experiment.max_seeds or (variant.name, seed) in tasks
-        if is_planned and (variant.name, seed) not in finished:
-            missing.setdefault(f"{variant.name}-seed{seed}", "is not finished")
+    for one, seed in experiment.tasks():
+        is_planned = not experiment.max_seeds or (one.name, seed) in tasks
+        if is_planned and (one.name, seed) not in finished:
+            missing.setdefault(f"{one.name}-seed{seed}", "is not finished")
     for name, reason in missing.items():
         print(f"missing: {name}: {reason}", file=sys.stderr)
     if not finished:

@@ -24,11 +24,11 @@ if __name__ == "__main__":  # before PyTorch and DALI are imported, so that --he
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from threading import Barrier
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -109,7 +109,8 @@ class Batches:
             padding=settings.crop_padding if self.training and not settings.resized_crop else 0,
         )
         self._mixer = Mixer(settings, len(dataset.classes), self.side, seed)
-        sizes_of = reader.sizes if dataset.image_side is None and settings.resized_crop else None
+        has_sizes = dataset.image_side is None and settings.resized_crop
+        sizes_of = reader.sizes if has_sizes and isinstance(reader, FileReader) else None
         self.planner = BatchPlanner(
             len(self.split),
             batch_size,
@@ -215,7 +216,7 @@ def make_batches(
         closing: stack that closes the batches.
     """
     shard, num_shards = data_shard
-    common = dict(
+    common: dict[str, Any] = dict(
         batch_size=batch_size,
         shard=shard,
         num_shards=num_shards,
@@ -242,7 +243,7 @@ def make_reader(
     return PackedReader(split.pixels(), split.rows, device)
 
 
-def backend_class(source: str) -> type[TorchBackend] | type[DaliBackend]:
+def backend_class(source: str) -> Callable[..., TorchBackend | DaliBackend]:
     """Return the backend of a source. It is imported on demand, because DALI and torchvision take seconds to import."""
     if source == "tensor":
         from image_data.torch_backend import TorchBackend

@@ -22,9 +22,10 @@ if __name__ == "__main__":  # before PyTorch is imported, so that --help and err
     raise SystemExit(run_cli(describe_model))
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from models.layers import Architecture, DropPath, uses_settings
 from models.parts import Dimensions, make_part
 from models.patch_embedding import PATCH_EMBEDDINGS
 from models.pooling import POOLINGS
-from models.position import POSITIONS
+from models.position import POSITIONS, NoPosition
 from models.published.table import ARCHITECTURES as PUBLISHED
 from models.published.table import get_architecture
 
@@ -158,7 +159,7 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
         s.dropout,
     )
     patches = make_part(PATCH_EMBEDDINGS, "patch_embedding", s.patch_embedding, dims, s.patch_embedding_options)
-    position = make_part(POSITIONS, "position", s.position, dims, s.position_options)
+    position = cast("NoPosition", make_part(POSITIONS, "position", s.position, dims, s.position_options))
 
     def attention() -> nn.Module:
         part, rotation = make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options), position.rotation()
@@ -227,7 +228,7 @@ def init_sl_vit(module: nn.Module) -> None:
 
 ARCHITECTURES: dict[str, Architecture] = {"vit": vit, "sl-vit": sl_vit, **PUBLISHED}
 
-TABLES = {
+TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "architecture": ARCHITECTURES,
     "patch_embedding": PATCH_EMBEDDINGS,
     "position": POSITIONS,
@@ -256,7 +257,9 @@ def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> 
             )
     layers = build(settings, num_classes, image_side)
     if len(layers) > 1:  # a network of one layer marks its own modules
-        layers[0].is_input_or_output_layer = layers[-1].is_input_or_output_layer = True
+        ends: list[Any] = [layers[0], layers[-1]]
+        for end in ends:
+            end.is_input_or_output_layer = True
     return layers
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from common.errors import EXIT_NOTHING_DONE, EXIT_STOPPED, RunError, RunFinishedError, SettingsError, UserError
@@ -38,6 +39,7 @@ def main() -> int:
     from dali_pipeline import make_batches
     from optim.lr_schedule import Schedule
     from parallel.compile import FIRST_STEPS_SECONDS
+    from parallel.engine import Engine
     from parallel.peers.link_cost import lines_of_cost
     from parallel.peers.setup import meeting_of
     from parallel.process_group import limit_waits, pick_device
@@ -81,7 +83,8 @@ def main() -> int:
         with ExitStack() as closing:
             # 4. The engine, which runs the network on all processes, and the batches that feed it
             schedule = Schedule(settings.schedule, total_steps)
-            engine = engine_type(build, settings, schedule, args.seed, **({"meeting": meeting} if meeting else {}))
+            make_engine: Callable[..., Engine] = engine_type  # a strategy also takes the network, and may take peers
+            engine = make_engine(build, settings, schedule, args.seed, **({"meeting": meeting} if meeting else {}))
             engine.stopping = lambda: stop.requested
             closing.push(lambda kind, *_: engine.close(failed=kind is not None))
             shard, micro, seed = engine.data_shard, engine.batch_sizes.micro, engine.data_seed

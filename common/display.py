@@ -93,7 +93,7 @@ class LastingStream:
             os.close(null)
         except (OSError, ValueError):
             self._stream = open(os.devnull, "w")  # noqa: SIM115  the stream has no descriptor, or a closed one
-        if getattr(error, "errno", None) == errno.ENOSPC and sys.stderr is not self:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and sys.stderr is not self:
             print(f"warning: the output is cut off: {error.strerror}", file=sys.stderr)
 
 

@@ -49,7 +49,7 @@ else:
     import tomli as tomllib
 
 BUDGETS = ("epochs", "steps", "seconds")
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "preset": "cpu",
     "dataset": "cifar100",
     "seeds": 3,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def plan(
     Returns:
         The runs by variant and seed, in the random order in which they are made, and the calibration runs that failed.
     """
-    steps: dict[str, int | None]
+    steps: Mapping[str, int | None]
     failures: dict[str, str] = {}
     if experiment.budget == "seconds":
         steps, failures = calibrate(
@@ -108,7 +108,9 @@ def run_until_decided(
     from comparison.sequential import evaluate, plan_looks
 
     names = [variant.name for variant in experiment.variants]
-    looks, active, failures = plan_looks(experiment.round_seeds, experiment.max_seeds), names[1:], {}
+    assert experiment.round_seeds is not None and experiment.max_seeds is not None  # until = "decided"
+    looks, active = plan_looks(experiment.round_seeds, experiment.max_seeds), names[1:]
+    failures: dict[str, str] = {}
     tasks: dict[tuple[str, int], PlannedRun] = {}
     for look in looks:
         reached = replace(experiment, seeds=look.seeds)

@@ -84,11 +84,11 @@ def mixed_sources(codes: dict[str, dict[str, Any] | None]) -> str | None:
     Args:
         codes: run name -> `code` of its run.json, None for a run that does not record it.
     """
-    first = next(iter(codes), None)
+    first, of_first = next(iter(codes.items()), ("", None))
     for name, code in codes.items():
-        if (code is None) != (codes[first] is None):
+        if (code is None) != (of_first is None):
             return f"only one of {first} and {name} records its source"
-        if code and codes[first] and (files := changed_between(codes[first], code)):
+        if code and of_first and (files := changed_between(of_first, code)):
             return f"{first} and {name} differ in {listed(files)}"
     return None
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -224,7 +225,7 @@ def verdict_for(
     n, mean, half, effect = len(differences), float(np.mean(differences)), None, None
     if n > 1:
         half, effect = half_interval(differences), standardized_effect(differences)
-    facts = {
+    facts: dict[str, Any] = {
         "seeds": n,
         "mean": mean,
         "half": half,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from functools import cache
+from typing import Any
 
 from common.errors import SettingsError, unknown
 from common.paths import PROJECT
@@ -40,7 +41,7 @@ def check_names(settings: Settings) -> None:
     for path, declared in declared_settings().items():
         if declared.table is None:
             continue
-        value = tree
+        value: Any = tree
         for key in path.split("."):
             value = value[key]
         known = names_of(path)
@@ -87,7 +88,8 @@ def table_names(file: str, table: str) -> dict[str, str]:
     for node in tree.body:
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         if any(getattr(target, "id", None) == table for target in targets):
-            entries = zip(node.value.keys, node.value.values, strict=True)
+            written: Any = getattr(node, "value", None)  # a dictionary, as the entries of a table are
+            entries = zip(written.keys, written.values, strict=True)
             return {name.value: docs.get(getattr(part, "id", ""), getattr(part, "value", "")) for name, part in entries}
     raise LookupError(f"{file} has no table {table}")
 

@@ -70,8 +70,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, usage: str, description: str, example: str, notes: str = ""):
         examples = "\n".join(f"  {line}" for line in example.splitlines())
+        program = re.match(r"python \S+|\S+", usage)
+        assert program is not None, "the usage names the program"
         super().__init__(
-            prog=re.match(r"python \S+|\S+", usage)[0],
+            prog=program[0],
             usage=f"{usage} [options]",
             description=description,
             epilog=(f"{notes}\n\n" if notes else "") + f"example:\n{examples}",
@@ -79,13 +81,15 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
         )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # typeshed has one overload for each type of `namespace`
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         found, rest = self.parse_known_args(args, namespace)
         if rest:
             self.error(self._not_understood(rest))
         return found
 
-    def parse_known_args(
+    def parse_known_args(  # type: ignore[override]  # as above
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         if "_ARGCOMPLETE" in os.environ and not self.is_completing:  # the shell asks for completions after a Tab
@@ -183,7 +187,7 @@ def autocomplete(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         for option in action.option_strings:
             if option in completers and not action.choices:
-                action.completer = completers[option]
+                action.completer = completers[option]  # type: ignore[attr-defined]  # argcomplete reads it
     argcomplete.autocomplete(parser)
 
 

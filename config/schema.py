@@ -42,7 +42,9 @@ class Declared:
         """The range in words, such as ">= 1" or "in [0, 1)"; empty where every value is allowed."""
         if not self.within:
             return ""
-        opening, low, high, _ = INTERVAL.fullmatch(self.within).groups()
+        interval = INTERVAL.fullmatch(self.within)
+        assert interval is not None, f"{self.within} is no interval"
+        opening, low, high, _ = interval.groups()
         if high == "inf":
             return f"{'>=' if opening == '[' else '>'} {low}"
         return f"in {self.within}"
@@ -70,7 +72,9 @@ class Declared:
             return False
         if not self.within:
             return True
-        opening, low, high, closing = INTERVAL.fullmatch(self.within).groups()
+        interval = INTERVAL.fullmatch(self.within)
+        assert interval is not None, f"{self.within} is no interval"
+        opening, low, high, closing = interval.groups()
         above = float(low) <= value if opening == "[" else float(low) < value
         below = value <= float(high) if closing == "]" else value < float(high)
         return above and below

@@ -92,7 +92,8 @@ def declared_settings() -> dict[str, Declared]:
         if "declared" in top.metadata:
             found[top.name] = top.metadata["declared"]
         elif top.name != "engine":
-            for member in fields(top.default_factory):
+            group: Any = top.default_factory  # the dataclass
+            for member in fields(group):
                 found[f"{top.name}.{member.name}"] = member.metadata["declared"]
     return found | ENGINE_SETTINGS
 

@@ -33,6 +33,9 @@ MAX_BYTES = 2**31 - 2**24  # of weights: an ONNX file holds at most 2 GiB
 class FromPixels(nn.Module):
     """A network with its preprocessing: uint8 (B, S, S, 3) -> float32 (B, K)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, trained: TrainedModel):
         super().__init__()
         self.network = network

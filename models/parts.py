@@ -11,7 +11,7 @@ S image side.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Dimensions:
 
 
 def make_part(
-    table: dict[str, Callable[..., nn.Module]], kind: str, name: str, dims: Dimensions, options: dict[str, Any]
+    table: Mapping[str, Callable[..., nn.Module]], kind: str, name: str, dims: Dimensions, options: dict[str, Any]
 ) -> nn.Module:
     """Return a new instance of entry `name` of the registry `table`, made with `options`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from models.parts import Dimensions
@@ -45,4 +47,4 @@ class SequencePooling(nn.Module):
         return (weights.transpose(1, 2) @ x).squeeze(1)
 
 
-POOLINGS = {"class_token": ClassTokenPooling, "mean": MeanPooling, "sequence": SequencePooling}
+POOLINGS: dict[str, Any] = {"class_token": ClassTokenPooling, "mean": MeanPooling, "sequence": SequencePooling}

@@ -39,7 +39,7 @@ class AccumAdam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # without the overload for a closure
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -55,6 +55,7 @@ class AccumAdam(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         gradient = x.grad
+        assert gradient is not None  # `step` checks it
         if group["decoupled"]:
             x.mul_(1 - group["lr"] * group["weight_decay"])
         elif group["weight_decay"]:

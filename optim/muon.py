@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # without the overload for a closure
         for group in self.param_groups:
             if group["hidden"]:
                 self._step_hidden(group)
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[tensor]:
                 self.state[tensor]["momentum_buffer"] = torch.zeros_like(tensor)
         means = [self.state[tensor]["momentum_buffer"] for tensor in tensors]
-        gradients = [tensor.grad for tensor in tensors]
+        gradients = [cast("Tensor", tensor.grad) for tensor in tensors]
         if all_plain([*means, *gradients]):
             torch._foreach_lerp_(means, gradients, 1 - momentum)
             return list(torch._foreach_lerp(gradients, means, momentum))

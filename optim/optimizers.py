@@ -46,6 +46,8 @@ def adamw_schedule_free(groups: Groups, **params: Any) -> torch.optim.Optimizer:
     class AdamWScheduleFree(schedulefree.AdamWScheduleFree):
         """Skips empty groups: ZeRO stage 3 steps one group at a time, which the package counts as a step of all."""
 
+        param_groups: list[dict[str, Any]]
+
         def step(self, closure: None = None) -> None:
             groups = self.param_groups
             self.param_groups = [group for group in groups if group["params"]]

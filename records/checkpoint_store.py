@@ -205,12 +205,13 @@ def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint; None when every byte is as written."""
     try:
         *lines, rest = (folder / SUMS).read_text().split("\n")
-        sums = {
-            name: digest for digest, name in (re.fullmatch(r"([0-9a-f]{64})  (.+)", line).groups() for line in lines)
-        }
+        matches = [match for line in lines if (match := re.fullmatch(r"([0-9a-f]{64})  (.+)", line))]
+        if len(matches) < len(lines):
+            raise ValueError("a line of another form")
+        sums = {name: digest for digest, name in (match.groups() for match in matches)}
     except OSError as error:
         return f"{SUMS}: {error.strerror}"
-    except (AttributeError, ValueError):
+    except ValueError:
         return f"{SUMS} does not have the format that was written"
     if rest:
         return f"{SUMS} is cut short"

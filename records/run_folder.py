@@ -145,6 +145,7 @@ class RunFolder:
             self._lock = path.open("a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            assert self._lock is not None  # flock raised it, after the file was opened
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise RunError(

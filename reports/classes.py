@@ -59,7 +59,7 @@ def accuracies(confusion: np.ndarray, classes: list[str], title: str) -> Figure:
     low, high = wilson(correct, seen)
     rows: list[int | str] = []  # labels, each group preceded by its name
     for name, members in order_of_bars(accuracy, classes):
-        rows += ([name] if name else []) + members
+        rows += [*([name] if name else []), *members]
     columns = _columns(rows)
     longest = max(len(column) for column in columns)
     figure, panels = make_figure(

@@ -132,7 +132,7 @@ def several(runs: list[RunData], names: list[str]) -> Figure:
     figure, ((left, right),) = make_figure(11, 4.1 + 0.22 * -(-len(runs) // columns), 1, 2)
     split = "validation" if all("validation_accuracy" in run.metrics[-1] for run in runs) else "test"
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-        look = dict(color=COLORS[i % len(COLORS)], style=DASHES[i // len(COLORS) % len(DASHES)])
+        look: dict[str, Any] = dict(color=COLORS[i % len(COLORS)], style=DASHES[i // len(COLORS) % len(DASHES)])
         Line(name, *run.series("train_loss"), **look).draw(left)
         Line(name, *run.series(f"{split}_accuracy", 100.0), **look).draw(right)
     for axes in (left, right):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def preview(
     train = dataset.splits["train"]
     rows = np.linspace(0, len(train) - 1, count).astype(np.int64)
     few = replace(dataset, splits={"train": train.take(rows)})
-    common = dict(batch_size=count, source=source, image_side=image_side)
+    common: dict[str, Any] = dict(batch_size=count, source=source, image_side=image_side)
     columns = [next(iter(Batches(few, "train", **common).epoch()))[0]]
     training = Batches(few, "train", seed=seed, augmentation=replace(augmentation, repeats=1), **common)
     for epoch in range(epochs):

@@ -44,7 +44,7 @@ def optimizers() -> str:
     rows = ["| `optimizer.type` | what it is | `optimizer.params` it starts from |", "|---|---|---|"]
     for name, make in OPTIMIZERS.items():
         shown = ", ".join(f"`{key}={value!r}`" for key, value in OPTIMIZER_PARAMS[name].items())
-        rows.append(f"| `{name}` | {make.__doc__.splitlines()[0]} | {shown} |")
+        rows.append(f"| `{name}` | {(make.__doc__ or '').splitlines()[0]} | {shown} |")
     return "\n".join(rows)
 
 
@@ -60,7 +60,7 @@ def schedules() -> str:
             f"`{key}={[round(v, 3) for v in value] if isinstance(value, list) else value}`"
             for key, value in used.items()
         )
-        rows.append(f"| `{name}` | {shape.__doc__.splitlines()[0]} | {shown} |")
+        rows.append(f"| `{name}` | {(shape.__doc__ or '').splitlines()[0]} | {shown} |")
     return "\n".join(rows)
 
 

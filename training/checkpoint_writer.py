@@ -108,6 +108,8 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot, texts: dict[str, str], best_step: int) -> None:
         from safetensors.torch import save
 
+        assert self.record is not None and self.checkpoints is not None  # `write` returns on other processes
+        assert snapshot.tensors is not None
         invalid = next((key for key, tensor in snapshot.tensors.items() if tensor.isnan().any()), None)
         if invalid:
             raise RunError(
@@ -118,6 +120,7 @@ class CheckpointWriter:
         about = {"trained": json.dumps(TrainedModel.open(self.record.folder).metadata)}
         # The weights first: a run with its last checkpoint counts as finished, and must have its weights.
         for name, weights in snapshot.weights.items():
+            assert weights is not None
             write_atomically(self.record.folder / name, save(weights, metadata=about))
         self.checkpoints.write(snapshot.step, snapshot.tensors, texts, best_step)
 

@@ -168,6 +168,7 @@ class Loop:
             return
         self.progress.skipped_steps += 1
         monitor.in_a_row += 1
+        assert engine.grad_norm is not None  # by it, the engine decides what it skips
         bad, images = describe(
             engine,
             check_finite(step, index, loss.item(), float(engine.grad_norm)),

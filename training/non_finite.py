@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import RunError
 from common.files import write_atomically
-from dali_pipeline import Batches
+from dali_pipeline import Batches, Synthetic
 from parallel.engine import Engine
 from records.run_folder import Progress
 
@@ -59,8 +59,8 @@ class LossMonitor:
         steps, places, on_device, norms = zip(*self._noted, strict=True)
         self._noted.clear()
         losses = torch.stack(on_device).tolist()
-        norms = [0.0] * len(losses) if norms[0] is None else torch.stack(norms).tolist()
-        for step, index, loss, norm in zip(steps, places, losses, norms, strict=True):
+        values = [0.0] * len(losses) if norms[0] is None else torch.stack(norms).tolist()
+        for step, index, loss, norm in zip(steps, places, losses, values, strict=True):
             self.bad = self.bad or check_finite(step, index, loss, norm)
         return list(zip(steps, losses, strict=True))
 
@@ -73,7 +73,7 @@ def check_finite(step: int, index: int, loss: float, norm: float) -> NonFiniteSt
 
 
 def describe(
-    engine: Engine, bad: NonFiniteStep | None, training: Batches, progress: Progress, folder: Path | None
+    engine: Engine, bad: NonFiniteStep | None, training: Batches | Synthetic, progress: Progress, folder: Path | None
 ) -> tuple[NonFiniteStep, str]:
     """Return the first bad step of all processes, and a sentence about its images, listed in `folder`. Collective.
 
@@ -96,9 +96,9 @@ def describe(
     return first, f"its {len(names)} images, {example} and others, are listed in {os.path.relpath(path)}"
 
 
-def images_of(training: Batches, epoch: int, start: int, stop: int) -> list[str]:
+def images_of(training: Batches | Synthetic, epoch: int, start: int, stop: int) -> list[str]:
     """Return this process's images of batches `start` to `stop` of an epoch: position in the list, file, class."""
-    if training.source == "synthetic":
+    if isinstance(training, Synthetic):
         return ["noise"]
     split, classes = training.split, training.dataset.classes
     return [

@@ -35,6 +35,7 @@ class ResumePoint:
     def save_changes(self) -> None:
         """Record in run.json which conditions change at this step, for readers of the run's metrics."""
         if self.changed:
+            assert self.checkpoint is not None  # the conditions are compared with its
             facts = self.record.facts()
             facts.setdefault("changes", []).append({"after_step": step_of(self.checkpoint), "what": self.changed})
             self.record.create(facts)
@@ -114,7 +115,7 @@ def start_or_resume(
             problem = error
     raise_on_all_ranks(engine, problem)
     if engine.broadcast_object(point is not None and point.checkpoint is not None):
-        engine.load(point.checkpoint if point else Path())
+        engine.load(point.checkpoint if point and point.checkpoint else Path())
     if point:
         point.save_changes()
     return point

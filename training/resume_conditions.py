@@ -80,7 +80,8 @@ def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
 
 def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple[list[str], list[str]]:
     """Return sentences for the accepted changes of conditions, and for the rejected ones."""
-    accepted, refused = [], []
+    accepted: list[str] = []
+    refused: list[str] = []
     changed = {key for key in CHANGES if key in old and old[key] != new[key]}
     for key in (
         key for key in CHANGES if key in changed.difference(*(IMPLIED_CHANGES.get(cause, ()) for cause in changed))
