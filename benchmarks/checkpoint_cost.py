@@ -28,7 +28,7 @@ from config.command_line import Parser, at_least_one, run_cli
 from config.settings import resolve
 from optim.lr_schedule import Schedule
 from records.checkpoint_store import Checkpoints, Interval
-from records.provenance import provenance
+from records.provenance import commit_text, provenance
 from records.run_folder import Progress, RunFolder
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: ar
         "",
         f"{engine.name}, {engine.describe()}, {measured['bytes'] / 1e6:.1f} MB per checkpoint; "
         f"{len(measured['plain'])} rounds of {args.steps} steps; median (min .. max). "
-        f"Made with `benchmarks/checkpoint_cost.py`, commit {provenance()['commit'][:7]}.",
+        f"Made with `benchmarks/checkpoint_cost.py`, commit {commit_text(provenance(), 7)}.",
         "",
         "| | seconds |",
         "|---|---:|",

@@ -33,7 +33,7 @@ from benchmarks.lib.timing import machine
 from config.command_line import Parser, at_least_one
 from image_data.preparation.prepare import prepare
 from records.checkpoint_store import UNFINISHED
-from records.provenance import provenance
+from records.provenance import commit_text, provenance
 from records.run_folder import RunFolder
 
 # Dropout and augmentation are on, so that a resumed run depends on its random numbers. A validation split makes the run
@@ -209,7 +209,7 @@ def keep_table(out: Path, table: str, outcomes: list[Outcome], seconds: float) -
 
 A fault interrupts a run of 30 steps at a random moment, and the same command is started again. *Survived*: the final
 weights and every number of `metrics.jsonl` equal those of the undisturbed run, bit for bit. One CPU process, ZeRO stage
-1, a checkpoint every 2 steps, commit {facts["commit"][:7]}, made with
+1, a checkpoint every 2 steps, commit {commit_text(facts, 7)}, made with
 `benchmarks/fault_matrix.py --rounds {len(outcomes)}`.
 
 {table}

@@ -37,6 +37,7 @@ from common.machine import visible_gpus
 from common.paths import PROJECT
 from common.text import last_error
 from config.command_line import Parser
+from records.provenance import commit_text
 
 MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
 LEAST_SECONDS = 15.0  # a part with less time left is skipped
@@ -155,7 +156,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "# GPU check",
         "",
         *(f"- {key}: {value}" for key, value in device.items()),
-        f"- commit: {report['commit']}{' with uncommitted changes' * report['uncommitted_changes']}",
+        f"- commit: {commit_text(report)}",
         "- versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "",
         "| part | | seconds | result |",

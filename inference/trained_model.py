@@ -99,7 +99,7 @@ class TrainedModel:
             "preparation": self.preprocessing_text,
             "dataset": dataset["name"],
             "dataset_fingerprint": dataset["fingerprint"],
-            "commit": facts["commit"],
+            "commit": facts["commit"] or "unknown",
         }
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
 

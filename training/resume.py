@@ -16,6 +16,7 @@ from config.differences import differences
 from image_data.dataset import Dataset
 from parallel.engine import Engine
 from records.checkpoint_store import ENGINE, STATE, Checkpoints, disk_space_needed, find_damage, read_facts, step_of
+from records.provenance import changed_between, write_code_diff
 from records.run_folder import Progress, RunFolder
 from training.resume_conditions import MAY_DIFFER, MUST_MATCH, comparable, compare
 
@@ -70,6 +71,7 @@ def find_resume_point(
         check_room(record.folder, disk_space_needed(state_values, options.keep_checkpoints), options)
         record.lock()
         record.create(facts)
+        write_code_diff(record.folder, facts["code"])
         return ResumePoint(record, None, Progress(), messages)
     record.lock()
     checkpoint, damaged = Checkpoints(record.folder / "state", options.keep_checkpoints).newest_intact()
@@ -87,7 +89,8 @@ def find_resume_point(
         record.write_metrics("")  # the run was killed before its first checkpoint
         return ResumePoint(record, None, Progress(), messages)
     check_room(record.folder, sum(file.stat().st_size for file in checkpoint.iterdir()) * 3 // 2, options)
-    changed = check_conditions(record, checkpoint, new, options.allow_inexact_resume)
+    edited = changed_between(record.facts().get("code", {}), facts["code"])
+    changed = check_conditions(record, checkpoint, new, edited, options.allow_inexact_resume)
     messages += [
         f"from step {step_of(checkpoint):,} on not bitwise the same as an uninterrupted run: {text}" for text in changed
     ]
@@ -134,13 +137,23 @@ def raise_on_all_ranks(engine: Engine, problem: str | Exception | None) -> None:
         raise error if engine.is_main else SystemExit(EXIT_NOTHING_DONE if finished else 1)
 
 
-def check_conditions(record: RunFolder, checkpoint: Path, new: dict[str, Any], allowed: bool) -> list[str]:
-    """Return the changed conditions. Raises RunError for changes of the arithmetic, unless `allowed`."""
+def check_conditions(
+    record: RunFolder, checkpoint: Path, new: dict[str, Any], edited: list[str], allowed: bool
+) -> list[str]:
+    """Return the changed conditions. Raises RunError for changes of the arithmetic or the code, unless `allowed`.
+
+    Args:
+        edited: files of the run's code that have changed since the run started.
+    """
     from safetensors import safe_open
 
     with safe_open(checkpoint / STATE, "pt") as file:
         batch_norm = any(key.endswith("running_mean") for key in file.keys())  # noqa: SIM118
     accepted, refused = compare(read_facts(checkpoint, ENGINE).get("conditions", {}), new, batch_norm)
+    if edited:
+        refused.append(
+            f"the code has changed since the run started: {', '.join(edited[:3])}{' ...' * (len(edited) > 3)}"
+        )
     if refused and not allowed:
         raise RunError(
             f"{os.path.relpath(record.folder)} would not resume as the same training: {'; '.join(refused)}. "

@@ -58,7 +58,7 @@ IMPLIED_CHANGES = {"device": ("threads", "device_name"), "strategy": ("stage",)}
 BATCH_NORM = Change("micro-batch size", "BatchNorm computes its statistics per micro-batch", False)
 
 
-def conditions(engine: Engine, source: str, commit: str) -> dict[str, Any]:
+def conditions(engine: Engine, source: str, commit: str | None) -> dict[str, Any]:
     """Return the conditions of this process, under which a resumed run has the same bits (docs/resume.md)."""
     on_gpu = engine.device.type == "cuda"
     return {

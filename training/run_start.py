@@ -65,6 +65,8 @@ def start_run(
     writer = CheckpointWriter(engine, logging.checkpoint_every, now, record, checkpoints)
     if record:
         console.print_run(os.path.relpath(record.folder), facts, training.side, engine)
+        if facts["commit"] is None:
+            console.print_field("note", f"the commit of this project is unknown: {facts['commit_unknown']}")
     for text in point.messages if point else ():
         console.print_field("note", text)
     tracking = _start_tracking(engine, record, facts, logging, console)

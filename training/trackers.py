@@ -78,7 +78,7 @@ class TensorBoard(Tracker):
         if not step:
             self.writer.add_custom_scalars({"this run": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
             for name in ("settings", "command", "commit", "versions", "dataset"):
-                self.writer.add_text(name, as_markdown(facts[name]), 0)
+                self.writer.add_text(name, as_markdown(facts[name] or "unknown"), 0)
 
     def batch(self, pixels: np.ndarray) -> None:
         from reports.images import tile

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.lib.timing import Spread
+from records.provenance import commit_text
 
 Rows = Sequence[Sequence[str]]
 
@@ -28,7 +29,7 @@ def as_markdown(rows: Rows) -> str:
 def made_by(report: dict[str, Any]) -> str:
     """Return the commit and the versions of a report."""
     versions = ", ".join(f"{name} {version}" for name, version in report["machine"]["versions"].items())
-    return f"Commit {report['commit'][:10]}{' with uncommitted changes' * report['uncommitted_changes']}; {versions}."
+    return f"Commit {commit_text(report, 10)}; {versions}."
 
 
 def cell(values: Spread, form: str = ".2f") -> str:

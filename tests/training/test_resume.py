@@ -203,6 +203,21 @@ def test_a_write_that_fails_in_the_background_ends_the_run_with_a_sentence(train
 # --- changed conditions -------------------------------------------------------------------------------------------
 
 
+def test_resuming_under_edited_code_is_rejected_with_the_file_or_allowed_and_noted(training, runs, unbroken):
+    record = copy_of(unbroken, runs / "edited")
+    shutil.rmtree(record.folder / "state" / LAST)
+    facts = record.facts()
+    assert "models/attention.py" in facts["code"]["files"]
+    facts["code"]["files"]["models/attention.py"] = "0" * 16  # as if it had another content when the run started
+    (record.folder / "run.json").write_text(json.dumps(facts))
+    words = [*training, "--name", "edited"]
+    done = run("train.py", *words, code=1)
+    assert "the code has changed since the run started: models/attention.py. Start it as before" in done.err
+    run("train.py", *words, "--allow-inexact-resume")
+    (change,) = record.facts()["changes"]
+    assert change["what"] == ["the code has changed since the run started: models/attention.py"]
+
+
 def test_resuming_under_other_conditions_is_rejected_with_the_reason_or_allowed_and_noted(training, runs, unbroken):
     record = copy_of(unbroken, runs / "moved")
     shutil.rmtree(record.folder / "state" / LAST)
@@ -221,7 +236,7 @@ def test_resuming_under_other_conditions_is_rejected_with_the_reason_or_allowed_
         "note      from step 44 on not bitwise the same as an uninterrupted run: strategy: zero before, ddp "
         "now (same sums" in said
     )
-    assert "source of the images: tensor before, resident now" in said
+    assert "image source: tensor before, resident now" in said
     (change,) = record.facts()["changes"]
     assert change["after_step"] == 44 and len(change["what"]) == 2
     assert results(record)[:-1] == results(unbroken)[:-1] and len(results(record)) == EPOCHS
