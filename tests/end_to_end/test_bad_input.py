@@ -157,9 +157,7 @@ NEW = {  # none of these may leave a run folder
     "pixels that are a pickle": Case(["--data-dir", "{place}/pickled-pixels"], "packed/train.npy is damaged"),
     # weights to start from
     "no weights": Case(["--init-weights", "{place}/none.pt"], "none.pt: there is no such file"),
-    "pickled code": Case(
-        ["--init-weights", "{place}/bomb.pt"], "pickled Python objects besides tensors, which could run code"
-    ),
+    "pickled code": Case(["--init-weights", "{place}/bomb.pt"], "which could run code. If you trust it"),
     "weights cut short": Case(
         ["--init-weights", "{place}/cut.safetensors"], "cut.safetensors cannot be read as safetensors"
     ),
