@@ -121,13 +121,14 @@ class Dataset:
             raise DatasetError(
                 f"{folder} is damaged ({error}). Delete {folder}/dataset.json and run prepare_dataset.py again"
             ) from error
+        red, green, blue = (value or 1.0 for value in facts["std"])
         return cls(
             folder=folder,
             root=folder / facts["root"],
             classes=classes,
             image_side=facts["image_side"],
             mean=tuple(facts["mean"]),
-            std=tuple(value or 1.0 for value in facts["std"]),
+            std=(red, green, blue),
             fingerprint=facts["fingerprint"],
             splits=splits,
         )
