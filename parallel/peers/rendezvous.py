@@ -268,7 +268,7 @@ class PeerGroup:
                 member = own if participant.replica_id == self.id else parse_member(participant)
                 reason = misfit(member, own, self.most_outer_steps, self.most_steps)
             except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-                member, reason = None, str(error) or type(error).__name__
+                member, reason = None, str(error) or f"fails with {type(error).__name__}"
             if member is not None and not reason:
                 members.append(member)
             else:
