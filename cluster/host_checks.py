@@ -47,7 +47,8 @@ def check(hosts: list[Host], answers: list[Answer], here: dict[str, Any], on_cpu
 
 
 def _machines(present: list, here: dict, on_cpu: bool) -> list[Problem]:
-    problems, names = [], {}
+    problems = []
+    names: dict[str, str] = {}
     for host, answer in present:
         if not answer.get("identity"):
             continue
@@ -250,9 +251,9 @@ def _first_few(items: list[str], most: int = 3) -> str:
 
 def table(hosts: list[Host], answers: list[Answer], here: dict[str, Any], ports: dict[str, str], on_cpu: bool) -> str:
     """One row per host; `!` marks a cell that differs from what it should be."""
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     present = [answer for answer in answers if not isinstance(answer, Unreachable)]
-    wanted = next((answer["environment"] for answer in present if answer["environment"]), None)
+    wanted: dict[str, str] = next((answer["environment"] for answer in present if answer["environment"]), {})
     data = next((answer["data"] for answer in [here, *present] if answer["data"]), None)
     for host, answer in zip(hosts, answers, strict=True):
         if isinstance(answer, Unreachable):

@@ -49,7 +49,8 @@ def parse_line(line: str, where: str) -> tuple[str, int]:
 
 def parse(text: str, name: str = "hostfile") -> list[tuple[str, int]]:
     """Parse a hostfile into [(host, slots), ...] in its order. All processes meet on the first host."""
-    hosts, lines = [], {}
+    hosts: list[tuple[str, int]] = []
+    lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.split("#")[0].strip()
         if not line:

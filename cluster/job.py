@@ -149,10 +149,12 @@ class Agent:
         self.outgoing.put(words)
 
     def _write(self) -> None:
+        stdin = self.process.stdin
+        assert stdin is not None
         try:
             while True:
-                self.process.stdin.write(self.outgoing.get() + "\n")
-                self.process.stdin.flush()
+                stdin.write(self.outgoing.get() + "\n")
+                stdin.flush()
         except (OSError, ValueError):
             pass  # the end of its output is noticed in Job._handle
 
@@ -191,7 +193,8 @@ class Job:
         self.name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
         self.gone: list[tuple[int, int]] = []  # (index of the host, rank) in the order in which they ended
-        self.folder, self.batch = "", None
+        self.folder = ""
+        self.batch: tuple[int, int, int] | None = None
         self.failed_at = self.killed_at = self.stopped_at = self.done_at = 0.0
         self.agents = [self._start(i) for i in range(len(plan.hosts))]
         self.is_over = threading.Event()
@@ -257,7 +260,8 @@ class Job:
             for agent in self.agents:
                 agent.send(f"logs {self.folder}/logs/{self.name}/{agent.host.machine}")
         if found := BATCH.search(line):
-            self.batch = tuple(int(text.replace(",", "")) for text in found.groups())
+            batch, accumulation, processes = (int(text.replace(",", "")) for text in found.groups())
+            self.batch = batch, accumulation, processes
 
     def _lose(self, agent: Agent, how: str) -> None:
         agent.lost = how

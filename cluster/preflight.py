@@ -132,6 +132,7 @@ def listening(name: str, seconds: float = 15) -> Iterator[tuple[int, str]]:
     token = secrets.token_hex(16)
     words = {"role": "listen", "token": token, "seconds": seconds, "port": master_port() or 0}
     process = remote.start(name, ["python3", "-", json.dumps(words)])
+    assert process.stdin and process.stdout and process.stderr
     try:
         process.stdin.write((PROJECT / "cluster" / "reachability.py").read_text())
         process.stdin.close()
@@ -155,8 +156,8 @@ def find_rendezvous(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[R
     known = os.environ.get("MASTER_ADDR") or remote.address_of(first.name)
     candidates = (
         [known]
-        if os.environ.get("MASTER_ADDR")
-        else [*([known] if known in own else []), *(a for a in own if a != known)]
+        if known and os.environ.get("MASTER_ADDR")
+        else [*([known] if known and known in own else []), *(a for a in own if a != known)]
     )
     try:
         with listening(first.name) as (port, token):
@@ -210,12 +211,14 @@ def _tried(reached: dict[str, dict], port: int) -> str:
     return ", ".join(f"{address} port {port}: {result['error']}" for address, result in reached.items())
 
 
-def measure(hosts: list[Host], answers: list[dict[str, Any]]) -> list[str]:
+def measure(hosts: list[Host], answers: list[Answer]) -> list[str]:
     """Measure latency and bandwidth from each host to the next, one pair at a time so that no two share a link."""
     lines = []
     ring = list(zip(hosts, [*hosts[1:], hosts[0]], strict=True)) if len(hosts) > 2 else [(hosts[0], hosts[-1])]
     for source, target in ring if len(hosts) > 1 else []:
-        addresses = [address for _, address in answers[hosts.index(target)]["addresses"]]
+        answer = answers[hosts.index(target)]
+        assert not isinstance(answer, Unreachable)
+        addresses = [address for _, address in answer["addresses"]]
         try:
             with listening(target.name) as (port, token):
                 asked = {"role": "connect", "token": token, "port": port, "addresses": addresses[:1], "measure": True}

@@ -109,7 +109,7 @@ def address_of(name: str) -> str | None:
     """The IPv4 address of a host as seen from this machine; None if its name does not resolve."""
     machine = ssh_settings(name).get("hostname", name.split("@")[-1])
     try:
-        return socket.getaddrinfo(machine, None, socket.AF_INET)[0][4][0]
+        return str(socket.getaddrinfo(machine, None, socket.AF_INET)[0][4][0])
     except (OSError, UnicodeError):
         return None
 

@@ -205,6 +205,7 @@ def deepspeed_env() -> dict[str, str]:
 
 
 def plan(report: Report, arguments: list[str], environment: dict[str, str], runs: Path, limits: Limits) -> Plan:
+    assert report.rendezvous is not None
     return Plan(
         report.hosts,
         report.rendezvous,

@@ -69,7 +69,8 @@ def run_unblocked(main: Callable[[], int]) -> int:
 
     If the screen is still blocked `DRAIN_SECONDS` after the end, the process exits without the rest of the output.
     """
-    streams = sys.stdout, sys.stderr = QueuedStream(sys.stdout), QueuedStream(sys.stderr)
+    streams = QueuedStream(sys.stdout), QueuedStream(sys.stderr)
+    sys.stdout, sys.stderr = streams
     try:
         code = main()
     except SystemExit as end:

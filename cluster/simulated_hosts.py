@@ -170,9 +170,9 @@ class Hosts:
         )
         while "Server listening" not in read(f"{config}.log"):
             if self.sshds[name].poll() is not None:
-                raise HostsError(
-                    f"sshd of {name}: {self.sshds[name].stderr.read().strip()} {read(f'{config}.log').strip()}"
-                )
+                errors = self.sshds[name].stderr
+                assert errors is not None
+                raise HostsError(f"sshd of {name}: {errors.read().strip()} {read(f'{config}.log').strip()}")
             time.sleep(0.02)
 
     # --- using the hosts -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import remote
-from cluster.host_checks import Answer, stale_files
+from cluster.host_checks import stale_files
 from cluster.remote import Host, Unreachable, say
 
 # Top-level folders that belong to one machine or to its runs.
@@ -48,14 +48,14 @@ def fix_hosts(report: Any, what: dict[str, Any], inspect: Callable) -> Any:
         for host, answer in zip(report.hosts, report.answers, strict=True)
         if not isinstance(answer, Unreachable) and not remote.is_here(host.name)
     ]
-    failures = remote.at_once(lambda pair: _fix_host(*pair, own, what), pairs)
+    failures = remote.at_once(lambda pair: _fix_host(pair[0], pair[1], own, what), pairs)
     for (host, _), failure in zip(pairs, failures, strict=True):
         if failure:
             say(f"error: {host.name} {failure.reason}: {failure.fix}")
     return inspect(report.hosts, what)
 
 
-def _fix_host(host: Host, answer: Answer, own: dict[str, Any], what: dict[str, Any]) -> None:
+def _fix_host(host: Host, answer: dict[str, Any], own: dict[str, Any], what: dict[str, Any]) -> None:
     if not answer["rsync"]:
         raise Unreachable("has no rsync", "apt-get install rsync there")
     project = what["project"]

@@ -82,7 +82,9 @@ class Augmentation:
         self.settings, self.side, self.seed = settings, side, seed
         check(settings)
         s = settings
-        self.policies = [(POLICY, policy) for policy in (_policy(s, side),) if policy]
+        self.policies: list[tuple[int, RandAugment | TrivialAugment | AutoAugment | ColorJitter]] = [
+            (POLICY, policy) for policy in (_policy(s, side),) if policy
+        ]
         if s.brightness or s.contrast or s.saturation:
             self.policies.append((JITTER, ColorJitter(s.brightness, s.contrast, s.saturation)))
 

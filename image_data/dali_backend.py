@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import __version__ as DALI_VERSION
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def
+from nvidia.dali import types as dali_types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from image_data.auto_augment import (
 )
 from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
 from image_data.readers import FileReader, PackedReader
+
+types: Any = dali_types  # its enumerations come from C++, which static checks do not see
 
 PREFETCH = 2  # batches in flight inside DALI
 
@@ -185,6 +188,7 @@ def _decode_one(on_gpu: bool):
 
 def _graph(what: Graph, on_gpu: bool):
     S = what.side
+    images: Any
     if what.decode:
         encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
         images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
@@ -325,5 +329,5 @@ def _equalize(images, side):
 
 
 # DALI 2 moved these two operators out of its experimental module.
-EQUALIZE_OPERATOR = getattr(fn, "equalize", None) or fn.experimental.equalize
-FILTER_OPERATOR = getattr(fn, "filter", None) or fn.experimental.filter
+EQUALIZE_OPERATOR = getattr(fn, "equalize", None) or fn.experimental.equalize  # type: ignore[attr-defined]  # DALI 1
+FILTER_OPERATOR = getattr(fn, "filter", None) or fn.experimental.filter  # type: ignore[attr-defined]  # DALI 1

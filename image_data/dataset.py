@@ -113,6 +113,7 @@ class Dataset:
                 raise DatasetError(f"{folder}/dataset.json has format {facts['format']}; this version reads {FORMAT}")
             if facts["num_classes"] != len(classes) or any(facts["num_images"][n] != len(s) for n, s in splits.items()):
                 raise DatasetError(f"the lists in {folder} do not match its dataset.json")
+            red, green, blue = (value or 1.0 for value in facts["std"])
         except DatasetError as error:
             raise DatasetError(f"{error}. Delete {folder}/dataset.json and run prepare_dataset.py again") from None
         except PermissionError as error:
@@ -127,7 +128,7 @@ class Dataset:
             classes=classes,
             image_side=facts["image_side"],
             mean=tuple(facts["mean"]),
-            std=tuple(value or 1.0 for value in facts["std"]),
+            std=(red, green, blue),
             fingerprint=facts["fingerprint"],
             splits=splits,
         )

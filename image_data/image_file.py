@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -76,6 +76,7 @@ def decode_image(
         is_16_bit = _is_16_bit(image)  # known only before loading: Pillow then has 8-bit RGB
         image.load()
         kind, name = "16-bit" if is_16_bit else KINDS.get(image.mode, image.mode), image.format
+        assert name is not None  # only images that were not read from a file have no format
         return np.ascontiguousarray(UPRIGHT[_orientation(image, encoded)](_to_rgb(image, is_16_bit))), kind, name
 
 
@@ -122,7 +123,7 @@ def _check_size(image: Image.Image, max_megapixels: float | None) -> None:
         raise ValueError(f"{width}x{height} pixels {TOO_LARGE} {max_megapixels:g} megapixels")
 
 
-def _is_16_bit(image: Image.Image) -> bool:
+def _is_16_bit(image: ImageFile.ImageFile) -> bool:
     # Pillow opens a PGM with more than 8 bits in mode I, scaled to 16 bits.
     return any(";16" in str(tile[3]) for tile in image.tile) or (image.format == "PPM" and image.mode == "I")
 

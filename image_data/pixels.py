@@ -10,6 +10,6 @@ def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...])
     """Convert normalized images (..., 3, S, S) to displayable pixels: uint8 (..., S, S, 3)."""
     import torch
 
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
-    pixels = (images.float().cpu() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    shift, scale = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    pixels = (images.float().cpu() * scale + shift).mul(255).round().clamp(0, 255).to(torch.uint8)
     return pixels.movedim(-3, -1).numpy()

@@ -42,6 +42,7 @@ class PaddedPackedReader(PackedReader):
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device, padding: int):
         N, S, _, C = pixels.shape
         self.rows, self.padding = rows, padding
+        self.windows: Tensor | np.ndarray
         padded = np.zeros((N, C, S + 2 * padding, S + 2 * padding), dtype=np.uint8)
         padded[:, :, padding : padding + S, padding : padding + S] = pixels.transpose(0, 3, 1, 2)
         if device.type == "cuda":

@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     def set_up_qkv(self, rows: list[int], std: float) -> None:
         """Initialize the weights with `std` unless it is 0; record the rows of queries, keys and values for Muon."""
-        self.qkv.row_splits = tuple(rows)
+        self.qkv.row_splits = tuple(rows)  # type: ignore[assignment]  # modules take any attribute
         if std:
             trunc_normal(self.qkv.weight, std)
 
@@ -84,6 +84,8 @@ class Attention(nn.Module):
 
 class LocalitySelfAttention(Attention):
     """Locality self-attention (LSA): learned temperature, masked diagonal (arXiv 2112.13492, section 3.2)."""
+
+    others: Tensor
 
     def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
         super().__init__(dims, qkv_std)

@@ -6,6 +6,8 @@ in that format, and neither direction copies anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 from common.errors import SettingsError, unknown
 from models.parts import Dimensions
 
-NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(1, channels)}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(1, channels),
+}
 
 
 def check_norm(part: str, norm: str) -> None:

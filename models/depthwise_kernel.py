@@ -20,6 +20,9 @@ DEPTHWISE_KERNEL=off in the environment, or `set_enabled(False)`, selects the Py
 TRITON_INTERPRET=1, set before Triton is imported, the kernels run on a CPU, slowly.
 """
 
+# Triton's kernels build tuples step by step, and Triton compiles no annotations.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import logging

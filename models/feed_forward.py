@@ -19,6 +19,8 @@ gets no LayerNorm before it. For two feed-forwards per block see `--set model.bl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +53,7 @@ class GEGLU(nn.Module):
     """Gated linear unit with GELU; hidden=0 means 8/3 C, the parameter count of the MLP (arXiv 2002.05202)."""
 
     num_matrices = 3
-    gate = staticmethod(F.gelu)
+    gate: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
 
     def __init__(self, dims: Dimensions, hidden: int = 0):
         super().__init__()
@@ -102,7 +104,8 @@ class DepthwiseResidual(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
 
-    def forward(self, x: Tensor, grid: int, num_prefix: int) -> Tensor:
+    def forward(self, x: Tensor, grid: int, num_prefix: int) -> Tensor:  # type: ignore[override]
+        assert self.bias is not None
         if depthwise_kernel.usable(x):
             return depthwise_kernel.conv_gelu(x, self.weight, self.bias, grid, num_prefix)
         return depthwise_kernel.plain(x, self.weight, self.bias, grid, num_prefix)

@@ -38,7 +38,9 @@ def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
     weights = to_our_names(model, stored, path)
     ours, theirs, head, tables = model.state_dict(), external_names(model), head_names(model), position_names(model)
     fitting: Weights = {}
-    replaced, resampled, misfits = [], [], []
+    replaced: list[str] = []
+    resampled: list[str] = []
+    misfits: list[str] = []
     for name in ours.keys() & weights.keys():
         old, new = weights[name], ours[name]
         fits = old if old.shape == new.shape else resample_positions(old, new.shape) if name in tables else None
@@ -126,6 +128,7 @@ def to_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
     """
     theirs = external_names(model)
     weights = {theirs.get(name, name): tensor for name, tensor in weights.items()}
+    layer: Any
     for layer in model:
         if hasattr(layer, "adapt_weights"):
             try:
@@ -141,6 +144,7 @@ def to_our_names(model: nn.Sequential, weights: Weights, path: Path) -> Weights:
 def external_names(model: nn.Sequential) -> dict[str, str]:
     """Return our name -> the library's name, for every tensor of a wrapped module."""
     names = {}
+    layer: Any
     for i, layer in model.named_children():
         if hasattr(layer, "name_prefixes"):
             our_prefix, their_prefix = layer.name_prefixes
@@ -150,7 +154,8 @@ def external_names(model: nn.Sequential) -> dict[str, str]:
 
 def head_names(model: nn.Sequential) -> set[str]:
     """Return the names of the classifier's tensors: those of `head_modules` of a layer, else of the last linear map."""
-    heads = [head for layer in model if hasattr(layer, "head_modules") for head in layer.head_modules()]
+    layers: list[Any] = list(model)
+    heads = [head for layer in layers if hasattr(layer, "head_modules") for head in layer.head_modules()]
     heads = heads or [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     paths = [path for path, module in model.named_modules() if any(module is head for head in heads)]
     return {f"{path}.{name}" for path in paths for name in model.get_submodule(path).state_dict()}

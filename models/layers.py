@@ -24,7 +24,7 @@ def uses_settings(*names: str) -> Callable[[Architecture], Architecture]:
     """
 
     def mark(build: Architecture) -> Architecture:
-        build.used_settings = frozenset(names)
+        build.used_settings = frozenset(names)  # type: ignore[attr-defined]  # functions take any attribute
         return build
 
     return mark
@@ -57,6 +57,8 @@ def init_linear(module: nn.Module) -> None:
 
 class DropPath(nn.Module):
     """Stochastic depth: in training, skips a residual branch for a random share of the images (arXiv 1603.09382)."""
+
+    keep: Tensor
 
     def __init__(self, probability: float):
         super().__init__()

@@ -169,8 +169,8 @@ def count_halvings(name: str, patch: int, first: int, blocks: int) -> int:
 
 def mark_inner_steps(steps: nn.Sequential) -> None:
     """Let Muon train all convolutions but the first, which reads the images (see `optim/param_groups.py`)."""
-    for step in steps[1:]:
-        step.is_input_or_output_layer = False
+    for step in list(steps)[1:]:
+        step.is_input_or_output_layer = False  # type: ignore[assignment]  # modules take any attribute
 
 
 PATCH_EMBEDDINGS = {

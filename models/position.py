@@ -45,6 +45,8 @@ class SinCosPosition(NoPosition):
     MoCo v3; big_vision (arXiv 2205.01580) divides by n - 1 instead.
     """
 
+    table: Tensor
+
     def __init__(self, dims: Dimensions):
         super().__init__(dims)
         angles = grid_angles(dims, dims.width, base=10_000.0, setting="model.width")
@@ -71,6 +73,9 @@ class Rotation(nn.Module):
 
     Only patch tokens are rotated. CLS tokens before them and head tokens after them are unchanged.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, dims: Dimensions, base: float):
         super().__init__()

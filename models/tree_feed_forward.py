@@ -19,6 +19,8 @@ gradients in a nondeterministic order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +83,7 @@ class Tree(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # (B T, C)
         y = EVALUATIONS[self.evaluation](self, tokens).view_as(x)
-        if self.dense_in is not None:
+        if self.dense_in is not None and self.dense_out is not None:
             y = y + self.dense_out(F.gelu(self.dense_in(x)))
         return self.dropout(y)
 
@@ -107,6 +109,7 @@ class Tree(nn.Module):
         """Evaluate only the neurons on the path, (N, C) -> (N, C): the evaluation `path`."""
         y = torch.zeros_like(tokens)
         node = tokens.new_zeros(len(tokens), dtype=torch.long)  # index within its level, from 0
+        level: Any
         for level in self.levels:
             rows_in, rows_out = (
                 F.embedding(node, rows.view(-1, self.group * rows.shape[1])).view(len(node), self.group, -1)

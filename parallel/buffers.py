@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,12 +41,13 @@ def normalize_in_fp32(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.forward = MethodType(_forward_in_fp32, module)
+            module.forward = MethodType(_forward_in_fp32, module)  # type: ignore[method-assign]  # of this module only
 
 
 def _forward_in_fp32(module: _BatchNorm, x: Tensor) -> Tensor:
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-    module._parameters.update({name: parameter.float() for name, parameter in own.items()})
+    floats: dict[str, Any] = {name: parameter.float() for name, parameter in own.items()}
+    module._parameters.update(floats)
     try:
         return type(module).forward(module, x.float()).to(x.dtype)  # of the class, which may extend BatchNorm
     finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +93,7 @@ class Compiled:
         # buckets.
         torch._dynamo.config.optimize_ddp = mode in GRAPHS
         torch._dynamo.config.suppress_errors = or_plain
-        options = {"mode": mode} if mode in GRAPHS else {}
+        options: dict[str, Any] = {"mode": mode} if mode in GRAPHS else {}
         if any(
             parameter.data_ptr() % ALIGNMENT
             for parameter in network.parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +26,8 @@ class Engine(TorchEngine):
         return DistributedDataParallel(model, device_ids=device, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        return nullcontext() if last or self.data_shard[1] == 1 else self.spread_model.no_sync()
+        spread = cast(DistributedDataParallel, self.spread_model)
+        return nullcontext() if last or self.data_shard[1] == 1 else spread.no_sync()
 
     def finish_step(self) -> None:
         self.shared_buffers.average()

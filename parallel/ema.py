@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import SettingsError
 from config.settings import EmaSettings
@@ -56,6 +57,15 @@ class WeightAveraging:
     """
 
     ema: WeightAverage | None = None
+    step: int
+
+    if TYPE_CHECKING:
+
+        def master_weights(self) -> tuple[torch.optim.Optimizer, list[Tensor]]: ...
+
+        def network(self) -> nn.Module: ...
+
+        def sync_from_masters(self) -> None: ...
 
     def start_average(self, settings: EmaSettings) -> None:
         """Start the EMA once network and optimizer exist. Raises SettingsError."""

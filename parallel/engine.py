@@ -294,7 +294,8 @@ class Engine(WeightAveraging, Collectives, ABC):
             if scores is not None:
                 counts.add(scores, labels)
         counts.reduce()
-        return EvalCounts(*counts.counts.tolist(), counts.loss_sum.item())
+        correct, correct_top5, seen = counts.counts.tolist()
+        return EvalCounts(correct, correct_top5, seen, counts.loss_sum.item())
 
     def close(self, failed: bool = False) -> None:
         """Leave the process group, after waiting for the others unless this process `failed`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class RowSharding(MatrixSharding):
     def __init__(self, parameter: DTensor):
         self.mesh, self.placements = parameter.device_mesh, parameter.placements
 
-    def whole(self, part: DTensor) -> list[Tensor]:
+    def whole(self, part: DTensor) -> list[Tensor]:  # type: ignore[override]
         return [part.full_tensor()]
 
     def part(self, whole: Sequence[Tensor]) -> DTensor:
@@ -44,9 +45,9 @@ class Engine(TorchEngine):
         check_no_scalar_parameters(model, "fully_shard")
         self.shared_buffers = SyncedBuffers(model)
         mesh = init_device_mesh(self.device.type, (self.data_shard[1],))
-        for layer in model:
+        for layer in cast(nn.Sequential, model):
             fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        return cast(nn.Module, fully_shard(model, mesh=mesh, reshard_after_forward=True))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         optimizer = super().make_optimizer()
@@ -57,7 +58,7 @@ class Engine(TorchEngine):
         return optimizer
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        self.spread_model.set_requires_gradient_sync(last)
+        cast(Any, self.spread_model).set_requires_gradient_sync(last)
         return nullcontext()
 
     def finish_step(self) -> None:

@@ -58,7 +58,9 @@ class MultiWorkerEngine(TorchEngine):
     # --- every worker's state, under its rank ------------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
-        states = tensor_transfer.gather_tensors(self.state_tensors(keep=True))
+        own = self.state_tensors(keep=True)
+        assert own is not None
+        states = tensor_transfer.gather_tensors(own)
         return (
             None
             if states is None
@@ -66,7 +68,7 @@ class MultiWorkerEngine(TorchEngine):
         )
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:
-        states = None
+        states: list[dict[str, Tensor]] | None = None
         if state is not None:
             states = [{} for _ in range(dist.get_world_size())]
             for key, tensor in state.items():

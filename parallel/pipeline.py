@@ -36,7 +36,7 @@ class Stages(PipelineModule):
         self.cuts = cuts
         with contextlib.redirect_stdout(io.StringIO()):  # it prints every layer
             super().__init__(layers, num_stages=len(cuts) - 1, **keywords)
-        self._layer_specs = []  # it would keep the other stages' layers in memory
+        self._layer_specs: list[Any] = []  # it would keep the other stages' layers in memory
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.cuts
@@ -84,9 +84,10 @@ class Engine(zero.Engine):
     def random_stream(self) -> int:
         return dist.get_rank()  # stages must not repeat one another's dropout masks
 
-    def start(self, model: nn.Sequential, config: dict[str, Any]) -> None:
+    def start(self, model: nn.Sequential, config: dict[str, Any]) -> None:  # type: ignore[override]
         cuts = cut_layers(model, self.settings, self.batch_sizes.micro, self.device, self.broadcast_object)
-        self.cuts, self.shape = cuts, None
+        self.cuts = cuts
+        self.shape: torch.Size | None = None
         self.groups_needed = max(len(self._groups(model, stage)) for stage in range(self.num_stages))
         # It uses the existing process group; Stages needs it.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -126,7 +127,7 @@ class Engine(zero.Engine):
     def skip_bad_steps(self) -> None:
         engine.Engine.skip_bad_steps(self)
 
-    def forward(self, images: Tensor) -> Tensor | None:
+    def forward(self, images: Tensor) -> Tensor | None:  # type: ignore[override]  # as contract.Engine
         self._expect(images)
         no_labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         self.engine.total_loss = None  # otherwise it adds these scores to the last step's loss

@@ -47,7 +47,7 @@ def cut_layers(
         weights = broadcast_object(layer_microseconds(model, batch_size, settings.image_side, device) if main else None)
     cuts = [int(cut) for cut in partition_balanced(weights, stages)]
     for stage, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
-        if not any(count_parameters(layer) for layer in model[start:stop]):
+        if not any(count_parameters(layer) for layer in list(model)[start:stop]):
             raise SettingsError(
                 f"stage {stage} of the pipeline would have no parameters (boundaries {cuts}); "
                 "choose fewer parallel.stages or another parallel.partition"

@@ -43,10 +43,10 @@ def check_environment() -> None:
     if not re.fullmatch(r"\d*\.?\d*", os.environ.get("HANG_SECONDS", "")):
         raise SettingsError(f"HANG_SECONDS={os.environ['HANG_SECONDS']} is not a number of seconds; unset it")
     if "RANK" not in os.environ:
-        world_size = os.environ.get("WORLD_SIZE", "1")
-        if world_size != "1":
+        given_size = os.environ.get("WORLD_SIZE", "1")
+        if given_size != "1":
             raise SettingsError(
-                f"WORLD_SIZE={world_size} is set, but RANK is not; unset WORLD_SIZE, or start with a launcher"
+                f"WORLD_SIZE={given_size} is set, but RANK is not; unset WORLD_SIZE, or start with a launcher"
             )
         return
     missing = [name for name in RANK_VARIABLES if not os.environ.get(name)]
@@ -130,7 +130,9 @@ def _join(device: torch.device, timeout_seconds: float) -> None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     store = make_store(limit)
-    numbers = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])) if store else {}
+    numbers: dict[str, Any] = {}
+    if store:
+        numbers = dict(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, store=store, **numbers)
 
 

@@ -15,6 +15,7 @@ State = dict[str, Tensor]
 def broadcast_tensors(state: State | None) -> State:
     """Return the main process's tensors on the CPU of every process. Collective."""
     if dist.get_world_size() == 1:
+        assert state is not None
         return state
     own = [(key, value.shape, value.dtype) for key, value in state.items()] if state is not None else None
     shared = {}
@@ -36,6 +37,7 @@ def scatter_tensors(states: list[State] | None) -> State:
     """Inverse of `gather_tensors`: send each process its own tensors. Collective."""
     if dist.get_rank():
         return _receive(0)
+    assert states is not None
     for rank, state in enumerate(states):
         if rank:
             _send(state, rank)

@@ -46,7 +46,7 @@ class TorchEngine(engine.Engine):
         self.spread_model = self.wrap_model(self.model)
         # By the names of the plain model; where `wrap_model` shards the parameters, these are the shards.
         self.parameters = dict(self.model.named_parameters())
-        self.trainable = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        self.trainable: list[Tensor] = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         self.optimizer = self.make_optimizer()
         self.keeper: BufferSnapshot | None = None  # only with --skip-bad-steps
         self.finish_setup()
@@ -103,6 +103,7 @@ class TorchEngine(engine.Engine):
         self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
         self.before_step()
         if self.skipped:
+            assert self.keeper is not None
             self.keeper.restore()
         else:
             self.optimizer.step()
@@ -164,7 +165,7 @@ class TorchEngine(engine.Engine):
         named |= {f"weights/{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
         named |= {f"ema/{name}": average for name, average in self._averages().items()}
         state = self._full(named, keep)
-        return {**state, **scalars} if keep else None
+        return {**state, **scalars} if state is not None else None
 
     def _averages(self) -> dict[str, Tensor]:
         """Return the EMA tensors by the names of what they average."""
@@ -201,7 +202,7 @@ class TorchEngine(engine.Engine):
             buffer.copy_(state[f"weights/{name}"])
         restore_counters(self.optimizer, self.step, self.schedule)
         averages = self._averages()
-        if averages and not any(key.startswith("ema/") for key in state):
+        if self.ema is not None and averages and not any(key.startswith("ema/") for key in state):
             self.ema.restart()
         else:
             for name, average in averages.items():

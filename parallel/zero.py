@@ -197,6 +197,7 @@ class Engine(contract.Engine):
             losses.append(loss.detach())
         self.note_norm()
         if self.skipped:
+            assert self.keeper is not None
             self.keeper.restore()
         self.shared_buffers.average()
         self.step += 1
@@ -268,7 +269,8 @@ class Engine(contract.Engine):
             dist.broadcast(value, src=0)
             return value
 
-        self.load_tensors(*self.broadcast_object(None if state is None else keys_of(state)), receive)
+        keys, scalars = self.broadcast_object(None if state is None else keys_of(state))
+        self.load_tensors(keys, scalars, receive)
 
     def load_tensors(self, keys: set[str], scalars: dict[str, Tensor], receive: Receive) -> None:
         """Load this process's part of the state; `receive` returns the full tensor of a key. Collective."""

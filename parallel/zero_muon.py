@@ -38,8 +38,8 @@ class PerParameterSharding(MatrixSharding):
     """Stage 3: every parameter is divided into equal, padded shares; a process's shares are concatenated."""
 
     def __init__(self, members: Sequence[nn.Parameter], group: dist.ProcessGroup):
-        self.shapes, self.group = [p.ds_shape for p in members], group
-        self.shares = [p.ds_tensor.numel() for p in members]
+        self.shapes, self.group = [p.ds_shape for p in members], group  # type: ignore[attr-defined]  # ZeRO's
+        self.shares = [p.ds_tensor.numel() for p in members]  # type: ignore[attr-defined]  # ZeRO's
 
     def whole(self, part: Tensor) -> list[Tensor]:
         pieces = gathered(part, self.group).split(self.shares, dim=1)  # (processes, share) each

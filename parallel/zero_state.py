@@ -65,7 +65,7 @@ class OptimizerParts:
 
     def keys_by_parameter(self) -> dict[nn.Parameter, list[str]]:
         """Return the names of per-element states, such as Adam's `exp_avg`; none before the first step."""
-        found = {}
+        found: dict[nn.Parameter, list[str]] = {}
         for tensor, members in zip(self.updated, self.members, strict=True):
             keys = sorted(
                 key for key, value in self.inner.state.get(tensor, {}).items() if torch.is_tensor(value) and value.ndim
@@ -155,7 +155,7 @@ class OptimizerParts:
 
 def _partition(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """Return this process's share of a full tensor at stage 3; the last share is padded with zeros."""
-    size = parameter.ds_tensor.numel()
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # ZeRO's
     padded = value.new_zeros(size * dist.get_world_size())
     padded[: value.numel()] = value.flatten()
     return padded[size * dist.get_rank() :][:size]
@@ -163,7 +163,7 @@ def _partition(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 def gather_weights(network: nn.Module, parts: OptimizerParts, keep: bool) -> dict[str, Tensor] | None:
     """Return parameters in fp32 and buffers by `weights/<name>`; None without `keep`. Collective."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         _add(state, keep, f"weights/{name}", parts.master(parameter).float())
     for name, buffer in persistent_buffers(network).items():

@@ -19,7 +19,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -109,7 +109,7 @@ def _members(archive: Path, limit_gib: float | None) -> Iterator[list[Member]]:
             _refuse_unreadable(archive, file.infolist())
             kinds = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link"}
             names = _zip_names(archive, file.infolist())
-            entries = [
+            entries: Iterable[tuple[str, str, int, Callable]] = [
                 (
                     name,
                     "folder" if info.is_dir() else kinds.get(stat.S_IFMT(info.external_attr >> 16), "device"),
@@ -200,7 +200,7 @@ def _tar_kind(info: tarfile.TarInfo) -> str:
     return "symbolic link" if info.issym() else "hard link" if info.islnk() else "device"
 
 
-def _safe(archive: Path, entries: Iterator[tuple[str, str, int, Callable]], limit_gib: float | None) -> list[Member]:
+def _safe(archive: Path, entries: Iterable[tuple[str, str, int, Callable]], limit_gib: float | None) -> list[Member]:
     """Reject unsafe names and sizes; drop folders and files left by operating systems."""
     members, refused, total = [], [], 0
     default = max(ALWAYS_ALLOWED_GIB, MAX_RATIO * os.path.getsize(archive) / 2**30)
@@ -254,7 +254,7 @@ def _root_of_classes(archive: Path, members: list[Member]) -> tuple[str, ...]:
     folders = {member.parts[:-1] for member in members if _is_image(member)}
     if len(folders) < 2:
         raise PrepareError(f"{archive} holds images in {len(folders)} folder(s). Expected one folder per class")
-    return os.path.commonprefix(sorted(folders))
+    return tuple(os.path.commonprefix(sorted(folders)))
 
 
 def _is_image(member: Member) -> bool:

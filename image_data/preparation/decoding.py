@@ -109,16 +109,18 @@ def decode_split(
     file = open(packed, "wb") if packed else None
     try:
         if file:
+            assert side is not None
             file.write(_npy_header(0, side))
         for part in progress(results, len(paths), what, weigh=lambda part: len(part.kept) + len(part.broken)):
             facts.add(part)
-            if file and set(part.sizes) - {(side, side)}:
+            if file and packed and set(part.sizes) - {(side, side)}:
                 file.close()
                 packed.unlink()
                 file = None
             elif file:
                 file.write(part.pixels)
         if file:
+            assert side is not None
             file.seek(0)
             file.write(_npy_header(len(facts.kept), side))
     finally:

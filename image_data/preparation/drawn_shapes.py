@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,7 +30,7 @@ def _beyond(u: np.ndarray, v: np.ndarray, degrees: int) -> np.ndarray:
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     # A point lies in the star if it is on the inner side of at least four of the five lines through the tips.
-    return sum((_beyond(u, v, 180 + 72 * k) <= 79).astype(np.int64) for k in range(5)) >= 4  # 79 = 256 cos 72 degrees
+    return np.sum([_beyond(u, v, 180 + 72 * k) <= 79 for k in range(5)], axis=0) >= 4  # 79 = 256 cos 72 degrees
 
 
 def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -75,7 +76,7 @@ def draw(name: str, side: int, seed: list[int]) -> np.ndarray:
     """Draw one image of the shape `name`: uint8 (side, side, 3)."""
     bits = np.random.PCG64(seed)
 
-    def pick(low: int, high: int, count: int | None = None) -> np.ndarray:
+    def pick(low: int, high: int, count: int | None = None) -> Any:
         return (
             (bits.random_raw(count) % np.uint64(high - low + 1)).astype(np.int64) + low
             if count

@@ -95,7 +95,8 @@ def list_tree(root: Path, test_fraction: float | None = None, name: str = "") ->
     Raises:
         PrepareError: the tree is not a dataset.
     """
-    name, warnings = name or str(root), []
+    name = name or str(root)
+    warnings: list[str] = []
     if test_fraction is None:
         folders = _split_folders(root, name, warnings)
         by_class = {split: _images_by_class(root, folder, warnings) for split, folder in folders.items()}

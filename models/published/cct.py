@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.qkv.row_splits = (width,) * 3  # queries, keys, values
+        self.qkv.row_splits = (width,) * 3  # type: ignore[assignment]  # queries, keys, values
         self.project = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.feed_forward = MLP(width, hidden)

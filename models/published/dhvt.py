@@ -77,7 +77,7 @@ class HeadTokenAttention(nn.Module):
         self.head_norm = nn.LayerNorm(width // heads)
         self.head_positions = nn.Parameter(torch.empty(heads, width))
         self.qkv = nn.Linear(width, 3 * width)
-        self.qkv.row_splits = (width,) * 3  # queries, keys, values
+        self.qkv.row_splits = (width,) * 3  # type: ignore[assignment]  # queries, keys, values
         self.project = nn.Linear(width, width)
         trunc_normal(self.head_positions, std=0.02)
 

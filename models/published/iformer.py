@@ -85,7 +85,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.pooled = heads, pooled
         self.qkv = nn.Linear(heads * HEAD_SIZE, 3 * heads * HEAD_SIZE)
-        self.qkv.row_splits = (heads * HEAD_SIZE,) * 3  # queries, keys, values
+        self.qkv.row_splits = (heads * HEAD_SIZE,) * 3  # type: ignore[assignment]  # queries, keys, values
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pooled:

@@ -29,7 +29,8 @@ def to_layers(network: ResNet) -> list[nn.Module]:
         named += [(f"{group}.{name}.", block) for name, block in getattr(network, group).named_children()]
     named.append(("", head))
     for prefix, layer in named:
-        layer.name_prefixes = ("", prefix)  # our tensors "<name>" are torchvision's "<prefix><name>"
+        # our tensors "<name>" are torchvision's "<prefix><name>"
+        layer.name_prefixes = ("", prefix)  # type: ignore[assignment]  # modules take any attribute
     return [layer for _, layer in named]
 
 

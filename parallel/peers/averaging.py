@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,9 +31,10 @@ class Averaging:
         connect_seconds: float,
         patience_seconds: float,
     ):
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo  # PyTorch's type stubs lack its options and operations
+        options = gloo._Options()
         options._devices, options._timeout = [device], timedelta(seconds=connect_seconds)
-        self.group = dist.ProcessGroupGloo(store, rank, len(members), options)
+        self.group: Any = gloo(store, rank, len(members), options)
         self.rank, self.members, self.patience = rank, members, timedelta(seconds=patience_seconds)
 
     def sync_outer_state(self, outer: Tensor, leader: Member) -> Tensor | None:

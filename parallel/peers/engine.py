@@ -105,6 +105,7 @@ class Engine(zero.Engine):
         self._raise(self.broadcast_object(problem))
         self._make_outer()
         if self.is_main:
+            assert self.meeting.endpoint is not None
             self.say(f"peers     listening at {self.meeting.endpoint.text}; another peer joins with")
             self.say(f"          {join_command(facts, self.meeting.endpoint.text)}")
             if self.meeting.join:
@@ -134,6 +135,7 @@ class Engine(zero.Engine):
         values, future = self._gather(), None
         worked_seconds = time.monotonic() - self.began
         if self.is_main:
+            assert values is not None
             share = min(1.0, self.alone / self.local_steps)
             state = PeerState(self.outer_steps, self.step, share, values, self._outer_vector())
             future = background(self.meeting.exchange, state, joining)
@@ -181,6 +183,7 @@ class Engine(zero.Engine):
             self.outer_steps = self.step // self.local_steps
 
     def _outer_vector(self) -> Tensor:
+        assert self.outer is not None
         state = self.outer.state()
         anchor = [state[f"outer/anchor/{name}"] for name in self.outer.anchor]
         momentum = [
@@ -190,6 +193,7 @@ class Engine(zero.Engine):
         return torch.cat([value.flatten() for value in (*anchor, *momentum)])
 
     def _set_outer_vector(self, vector: Tensor) -> None:
+        assert self.outer is not None
         parts = iter(vector.split([anchor.numel() for anchor in self.outer.anchor.values()] * 2))
         self.outer.set_state(
             {
@@ -201,6 +205,7 @@ class Engine(zero.Engine):
 
     def _outer_step(self, outcome: ExchangeResult) -> Tensor:
         """The values with which every peer continues."""
+        assert self.outer is not None
         if outcome.outer is not None:
             self._set_outer_vector(outcome.outer)
         self.outer_steps, self.step = outcome.count, outcome.step
@@ -292,6 +297,7 @@ class Engine(zero.Engine):
         state = super().gather_state()
         if state is None:
             return None
+        assert self.outer is not None
         return {**state, **self.outer.state(), "outer/progress": torch.tensor([self.outer_steps, self.alone])}
 
     def scatter_state(self, state: dict[str, Tensor] | None) -> None:

@@ -20,7 +20,7 @@ class Heartbeat(threading.Thread):
 
     def __init__(self, endpoint: str, peer: str, is_alive: Callable[[], bool]):
         super().__init__(name=f"heartbeat to {endpoint}", daemon=True)
-        self.endpoint, self.peer, self.is_alive = endpoint, peer, is_alive
+        self.endpoint, self.peer, self.peer_is_alive = endpoint, peer, is_alive
         self.ended = threading.Event()
         self.tried = False
         self._client: Any = None
@@ -37,7 +37,7 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         limit = timedelta(seconds=SILENT_SECONDS / 2)
         while not self.ended.is_set():
-            if self.is_alive():
+            if self.peer_is_alive():
                 try:
                     client = self._client or coordination().LighthouseClient(
                         lighthouse_of(self.endpoint), connect_timeout=limit

@@ -42,7 +42,7 @@ class PeerState:
 
     def state_hash(self) -> str:
         """A hash that is equal for peers whose outer states are equal bit for bit."""
-        return hashlib.blake2b(self.outer.numpy(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.outer.numpy(), digest_size=8).hexdigest()  # type: ignore[arg-type]  # a buffer
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.values).all() and torch.isfinite(self.outer).all())
@@ -162,7 +162,8 @@ def without_unreachable(members: Iterable[Member]) -> tuple[list[Member], list[M
     While a pair has no path, the member of the most such pairs is left out, of equals the youngest. All members compute
     this from the same announcements, so they agree. A peer that wrongly reports everybody leaves out itself.
     """
-    kept, left_out = list(members), []
+    kept = list(members)
+    left_out: list[Member] = []
     while True:
         ids = {member.id for member in kept}
         pairs = {frozenset((member.id, other)) for member in kept for other in member.unreachable & ids - {member.id}}

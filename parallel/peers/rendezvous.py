@@ -116,6 +116,7 @@ class PeerGroup:
 
     def _handshake(self, facts: dict[str, Any]) -> list[str]:
         """The endpoints at which the run meets. Raises as `open` does."""
+        assert self.join is not None
         try:
             store = open_store(self.join, 10.0)
             theirs, endpoints = json.loads(store.get("facts")), json.loads(store.get("places"))
@@ -141,6 +142,7 @@ class PeerGroup:
 
     def _update_endpoints(self, endpoints: list[str]) -> None:
         """Meet at the first of these endpoints that answers: the preferred one first, this peer's own last."""
+        assert self.endpoint is not None
         self.endpoints = list(dict.fromkeys([self.preferred_endpoint, *endpoints, self.endpoint.text]))
         self.endpoint.store.set("places", json.dumps(self.endpoints))
         for endpoint in self.beats.keys() - set(self.endpoints):
@@ -223,6 +225,7 @@ class PeerGroup:
 
     def _announce(self, state: PeerState) -> Member:
         """This peer's own announcement. If its values are not finite, they do not count in the mean."""
+        assert self.endpoint is not None
         finite = state.is_finite()
         return Member(
             id=self.id,
@@ -260,12 +263,13 @@ class PeerGroup:
         """The participants that can exchange with this peer; only this peer if it is the one to be left out."""
         members = []
         for participant in participants:
+            member: Member | None
             try:
                 member = own if participant.replica_id == self.id else parse_member(participant)
                 reason = misfit(member, own, self.most_outer_steps, self.most_steps)
             except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-                member, reason = None, str(error)
-            if not reason:
+                member, reason = None, str(error) or f"fails with {type(error).__name__}"
+            if member is not None and not reason:
                 members.append(member)
             else:
                 self._report(f"{str(participant.store_address)[:40]} is left out: it {reason}")
@@ -294,6 +298,7 @@ class PeerGroup:
                 time.sleep(0.02)
             if beat.answers:
                 return endpoint
+        assert self.endpoint is not None
         return self.endpoint.text
 
     def _ask(self, endpoint: str, own: Member) -> Any:

@@ -63,6 +63,7 @@ def meeting_of(
     if host_peers:
         address, port = split_address(host_peers, "--host-peers")
         return PeerGroup(check_own(address, "--host-peers"), port, None, number=0, patience_seconds=patience_seconds)
+    assert join is not None
     there, port = split_address(join, "--join")
     address = (
         own_address(there)

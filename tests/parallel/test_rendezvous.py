@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import programs
 import pytest
@@ -322,6 +323,19 @@ def test_whoever_lacks_a_path_to_most_is_left_out():
     assert without_unreachable(reports) == ([reports[0], reports[1], reports[3]], [reports[2]])
     liar = replace(members[0], unreachable=frozenset({"1", "2", "3"}))
     assert without_unreachable([liar, *members[1:]]) == (members[1:], [liar])
+
+
+def test_a_peer_whose_announcement_fails_without_a_message_is_left_out(monkeypatch):
+    def fail(participant):
+        raise RuntimeError
+
+    monkeypatch.setattr(rendezvous, "parse_member", fail)
+    said = []
+    group = PeerGroup(HERE, 0, None, number=0, say=said.append)
+    own = replace(member(3, "a", 1.0), id=group.id)
+    participants = [SimpleNamespace(replica_id=id, store_address=f"{HERE}:9") for id in (group.id, "other")]
+    assert group._select(participants, own) == [own]
+    assert said == [f"peers     {HERE}:9 is left out: it fails with RuntimeError"]
 
 
 def member(count: int, state_hash: str, since: float, **more) -> Member:
