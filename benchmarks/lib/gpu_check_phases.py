@@ -33,7 +33,8 @@ from image_data.dataset import Dataset
 
 SEEDS = (0, 1, 2)
 SMALL_IMAGES = 2_000
-SMALL = ["train_batch_size=32", "model.depth=1", "bf16.enabled=false", "compile=off"]
+SMALL = ["train_batch_size=32", "model.depth=1", "model.width=32", "model.feed_forward_options.hidden=32"]
+SMALL += ["model.patch_embedding_options.first=8", "bf16.enabled=false", "compile=off"]
 LONG_RECIPE = "100ep"
 # Seconds of the long recipe besides its steps: imports, data and compilation; evaluation and checkpoint of an epoch;
 # the end.
