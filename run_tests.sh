@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The linter and the tests, from a bare checkout. Arguments go to pytest.
+# The linter, the type checker and the tests, from a bare checkout. Arguments go to pytest.
 #   ./run_tests.sh            what runs anywhere in some minutes, two files at once (-n 0: one after the other)
 #   ./run_tests.sh -m slow    the long ones       ./run_tests.sh -m gpu    those that need a GPU
 # Where several hosts can be made of this machine (root, openssh-server, iproute2), their tests run too; else they say what is
@@ -24,4 +24,6 @@ for argument in "$@"; do
 done
 "$PYTHON" tools/update_docs.py    # the tables of parts follow the code
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest -q -rs "${selection[@]}" "${workers[@]}" "$@"
