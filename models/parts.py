@@ -59,12 +59,19 @@ def make_part(
     for option, value in options.items():
         if option not in known:
             raise SettingsError(f"{kind}={name}: " + unknown("option", option, list(known)))
+        if known[option] is None or known[option] is inspect.Parameter.empty:
+            continue  # the default does not tell the type
         wanted = type(known[option])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise SettingsError(
                 f"{kind}={name}: option {option} must be of type {wanted.__name__} (default {known[option]!r}), "
                 f"got {value!r}"
             )
+    required = [option for option, default in known.items() if default is inspect.Parameter.empty]
+    if missing := [option for option in required if option not in options]:
+        raise SettingsError(
+            f"{kind}={name} needs a value: --set model.{kind.replace('-', '_')}_options.{missing[0]}=..."
+        )
     return table[name](dims, **options)
 
 

@@ -77,6 +77,21 @@ def test_feed_forwards_keep_their_shape(name, num_prefix):
     assert make_part(FEED_FORWARDS, "feed_forward", name, dims, {})(x).shape == x.shape
 
 
+class Own(nn.Identity):
+    """A user-defined part: an option whose default does not tell its type, and one without a default."""
+
+    def __init__(self, dims: Dimensions, size: int, act: str | None = None):
+        super().__init__()
+        self.act = act
+
+
+def test_an_option_with_the_default_none_takes_a_value_and_one_without_default_must_have_one():
+    table, dims = {"own": Own}, dimensions()
+    assert make_part(table, "feed_forward", "own", dims, {"act": "gelu", "size": 3}).act == "gelu"
+    with pytest.raises(SettingsError, match="feed_forward=own needs a value: --set model.feed_forward_options.size="):
+        make_part(table, "feed_forward", "own", dims, {})
+
+
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
 def test_every_parameter_gets_a_finite_gradient(kind, name):
     model = tiny(**{kind: name})
