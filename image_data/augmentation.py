@@ -22,7 +22,6 @@ ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE, PHASE = range(9)
 ATTEMPTS = 10  # to draw a rectangle that fits into the image, as in torchvision
 # Evaluation of images of different sizes: the shorter side is resized to this times the network's input side.
 CENTER_CROP = 256 / 224
-CENTRE_CROP = CENTER_CROP  # earlier spelling, imported by inference/trained_model.py
 
 
 def random_stream(seed: int, epoch: int, purpose: int, counter: int = 0) -> np.random.Philox:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import RunError, unknown
 from config.settings import Settings
-from image_data.augmentation import CENTRE_CROP
+from image_data.augmentation import CENTER_CROP
 from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class TrainedModel:
     @property
     def resize_side(self) -> int:
         """Shorter side of an image after resizing, in pixels; the network takes the central S x S crop of that."""
-        return self.side if self.facts["dataset"]["image_side"] else round(self.side * CENTRE_CROP)
+        return self.side if self.facts["dataset"]["image_side"] else round(self.side * CENTER_CROP)
 
     @property
     def preprocessing_text(self) -> str:

@@ -69,9 +69,7 @@ def make_part(
             )
     required = [option for option, default in known.items() if default is inspect.Parameter.empty]
     if missing := [option for option in required if option not in options]:
-        raise SettingsError(
-            f"{kind}={name} needs a value: --set model.{kind.replace('-', '_')}_options.{missing[0]}=..."
-        )
+        raise SettingsError(f"{kind}={name} needs a value: --set model.{kind}_options.{missing[0]}=...")
     return table[name](dims, **options)
 
 
