@@ -175,13 +175,10 @@ def test_files_that_are_named_exist(page):
 
 def sentences() -> list[str]:
     """Return every string of our programs, without the values filled in, and the text of the shell scripts."""
-    found = [path.read_text(encoding="utf-8") for path in PROJECT.glob("*.sh")]
-    for path in (
-        path
-        for pattern in ("*.py", "[a-z]*/*.py", "parallel/*/*.py")
-        for path in PROJECT.glob(pattern)
-        if "tests" not in path.parts
-    ):
+    scripts = (*PROJECT.glob("*.sh"), *PROJECT.glob("environment/*.sh"))
+    found = [path.read_text(encoding="utf-8") for path in scripts]
+    programs = (path for pattern in ("*.py", "[a-z]*/**/*.py") for path in PROJECT.glob(pattern))
+    for path in (path for path in programs if not {"tests", "runs", "data"} & set(path.relative_to(PROJECT).parts)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
@@ -194,7 +191,7 @@ NOT_OURS = ("ModuleNotFoundError",)
 
 
 def test_messages_quoted_in_the_troubleshooting_page_exist():
-    page = (PROJECT / "docs" / "troubleshooting.md").read_text().split("\n## What is known to go wrong elsewhere")[0]
+    page = (PROJECT / "docs" / "troubleshooting.md").read_text().split("\n## Known problems of similar projects")[0]
     ours, rows = sentences(), re.findall(r"^\| ([^|]*`.*?) \|", page, re.MULTILINE)
     quoted = [
         sentence for row in rows for sentence in re.findall(r"`([^`]+)`", row) if sentence not in (*NOT_OURS, "python")
