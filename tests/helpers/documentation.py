@@ -178,6 +178,11 @@ def inside(folder: str, only_parse: bool, script: str, *arguments: str) -> None:
     """Run a program of the project copy; to be called in a separate process, by `programs.Program`."""
     os.chdir(folder)
     sys.path[:] = [folder, *(path for path in sys.path if path and Path(path).resolve() != PROJECT)]
+    # This process was forked from one that had imported modules of the project itself, which know its folder.
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/")
+        if file.is_relative_to(PROJECT) and file.relative_to(PROJECT).parts[0] != ".venv":
+            del sys.modules[name]
     sys.argv = [script, *arguments]
     if only_parse:
         understand = argparse.ArgumentParser.parse_known_args
