@@ -121,7 +121,6 @@ class SoftMoE(nn.Module):
     """
 
     num_matrices = 8  # 2 for each of 4 experts
-    slot_rows = True  # has about T x C weights besides, independent of `hidden`
     no_weight_decay = {"bias_expand", "bias_contract"}
     muon_matrices = {"expand", "contract"}  # one matrix per expert
 
@@ -205,7 +204,8 @@ class Chain(nn.Module):
 def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn.Module:
     """Return a feed-forward with `share` of the parameters of an MLP of size `hidden` (0: 4 C).
 
-    A kind without an option `hidden` keeps its own size.
+    A kind without an option `hidden` keeps its own size. The slot vectors of `soft_moe` come on top, 4 to 27 % of an MLP:
+    taking them from `hidden` would change the shapes of networks that have been trained.
 
     Raises:
         SettingsError: `share` is not between 0 and 1, or `kind` is unknown.
@@ -216,7 +216,6 @@ def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn
     if kind in FEED_FORWARDS and "hidden" in part_options(FEED_FORWARDS[kind]):
         part = FEED_FORWARDS[kind]
         rows = share * MLP.num_matrices * (hidden or 4 * dims.width)  # the budget in rows of C weights
-        rows -= dims.num_tokens if getattr(part, "slot_rows", False) else 0
         options["hidden"] = max(1, round(rows / getattr(part, "num_matrices", MLP.num_matrices)))
     return make_part(FEED_FORWARDS, "feed_forward", kind, dims, options)
 

@@ -242,13 +242,10 @@ def test_sizes_are_those_of_one_mlp(kind, hidden):
     assert count_parameters(make(kind, {"hidden": hidden}, width=256)) == pytest.approx(mlp, rel=0.03)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("pair", {"kind": "soft_moe"}), ("mix", {"second": "soft_moe"})])
-@pytest.mark.parametrize("width", [128, 256])
-def test_sizes_with_soft_experts_are_those_of_one_mlp(kind, options, width):
-    """The slot vectors of soft_moe count too, which do not depend on `hidden`."""
-    sizes = dict(width=width, image_side=32)
-    mlp = count_parameters(make("mlp", {}, **sizes))
-    assert count_parameters(make(kind, options, **sizes)) == pytest.approx(mlp, rel=0.03)
+def test_soft_experts_in_a_pair_keep_the_size_of_earlier_runs():
+    """The slot vectors do not come out of `hidden`, so that networks trained earlier still load."""
+    pair = make("pair", {"kind": "soft_moe", "hidden": 64}, width=32)
+    assert pair.first.expand.shape[-1] == round(0.5 * 2 * 64 / 8)
 
 
 def test_pair_and_mix_split_the_hidden_size():
