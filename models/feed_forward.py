@@ -204,8 +204,8 @@ class Chain(nn.Module):
 def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn.Module:
     """Return a feed-forward with `share` of the parameters of an MLP of size `hidden` (0: 4 C).
 
-    A kind without an option `hidden` keeps its own size. The slot vectors of `soft_moe` come on top, 4 to 27 % of an MLP:
-    taking them from `hidden` would change the shapes of networks that have been trained.
+    A kind without an option `hidden` keeps its own size. The slot vectors of `soft_moe` come on top, 4 to 27 % of an
+    MLP: taking them from `hidden` would change the shapes of networks that have been trained.
 
     Raises:
         SettingsError: `share` is not between 0 and 1, or `kind` is unknown.
