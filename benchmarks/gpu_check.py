@@ -206,7 +206,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="prepared dataset (default: data/cifar100 if prepared, else drawn)"
     )
-    parser.add_argument("--archive", type=Path, metavar="FILE", help="prepare the dataset from this archive")
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE", help="archive to prepare the dataset from (default: none)"
+    )
     parser.add_argument(
         "--out",
         type=Path,

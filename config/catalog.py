@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from functools import cache
 from typing import Any
 
@@ -27,7 +28,10 @@ def names_of(path: str) -> list[str]:
         return []
     if declared.table is None:
         return list(declared.choices)
-    names = list(_names_in(*declared.table))
+    file, table = declared.table
+    # A registry that is imported already may have entries that a program added.
+    imported = sys.modules.get(file.removesuffix(".py").replace("/", "."))
+    names = list(getattr(imported, table, None) or _names_in(file, table))
     return ["vit", "sl-vit", *names, "timm:NAME"] if path == "model.architecture" else names
 
 

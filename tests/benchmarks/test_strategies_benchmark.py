@@ -224,7 +224,7 @@ def test_rows_that_fail_report_the_reason_and_the_others_continue(shapes, tiny, 
     alone, zero, gossip = report["rows"]
     assert code == 0
     assert alone["failed"] is None and len(alone["running_seconds"]) == 2
-    for row, reason in ((zero, "train_batch_size=63 cannot be cut"), (gossip, "did you mean 'ring'?")):
+    for row, reason in ((zero, "train_batch_size=63 is not divisible by 2"), (gossip, "did you mean 'ring'?")):
         assert reason in row["failed"] and reason in printed.out and reason in (tmp_path / "strategies.md").read_text()
 
 

@@ -186,7 +186,7 @@ def test_a_new_feed_forward_is_a_variant_like_any_other_next_to_one_that_fails(a
     code, out, err = ask(COMMON.replace("seeds = 2", "seeds = 1") + variants)
     assert "missing: explodes" in err, out + err
     text, data = report(tmp_path)
-    assert code == 1 and list(data["missing"]) == ["explodes-seed0"]
+    assert code == 1 and list(data["missing"]) == ["explodes-seed0"], data["missing"]
     assert "error: the loss is nan at" in data["missing"]["explodes-seed0"]
     plain, twice, _ = data["results"]["validation"]
     assert plain["n"] == twice["n"] == 1 and twice["images_per_second"] > 0 and 0 <= twice["mean"] <= 100

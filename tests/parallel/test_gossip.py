@@ -249,7 +249,7 @@ def test_a_state_of_other_workers_is_rejected_by_name(on_two, on_one):
             "resume with 1" in said
         )
     ddp, gossip = on_two["refused"]
-    assert "holds the state of one worker a process, for local, strategy ddp has that of one model" in ddp
+    assert "holds the state of one worker a process, for local, but strategy ddp needs that of one model" in ddp
     assert "holds the state of one worker a process, for local, strategy gossip has" in gossip
 
 

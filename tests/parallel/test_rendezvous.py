@@ -407,7 +407,7 @@ def test_nothing_listens_on_a_public_address_without_consent(monkeypatch):
 
 
 def test_peers_are_for_local_only():
-    with pytest.raises(SettingsError, match="--host-peers and --join are for --strategy local, not zero"):
+    with pytest.raises(SettingsError, match="--host-peers and --join need --strategy local, not zero"):
         engine_class("zero", object())
 
 
@@ -480,4 +480,4 @@ def test_a_wrong_command_line_gives_one_clear_sentence(training, circle):
     done = programs.run("train.py", *training, "--name", "nobody", "--strategy", "local", "--join", nobody, code=1)
     assert done.err.count("\n") == 1 and f"error: no peer answers at {nobody}" in done.err
     done = programs.run("train.py", *training, "--name", "nobody", "--host-peers", HERE, code=1)
-    assert done.err == "error: --host-peers and --join are for --strategy local, not zero\n"
+    assert done.err == "error: --host-peers and --join need --strategy local, not zero\n"

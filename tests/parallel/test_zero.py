@@ -259,7 +259,7 @@ REFUSED = {
     (
         "ema.decay=0.9",
         "optimizer.type=AdamWScheduleFree",
-    ): "AdamWScheduleFree keeps an average of the weights itself; leave ema.decay at 0",
+    ): "AdamWScheduleFree averages the weights itself. Set ema.decay=0",
 }
 
 

@@ -264,7 +264,7 @@ def bf16_runs() -> dict[str, dict]:
             "precision": one.precision,
             "again": reference.train(other),
             "weights again": other.weights(),
-            "muon": one.masters()[0].working_dtype,
+            "muon": one.master_weights()[0].working_dtype,
         }
     return results
 
