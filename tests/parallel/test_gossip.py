@@ -250,7 +250,7 @@ def test_a_state_of_other_workers_is_rejected_by_name(on_two, on_one):
         )
     ddp, gossip = on_two["refused"]
     assert "holds the state of one worker a process, for local, but strategy ddp needs that of one model" in ddp
-    assert "holds the state of one worker a process, for local, strategy gossip has" in gossip
+    assert "holds the state of one worker a process, for local, but strategy gossip needs" in gossip
 
 
 def test_every_worker_keeps_its_own_batch_norm_statistics(on_two):
