@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(training, runs, unbroken)
         "note      the run ended while step-00000099 was being written; the partial checkpoint is now "
         "state/damaged-step-00000099" in said
     )
-    assert f"note      run.json was lost or damaged, and is restored from step-{step:08d}" in said
+    assert f"note      run.json was lost or damaged and is restored from step-{step:08d}" in said
     assert_same_as(record, unbroken)
     assert checkpoints(record) == ["damaged-step-00000099", "step-00000044", LAST]
 
