@@ -138,12 +138,13 @@ def source_files(own_parts: Iterable[Path] = ()) -> list[str]:
     """Return the imported files, sorted, relative to the project.
 
     Modules outside the project count if they are not installed ones: a user-defined part is loaded from its path and
-    has no place on `sys.path`.
+    has no place on `sys.path`. A module inside an installed package is installed too, wherever its file is: PyTorch
+    loads what it compiles from a cache folder, as `torch._inductor.runtime.compile_tasks.<digest>`.
     """
     root = os.path.realpath(PROJECT)
     installed = _installed_folders(root)
     found = {os.path.realpath(path) for path in own_parts}
-    for module in list(sys.modules.values()):
+    for module_name, module in list(sys.modules.items()):
         name = getattr(module, "__file__", None)
         # some libraries name files that do not exist: torch.ops says "_ops.py"
         if not isinstance(name, str) or not name.endswith(".py") or not os.path.isabs(name):
@@ -154,8 +155,15 @@ def source_files(own_parts: Iterable[Path] = ()) -> list[str]:
         if inside and (parts[0] in NOT_SOURCE or parts[0].startswith(".")):
             continue
         if not any(path.startswith(folder) for folder in installed if not inside or folder.startswith(root + os.sep)):
-            found.add(path)
+            if inside or not _in_installed_package(module_name, installed):
+                found.add(path)
     return sorted(os.path.relpath(path, root) for path in found)
+
+
+def _in_installed_package(module_name: str, installed: list[str]) -> bool:
+    package, dot, _ = module_name.partition(".")
+    file = getattr(sys.modules.get(package), "__file__", None) if dot else None
+    return isinstance(file, str) and any(os.path.realpath(file).startswith(folder) for folder in installed)
 
 
 def _installed_folders(root: str) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -102,7 +103,6 @@ def test_the_source_is_what_is_imported_from_the_project_and_from_own_parts(tmp_
     files = source_files()
     assert "records/provenance.py" in files and "common/paths.py" in files
     assert not any(path.startswith(("tests/", ".venv", "/")) or "site-packages" in path for path in files)
-    assert not any("torch" in path for path in files)
     own = tmp_path / "mine.py"
     own.write_text("x = 1\n")
     spec = importlib.util.spec_from_file_location("mine_for_this_test", own)
@@ -114,6 +114,17 @@ def test_the_source_is_what_is_imported_from_the_project_and_from_own_parts(tmp_
     finally:
         del sys.modules[spec.name]
     assert os.path.relpath(own, PROJECT) in source_files([own])
+
+
+def test_what_an_installed_package_compiles_is_no_source(tmp_path, monkeypatch):
+    compiled = tmp_path / "cabc.py"
+    compiled.write_text("x = 1\n")
+    for name, counts in {"pytest.compiled.cabc": False, "mine.cabc": True, "cabc": True}.items():
+        with monkeypatch.context() as patch:
+            module_there = types.ModuleType(name)
+            module_there.__file__ = str(compiled)
+            patch.setitem(sys.modules, name, module_there)
+            assert (os.path.relpath(compiled, PROJECT) in source_files()) is counts, name
 
 
 def test_an_edit_of_an_imported_file_counts_even_in_a_comment(monkeypatch, tmp_path):
