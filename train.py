@@ -77,7 +77,7 @@ def main() -> int:
         args.init_weights and args.init_weights.name, args.synthetic, args.deterministic,
     )  # fmt: skip
     folder = FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume)
-    logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb)
+    logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb, args.report)
 
     def train() -> bool:
         with ExitStack() as closing:

@@ -240,6 +240,12 @@ def _add_logging_options(parser: Parser) -> None:
         help="write no TensorBoard files into the run folder",
     )
     logging.add_argument(
+        "--no-report",
+        dest="report",
+        action="store_false",
+        help="draw no curves.png and write no report.html (python report.py draws the page later)",
+    )
+    logging.add_argument(
         "--wandb",
         nargs="?",
         const="",

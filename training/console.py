@@ -130,14 +130,14 @@ class Console:
         text = f"data wait {percent:4.1f}%"
         return self.paint(text, YELLOW) if percent >= 10 else text
 
-    def result(self, line: dict[str, Any], folder: str) -> None:
-        """Print the last line of a finished run; with --quiet, the only one."""
+    def result(self, line: dict[str, Any], where: str) -> None:
+        """Print the last line of a finished run, with the path to look at; with --quiet, the only one."""
         split = "test" if "test_accuracy" in line else "validation"
         accuracy = self.paint(f"{100 * line[f'{split}_accuracy']:.2f}%", BOLD)
         counts = f"({line[f'{split}_correct']}/{line[f'{split}_seen']})"
         self.say(
             f"{self.paint('done     ', GREEN)} {split} accuracy {accuracy} {counts} "
-            f"after {plural(line['epoch'], 'epoch')}; see {folder}/report.html",
+            f"after {plural(line['epoch'], 'epoch')}; see {where}",
             QUIET,
         )
 

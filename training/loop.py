@@ -93,7 +93,8 @@ class Loop:
         with self.tracking:
             finished = self._run(stop_at)
         if finished and self.record and self.record.metrics():
-            self.console.result(self.record.metrics()[-1], self._where())
+            page = "/report.html" if self.tracking.reports else ""
+            self.console.result(self.record.metrics()[-1], self._where() + page)
             write_card(self.record)
         return finished
 

@@ -27,6 +27,7 @@ class LoggingOptions:
     checkpoint_every: Interval
     tensorboard: bool
     wandb: str | None  # Weights & Biases project, "" for its default; None: no Weights & Biases
+    report: bool  # curves.png and report.html
 
 
 @dataclass
@@ -84,7 +85,9 @@ def _start_tracking(
     tracking, problem = Tracking([]), None
     if record:
         try:
-            tracking = start_tracking(record.folder, facts, engine.step, logging.tensorboard, logging.wandb, console)
+            tracking = start_tracking(
+                record.folder, facts, engine.step, logging.tensorboard, logging.wandb, logging.report, console
+            )
         except (RunError, OSError) as error:
             problem = str(error)
     raise_on_all_ranks(engine, problem)

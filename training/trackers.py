@@ -209,6 +209,11 @@ class Tracking:
         self._seconds = seconds
         self._sampled = 0.0  # part of the sampler's seconds that take_seconds has returned
 
+    @property
+    def reports(self) -> bool:
+        """Whether the end of the run writes report.html."""
+        return any(isinstance(tracker, Pictures) for tracker in self.trackers)
+
     def _notify(self, event: Callable[[Tracker], None]) -> None:
         began = time.perf_counter()
         for tracker in list(self.trackers):
@@ -265,12 +270,13 @@ class Tracking:
 
 
 def start_tracking(
-    folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, screen: Console
+    folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, report: bool, screen: Console
 ) -> Tracking:
     """Return the trackers of a run that continues after `step`; for the main process.
 
     Args:
         wandb: project at Weights & Biases, "" for the default project; None for no logging there.
+        report: whether to draw curves.png and report.html.
 
     Raises:
         RunError: Weights & Biases cannot be used.
@@ -281,11 +287,11 @@ def start_tracking(
         trackers.append(TensorBoard(folder, facts, step))
     if wandb is not None:
         trackers.append(WeightsAndBiases(folder, facts, step, wandb or None, silent=screen.level == QUIET))
+    if report:
+        trackers.append(Pictures(folder))
     sampler = Sampler(folder)
     sampler.start()
-    return Tracking(
-        [*trackers, Pictures(folder)], sampler, facts["total_steps"], screen.say, time.perf_counter() - began
-    )
+    return Tracking(trackers, sampler, facts["total_steps"], screen.say, time.perf_counter() - began)
 
 
 def check_trackers(tensorboard: bool, wandb: str | None) -> None:

@@ -113,7 +113,7 @@ def test_number_of_lines_by_level(out, level, is_main, lines):
     shown = Console(level, is_main, out)
     shown.print_field("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
-    shown.result(LINE, "runs/mine")
+    shown.result(LINE, "runs/mine/report.html")
     assert len(out.getvalue().splitlines()) == lines
     if is_main:
         assert out.getvalue().endswith(
@@ -198,7 +198,7 @@ def test_quiet_prints_the_result_and_nothing_else(training, runs):
     command = [
         sys.executable,
         "train.py",
-        *map(str, training),
+        *(str(word) for word in training if word != "--no-report"),
         "--name",
         "quiet",
         "--max-steps",
@@ -263,7 +263,7 @@ def test_a_console_whose_reader_is_gone_says_nothing_and_raises_nothing(monkeypa
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
     shown = Console(VERBOSE)
     shown.epoch(LINE, ["test"], 10)
-    shown.result(LINE, "runs/mine")
+    shown.result(LINE, "runs/mine/report.html")
     monkeypatch.setattr(sys, "stdout", None)  # as after `train.py >&-`
     Console().epoch(LINE, ["test"], 10)
 

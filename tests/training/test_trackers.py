@@ -321,9 +321,12 @@ def test_only_numbers_are_logged():
     assert numbers_of({"step": 3, "epoch": 1, "loss": 0.5, "name": "x", "list": [1]}) == {"epoch": 1, "loss": 0.5}
 
 
-def test_no_tensorboard_option(training, runs):
-    programs.run("train.py", *training, "--name", "plain-files", "--no-tensorboard", "--max-steps", 2)
-    assert not (runs / "plain-files" / "tensorboard").exists()
+def test_no_tensorboard_and_no_report_options(training, runs):
+    words = [*training, "--name", "plain-files", "--no-tensorboard", "--max-steps", 2]
+    assert "--no-report" in words
+    last = programs.run("train.py", *words).out.rstrip().splitlines()[-1]
+    assert last.startswith("done") and last.endswith("plain-files")
+    assert not {path.name for path in (runs / "plain-files").iterdir()} & {"tensorboard", "report.html", "curves.png"}
     assert [line["step"] for line in read_lines(runs / "plain-files" / "steps.jsonl")] == [1, 2]
     assert json.loads((runs / "plain-files" / "metrics.jsonl").read_text())["step"] == 2
 
