@@ -39,6 +39,8 @@ PRELOADED = [
     # PyTorch optimizers and DeepSpeed engines import these when they are created: half the time of a short run.
     "torch._dynamo",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.cpp_extension",  # with setuptools: DeepSpeed's builders of operations
+    "safetensors.torch",
 ]
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
