@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -144,13 +145,19 @@ def tost_p(differences: list[float], margin: float) -> float:
 def half_interval(differences: list[float]) -> float | None:
     """Return half the width of the 95 % interval of the mean (Student's t); None for fewer than 2 values."""
     n = len(differences)
-    return None if n < 2 else float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * _standard_error(differences)
+    return None if n < 2 else _critical_t(ALPHA, n - 1) * _standard_error(differences)
 
 
 def standardized_effect(differences: list[float]) -> float | None:
     """Return d_z, mean / standard deviation; None for fewer than 2 values and for values that are all the same."""
     error = _standard_error(differences) if len(differences) > 1 else 0.0
     return float(np.mean(differences)) / (error * math.sqrt(len(differences))) if error else None
+
+
+@cache
+def _critical_t(alpha: float, freedom: int) -> float:
+    """Value that |t| exceeds with probability alpha, for that many degrees of freedom."""
+    return float(stats.t.ppf(1 - alpha / 2, freedom))
 
 
 def _standard_error(differences: list[float]) -> float:
@@ -180,7 +187,7 @@ def power_of(effect: float, num_seeds: int, num_comparisons: int, alpha: float =
     """Return the power of the paired t test for a true d_z, at the strictest level that Holm's correction asks for."""
     if num_seeds < 2:
         return 0.0
-    critical = stats.t.ppf(1 - alpha / num_comparisons / 2, num_seeds - 1)
+    critical = _critical_t(alpha / num_comparisons, num_seeds - 1)
     power = float(stats.nct.sf(critical, num_seeds - 1, abs(effect) * math.sqrt(num_seeds)))
     return 1.0 if math.isnan(power) else power  # scipy's noncentral t returns NaN far beyond power 1
 

@@ -147,6 +147,14 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
 
 
 @pytest.fixture
+def without_advice(monkeypatch):
+    """Verdicts without the number of seeds that they advise, which takes most of the time of a simulation."""
+    from comparison import significance
+
+    monkeypatch.setattr(significance, "seeds_for", lambda effect, num_comparisons: None)
+
+
+@pytest.fixture
 def invented(monkeypatch):
     """Runs of compare.py that are written instead of trained."""
     from comparisons import Invented

@@ -20,7 +20,9 @@ def test_the_looks_share_the_error_rate():
 
 
 @pytest.mark.parametrize(("variants", "first", "most"), [(2, 6, 18), (4, 8, 24)])
-def test_at_most_5_percent_without_a_difference_are_called_confirmed_over_all_looks(variants, first, most):
+def test_at_most_5_percent_without_a_difference_are_called_confirmed_over_all_looks(
+    variants, first, most, without_advice
+):
     rng, confirmed, dropped, looks = np.random.default_rng(variants), 0, 0, plan_looks(first, most)
     for _ in range(2000):
         accuracies = {f"v{i}": dict(enumerate(rng.normal(50, 1, most))) for i in range(variants)}

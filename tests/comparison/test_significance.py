@@ -96,7 +96,7 @@ def test_holm_steps_down():
 
 
 @pytest.mark.parametrize(("seeds", "variants"), [(6, 2), (9, 4), (12, 6)])
-def test_at_most_5_percent_of_experiments_without_a_difference_are_called_confirmed(seeds, variants):
+def test_at_most_5_percent_of_experiments_without_a_difference_are_called_confirmed(seeds, variants, without_advice):
     rng, confirmed, covered, intervals = np.random.default_rng(seeds), 0, 0, 0
     for _ in range(2000):
         by_seed = rng.normal(0, 0.5, seeds)  # what a seed does to all variants alike
@@ -110,7 +110,7 @@ def test_at_most_5_percent_of_experiments_without_a_difference_are_called_confir
     assert covered / intervals == pytest.approx(0.95, abs=0.012)
 
 
-def test_at_most_5_percent_of_real_differences_are_called_equivalent():
+def test_at_most_5_percent_of_real_differences_are_called_equivalent(without_advice):
     rng, wrong = np.random.default_rng(5), 0
     for _ in range(2000):  # a difference of exactly the margin
         accuracies = {"a": dict(enumerate(rng.normal(50, 0.5, 9))), "b": dict(enumerate(rng.normal(51, 0.5, 9)))}

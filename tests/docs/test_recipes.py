@@ -74,6 +74,7 @@ def test_every_preset_trains(name, shapes, tmp_path):
         name,
         "--max-steps",
         2,
+        "--no-report",
         *batch,
         *smaller,
     )
