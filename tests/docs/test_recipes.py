@@ -40,8 +40,10 @@ RECIPES = [
 TEXT = recipe_costs.DOCUMENT.read_text(encoding="utf-8")
 # Changes that make a preset small enough for a CPU.
 SMALLER = {
-    **dict.fromkeys(["100ep", "300ep", "1500ep", "cifar10", "dhvt-t-2"], ["image_side=16"]),
-    "imagenet-resnet50": ["image_side=64"],
+    **dict.fromkeys(["100ep", "300ep", "1500ep", "cifar10"], ["image_side=16", "model.depth=2"]),
+    **dict.fromkeys(["speedrun", "cifar10-fast"], ["model.depth=2"]),
+    "dhvt-t-2": ["image_side=16"],
+    "imagenet-resnet50": ["image_side=32"],
     "finetune": ["image_side=64", "model.architecture=timm:test_vit"],
 }
 # Largest number of parameters in millions, and its source.
