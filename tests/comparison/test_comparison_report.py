@@ -19,6 +19,8 @@ from comparisons import COMMON, VARIANTS, report
 from torch import nn
 
 import compare
+import comparison.report
+import reports.style
 from benchmarks.lib.forked_programs import run_script
 from common.paths import PROJECT
 from common.text import without_paths
@@ -68,7 +70,8 @@ def test_equal_variants_are_reported_as_equal(ask, invented, tmp_path):
     assert "compared over all runs: equal." in text and "\\*" not in text
 
 
-def test_the_numbers_of_a_report(ask, invented, tmp_path):
+def test_the_numbers_of_a_report(ask, invented, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison.report, "save", reports.style.save)  # its pictures are rendered
     for seed in range(6):
         invented.accuracy |= {
             f"plain-seed{seed}": 0.5 + seed / 100,
