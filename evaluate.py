@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.display import protect_streams
 from common.errors import RunError, SettingsError
 from common.files import write_atomically
 from common.output_files import check_output_file
@@ -46,7 +45,6 @@ USED = {
 
 
 def main() -> int:
-    protect_streams()
     args = parse_arguments()
     runs = [TrainedModel.open(find_run(name, args.runs_dir)) for name in args.runs or [None]]
     if args.predict:

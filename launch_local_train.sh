@@ -75,7 +75,7 @@ stopped_at=0 signal=0 seconds_to_save=120
 stop() {
     if ((signal == 0)); then
         signal=$1 stopped_at=$SECONDS
-        say "Stopping: training saves its state first (a second Ctrl-C ends it at once)."
+        say "Stopping: training saves its state first, if it has begun (a second Ctrl-C ends it at once)."
         local pid children=() ranks=()
         read -ra children 2>/dev/null <"/proc/$launcher/task/$launcher/children" || true
         for pid in "${children[@]}"; do
@@ -105,7 +105,8 @@ done
 if ((signal)); then
     code=0
     wait "$launcher" || code=$?
-    # 241: a rank that was still importing was killed by the signal
+    # 241: a rank that was still importing was ended by the signal; 143: the launcher itself was
+    if ((code == 241 || code == 143)); then say "Stopped before training began; there was nothing to save."; fi
     if ((code == 0 || code == 241)); then code=$((128 + signal)); fi
 fi
 # A killed launcher leaves its ranks behind; one that exited normally has left none.
@@ -118,5 +119,11 @@ if kill -TERM -- "-$launcher" 2>/dev/null; then
     kill -KILL -- "-$launcher" 2>/dev/null || true
 fi
 # 75: training stopped on request, and saved. 2: wrong arguments, or the run is finished: nothing was changed.
-((code == 0 || code == 75 || code == 2 || signal)) || say "Training failed (exit code $code)."
+if ((code == 0 || code == 75 || code == 2 || signal)); then exit "$code"; fi
+if ((code > 192)); then    # 256 minus the signal that ended a rank
+    name=$(kill -l $((256 - code)) 2>/dev/null || true)
+    say "Training failed: a process was ended by signal $((256 - code)) ($name)$([ "$name" != KILL ] || echo '; was the memory full?')"
+else
+    say "Training failed (exit code $code)."
+fi
 exit "$code"

@@ -17,6 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.display import protect_streams
+from common.errors import EXIT_INTERRUPTED
 from config.command_line import Parser
 from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.downloads import SOURCES
@@ -92,6 +94,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    protect_streams()
     try:
         prepare(**vars(parse_arguments(arguments)))
     except PrepareError as error:
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; no incomplete dataset was left", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.display import printable, protect_streams
+from common.display import printable
 from common.errors import RunError, SettingsError
 from common.output_files import check_output_file, check_output_folder
 from common.paths import RUNS
@@ -39,7 +39,6 @@ NUM_ATTENTION = 5  # images with attention maps
 
 
 def main() -> None:
-    protect_streams()
     args = parse_arguments()
     runs = [RunData.read(find_run(name, args.runs_dir)) for name in args.runs or [None]]
     for run in runs:

@@ -12,14 +12,26 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from common.errors import EXIT_NOTHING_DONE, EXIT_STOPPED, RunError, RunFinishedError, SettingsError, UserError
+from common.display import protect_streams
+from common.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_NOTHING_DONE,
+    EXIT_STOPPED,
+    RunError,
+    RunFinishedError,
+    SettingsError,
+    UserError,
+)
+from common.stop_signal import stop_requested
 from config.command_line import run_cli
 from config.settings import resolve
 from training.arguments import parse_arguments
 
+SHARED_ERROR_SECONDS = 5.0  # DeepSpeed's launcher looks once a second whether a process has failed
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -111,21 +123,33 @@ def main() -> int:
     raise RunError(micro_batch.advice())
 
 
+def ended_by_launcher() -> bool:
+    """Whether the launcher ends this process within SHARED_ERROR_SECONDS, because an earlier process has failed.
+
+    An error that all processes share, such as a missing dataset, is then printed once, by process 0. A file or a loss
+    may fail in one process alone, and then this process prints it.
+    """
+    deadline = time.monotonic() + SHARED_ERROR_SECONDS
+    while not (ended := stop_requested()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return ended
+
+
 def run() -> int:
     """Call `main` and print what the user can fix as one line. Returns the exit code."""
     rank = os.environ.get("RANK", "0")
+    protect_streams()
     try:
         return main()
     except UserError as error:
         if rank in ("", "0"):
             print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, (SettingsError, RunFinishedError)):
-            # Every process rejects a setting alike; a file or a loss may fail in one process alone.
+        elif not isinstance(error, (SettingsError, RunFinishedError)) and not ended_by_launcher():
             print(f"error in process {rank}: {error}", file=sys.stderr)
         return EXIT_NOTHING_DONE if isinstance(error, RunFinishedError) else 1
     except KeyboardInterrupt:
         print("error: interrupted before the run was saved", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     except RuntimeError as error:
         if "does not have a deterministic implementation" in str(error):
             what = str(error).split(", ")[0].split(". ")[0]

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.faults import FAULTS, Round, TooLate, small_disk
 from benchmarks.lib.options import keep, some_of
 from benchmarks.lib.timing import machine
-from config.command_line import Parser, at_least_one
+from config.command_line import Parser, at_least_one, run_cli
 from image_data.preparation.prepare import prepare
 from records.checkpoint_store import UNFINISHED
 from records.provenance import commit_text, provenance
@@ -256,4 +256,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cluster import simulated_hosts  # noqa: E402
 from cluster.simulated_hosts import Hosts, read, wait_until  # noqa: E402
 from common.paths import PROJECT
-from config.command_line import Parser  # noqa: E402
+from config.command_line import Parser, run_cli  # noqa: E402
 
 START_SECONDS, END_SECONDS = 180, 180  # upper limits, for a busy machine
 TINY = ("patch=8", "width=32", "depth=2", "heads=2", "head_size=16", "feed_forward_options.hidden=48")
@@ -260,4 +260,4 @@ def running(hosts: Hosts) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

@@ -29,7 +29,7 @@ from cluster import hostfile, remote, sync
 from cluster.host_checks import Answer, Problem  # noqa: E402
 from cluster.remote import Host, Unreachable, say  # noqa: E402
 from common.paths import PROJECT
-from config.command_line import Parser  # noqa: E402
+from config.command_line import Parser, run_cli  # noqa: E402
 
 EXIT_USAGE, EXIT_PREFLIGHT = 2, 3
 
@@ -301,4 +301,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 EXIT_STOPPED = 75  # stopped on request and saved: the same command resumes
+EXIT_INTERRUPTED = 130  # a Ctrl-C before anything could be saved
 EXIT_NOTHING_DONE = 2  # wrong arguments, or nothing left to train: nothing was changed
 
 

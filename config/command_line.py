@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import UserError
+from common.display import protect_streams
+from common.errors import EXIT_INTERRUPTED, UserError
 from config.catalog import names_of, setting_of, settings_like
 from config.settings import preset_names
 
@@ -41,20 +42,19 @@ ELSEWHERE = {  # options of other projects that neither an option nor a setting 
 
 
 def run_cli(main: Callable[[], int | None]) -> int:
-    """Call a script's `main` and print what the user can fix as one line. Returns the exit code."""
+    """Call a script's `main` and print what the user can fix as one line. Returns the exit code.
+
+    A reader of the output that goes away (`| head`) and a closed stdout or stderr end nothing.
+    """
+    protect_streams()
     try:
         return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return reader_gone()
-
-
-def reader_gone() -> int:
-    """End quietly when the reader of the output has ended, as in `| head`. Returns the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
-    return 0
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 class Parser(argparse.ArgumentParser):

@@ -93,8 +93,20 @@ venv_is_ready() {
         has_requirements .venv/bin/python "$requirements" >/dev/null
 }
 
+# Install the packages. When an environment is completed, pip's line for each package that it has already is left out.
+run_pip() {
+    # --use-pep517: without it older pips build DeepSpeed inside the environment, which fails where nvcc is missing.
+    local command=(.venv/bin/python -m pip install --disable-pip-version-check --use-pep517 -r "$requirements")
+    if [ -z "$is_new" ]; then
+        # pip draws progress bars on a terminal only; a first install, which takes minutes, keeps them (below).
+        PIP_USER=0 "${command[@]}" 2>&1 | { grep --line-buffered -v '^Requirement already satisfied' || true; } >&2
+        return "${PIPESTATUS[0]}"
+    fi
+    PIP_USER=0 "${command[@]}" >&2
+}
+
 install_venv() {
-    local base installed
+    local base installed is_new="" clear=""
     choose_base_python || return
     if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
         say "$base cannot make a virtual environment: apt-get install python3-venv (or python3.N-venv for its version), then start again."
@@ -104,18 +116,22 @@ install_venv() {
         say "No C++ compiler found (DeepSpeed and torch build operations with it): apt-get install g++, then start again."
         return 1
     fi
-    say "Installing $requirements ($reason) into $environment_root/.venv: some gigabytes, some minutes, once."
     # Start from an empty .venv after an interrupted install, or for another CUDA version (two DALIs share one folder).
     # A .venv that this script did not create is kept and completed.
     installed=$(cat .venv/requirements.sha256 2>/dev/null) || true
     if [ -e .venv/installing ] || [[ -n $installed && $installed != *" $requirements" ]]; then
-        "$base" -m venv --clear .venv || return
+        is_new=1 clear=--clear
     elif [ ! -x .venv/bin/python ]; then
-        "$base" -m venv .venv || return
+        is_new=1
+    fi
+    if [ -n "$is_new" ]; then
+        say "Installing $requirements ($reason) into $environment_root/.venv: some gigabytes, some minutes, once."
+        "$base" -m venv ${clear:+"$clear"} .venv || return
+    else
+        say "Completing $environment_root/.venv: $requirements has changed, or a package is missing."
     fi
     touch .venv/installing
-    # --use-pep517: without it older pips build DeepSpeed inside the environment, which fails where nvcc is missing.
-    if ! PIP_USER=0 .venv/bin/python -m pip install --disable-pip-version-check --use-pep517 -r "$requirements" >&2; then
+    if ! run_pip; then
         say "Installing $requirements failed (the reason is above). Start again to retry; without a network, set PYTHON to an interpreter that has the packages."
         return 1
     fi

@@ -20,7 +20,7 @@ import time
 
 import psutil
 import pytest
-from launching import AWKWARD, dry_run, environment, fake, fake_gpus, run, world
+from launching import AWKWARD, IMPORTING, dry_run, environment, fake, fake_gpus, run, world
 
 from common.paths import PROJECT
 
@@ -111,6 +111,26 @@ def test_a_failing_rank_fails_the_script(repo):
 def test_a_run_with_nothing_left_to_train_is_no_failure(repo):
     result = run(repo, "launch_local_train.sh", STUB_CODE="2")  # train.py's exit code for a finished run
     assert result.returncode == 2 and "failed" not in result.stderr
+
+
+def test_a_killed_rank_is_explained(repo):
+    (repo / "train.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    result = run(repo, "launch_local_train.sh")
+    assert result.returncode == 247
+    assert result.stderr.endswith("Training failed: a process was ended by signal 9 (KILL); was the memory full?\n")
+
+
+def test_a_stop_while_ranks_import_says_that_nothing_was_saved_and_leaves_none(repo, tmp_path):
+    (repo / "train.py").write_text(IMPORTING)
+    script = subprocess.Popen(
+        [str(repo / "launch_local_train.sh")], env=environment(repo, NUM_PROCS="2"), stderr=subprocess.PIPE, text=True
+    )
+    ranks = rank_pids(tmp_path)
+    script.terminate()
+    said = script.communicate(timeout=60)[1]
+    assert script.returncode == 128 + signal.SIGTERM
+    assert said.endswith("Stopped before training began; there was nothing to save.\n") and "failed" not in said
+    assert not any(psutil.pid_exists(rank) for rank in ranks)
 
 
 def wait_until(condition, seconds=60):
@@ -234,6 +254,7 @@ case "$1 $2" in
     "-m venv") target="${{@: -1}}"; [ "$3" != --clear ] || rm -rf "$target"
         mkdir -p "$target/bin"; cp "$0" "$target/bin/python"; exit ;;
     "-m pip") echo "${{@: -1}}" >>{shlex.quote(str(repo.parent / "pip.log"))}; sleep "${{PIP_SECONDS:-0}}"
+        echo "Requirement already satisfied: torch"; echo "Collecting new-one"
         [ -z "$PIP_FAILS" ] && touch "${{0%/*}}/installed"; exit ;;
     "- "*) [ -e "${{0%/*}}/installed" ] && echo "${{0%/*}}" && exit; echo missing everything; exit 1 ;;
     *) exec {shlex.quote(sys.executable)} "$@" ;;
@@ -255,6 +276,20 @@ def test_environment_is_made_once_and_again_when_its_requirements_change(repo):
         file.write("# changed\n")
     assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert installs(repo) == ["requirements.txt"] * 2
+
+
+def test_completing_an_environment_prints_what_is_installed_alone_and_fails_with_pip(repo):
+    fake_python(repo)
+    first = run(repo, "environment/setup.sh", PYTHON="python3").stderr
+    assert ": some gigabytes, some minutes, once." in first and "already satisfied" in first
+    for fails in ("1", ""):
+        with (repo / "requirements.txt").open("a") as file:
+            file.write("# changed\n")
+        (repo / ".venv/bin/installed").unlink()
+        result = run(repo, "environment/setup.sh", PYTHON="python3", PIP_FAILS=fails)
+        assert result.returncode == bool(fails) and "Collecting new-one" in result.stderr
+        assert ("already satisfied" in result.stderr) == (not fails)  # after a failure it starts from an empty folder
+        assert ("requirements.txt has changed, or a package is missing" in result.stderr) == bool(fails)
 
 
 def test_an_interrupted_install_starts_over(repo):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import zipfile
 
@@ -15,7 +17,10 @@ from programs import launch, run
 from safetensors.torch import load_file
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, TEST_PER_CLASS, TRAIN_PER_CLASS, checkpoints, copy_of, results
 
+import train
+from common.errors import DatasetError
 from common.paths import PROJECT
+from common.stop_signal import StopSignal
 from image_data.dataset import Dataset
 from records.run_folder import RunFolder
 
@@ -94,6 +99,27 @@ def test_max_steps_ends_a_run_within_an_epoch_and_fresh_renames_the_old_one(trai
         assert lines[-1]["learning_rate"] == pytest.approx(3e-3 * 0.01)
     old = RunFolder(runs / "short.old-1")
     assert results(old) == results(RunFolder(runs / "short")) and old.newest_checkpoint().name == "step-00000006"
+
+
+# --- errors of several processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_ended", "printed"),
+    [("0", False, "error: no dataset\n"), ("1", True, ""), ("1", False, "error in process 1: no dataset\n")],
+    ids=["the first process", "another process, which the launcher ends", "another process alone"],
+)
+def test_an_error_that_all_processes_share_is_printed_once(rank, is_ended, printed, monkeypatch, signals, capsys):
+    def main() -> int:
+        StopSignal()
+        if is_ended:  # as launchers do when another process has failed
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise DatasetError("no dataset")
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(train, "SHARED_ERROR_SECONDS", 0.1)
+    monkeypatch.setenv("RANK", rank)
+    assert train.run() == 1 and capsys.readouterr().err == printed
 
 
 # --- validation split ---------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.display import protect_streams
 from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RESULTS, RUNS
@@ -40,7 +39,6 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    protect_streams()
     parser = Parser(
         "python tools/keep_run.py run",
         "Save a run as one small JSON file under results/runs/.",

@@ -91,8 +91,12 @@ class CheckpointWriter:
         files = {name: gathered[gather] for name, gather in (weights or {}).items()}
         return Snapshot(self.engine.step, tensors, facts, files, loss_sums, time.perf_counter() - began)
 
-    def write(self, snapshot: Snapshot, progress: Progress) -> None:
-        """Write the weights, then the checkpoint with `progress`, in the background of the main process."""
+    def write(self, snapshot: Snapshot, progress: Progress, then: Callable[[], None] | None = None) -> None:
+        """Write the weights, then the checkpoint with `progress`, in the background of the main process.
+
+        Args:
+            then: called in the background once all is on the disk; what it prints is true even if the run is killed.
+        """
         if self.record is None:
             return
         texts = {
@@ -103,9 +107,11 @@ class CheckpointWriter:
             "run.json": self._run_text,
             "metrics.jsonl": self.record.metrics_text,
         }
-        self._writing = self._thread.submit(self._write, snapshot, texts, progress.best_step)
+        self._writing = self._thread.submit(self._write, snapshot, texts, progress.best_step, then)
 
-    def _write(self, snapshot: Snapshot, texts: dict[str, str], best_step: int) -> None:
+    def _write(
+        self, snapshot: Snapshot, texts: dict[str, str], best_step: int, then: Callable[[], None] | None
+    ) -> None:
         from safetensors.torch import save
 
         assert self.record is not None and self.checkpoints is not None  # `write` returns on other processes
@@ -123,6 +129,8 @@ class CheckpointWriter:
             assert weights is not None
             write_atomically(self.record.folder / name, save(weights, metadata=about))
         self.checkpoints.write(snapshot.step, snapshot.tensors, texts, best_step)
+        if then is not None:
+            then()
 
     def wait(self) -> None:
         """Wait until nothing is being written. Collective: other processes wait up to SAVE_SECONDS for a slow disk.

@@ -43,6 +43,7 @@ class Console:
         self.out, self.bars = out or sys.stdout, bars or sys.stderr
         self.has_colors = use_colors(self.out)
         self.clock = Clock()
+        self.active_bar: Any = None  # tqdm
         logger = logging.getLogger("engine")
         logger.handlers, logger.propagate = [ConsoleHandler(self)], False
         logger.setLevel(logging.INFO)
@@ -53,7 +54,12 @@ class Console:
     def say(self, text: str, level: int = NORMAL) -> None:
         """Print a line, unless the console's level is lower than `level`."""
         if self.is_main and self.level >= level:
+            bar = self.active_bar  # a line may come from the checkpoint's thread while the next epoch is trained
+            if bar is not None:
+                bar.clear()
             print(text, file=self.out, flush=True)
+            if bar is not None:
+                bar.refresh()
 
     def print_field(self, label: str, text: str, level: int = NORMAL) -> None:
         """Print a labeled line: `model     vit, ...`."""
@@ -174,7 +180,7 @@ class Bar:
     def __init__(self, console: Console, epoch: int, done: int, total: int, batch: int):
         from tqdm import tqdm
 
-        self.clock, self.batch = console.clock, batch
+        self.console, self.clock, self.batch = console, console.clock, batch
         self.bar = tqdm(
             total=total * batch,
             initial=done * batch,
@@ -187,9 +193,11 @@ class Bar:
         )
 
     def __enter__(self) -> Bar:
+        self.console.active_bar = self.bar
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.console.active_bar = None
         self.bar.close()
 
     def loss(self, value: float) -> None:

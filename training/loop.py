@@ -206,7 +206,7 @@ class Loop:
         )
 
     def _finish_epoch(self) -> None:
-        """Evaluate, write the epoch's line of metrics.jsonl and save a checkpoint."""
+        """Evaluate, write the epoch's line of metrics.jsonl, save a checkpoint, then print the line."""
         engine, progress = self.engine, self.progress
         split = "validation" if "validation" in self.evaluation else "test"
         results = self._evaluate(split)
@@ -225,12 +225,8 @@ class Loop:
         raw = {"raw_weights.safetensors": partial(engine.weights, raw=True)} if engine.ema is not None else {}
         snapshot = self.writer.take_snapshot(progress, {**dict.fromkeys(names, engine.weights), **raw})
         line["checkpoint_seconds"] = round(progress.checkpoint_seconds + snapshot.seconds, 3)
-        self.console.epoch(
-            line, [name for name in results if not name.endswith("_raw")], -(-self.total_steps // self.steps_per_epoch)
-        )
         if self.record:
             self.record.append_metrics(line)
-            self.tracking.epoch(line)
         self.progress = Progress(
             epoch=progress.epoch + 1,
             best_accuracy=progress.best_accuracy,
@@ -238,12 +234,20 @@ class Loop:
             epochs_without_better=waited,
             finished=ends_early or engine.step == self.total_steps,
         )
-        self.writer.write(snapshot, self.progress)
-        if ends_early:
-            self.console.say(
-                f"early stopping: no better validation accuracy than {100 * best:.2f}% for {waited} epochs "
-                f"(--patience {self.patience})"
-            )
+        splits = [name for name in results if not name.endswith("_raw")]
+        last_epoch = -(-self.total_steps // self.steps_per_epoch)
+
+        def print_epoch() -> None:
+            self.console.epoch(line, splits, last_epoch)
+            if ends_early:
+                self.console.say(
+                    f"early stopping: no better validation accuracy than {100 * best:.2f}% for {waited} epochs "
+                    f"(--patience {self.patience})"
+                )
+
+        self.writer.write(snapshot, self.progress, then=print_epoch)
+        if self.record:
+            self.tracking.epoch(line)
 
     def _evaluate(self, split: str) -> dict[str, tuple[EvalCounts, float]]:
         """Evaluate a split with the EMA where there is one, and then also with the trained weights as `<split>_raw`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 from programs import clean_environment
 
+from common.errors import RunError
 from common.paths import PROJECT
 from config.catalog import setting_of, setting_paths
-from config.command_line import Parser, run_name
+from config.command_line import Parser, run_cli, run_name
 from config.settings import declared_settings, resolve
 from tools.list_settings import markdown
 from training.arguments import parse_arguments
@@ -251,6 +253,25 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f"set -o pipefail; {sys.executable} train.py --list-settings | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(RunError("no such run"), 1, "error: no such run\n"), (KeyboardInterrupt(), 130, "error: interrupted\n")],
+)
+def test_what_ends_a_script_is_one_line(error, code, said, capsys):
+    def main() -> int:
+        raise error
+
+    assert run_cli(main) == code and capsys.readouterr().err == said
+
+
+def test_a_script_survives_a_closed_output(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)  # as after `evaluate.py >&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_cli(lambda: print("the result", flush=True) or print("a warning", file=sys.stderr) or 3) == 3
 
 
 # --- Tab completion -------------------------------------------------------------------------------------------------

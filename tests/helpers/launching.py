@@ -47,6 +47,11 @@ while stop and time.time() < latest and not all((out / f"saved{i}").exists() for
 (out / f"ended{rank}").write_text(str(len(stop)))
 sys.exit(75 if stop else int(os.environ.get("STUB_CODE", 0)))
 """
+IMPORTING = """
+import json, os, pathlib, time
+pathlib.Path(os.environ["STUB_OUT"], "started" + os.environ["RANK"]).write_text(json.dumps([os.getpid()]))
+time.sleep(60)
+"""  # a rank that has not set its signal handlers yet
 
 
 def fake(repo, name, script):
