@@ -68,6 +68,8 @@ def decode_image(
         Exception: some part of the file cannot be decoded. Pillow raises OSError, SyntaxError, ValueError, struct.error
             and others on damaged files.
     """
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("not a regular file")  # to read a pipe or a device may never end
     encoded = source if isinstance(source, bytes) else source.read_bytes()
     if not encoded:
         raise ValueError("empty file")

@@ -22,8 +22,10 @@ import pytest
 from PIL import Image
 from trees import WRITTEN, noise, refusal, save, tree_files, written
 
+from common.errors import DatasetError
 from common.paths import PROJECT
 from dali_pipeline import Batches
+from image_data.preparation import prepare as prepare_module
 from image_data.preparation.downloads import CIFAR100_SHA256
 from image_data.preparation.drawn_shapes import SHAPES
 from image_data.preparation.image_tree import PrepareError
@@ -214,7 +216,11 @@ def test_misuse_is_one_sentence(tmp_path, capsys):
         prepare(tmp_path, dataset="imagenet")
     with pytest.raises(PrepareError, match="train_per_class"):
         prepare(tmp_path, dataset="shapes", shapes={"hue": 3})
-    assert "--workers must be at least 1" in refusal(capsys, "--workers", 0, "--data-dir", tmp_path)
+    for workers in (0, 10**20):
+        assert "--workers must lie between 1 and 1024" in refusal(capsys, "--workers", workers, "--data-dir", tmp_path)
+    assert "is not a file. For a folder of images use --root" in refusal(
+        capsys, "--archive", tmp_path, "--data-dir", tmp_path / "new"
+    )
     (tmp_path / "file").touch()
     assert "cannot prepare" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / "file" / "under")
     assert "File name too long" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / ("x" * 300))
@@ -222,6 +228,29 @@ def test_misuse_is_one_sentence(tmp_path, capsys):
     assert "--max-megapixels must be >= 0, got nan" in refusal(
         capsys, "--max-megapixels", "nan", "--data-dir", tmp_path
     )
+
+
+@pytest.mark.parametrize("name", [".zip", "..zip", "a\nb.zip"])
+def test_an_archive_whose_name_gives_no_folder_name_needs_a_data_dir(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    assert "gives no folder name. Add --data-dir DIR" in refusal(capsys, "--archive", name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # not the folder of all datasets
+
+
+def test_train_py_does_not_prepare_another_archive_as_cifar100(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "DATA", tmp_path)
+    with pytest.raises(
+        DatasetError, match=r"pets.zip would be prepared in .*cifar100, the folder of CIFAR-100. Add --d"
+    ):
+        find_or_prepare(None, None, Path("pets.zip"))
+    with pytest.raises(DatasetError, match=r"cifar-100-python.tar.gz does not exist"):
+        find_or_prepare(None, None, Path("cifar-100-python.tar.gz"))
+
+
+def test_a_pipe_in_a_tree_is_named_and_not_read(tree, capsys):
+    os.mkfifo(tree / "train/cat/pipe.png")
+    assert "train/cat/pipe.png (not a regular file)" in refusal(capsys, "--root", tree, "--workers", 1)
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):

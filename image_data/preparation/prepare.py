@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ from image_data.preparation.image_tree import PREPARED_FROM, PrepareError, Tree,
 from image_data.preparation.survey import Options, Survey, extremes, survey_images
 
 PACK_LIMIT_GIB = 8.0
+MAX_WORKERS = 1024
 OURS = ".unpacked"  # an empty file that marks <data-dir>/images as written by this script, which may replace it
 
 
@@ -38,10 +40,19 @@ class Source:
     root: Path | None
 
     def default_folder(self) -> Path:
-        """Return the folder to prepare if --data-dir is not given."""
+        """Return the folder to prepare if --data-dir is not given.
+
+        Raises:
+            PrepareError: the name of the archive, such as `.zip`, gives no folder name.
+        """
         if self.root is not None:
             return self.root
-        return Path("data", self.archive.name.split(".")[0] if self.archive is not None else self.dataset or DEFAULT)
+        if self.archive is None:
+            return Path("data", self.dataset or DEFAULT)
+        name = self.archive.name.split(".")[0]
+        if not name or not name.isprintable():
+            raise PrepareError(f"--archive {str(self.archive)!r} gives no folder name. Add --data-dir DIR")
+        return Path("data", name)
 
     def record(self) -> dict[str, str | int]:
         """Return the content of prepared_from.json: nothing that depends on this machine."""
@@ -83,8 +94,8 @@ def prepare(
     """
     if (archive is not None) + (root is not None) + (dataset is not None) > 1:
         raise PrepareError("give only one of --dataset, --archive and --root")
-    if workers is not None and workers < 1:
-        raise PrepareError(f"--workers must be at least 1, got {workers}")
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise PrepareError(f"--workers must lie between 1 and {MAX_WORKERS}, got {workers}")
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
     for name, value in (("--pack-limit-gib", pack_limit_gib), ("--max-megapixels", max_megapixels)):
@@ -106,12 +117,13 @@ def prepare(
     )
     try:
         if not Dataset.is_prepared(folder) or force:
-            for option, path, exists in (
-                ("--archive", source.archive, os.path.isfile),
-                ("--root", source.root, os.path.isdir),
+            for option, path, exists, other in (
+                ("--archive", source.archive, os.path.isfile, "is not a file. For a folder of images use --root"),
+                ("--root", source.root, os.path.isdir, "is not a folder. For a zip or tar use --archive"),
             ):
                 if path is not None and not exists(path):
-                    raise PrepareError(f"{option} {path} does not exist. Check the path")
+                    wrong = other if os.path.exists(path) else "does not exist. Check the path"
+                    raise PrepareError(f"{option} {path} {wrong}")
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
                 if not Dataset.is_prepared(folder) or force:
@@ -142,6 +154,11 @@ def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | 
     data_dir, archive = _expand(data_dir), _expand(archive)
     folder = data_dir or DATA / (dataset or DEFAULT)
     if not Dataset.is_prepared(folder):
+        if archive and not data_dir and not dataset and DEFAULT not in re.sub("[^a-z0-9]", "", archive.name.lower()):
+            raise DatasetError(
+                f"--archive {archive} would be prepared in {os.path.relpath(folder)}, the folder of CIFAR-100. "
+                "Add --data-dir DIR to name a folder for it"
+            )
         if data_dir and not (archive or dataset or os.path.isdir(folder / "train")):
             raise DatasetError(
                 f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/. Check the path, "
