@@ -32,6 +32,7 @@ Every other key is a setting, written as in presets/. Settings override each oth
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError, unknown
+from config.command_line import run_name
 from config.settings import Settings, resolve
 
 if sys.version_info >= (3, 11):
@@ -62,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
 OWN = ("question", "sizes", "variants", *DEFAULTS, *BUDGETS)  # every other key is a setting
 MATCHES = ("none", "parameters", "flops")
 MOST_SEEDS = 1000  # against a typing mistake; the statistics have no limit
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def read(
     if size is not None:
         at_size = _rename_arms(path, _table(path, f"[sizes.{size}]", sizes[size]), f"[sizes.{size}.arms]")
         name += f"-{size}"
+    _check_name(path, name)
     for key in ("question", "sizes"):
         if key in at_size:
             raise SettingsError(f"{path.name}: [sizes.{size}] cannot have its own {key}; set {key} for the whole file")
@@ -148,7 +151,7 @@ def read(
     variants = _read_variants(path, tree.get("variants", []), at_size.get("variants", {}), preset, common)
     return Experiment(
         name,
-        facts["question"],
+        " ".join(facts["question"].split()),
         preset,
         facts["dataset"],
         facts["seeds"],
@@ -171,6 +174,16 @@ def check_distinct(path_name: str, variants: list[Variant], advice: str = "") ->
                 raise SettingsError(
                     f"{path_name}: the variants '{other.name}' and '{variant.name}' have the same settings{advice}"
                 )
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Refuse a file such as `..toml`, whose name would be that of a folder above the runs and the results."""
+    try:
+        run_name(name)
+    except argparse.ArgumentTypeError as error:
+        raise SettingsError(
+            f"{path.name!r}: the name of an experiment {str(error).partition(';')[0]}; rename the file"
+        ) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -287,7 +300,8 @@ def _read_variants(path: Path, variants: Any, at_size: dict[str, Any], preset: s
         name = _table(path, "each of [[variants]]", tree).get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in names:
             raise SettingsError(
-                f"{path.name}: every variant needs its own name of letters, digits, '.', '_' and '-', not {name!r}"
+                f"{path.name}: every variant needs its own name of up to 100 letters, digits, '.', '_' and '-', "
+                f"not {name!r}"
             )
         names.append(name)
     for name, tree in _table(path, "variants of a size", at_size).items():

@@ -31,6 +31,7 @@ SPLITS = {"validation": ("validation", GREEN), "test": ("test", ORANGE)}
 DPI = 110
 FONT = "DejaVu Sans"  # comes with matplotlib
 _reported: set[str] = set()  # characters without a font, each reported once
+warnings.filterwarnings("ignore", "Creating legend with loc", UserWarning)  # matplotlib's advice on a slow machine
 
 
 def make_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:

@@ -11,6 +11,7 @@ from comparisons import COMMON, VARIANTS, report
 from torch import nn
 
 import compare
+from common.errors import SettingsError
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from common.text import last_error
@@ -86,9 +87,10 @@ def test_flops_are_those_of_the_matrix_products():
         (COMMON + VARIANTS + "epochs = 3\n", "variant 'gated': epochs is the same for all variants"),
         (
             COMMON + VARIANTS.replace("gated", "plain"),
-            "every variant needs its own name of letters, digits, '.', '_' and '-', not 'plain'",
+            "every variant needs its own name of up to 100 letters, digits, '.', '_' and '-', not 'plain'",
         ),
         (COMMON + VARIANTS.replace('"gated"', '"a/b"'), "not 'a/b'"),
+        (COMMON + VARIANTS.replace("gated", "x" * 101), "up to 100 letters"),
         (COMMON + VARIANTS[: VARIANTS.index("model")], "the variants 'plain' and 'gated' have the same settings"),
         (COMMON + VARIANTS[: VARIANTS.rindex("[[")], "a comparison needs at least two [[variants]]"),
         (COMMON + VARIANTS.replace('idea = "A gate."', ""), "variant 'gated': state the idea in one sentence"),
@@ -121,6 +123,13 @@ def test_a_mistake_ends_everything_before_the_first_run(ask, invented, tmp_path,
     code, _, err = ask(text)
     assert code == 1 and sentence in err and err.startswith("error: ") and err.count("\n") == 1
     assert not invented.started and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["..toml", "...toml", "a\nb.toml"])
+def test_the_name_of_an_experiment_file_must_be_that_of_a_folder(tmp_path, name):
+    (tmp_path / name).write_text(COMMON + VARIANTS)
+    with pytest.raises(SettingsError, match="the name of an experiment must .*; rename the file"):
+        read(tmp_path / name)
 
 
 def test_a_size_that_is_not_there_is_named(ask, invented):
