@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, RunError, SettingsError
+from common.output_files import check_new_folder
 from common.paths import PROJECT, RESULTS, RUNS
 from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, read
@@ -45,6 +46,10 @@ def main() -> int:
         )
     if args.shard and experiment.max_seeds:
         raise SettingsError('until = "decided" needs the results of all runs after each round; leave out --shard')
+    if not args.dry_run:
+        check_new_folder(args.results_dir, "--results-dir")
+        if not args.report_only:
+            check_new_folder(args.runs_dir, "--runs-dir")
     runs = args.runs_dir.resolve() / experiment.name
     data = (
         data_of_runs(runs, args.data_dir)

@@ -26,6 +26,7 @@ from common.errors import (
     SettingsError,
     UserError,
 )
+from common.output_files import disk_problem
 from common.stop_signal import stop_requested
 from config.command_line import run_cli
 from config.settings import resolve
@@ -135,6 +136,23 @@ def ended_by_launcher() -> bool:
     return ended
 
 
+def explain(error: OSError | RuntimeError) -> str | None:
+    """Return the sentence for an error of the system or of a library that the user can fix; None for others."""
+    if isinstance(error, OSError):
+        return disk_problem(error)
+    if "does not have a deterministic implementation" in str(error):
+        what = str(error).split(", ")[0].split(". ")[0]
+        return f"--deterministic: {what}; leave the flag out, or choose another part"
+    if "can't allocate memory" in str(error):  # of PyTorch's allocator for CPUs
+        return "out of memory; choose a smaller --micro-batch or a smaller network"
+    if "/dev/shm" in str(error):  # of NCCL, through which the GPUs of a machine exchange
+        return (
+            "/dev/shm is full or too small for NCCL; in a container start it with --shm-size=8g, "
+            "or set NCCL_SHM_DISABLE=1 (slower)"
+        )
+    return None
+
+
 def run() -> int:
     """Call `main` and print what the user can fix as one line. Returns the exit code."""
     rank = os.environ.get("RANK", "0")
@@ -150,13 +168,9 @@ def run() -> int:
     except KeyboardInterrupt:
         print("error: interrupted before the run was saved", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except RuntimeError as error:
-        if "does not have a deterministic implementation" in str(error):
-            what = str(error).split(", ")[0].split(". ")[0]
-            print(f"error: --deterministic: {what}; leave the flag out, or choose another part", file=sys.stderr)
-            return 1
-        if "can't allocate memory" in str(error):  # of PyTorch's allocator for CPUs
-            print("error: out of memory; choose a smaller --micro-batch or a smaller network", file=sys.stderr)
+    except (OSError, RuntimeError) as error:
+        if sentence := explain(error):
+            print(f"error: {sentence}", file=sys.stderr)
             return 1
         if not any(sign in str(error) for sign in LOST_PEER):
             raise

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from common.display import protect_streams
 from common.errors import EXIT_INTERRUPTED, UserError
+from common.output_files import disk_problem
 from config.catalog import names_of, setting_of, settings_like
 from config.settings import preset_names
 
@@ -55,6 +56,11 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except OSError as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
 
 
 class Parser(argparse.ArgumentParser):

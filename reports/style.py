@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import sys
 import textwrap
 import warnings
@@ -32,6 +33,7 @@ DPI = 110
 FONT = "DejaVu Sans"  # comes with matplotlib
 _reported: set[str] = set()  # characters without a font, each reported once
 warnings.filterwarnings("ignore", "Creating legend with loc", UserWarning)  # matplotlib's advice on a slow machine
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # under a read-only HOME it suggests MPLCONFIGDIR
 
 
 def make_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:

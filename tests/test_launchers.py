@@ -285,7 +285,7 @@ def test_completing_an_environment_prints_what_is_installed_alone_and_fails_with
     for fails in ("1", ""):
         with (repo / "requirements.txt").open("a") as file:
             file.write("# changed\n")
-        (repo / ".venv/bin/installed").unlink()
+        (repo / ".venv/bin/installed").unlink(missing_ok=True)
         result = run(repo, "environment/setup.sh", PYTHON="python3", PIP_FAILS=fails)
         assert result.returncode == bool(fails) and "Collecting new-one" in result.stderr
         assert ("already satisfied" in result.stderr) == (not fails)  # after a failure it starts from an empty folder

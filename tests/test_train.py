@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import zipfile
+from unittest import mock
 
 import programs
 import psutil
@@ -120,6 +122,25 @@ def test_an_error_that_all_processes_share_is_printed_once(rank, is_ended, print
     monkeypatch.setattr(train, "SHARED_ERROR_SECONDS", 0.1)
     monkeypatch.setenv("RANK", rank)
     assert train.run() == 1 and capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            "error: runs/a cannot be written, because its disk",
+        ),
+        (
+            RuntimeError("NCCL: Error while creating shared memory segment /dev/shm/nccl-1"),
+            "error: /dev/shm is full or",
+        ),
+        (RuntimeError("Gloo: Connection closed by peer"), "process 0 stops, because another process has ended"),
+    ],
+)
+def test_an_error_of_the_system_is_one_sentence(error, printed, monkeypatch, capsys):
+    monkeypatch.setattr(train, "main", mock.Mock(side_effect=error))
+    assert train.run() == 1 and capsys.readouterr().err.startswith(printed)
 
 
 # --- validation split ---------------------------------------------------------------------------------------------

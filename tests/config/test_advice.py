@@ -19,7 +19,7 @@ CODE = [
 ]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_-]+\b")
 # Options of other programs that this project starts or names.
-FOREIGN = {*ELSEWHERE, "--nonsuch", "--pdeathsig", "--zstd"}
+FOREIGN = {*ELSEWHERE, "--nonsuch", "--pdeathsig", "--shm-size", "--zstd"}
 STARTS_OTHERS = (  # their texts hold command lines of other programs: pip, ssh, rsync, srun, git, torchrun, DeepSpeed
     "cluster/",
     "benchmarks/",

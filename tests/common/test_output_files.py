@@ -1,0 +1,47 @@
+"""common/output_files.py: places that are full or read-only get a sentence. Run: python -m pytest tests/common"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from common import output_files
+from common.errors import SettingsError
+from common.output_files import check_new_folder, disk_problem
+from config.command_line import run_cli
+
+
+@pytest.mark.parametrize(
+    ("number", "path", "sentence"),
+    [
+        (errno.ENOSPC, "/tmp/x", "/tmp/x cannot be written, because its disk is full; free some space"),
+        (errno.EDQUOT, None, "the output cannot be written, because its disk is full"),
+        (errno.EROFS, "/mnt/x", "/mnt/x cannot be used (Read-only file system); change its permissions, or name"),
+        (errno.EPERM, None, None),  # of a system call, not of a file
+        (errno.ENOENT, "/x", None),  # may be a defect of this project, so the traceback is kept
+    ],
+)
+def test_a_full_or_read_only_place_is_named(number, path, sentence, capsys):
+    error = OSError(number, os.strerror(number), path)
+
+    def main() -> int:
+        raise error
+
+    if sentence is None:
+        assert disk_problem(error) is None
+        with pytest.raises(OSError):
+            run_cli(main)
+    else:
+        assert run_cli(main) == 1 and capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+def test_a_folder_that_cannot_be_created_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    check_new_folder(tmp_path / "a/b", "--results-dir")
+    with pytest.raises(SettingsError, match="--results-dir .*file is not a folder. Choose another --results-dir"):
+        check_new_folder(tmp_path / "file/b", "--results-dir")
+    monkeypatch.setattr(output_files.os, "access", lambda path, mode: False)
+    with pytest.raises(SettingsError, match="is read-only. Choose another --results-dir"):
+        check_new_folder(tmp_path / "a/b", "--results-dir")
