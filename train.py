@@ -12,27 +12,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
 from common.display import protect_streams
-from common.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_NOTHING_DONE,
-    EXIT_STOPPED,
-    RunError,
-    RunFinishedError,
-    SettingsError,
-    UserError,
-)
+from common.errors import EXIT_INTERRUPTED, EXIT_NOTHING_DONE, EXIT_STOPPED, RunError, RunFinishedError, UserError
 from common.output_files import disk_problem
-from common.stop_signal import stop_requested
-from config.command_line import run_cli
+from config.command_line import reports_errors, run_cli
 from config.settings import resolve
 from training.arguments import parse_arguments
 
-SHARED_ERROR_SECONDS = 5.0  # DeepSpeed's launcher looks once a second whether a process has failed
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -124,18 +113,6 @@ def main() -> int:
     raise RunError(micro_batch.advice())
 
 
-def ended_by_launcher() -> bool:
-    """Whether the launcher ends this process within SHARED_ERROR_SECONDS, because an earlier process has failed.
-
-    An error that all processes share, such as a missing dataset, is then printed once, by process 0. A file or a loss
-    may fail in one process alone, and then this process prints it.
-    """
-    deadline = time.monotonic() + SHARED_ERROR_SECONDS
-    while not (ended := stop_requested()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return ended
-
-
 def explain(error: OSError | RuntimeError) -> str | None:
     """Return the sentence for an error of the system or of a library that the user can fix; None for others."""
     if isinstance(error, OSError):
@@ -160,10 +137,9 @@ def run() -> int:
     try:
         return main()
     except UserError as error:
-        if rank in ("", "0"):
-            print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, (SettingsError, RunFinishedError)) and not ended_by_launcher():
-            print(f"error in process {rank}: {error}", file=sys.stderr)
+        if reports_errors():
+            where = "" if rank in ("", "0") else f" in process {rank}"
+            print(f"error{where}: {error}", file=sys.stderr)
         return EXIT_NOTHING_DONE if isinstance(error, RunFinishedError) else 1
     except KeyboardInterrupt:
         print("error: interrupted before the run was saved", file=sys.stderr)

@@ -15,6 +15,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,9 +24,11 @@ from typing import Any, NoReturn
 from common.display import protect_streams
 from common.errors import EXIT_INTERRUPTED, UserError
 from common.output_files import disk_problem
+from common.stop_signal import stop_requested
 from config.catalog import names_of, setting_of, settings_like
 from config.settings import preset_names
 
+SHARED_ERROR_SECONDS = 5.0  # DeepSpeed's launcher looks once a second whether a process has failed
 MAX_NAME_BYTES = 200  # file systems allow 255; ".old-1" and the like are appended
 ELSEWHERE = {  # options of other projects that neither an option nor a setting replaces
     "--device": "training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
@@ -61,6 +64,20 @@ def run_cli(main: Callable[[], int | None]) -> int:
             raise
         print(f"error: {problem}", file=sys.stderr)
         return 1
+
+
+def reports_errors() -> bool:
+    """Whether this process prints an error that all processes of a run may share, so that it is printed once.
+
+    Process 0 does. Another one waits whether the launcher ends it, because process 0 has failed. If not, it failed
+    alone, or there is no launcher and RANK is left over in the environment.
+    """
+    if os.environ.get("RANK", "0") in ("", "0"):
+        return True
+    deadline = time.monotonic() + SHARED_ERROR_SECONDS
+    while not (ended := stop_requested()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not ended
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,8 +136,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"there is no home folder for {value.parts[0]}; write the path in full")
 
     def error(self, message: str) -> NoReturn:
-        """Print one sentence and exit with 2; only the first of several processes prints."""
-        if os.environ.get("RANK", "0") in ("", "0"):
+        """Print one sentence and exit with 2; of several processes, one prints."""
+        if reports_errors():
             print(f"error: {message} (all options: {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -174,6 +191,8 @@ def run_name(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"must be a single folder name, not {text!r}; --runs-dir chooses the folder above"
         )
+    if text.startswith("-") or text != text.strip():
+        raise argparse.ArgumentTypeError(f"must not start with '-' or a space, or end with a space, not {text!r}")
     if any(unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp", "Cs") for letter in text):
         raise argparse.ArgumentTypeError(f"must not contain control characters, not {text!r}")
     if len(os.fsencode(text)) > MAX_NAME_BYTES:

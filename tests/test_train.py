@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, TEST_PER_CLASS, TRAIN_PER_CLASS, checkpoints, copy_of, results
 
 import train
-from common.errors import DatasetError
+from common.errors import DatasetError, SettingsError
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
+from config import command_line
 from image_data.dataset import Dataset
 from records.run_folder import RunFolder
 
@@ -106,20 +107,21 @@ def test_max_steps_ends_a_run_within_an_epoch_and_fresh_renames_the_old_one(trai
 # --- errors of several processes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [DatasetError, SettingsError])
 @pytest.mark.parametrize(
     ("rank", "is_ended", "printed"),
     [("0", False, "error: no dataset\n"), ("1", True, ""), ("1", False, "error in process 1: no dataset\n")],
     ids=["the first process", "another process, which the launcher ends", "another process alone"],
 )
-def test_an_error_that_all_processes_share_is_printed_once(rank, is_ended, printed, monkeypatch, signals, capsys):
+def test_an_error_that_all_processes_share_is_printed_once(kind, rank, is_ended, printed, monkeypatch, signals, capsys):
     def main() -> int:
         StopSignal()
         if is_ended:  # as launchers do when another process has failed
             os.kill(os.getpid(), signal.SIGTERM)
-        raise DatasetError("no dataset")
+        raise kind("no dataset")
 
     monkeypatch.setattr(train, "main", main)
-    monkeypatch.setattr(train, "SHARED_ERROR_SECONDS", 0.1)
+    monkeypatch.setattr(command_line, "SHARED_ERROR_SECONDS", 0.1)
     monkeypatch.setenv("RANK", rank)
     assert train.run() == 1 and capsys.readouterr().err == printed
 
