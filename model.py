@@ -35,6 +35,7 @@ from config.settings import ModelSettings
 from models.attention import ATTENTIONS
 from models.feed_forward import FEED_FORWARDS
 from models.layers import Architecture, DropPath, uses_settings
+from models.option_values import blame_options
 from models.parts import Dimensions, make_part
 from models.patch_embedding import PATCH_EMBEDDINGS
 from models.pooling import POOLINGS
@@ -264,5 +265,15 @@ def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> 
 
 
 def build_model(settings: ModelSettings, num_classes: int, image_side: int) -> nn.Sequential:
-    """Return the plain model: the layers in sequence."""
-    return nn.Sequential(*build_layers(settings, num_classes, image_side))
+    """Return the plain model: the layers in sequence.
+
+    Raises:
+        SettingsError: an unknown name, or an option with a value that no network can have.
+    """
+    try:
+        return nn.Sequential(*build_layers(settings, num_classes, image_side))
+    except SettingsError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        blame_options(settings, error)
+        raise

@@ -57,7 +57,7 @@ def main() -> int:
     stop, console = start_process(args.verbosity, args.deterministic, args.tensorboard, args.wandb)
 
     # 2. The settings, all of them checked before any data is fetched
-    preset = args.preset or default_preset(pick_device(), console)
+    preset = default_preset(pick_device(), console) if args.preset is None else args.preset
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
     peer_wait = settings.parallel.patience_seconds
     meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, peer_wait)

@@ -55,6 +55,9 @@ class Declared:
             return unknown(path, value, list(self.choices))
         if isinstance(value, list):
             return self._problem_of_list(path, value)
+        if isinstance(value, dict):  # options of a part, whose ranges the part knows
+            odd = [name for name, number in value.items() if isinstance(number, float) and not math.isfinite(number)]
+            return f"{path}.{odd[0]} must be a finite number, got {value[odd[0]]}" if odd else None
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not self._contains(value):
             return f"{path} must be {self.condition() or 'a finite number'}, got {value}"
         return None

@@ -208,8 +208,10 @@ def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn
     MLP: taking them from `hidden` would change the shapes of networks that have been trained.
 
     Raises:
-        SettingsError: `share` is not between 0 and 1, or `kind` is unknown.
+        SettingsError: `share` is not between 0 and 1, `hidden` is negative, or `kind` is unknown.
     """
+    if hidden < 0:
+        raise SettingsError(f"model.feed_forward_options.hidden must be >= 0, got {hidden}")
     if not 0 < share < 1:
         raise SettingsError(f"model.feed_forward_options.share must be between 0 and 1, got {share}")
     options = {}
