@@ -1,0 +1,356 @@
+"""Mutation testing: plants one-line mistakes in the packages and counts how many the tests notice.
+
+    python benchmarks/mutation.py --sample 200 --minutes 120          # continues where results/mutation.json ends
+    python benchmarks/mutation.py --files models/attention.py --sample 20 --out runs/mutation
+    python benchmarks/mutation.py --again survived                    # after new tests: the survivors once more
+    python benchmarks/mutation.py --explain 1f0c2a9d3b "the order of two equal factors"
+
+`benchmarks/lib/mutants.py` draws the sample from the present commit. Each mistake is planted in a clone in a temporary
+folder, never in your files. Only the tests that import the changed file run, nearest first, until one fails or the
+time limit of a mutant is over. A failing test counts only if it passes without the mistake. Outcomes: killed (a test
+failed), timed out (a test hung, which is noticed too), survived. The reports are written after every mutant.
+
+Why not a finished tool: mutmut 3.8 renames functions and plants its mutants behind them. It skips decorated functions
+(properties, context managers, `no_grad`) and all that is outside functions (tables, defaults), finds the tests of a
+function by calls in its own process, whereas most of our tests start programs, and has no sample by seed. cosmic-ray
+8.7 runs one test command for every mutant: the whole suite, or one session per file, with a database and nine
+dependencies, and has no sample by seed either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.lib.mutants import Mutant, sample
+from benchmarks.lib.nearest_tests import NearestTests
+from common.errors import UserError
+from common.files import write_atomically
+from common.machine import cpu_name
+from common.paths import PROJECT, RESULTS
+from common.text import duration
+from config.command_line import Parser, at_least_one, run_cli
+
+PACKAGES = ("image_data", "models", "optim", "parallel", "records", "training", "comparison")
+KILLED, TIMED_OUT, SURVIVED = OUTCOMES = ("killed", "timed out", "survived")
+SELECTION = "not slow and not gpu and not cluster"
+STAGES = (3, 6)  # test files per pytest process; the rest is one more. Loading all files would outlast most mutants.
+ENVIRONMENT = {  # that of run_tests.sh
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_EXTENSIONS_DIR": str(PROJECT / ".torch_extensions"),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests said: the first test that failed, and how many test files were run to their end."""
+
+    outcome: str
+    test: str | None
+    files_run: int
+    files: int
+
+
+def main() -> int:
+    args = parse_arguments()
+    report = Report(args.out, args.seed)
+    if args.explain:
+        report.explain(*args.explain)
+        return 0
+    commit = git("rev-parse", "HEAD").strip()
+    sources = {file: git("show", f"{commit}:{file}") for file in args.files or package_files(commit)}
+    chosen = list(itertools.islice(sample(sources, args.seed), args.sample))
+    outcome_of = {entry["id"]: entry["outcome"] for entry in report.mutants}
+    todo = [mutant for mutant in chosen if outcome_of.get(mutant.name) in (None, args.again)]
+    print(f"{len(chosen)} mutants of commit {commit[:10]}, {len(chosen) - len(todo)} of them done")
+    deadline = time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        trials = [Trial(Path(folder) / str(i), commit, args.limit) for i in range(args.jobs)]
+        queue, lock = iter(todo), threading.Lock()
+
+        def work(trial: Trial) -> None:
+            while time.monotonic() < deadline:
+                with lock:
+                    mutant = next(queue, None)
+                if mutant is None:
+                    return
+                began = time.monotonic()
+                verdict = trial.judge(mutant, sources[mutant.file])
+                with lock:
+                    report.add(mutant, mutant.diff(sources[mutant.file]), verdict, commit, time.monotonic() - began)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            try:
+                list(pool.map(work, trials))
+            except KeyboardInterrupt:
+                deadline = 0.0  # threads end with the mutants they are at
+                raise
+    print(report.summary())
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        "python benchmarks/mutation.py",
+        "Plant one-line mistakes in the packages and count how many the tests notice.",
+        "python benchmarks/mutation.py --sample 200 --minutes 120",
+        "Explained in docs/benchmarks.md#mutation-testing.",
+    )
+    parser.add_argument("--sample", type=at_least_one, default=200, metavar="N", help="mutants to try (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sample (default: 0)")
+    parser.add_argument(
+        "--minutes", type=float, default=120.0, help="start no mutant after this many minutes (default: 120)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="time limit of the tests of a mutant (default: 120)",
+    )
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="mutants tried at once (default: 2)")
+    parser.add_argument(
+        "--files", nargs="+", metavar="FILE", help="files to mutate (default: all files of seven packages)"
+    )
+    parser.add_argument(
+        "--again", choices=OUTCOMES, help="also try the mutants of this outcome again (default: only new ones)"
+    )
+    parser.add_argument(
+        "--explain", nargs=2, metavar=("ID", "REASON"), help="record why a survivor is equivalent, and end"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder of mutation.json and .md (default: results)"
+    )
+    return parser.parse_args()
+
+
+def git(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"mutation testing needs a git checkout: git {words[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def package_files(commit: str) -> list[str]:
+    """Python files of the packages at a commit."""
+    names = git("ls-tree", "-r", "--name-only", commit, *PACKAGES).splitlines()
+    return [name for name in names if name.endswith(".py") and not name.endswith("__init__.py")]
+
+
+class Trial:
+    """A clone of the project in which one mutant at a time is planted and tested."""
+
+    def __init__(self, folder: Path, commit: str, limit: float):
+        self.folder, self.limit = folder, limit
+        self.sound: dict[str, bool] = {}  # test -> whether it passes without a mistake
+        git("clone", "--quiet", "--shared", "--no-checkout", str(PROJECT), str(folder))
+        git("-C", str(folder), "checkout", "--quiet", "--detach", commit)
+        self.nearest = NearestTests(folder)
+
+    def judge(self, mutant: Mutant, source: str) -> Verdict:
+        """Run the tests on a mutant until one fails that passes without it, or the time is over."""
+        path = self.folder / mutant.file
+        files = self.nearest.of(mutant.file)
+        deadline, left, done = time.monotonic() + self.limit, files, 0
+        for size in (*STAGES, len(files)):
+            stage, left = left[:size], left[size:]
+            while stage and (seconds := deadline - time.monotonic()) > 0:
+                path.write_text(mutant.apply(source))
+                try:
+                    failed, finished = self.run([*stage, *self._deselected()], seconds)
+                finally:
+                    path.write_text(source)
+                if failed is None:
+                    done += len(stage) if finished else 0
+                    break
+                outcome, test = failed
+                if test is None or self.passes(test):
+                    return Verdict(outcome, test, done, len(files))
+        return Verdict(SURVIVED, None, done, len(files))
+
+    def _deselected(self) -> list[str]:
+        return [f"--deselect={test}" for test, sound in self.sound.items() if not sound]
+
+    def passes(self, test: str) -> bool:
+        """Whether a test passes without a mistake; asked once for each test."""
+        if test not in self.sound:
+            words = [test] if "::" in test else [test, "--collect-only"]
+            self.sound[test] = self.run(words, 3 * self.limit)[0] is None
+        return self.sound[test]
+
+    def run(self, words: list[str], seconds: float) -> tuple[tuple[str, str | None] | None, bool]:
+        """Run pytest. Return (outcome, test) of the first failure or None, and whether all tests were run."""
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-rfE",
+            "--tb=line",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            SELECTION,
+        ]
+        command += [
+            f"--session-timeout={seconds:.0f}",
+            f"--timeout={round(self.limit)}",
+            f"--basetemp={self.folder}.tests",
+        ]
+        child = subprocess.Popen(
+            [*command, *words],
+            cwd=self.folder,
+            env={**os.environ, **ENVIRONMENT},
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            output = child.communicate(timeout=2 * self.limit + seconds)[0]
+        except subprocess.TimeoutExpired:
+            return (TIMED_OUT, None), False
+        finally:
+            with_children(child)
+        return read_output(output, child.returncode)
+
+
+def with_children(child: subprocess.Popen) -> None:
+    """Kill what is left of a process group."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def read_output(output: str, code: int) -> tuple[tuple[str, str | None] | None, bool]:
+    """Return (outcome, test) of the first failure that pytest printed or None, and whether all tests were run."""
+    if found := re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.*?)?)(?: - .*)?$", output, re.MULTILINE):
+        hung = re.search(r"Failed: Timeout (\(>|>)", output) is not None
+        return (TIMED_OUT if hung else KILLED, found[1]), False
+    if "session-timeout" in output:
+        return None, False
+    return (None, True) if code in (0, 5) else ((KILLED, None), False)  # 5: nothing selected; else Python itself died
+
+
+class Report:
+    """mutation.json and the page that is made of it."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.json, self.page = folder / "mutation.json", folder / "mutation.md"
+        self.content: dict[str, Any] = {"seed": seed, "processor": cpu_name(), "mutants": []}
+        if self.json.is_file():
+            self.content = json.loads(self.json.read_text())
+        if self.content["seed"] != seed:
+            raise UserError(
+                f"{self.json} holds seed {self.content['seed']}; add --seed {self.content['seed']} or --out DIR"
+            )
+        self.mutants: list[dict[str, Any]] = self.content["mutants"]
+
+    def add(self, mutant: Mutant, diff: str, verdict: Verdict, commit: str, seconds: float) -> None:
+        """Record and print a verdict; one that replaces an earlier verdict keeps it as `first_outcome`."""
+        before = next((entry for entry in self.mutants if entry["id"] == mutant.name), {})
+        entry = {
+            "id": mutant.name,
+            "file": mutant.file,
+            "line": mutant.line,
+            "kind": mutant.kind,
+            "diff": diff,
+            "outcome": verdict.outcome,
+            "first_outcome": before.get("first_outcome", verdict.outcome),
+            "test": verdict.test,
+            "test_files_run": verdict.files_run,
+            "test_files": verdict.files,
+            "seconds": round(seconds, 1),
+            "commit": commit,
+        }
+        entry |= {"reason": before["reason"]} if "reason" in before and verdict.outcome == SURVIVED else {}
+        if before:
+            self.mutants[self.mutants.index(before)] = entry
+        else:
+            self.mutants.append(entry)
+        print(f"{len(self.mutants)}. {verdict.outcome} ({seconds:.0f} s) {mutant.file}:{mutant.line} {mutant.kind}")
+        print(
+            f"{diff}\n    {verdict.test or f'{verdict.files_run} of {verdict.files} test files run to their end'}",
+            flush=True,
+        )
+        self.write()
+
+    def explain(self, name: str, reason: str) -> None:
+        """Record why no test can notice a survivor."""
+        found = [entry for entry in self.mutants if entry["id"] == name and entry["outcome"] == SURVIVED]
+        if not found:
+            raise UserError(f"{self.json} has no survivor {name}; the ids are in {self.page}")
+        found[0]["reason"] = reason
+        self.write()
+
+    def write(self) -> None:
+        self.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.json, json.dumps(self.content, indent=1) + "\n")
+        write_atomically(self.page, self.markdown())
+
+    def summary(self) -> str:
+        noticed, total = self._noticed("outcome"), len(self.mutants)
+        return f"{noticed} of {total} noticed" + (f" ({100 * noticed / total:.0f} %)" if total else "")
+
+    def _noticed(self, key: str) -> int:
+        return sum(entry[key] != SURVIVED for entry in self.mutants)
+
+    def markdown(self) -> str:
+        """Return the page: totals, one row per package, and every survivor with its diff and reason."""
+        survivors = [entry for entry in self.mutants if entry["outcome"] == SURVIVED]
+        explained = sum("reason" in entry for entry in survivors)
+        commits = sorted({entry["commit"][:10] for entry in self.mutants})
+        lines = [
+            "# Mutation testing",
+            "",
+            "Written by `benchmarks/mutation.py` from `mutation.json`: one-line mistakes at random places, and whether "
+            "a test noticed.",
+            "",
+            f"**{self.summary()}**; at first, before the tests that survivors led to, "
+            f"{self._noticed('first_outcome')}. Of the {len(survivors)} survivors, {explained} have a reason.",
+            "",
+            f"Seed {self.content['seed']}; commit {', '.join(commits)}; {self.content['processor']}; "
+            f"{duration(sum(entry['seconds'] for entry in self.mutants))} in total.",
+            "",
+            "| package | mutants | killed | timed out | survived |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for package in PACKAGES:
+            of_package = [entry["outcome"] for entry in self.mutants if entry["file"].startswith(f"{package}/")]
+            lines.append(
+                f"| {package} | {len(of_package)} | " + " | ".join(str(of_package.count(o)) for o in OUTCOMES) + " |"
+            )
+        lines += ["", "## Survivors", ""]
+        for entry in survivors:
+            ran = f"{entry['test_files_run']} of {entry['test_files']} test files ran within the time limit"
+            lines += [
+                f"`{entry['id']}` {entry['file']}:{entry['line']}, {entry['kind']}: {entry.get('reason', ran)}.",
+                "",
+            ]
+            lines += ["```diff", entry["diff"], "```", ""]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))
