@@ -22,22 +22,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.lib.mutant_trial import OUTCOMES, SURVIVED, Trial, Verdict
 from benchmarks.lib.mutants import Mutant, sample
-from benchmarks.lib.nearest_tests import NearestTests
 from common.errors import UserError
 from common.files import write_atomically
 from common.machine import cpu_name
@@ -46,25 +42,6 @@ from common.text import duration
 from config.command_line import Parser, at_least_one, run_cli
 
 PACKAGES = ("image_data", "models", "optim", "parallel", "records", "training", "comparison")
-KILLED, TIMED_OUT, SURVIVED = OUTCOMES = ("killed", "timed out", "survived")
-SELECTION = "not slow and not gpu and not cluster"
-STAGES = (3, 6)  # test files per pytest process; the rest is one more. Loading all files would outlast most mutants.
-ENVIRONMENT = {  # that of run_tests.sh
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TORCH_EXTENSIONS_DIR": str(PROJECT / ".torch_extensions"),
-}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the tests said: the first test that failed, and how many test files were run to their end."""
-
-    outcome: str
-    test: str | None
-    files_run: int
-    files: int
 
 
 def main() -> int:
@@ -151,106 +128,6 @@ def package_files(commit: str) -> list[str]:
     """Python files of the packages at a commit."""
     names = git("ls-tree", "-r", "--name-only", commit, *PACKAGES).splitlines()
     return [name for name in names if name.endswith(".py") and not name.endswith("__init__.py")]
-
-
-class Trial:
-    """A clone of the project in which one mutant at a time is planted and tested."""
-
-    def __init__(self, folder: Path, commit: str, limit: float):
-        self.folder, self.limit = folder, limit
-        self.sound: dict[str, bool] = {}  # test -> whether it passes without a mistake
-        git("clone", "--quiet", "--shared", "--no-checkout", str(PROJECT), str(folder))
-        git("-C", str(folder), "checkout", "--quiet", "--detach", commit)
-        self.nearest = NearestTests(folder)
-
-    def judge(self, mutant: Mutant, source: str) -> Verdict:
-        """Run the tests on a mutant until one fails that passes without it, or the time is over."""
-        path = self.folder / mutant.file
-        files = self.nearest.of(mutant.file)
-        deadline, left, done = time.monotonic() + self.limit, files, 0
-        for size in (*STAGES, len(files)):
-            stage, left = left[:size], left[size:]
-            while stage and (seconds := deadline - time.monotonic()) > 0:
-                path.write_text(mutant.apply(source))
-                try:
-                    failed, finished = self.run([*stage, *self._deselected()], seconds)
-                finally:
-                    path.write_text(source)
-                if failed is None:
-                    done += len(stage) if finished else 0
-                    break
-                outcome, test = failed
-                if test is None or self.passes(test):
-                    return Verdict(outcome, test, done, len(files))
-        return Verdict(SURVIVED, None, done, len(files))
-
-    def _deselected(self) -> list[str]:
-        return [f"--deselect={test}" for test, sound in self.sound.items() if not sound]
-
-    def passes(self, test: str) -> bool:
-        """Whether a test passes without a mistake; asked once for each test."""
-        if test not in self.sound:
-            words = [test] if "::" in test else [test, "--collect-only"]
-            self.sound[test] = self.run(words, 3 * self.limit)[0] is None
-        return self.sound[test]
-
-    def run(self, words: list[str], seconds: float) -> tuple[tuple[str, str | None] | None, bool]:
-        """Run pytest. Return (outcome, test) of the first failure or None, and whether all tests were run."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-rfE",
-            "--tb=line",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            SELECTION,
-        ]
-        command += [
-            f"--session-timeout={seconds:.0f}",
-            f"--timeout={round(self.limit)}",
-            f"--basetemp={self.folder}.tests",
-        ]
-        child = subprocess.Popen(
-            [*command, *words],
-            cwd=self.folder,
-            env={**os.environ, **ENVIRONMENT},
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            output = child.communicate(timeout=2 * self.limit + seconds)[0]
-        except subprocess.TimeoutExpired:
-            return (TIMED_OUT, None), False
-        finally:
-            with_children(child)
-        return read_output(output, child.returncode)
-
-
-def with_children(child: subprocess.Popen) -> None:
-    """Kill what is left of a process group."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
-
-
-def read_output(output: str, code: int) -> tuple[tuple[str, str | None] | None, bool]:
-    """Return (outcome, test) of the first failure that pytest printed or None, and whether all tests were run."""
-    if found := re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.*?)?)(?: - .*)?$", output, re.MULTILINE):
-        hung = re.search(r"Failed: Timeout (\(>|>)", output) is not None
-        return (TIMED_OUT if hung else KILLED, found[1]), False
-    if "session-timeout" in output:
-        return None, False
-    return (None, True) if code in (0, 5) else ((KILLED, None), False)  # 5: nothing selected; else Python itself died
 
 
 class Report:
