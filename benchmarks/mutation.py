@@ -8,7 +8,8 @@
 `benchmarks/lib/mutants.py` draws the sample from the present commit. Each mistake is planted in a clone in a temporary
 folder, never in your files. Only the tests that import the changed file run, nearest first, until one fails or the
 time limit of a mutant is over. A failing test counts only if it passes without the mistake. Outcomes: killed (a test
-failed), timed out (a test hung, which is noticed too), survived. The reports are written after every mutant.
+failed), timed out (a test hung, which is noticed too), survived, and not tested where the time was over before the
+nearest test file was; those are tried again by the next call. The reports are written after every mutant.
 
 Why not a finished tool: mutmut 3.8 renames functions and plants its mutants behind them. It skips decorated functions
 (properties, context managers, `no_grad`) and all that is outside functions (tables, defaults), finds the tests of a
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.lib.mutant_trial import OUTCOMES, SURVIVED, Trial, Verdict
+from benchmarks.lib.mutant_trial import OUTCOMES, SURVIVED, UNTESTED, Trial, Verdict
 from benchmarks.lib.mutants import Mutant, sample
 from common.errors import UserError
 from common.files import write_atomically
@@ -46,7 +47,7 @@ PACKAGES = ("image_data", "models", "optim", "parallel", "records", "training", 
 
 def main() -> int:
     args = parse_arguments()
-    report = Report(args.out, args.seed)
+    report = Report(args.out, args.seed, args.sample)
     if args.explain:
         report.explain(*args.explain)
         return 0
@@ -54,7 +55,7 @@ def main() -> int:
     sources = {file: git("show", f"{commit}:{file}") for file in args.files or package_files(commit)}
     chosen = list(itertools.islice(sample(sources, args.seed), args.sample))
     outcome_of = {entry["id"]: entry["outcome"] for entry in report.mutants}
-    todo = [mutant for mutant in chosen if outcome_of.get(mutant.name) in (None, args.again)]
+    todo = [mutant for mutant in chosen if outcome_of.get(mutant.name) in (None, UNTESTED, args.again)]
     print(f"{len(chosen)} mutants of commit {commit[:10]}, {len(chosen) - len(todo)} of them done")
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
@@ -133,9 +134,9 @@ def package_files(commit: str) -> list[str]:
 class Report:
     """mutation.json and the page that is made of it."""
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, sample_size: int):
         self.json, self.page = folder / "mutation.json", folder / "mutation.md"
-        self.content: dict[str, Any] = {"seed": seed, "processor": cpu_name(), "mutants": []}
+        self.content: dict[str, Any] = {"seed": seed, "sample": sample_size, "processor": cpu_name(), "mutants": []}
         if self.json.is_file():
             self.content = json.loads(self.json.read_text())
         if self.content["seed"] != seed:
@@ -147,30 +148,21 @@ class Report:
     def add(self, mutant: Mutant, diff: str, verdict: Verdict, commit: str, seconds: float) -> None:
         """Record and print a verdict; one that replaces an earlier verdict keeps it as `first_outcome`."""
         before = next((entry for entry in self.mutants if entry["id"] == mutant.name), {})
+        first = before.get("first_outcome", UNTESTED)
         entry = {
-            "id": mutant.name,
-            "file": mutant.file,
-            "line": mutant.line,
-            "kind": mutant.kind,
-            "diff": diff,
-            "outcome": verdict.outcome,
-            "first_outcome": before.get("first_outcome", verdict.outcome),
-            "test": verdict.test,
-            "test_files_run": verdict.files_run,
-            "test_files": verdict.files,
-            "seconds": round(seconds, 1),
-            "commit": commit,
+            **{"id": mutant.name, "file": mutant.file, "line": mutant.line, "kind": mutant.kind, "diff": diff},
+            **{"outcome": verdict.outcome, "first_outcome": verdict.outcome if first == UNTESTED else first},
+            **{"test": verdict.test, "test_files_run": verdict.files_run, "test_files": verdict.files},
+            **{"seconds": round(seconds, 1), "commit": commit},
         }
-        entry |= {"reason": before["reason"]} if "reason" in before and verdict.outcome == SURVIVED else {}
+        if "reason" in before and verdict.outcome == SURVIVED:
+            entry["reason"] = before["reason"]
         if before:
             self.mutants[self.mutants.index(before)] = entry
         else:
             self.mutants.append(entry)
         print(f"{len(self.mutants)}. {verdict.outcome} ({seconds:.0f} s) {mutant.file}:{mutant.line} {mutant.kind}")
-        print(
-            f"{diff}\n    {verdict.test or f'{verdict.files_run} of {verdict.files} test files run to their end'}",
-            flush=True,
-        )
+        print(f"{diff}\n    {verdict.test or ran(entry)}", flush=True)
         self.write()
 
     def explain(self, name: str, reason: str) -> None:
@@ -187,46 +179,44 @@ class Report:
         write_atomically(self.page, self.markdown())
 
     def summary(self) -> str:
-        noticed, total = self._noticed("outcome"), len(self.mutants)
-        return f"{noticed} of {total} noticed" + (f" ({100 * noticed / total:.0f} %)" if total else "")
-
-    def _noticed(self, key: str) -> int:
-        return sum(entry[key] != SURVIVED for entry in self.mutants)
+        """Return how many of the tested mutants were noticed."""
+        tested = [entry for entry in self.mutants if entry["outcome"] != UNTESTED]
+        noticed = sum(entry["outcome"] != SURVIVED for entry in tested)
+        share = f" ({100 * noticed / len(tested):.0f} %)" if tested else ""
+        return f"{noticed} of {len(tested)} mutants noticed{share}"
 
     def markdown(self) -> str:
         """Return the page: totals, one row per package, and every survivor with its diff and reason."""
         survivors = [entry for entry in self.mutants if entry["outcome"] == SURVIVED]
-        explained = sum("reason" in entry for entry in survivors)
+        left = self.content["sample"] - sum(entry["outcome"] != UNTESTED for entry in self.mutants)
+        at_first = sum(entry["first_outcome"] == SURVIVED for entry in self.mutants)
         commits = sorted({entry["commit"][:10] for entry in self.mutants})
         lines = [
-            "# Mutation testing",
-            "",
-            "Written by `benchmarks/mutation.py` from `mutation.json`: one-line mistakes at random places, and whether "
-            "a test noticed.",
-            "",
-            f"**{self.summary()}**; at first, before the tests that survivors led to, "
-            f"{self._noticed('first_outcome')}. Of the {len(survivors)} survivors, {explained} have a reason.",
+            *("# Mutation testing", ""),
+            "One-line mistakes at random places, and whether a test noticed. Written by `benchmarks/mutation.py` from",
+            *("`mutation.json`.", ""),
+            f"**{self.summary()}.** Of the sample of {self.content['sample']}, {left} have not been run. "
+            f"{at_first} survived at first, and {len(survivors)} after new tests, of which "
+            f"{sum('reason' in entry for entry in survivors)} have a reason.",
             "",
             f"Seed {self.content['seed']}; commit {', '.join(commits)}; {self.content['processor']}; "
             f"{duration(sum(entry['seconds'] for entry in self.mutants))} in total.",
-            "",
-            "| package | mutants | killed | timed out | survived |",
-            "|---|---:|---:|---:|---:|",
+            *("", "| package | mutants | " + " | ".join(OUTCOMES) + " |", "|---" + "|---:" * (len(OUTCOMES) + 1) + "|"),
         ]
         for package in PACKAGES:
-            of_package = [entry["outcome"] for entry in self.mutants if entry["file"].startswith(f"{package}/")]
-            lines.append(
-                f"| {package} | {len(of_package)} | " + " | ".join(str(of_package.count(o)) for o in OUTCOMES) + " |"
-            )
+            found = [entry["outcome"] for entry in self.mutants if entry["file"].startswith(f"{package}/")]
+            counts = [len(found), *(found.count(outcome) for outcome in OUTCOMES)]
+            lines.append(f"| {package} | " + " | ".join(map(str, counts)) + " |")
         lines += ["", "## Survivors", ""]
         for entry in survivors:
-            ran = f"{entry['test_files_run']} of {entry['test_files']} test files ran within the time limit"
-            lines += [
-                f"`{entry['id']}` {entry['file']}:{entry['line']}, {entry['kind']}: {entry.get('reason', ran)}.",
-                "",
-            ]
+            lines += [f"`{entry['id']}` {entry['file']}:{entry['line']}: {entry.get('reason', ran(entry))}.", ""]
             lines += ["```diff", entry["diff"], "```", ""]
         return "\n".join(lines).rstrip() + "\n"
+
+
+def ran(entry: dict[str, Any]) -> str:
+    """Return how far the tests of a mutant came."""
+    return f"{entry['test_files_run']} of {entry['test_files']} test files ran to their end"
 
 
 if __name__ == "__main__":

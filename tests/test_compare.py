@@ -131,6 +131,15 @@ def test_a_size_that_is_not_there_is_named(ask, invented):
     assert "it has no table [sizes]" in ask(COMMON + VARIANTS, "--size", "full")[2]
 
 
+def test_an_override_beats_the_file_and_its_size_and_a_variant_beats_all(tmp_path):
+    file = tmp_path / "sizes.toml"
+    text = COMMON.replace("tiny.toml", "cpu-quick") + VARIANTS.replace("gated", "narrow").replace('"geglu"', '"mlp"')
+    file.write_text(f"model.width = 64\n{text}model.width = 48\n[sizes.small]\nmodel.width = 96\n")
+    assert [variant.settings.model.width for variant in read(file, "small").variants] == [96, 48]
+    overrides = ["model.width=144"]
+    assert [variant.settings.model.width for variant in read(file, "small", None, overrides).variants] == [144, 48]
+
+
 def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypatch):
     class Broken(nn.Module):
         """Loses half of the channels."""

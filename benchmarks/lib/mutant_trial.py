@@ -24,7 +24,8 @@ from benchmarks.lib.mutants import Mutant
 from benchmarks.lib.nearest_tests import NearestTests
 from common.paths import PROJECT
 
-KILLED, TIMED_OUT, SURVIVED = OUTCOMES = ("killed", "timed out", "survived")
+# Without a verdict: the time was over before the nearest test file was.
+KILLED, TIMED_OUT, SURVIVED, UNTESTED = OUTCOMES = ("killed", "timed out", "survived", "not tested")
 SELECTION = "not slow and not gpu and not cluster"
 STAGES = (1, 3, 6)  # test files per pytest process; the rest is one more. Loading all files outlasts most mutants.
 Failure = tuple[str, str | None]  # outcome and test
@@ -60,8 +61,9 @@ class Trial:
     def judge(self, mutant: Mutant, source: str) -> Verdict:
         """Run the tests on a mutant until one fails that passes without it, or the time is over."""
         left = self.nearest.of(mutant.file)
-        deadline, files, done = time.monotonic() + self.limit_seconds, len(left), 0
-        for size in (*STAGES, files):
+        began, files, done = time.monotonic(), len(left), 0
+        for number, size in enumerate((*STAGES, files)):
+            deadline = began + self.limit_seconds * (1 if number else 2)  # the nearest file may take longer
             stage, left = left[:size], left[size:]
             while stage and (seconds := deadline - time.monotonic()) > 0:
                 failure, finished = self._run_planted(mutant, source, stage, seconds)
@@ -71,7 +73,7 @@ class Trial:
                 outcome, test = failure
                 if test is None or self.passes(test):
                     return Verdict(outcome, test, done, files)
-        return Verdict(SURVIVED, None, done, files)
+        return Verdict(SURVIVED if done or not files else UNTESTED, None, done, files)
 
     def passes(self, test: str) -> bool:
         """Whether a test passes without a mistake, or a file can be collected; asked once for each."""
@@ -128,7 +130,7 @@ def run_pytest(project: str, clone: str, words: list[str]) -> None:
 
 def read_output(output: str, code: int) -> tuple[Failure | None, bool]:
     """Return the first failure that pytest printed or None, and whether all tests were run."""
-    if found := re.search(r"^(?:FAILED|ERROR) (\S+\.py(?:::.*?)?)(?: - .*)?$", output, re.MULTILINE):
+    if found := re.search(r"^(?:FAILED|ERROR) (\S+?\.py(?:::\w+)*(?:\[.*?\](?= - |$))?)", output, re.MULTILINE):
         hung = re.search(r"Failed: Timeout", output) is not None
         return (TIMED_OUT if hung else KILLED, found[1]), False
     if "session-timeout" in output:
