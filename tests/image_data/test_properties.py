@@ -121,6 +121,8 @@ def write_archive(path: Path, names: list[str], kind: str) -> None:
     st.sampled_from(["zip", "tar"]),
     st.booleans(),
 )
+@example(["train/../../up.png"], "", "tar", True)
+@example(["pets/train/../../../up.png"], "pets/", "zip", False)
 @example(["pets"], "pets/", "zip", True)  # a file named as the folder of the tree
 def test_no_member_of_an_archive_is_written_outside_the_folder(names, top, kind, needs_splits):
     with tempfile.TemporaryDirectory() as folder:
