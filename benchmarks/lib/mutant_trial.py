@@ -9,6 +9,7 @@ most mutants are noticed by a test of milliseconds.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ from common.paths import PROJECT
 KILLED, TIMED_OUT, SURVIVED, UNTESTED = OUTCOMES = ("killed", "timed out", "survived", "not tested")
 SELECTION = "not slow and not gpu and not cluster"
 STAGES = (1, 3, 6)  # test files per pytest process; the rest is one more. Loading all files outlasts most mutants.
+PR_SET_PDEATHSIG = 1  # of Linux, sys/prctl.h
 Failure = tuple[str, str | None]  # outcome and test
 
 
@@ -117,6 +119,7 @@ class Trial:
 def run_pytest(project: str, clone: str, words: list[str]) -> None:
     """Run pytest on the clone, in a forked process: no module of the user's tree stays loaded."""
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the program, however that ends
     os.chdir(clone)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
