@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from benchmarks.lib.forked_programs import Program
 from benchmarks.lib.mutants import Mutant
@@ -125,6 +126,8 @@ def run_pytest(project: str, clone: str, words: list[str]) -> None:
         file = getattr(module, "__file__", None) or ""
         if file.startswith(project + os.sep) and not file.startswith(sys.prefix + os.sep):
             del sys.modules[name]
+    # A program that a test forks would import the main module again, and with it the user's tree.
+    sys.modules["__main__"] = ModuleType("__main__")
     sys.path[:] = [clone, *(path for path in sys.path if path not in ("", project))]
     import pytest
 
