@@ -9,7 +9,7 @@
 folder, never in your files. Only the tests that import the changed file run, nearest first, until one fails or the
 time limit of a mutant is over. A failing test counts only if it passes without the mistake. Outcomes: killed (a test
 failed), timed out (a test hung, which is noticed too), survived, and not tested where the time was over before the
-nearest test file was; those are tried again by the next call. The reports are written after every mutant.
+nearest test file was: `--again "not tested"`, with a longer `--limit`. The reports are written after every mutant.
 
 Why not a finished tool: mutmut 3.8 renames functions and plants its mutants behind them. It skips decorated functions
 (properties, context managers, `no_grad`) and all that is outside functions (tables, defaults), finds the tests of a
@@ -55,7 +55,7 @@ def main() -> int:
     sources = {file: git("show", f"{commit}:{file}") for file in args.files or package_files(commit)}
     chosen = list(itertools.islice(sample(sources, args.seed), args.sample))
     outcome_of = {entry["id"]: entry["outcome"] for entry in report.mutants}
-    todo = [mutant for mutant in chosen if outcome_of.get(mutant.name) in (None, UNTESTED, args.again)]
+    todo = [mutant for mutant in chosen if outcome_of.get(mutant.name) in (None, args.again)]
     print(f"{len(chosen)} mutants of commit {commit[:10]}, {len(chosen) - len(todo)} of them done")
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
