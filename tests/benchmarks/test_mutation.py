@@ -157,7 +157,9 @@ def test_a_mutant_is_killed_by_a_test_that_passes_without_it(tmp_path, monkeypat
         project,
         {
             "sums.py": "def add(a, b):\n    return a + b\n\n\ndef unused(a):\n    return a + 1\n",
-            "tests/test_sums.py": "from sums import add\n\n\ndef test_broken():\n    assert 0\n\n\n"
+            "tests/test_sums.py": "import sys\n\nfrom sums import add\n\n\ndef test_broken():\n    assert 0\n\n\n"
+            # A program that a test forks imports the main module again: it must not be that of the user's tree.
+            "def test_main():\n    assert not hasattr(sys.modules['__main__'], '__file__')\n\n\n"
             "def test_add():\n    assert add(2, 1) == 3\n",
             "pyproject.toml": "[tool.pytest.ini_options]\npythonpath = ['.']\n",
         },
