@@ -42,6 +42,7 @@ from common.paths import PROJECT, RESULTS
 from common.text import duration
 from config.command_line import Parser, at_least_one, run_cli
 
+LEAST_FOR_A_SHARE = 30
 PACKAGES = ("image_data", "models", "optim", "parallel", "records", "training", "comparison")
 
 
@@ -182,7 +183,9 @@ class Report:
         """Return how many of the tested mutants were noticed."""
         tested = [entry for entry in self.mutants if entry["outcome"] != UNTESTED]
         noticed = sum(entry["outcome"] != SURVIVED for entry in tested)
-        share = f" ({100 * noticed / len(tested):.0f} %)" if tested else ""
+        share = (
+            f" ({100 * noticed / len(tested):.0f} %)" if len(tested) >= LEAST_FOR_A_SHARE else ", too few for a share"
+        )
         return f"{noticed} of {len(tested)} mutants noticed{share}"
 
     def markdown(self) -> str:
@@ -195,8 +198,8 @@ class Report:
             *("# Mutation testing", ""),
             "One-line mistakes at random places, and whether a test noticed. Written by `benchmarks/mutation.py` from",
             *("`mutation.json`.", ""),
-            f"**{self.summary()}.** Of the sample of {self.content['sample']}, {left} have not been run. "
-            f"{at_first} survived at first, and {len(survivors)} after new tests, of which "
+            f"**{self.summary()}.** Of the sample of {self.content['sample']}, {left} have not been tested.",
+            f"{at_first} survived at first. Of the {len(survivors)} that survive now, "
             f"{sum('reason' in entry for entry in survivors)} have a reason.",
             "",
             f"Seed {self.content['seed']}; commit {', '.join(commits)}; {self.content['processor']}; "
@@ -207,7 +210,7 @@ class Report:
             found = [entry["outcome"] for entry in self.mutants if entry["file"].startswith(f"{package}/")]
             counts = [len(found), *(found.count(outcome) for outcome in OUTCOMES)]
             lines.append(f"| {package} | " + " | ".join(map(str, counts)) + " |")
-        lines += ["", "## Survivors", ""]
+        lines += ["", "## Survivors", ""] if survivors else []
         for entry in survivors:
             lines += [f"`{entry['id']}` {entry['file']}:{entry['line']}: {entry.get('reason', ran(entry))}.", ""]
             lines += ["```diff", entry["diff"], "```", ""]

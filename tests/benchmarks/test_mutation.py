@@ -193,7 +193,7 @@ def test_the_report_counts_and_a_survivor_is_explained(tmp_path, capsys):
     report.add(second, "-c\n+d", Verdict(KILLED, "tests/a.py::test_b", 0, 3), "abc", 1.0)
     report.add(third, "-e\n+f", Verdict(UNTESTED, None, 0, 3), "abc", 1.0)
     page = (tmp_path / "mutation.md").read_text()
-    assert "**1 of 2 mutants noticed (50 %).** Of the sample of 9, 7 have not been run." in page
+    assert "**1 of 2 mutants noticed, too few for a share.** Of the sample of 9, 7 have not been tested." in page
     assert "| models | 3 | 1 | 0 | 1 | 1 |" in page and "2 of 3 test files ran to their end" in page
     again = mutation.Report(tmp_path, seed=0, sample_size=9)
     again.explain(first.name, "both give the same")
