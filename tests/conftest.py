@@ -37,8 +37,10 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list) -> None:
-    """Run the longest files first, so that no worker is left with one at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
+    """Run the longest files first, so that no worker is left with one at the end; one process keeps the order given."""
+    if not hasattr(config, "workerinput"):
+        return
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 

@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from comparisons import COMMON, VARIANTS, report
+from comparisons import COMMON, VARIANTS, Ended, report
 from torch import nn
 
 import compare
@@ -140,6 +140,15 @@ def test_a_size_that_is_not_there_is_named(ask, invented):
     assert "it has no table [sizes]" in ask(COMMON + VARIANTS, "--size", "full")[2]
 
 
+def test_an_override_beats_the_file_and_its_size_and_a_variant_beats_all(tmp_path):
+    file = tmp_path / "sizes.toml"
+    text = COMMON.replace("tiny.toml", "cpu-quick") + VARIANTS.replace("gated", "narrow").replace('"geglu"', '"mlp"')
+    file.write_text(f"model.width = 64\n{text}model.width = 48\n[sizes.small]\nmodel.width = 96\n")
+    assert [variant.settings.model.width for variant in read(file, "small").variants] == [96, 48]
+    overrides = ["model.width=144"]
+    assert [variant.settings.model.width for variant in read(file, "small", None, overrides).variants] == [144, 48]
+
+
 def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypatch):
     class Broken(nn.Module):
         """Loses half of the channels."""
@@ -254,6 +263,19 @@ def test_a_failing_variant_does_not_end_the_others_and_is_reported(ask, invented
     assert f"missing: gated-seed0: {reason}" in err and "cannot be compared, since it shares no finished seed" in text
     invented.fails.clear()
     assert ask()[0] == 0 and report(tmp_path)[1]["missing"] == {}
+
+
+def test_a_run_that_ends_with_0_unfinished_counts_as_failed(tmp_path, signals):
+    tasks = [PlannedRun(f"run{i}", tmp_path / f"run{i}", [], {}) for i in range(2)]
+
+    def start(task, environment):
+        record = RunFolder(task.folder)
+        record.create({"total_steps": 6})
+        (task.folder / "state" / f"step-0000000{6 if task is tasks[0] else 3}").mkdir(parents=True)
+        return Ended(0)
+
+    failures = run_all(tasks, [{}], StopSignal(), start)
+    assert failures == {"run1": "ended with exit code 0 and no output"}
 
 
 def test_files_with_the_former_key_arms_are_read(ask, invented, tmp_path):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,9 @@ from small_runs import TEST_PER_CLASS
 from benchmarks.lib.forked_programs import Done
 from common.errors import RunError
 from common.paths import PROJECT
+from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
-from inference.evaluation import average_predictions
+from inference.evaluation import average_predictions, open_dataset
 from inference.several_runs import average_weights
 from inference.trained_model import TrainedModel
 from records.run_folder import RunFolder
@@ -295,6 +298,18 @@ def test_a_dataset_of_other_classes(trained, shapes, tmp_path):
     assert "the dataset's classes are not the run's ('oval' instead of 'circle')" in refusal(
         trained, "--data-dir", other
     )
+
+
+def test_another_dataset_is_normalized_as_in_training(shapes, tmp_path):
+    other = shutil.copytree(shapes, tmp_path / "other")
+    description = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(description | {"mean": [0.1] * 3, "std": [0.9] * 3}))
+    dataset = Dataset.open(shapes)
+    facts = {"mean": list(dataset.mean), "std": list(dataset.std), "image_side": dataset.image_side}
+    trained: Any = SimpleNamespace(facts={"dataset": facts}, classes=dataset.classes)
+    found = open_dataset(trained, other)
+    assert found.folder == other and (found.mean, found.std) == (dataset.mean, dataset.std)
+    assert Dataset.open(other).mean != found.mean
 
 
 def test_a_dataset_of_another_image_side(trained, tmp_path):

@@ -49,6 +49,7 @@ OTHER_ARCHIVES = {  # first bytes -> kind of archive and the command that unpack
     b"Rar!": ("a RAR archive", "unrar x"),
     b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", "tar --zstd -xf"),
 }
+SPLITS = [(name,) for name in ("train", *TEST_NAMES)]
 # A bomb of the size of an e-mail fills a disk. Images hardly compress, so a factor of 100 is far more than they need.
 MAX_RATIO, ALWAYS_ALLOWED_GIB = 100, 0.25
 
@@ -112,7 +113,9 @@ def _members(archive: Path, limit_gib: float | None) -> Iterator[list[Member]]:
             entries: Iterable[tuple[str, str, int, Callable]] = [
                 (
                     name,
-                    "folder" if info.is_dir() else kinds.get(stat.S_IFMT(info.external_attr >> 16), "device"),
+                    "folder"
+                    if info.filename.endswith("/")
+                    else kinds.get(stat.S_IFMT(info.external_attr >> 16), "device"),
                     info.file_size,
                     partial(file.open, info),
                 )
@@ -267,7 +270,7 @@ def _unpack_tree(archive: Path, members: list[Member], target: Path, needs_split
         wanted = [
             member
             for member in members
-            if member.parts[: len(root)] == root and member.parts[len(root)] in ("train", *TEST_NAMES)
+            if member.parts[: len(root)] == root and member.parts[len(root) : -1][:1] in SPLITS
         ]
     else:
         root = _root_of_classes(archive, members)

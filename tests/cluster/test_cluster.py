@@ -14,6 +14,7 @@ import re
 import subprocess
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launching import AWKWARD, fake, run
@@ -21,7 +22,7 @@ from programs import run_ranks
 
 from cluster import agent, failure_cause, run_hosts
 from cluster.hostfile import HostfileError, parse
-from cluster.job import Limits, Plan
+from cluster.job import Job, Limits, Plan
 from cluster.preflight import Rendezvous
 from cluster.remote import Host
 from parallel.process_group import limit_waits
@@ -284,6 +285,20 @@ ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
 def test_the_rank_that_failed_first_is_named_and_not_those_that_lost_it(agents, gone, code, words):
     found, cause, _ = failure_cause.cause(agents, gone)
     assert found == code and words in cause
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0, 0], 0), ([0, 75], 75), ([75, 0], 75), ([75, 75], 75), ([0, 1], 1), ([75, 1], 1), ([247, 75], 137)],
+)
+def test_hosts_of_which_one_stopped_and_saved_give_75_and_a_failure_beats_it(codes, expected, tmp_path):
+    job = Job.__new__(Job)  # without its agents, which would be started over SSH
+    job.plan = SimpleNamespace(hosts=HOSTS, runs=tmp_path)
+    job.agents = [Ended(host, code, {i: []}) for i, (host, code) in enumerate(zip(HOSTS, codes, strict=True))]
+    job.gone, job.name, job.folder, job.batch = [(0, 0), (1, 1)], "job", "", None
+    job._sweep = lambda: None
+    outcome = job._outcome()
+    assert outcome.code == expected and bool(outcome.cause) == (expected not in (0, 75))
 
 
 # --- ranks that hang ----------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from comparison.report import _compare
 from comparison.significance import (
     CONFIRMED,
     compare,
@@ -93,6 +96,17 @@ def test_holm_steps_down():
 
 
 # --- error rates ----------------------------------------------------------------------------------------------------
+
+
+def test_variants_without_a_finished_run_count_in_the_correction():
+    accuracies = {"plain": {0: 50.0, 1: 51.0, 2: 52.0}, "better": {0: 51.0, 1: 52.5, 2: 53.0}}
+    results: list = [
+        SimpleNamespace(name=name, accuracies=lambda split, name=name: accuracies.get(name, {}))
+        for name in ("plain", "better", "failed", "failed too")
+    ]
+    experiment: Any = SimpleNamespace(variants=results, max_seeds=None, round_seeds=None, margin=None)
+    found = _compare(experiment, results, "validation", "validation")["better"]
+    assert found.p_t_corrected == pytest.approx(3 * compare(accuracies, "plain")["better"].p_t_corrected)
 
 
 @pytest.mark.parametrize(("seeds", "variants"), [(6, 2), (9, 4), (12, 6)])

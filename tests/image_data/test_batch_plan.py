@@ -13,7 +13,8 @@ import torch
 
 from config.settings import AugmentationSettings
 from image_data import auto_augment as policies
-from image_data.augmentation import ERASING, Augmentation, resized_crop_boxes, uniform_rows
+from image_data import mixup
+from image_data.augmentation import ERASING, Augmentation, random_stream, resized_crop_boxes, uniform_rows
 from image_data.batch_plan import BatchIndex, BatchPlanner, PlannedBatch
 from image_data.mixup import Mixer
 from image_data.torch_backend import resized_crop
@@ -153,6 +154,25 @@ def test_draws_of_neighboring_batches_are_independent():
         uniform_rows(1, 5, ERASING + 1, 0, 2000, 24),
     ):
         assert abs(np.corrcoef(batch.ravel(), other.ravel())[0, 1]) < 4.5 / np.sqrt(batch.size)
+
+
+def test_mixing_and_noise_of_an_image_use_words_of_the_stream_that_no_other_uses(monkeypatch):
+    begins, streams = [], []
+
+    def counter(stream: np.random.Philox) -> int:
+        return sum(int(word) << (64 * i) for i, word in enumerate(stream.state["state"]["counter"]))
+
+    def remembered(*arguments: int) -> np.random.Philox:
+        streams.append(random_stream(*arguments))
+        begins.append(counter(streams[-1]))
+        return streams[-1]
+
+    monkeypatch.setattr(mixup, "random_stream", remembered)
+    for start in (0, 64):
+        Mixer(EVERYTHING, 10, SIDE, seed=0).draw(0, start, 64)
+    mixup.erasing_noise(np.array([[0, 0, SIDE, SIDE]] * 2), 0, 0, 0)
+    ends = [counter(stream) for stream in streams]
+    assert len(streams) == 4 and begins[0] < ends[0] < begins[1] and begins[2] < ends[2] < begins[3]
 
 
 def test_a_resized_crop_that_cannot_fit_is_the_largest_center_crop():

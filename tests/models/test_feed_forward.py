@@ -280,6 +280,14 @@ def test_the_convolution_sees_neighbors_on_the_grid_and_never_class_tokens():
     assert changed(2 + 4 * row + column) == neighbors
 
 
+def test_the_convolution_is_added_to_its_input():
+    part, x = make("conv_mlp", {}, num_prefix=2), tokens(1, 18)
+    with torch.no_grad():
+        part.neighbours.weight.zero_()
+        part.neighbours.bias.zero_()
+    torch.testing.assert_close(part(x), part.contract(torch.nn.functional.gelu(part.expand(x))))
+
+
 def test_mlp_equals_the_formula():
     part, x = MLP(dimensions(), hidden=7), tokens()
     assert count_parameters(part) == 16 * 7 + 7 + 7 * 16 + 16

@@ -14,6 +14,7 @@ from config.settings import resolve
 from model import build_model
 from models.attention import Attention, HeadTokens, LocalitySelfAttention, MultiQuery, NormedAttention
 from models.cost import count_parameters
+from models.layers import DropPath
 from models.parts import make_part
 from models.patch_embedding import PATCH_EMBEDDINGS
 from models.pooling import POOLINGS
@@ -75,6 +76,14 @@ def test_softmax_and_lsa_equal_the_formula():
     torch.testing.assert_close(
         lsa(x)[0], plain_attention(lsa, x, math.exp(0.3) * 8**-0.5, diagonal=False), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", [Attention, LocalitySelfAttention, MultiQuery, NormedAttention, HeadTokens])
+def test_attention_drops_weights_in_training_only(kind):
+    part, x = kind(dimensions(dropout=0.5)), tokens()
+    part.project_dropout.p = 0.0
+    assert not torch.equal(part(x), part(x))
+    assert torch.equal(part.eval()(x), part(x))
 
 
 def test_multi_query_shares_keys_and_values():
@@ -150,6 +159,18 @@ def test_macaron_halves_its_feed_forwards_around_attention():
     x1 = x + 0.5 * block.before.part(block.before.norm(x))
     x2 = x1 + block.attention.part(block.attention.norm(x1))
     torch.testing.assert_close(block(x), x2 + 0.5 * block.after.part(block.after.norm(x2)))
+
+
+@pytest.mark.parametrize("block", ["pre_norm", "macaron"])
+def test_stochastic_depth_rises_linearly_over_the_blocks(block):
+    blocks = [
+        [1 - part.keep.item() for part in layer.modules() if isinstance(part, DropPath)]
+        for layer in tiny(block=block, depth=3, drop_path=0.4)
+    ]
+    rates = [found for found in blocks if found]
+    assert len(rates) == 3 and all(len(found) == len(rates[0]) >= 2 for found in rates)
+    for found, expected in zip(rates, (0.0, 0.2, 0.4), strict=True):
+        assert found == pytest.approx([expected] * len(found))
 
 
 def test_layer_scale_starts_blocks_near_the_identity():

@@ -190,6 +190,22 @@ def fill_disk_at(folder: Path, monkeypatch, fail_at: int) -> None:
     assert checkpoints(record) == ["step-00000004"]
 
 
+def test_a_full_disk_while_a_checkpoint_of_the_same_step_is_replaced_leaves_it_in_its_place(tmp_path, monkeypatch):
+    for fail_at in range(1, 40):
+        record = RunFolder(tmp_path / str(fail_at))
+        store(record, keep=1).write(2, STATE, texts(2))
+        with monkeypatch.context() as patch:
+            done = operations(patch, fail_at)
+            try:
+                store(record, keep=1).write(2, STATE, texts(2))
+            except RunError as error:
+                assert "the one after step 2 is intact" in str(error) and checkpoints(record) == ["step-00000002"]
+        if len(done) < fail_at:
+            assert fail_at > 10
+            return
+    raise AssertionError("the last operations never failed: raise the range")
+
+
 def test_a_disk_that_returns_other_bytes_is_detected_when_writing(tmp_path, monkeypatch):
     import safetensors.torch
 
