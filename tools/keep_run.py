@@ -19,6 +19,7 @@ from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RESULTS, RUNS
 from config.command_line import Parser, run_cli
+from config.own_parts import without_folders
 from records.named_run import find_run
 from records.run_folder import RunFolder
 
@@ -30,6 +31,10 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
         raise RunError(f"{record.folder} has no finished epoch yet")
     facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in facts["command"]]
     facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}
+    facts["settings"] = without_folders(facts["settings"])
+    facts.pop("own_parts", None)
+    if code := facts.get("code"):
+        code["files"] = {path if path[:2] != ".." else Path(path).name: text for path, text in code["files"].items()}
     evaluation = record.folder / "evaluation_test.json"
     if evaluation.is_file():
         report = json.loads(evaluation.read_text())
