@@ -122,10 +122,10 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
         path, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: write it as path=value, for example optimizer.params.lr=3e-4")
-        tree: Any = _parse(text)
+        given: Any = _parse(text)
         for key in reversed(path.strip().split(".")):
-            tree = {key: tree}
-        _merge(settings, as_settings_hold_them(tree, source="--set "), source=f"--set {override}: ")
+            given = {key: given}
+        _merge(settings, as_settings_hold_them(given, source="--set "), source=f"--set {override}: ")
     for name, value in run_facts.items():
         if value is not None:
             setattr(settings, name, as_settings_hold_them(value))

@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Union
 
 from torch import nn
@@ -121,7 +122,13 @@ def check_options(
             )
         checked[option] = tuple(value) if isinstance(value, list) and _is_tuple(wanted) else value
     required = [option for option, p in known.items() if p.default is inspect.Parameter.empty]
-    if missing := [option for option in required if option not in options]:
+    missing = [option for option in required if option not in options]
+    if missing and not isinstance(passed, int):
+        raise SettingsError(
+            f"{kind}={name}: the argument {missing[0]} has no default and is none of {', '.join(passed)}, which are "
+            f"passed by name; rename it, or set it with --set model.{kind}_options.{missing[0]}=..."
+        )
+    if missing:
         raise SettingsError(f"{kind}={name} needs a value: --set model.{kind}_options.{missing[0]}=...")
     return checked
 
@@ -168,8 +175,8 @@ def _option_parameters(part: Callable[..., Any], skipped: int) -> list[inspect.P
 
 def _annotations(part: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of a part's arguments; empty where they cannot be evaluated."""
-    target = part.func if hasattr(part, "func") else part  # functools.partial
+    target = part.func if isinstance(part, partial) else part
     try:
-        return typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+        return typing.get_type_hints(vars(target).get("__init__", target) if isinstance(target, type) else target)
     except Exception:  # noqa: BLE001 (an annotation may name what is imported for type checkers alone)
         return {}
