@@ -4,7 +4,7 @@ Every folder of such files is a package of its own, with a name made from its pa
 folders whose files both `import helper`, do not meet, and `sys.path` stays as it is. To that end the absolute imports
 of neighboring modules are rewritten while a file is compiled: `import helper` becomes `from own_parts_1a2b import
 helper`, also inside functions. Neighbors come before modules of the project, as for a script. A file that has changed
-since it was imported is imported anew.
+since it was imported is imported again.
 """
 
 from __future__ import annotations

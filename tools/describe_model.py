@@ -62,6 +62,4 @@ def list_parts() -> None:
                 else ""
             )
             print(f"  {name:12} {(part.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else ""))
-    print(
-        "\nEach of these settings also takes a class or a function of your own file, FILE.py:NAME (docs/own-parts.md)."
-    )
+    print("\nEach of these settings also takes a class or a function of your own, FILE.py:NAME (docs/own-parts.md).")

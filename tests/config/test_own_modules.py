@@ -74,7 +74,7 @@ def test_a_neighbor_comes_before_the_project_and_the_project_is_found_without_on
     assert module.Dimensions is Dimensions and module.N == 1
 
 
-def test_a_changed_file_or_neighbor_is_imported_anew(tmp_path):
+def test_a_changed_file_or_neighbor_is_imported_again(tmp_path):
     write(tmp_path, mine="from helper import N\n", helper="N = 1\n")
     first = import_file(tmp_path / "mine.py")
     assert import_file(tmp_path / "mine.py") is first
