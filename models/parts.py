@@ -91,7 +91,7 @@ def part_options(part: Callable[..., Any], skipped: int = 1) -> dict[str, Any]:
 def check_options(
     part: Callable[..., Any], kind: str, name: str, options: Mapping[str, Any], passed: Sequence[str] | int = 1
 ) -> dict[str, Any]:
-    """Return the options as the part takes them: lists become tuples where the annotation says so.
+    """Return the options as the part takes them: lists become tuples, whole numbers floats where the type says so.
 
     Args:
         passed: the arguments that are no options: their names, or how many come first.
@@ -120,7 +120,7 @@ def check_options(
             raise SettingsError(
                 f"{kind}={name}: option {option} must be of type {_type_name(wanted)}{shown}, got {value!r}"
             )
-        checked[option] = tuple(value) if isinstance(value, list) and _is_tuple(wanted) else value
+        checked[option] = _converted(value, wanted)
     required = [option for option, p in known.items() if p.default is inspect.Parameter.empty]
     missing = [option for option in required if option not in options]
     if missing and not isinstance(passed, int):
@@ -149,6 +149,13 @@ def fits(value: Any, wanted: Any) -> bool:
     if wanted is float:
         return type(value) in (int, float)
     return type(value) is wanted if wanted in (int, str, bool) else True
+
+
+def _converted(value: Any, wanted: Any) -> Any:
+    choices = typing.get_args(wanted) if typing.get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    if isinstance(value, list) and any(map(_is_tuple, choices)):
+        return tuple(value)
+    return float(value) if type(value) is int and float in choices and int not in choices else value
 
 
 def _is_tuple(wanted: Any) -> bool:

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from networks import CLASSES, TINY, images, tiny
+from networks import CLASSES, images, tiny
 from torch import Tensor, nn
 
 from common.errors import SettingsError

@@ -160,7 +160,7 @@ def test_options_arrive_with_the_type_of_their_annotation(own):
     settings = settings_with("model.feed_forward", f"{own}:Linear", *overrides)
     with torch.device("meta"):
         part = build_model(settings.model, 10, 16)[1].feed_forward.part
-    assert part.options == (0, False, (3, 4), "b", 1)
+    assert part.options == (0, False, (3, 4), "b", 1.0) and isinstance(part.options[-1], float)
 
 
 def test_a_whole_network_has_options_or_settings_but_none_without_effect(own):
