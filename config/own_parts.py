@@ -113,8 +113,14 @@ def with_absolute_paths(tree: Any, folder: Path | None = None) -> Any:
 
 
 def without_folders(tree: Any) -> Any:
-    """Return a tree of settings for publication: the absolute path of a user-defined part becomes its file's name."""
-    return map_own_parts(tree, lambda text: Path(text).name if text.startswith("/") else text)
+    """Return a tree of settings for publication: a user-defined part is named by its file without the folder."""
+    return map_own_parts(tree, lambda text: Path(text).name)
+
+
+def override_without_folder(word: str) -> str:
+    """Return a word of a command line for publication, such as model.attention=/home/me/mine.py:Part."""
+    setting, equals, value = word.partition("=")
+    return f"{setting}={Path(value).name}" if equals and is_own_part(value) else word
 
 
 def _existing(text: str, folder: Path | None, source: str) -> OwnPart:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import RunError, unknown
+from config.own_parts import without_folders
 from config.settings import Settings
 from image_data.augmentation import CENTER_CROP
 from records.own_part_files import kept_settings
@@ -93,7 +94,7 @@ class TrainedModel:
         """Metadata of a file of weights, so that the file can be used without its folder."""
         facts, dataset = self.facts, self.facts["dataset"]
         kept = {
-            "model": facts["settings"]["model"],
+            "model": without_folders(facts["settings"]["model"]),
             "classes": self.classes,
             "image_side": self.side,
             "mean": dataset["mean"],

@@ -19,7 +19,7 @@ from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RESULTS, RUNS
 from config.command_line import Parser, run_cli
-from config.own_parts import without_folders
+from config.own_parts import override_without_folder, without_folders
 from records.named_run import find_run
 from records.run_folder import RunFolder
 
@@ -29,7 +29,8 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
     facts, metrics = record.facts(), record.metrics()
     if not metrics:
         raise RunError(f"{record.folder} has no finished epoch yet")
-    facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in facts["command"]]
+    words = [override_without_folder(word) for word in facts["command"]]
+    facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
     facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}
     facts["settings"] = without_folders(facts["settings"])
     facts.pop("own_parts", None)
