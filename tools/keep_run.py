@@ -32,7 +32,7 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
     words = [override_without_folder(word) for word in facts["command"]]
     facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
     facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}
-    facts["settings"] = without_folders(facts["settings"])
+    facts = without_folders(facts)
     facts.pop("own_parts", None)
     if code := facts.get("code"):
         code["files"] = {path if path[:2] != ".." else Path(path).name: text for path, text in code["files"].items()}
