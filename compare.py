@@ -31,6 +31,7 @@ from comparison.planned_run import PlannedRun
 from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
 from comparison.run_queue import check_existing_runs, device_slots, launch, mixed_sources, run_all
 from config.command_line import Parser, at_least_one, run_cli
+from config.own_parts import own_parts_of
 
 if TYPE_CHECKING:
     from comparison.variant_costs import VariantCost
@@ -51,6 +52,10 @@ def main() -> int:
         if not args.report_only:
             check_new_folder(args.runs_dir, "--runs-dir")
     runs = args.runs_dir.resolve() / experiment.name
+    if any(own_parts_of(variant.settings.as_dict()) for variant in experiment.variants) and not args.report_only:
+        from comparison.variant_costs import check_own_parts_of
+
+        check_own_parts_of(experiment, args.data_dir)
     data = (
         data_of_runs(runs, args.data_dir)
         if args.report_only

@@ -30,7 +30,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
+from config.own_parts import find_entry, is_own_part
 from config.settings import ModelSettings
 from models.attention import ATTENTIONS
 from models.feed_forward import FEED_FORWARDS
@@ -42,6 +43,7 @@ from models.pooling import POOLINGS
 from models.position import POSITIONS, NoPosition
 from models.published.table import ARCHITECTURES as PUBLISHED
 from models.published.table import get_architecture
+from models.user_defined import own_architecture, own_branches
 
 
 class Embed(nn.Module):
@@ -136,6 +138,19 @@ class Head(nn.Module):
         return self.classify(self.norm(self.pooling(x)))
 
 
+def dimensions(settings: ModelSettings, num_classes: int, image_side: int) -> Dimensions:
+    """Return the sizes that all parts of the ViT share. There are as many CLS tokens as the pooling's `num_prefix`.
+
+    Raises:
+        SettingsError: an image side that is not a multiple of the patch, or an unknown pooling.
+    """
+    s = settings
+    if image_side % s.patch:
+        raise SettingsError(f"model.patch={s.patch} does not divide the image side {image_side}. Set it to a divisor")
+    num_prefix = getattr(find_entry(POOLINGS, "pooling", s.pooling), "num_prefix", 0)
+    return Dimensions(num_classes, image_side, s.patch, s.width, s.depth, s.heads, s.head_size, num_prefix, s.dropout)
+
+
 def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.Module]:
     """Vision transformer (arXiv 2010.11929) whose parts are chosen by name.
 
@@ -143,27 +158,15 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
         SettingsError: an unknown name, or an image side that is not a multiple of the patch.
     """
     s = settings
-    if image_side % s.patch:
-        raise SettingsError(f"model.patch={s.patch} does not divide the image side {image_side}. Set it to a divisor")
-    for kind, name, table in (("pooling", s.pooling, POOLINGS), ("block", s.block, BLOCKS)):
-        if name not in table:
-            raise SettingsError(unknown(kind, name, list(table)))
-    dims = Dimensions(
-        num_classes,
-        image_side,
-        s.patch,
-        s.width,
-        s.depth,
-        s.heads,
-        s.head_size,
-        POOLINGS[s.pooling].num_prefix,
-        s.dropout,
-    )
+    make_block, dims = find_entry(BLOCKS, "block", s.block), dimensions(s, num_classes, image_side)
+    if s.block_options and not is_own_part(s.block):
+        raise SettingsError(f"model.block={s.block} has no options; remove model.block_options")
     patches = make_part(PATCH_EMBEDDINGS, "patch_embedding", s.patch_embedding, dims, s.patch_embedding_options)
     position = cast("NoPosition", make_part(POSITIONS, "position", s.position, dims, s.position_options))
 
     def attention() -> nn.Module:
-        part, rotation = make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options), position.rotation()
+        part = make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options)
+        rotation = position.rotation() if hasattr(position, "rotation") else None
         if rotation is not None:
             if not hasattr(part, "rotate"):
                 raise SettingsError(
@@ -178,10 +181,14 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
 
     def block(i: int) -> Block:
         branch = partial(ResidualBranch, dims, s.drop_path * i / max(1, s.depth - 1), s.layer_scale)
-        return Block(OrderedDict(BLOCKS[s.block](branch, attention, feed_forward)))
+        if is_own_part(s.block):
+            values = {"branch": branch, "attention": attention, "feed_forward": feed_forward}
+            return Block(OrderedDict(own_branches(make_block, s.block, s.block_options, values)))
+        return Block(OrderedDict(make_block(branch, attention, feed_forward)))
 
     blocks = [block(i) for i in range(s.depth)]
-    return [Embed(dims, patches, position), *blocks, Head(dims, make_part(POOLINGS, "pooling", s.pooling, dims, {}))]
+    pooling = make_part(POOLINGS, "pooling", s.pooling, dims, s.pooling_options)
+    return [Embed(dims, patches, position), *blocks, Head(dims, pooling)]
 
 
 @uses_settings("drop_path")
@@ -247,6 +254,12 @@ def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> 
         SettingsError: an unknown name, a size that does not fit, or a setting that this architecture does not use.
     """
     build = get_architecture(settings.architecture, ARCHITECTURES)
+    if is_own_part(settings.architecture):
+        build = own_architecture(build, settings.architecture, settings.architecture_options)
+    elif settings.architecture_options:
+        raise SettingsError(
+            f"model.architecture={settings.architecture} has no options; remove model.architecture_options"
+        )
     used = getattr(build, "used_settings", None)  # None: all settings
     for field in fields(ModelSettings):
         chosen, default = getattr(settings, field.name), getattr(ModelSettings(), field.name)

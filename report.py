@@ -28,6 +28,7 @@ from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
 from config.settings import Settings
 from records.named_run import find_run
+from records.own_part_files import kept_settings
 from records.run_data import RunData
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def attention_of(
     from image_data.pixels import denormalize
     from reports.predictions import NoAttention, attention_maps, load_images
 
-    settings, labels = Settings.from_dict(run.facts["settings"]).model, dataset.splits[split].labels
+    settings, labels = Settings.from_dict(kept_settings(run.folder, run.facts)).model, dataset.splits[split].labels
     if settings.architecture != "vit":
         return f"Attention maps exist for the architecture vit only; this run uses {settings.architecture}."
     chosen = np.unique(np.linspace(0, len(labels) - 1, NUM_ATTENTION).astype(int))

@@ -48,6 +48,7 @@ def main() -> int:
     from parallel.strategies import engine_class
     from training.loop import Loop
     from training.micro_batch import MicroBatch, OutOfMemory
+    from training.own_part_checks import check_before_data, check_own_parts
     from training.resume import FolderOptions
     from training.run_facts import RunOptions
     from training.run_setup import check_settings, default_preset, network_builder, open_dataset, start_process
@@ -63,11 +64,13 @@ def main() -> int:
     meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, peer_wait)
     engine_type = engine_class(settings.strategy, peers=meeting is not None)
     check_settings(settings, engine_type, preset, args.init_weights, console)
+    check_before_data(settings, args.data_dir, args.dataset)
 
     # 3. The dataset, the network and the batch
     data = open_dataset(
         args.data_dir, args.dataset, args.archive, args.stage_to, args.source, args.hold_out, settings.image_side
     )
+    check_own_parts(settings, len(data.dataset.classes), data.side)
     build = network_builder(settings.model, len(data.dataset.classes), data.side, args.init_weights, console)
     micro_batch = MicroBatch(engine_type, settings, build, data.dataset, data.side)
     if args.micro_batch and (line := micro_batch.choose(args.micro_batch)):

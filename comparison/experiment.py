@@ -43,6 +43,7 @@ from typing import Any
 
 from common.errors import SettingsError, unknown
 from config.command_line import run_name
+from config.own_parts import is_own_part, with_absolute_paths
 from config.settings import Settings, resolve
 
 if sys.version_info >= (3, 11):
@@ -119,9 +120,9 @@ def read(
     Raises:
         SettingsError: the file cannot be used; the message names the file, and the variant at fault if there is one.
     """
-    overrides = list(overrides or [])
+    overrides = [_with_absolute_path(text) for text in overrides or []]
     _check_overrides(overrides)
-    tree = _rename_arms(path, _read_toml(path), "[[arms]]")
+    tree = _rename_arms(path, _with_absolute_paths(path, _read_toml(path)), "[[arms]]")
     name = path.stem
     sizes = _table(path, "[sizes]", tree.get("sizes", {}))
     if size is None and "small" in sizes:
@@ -193,6 +194,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise SettingsError(f"{path.name} is not valid TOML: {error}") from None
+
+
+def _with_absolute_paths(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with user-defined parts that train.py finds from another folder; see config/own_parts.py."""
+    try:
+        return with_absolute_paths(tree, path.parent)
+    except SettingsError as error:
+        raise SettingsError(f"{path.name}: {error}") from None
+
+
+def _with_absolute_path(override: str) -> str:
+    setting, equals, text = override.partition("=")
+    quoted = text.strip().strip('"')
+    return f"{setting}={with_absolute_paths(quoted)}" if equals and is_own_part(quoted) else override
 
 
 def _rename_arms(path: Path, tree: dict[str, Any], where: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from common.errors import SettingsError
 from comparison.experiment import Experiment, Variant, check_distinct
 from comparison.variant_costs import TOLERANCE, cost_of
+from config.own_parts import find_entry
 from config.settings import resolve
 from models.feed_forward import FEED_FORWARDS
 
@@ -44,7 +45,7 @@ def _resize(variant: Variant, preset: str, target: int, cost_in: Callable[[Varia
     """Return the variant at the size whose cost is nearest to `target`; unchanged if it fits or has no such size."""
     if _fits(cost_in(variant), target):
         return variant
-    part = FEED_FORWARDS.get(variant.settings.model.feed_forward)
+    part = find_entry(FEED_FORWARDS, "feed-forward", variant.settings.model.feed_forward)
     option = f"model.feed_forward_options.{getattr(part, 'free_dimension', 'hidden')}"
 
     def at(size: int) -> Variant:

@@ -25,6 +25,7 @@ from comparison.report_text import SPLITS, markdown
 from comparison.sequential import evaluate, plan_looks
 from comparison.significance import CONFIRMED, Difference, compare
 from comparison.variant_costs import VariantCost, unequal_costs
+from config.own_parts import without_folders
 from records.provenance import changed_between, commit_of_project, versions
 from records.run_folder import RunFolder
 from reports.style import save
@@ -275,7 +276,7 @@ def _facts(
             one.name: {"idea": one.idea, **asdict(one.cost), "unequal": [without_paths(text) for text in one.unequal]}
             for one in results
         },
-        "settings": {variant.name: variant.settings.as_dict() for variant in experiment.variants},
+        "settings": {variant.name: without_folders(variant.settings.as_dict()) for variant in experiment.variants},
         "missing": {name: without_paths(reason) for name, reason in missing.items()},
     }
 

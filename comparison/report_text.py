@@ -11,6 +11,7 @@ from comparison.experiment import Experiment
 from comparison.power import count_seeds
 from comparison.significance import seeds_needed
 from config.differences import differences
+from config.own_parts import without_folders
 
 MARK = r"\*"  # of a variant that was not treated like the first one
 SPLITS = {"validation": "validation split", "test": "test split"}
@@ -115,7 +116,7 @@ def _variants(experiment: Experiment) -> list[str]:
     for variant in experiment.variants:
         changed = [
             re.sub(r"^(\S+) was (.*), is (.*)$", r"`\1` \3 (not \2)", text)
-            for text in differences(first.settings.as_dict(), variant.settings.as_dict())
+            for text in differences(*(without_folders(one.settings.as_dict()) for one in (first, variant)))
         ]
         settings = f" Settings: {'; '.join(changed)}." if changed else ""
         lines.append(f"- **{variant.name}**: {variant.idea}{settings}")

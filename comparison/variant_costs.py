@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
 from comparison.experiment import Experiment, Variant
+from config.own_parts import find_entry
 from config.settings import Settings
 from image_data.augmentation import check
 from model import build_model
 from models.cost import Cost, count_flops, count_parameters
+from models.parts import UnusablePart
 from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer
 from parallel.strategies import STRATEGIES
+from training.own_part_checks import check_before_data
 
 TOLERANCE = 0.01  # costs that differ by less count as equal
 ROLES = ("patches", "attention", "feed_forward")  # parts of a network whose optimizers are compared, by attribute name
@@ -26,6 +30,19 @@ class VariantCost(Cost):
     """What a variant costs, and which optimizers train the matrices of each of its parts."""
 
     optimizers: dict[str, str] = field(default_factory=dict)  # role -> such as "Muon" or "AdamW and Muon"
+
+
+def check_own_parts_of(experiment: Experiment, data_dir: Path | None) -> None:
+    """Run the user-defined parts of every variant once, before the dataset is fetched.
+
+    Raises:
+        SettingsError: a part cannot be used; the message names the variant, the file and the line.
+    """
+    for variant in experiment.variants:
+        try:
+            check_before_data(variant.settings, data_dir, experiment.dataset)
+        except SettingsError as error:
+            raise SettingsError(f"variant '{variant.name}': {error}") from None
 
 
 def costs(experiment: Experiment, num_classes: int, image_side: int) -> list[VariantCost]:
@@ -50,16 +67,18 @@ def cost_of(variant: Variant, num_classes: int, image_side: int) -> VariantCost:
 
 def cost(settings: Settings, num_classes: int, image_side: int) -> VariantCost:
     """Count parameters, and FLOPs of a forward pass (matrix products and convolutions only)."""
-    if settings.strategy not in STRATEGIES:
-        raise SettingsError(unknown("strategy", settings.strategy, list(STRATEGIES)))
+    find_entry(STRATEGIES, "strategy", settings.strategy)
     Schedule(settings.schedule, total_steps=100)
     check(settings.augmentation)
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            model = build_model(settings.model, num_classes, image_side).eval()
+    except UnusablePart:  # it may need values, which the meta device does not have
         model = build_model(settings.model, num_classes, image_side).eval()
     optimizers = optimizers_of(settings, model)
     try:
         flops = count_flops(model, image_side, "meta")
-    except Exception:  # a part that reads values, which the meta device does not have
+    except Exception:  # a part that reads values
         flops = count_flops(build_model(settings.model, num_classes, image_side).eval(), image_side, "cpu")
     return VariantCost(count_parameters(model), flops, optimizers)
 

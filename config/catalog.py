@@ -11,6 +11,7 @@ from common.errors import SettingsError, unknown
 from common.paths import PROJECT
 from config.optimizer_defaults import OPTIMIZER_PARAMS
 from config.overrides import meant_path, paths_of
+from config.own_parts import FORM, is_own_part
 from config.settings import Settings, declared_settings, resolve
 
 SOURCES = ("auto", "resident", "files", "tensor")  # image sources of --source
@@ -26,7 +27,7 @@ def names_of(path: str) -> list[str]:
     declared = declared_settings().get(path)
     if declared is None:
         return []
-    if declared.table is None:
+    if declared.table is None or declared.choices:
         return list(declared.choices)
     file, table = declared.table
     # A registry that is imported already may have entries that a program added.
@@ -42,6 +43,7 @@ def check_names(settings: Settings) -> None:
         SettingsError: an unknown name.
     """
     tree = settings.as_dict()
+    tree |= tree.pop("engine")
     for path, declared in declared_settings().items():
         if declared.table is None:
             continue
@@ -49,8 +51,9 @@ def check_names(settings: Settings) -> None:
         for key in path.split("."):
             value = value[key]
         known = names_of(path)
-        if value not in known and not (path == "model.architecture" and value.startswith("timm:")):
-            raise SettingsError(unknown(path.removeprefix("model.").replace("_", "-"), value, known))
+        if value in known or is_own_part(value) or (path == "model.architecture" and value.startswith("timm:")):
+            continue
+        raise SettingsError(unknown(path.removeprefix("model.").replace("_", "-"), value, [*known, FORM]))
 
 
 def setting_paths(settings: Settings | None = None) -> list[str]:

@@ -2,7 +2,7 @@
 
     depth: int = setting(4, "number of transformer blocks", "[1, inf)")
 
-Nothing here imports PyTorch or another module of `config/`.
+Nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import unknown
+from config.own_parts import is_own_part
 
 INTERVAL = re.compile(r"([\[(])(-?[\d.]+|-inf), (-?[\d.]+|inf)([\])])")
 
@@ -28,7 +29,8 @@ class Declared:
         choices: the names that a text may have; empty for a text that a table of the project checks.
         aliases: other names for a choice, which become that choice.
         length: the number of items of a list; 0 for any.
-        table: file and dictionary that hold the names, such as ("models/feed_forward.py", "FEED_FORWARDS").
+        table: file and dictionary that hold the names, such as ("models/feed_forward.py", "FEED_FORWARDS"). Such a
+            setting also takes a user-defined part, `path/to/file.py:NAME` (config/own_parts.py).
     """
 
     description: str
@@ -51,6 +53,8 @@ class Declared:
 
     def problem(self, path: str, value: Any) -> str | None:
         """The sentence for a value that this setting cannot have; None for a valid one."""
+        if self.table is not None and is_own_part(value):
+            return None
         if self.choices and isinstance(value, str) and value not in self.choices:
             return unknown(path, value, list(self.choices))
         if isinstance(value, list):

@@ -35,10 +35,13 @@ class ModelSettings:
         "token pooling: turns the tokens into one vector that is classified",
         table=("models/pooling.py", "POOLINGS"),
     )
+    architecture_options: dict[str, Any] = setting({}, "options of a user-defined network, `FILE.py:NAME`")
     patch_embedding_options: dict[str, Any] = setting({}, OPTIONS)
     position_options: dict[str, Any] = setting({}, OPTIONS)
+    block_options: dict[str, Any] = setting({}, OPTIONS)
     attention_options: dict[str, Any] = setting({}, OPTIONS)
     feed_forward_options: dict[str, Any] = setting({"hidden": 256}, OPTIONS)
+    pooling_options: dict[str, Any] = setting({}, OPTIONS)
     dropout: float = setting(0.1, "dropout probability", "[0, 1)")
     layer_scale: float = setting(
         0.0, "initial value of the learned per-channel factor of every residual branch (LayerScale); 0: off", "[0, inf)"
@@ -69,11 +72,13 @@ class AugmentationSettings:
         "random",
         "random, or alternating: each image is flipped in every second epoch, half of them in the first",
         choices=("random", "alternating"),
+        table=("image_data/augmentation.py", "FLIPS"),
     )
     policy: str = setting(
         "none",
         "augmentation policy; auto_augment is the CIFAR policy",
         choices=("none", "rand_augment", "trivial_augment", "auto_augment"),
+        table=("image_data/augmentation.py", "POLICIES"),
     )
     rand_augment_ops: int = setting(2, "RandAugment: operations per image", "[1, 100]")
     rand_augment_magnitude: int = setting(9, "RandAugment: magnitude bin", "[0, 30]")
@@ -112,6 +117,7 @@ class ScheduleSettings:
         "shape of the learning-rate schedule after the warm-up; wsd (warmup-stable-decay) is accepted for trapezoid",
         choices=("cosine", "linear", "constant", "trapezoid", "step"),
         aliases={"wsd": "trapezoid", "warmup_stable_decay": "trapezoid"},
+        table=("optim/lr_schedule.py", "SCHEDULES"),
     )
     warmup_fraction: float = setting(
         0.05, "fraction of the run's steps over which the learning rate rises linearly", "[0, 1]"
@@ -191,7 +197,9 @@ ENGINE_SETTINGS: dict[str, Declared] = {
     "train_batch_size": Declared("global batch size: images per optimizer step over all processes", "[1, inf)"),
     "gradient_accumulation_steps": Declared("micro-batches accumulated per optimizer step", "[1, inf)"),
     "gradient_clipping": Declared("largest norm of the gradient; 0: no clipping", "[0, inf)"),
-    "optimizer.type": Declared("optimizer", choices=tuple(OPTIMIZER_PARAMS)),
+    "optimizer.type": Declared(
+        "optimizer", choices=tuple(OPTIMIZER_PARAMS), table=("optim/optimizers.py", "OPTIMIZERS")
+    ),
     "optimizer.params.lr": Declared("peak learning rate", "[0, inf)"),
     "optimizer.params.betas": Declared(
         "decay rates of the running means of the gradient and its square", "[0, 1)", length=2

@@ -8,6 +8,7 @@ flags of `train.py`. A preset (`presets/<name>.toml`) overrides any of them, `--
     --set optimizer.params.lr=3e-4 --set zero_optimization.stage=2      (ds_config.json)
     --set model.feed_forward=geglu --set model.feed_forward_options.hidden=384
     --set augmentation.crop_padding=2 --set schedule.warmup_fraction=0.1
+    --set model.attention=path/to/mine.py:Attention     (a user-defined part, config/own_parts.py)
 
 A path that does not exist, a value of another type and a value out of range are errors that name the setting. Another
 `optimizer.type` starts from its own parameters (`config/optimizer_defaults.py`). Nothing here imports PyTorch.
@@ -27,6 +28,7 @@ from common.errors import SettingsError, unknown
 from common.paths import DS_CONFIG, PRESETS
 from config.optimizer_defaults import OPTIMIZER_PARAMS
 from config.overrides import coerce, meant_path, merge_dataclass, merge_dict, paths_of
+from config.own_parts import OwnPart, as_settings_hold_them, default_arguments, load
 from config.schema import Declared, setting
 from config.setting_groups import (
     ENGINE_SETTINGS,
@@ -111,7 +113,8 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
     """
     settings = Settings(engine=_read_engine_file())
     if preset is not None:
-        _merge(settings, _read_preset(preset))
+        tree, folder = _read_preset(preset)
+        _merge(settings, as_settings_hold_them(tree, folder, f"preset {preset}: "))
     # The optimizer's type comes first wherever it stands, so that parameters given before it are not lost.
     for override in sorted(
         overrides, key=lambda text: not text.strip().removeprefix("engine.").startswith("optimizer.type")
@@ -119,13 +122,13 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
         path, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: write it as path=value, for example optimizer.params.lr=3e-4")
-        tree: Any = _parse(text)
+        given: Any = _parse(text)
         for key in reversed(path.strip().split(".")):
-            tree = {key: tree}
-        _merge(settings, tree, source=f"--set {override}: ")
+            given = {key: given}
+        _merge(settings, as_settings_hold_them(given, source="--set "), source=f"--set {override}: ")
     for name, value in run_facts.items():
         if value is not None:
-            setattr(settings, name, value)
+            setattr(settings, name, as_settings_hold_them(value))
     check_values(settings)
     return settings
 
@@ -168,6 +171,9 @@ def _switch_optimizer(engine: dict[str, Any], wanted: Any, source: str) -> None:
     """Start another optimizer from its own parameters: those of `ds_config.json` if named there, else the defaults."""
     if not isinstance(wanted, str) or wanted == engine["optimizer"]["type"]:
         return
+    if own := OwnPart.parse(wanted):
+        engine["optimizer"] = {"type": wanted, "params": default_arguments(load(own))}
+        return
     if wanted not in OPTIMIZER_PARAMS:
         raise SettingsError(source + unknown("optimizer.type", wanted, list(OPTIMIZER_PARAMS)))
     default = _read_engine_file()["optimizer"]
@@ -176,7 +182,8 @@ def _switch_optimizer(engine: dict[str, Any], wanted: Any, source: str) -> None:
     )
 
 
-def _read_preset(preset: str) -> dict[str, Any]:
+def _read_preset(preset: str) -> tuple[dict[str, Any], Path]:
+    """Return the tree of a preset and the folder of its file."""
     path = Path(preset).expanduser() if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if preset.endswith(".toml") and not path.is_file():
         raise SettingsError(
@@ -186,7 +193,7 @@ def _read_preset(preset: str) -> dict[str, Any]:
     if preset not in preset_names() and not preset.endswith(".toml"):
         raise SettingsError(unknown("preset", preset, preset_names()))
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8")), path.parent
     except ValueError as error:
         raise SettingsError(f"preset {path} is not valid TOML: {error}") from error
     except OSError as error:

@@ -8,15 +8,17 @@ of shards, threads and prefetched batches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from common.errors import SettingsError, unknown
+from config.own_parts import call_by_name, find_entry
 from config.settings import AugmentationSettings
 from image_data.auto_augment import AutoAugment, ColorJitter, OperationBatch, RandAugment, TrivialAugment, choose
 
-POLICIES = ("none", "rand_augment", "trivial_augment", "auto_augment")
 # One random stream per purpose, so that enabling one augmentation does not change the draws of the others.
 ORDER, CROP, RESIZED, POLICY, JITTER, ERASING, MIXING, NOISE, PHASE = range(9)
 ATTEMPTS = 10  # to draw a rectangle that fits into the image, as in torchvision
@@ -81,9 +83,9 @@ class Augmentation:
         self.settings, self.side, self.seed = settings, side, seed
         check(settings)
         s = settings
-        self.policies: list[tuple[int, RandAugment | TrivialAugment | AutoAugment | ColorJitter]] = [
-            (POLICY, policy) for policy in (_policy(s, side),) if policy
-        ]
+        self.flip = find_entry(FLIPS, "augmentation.flip_mode", s.flip_mode)
+        policy = make_policy(s, side)
+        self.policies: list[tuple[int, Policy]] = [] if policy is None else [(POLICY, policy)]
         if s.brightness or s.contrast or s.saturation:
             self.policies.append((JITTER, ColorJitter(s.brightness, s.contrast, s.saturation)))
 
@@ -117,7 +119,7 @@ class Augmentation:
                 choose(u[:, :2], 2 * s.crop_padding + 1).astype(np.int32) - s.crop_padding
             )
         return AugmentationPlan(
-            flip=FLIPS[s.flip_mode](u[:, 2], s.flip, self.seed, epoch, images).astype(np.int32),
+            flip=self.flip(u[:, 2], s.flip, self.seed, epoch, images).astype(np.int32),
             crop_offset=crop_offset,
             crop_box=crop_box,
             operations=[
@@ -171,22 +173,57 @@ def resized_crop_boxes(u: np.ndarray, scale: list[float], ratio: list[float], si
     return np.stack([y / H, x / W, (y + height) / H, (x + width) / W], axis=1).astype(np.float32)
 
 
-def _policy(s: AugmentationSettings, side: int) -> RandAugment | TrivialAugment | AutoAugment | None:
-    makers = {
-        "none": lambda: None,
-        "rand_augment": lambda: RandAugment(side, s.rand_augment_ops, s.rand_augment_magnitude),
-        "trivial_augment": lambda: TrivialAugment(side),
-        "auto_augment": lambda: AutoAugment(side),
-    }
-    return makers[s.policy]()
+class Policy(Protocol):
+    """A random choice of operations for every image.
+
+    Attributes:
+        num_draws: uniform numbers per image, a multiple of 4.
+    """
+
+    @property
+    def num_draws(self) -> int: ...
+
+    def operations(self, u: np.ndarray) -> list[OperationBatch]:
+        """Return the operations in the order in which they are applied, from float64 (B, num_draws) in [0, 1)."""
+
+
+def no_policy(settings: AugmentationSettings, side: int) -> None:
+    """No operation."""
+
+
+def rand_augment(settings: AugmentationSettings, side: int) -> Policy:
+    """RandAugment (arXiv 1909.13719)."""
+    return RandAugment(side, settings.rand_augment_ops, settings.rand_augment_magnitude)
+
+
+def trivial_augment(settings: AugmentationSettings, side: int) -> Policy:
+    """TrivialAugment, wide (arXiv 2103.10158)."""
+    return TrivialAugment(side)
+
+
+def auto_augment(settings: AugmentationSettings, side: int) -> Policy:
+    """AutoAugment, the CIFAR-10 policy (arXiv 1805.09501)."""
+    return AutoAugment(side)
+
+
+POLICIES: dict[str, Callable[..., Policy | None]] = {
+    "none": no_policy,
+    "rand_augment": rand_augment,
+    "trivial_augment": trivial_augment,
+    "auto_augment": auto_augment,
+}
+
+
+def make_policy(settings: AugmentationSettings, side: int) -> Policy | None:
+    """Return the policy that the settings name for images of `side` pixels. Raises SettingsError."""
+    entry = find_entry(POLICIES, "augmentation.policy", settings.policy)
+    return call_by_name(f"augmentation.policy={settings.policy}", entry, settings=settings, side=side)
 
 
 def check(s: AugmentationSettings) -> None:
     """Check the range of every augmentation setting. Raises SettingsError."""
-    if s.policy not in POLICIES:
-        raise SettingsError(unknown("augmentation.policy", s.policy, list(POLICIES)))
-    if s.flip_mode not in FLIPS:
-        raise SettingsError(unknown("augmentation.flip_mode", s.flip_mode, list(FLIPS)))
+    find_entry(POLICIES, "augmentation.policy", s.policy)
+    find_entry(FLIPS, "augmentation.flip_mode", s.flip_mode)
     if s.flip_mode == "alternating" and s.flip != AugmentationSettings().flip:
         raise SettingsError(
             f"augmentation.flip_mode=alternating does not use augmentation.flip={s.flip}. "

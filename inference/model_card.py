@@ -14,6 +14,7 @@ from typing import Any
 from common.display import code_block, code_span, escape_markdown
 from common.files import write_atomically
 from config.differences import changed_settings
+from config.own_parts import override_without_folder, without_folders
 from inference.trained_model import WEIGHTS, TrainedModel
 from records.run_folder import RunFolder
 
@@ -93,23 +94,26 @@ def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
 
 def what(trained: TrainedModel) -> str:
     """Return one paragraph about the network."""
-    model = trained.settings.model
+    model = without_folders(vars(trained.settings.model))
     parts = ""
-    if model.architecture == "vit":
+    if model["architecture"] == "vit":
         parts = (
-            f": {model.patch_embedding} patches of {model.patch} pixels, {model.depth} blocks of width {model.width}, "
-            f"{model.attention} attention, {model.feed_forward} feed-forward, {model.pooling} pooling"
+            f": {model['patch_embedding']} patches of {model['patch']} pixels, {model['depth']} blocks of width "
+            f"{model['width']}, {model['attention']} attention, {model['feed_forward']} feed-forward, "
+            f"{model['pooling']} pooling"
         )
     shown = ", ".join(map(escape_markdown, trained.classes[:5])) + (", ..." if len(trained.classes) > 5 else "")
     return (
-        f"Network {code_span(model.architecture)}{parts}; {num_parameters(trained):,} parameters. "
+        f"Network {code_span(model['architecture'])}{parts}; {num_parameters(trained):,} parameters. "
         f"It classifies images of {trained.side} x {trained.side} pixels into the {len(trained.classes)} classes of "
         f"{code_span(trained.facts['dataset']['name'])} ({shown})."
     )
 
 
 def num_parameters(trained: TrainedModel) -> int:
-    """Return the number of trainable parameters, counted on the meta device."""
+    """Return the number of trainable parameters; runs that do not record it are counted on the meta device."""
+    if recorded := trained.facts.get("num_parameters"):
+        return recorded
     import torch
 
     from model import build_model
@@ -149,7 +153,9 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     steps = f"{metrics[-1]['step'] if metrics else 0:,} of {facts['total_steps']:,} steps"
     changes = ", with uncommitted changes" if facts["uncommitted_changes"] else ""
     lines = {
-        "command": code_span(shlex.join(["python", *map(strip_folder, facts["command"])])),
+        "command": code_span(
+            shlex.join(["python", *(strip_folder(override_without_folder(word)) for word in facts["command"])])
+        ),
         "commit": (facts["commit"] or "not recorded")[:12] + changes,
         "data": f"{escape_markdown(dataset['name'])}: {images} images; {dataset['fingerprint']}",
         "length": f"{steps} of {engine['train_batch_size']} images ({len(metrics)} epochs), seed {facts['seed']}, "
@@ -161,7 +167,7 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     }
     changed = "\n".join(
         f"{path.removeprefix('engine.')}={value!r}"
-        for path, value, _ in changed_settings(facts["settings"])
+        for path, value, _ in changed_settings(without_folders(facts["settings"]))
         if value is not None
     )
     table = "\n".join([f"| {name} | {value} |" for name, value in lines.items()])

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import RunError, unknown
+from config.own_parts import without_folders
 from config.settings import Settings
 from image_data.augmentation import CENTER_CROP
+from records.own_part_files import kept_settings
 from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class TrainedModel:
 
     @cached_property
     def settings(self) -> Settings:
-        return Settings.from_dict(self.facts["settings"])
+        """The settings; user-defined parts refer to the copies of their files in the run folder."""
+        return Settings.from_dict(kept_settings(self.record.folder, self.facts))
 
     @property
     def side(self) -> int:
@@ -84,14 +87,14 @@ class TrainedModel:
                 f"{path} does not exist; "
                 + (unknown("weights", weights, there) if there else "the run has not finished an epoch yet")
             )
-        return load_model(path, self.facts, device, precision)
+        return load_model(path, self.settings, self.facts, device, precision)
 
     @property
     def metadata(self) -> dict[str, str]:
         """Metadata of a file of weights, so that the file can be used without its folder."""
         facts, dataset = self.facts, self.facts["dataset"]
         kept = {
-            "model": facts["settings"]["model"],
+            "model": without_folders(facts["settings"]["model"]),
             "classes": self.classes,
             "image_side": self.side,
             "mean": dataset["mean"],
@@ -116,8 +119,8 @@ class TrainedModel:
     normalise = normalize  # the name in model cards written before the spelling changed
 
 
-def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str) -> nn.Module:
-    """Build the network that `facts` (of run.json) describe and load its weights.
+def load_model(weights: Path, settings: Settings, facts: dict[str, Any], device: Any, precision: str) -> nn.Module:
+    """Build the network of `settings` for the dataset in `facts` (of run.json) and load its weights.
 
     Safetensors files hold numbers only, so loading runs no code from the file.
     """
@@ -127,7 +130,6 @@ def load_model(weights: Path, facts: dict[str, Any], device: Any, precision: str
     from model import build_model
     from parallel.buffers import normalize_in_fp32
 
-    settings = Settings.from_dict(facts["settings"])
     side = settings.image_side or facts["dataset"]["image_side"]
     model = build_model(settings.model, len(facts["dataset"]["classes"]), side)
     try:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from config.own_parts import find_entry
 from models import depthwise_kernel
 from models.convolutions import ResidualConvolution
 from models.parts import Dimensions, make_part, part_options
@@ -215,8 +216,8 @@ def build_at_share(kind: str, dims: Dimensions, hidden: int, share: float) -> nn
     if not 0 < share < 1:
         raise SettingsError(f"model.feed_forward_options.share must be between 0 and 1, got {share}")
     options = {}
-    if kind in FEED_FORWARDS and "hidden" in part_options(FEED_FORWARDS[kind]):
-        part = FEED_FORWARDS[kind]
+    part = find_entry(FEED_FORWARDS, "feed-forward", kind)
+    if "hidden" in part_options(part):
         rows = share * MLP.num_matrices * (hidden or 4 * dims.width)  # the budget in rows of C weights
         options["hidden"] = max(1, round(rows / getattr(part, "num_matrices", MLP.num_matrices)))
     return make_part(FEED_FORWARDS, "feed_forward", kind, dims, options)

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
+from config.own_parts import find_entry, is_own_part
 from config.settings import ScheduleSettings
 
 
@@ -93,7 +94,7 @@ class Schedule:
 
     def __init__(self, settings: ScheduleSettings, total_steps: int):
         check(settings)
-        self.shape, self.settings, self.total = SCHEDULES[settings.shape], settings, total_steps
+        self.shape, self.settings, self.total = find_shape(settings.shape), settings, total_steps
         warmup, hold = round(settings.warmup_fraction * total_steps), round(settings.hold_fraction * total_steps)
         self.course = Timeline(total_steps, warmup, total_steps - 1 - hold)
 
@@ -104,15 +105,20 @@ class Schedule:
         return self.shape(step, course, self.settings)
 
 
+def find_shape(name: str) -> Callable[[int, Timeline, ScheduleSettings], float]:
+    """Return an entry of SCHEDULES or a user-defined shape. Raises SettingsError for an unknown name."""
+    return find_entry(SCHEDULES, "schedule.shape", name)
+
+
 def check(settings: ScheduleSettings) -> None:
     """Raise SettingsError for settings that Schedule rejects."""
-    if settings.shape not in SCHEDULES:
-        raise SettingsError(unknown("schedule.shape", settings.shape, list(SCHEDULES)))
+    find_shape(settings.shape)
     for name in FRACTIONS:
         if not 0 <= getattr(settings, name) <= 1:
             raise SettingsError(f"schedule.{name} must be between 0 and 1, got {getattr(settings, name)}")
     for name, shapes in USED_BY.items():
-        if settings.shape not in shapes and getattr(settings, name) != getattr(ScheduleSettings(), name):
+        is_used = settings.shape in shapes or is_own_part(settings.shape)
+        if not is_used and getattr(settings, name) != getattr(ScheduleSettings(), name):
             raise SettingsError(
                 f"schedule.shape={settings.shape} does not use schedule.{name}={getattr(settings, name)}. "
                 f"Remove it, or set schedule.shape to {' or '.join(shapes)}"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
+from config.own_parts import find_entry
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from optim.muon import Muon
@@ -99,17 +100,18 @@ def build_optimizer(config: dict[str, Any], model: nn.Module, fused: bool) -> to
         SettingsError: an unknown type, or parameters that the optimizer rejects.
     """
     name, params = config["type"], dict(config["params"])
-    if name not in OPTIMIZERS:
-        raise SettingsError(unknown("optimizer.type", name, list(OPTIMIZERS)))
+    make = find_entry(OPTIMIZERS, "optimizer.type", name)
+    if "lr" not in params:
+        raise SettingsError(f"optimizer.type={name} needs an argument lr with a default, such as lr: float = 1e-3")
     for key in ("lr", "weight_decay", "eps"):
         if not 0 <= params.get(key, 0.0) < math.inf:
             raise SettingsError(f"optimizer.params.{key} must be at least 0, got {params[key]}")
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
     split_qkv = params.pop("split_qkv", False)  # only Muon has it
-    groups = parameter_groups(model, params["lr"], params["weight_decay"], name == "Muon", split_qkv)
+    groups = parameter_groups(model, params["lr"], params.get("weight_decay", 0.0), name == "Muon", split_qkv)
     try:
-        return OPTIMIZERS[name](groups, **params, **({"fused": True} if fused and name in FUSED else {}))
+        return make(groups, **params, **({"fused": True} if fused and name in FUSED else {}))
     except (TypeError, ValueError) as error:
         raise SettingsError(f"optimizer.type={name} rejects optimizer.params: {error}. Correct them") from error
 

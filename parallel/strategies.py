@@ -7,11 +7,12 @@ from importlib import import_module
 
 import torch
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
+from config.own_parts import find_entry, is_own_part
 from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 
-STRATEGIES = {
+STRATEGIES: dict[str, object] = {
     "zero": "DeepSpeed's ZeRO: data parallelism; stages 1 to 3 shard optimizer states, gradients and parameters",
     "pipeline": "DeepSpeed's pipeline parallelism: layers are divided into stages, and stages are replicated",
     "ddp": "PyTorch's DistributedDataParallel: every process holds the whole model (the plain baseline)",
@@ -40,13 +41,19 @@ __all__ = ["STRATEGIES", "EvalCounts", "Engine", "engine_class"]
 def engine_class(name: str, peers: bool = False) -> type[Engine]:
     """Import and return the Engine of a strategy, or its form for peers, which also takes a `meeting`.
 
+    A user-defined strategy is a subclass of another one's Engine.
+
     Raises:
         SettingsError: an unknown name, or peers for a strategy whose workers are the processes of one job.
     """
-    if name not in STRATEGIES:
-        raise SettingsError(unknown("strategy", name, list(STRATEGIES)))
-    if (peers or name in WITH_DEEPSPEED) and not torch.cuda.is_available():
+    found = find_entry(STRATEGIES, "strategy", name)
+    own = is_own_part(name)
+    if (peers or own or name in WITH_DEEPSPEED) and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed searches for a GPU and warns
+    if own:
+        if not isinstance(found, type) or not issubclass(found, Engine):
+            raise SettingsError(f"strategy={name} must be a subclass of Engine (parallel/engine.py)")
+        return found
     if not peers:
         return import_module(MODULES[name]).Engine
     if name not in PEER_MODULES:

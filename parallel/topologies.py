@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
+from config.own_parts import find_entry, is_own_part
 
 Round = list[list[int]]  # groups of workers; each worker is in exactly one
 
@@ -81,9 +82,14 @@ TOPOLOGIES: dict[str, Callable[[int, int], list[Round]]] = {
 
 def rounds_of(name: str, workers: int, per_machine: int) -> list[Round]:
     """Return the rounds of one period. Raises SettingsError for an unknown name or an unsuitable number of workers."""
-    if name not in TOPOLOGIES:
-        raise SettingsError(unknown("parallel.topology", name, list(TOPOLOGIES)))
-    return TOPOLOGIES[name](workers, per_machine)
+    rounds = find_entry(TOPOLOGIES, "parallel.topology", name)(workers, per_machine)
+    for groups in rounds if is_own_part(name) else ():
+        if sorted(worker for group in groups for worker in group) != list(range(workers)):
+            raise SettingsError(
+                f"parallel.topology={name}: a round must put each of the workers 0 to {workers - 1} into one group, "
+                f"got {groups}"
+            )
+    return rounds
 
 
 def mixing_matrix(groups: Round) -> Tensor:

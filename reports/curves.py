@@ -9,6 +9,7 @@ from common.display import printable
 from common.text import shorten
 from config.settings import Settings
 from optim.lr_schedule import Schedule
+from records.own_part_files import kept_settings
 from records.run_data import RunData
 from reports.style import BLACK, BLUE, COLORS, ORANGE, SKY, SPLITS, finish, make_figure, set_epoch_axis, set_title
 
@@ -93,7 +94,7 @@ def training(run: RunData) -> Figure:
 
 def learning_rate(run: RunData) -> Line:
     """Return the learning rate at every step so far, from the schedule; metrics.jsonl has only one per epoch."""
-    settings, per_epoch = Settings.from_dict(run.facts["settings"]), run.facts["steps_per_epoch"]
+    settings, per_epoch = Settings.from_dict(kept_settings(run.folder, run.facts)), run.facts["steps_per_epoch"]
     schedule = Schedule(settings.schedule, run.facts["total_steps"])
     done = round(run.last_epoch * per_epoch)
     steps = sorted({*range(0, done, max(1, done // LEARNING_RATE_POINTS)), *(line["step"] - 1 for line in run.metrics)})

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from config.own_parts import find_entry
 from config.settings import ModelSettings
 from image_data.pixels import denormalize
 from models.calibration import Calibration, CalibrationCounts
@@ -131,7 +132,8 @@ def attention_maps(model: nn.Module, settings: ModelSettings, images: Tensor, au
         model, autocast = copy.deepcopy(model).float(), False
     with AttentionRecorder() as recorder:
         scores_of(model, images, autocast)
-    grid, prefix = images.shape[-1] // settings.patch, POOLINGS[settings.pooling].num_prefix
+    pooling = find_entry(POOLINGS, "pooling", settings.pooling)
+    grid, prefix = images.shape[-1] // settings.patch, getattr(pooling, "num_prefix", 0)
     weights, num_tokens = recorder.weights, prefix + grid**2
     if len(weights) != settings.depth:
         calls = f"{len(weights)} calls of torch.nn.functional.scaled_dot_product_attention in {settings.depth} blocks"

@@ -30,11 +30,13 @@ def describe_model() -> None:
     args = parser.parse_args()
     from model import build_model  # after the arguments: it imports PyTorch
     from models.cost import count_parameters
+    from training.own_part_checks import check_own_parts
 
     if args.preset is None and not args.set and not args.groups:
         list_parts()
         return
     settings = resolve(args.preset, args.set)
+    check_own_parts(settings, args.classes, args.image_side)
     model = build_model(settings.model, args.classes, args.image_side)
     if args.groups:
         from optim.optimizers import describe_groups
@@ -60,3 +62,4 @@ def list_parts() -> None:
                 else ""
             )
             print(f"  {name:12} {(part.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else ""))
+    print("\nEach of these settings also takes a class or a function of your own, FILE.py:NAME (docs/own-parts.md).")

@@ -18,6 +18,7 @@ from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RESULTS, RUNS
 from config.command_line import Parser, run_cli
+from config.own_parts import override_without_folder, without_folders
 from records.named_run import find_run
 from records.run_folder import RunFolder
 
@@ -27,8 +28,13 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
     facts, metrics = record.facts(), record.metrics()
     if not metrics:
         raise RunError(f"{record.folder} has no finished epoch yet")
-    facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in facts["command"]]
+    words = [override_without_folder(word) for word in facts["command"]]
+    facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
     facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}
+    facts = without_folders(facts)
+    facts.pop("own_parts", None)
+    if code := facts.get("code"):
+        code["files"] = {path if path[:2] != ".." else Path(path).name: text for path, text in code["files"].items()}
     evaluation = record.folder / "evaluation_test.json"
     if evaluation.is_file():
         report = json.loads(evaluation.read_text())

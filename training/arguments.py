@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         "feed-forward modules (--set "
         f"model.feed_forward=NAME):\n{listed('models/feed_forward.py', 'FEED_FORWARDS')}\n\n"
         "every component registry: python model.py\n"
+        "a component of your own file: --set model.feed_forward=FILE.py:NAME (docs/own-parts.md)\n"
         "every setting with its default and unit: python train.py --list-settings",
     )
     _add_data_options(parser)

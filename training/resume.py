@@ -16,6 +16,8 @@ from config.differences import differences
 from image_data.dataset import Dataset
 from parallel.engine import Engine
 from records.checkpoint_store import ENGINE, STATE, Checkpoints, disk_space_needed, find_damage, read_facts, step_of
+from records.own_part_files import FOLDER as OWN_PARTS
+from records.own_part_files import keep_own_parts
 from records.provenance import changed_between, write_code_diff
 from records.run_folder import Progress, RunFolder
 from training.resume_conditions import MAY_DIFFER, MUST_MATCH, comparable, compare
@@ -70,6 +72,7 @@ def find_resume_point(
     if not record.exists:
         check_room(record.folder, disk_space_needed(state_values, options.keep_checkpoints), options)
         record.lock()
+        keep_own_parts(record.folder, facts["settings"])
         record.create(facts)
         write_code_diff(record.folder, facts["code"])
         return ResumePoint(record, None, Progress(), messages)
@@ -91,6 +94,8 @@ def find_resume_point(
     check_room(record.folder, sum(file.stat().st_size for file in checkpoint.iterdir()) * 3 // 2, options)
     edited = changed_between(record.facts().get("code", {}), facts["code"])
     changed = check_conditions(record, checkpoint, new, edited, options.allow_inexact_resume)
+    if edited:
+        keep_own_parts(record.folder, facts["settings"], f"{OWN_PARTS}.before-{checkpoint.name}")
     messages += [
         f"from step {step_of(checkpoint):,} on not bitwise the same as an uninterrupted run: {text}" for text in changed
     ]

@@ -12,6 +12,7 @@ import torch
 from common.paths import PROJECT
 from image_data.dataset import Dataset
 from parallel.engine import Engine
+from records.own_part_files import copies_of, own_files
 from records.provenance import provenance
 
 
@@ -43,9 +44,12 @@ def facts_of(
     Args:
         folder: of the prepared dataset as the user gave it; `dataset` may be a copy of it on a local disk.
     """
+    settings = engine.settings.as_dict()
+    copies = copies_of(settings)
     return {
-        **provenance(),
-        "settings": engine.settings.as_dict(),
+        **provenance(own_files(settings)),
+        "settings": settings,
+        **({"own_parts": copies} if copies else {}),
         **asdict(options),
         "dataset": {
             "name": folder.name,

@@ -23,6 +23,7 @@ from image_data.preparation.prepare import find_or_prepare
 from model import build_model
 from models.cost import count_parameters
 from models.initial_weights import load_initial_weights
+from models.parts import UnusablePart
 from optim import lr_schedule
 from optim.optimizers import build_optimizer
 from parallel.engine import Engine
@@ -133,6 +134,8 @@ def check_parts(settings: Settings) -> None:
                     f"this machine has {gigabytes(memory)} of memory; choose a smaller model.width or model.depth"
                 )
             build_optimizer(settings.engine["optimizer"], model, fused=False)
+    except UnusablePart:
+        pass  # on the meta device; `check_own_parts` has made it on a real one
     except SettingsError:
         raise
     except Exception:  # noqa: BLE001, S110 (a part that cannot be built on the meta device is checked when it is built)

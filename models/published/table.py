@@ -7,7 +7,7 @@ and add a line to ARCHITECTURES. torchvision and timm are imported only when one
 
 from __future__ import annotations
 
-from common.errors import SettingsError, unknown
+from config.own_parts import find_entry
 from models.layers import Architecture
 from models.published.cct import cct_7_3x1
 from models.published.dhvt import dhvt_s_2, dhvt_s_4, dhvt_t_2, dhvt_t_4
@@ -34,9 +34,10 @@ TIMM_PREFIX = "timm:"
 
 
 def get_architecture(name: str, table: dict[str, Architecture] = ARCHITECTURES) -> Architecture:
-    """Return entry `name` of `table`, or timm's model for `timm:NAME`. Raises SettingsError for an unknown name."""
+    """Return entry `name` of `table`, timm's model for `timm:NAME`, or a user-defined network.
+
+    Raises SettingsError for an unknown name.
+    """
     if name.startswith(TIMM_PREFIX):
         return timm_architecture(name.removeprefix(TIMM_PREFIX))
-    if name not in table:
-        raise SettingsError(unknown("architecture", name, [*table, "timm:NAME"]))
-    return table[name]
+    return find_entry(table, "architecture", name, more_names=["timm:NAME"])

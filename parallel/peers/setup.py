@@ -12,6 +12,7 @@ from common.errors import SettingsError
 from config.differences import leaves
 from parallel.peers.endpoint import check_own, coordination, own_address, split_address
 from parallel.peers.rendezvous import PeerGroup
+from records.own_part_files import with_digests
 
 # Settings that may differ between peers: parallelism and precision, because memory and GPUs differ.
 FREE = (
@@ -86,7 +87,7 @@ def data_seed(seed: int, number: int) -> int:
 
 def agreement(facts: dict[str, Any], num_parameters: int) -> dict[str, Any]:
     """The facts of `run.json` that must be equal for all peers."""
-    settings = {path: value for path, value in leaves(facts["settings"]) if not path.startswith(FREE)}
+    settings = {path: value for path, value in leaves(with_digests(facts["settings"])) if not path.startswith(FREE)}
     return {
         **settings,
         "the dataset's fingerprint": facts["dataset"]["fingerprint"],

@@ -22,6 +22,7 @@ from programs import clean_environment
 from benchmarks.lib.forked_programs import Program
 from common.paths import PROJECT
 from config.catalog import table_names
+from config.own_parts import is_own_part
 from config.settings import resolve
 from model import build_model
 from models import feed_forward as feedforward
@@ -117,13 +118,14 @@ def test_the_arguments_and_settings_of_a_training_command_are_valid(command, mon
             return
         arguments = arguments if arguments[0].startswith("--") else arguments[1:]  # the prefix of the run names
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.chdir(world)  # where the files of user-defined parts are
     args = parse_arguments()
     settings = resolve(args.preset or "cpu", args.set, epochs=args.epochs, strategy=args.strategy)
     with torch.device("meta"):
         build_model(
             settings.model, 10, settings.image_side or (64 if settings.model.architecture.startswith("timm") else 32)
         )
-    assert settings.strategy in table_names("parallel/strategies.py", "STRATEGIES")
+    assert is_own_part(settings.strategy) or settings.strategy in table_names("parallel/strategies.py", "STRATEGIES")
 
 
 @commands_of("parse")

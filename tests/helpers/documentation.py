@@ -140,6 +140,20 @@ def treatment(command: Command) -> str:
     )
 
 
+def own_part_examples() -> list[tuple[str, str, str]]:
+    """Return the examples of docs/own-parts.md: setting, name of the part, complete file."""
+    text = (PROJECT / "docs" / "own-parts.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## [^\n`]*`([\w.]+)`\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    return [
+        (
+            setting,
+            re.search(r"mine\.py:(\w+)", section)[1],  # type: ignore[index]  # every section has a command
+            re.search(r"```python\n(.*?)```", section, re.DOTALL)[1],  # type: ignore[index]  # and an example
+        )
+        for setting, section in sections
+    ]
+
+
 def make_world(folder: Path, shapes: Path, run: Path) -> Path:
     """Copy the programs to `folder`, with the data, images, archives and runs that the pages mention."""
     from trees import python_archive, save, tree_files
@@ -171,6 +185,7 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
         (folder / "runs" / name / "run.json").write_text(json.dumps(facts))
     (example,) = re.findall(r"```toml\n(question.*?)```", (PROJECT / "docs" / "comparing.md").read_text(), re.DOTALL)
     (folder / "experiments" / "geglu.toml").write_text(example)
+    (folder / "mine.py").write_text("\n\n".join(code for _, _, code in own_part_examples()))
     return folder
 
 

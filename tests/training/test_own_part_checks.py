@@ -1,0 +1,185 @@
+"""User-defined parts: every registry takes them, and a wrong one ends in a sentence before any data is fetched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from documentation import own_part_examples
+
+from common.errors import SettingsError
+from config.settings import Settings, declared_settings, resolve
+from model import TABLES, build_model
+from parallel.strategies import engine_class
+from training.own_part_checks import check_before_data, check_own_parts
+
+REGISTRIES = [path for path, declared in declared_settings().items() if declared.table]
+EXAMPLES = {setting: (name, code) for setting, name, code in own_part_examples()}
+SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "model.head_size=8", "model.feed_forward_options.hidden=8"]
+
+
+def settings_with(setting: str, reference: str, *more: str) -> Settings:
+    small = [] if setting == "model.architecture" else SMALL[:4] if setting == "model.feed_forward" else SMALL
+    return resolve(None, [f"{setting}={reference}", *small, *more])
+
+
+def check(settings: Settings) -> None:
+    engine_class(settings.strategy)
+    check_own_parts(settings, 10, 16)
+
+
+def test_every_registry_has_an_example_in_the_documentation():
+    assert set(REGISTRIES) == set(EXAMPLES)
+    assert {f"model.{kind}" for kind in TABLES} <= set(REGISTRIES)
+
+
+@pytest.mark.parametrize("setting", REGISTRIES)
+def test_every_registry_takes_a_part_of_a_file(setting, tmp_path, monkeypatch):
+    name, code = EXAMPLES[setting]
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "my-part.py").write_text(code)
+    monkeypatch.chdir(folder)
+    settings = settings_with(setting, f"my-part.py:{name}")
+    tree = settings.as_dict() | settings.as_dict()["engine"]
+    for key in setting.split("."):
+        tree = tree[key]
+    assert tree == f"{folder}/my-part.py:{name}"
+    assert Settings.from_dict(settings.as_dict()) == settings
+    check(settings)
+    (folder / "my-part.py").write_text(f"def {name}(*args, **kwargs):\n    raise ValueError('on purpose')\n")
+    with pytest.raises(SettingsError, match=r"on purpose \(my-part.py, line 2\)|must be a subclass of Engine|lr"):
+        check(settings_with(setting, f"my-part.py:{name}"))
+
+
+PARTS = """\
+from __future__ import annotations
+from functools import partial
+from typing import Literal
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self, dims, size: int = 0, bias: bool | None = None, sides: tuple[int, ...] = (1, 2),
+                 kind: Literal["a", "b"] = "a", rate: float = 0.5):
+        super().__init__()
+        self.options = (size, bias, sides, kind, rate)
+        self.linear = nn.Linear(dims.width, size or dims.width)
+
+    def forward(self, x):
+        return self.linear(x)
+
+class Shorter(Linear):
+    def forward(self, x):
+        return x[:, 1:]
+
+class Failing(Linear):
+    def forward(self, x):
+        return self.linear(x @ x)
+
+class ReadsValues(Linear):
+    def forward(self, x):
+        return x + float(x.sum())
+
+def function(dims, size: int = 0):
+    return Linear(dims, size)
+
+factory = partial(Linear, rate=0.25)
+
+def no_module(dims):
+    return 3
+
+class Net(nn.Module):
+    def __init__(self, num_classes, extra=0):
+        super().__init__()
+        self.flat = nn.Linear(3 * 16 * 16, num_classes + extra)
+
+    def forward(self, images):
+        return self.flat(images.flatten(1))
+
+def strange(images, classes):
+    return Net(classes)
+
+def layers(settings, num_classes, image_side):
+    return [nn.Flatten(), nn.Linear(3 * image_side**2, settings.width), nn.Linear(settings.width, num_classes)]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(PARTS)
+    return path
+
+
+@pytest.mark.parametrize("name", ["Linear", "function", "factory", "ReadsValues"])
+def test_a_part_is_a_class_a_function_or_a_factory_and_may_need_real_values(own, name):
+    check(settings_with("model.feed_forward", f"{own}:{name}"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "sentence"),
+    [
+        ("model.attention", "Shorter", r"own.py:Shorter \(forward in line 18\): .* became \(2, 16, 16\), expected "),
+        (
+            "model.feed_forward",
+            "Failing",
+            r"a forward pass .* failed: RuntimeError: .* \(own.py, line 23\); it must map",
+        ),
+        ("model.position", "no_module", "must return a torch.nn.Module, not int"),
+        ("model.pooling", "Linear", r"became \(2, 16, 16\), expected \(2, 16\); it must map tokens \(B, T, C\) to one"),
+        ("model.block", "no_module", "argument dims has no default and is none of branch, attention, feed_forward"),
+        ("model.architecture", "strange", "images has no default and is none of settings, num_classes, image_side"),
+        ("model.architecture", "number", "own.py:number is a int; name a class or a function"),
+        ("model.architecture", "Nett", "unknown part of own.py 'Nett'; did you mean 'Net'"),
+        ("optimizer.type", "Net", "needs an argument lr with a default"),
+        ("schedule.shape", "no_module", r"schedule.shape=.*own.py:no_module: TypeError"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_one_sentence(own, setting, name, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        check(settings_with(setting, f"{own}:{name}"))
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [("size=1.5", "int"), ("bias=3", "bool"), ("sides=2", "tuple"), ("kind=c", "Literal"), ("rate=high", "float")],
+)
+def test_options_have_the_type_of_their_annotation(own, option, wanted):
+    with pytest.raises(SettingsError, match=f"option {option.split('=')[0]} must be of type .*{wanted}"):
+        check(settings_with("model.feed_forward", f"{own}:Linear", f"model.feed_forward_options.{option}"))
+
+
+def test_options_arrive_with_the_type_of_their_annotation(own):
+    given = ["bias=false", "sides=[3,4]", "kind=b", "rate=1"]
+    overrides = [f"model.feed_forward_options.{text}" for text in given]
+    settings = settings_with("model.feed_forward", f"{own}:Linear", *overrides)
+    with torch.device("meta"):
+        part = build_model(settings.model, 10, 16)[1].feed_forward.part
+    assert part.options == (0, False, (3, 4), "b", 1.0) and isinstance(part.options[-1], float)
+
+
+def test_a_whole_network_has_options_or_settings_but_none_without_effect(own):
+    check(resolve(None, [f"model.architecture={own}:Net"]))
+    check(resolve(None, [f"model.architecture={own}:layers", "model.width=8"]))
+    with pytest.raises(SettingsError, match=r"became \(2, 11\), expected \(2, 10\); it must map images"):
+        check(resolve(None, [f"model.architecture={own}:Net", "model.architecture_options.extra=1"]))
+    with pytest.raises(SettingsError, match="does not use model.width=8"):
+        check(resolve(None, [f"model.architecture={own}:Net", "model.width=8"]))
+    with pytest.raises(SettingsError, match="model.architecture=vit has no options"):
+        build_model(resolve(None, ["model.architecture_options.extra=1"]).model, 10, 16)
+
+
+def test_before_the_data_a_network_is_checked_with_the_sizes_that_are_known(own, tmp_path):
+    settings = resolve(None, [f"model.architecture={own}:Net"])
+    check_before_data(settings, tmp_path / "unknown", None)  # its image side may be 16
+    with pytest.raises(
+        SettingsError, match=re.escape("mat1 and mat2 shapes cannot be multiplied (2x3072 and 768x100)")
+    ):
+        check_before_data(settings, None, "cifar100")
+    settings.image_side = 16
+    check_before_data(settings, None, "cifar100")
