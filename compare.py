@@ -28,7 +28,9 @@ from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, read
 from comparison.planned_run import PlannedRun
 from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
-from comparison.run_queue import check_existing_runs, device_slots, launch, mixed_sources, run_all
+from comparison.run_queue import check_existing_runs, device_slots, mixed_sources, run_all
+from comparison.run_queue import launch as launch_cold
+from comparison.warm_process import launch
 from config.command_line import Parser, at_least_one, run_cli
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def main() -> int:
         if args.dry_run or args.report_only:
             return {}
         check_existing_runs(tasks, args.redo_changed)
-        return run_all(tasks, device_slots(args.parallel), stop, launch)
+        return run_all(tasks, device_slots(args.parallel), stop, launch_cold if args.cold else launch)
 
     if experiment.max_seeds and not args.dry_run:
         experiment, tasks, failures = run_until_decided(experiment, data, runs, run, stop)
@@ -182,6 +184,12 @@ def parse_arguments() -> argparse.Namespace:
         type=at_least_one,
         metavar="N",
         help="number of runs at once (default: one per GPU; one on the CPU, with all its cores)",
+    )
+    what.add_argument(
+        "--cold",
+        action="store_true",
+        help="start each run in a new Python process, through the launcher (default: fork the runs from one process "
+        "that has imported PyTorch)",
     )
     what.add_argument(
         "--shard",
