@@ -8,9 +8,9 @@ source files of `python train.py`. That also keeps threads out of the parent, wh
 hang the child. Therefore this file imports nothing from the project, and no thread is started before a fork.
 
 Requests are JSON lines: {"run": 3, "script": ..., "words": [...], "environment": {...}, "folder": ..., "log": ...}
-starts a run, {"signal": 15, "run": 3} signals it. Replies: {"run": 3, "pid": 71}, {"run": 3, "code": 0, "cpu_seconds": 9.1}
-(a negative code: the signal that ended it), and {"refused": "reason"} where this process cannot fork. At the end of the requests, all runs
-save and end.
+starts a run, {"signal": 15, "run": 3} signals it. Replies: {"run": 3, "pid": 71}, {"run": 3, "code": 0,
+"cpu_seconds": 9.1} (a negative code: the signal that ended it), and {"refused": "reason"} where this process cannot
+fork. At the end of the requests, all runs save and end.
 """
 
 from __future__ import annotations
@@ -126,6 +126,8 @@ def become(request: dict[str, Any], parent: int) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     sys.argv = [request["script"], *request["words"]]
+    # Python's multiprocessing has kept this module under a second name; the record of the run's source would list it.
+    sys.modules["__main__"].__file__ = request["script"]
 
 
 def _ended(running: dict[int, int]) -> list[tuple[int, int, float]]:

@@ -34,11 +34,19 @@ PACKAGES = (
     "numpy",
     "safetensors.torch",
     "tqdm",
-    "PIL.Image",
+    "PIL.JpegImagePlugin",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
 )
-DEEPSPEED = ("deepspeed", "deepspeed.ops", "deepspeed.runtime.zero.muon.muon_optimizer")
+DEEPSPEED = (
+    "deepspeed",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer",
+    "setuptools",
+    "pkg_resources",
+)
 WITH_DEEPSPEED = ("zero", "pipeline")  # as parallel/strategies.py, which imports PyTorch
 FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports of outgoing connections
 LAUNCHED = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "NUM_PROCS")
