@@ -57,6 +57,8 @@ def main() -> int:
     # 2. The settings, all of them checked before any data is fetched
     preset = args.preset or default_preset(pick_device(), console)
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
+    if args.evaluate_ema_only and not settings.ema.decay:
+        raise SettingsError("--evaluate-ema-only needs an EMA: add --set ema.decay=0.999, or leave the flag out")
     peer_wait = settings.parallel.patience_seconds
     meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, peer_wait)
     engine_type = engine_class(settings.strategy, peers=meeting is not None)

@@ -43,6 +43,7 @@ POLL_SECONDS = 0.01
 RECORDED = ("training_seconds", "warmup_seconds", "checkpoint_seconds", "validation_seconds", "test_seconds")
 MEASURED = {
     "startup": "start-up until training can begin",
+    "startup_cpu": "CPU seconds of the start-up",
     "overhead": "all that is neither training nor evaluation",
     "cpu": "CPU seconds of the whole run",
 }
@@ -57,9 +58,7 @@ def main() -> int:
         first = measure_with.one("first", lambda task: processes.start(task, environment))
         measured: dict[str, list[dict[str, float]]] = {"warm": [], "cold": []}
         for number in range(args.runs):
-            measured["warm"].append(
-                measure_with.one(f"warm-{number}", lambda task: processes.start(task, environment))
-            )
+            measured["warm"].append(measure_with.one(f"warm-{number}", lambda task: processes.start(task, environment)))
             measured["cold"].append(measure_with.one(f"cold-{number}", lambda task: launch_cold(task, environment)))
         processes.close()
     report(first, measured, args)
@@ -79,9 +78,11 @@ class Runs:
         words += ["--max-steps", str(self.args.steps), "--runs-dir", str(self.folder), "--name", name]
         words += [word for text in self.args.set for word in ("--set", text)]
         task = PlannedRun(name, self.folder / name, words, {"settings": self.settings})
-        used, began = _cpu_of_children(), time.time()
+        used, began, startup_cpu = _cpu_of_children(), time.time(), 0.0
         run = start(task)
         while (code := run.poll()) is None:
+            if not startup_cpu and run.pid and (task.folder / "run.json").exists():
+                startup_cpu = _cpu_of_tree(run.pid)
             time.sleep(POLL_SECONDS)
         seconds = time.time() - began
         if code:
@@ -92,8 +93,23 @@ class Runs:
         record = RunFolder(task.folder)
         recorded = sum(line.get(key, 0.0) for line in record.metrics() for key in RECORDED)
         startup = (task.folder / "run.json").stat().st_mtime - began
-        print(f"{name:10} start-up {startup:6.2f} s   whole run {seconds:6.2f} s   CPU {cpu:6.2f} s", flush=True)
-        return {"startup": startup, "overhead": seconds - recorded, "cpu": cpu}
+        print(
+            f"{name:10} start-up {startup:6.2f} s ({startup_cpu:.2f} s of CPU)   "
+            f"whole run {seconds:6.2f} s ({cpu:.2f} s of CPU)",
+            flush=True,
+        )
+        return {"startup": startup, "startup_cpu": startup_cpu, "overhead": seconds - recorded, "cpu": cpu}
+
+
+def _cpu_of_tree(pid: int) -> float:
+    """Return the CPU seconds so far of a process, its ended children, and its descendants."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0.0
+    own = sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")  # utime stime cutime cstime
+    return own + sum(_cpu_of_tree(int(child)) for child in children)
 
 
 def _cpu_of_children() -> float:
@@ -101,9 +117,7 @@ def _cpu_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def report(
-    first: dict[str, float], measured: dict[str, list[dict[str, float]]], args: argparse.Namespace
-) -> None:
+def report(first: dict[str, float], measured: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
     """Print the table, and write it with the figures to --out."""
     medians = {
         kind: {key: statistics.median(run[key] for run in runs) for key in MEASURED} for kind, runs in measured.items()

@@ -83,11 +83,11 @@ class WarmProcesses:
         strategy = task.expected.get("settings", {}).get("strategy")
         packages = PACKAGES + (DEEPSPEED if strategy in WITH_DEEPSPEED else ())
         everything = run_environment(environment)
-        common = {key: value for key, value in everything.items() if key not in ("CUDA_VISIBLE_DEVICES", "MASTER_PORT")}
-        key = packages, tuple(sorted(common.items()))
+        # The GPU is chosen when a run first uses CUDA; all other variables may be read by an import.
+        key = packages, tuple(sorted(item for item in environment.items() if item[0] != "CUDA_VISIBLE_DEVICES"))
         if key not in self.servers or self.servers[key].has_ended():
             self.versions = versions()
-            self.servers[key] = WarmProcess(packages, common)
+            self.servers[key] = WarmProcess(packages, everything)
         return WarmRun(self, self.servers[key], task, environment, everything)
 
     def refuse(self, reason: str) -> None:

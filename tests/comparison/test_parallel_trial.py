@@ -20,7 +20,7 @@ def machine(monkeypatch):
     def start(task, environment):
         started.append((task.name, environment["OMP_NUM_THREADS"]))
         count = int(task.name.split("-")[0]) if "at-once" in task.name else 1
-        made.speed = {name: TOGETHER[count] / count for name in (task.name.split("-")[-2], "once")}
+        made.speed = dict.fromkeys((task.name.split("-")[-2], "once"), TOGETHER[count] / count)
         return made(task, environment)
 
     monkeypatch.setattr(compare, "launch", start)
