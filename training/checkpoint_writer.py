@@ -126,7 +126,7 @@ class CheckpointWriter:
 
         assert self.record is not None and self.checkpoints is not None  # `write` returns on other processes
         tensors = snapshot.tensors
-        checked = tensors if tensors is not None else next(iter(snapshot.weights.values())) or {}
+        checked = tensors if tensors is not None else (list(snapshot.weights.values())[0] or {})
         invalid = next((key for key, tensor in checked.items() if tensor.isnan().any()), None)
         if invalid:
             raise RunError(
