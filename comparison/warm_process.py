@@ -8,6 +8,7 @@ cannot fork, runs start one by one through the launcher, as with `compare.py --c
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -59,8 +60,10 @@ def launch(task: PlannedRun, environment: dict[str, str]) -> Any:
 
 @cache
 def _processes() -> WarmProcesses:
-    """Those of this process; they end with it, because their requests do."""
-    return WarmProcesses()
+    """Those of this process. They end before it does; if it is killed, they end because their requests do."""
+    processes = WarmProcesses()
+    atexit.register(processes.close)
+    return processes
 
 
 class WarmProcesses:
