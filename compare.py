@@ -224,7 +224,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def at_once(text: str) -> int | str:
     """A number of runs, or "auto"."""
-    return text if text == "auto" else at_least_one(text)
+    if text == "auto":
+        return text
+    try:
+        return at_least_one(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or auto, not {text}") from None
 
 
 def one_of_many(text: str) -> tuple[int, int]:
