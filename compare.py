@@ -27,9 +27,12 @@ from common.output_files import check_new_folder
 from common.paths import PROJECT, RESULTS, RUNS
 from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, read
+from comparison.parallel_trial import fastest_count
 from comparison.planned_run import PlannedRun
 from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
-from comparison.run_queue import check_existing_runs, device_slots, launch, mixed_sources, run_all
+from comparison.run_queue import check_existing_runs, device_slots, mixed_sources, run_all
+from comparison.run_queue import launch as launch_cold
+from comparison.warm_process import launch
 from config.command_line import Parser, at_least_one, run_cli
 from config.own_parts import own_parts_of
 
@@ -75,7 +78,9 @@ def main() -> int:
         if args.dry_run or args.report_only:
             return {}
         check_existing_runs(tasks, args.redo_changed)
-        return run_all(tasks, device_slots(args.parallel), stop, launch)
+        start = launch_cold if args.cold else launch
+        count = fastest_count(tasks, stop, start) if args.parallel == "auto" else args.parallel
+        return run_all(tasks, device_slots(count), stop, start)
 
     if experiment.max_seeds and not args.dry_run:
         experiment, tasks, failures = run_until_decided(experiment, data, runs, run, stop)
@@ -189,9 +194,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     what.add_argument(
         "--parallel",
-        type=at_least_one,
+        type=at_once,
         metavar="N",
-        help="number of runs at once (default: one per GPU; one on the CPU, with all its cores)",
+        help="number of runs at once, or auto: measure 1, 2 and 4 and keep the fastest (default: one per GPU; one on "
+        "the CPU, with all its cores)",
+    )
+    what.add_argument(
+        "--cold",
+        action="store_true",
+        help="start each run in a new Python process, through the launcher (default: fork the runs from one process "
+        "that has imported PyTorch)",
     )
     what.add_argument(
         "--shard",
@@ -218,6 +230,16 @@ def parse_arguments() -> argparse.Namespace:
     if args.dry_run and args.report_only:
         parser.error("--dry-run and --report-only exclude each other; give one of them")
     return args
+
+
+def at_once(text: str) -> int | str:
+    """A number of runs, or "auto"."""
+    if text == "auto":
+        return text
+    try:
+        return at_least_one(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or auto, not {text}") from None
 
 
 def one_of_many(text: str) -> tuple[int, int]:

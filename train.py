@@ -60,6 +60,8 @@ def main() -> int:
     # 2. The settings, all of them checked before any data is fetched
     preset = default_preset(pick_device(), console) if args.preset is None else args.preset
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
+    if args.evaluate_ema_only and not settings.ema.decay:
+        raise UserError("--evaluate-ema-only needs an EMA: add --set ema.decay=0.999, or leave the flag out")
     peer_wait = settings.parallel.patience_seconds
     meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, peer_wait)
     engine_type = engine_class(settings.strategy, peers=meeting is not None)
@@ -79,7 +81,7 @@ def main() -> int:
     total_steps = min(settings.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     options = RunOptions(
         preset, args.seed, args.max_steps, args.hold_out, args.patience,
-        args.init_weights and args.init_weights.name, args.synthetic, args.deterministic,
+        args.init_weights and args.init_weights.name, args.synthetic, args.deterministic, str(args.evaluate_every),
     )  # fmt: skip
     folder = FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume)
     logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb, args.report)
@@ -106,7 +108,10 @@ def main() -> int:
             started = start_run(engine, options, folder, logging, data, training, steps_per_epoch, total_steps, console)
             limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
             sizes = (steps_per_epoch, total_steps)
-            loop = Loop(engine, settings, training, evaluation, *sizes, started, args.patience, stop, console)
+            evaluations = (args.evaluate_every, not args.evaluate_ema_only)
+            loop = Loop(
+                engine, settings, training, evaluation, *sizes, started, args.patience, stop, console, *evaluations
+            )
             return loop.run(stop_at=args.stop_at)
 
     try:

@@ -10,6 +10,7 @@
     margin = 0.5                    # points: a smaller difference does not matter, so variants can be found equivalent
     until = "decided"               # add seeds in rounds of `seeds` until all variants are decided ...
     max_seeds = 30                  # ... or have this many
+    evaluate_every = "100steps"     # points of the learning curves, as train.py --evaluate-every (default: every epoch)
 
     [[variants]]                    # the first variant is the one that all others are compared with
     name = "mlp"
@@ -45,6 +46,7 @@ from common.errors import SettingsError, unknown
 from config.command_line import run_name
 from config.own_parts import is_own_part, with_absolute_paths
 from config.settings import Settings, resolve
+from records.checkpoint_store import Interval
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,6 +63,7 @@ DEFAULTS: dict[str, Any] = {
     "margin": None,
     "until": "seeds",
     "max_seeds": None,
+    "evaluate_every": None,
 }
 OWN = ("question", "sizes", "variants", *DEFAULTS, *BUDGETS)  # every other key is a setting
 MATCHES = ("none", "parameters", "flops")
@@ -96,6 +99,7 @@ class Experiment:
     margin: float | None = None  # points within which a difference does not matter
     max_seeds: int | None = None  # with until = "decided": seeds are added in rounds up to this many
     round_seeds: int | None = None  # seeds per round; `seeds` is then the number that was reached
+    evaluate_every: str | None = None  # interval of evaluations; None: every epoch
 
     def tasks(self) -> list[tuple[Variant, int]]:
         """Return every variant with every seed."""
@@ -164,6 +168,7 @@ def read(
         facts["margin"] and float(facts["margin"]),
         facts["max_seeds"],
         facts["seeds"] if facts["max_seeds"] else None,
+        facts["evaluate_every"],
     )
 
 
@@ -271,6 +276,7 @@ def _check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
         ("margin", (int, float, type(None))),
         ("until", str),
         ("max_seeds", (int, type(None))),
+        ("evaluate_every", (str, type(None))),
     ):
         if not isinstance(facts.get(key), kinds) or isinstance(facts[key], bool):
             problem = f"{key} cannot be {facts[key]!r}" if key in facts else f'{key} is missing; add {key} = "..."'
@@ -284,6 +290,11 @@ def _check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
         )
     _check_match(path.name, facts["match"])
     _check_rounds(path.name, facts["until"], facts["seeds"], facts["max_seeds"])
+    if facts["evaluate_every"] is not None:
+        try:
+            Interval.parse_evaluations(facts["evaluate_every"])
+        except ValueError as error:
+            raise SettingsError(f"{path.name}: evaluate_every: {error}") from None
     margin = facts["margin"]
     if margin is not None and not 0 < margin < 100:
         raise SettingsError(f"{path.name}: margin must be a number of points between 0 and 100, not {margin!r}")

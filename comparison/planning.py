@@ -168,6 +168,7 @@ def make_task(
     words += ["--name", folder.name, "--seed", seed, "--epochs", epochs]
     words += ["--max-steps", steps] if steps else []
     words += ["--hold-out", hold_out] if hold_out else []
+    words += ["--evaluate-every", experiment.evaluate_every] if experiment.evaluate_every else []
     words += [word for text in variant.overrides for word in ("--set", text)]
     group = folder.name if folder.name.startswith("calibration-") else variant.name
     return PlannedRun(folder.name, folder, [str(word) for word in words], expected, group)

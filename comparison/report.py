@@ -307,11 +307,15 @@ def _costs_of(variant: VariantResult, split: str) -> dict[str, Any]:
 
 def _curves(variant: VariantResult, split: str) -> tuple[list[float], list[list[float]]]:
     """Epochs (fractions where the budget ended inside one), and the accuracies of every seed at them."""
-    first = variant.runs[0]
-    epochs = [line["step"] / first.facts["steps_per_epoch"] for line in first.lines]
-    return epochs, [
-        [100 * line[f"{split}_accuracy"] for line in run.lines] for run in variant.runs if len(run.lines) == len(epochs)
-    ]
+    runs = _evaluated_alike(variant)
+    epochs = [line["step"] / runs[0].facts["steps_per_epoch"] for line in runs[0].lines]
+    return epochs, [[100 * line[f"{split}_accuracy"] for line in run.lines] for run in runs]
+
+
+def _evaluated_alike(variant: VariantResult) -> list[Run]:
+    """The runs that were evaluated at the same steps as the first; an evaluate_every may have been added later."""
+    steps = [line["step"] for line in variant.runs[0].lines]
+    return [run for run in variant.runs if [line["step"] for line in run.lines] == steps]
 
 
 def _curves_by_cost(variant: VariantResult, split: str) -> dict[str, Any]:
@@ -319,8 +323,8 @@ def _curves_by_cost(variant: VariantResult, split: str) -> dict[str, Any]:
 
     A training step costs about 3 forward passes: one forward, and a backward pass of twice its cost.
     """
-    epochs, values = _curves(variant, split)
-    runs = [run for run in variant.runs if len(run.lines) == len(epochs)]
+    _, values = _curves(variant, split)
+    runs = _evaluated_alike(variant)
     images = [line["step"] * runs[0].facts["batch"]["total"] for line in runs[0].lines]
     seconds = np.cumsum([[line["training_seconds"] for line in run.lines] for run in runs], axis=1).mean(axis=0)
     return {

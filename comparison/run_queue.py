@@ -145,6 +145,7 @@ def run_all(
         Run name -> reason, for runs that failed.
     """
     failures: dict[str, str] = {}
+    source = SourceWatch()
     waiting = [task for task in tasks if task.state() != "finished"]
     running: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
     is_stopping = False
@@ -161,7 +162,13 @@ def run_all(
                     progress.ended(task, problem, bool(stop.number))
                 for slot in range(len(environments)):
                     if slot not in running and waiting and not stop.number:
+                        if problem := source.problem():
+                            failures |= dict.fromkeys([task.name for task in waiting], problem)
+                            progress.say(f"{len(waiting)} run(s) are not started: {problem}")
+                            waiting.clear()
+                            break
                         task = waiting.pop(0)
+                        source.started.append(task)
                         task.folder.parent.mkdir(parents=True, exist_ok=True)
                         running[slot] = (task, start(task, environments[slot]))
                         progress.started(task)
@@ -177,6 +184,33 @@ def run_all(
                 child.terminate()
             raise
     return failures
+
+
+class SourceWatch:
+    """Notices an edit of the source code while a comparison is running, which would mix two versions of it."""
+
+    def __init__(self) -> None:
+        self.started: list[PlannedRun] = []
+        self._files: dict[str, str] = {}  # path -> digest, of all files that a started run has imported
+        self._first: dict[str, str] = {}  # path -> the run that imported it first
+
+    def problem(self) -> str | None:
+        """Return why no further run may start; None as long as every imported file is the same on the disk."""
+        for task in list(self.started):
+            record = RunFolder(task.folder)
+            if record.exists:  # written early, when the run has imported its files
+                self.started.remove(task)
+                for path, digest in (record.facts().get("code") or {}).get("files", {}).items():
+                    self._files.setdefault(path, digest)
+                    self._first.setdefault(path, task.name)
+        changed = changed_since({"files": self._files})
+        if not changed:
+            return None
+        return (
+            f"{listed(changed)} changed after {self._first[changed[0]]} was started, and a comparison has one version "
+            "of the source code. Undo the change and start the same command again, or add --redo-changed to rename the "
+            "runs of the former version aside and run them again"
+        )
 
 
 def _problem(task: PlannedRun, code: int, stopping: bool) -> str | None:

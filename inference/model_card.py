@@ -150,6 +150,7 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     dataset, engine = facts["dataset"], facts["settings"]["engine"]
     images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
     seconds = sum(line["training_seconds"] for line in metrics)
+    epochs = metrics[-1]["epoch"] if metrics else 0
     steps = f"{metrics[-1]['step'] if metrics else 0:,} of {facts['total_steps']:,} steps"
     changes = ", with uncommitted changes" if facts["uncommitted_changes"] else ""
     lines = {
@@ -158,7 +159,7 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
         ),
         "commit": (facts["commit"] or "not recorded")[:12] + changes,
         "data": f"{escape_markdown(dataset['name'])}: {images} images; {dataset['fingerprint']}",
-        "length": f"{steps} of {engine['train_batch_size']} images ({len(metrics)} epochs), seed {facts['seed']}, "
+        "length": f"{steps} of {engine['train_batch_size']} images ({epochs} epochs), seed {facts['seed']}, "
         f"{seconds:,.0f} s of training",
         "machine": f"{facts['num_processes']} x {facts['device']}, {facts['settings']['strategy']}, "
         f"{facts['precision']}",

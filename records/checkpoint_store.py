@@ -43,21 +43,37 @@ def step_of(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Interval:
-    """Interval between checkpoints, in optimizer steps or in seconds."""
+    """Interval between checkpoints or evaluations: optimizer steps, seconds, and epochs whose ends count."""
 
     steps: float = float("inf")
     seconds: float = float("inf")
+    epochs: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Interval:
-        """Parse `500steps`, `10min` or `30s`. Raises ValueError."""
+        """Parse the interval of checkpoints: `500steps`, `10min`, `30s` or `epochs:5`. Raises ValueError."""
+        if found := re.fullmatch(r"epochs:0*([1-9][0-9]{0,8})", text):
+            return cls(epochs=int(found[1]))
         found = re.fullmatch(r"([0-9]+)(steps?|min|s)", text)
         if not found or int(found[1]) < 1:
-            raise ValueError(f"write it as 500steps, 10min or 30s, not {text}")
+            raise ValueError(f"write it as 500steps, 10min, 30s or epochs:5, not {text}")
         number = int(found[1])
         return (
             cls(steps=number) if found[2].startswith("step") else cls(seconds=number * (60 if found[2] == "min" else 1))
         )
+
+    def __str__(self) -> str:
+        """The interval of evaluations as `parse_evaluations` reads it."""
+        return f"{self.epochs}epochs" if self.steps == float("inf") else f"{self.steps}steps"
+
+    @classmethod
+    def parse_evaluations(cls, text: str) -> Interval:
+        """Parse the interval of evaluations: `100steps`, `2epochs` or `2`, which means epochs. Raises ValueError."""
+        found = re.fullmatch(r"0*([1-9][0-9]{0,8})(steps?|epochs?)?", text)
+        if not found:
+            raise ValueError(f"write it as 100steps or 2epochs, not {text}")
+        number = int(found[1])
+        return cls(steps=number) if (found[2] or "").startswith("step") else cls(epochs=number)
 
 
 class Checkpoints:

@@ -142,21 +142,31 @@ def source_files(own_parts: Iterable[Path] = ()) -> list[str]:
     loads what it compiles from a cache folder, as `torch._inductor.runtime.compile_tasks.<digest>`.
     """
     root = os.path.realpath(PROJECT)
+    inside = root + os.sep
     installed = _installed_folders(root)
+    nested = [folder for folder in installed if folder.startswith(inside)]
     found = {os.path.realpath(path) for path in own_parts}
+    folders: dict[str, str] = {}  # a process has thousands of modules in few folders
     for module_name, module in list(sys.modules.items()):
         name = getattr(module, "__file__", None)
         # some libraries name files that do not exist: torch.ops says "_ops.py"
         if not isinstance(name, str) or not name.endswith(".py") or not os.path.isabs(name):
             continue
-        path = os.path.realpath(name)
-        parts = os.path.relpath(path, root).split(os.sep)
-        inside = parts[0] != os.pardir
-        if inside and (parts[0] in NOT_SOURCE or parts[0].startswith(".")):
+        folder, base = os.path.split(name)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], base)
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        is_inside = path.startswith(inside)
+        if is_inside:
+            first = path[len(inside) :].split(os.sep)[0]
+            if first in NOT_SOURCE or first.startswith("."):
+                continue
+        if path.startswith(tuple(nested if is_inside else installed)):
             continue
-        if not any(path.startswith(folder) for folder in installed if not inside or folder.startswith(root + os.sep)):
-            if inside or not _in_installed_package(module_name, installed):
-                found.add(path)
+        if is_inside or not _in_installed_package(module_name, installed):
+            found.add(path)
     return sorted(os.path.relpath(path, root) for path in found)
 
 

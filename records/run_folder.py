@@ -1,7 +1,7 @@
 """The run folder `runs/<name>/`: settings, metrics and checkpoints of one run.
 
 run.json             command, settings, dataset, commit, versions, device: written once, read by resume and evaluate
-metrics.jsonl        one line per epoch
+metrics.jsonl        one line per evaluation, by default per epoch
 steps.jsonl          training losses by step (training/trackers.py)
 utilisation.jsonl    utilization of GPU, CPU and memory (training/utilization.py)
 curves.png           loss and accuracy over the epochs; report.html shows all on one page, pictures/ from report.py

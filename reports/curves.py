@@ -46,9 +46,10 @@ class Line:
 
 def loss_lines(run: RunData) -> list[Line]:
     """Return the lines of all recorded losses, in nats."""
+    period = "since the last point" if any("within_epoch" in line for line in run.metrics) else "of the epoch"
     lines = [
         Line("training, by step", *run.step_losses(), SKY, width=0.8),
-        Line("training, mean of the epoch", *run.series("train_loss"), BLUE),
+        Line(f"training, mean {period}", *run.series("train_loss"), BLUE),
     ]
     for split, (name, color) in SPLITS.items():
         lines += _by_weights(run, split, name, "loss", color, 1.0)

@@ -27,7 +27,7 @@ from reports.style import embed
 CSS = PROJECT / "reports" / "page.css"
 FILES = {
     "run.json": "settings, command, commit, versions",
-    "metrics.jsonl": "one line per epoch",
+    "metrics.jsonl": "one line per evaluation, by default per epoch",
     "steps.jsonl": "training loss by step",
     "utilisation.jsonl": "GPU load, CPU load and memory",
     "curves.png": "loss and accuracy",
@@ -40,6 +40,7 @@ FILES = {
 
 COLUMNS = [  # of the table of epochs: key in metrics.jsonl, head, factor, digits
     ("epoch", "epoch", 1, 0),
+    ("step", "step", 1, 0),
     ("train_loss", "train loss", 1, 3),
     *(
         (f"{split}_{weights}{key}", f"{split} {head}{of}", factor, digits)

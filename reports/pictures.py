@@ -88,7 +88,8 @@ def training_caption(run: RunData) -> str:
     names = [name for name, is_used in used.items() if is_used]
     how = f" with {', '.join(names)}, so it may lie above the others" if names else ""
     average = " The accuracy is that of the EMA weights." if ema.get("decay") else ""
-    return f"The training loss is the mean over the steps of an epoch, measured while the weights change{how}.{average}"
+    period = "steps since the point before"
+    return f"The training loss is the mean over the {period}, measured while the weights change{how}.{average}"
 
 
 def _of_predictions(run: RunData, analysis: SplitAnalysis) -> list[Picture]:

@@ -340,6 +340,19 @@ def test_code_that_changes_between_two_seeds_is_refused_or_redone(ask, invented,
     assert code == 1 and "changed after" in err
 
 
+def test_an_edit_while_a_comparison_is_running_ends_it_before_the_next_run(ask, invented, monkeypatch):
+    def start(task, environment):
+        child = invented(task, environment)
+        monkeypatch.setattr("records.provenance.digest_of", lambda path: "edited meanwhile")
+        return child
+
+    monkeypatch.setattr(compare, "launch", start)
+    code, out, err = ask()
+    (first,) = invented.started
+    assert code == 1 and f"'train.py', 'models/feed_forward.py' changed after {first} was started" in err
+    assert "3 run(s) are not started" in out and err.count("missing: ") == 3
+
+
 def test_runs_that_do_not_record_their_source_are_not_mixed_with_new_ones(ask, invented, tmp_path):
     assert ask()[0] == 0
     for name in ("gated-seed0", "gated-seed1", "plain-seed0", "plain-seed1"):

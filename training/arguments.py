@@ -163,6 +163,19 @@ def _add_run_options(parser: Parser) -> None:
         help="stop after N optimizer steps; the LR schedule is scaled to N (default: all epochs)",
     )
     run.add_argument(
+        "--evaluate-every",
+        type=evaluation_interval,
+        default="1epochs",
+        metavar="N[epochs|steps]",
+        help="interval of evaluations and of the lines of metrics.jsonl: 100steps, 2epochs, or 2 for epochs; the last "
+        "step is always evaluated (default: every epoch)",
+    )
+    run.add_argument(
+        "--evaluate-ema-only",
+        action="store_true",
+        help="with ema.decay: evaluate the EMA weights alone, not the raw weights too, in half the time",
+    )
+    run.add_argument(
         "--patience",
         type=at_least_one,
         metavar="N",
@@ -207,8 +220,8 @@ def _add_safety_options(parser: Parser) -> None:
         type=interval,
         default="10min",
         metavar="INTERVAL",
-        help="interval of checkpoints within an epoch: 500steps, 10min or 30s; every epoch ends with one "
-        "(default: 10min)",
+        help="interval of checkpoints: 500steps, 10min or 30s within an epoch, and every epoch ends with one; or "
+        "epochs:5, at the end of every fifth epoch alone (default: 10min)",
     )
     safety.add_argument(
         "--keep-checkpoints",
@@ -273,9 +286,17 @@ def micro_batch(text: str) -> str:
 
 
 def interval(text: str) -> Interval:
-    """The interval of checkpoints."""
+    """The interval of checkpoints within an epoch, or of epochs."""
     try:
         return Interval.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def evaluation_interval(text: str) -> Interval:
+    """The interval of evaluations."""
+    try:
+        return Interval.parse_evaluations(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -31,6 +31,7 @@ class Snapshot:
     """The state of a run after a step, in memory; the tensors are on the main process.
 
     Attributes:
+        tensors: the state; None on other processes, and where only weight files are written.
         facts: content of engine.json.
         weights: tensors of the weight files, by file name.
         loss_sums: sum of the epoch's losses, by rank.
@@ -65,28 +66,41 @@ class CheckpointWriter:
         self._last = (engine.step, time.monotonic())
 
     def is_due(self) -> bool:
-        """Whether the checkpoint interval has passed."""
+        """Whether the checkpoint interval within an epoch has passed."""
         step, moment = self._last
         return self.engine.step - step >= self.interval.steps or time.monotonic() - moment >= self.interval.seconds
+
+    def is_due_after(self, epoch: int) -> bool:
+        """Whether the end of an epoch, counted from 1, gets a checkpoint."""
+        return epoch % self.interval.epochs == 0
+
+    def has_saved_now(self) -> bool:
+        """Whether the engine's present step has a checkpoint, or is where this process started."""
+        return self._last[0] == self.engine.step
 
     def has_failed(self) -> bool:
         """Whether writing failed; the next `take_snapshot` or `wait` raises the error."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def take_snapshot(
-        self, progress: Progress, weights: dict[str, Callable[[], dict[str, Tensor] | None]] | None = None
+        self,
+        progress: Progress,
+        weights: dict[str, Callable[[], dict[str, Tensor] | None]] | None = None,
+        state: bool = True,
     ) -> Snapshot:
         """Gather the state, and the tensors of the weight files. Collective.
 
         Args:
             weights: for each file name, the function that gathers its tensors.
+            state: False writes the weight files alone, without a checkpoint.
         """
         began = time.perf_counter()
         self.wait()
         loss_sums = self.engine.all_gather_objects(progress.loss_sum)
-        tensors = self.engine.gather_state()
+        tensors = self.engine.gather_state() if state else None
         gathered = {gather: gather() for gather in (weights or {}).values()}  # once, even for two files
-        self._last = (self.engine.step, time.monotonic())
+        if state:
+            self._last = (self.engine.step, time.monotonic())
         facts = {**self.engine.state_facts(), "conditions": self.conditions}
         files = {name: gathered[gather] for name, gather in (weights or {}).items()}
         return Snapshot(self.engine.step, tensors, facts, files, loss_sums, time.perf_counter() - began)
@@ -94,16 +108,17 @@ class CheckpointWriter:
     def write(self, snapshot: Snapshot, progress: Progress, then: Callable[[], None] | None = None) -> None:
         """Write the weights, then the checkpoint with `progress`, in the background of the main process.
 
+        A snapshot without a state writes its weights alone.
+
         Args:
             then: called in the background once all is on the disk; what it prints is true even if the run is killed.
         """
         if self.record is None:
             return
+        sums = snapshot.loss_sums if progress.step_in_epoch or progress.num_losses else []
         texts = {
             ENGINE: json.dumps(snapshot.facts),
-            PROGRESS: json.dumps(
-                asdict(replace(progress, loss_sum=0.0, loss_sums=snapshot.loss_sums if progress.step_in_epoch else []))
-            ),
+            PROGRESS: json.dumps(asdict(replace(progress, loss_sum=0.0, loss_sums=sums))),
             "run.json": self._run_text,
             "metrics.jsonl": self.record.metrics_text,
         }
@@ -115,8 +130,9 @@ class CheckpointWriter:
         from safetensors.torch import save
 
         assert self.record is not None and self.checkpoints is not None  # `write` returns on other processes
-        assert snapshot.tensors is not None
-        invalid = next((key for key, tensor in snapshot.tensors.items() if tensor.isnan().any()), None)
+        tensors = snapshot.tensors
+        checked = tensors if tensors is not None else (list(snapshot.weights.values())[0] or {})
+        invalid = next((key for key, tensor in checked.items() if tensor.isnan().any()), None)
         if invalid:
             raise RunError(
                 f"{invalid} contains NaN after step {snapshot.step:,}, so this state is not saved; "
@@ -128,7 +144,8 @@ class CheckpointWriter:
         for name, weights in snapshot.weights.items():
             assert weights is not None
             write_atomically(self.record.folder / name, save(weights, metadata=about))
-        self.checkpoints.write(snapshot.step, snapshot.tensors, texts, best_step)
+        if tensors is not None:
+            self.checkpoints.write(snapshot.step, tensors, texts, best_step)
         if then is not None:
             then()
 

@@ -106,6 +106,7 @@ class Console:
         left = self.clock.seconds_left()
         fields = [
             self.paint(f"epoch {line['epoch']:>{len(str(last_epoch))}}/{last_epoch}", BOLD),
+            *([f"step {line['step']:,}"] if line.get("within_epoch") else []),
             f"train loss {line['train_loss']:.3f}",
             *(self._accuracy(line, split) for split in splits),
             f"{line['images_per_second']:>7,.0f} images/s",

@@ -5,8 +5,10 @@ It knows neither the number of processes (the engine does) nor how images are re
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +22,16 @@ from inference.model_card import write_card
 from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 from parallel.process_group import limit_waits
+from records.checkpoint_store import Interval
 from records.run_folder import Progress
+from training.checkpoint_writer import Snapshot
 from training.console import QUIET, Console
 from training.epoch_metrics import epoch_line
 from training.non_finite import HINT, MAX_CONSECUTIVE_SKIPS, LossMonitor, NonFiniteLoss, check_finite, describe
 from training.resume import raise_on_all_ranks
 from training.run_start import StartedRun
 
+EVERY_EPOCH = Interval()
 FLUSH_SECONDS = 0.5  # interval of reading the losses, which stay on the device until then
 
 
@@ -45,11 +50,15 @@ class Loop:
         patience: int | None,
         stop: StopSignal,
         console: Console,
+        evaluate_every: Interval = EVERY_EPOCH,
+        evaluate_raw: bool = True,
     ):
         """Prepare the loop.
 
         Args:
             patience: early stopping: epochs without better validation accuracy; None: no early stopping.
+            evaluate_every: interval of evaluations, in steps or in epochs; the last step is always evaluated.
+            evaluate_raw: where there is an EMA, evaluate the trained weights too.
 
         Raises:
             RunError: nothing is left to train.
@@ -64,6 +73,7 @@ class Loop:
             started.record,
         )
         self.patience, self.stop, self.console = patience, stop, console
+        self.evaluate_every, self.evaluate_raw = evaluate_every, evaluate_raw
         self.monitor = LossMonitor()
         self._first_steps_left = engine.first_steps
         self._sync_progress_with_engine()
@@ -71,6 +81,7 @@ class Loop:
             raise RunError(
                 "nothing is left to train: the other peers have just made the last step; their runs have the weights"
             )
+        self._set_next_evaluation()
 
     def _sync_progress_with_engine(self) -> None:
         """Continue at the engine's step: under `local` with peers, other peers may have advanced it."""
@@ -102,14 +113,19 @@ class Loop:
         while not (self.engine.step == self.total_steps or self.progress.finished):
             stopping = self._train(stop_at)
             self._sync_progress_with_engine()
-            if self.progress.step_in_epoch == self.steps_per_epoch or self.engine.step == self.total_steps:
+            at_boundary = self._ends_epoch() or self._is_evaluation_due()
+            if self._is_evaluation_due():
+                self._evaluate_and_record()
+            elif self._ends_epoch():
                 self._finish_epoch()
-            else:
+            if not self.writer.has_saved_now() and (not at_boundary or self.engine.any(self.writer.is_due())):
                 self._save_checkpoint()
             # Checked again: the signal may have come during the evaluation.
             if (stopping or self.engine.any(self.stop.requested)) and not (
                 self.engine.step == self.total_steps or self.progress.finished
             ):
+                if not self.writer.has_saved_now():
+                    self._save_checkpoint()
                 self.writer.wait()
                 self.console.say(
                     f"stopped after step {self.engine.step:,} and saved; the same command resumes the run", QUIET
@@ -118,13 +134,32 @@ class Loop:
         self.writer.wait()
         return True
 
+    def _ends_epoch(self) -> bool:
+        return self.progress.step_in_epoch == self.steps_per_epoch or self.engine.step == self.total_steps
+
+    def _is_evaluation_due(self) -> bool:
+        """Whether the present step is evaluated: by the interval, or because it is the last one."""
+        if self.engine.step >= min(self._next_evaluation, self.total_steps):
+            return True
+        return (
+            math.isinf(self.evaluate_every.steps)
+            and self._ends_epoch()
+            and (self.progress.epoch + 1) % self.evaluate_every.epochs == 0
+        )
+
+    def _set_next_evaluation(self) -> None:
+        """Set the step of the next evaluation of an interval in steps, a multiple of it also in a resumed run."""
+        steps = self.evaluate_every.steps
+        self._next_evaluation = math.inf if math.isinf(steps) else steps * (self.engine.step // steps + 1)
+
     def _train(self, stop_at: int | None) -> bool:
-        """Train until the epoch ends, a stop is requested or a checkpoint is due. Returns whether to stop."""
+        """Train until the epoch ends or a stop, a checkpoint or an evaluation is due. Returns whether to stop."""
         engine, progress, stopping, pause = self.engine, self.progress, False, False
         accumulation = engine.batch_sizes.accumulation
-        last = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
+        epoch_end = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
+        last = int(min(epoch_end, progress.step_in_epoch + self._next_evaluation - engine.step))
         batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, last * accumulation)
-        with self.console.bar(progress.epoch + 1, progress.step_in_epoch, last, engine.batch_sizes.total) as bar:
+        with self.console.bar(progress.epoch + 1, progress.step_in_epoch, epoch_end, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
             self.training.wait_seconds = 0.0
             # At least one step is timed.
@@ -206,34 +241,50 @@ class Loop:
         )
 
     def _finish_epoch(self) -> None:
-        """Evaluate, write the epoch's line of metrics.jsonl, save a checkpoint, then print the line."""
-        engine, progress = self.engine, self.progress
+        """End an epoch that is not evaluated: the next line of metrics.jsonl covers it too. Collective."""
+        is_due = self.writer.is_due_after(self.progress.epoch + 1)
+        snapshot = self._snapshot_of(["weights.safetensors"], state=True) if is_due else None
+        self.progress = replace(self.progress, epoch=self.progress.epoch + 1, step_in_epoch=0)
+        if snapshot:
+            self.progress.checkpoint_seconds += snapshot.seconds
+            self.writer.write(snapshot, self.progress)
+
+    def _evaluate_and_record(self) -> None:
+        """Evaluate, write a line of metrics.jsonl, save a checkpoint at the end of an epoch, print. Collective."""
+        engine, progress, ends_epoch = self.engine, self.progress, self._ends_epoch()
         split = "validation" if "validation" in self.evaluation else "test"
         results = self._evaluate(split)
         best, waited, ends_early = progress.best_accuracy, 0, False
         if split == "validation":  # the test split never selects a model
             best = max(best, results[split][0].accuracy)
-            waited = 0 if best > progress.best_accuracy else progress.epochs_without_better + 1
+            waited = 0 if best > progress.best_accuracy else (engine.step - progress.best_step) // self.steps_per_epoch
             ends_early = self.patience is not None and waited >= self.patience and engine.step < self.total_steps
             if ends_early or engine.step == self.total_steps:
                 results |= self._evaluate("test")
-        is_best = split == "validation" and waited == 0
+        is_best = split == "validation" and best > progress.best_accuracy
         if is_best:
             progress.best_accuracy, progress.best_step = best, engine.step
+        is_last = ends_early or engine.step == self.total_steps
+        saves = is_last or (ends_epoch and self.writer.is_due_after(progress.epoch + 1))
         line = epoch_line(engine, progress, results, self.tracking.take_seconds(), ends_early)
-        names = ["weights.safetensors", *(["best.safetensors"] if is_best else [])]
-        raw = {"raw_weights.safetensors": partial(engine.weights, raw=True)} if engine.ema is not None else {}
-        snapshot = self.writer.take_snapshot(progress, {**dict.fromkeys(names, engine.weights), **raw})
-        line["checkpoint_seconds"] = round(progress.checkpoint_seconds + snapshot.seconds, 3)
+        if not ends_epoch:
+            line["within_epoch"] = True
+        if not saves:
+            line["checkpoint"] = False
+        files = [*(["weights.safetensors"] if saves else []), *(["best.safetensors"] if is_best else [])]
+        snapshot = self._snapshot_of(files, state=saves) if files else None
+        line["checkpoint_seconds"] = round(progress.checkpoint_seconds + (snapshot.seconds if snapshot else 0.0), 3)
         if self.record:
             self.record.append_metrics(line)
         self.progress = Progress(
-            epoch=progress.epoch + 1,
+            epoch=progress.epoch + int(ends_epoch),
+            step_in_epoch=0 if ends_epoch else progress.step_in_epoch,
             best_accuracy=progress.best_accuracy,
             best_step=progress.best_step,
             epochs_without_better=waited,
-            finished=ends_early or engine.step == self.total_steps,
+            finished=is_last,
         )
+        self._set_next_evaluation()
         splits = [name for name in results if not name.endswith("_raw")]
         last_epoch = -(-self.total_steps // self.steps_per_epoch)
 
@@ -245,19 +296,28 @@ class Loop:
                     f"(--patience {self.patience})"
                 )
 
-        self.writer.write(snapshot, self.progress, then=print_epoch)
+        if snapshot:
+            self.writer.write(snapshot, self.progress, then=print_epoch)
+        else:
+            print_epoch()
         if self.record:
             self.tracking.epoch(line)
 
     def _evaluate(self, split: str) -> dict[str, tuple[EvalCounts, float]]:
         """Evaluate a split with the EMA where there is one, and then also with the trained weights as `<split>_raw`."""
-        results = {}
-        for name, raw in [(split, False), *([(f"{split}_raw", True)] if self.engine.ema is not None else [])]:
+        results, also_raw = {}, self.engine.ema is not None and self.evaluate_raw
+        for name, raw in [(split, False), *([(f"{split}_raw", True)] if also_raw else [])]:
             began = time.perf_counter()
             results[name] = self.engine.evaluate(self.evaluation[split].epoch(), raw=raw), time.perf_counter() - began
         return results
 
     # --- files ----------------------------------------------------------------------------------------------------
+
+    def _snapshot_of(self, files: list[str], state: bool) -> Snapshot:
+        """Gather the weights for these files, with the raw weights of a run with an EMA, and the state. Collective."""
+        has_raw = self.engine.ema is not None and "weights.safetensors" in files
+        raw = {"raw_weights.safetensors": partial(self.engine.weights, raw=True)} if has_raw else {}
+        return self.writer.take_snapshot(self.progress, {**dict.fromkeys(files, self.engine.weights), **raw}, state)
 
     def _save_checkpoint(self) -> None:
         """Save a checkpoint within an epoch. Collective."""

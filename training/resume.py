@@ -80,10 +80,13 @@ def find_resume_point(
     checkpoint, damaged = Checkpoints(record.folder / "state", options.keep_checkpoints).newest_intact()
     messages += damaged
     if checkpoint is None:
-        epochs = len(record.metrics())
-        if epochs > 1:  # more than the first, whose line is written before its checkpoint
+        lines = [line for line in record.metrics() if line.get("checkpoint", True)]
+        if len(lines) > 1:  # more than the first, whose line is written before its checkpoint
             lost = "; ".join(
-                [f"{os.path.relpath(record.folder)} has {epochs} finished epochs, but no intact checkpoint", *damaged]
+                [
+                    f"{os.path.relpath(record.folder)} has {len(lines)} finished epochs, but no intact checkpoint",
+                    *damaged,
+                ]
             )
             raise RunError(
                 f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), "

@@ -28,6 +28,7 @@ class RunOptions:
     init_weights: str | None  # file name
     synthetic: bool
     deterministic: bool
+    evaluate_every: str = "1epochs"
 
 
 def facts_of(

@@ -32,7 +32,9 @@ from records.run_folder import RunFolder
 # --- content of a report ------------------------------------------------------------------------------------------
 
 
-def test_unequal_variants_are_named_and_marked(ask, invented, tmp_path):
+def test_unequal_variants_are_named_and_marked(ask, invented, tmp_path, monkeypatch):
+    # as if the variants had been run one after the other, with an edit between them
+    monkeypatch.setattr("comparison.run_queue.changed_since", lambda code: [])
     for seed in (0, 1):
         invented.facts[f"gated-seed{seed}"] = {
             "code": {"fingerprint": "456", "files": {"train.py": "other", "models/position.py": "only here"}},

@@ -50,6 +50,22 @@ def store(record: RunFolder, keep: int = 2) -> Checkpoints:
     return Checkpoints(record.folder / "state", keep)
 
 
+# --- intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_of_checkpoints_and_of_evaluations():
+    assert Interval.parse("500steps") == Interval(steps=500) and Interval.parse("2min") == Interval(seconds=120)
+    assert Interval.parse("epochs:5") == Interval(epochs=5)
+    assert Interval.parse_evaluations("100steps") == Interval(steps=100)
+    assert Interval.parse_evaluations("2epochs") == Interval.parse_evaluations("2") == Interval(epochs=2)
+    for text in ("100steps", "2epochs"):
+        assert str(Interval.parse_evaluations(text)) == text
+    for parse, texts in ((Interval.parse, "epochs:0 5epochs 0steps"), (Interval.parse_evaluations, "0 10min -1 1.5")):
+        for text in texts.split():
+            with pytest.raises(ValueError, match=f"not {text}"):
+                parse(text)
+
+
 # --- atomic writing ------------------------------------------------------------------------------------------------
 
 
