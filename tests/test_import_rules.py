@@ -40,8 +40,9 @@ HEAVY = {  # library: files and folders that may import it
     "torchft": ("parallel/peers/",),
     "onnx": ("inference/onnx_export.py",),
     "onnxruntime": ("inference/onnx_export.py",),
-    "wandb": ("training/trackers.py",),
-    "tensorboard": ("training/trackers.py",),
+    "wandb": ("training/experiment_trackers.py",),
+    "mlflow": ("training/experiment_trackers.py",),
+    "tensorboard": ("training/tensorboard_tracker.py",),
 }
 MEASURED_THERE = ("benchmarks/",)  # programs that time other people's libraries side by side
 BARE_HOSTS = (

@@ -54,6 +54,8 @@ FOREIGN = (
     "srun",
     "export",
     "wandb",
+    "mlflow",
+    "jupyter",
 )
 # Further flags that make a command quick: a comparison prints only its plan, for a dataset of CIFAR's size without
 # having one; preparation uses no worker processes, and the archive although the dataset exists.
