@@ -6,9 +6,9 @@
     python compare.py experiments/pairs.toml --size full       # the same at another of its sizes
     python compare.py experiments/pairs.toml --shard 2/4       # a quarter of the runs, on the second of four machines
 
-`comparison/experiment.py` describes experiment files. Each run is a run folder
-`runs/<experiment>-<size>/<variant>-seed<k>` with its output next to it (`.log`). The report is written to
-`results/<experiment>-<size>/`. The same command again reuses finished runs and resumes unfinished ones. Of several
+`comparison/experiment.py` describes experiment files, `comparison/search.py` those that search for settings. Each run
+is a run folder `runs/<experiment>-<size>/<variant>-seed<k>` with its output next to it (`.log`). The report is written
+to `results/<experiment>-<size>/`. The same command again reuses finished runs and resumes unfinished ones. Of several
 shards, the one that finds all runs finished writes the report.
 """
 
@@ -29,6 +29,8 @@ from comparison.experiment import Experiment, read
 from comparison.planned_run import PlannedRun
 from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
 from comparison.run_queue import check_existing_runs, device_slots, launch, mixed_sources, run_all
+from comparison.search import is_search
+from comparison.tracker_options import add_tracker_options, tracker_words, with_trackers
 from config.command_line import Parser, at_least_one, run_cli
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
 
 def main() -> int:
     args = parse_arguments()
+    if is_search(args.experiment):
+        from comparison.search_command import run_search
+
+        return run_search(args, launch, command(args), tracker_words(args, f"{args.experiment.stem}/search"))
     experiment = read(args.experiment, args.size, args.seeds, args.set, args.final)
     if args.shard and experiment.budget == "seconds":
         raise SettingsError(
@@ -65,6 +71,7 @@ def main() -> int:
         if args.dry_run or args.report_only:
             return {}
         check_existing_runs(tasks, args.redo_changed)
+        tasks = with_trackers(tasks, args, experiment.name)
         return run_all(tasks, device_slots(args.parallel), stop, launch)
 
     if experiment.max_seeds and not args.dry_run:
@@ -170,7 +177,7 @@ def parse_arguments() -> argparse.Namespace:
         "--final", action="store_true", help="also report the test split; use it once, after all choices are made"
     )
     what = parser.add_argument_group("runs")
-    what.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    what.add_argument("--dry-run", "--plan", action="store_true", help="print the plan and run nothing")
     what.add_argument("--report-only", action="store_true", help="report on the existing runs and run nothing")
     what.add_argument(
         "--redo-changed",
@@ -199,6 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument(
         "--results-dir", type=Path, default=RESULTS, metavar="DIR", help="folder for reports (default: results)"
     )
+    add_tracker_options(parser)
     args = parser.parse_args()
     for name in ("experiment", "data_dir", "runs_dir", "results_dir"):
         if path := getattr(args, name):

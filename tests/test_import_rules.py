@@ -38,6 +38,7 @@ HEAVY = {  # library: files and folders that may import it
     "matplotlib": ("reports/",),
     "timm": ("models/published/timm_models.py", "optim/"),
     "torchft": ("parallel/peers/",),
+    "optuna": ("comparison/search_study.py", "comparison/search_runs.py"),
     "onnx": ("inference/onnx_export.py",),
     "onnxruntime": ("inference/onnx_export.py",),
     "wandb": ("training/experiment_trackers.py",),

@@ -173,6 +173,8 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
         (folder / "runs" / name / "run.json").write_text(json.dumps(facts))
     (example,) = re.findall(r"```toml\n(question.*?)```", (PROJECT / "docs" / "comparing.md").read_text(), re.DOTALL)
     (folder / "experiments" / "geglu.toml").write_text(example)
+    (search,) = re.findall(r"```toml\n(question.*?)```", (PROJECT / "docs" / "search.md").read_text(), re.DOTALL)
+    (folder / "experiments" / "learning-rate.toml").write_text(search)
     return folder
 
 
