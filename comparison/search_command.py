@@ -46,7 +46,7 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
         return cost_of(variant, data.num_classes, data.image_side).parameters
 
     check_space(search, args.experiment.name, parameters)
-    from comparison.search_study import STUDY, open_study, trials_of
+    from comparison.search_study import STUDY, open_study, rename_aside, trials_of
 
     exists = (runs / STUDY).exists()
     for line in plan_lines(search):
@@ -64,7 +64,15 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
         from comparison.search_runs import SearchRuns
 
         stop = StopSignal()
-        SearchRuns(search, study, data, runs, device_slots(args.parallel), stop, start, extra).run()
+        slots = device_slots(args.parallel)
+        made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
+        if problem := made.problem():
+            if not args.redo_changed:
+                raise RunError(problem)
+            rename_aside(runs)
+            study = open_study(search, runs, redo=False)
+            made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
+        made.run()
         if stop.number:
             print("stopped; start the same command again to resume")
             return EXIT_STOPPED

@@ -19,14 +19,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from common.errors import EXIT_STOPPED, SettingsError
+from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.stop_signal import StopSignal
 from common.text import duration, last_error
 from comparison.planned_run import PlannedRun
 from comparison.planning import Data, make_task
 from comparison.run_queue import check_existing_runs
 from comparison.search import Search, describe
-from comparison.search_study import ALIVE, OWNER, REASON, SAME_AS, best_of, has_owner, trials_of
+from comparison.search_study import ALIVE, OWNER, REASON, SAME_AS, best_of, choose_sampler, has_owner, trials_of
 from records.run_folder import RunFolder
 
 POLL_SECONDS = 0.2  # between checks of the child processes
@@ -72,15 +72,10 @@ class SearchRuns:
         self.slots, self.stop, self.start, self.extra = slots, stop, start, extra
         self.owner = f"{socket.gethostname()} {os.getpid()}"
         self.running: dict[int, Running] = {}
-        self.seconds: list[float] = []  # of the trials made so far
+        choose_sampler(search, study)
 
     def run(self) -> None:
-        """Train until the study has all its trials, or until `stop` is requested; then running ones save first.
-
-        Raises:
-            RunError: a run folder is in the way, or the source code has changed since an earlier trial.
-        """
-        self._check_source()
+        """Train until the study has all its trials, or until `stop` is requested; then running ones save first."""
         has_more, is_stopping = True, False
         try:
             while self.running or (has_more and not self.stop.number):
@@ -106,10 +101,17 @@ class SearchRuns:
         for one in self.running.values():
             one.child.terminate()
 
-    def _check_source(self) -> None:
-        """Refuse to go on with other source code than that of the trials so far, whose values it would mix."""
-        begun = [self.task_of(trial.number, trial.params) for trial in trials_of(self.search, self.study)]
-        check_existing_runs([task for task in begun if task and RunFolder(task.folder).exists], redo=False)
+    def problem(self) -> str | None:
+        """Return why no further trial may be made: the source code has changed since one of those so far."""
+        trials = trials_of(self.search, self.study)
+        if len(trials) == self.search.trials and all(trial.state.is_finished() for trial in trials):
+            return None
+        begun = [self.task_of(trial.number, trial.params) for trial in trials]
+        try:
+            check_existing_runs([task for task in begun if task and RunFolder(task.folder).exists], redo=False)
+        except RunError as error:
+            return str(error)
+        return None
 
     def task_of(self, number: int, values: dict[str, Any]) -> PlannedRun | None:
         """Return the run of a trial; None where its values do not fit together."""
@@ -148,7 +150,9 @@ class SearchRuns:
             return True
         verb = "resumed" if RunFolder(task.folder).exists else "started"
         task.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.running[slot] = Running(trial, task, self.start(task, self.slots[slot]), time.monotonic())
+        known = len(self._frozen(trial).intermediate_values)
+        child = self.start(task, self.slots[slot])
+        self.running[slot] = Running(trial, task, child, time.monotonic(), evaluations=known)
         self._say(f"{task.name} {verb}: {describe(values)}")
         return True
 
@@ -197,16 +201,16 @@ class SearchRuns:
     def _end(self, one: Running) -> None:
         """Tell the study what became of a trial whose run has ended."""
         code, state = one.child.poll(), one.task.state()
-        self.seconds.append(time.monotonic() - one.began)
-        took = duration(self.seconds[-1])
-        is_finished = state == "finished"
+        took, is_finished = duration(time.monotonic() - one.began), state == "finished"
         if not one.is_pruned and is_finished:
-            self._report(one)  # the last evaluations, which decide nothing any more
+            while self._report(one):  # the last evaluations, which decide nothing any more
+                pass
         found = accuracies(one.task)
         if is_finished and found:
             self._tell(one.trial, found[-1], TrialState.COMPLETE, f"{100 * found[-1]:.2f} % ({took})", one.task)
-        elif one.is_pruned and code in (0, EXIT_STOPPED):
-            text = f"pruned after {one.evaluations} evaluation(s) at {100 * found[-1]:.2f} % ({took})"
+        elif one.is_pruned:
+            value = 100 * found[one.evaluations - 1]
+            text = f"pruned after {one.evaluations} evaluation(s) at {value:.2f} % ({took})"
             self._tell(one.trial, None, TrialState.PRUNED, text, one.task)
         elif self.stop.number or code == EXIT_STOPPED:
             one.trial.set_user_attr(OWNER, "")  # saved: the next process resumes it
@@ -215,8 +219,11 @@ class SearchRuns:
             reason = last_error(log) or f"ended with exit code {code} and no output"
             self._tell(one.trial, None, TrialState.FAIL, reason, one.task)
 
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return next(one for one in self.study.get_trials(deepcopy=False) if one.number == trial.number)
+
     def _is_mine(self, trial: Trial) -> bool:
-        frozen = next(one for one in self.study.get_trials(deepcopy=False) if one.number == trial.number)
+        frozen = self._frozen(trial)
         return frozen.user_attrs.get(OWNER) == self.owner and frozen.state == TrialState.RUNNING
 
     def _tell(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from pathlib import Path
 
 import optuna
@@ -34,6 +35,7 @@ def open_study(search: Search, runs: Path, redo: bool) -> optuna.Study:
         RunError: without `redo`, the study there is of another definition; or it cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of constant_liar
     definition = search.definition()
     if (runs / STUDY).exists():
         study = _load(search, runs)
@@ -75,13 +77,18 @@ def _load(search: Search, runs: Path) -> optuna.Study:
     except Exception as error:  # of SQLAlchemy or Optuna: a damaged file, a disk without locks, another version
         reason = str(error).splitlines()[0]
         raise RunError(f"{os.path.relpath(runs / STUDY)} cannot be used as a study ({reason}); move it away") from error
-    workers = study.user_attrs.get(WORKERS, 0)  # so that the processes of a study do not propose the same values
+    return study
+
+
+def choose_sampler(search: Search, study: optuna.Study) -> None:
+    """Give a study the sampler of this process, which proposes other values than those of its other processes."""
+    workers = study.user_attrs.get(WORKERS, 0)
     study.set_user_attr(WORKERS, workers + 1)
     seed = (search.seed + 7919 * workers) % 2**32
     study.sampler = optuna.samplers.RandomSampler(seed)
     if search.sampler == "tpe":
+        # constant_liar: values close to those of running trials are not proposed
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    return study
 
 
 def trials_of(search: Search, study: optuna.Study) -> list[FrozenTrial]:

@@ -47,8 +47,10 @@ class Training:
         self.started.append(task.name)
         (text,) = (word for word in task.arguments if word.startswith("optimizer.params.lr="))
         best = 0.5 - 0.1 * abs(math.log10(float(text.partition("=")[2])) + 2)  # best at 0.01
-        write_run(task, best / EPOCHS, 1000.0, {}, done=False)
-        run = SimpleNamespace(name=task.name, evaluations=1, code=None, ends=EPOCHS)
+        record = RunFolder(task.folder)
+        if not record.exists:
+            write_run(task, best / EPOCHS, 1000.0, {}, done=False)
+        run = SimpleNamespace(name=task.name, evaluations=len(record.metrics()), code=None)
 
         def poll():
             self.on_poll(run)
@@ -57,7 +59,6 @@ class Training:
                 run.code = 1
             if run.code is None:
                 run.evaluations += 1
-                record = RunFolder(task.folder)
                 line = record.metrics()[0]
                 lines = [line | {"validation_accuracy": best * (i + 1) / EPOCHS} for i in range(run.evaluations)]
                 record.write_metrics("".join(json.dumps(line) + "\n" for line in lines))
@@ -67,6 +68,10 @@ class Training:
             return run.code
 
         return SimpleNamespace(poll=poll, terminate=lambda: vars(run).update(code=run.code or 75))
+
+
+def report_of(tmp_path) -> dict:
+    return json.loads((tmp_path / "results" / "gates" / "search.json").read_text())
 
 
 @pytest.fixture
@@ -105,7 +110,11 @@ def training(monkeypatch) -> Training:
         ("{ low = 1, high = 3 }", "3", "[search.space] model.depth must be a list of values or { low = ..."),
         ("model.depth", "model.dept", "[search.space] model.dept = 1: unknown setting 'model.dept'"),
         ("{ low = 1, high = 3 }", '[1, "two"]', "[search.space] model.depth = two: model.depth must be of type int"),
-        ("low = 1, high", "low = -1, high", "[search.space] model.depth = -1: model.depth must be >= 1"),
+        (
+            "low = 1, high",
+            "low = -1, high",
+            "[search.space] model.depth = -1: model.depth must be in [1, 1000], got -1",
+        ),
         ("model.depth", "seeds", "[search.space] seeds is the same for all trials"),
         ("[search]", "model.depth = 2\n[search]", "[search.space] varies model.depth, which is also set for all"),
         ("[search]", "seeds = 3\n[search]", "seeds does not go with [search]: a search trains each trial once"),
@@ -177,7 +186,7 @@ def test_a_search_finds_the_learning_rate_and_keeps_pruned_runs(find, training, 
     training.fails.add("trial-0002")
     code, out, _ = find()
     assert code == 1 and len(training.started) == 8 and "trial-0002 FAILED: error: the loss is nan" in out
-    report = json.loads((tmp_path / "results" / "gates" / "search.json").read_text())
+    report = report_of(tmp_path)
     trials = {row["trial"]: row for row in report["trials"]}
     states = [row["state"] for row in report["trials"]]
     assert states.count("failed") == 1 and states.count("pruned") >= 2 and states[0] == "finished"
@@ -238,6 +247,8 @@ def test_a_stopped_and_a_killed_search_go_on(find, training, monkeypatch, tmp_pa
     facts.create(facts.facts() | {"code": RunFolder(facts.folder.with_name("trial-0001")).facts()["code"]})
     code, out, _ = find(text)
     assert code == 0 and "trial-0001 resumed" in out and training.started == ["trial-0001", "trial-0002"]
+    (row,) = (row for row in report_of(tmp_path)["trials"] if row["trial"] == "trial-0001")
+    assert row["evaluations"] == EPOCHS and row["state"] == "finished"
 
 
 def test_trials_of_living_processes_are_left_alone():
