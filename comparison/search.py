@@ -10,7 +10,7 @@
     sampler = "tpe"                 # default; or "random"
     pruner = "asha"                 # default; or "none": every trial trains to its end
     min_evaluations = 1             # with "asha": evaluations before a trial can be pruned (default: 1)
-    reduction_factor = 3            # with "asha": one in so many trials goes on at each rung (default: 3)
+    reduction_factor = 3            # with "asha": one in so many trials continues after each rung (default: 3)
     seed = 0                        # of the sampler, and of every trial (default: 0)
 
     [search.space]

@@ -39,14 +39,18 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
     _check_arguments(args)
     search = read_search(args.experiment, args.set)
     runs = args.runs_dir.resolve() / search.experiment.name
-    data = data_of_runs(runs, args.data_dir) if args.report_only else _data(search, args)
+    data = (
+        data_of_runs(runs, args.data_dir)
+        if args.report_only
+        else dataset_facts(search.experiment, args.data_dir, args.dry_run)
+    )
     from comparison.variant_costs import cost_of  # after the arguments, since it imports PyTorch
 
     def parameters(variant: Any) -> int:
         return cost_of(variant, data.num_classes, data.image_side).parameters
 
     check_space(search, args.experiment.name, parameters)
-    from comparison.search_study import STUDY, open_study, rename_aside, trials_of
+    from comparison.search_study import STUDY, open_study, trials_of
 
     exists = (runs / STUDY).exists()
     for line in plan_lines(search):
@@ -61,25 +65,43 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
     if args.dry_run:
         return 0
     if not args.report_only:
-        from comparison.search_runs import SearchRuns
-
         stop = StopSignal()
-        slots = device_slots(args.parallel)
-        made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
-        if problem := made.problem():
-            if not args.redo_changed:
-                raise RunError(problem)
-            rename_aside(runs)
-            study = open_study(search, runs, redo=False)
-            made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
-        made.run()
+        study = _make_trials(search, study, data, runs, stop, args, start, extra)
         if stop.number:
             print("stopped; start the same command again to resume")
             return EXIT_STOPPED
     trials = [facts_of(trial) for trial in trials_of(search, study)]
     path = write_report(search, trials, args.results_dir / search.experiment.name, command)
     print(f"\n{summary(search, trials)}\nreport    {os.path.relpath(path)}")
-    return 0 if all(trial["state"] in ("finished", "pruned") for trial in trials) else 1
+    if left := sum(trial["state"] == STATES["RUNNING"] for trial in trials):
+        print(f"{left} trial(s) are still trained by other processes; the last one writes the report again")
+    return 1 if any(trial["state"] == STATES["FAIL"] for trial in trials) else 0
+
+
+def _make_trials(
+    search: Search,
+    study: Any,
+    data: Data,
+    runs: Path,
+    stop: StopSignal,
+    args: argparse.Namespace,
+    start: Start,
+    extra: tuple[str, ...],
+) -> Any:
+    """Train the trials that are missing. Returns the study, which is a new one where the former was renamed aside."""
+    from comparison.search_runs import SearchRuns
+    from comparison.search_study import open_study, rename_aside
+
+    slots = device_slots(args.parallel)
+    made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
+    if problem := made.problem():
+        if not args.redo_changed:
+            raise RunError(problem)
+        rename_aside(runs)
+        study = open_study(search, runs, redo=False)
+        made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
+    made.run()
+    return study
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -93,10 +115,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise SettingsError(f"{flag} does not go with [search]: {instead}")
     if find_spec("optuna") is None:
         raise SettingsError("[search] needs the package optuna, which is not installed: pip install optuna")
-
-
-def _data(search: Search, args: argparse.Namespace) -> Data:
-    return dataset_facts(search.experiment, args.data_dir, args.dry_run)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -120,7 +138,7 @@ def plan_lines(search: Search) -> list[str]:
         rungs = [search.min_evaluations * search.reduction_factor**i for i in range(3)]
         shown = ", ".join(str(rung) for rung in rungs if rung < most)
         lines.append(
-            f"pruner    asha: after evaluation {shown}, ... the best 1 in {search.reduction_factor} trials goes on"
+            f"pruner    asha: after evaluation {shown}, ... the best 1 in {search.reduction_factor} trials continues"
             if shown
             else "pruner    asha, which prunes nothing: a trial has fewer evaluations than min_evaluations"
         )
@@ -211,8 +229,8 @@ def markdown(search: Search, rows: list[dict[str, Any]], command: str) -> str:
     if failed:
         text += ["", "## Failed trials", ""]
         text += [f"- {row['trial']}: {escape_markdown(row['reason'])}" for row in failed]
-    text += ["", "## Method", "", *(f"- {line}" for line in plan_lines(search)[1:])]
-    text += ["- Pruned trials show the accuracy at their last evaluation. The test split was not looked at."]
+    text += ["", "## Method", "", "```", *plan_lines(search)[1:], "```", ""]
+    text += ["Pruned trials show the accuracy at their last evaluation. The test split was not looked at."]
     return "\n".join(text) + "\n"
 
 

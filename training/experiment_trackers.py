@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ class MLflow(Tracker):
                 write_atomically(name, self.run_id + "\n")
                 for params in _batches(_texts(facts)):
                     self.client.log_batch(self.run_id, params=params)
-            self.logged = {name: self._last_step(name) for name in ("step_loss", "train_loss")}
+            known = self.client.get_run(self.run_id).data.metrics
+            self.logged = {name: self._last_step(name) if name in known else -1 for name in ("step_loss", "train_loss")}
         except (MlflowException, ImportError, OSError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise RunError(
@@ -117,15 +119,14 @@ class MLflow(Tracker):
             ) from error
 
     def _last_step(self, name: str) -> int:
-        return max((point.step for point in self.client.get_metric_history(self.run_id, name)), default=-1)
+        return max(point.step for point in self.client.get_metric_history(self.run_id, name))
 
     def _log(self, step: int, numbers: dict[str, float], marker: str) -> None:
         """Log numbers at a step, unless the run had logged its `marker` there before it was resumed."""
         from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
 
         if step > self.logged[marker]:
-            now = get_current_time_millis()
+            now = round(1000 * time.time())  # in ms
             metrics = [Metric(name, float(value), now, step) for name, value in numbers.items()]
             self.client.log_batch(self.run_id, metrics=metrics)
 

@@ -301,6 +301,9 @@ class Store:
         self.runs[run_id].params |= dict(params)
         self.runs[run_id].metrics += [(name, value, step) for name, value, _, step in metrics]
 
+    def get_run(self, run_id: str):
+        return SimpleNamespace(data=SimpleNamespace(metrics={name for name, _, _ in self.runs[run_id].metrics}))
+
     def get_metric_history(self, run_id: str, name: str):
         return [SimpleNamespace(step=step) for known, _, step in self.runs[run_id].metrics if known == name]
 
@@ -312,8 +315,6 @@ def store(monkeypatch) -> Store:
         "mlflow": {"MlflowClient": made},
         "mlflow.exceptions": {"MlflowException": error},
         "mlflow.entities": {"Metric": lambda *words: words, "Param": lambda *words: words},
-        "mlflow.utils": {},
-        "mlflow.utils.time": {"get_current_time_millis": lambda: 1},
     }
     for name, members in modules.items():
         module = ModuleType(name)
