@@ -75,7 +75,7 @@ def _load(search: Search, runs: Path) -> optuna.Study:
             storage=storage, study_name=search.experiment.name, direction="maximize", pruner=pruner, load_if_exists=True
         )
     except Exception as error:  # of SQLAlchemy or Optuna: a damaged file, a disk without locks, another version
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{os.path.relpath(runs / STUDY)} cannot be used as a study ({reason}); move it away") from error
     return study
 

@@ -96,18 +96,18 @@ class MLflow(Tracker):
         for name in ("alembic", "mlflow"):  # each new database would print its migrations
             logging.getLogger(name).setLevel(logging.WARNING)
         store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
-        name = folder / "mlflow_run.txt"
+        path = folder / "mlflow_run.txt"
         try:
             self.client = MlflowClient(store)
-            if step and name.is_file():
-                self.run_id = name.read_text().strip()
+            if step and path.is_file():
+                self.run_id = path.read_text().strip()
                 self.client.update_run(self.run_id, status="RUNNING")
             else:
                 found = self.client.get_experiment_by_name(experiment)
                 where = found.experiment_id if found else self.client.create_experiment(experiment)
                 tags = {"group": group} if group else {}
                 self.run_id = self.client.create_run(where, run_name=folder.name, tags=tags).info.run_id
-                write_atomically(name, self.run_id + "\n")
+                write_atomically(path, self.run_id + "\n")
                 for params in _batches(_texts(facts)):
                     self.client.log_batch(self.run_id, params=params)
             known = self.client.get_run(self.run_id).data.metrics

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 from comparisons import write_run
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 import compare
 from comparison.search import as_overrides, check_space, read_search
@@ -75,14 +77,20 @@ def report_of(tmp_path) -> dict:
 
 
 @pytest.fixture
-def training(monkeypatch) -> Training:
+def training(monkeypatch):
     from comparison import search_runs
 
     made = Training()
     monkeypatch.setattr(compare, "launch", made)
     monkeypatch.setattr(search_runs, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(search_runs, "READ_SECONDS", 0.0)
-    return made
+    event.listen(Engine, "connect", do_not_wait_for_the_disk)
+    yield made
+    event.remove(Engine, "connect", do_not_wait_for_the_disk)
+
+
+def do_not_wait_for_the_disk(connection, _) -> None:
+    connection.execute("PRAGMA synchronous=OFF")
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
