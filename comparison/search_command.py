@@ -209,7 +209,7 @@ def markdown(search: Search, rows: list[dict[str, Any]], command: str) -> str:
     text += [f"{summary(search, rows)}.", ""]
     text += [
         f"The best of {len(rows)} trials was chosen on the validation split with one seed, so its accuracy there is "
-        "optimistic. To find out whether it is better than the preset, compare the two on other seeds:",
+        "biased upward. To find out whether it is better than the preset, compare the two on other seeds:",
         "",
         "```toml",
         *comparison_file(search, best),

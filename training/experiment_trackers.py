@@ -113,7 +113,7 @@ class MLflow(Tracker):
             known = self.client.get_run(self.run_id).data.metrics
             self.logged = {name: self._last_step(name) if name in known else -1 for name in ("step_loss", "train_loss")}
         except (MlflowException, ImportError, OSError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(
                 f"MLflow reports '{first}'. Set MLFLOW_TRACKING_URI to a store that works, or leave out --mlflow"
             ) from error
