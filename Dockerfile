@@ -14,7 +14,7 @@ RUN apt-get update \
     && git config --system --add safe.directory /project
 
 # The packages are a layer of their own, made again only when their pins change. The CUDA libraries come with them, so
-# the base image has none. Without CUDA, torch comes from PyTorch's index of CPU builds, which saves 3 GB.
+# the base image has none. Without CUDA, torch comes from PyTorch's index of CPU builds, which have no CUDA libraries.
 WORKDIR /project
 ARG CUDA=none
 ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
