@@ -51,7 +51,7 @@ def test_the_cells_run_and_show_a_run_its_predictions_and_a_comparison(unbroken,
     last = unbroken.metrics()[-1]
     assert f"test accuracy {100 * last['test_accuracy']:.2f} % ({last['test_correct']}/70)" in text
     report = json.loads((PROJECT / scope["REPORT"]).read_text())
-    assert report["question"] in text and all(variant["name"] in text for variant in report["arms"])
+    assert report["question"] in text and all(name in text for name in report["arms"])
 
 
 def test_a_cell_that_fails_is_not_hidden():
