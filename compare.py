@@ -6,9 +6,9 @@
     python compare.py experiments/pairs.toml --size full       # the same at another of its sizes
     python compare.py experiments/pairs.toml --shard 2/4       # a quarter of the runs, on the second of four machines
 
-`comparison/experiment.py` describes experiment files. Each run is a run folder
-`runs/<experiment>-<size>/<variant>-seed<k>` with its output next to it (`.log`). The report is written to
-`results/<experiment>-<size>/`. The same command again reuses finished runs and resumes unfinished ones. Of several
+`comparison/experiment.py` describes experiment files, `comparison/search.py` those that search for settings. Each run
+is a run folder `runs/<experiment>-<size>/<variant>-seed<k>` with its output next to it (`.log`). The report is written
+to `results/<experiment>-<size>/`. The same command again reuses finished runs and resumes unfinished ones. Of several
 shards, the one that finds all runs finished writes the report.
 """
 
@@ -32,6 +32,8 @@ from comparison.planned_run import PlannedRun
 from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
 from comparison.run_queue import check_existing_runs, device_slots, mixed_sources, run_all
 from comparison.run_queue import launch as launch_cold
+from comparison.search import is_search
+from comparison.tracker_options import add_tracker_options, tracker_words, with_trackers
 from comparison.warm_process import launch
 from config.command_line import Parser, at_least_one, run_cli
 from config.own_parts import own_parts_of
@@ -42,6 +44,11 @@ if TYPE_CHECKING:
 
 def main() -> int:
     args = parse_arguments()
+    if is_search(args.experiment):
+        from comparison.search_command import run_search
+
+        start, trackers = launch_cold if args.cold else launch, tracker_words(args, f"{args.experiment.stem}/search")
+        return run_search(args, start, command(args), trackers)
     experiment = read(args.experiment, args.size, args.seeds, args.set, args.final)
     if args.shard and experiment.budget == "seconds":
         raise SettingsError(
@@ -80,7 +87,7 @@ def main() -> int:
         check_existing_runs(tasks, args.redo_changed)
         start = launch_cold if args.cold else launch
         count = fastest_count(tasks, stop, start) if args.parallel == "auto" else args.parallel
-        return run_all(tasks, device_slots(count), stop, start)
+        return run_all(with_trackers(tasks, args, experiment.name), device_slots(count), stop, start)
 
     if experiment.max_seeds and not args.dry_run:
         experiment, tasks, failures = run_until_decided(experiment, data, runs, run, stop)
@@ -185,7 +192,7 @@ def parse_arguments() -> argparse.Namespace:
         "--final", action="store_true", help="also report the test split; use it once, after all choices are made"
     )
     what = parser.add_argument_group("runs")
-    what.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    what.add_argument("--dry-run", "--plan", action="store_true", help="print the plan and run nothing")
     what.add_argument("--report-only", action="store_true", help="report on the existing runs and run nothing")
     what.add_argument(
         "--redo-changed",
@@ -221,6 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument(
         "--results-dir", type=Path, default=RESULTS, metavar="DIR", help="folder for reports (default: results)"
     )
+    add_tracker_options(parser)
     args = parser.parse_args()
     for name in ("experiment", "data_dir", "runs_dir", "results_dir"):
         if path := getattr(args, name):

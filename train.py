@@ -55,7 +55,7 @@ def main() -> int:
     from training.run_start import LoggingOptions, start_run
 
     # 1. This process: signals, its rank, what it prints
-    stop, console = start_process(args.verbosity, args.deterministic, args.tensorboard, args.wandb)
+    stop, console = start_process(args.verbosity, args.deterministic, args.tensorboard, args.wandb, args.mlflow)
 
     # 2. The settings, all of them checked before any data is fetched
     preset = default_preset(pick_device(), console) if args.preset is None else args.preset
@@ -84,7 +84,8 @@ def main() -> int:
         args.init_weights and args.init_weights.name, args.synthetic, args.deterministic, str(args.evaluate_every),
     )  # fmt: skip
     folder = FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume)
-    logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb, args.report)
+    trackers = (args.tensorboard, args.wandb, args.report, args.mlflow, args.group)
+    logging = LoggingOptions(args.checkpoint_every, *trackers)
 
     def train() -> bool:
         with ExitStack() as closing:

@@ -3,6 +3,7 @@
 # scripts do: PYTHON is then the interpreter, and PATH begins with its folder of programs (DeepSpeed looks for `ninja` there).
 #   PYTHON=/path/to/python  interpreter to check (default: python3)
 #   DRIVER_CUDA=12          choose the packages for a driver of this CUDA version ("none": no GPU)
+#   INSTALLER=pip           install with pip even where uv is installed, which is faster
 #   DRY_RUN=1               print the choice, but install nothing
 
 environment_root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
@@ -93,11 +94,32 @@ venv_is_ready() {
         has_requirements .venv/bin/python "$requirements" >/dev/null
 }
 
-# Install the packages. When an environment is completed, pip's line for each package that it has already is left out.
-run_pip() {
+has_uv() { [ "${INSTALLER:-uv}" = uv ] && command -v uv >/dev/null; }
+
+# make_venv [--clear]: make .venv with pip in it, by uv where there is one, which needs no python3-venv.
+make_venv() {
+    if has_uv && uv venv --quiet --seed --python "$base" "${1:---allow-existing}" .venv >&2; then return; fi
+    if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
+        say "$base cannot make a virtual environment: apt-get install python3-venv (or python3.N-venv for its version), then start again."
+        return 1
+    fi
+    "$base" -m venv "$@" .venv
+}
+
+# Install $requirements into .venv. uv downloads and unpacks in parallel and keeps a cache; the exact pins make its
+# choices those of pip. Where it fails (a mirror that only pip's configuration names, a version of uv that lacks an
+# option), pip does the work.
+install_packages() {
+    if has_uv; then
+        # unsafe-best-match: choose versions over all indexes as pip does, instead of from the first that has the package
+        if uv pip install --index-strategy unsafe-best-match --python .venv/bin/python -r "$requirements" >&2; then
+            return
+        fi
+        say "uv could not install $requirements (the reason is above): installing with pip."
+    fi
     # --use-pep517: without it older pips build DeepSpeed inside the environment, which fails where nvcc is missing.
     local command=(.venv/bin/python -m pip install --disable-pip-version-check --use-pep517 -r "$requirements")
-    if [ -z "$is_new" ]; then
+    if [ -z "$is_new" ]; then    # an environment is completed: without a line for each package that it has already
         # pip draws progress bars on a terminal only; a first install, which takes minutes, keeps them (below).
         PIP_USER=0 "${command[@]}" 2>&1 | { grep --line-buffered -v '^Requirement already satisfied' || true; } >&2
         return "${PIPESTATUS[0]}"
@@ -106,12 +128,8 @@ run_pip() {
 }
 
 install_venv() {
-    local base installed is_new="" clear=""
+    local base installed is_new=""
     choose_base_python || return
-    if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
-        say "$base cannot make a virtual environment: apt-get install python3-venv (or python3.N-venv for its version), then start again."
-        return 1
-    fi
     if ! command -v "${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then
         say "No C++ compiler found (DeepSpeed and torch build operations with it): apt-get install g++, then start again."
         return 1
@@ -120,18 +138,19 @@ install_venv() {
     # A .venv that this script did not create is kept and completed.
     installed=$(cat .venv/requirements.sha256 2>/dev/null) || true
     if [ -e .venv/installing ] || [[ -n $installed && $installed != *" $requirements" ]]; then
-        is_new=1 clear=--clear
+        is_new=1
+        make_venv --clear || return
     elif [ ! -x .venv/bin/python ]; then
         is_new=1
+        make_venv || return
     fi
     if [ -n "$is_new" ]; then
         say "Installing $requirements ($reason) into $environment_root/.venv: some gigabytes, some minutes, once."
-        "$base" -m venv ${clear:+"$clear"} .venv || return
     else
         say "Completing $environment_root/.venv: $requirements has changed, or a package is missing."
     fi
     touch .venv/installing
-    if ! run_pip; then
+    if ! install_packages; then
         say "Installing $requirements failed (the reason is above). Start again to retry; without a network, set PYTHON to an interpreter that has the packages."
         return 1
     fi

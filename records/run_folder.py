@@ -5,7 +5,7 @@ metrics.jsonl        one line per evaluation, by default per epoch
 steps.jsonl          training losses by step (training/trackers.py)
 utilisation.jsonl    utilization of GPU, CPU and memory (training/utilization.py)
 curves.png           loss and accuracy over the epochs; report.html shows all on one page, pictures/ from report.py
-tensorboard/         the same numbers for TensorBoard
+tensorboard/         the same numbers for TensorBoard; wandb_run.txt and mlflow_run.txt hold the id of the run there
 state/step-00000780/ a complete checkpoint; a run resumes from the newest one (records/checkpoint_store.py)
 lock                 held by the process that trains here, with its number and host
 weights.safetensors  the weights after the last epoch, plain fp32; the EMA where ema.decay is set, and then

@@ -38,10 +38,12 @@ HEAVY = {  # library: files and folders that may import it
     "matplotlib": ("reports/",),
     "timm": ("models/published/timm_models.py", "optim/"),
     "torchft": ("parallel/peers/",),
+    "optuna": ("comparison/search_study.py", "comparison/search_runs.py"),
     "onnx": ("inference/onnx_export.py",),
     "onnxruntime": ("inference/onnx_export.py",),
-    "wandb": ("training/trackers.py",),
-    "tensorboard": ("training/trackers.py",),
+    "wandb": ("training/experiment_trackers.py",),
+    "mlflow": ("training/experiment_trackers.py",),
+    "tensorboard": ("training/tensorboard_tracker.py",),
 }
 MEASURED_THERE = ("benchmarks/",)  # programs that time other people's libraries side by side
 BARE_HOSTS = (

@@ -301,6 +301,30 @@ def test_an_interrupted_install_starts_over(repo):
     assert not (repo / ".venv/half").exists() and len(installs(repo)) == 2
 
 
+@pytest.mark.parametrize("fails", ["nothing", "pip", "venv pip"])
+def test_uv_installs_where_it_is_and_pip_where_uv_fails(repo, fails):
+    """The same file of pins, into the same .venv, which is ready either way."""
+    fake_python(repo)
+    fake(
+        repo,
+        "uv",
+        f"""
+echo "uv $1 ${{@: -1}}" >>{shlex.quote(str(repo.parent / "uv.log"))}
+case " {fails} " in *" $1 "*) echo "uv: no such index" >&2; exit 2 ;; esac
+case $1 in
+    venv) mkdir -p .venv/bin; cp {shlex.quote(str(repo.parent / "bin/python3"))} .venv/bin/python ;;
+    pip) touch .venv/bin/installed ;;
+esac""",
+    )
+    for _ in range(2):
+        result = run(repo, "environment/setup.sh", PYTHON="python3", INSTALLER="uv")
+        assert result.returncode == 0, result.stderr
+    log = (repo.parent / "uv.log").read_text().splitlines()
+    assert log == ["uv venv .venv", "uv pip requirements.txt"]
+    assert installs(repo) == (["requirements.txt"] if "pip" in fails else [])
+    assert (repo / ".venv/requirements.sha256").is_file() and not (repo / ".venv/installing").exists()
+
+
 def test_another_cuda_version_starts_over_and_an_environment_made_by_hand_is_kept(repo):
     fake_python(repo)
     (repo / ".venv/bin").mkdir(parents=True)

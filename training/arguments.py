@@ -14,6 +14,7 @@ from config.settings import preset_names
 from records.checkpoint_store import Interval
 from training.console import NORMAL, QUIET, VERBOSE
 
+MLFLOW_EXPERIMENT = "vision-transformers"
 MAX_SEED = 2**63 - 1  # larger ones do not fit the generators of PyTorch and NumPy
 
 
@@ -266,6 +267,17 @@ def _add_logging_options(parser: Parser) -> None:
         metavar="PROJECT",
         help="also log to Weights & Biases (needs: pip install wandb; WANDB_MODE=offline keeps the data on this disk; "
         "default: off)",
+    )
+    logging.add_argument(
+        "--mlflow",
+        nargs="?",
+        const=MLFLOW_EXPERIMENT,
+        metavar="EXPERIMENT",
+        help="also log to MLflow (needs: pip install mlflow), to the server of MLFLOW_TRACKING_URI or to mlflow.db "
+        f"next to the run folder (default: off; the experiment's default: {MLFLOW_EXPERIMENT})",
+    )
+    logging.add_argument(
+        "--group", metavar="NAME", help="group of the run at Weights & Biases and in MLflow (default: none)"
     )
     verbosity = logging.add_mutually_exclusive_group()
     verbosity.add_argument(

@@ -56,7 +56,7 @@ class RunData:
 
 
 def start_process(
-    verbosity: int, deterministic: bool, tensorboard: bool, wandb: str | None
+    verbosity: int, deterministic: bool, tensorboard: bool, wandb: str | None, mlflow: str | None = None
 ) -> tuple[StopSignal, Console]:
     """Set up this process: signal handlers, rank, console and determinism. Returns the first and the console.
 
@@ -72,7 +72,7 @@ def start_process(
         show_library_logs()
     if deterministic:
         make_deterministic()
-    check_trackers(tensorboard, wandb)
+    check_trackers(tensorboard, wandb, mlflow)
     return stop, console
 
 

@@ -28,6 +28,8 @@ class LoggingOptions:
     tensorboard: bool
     wandb: str | None  # Weights & Biases project, "" for its default; None: no Weights & Biases
     report: bool  # curves.png and report.html
+    mlflow: str | None = None  # MLflow experiment; None: no MLflow
+    group: str | None = None  # of the run at Weights & Biases and in MLflow
 
 
 @dataclass
@@ -85,9 +87,8 @@ def _start_tracking(
     tracking, problem = Tracking([]), None
     if record:
         try:
-            tracking = start_tracking(
-                record.folder, facts, engine.step, logging.tensorboard, logging.wandb, logging.report, console
-            )
+            names = logging.tensorboard, logging.wandb, logging.report, console, logging.mlflow, logging.group
+            tracking = start_tracking(record.folder, facts, engine.step, *names)
         except (RunError, OSError) as error:
             problem = str(error)
     raise_on_all_ranks(engine, problem)

@@ -1,9 +1,10 @@
-"""Trackers of a run, called by its main process: TensorBoard, Weights & Biases, losses by step, pictures.
+"""Trackers of a run, called by its main process: losses by step, pictures, TensorBoard, Weights & Biases, MLflow.
 
     tensorboard --logdir runs               every run, in the browser (train.py --no-tensorboard: no event files)
     python train.py --wandb ...             also log to Weights & Biases (WANDB_MODE=offline: to this disk only)
+    python train.py --mlflow ...            also log to MLflow (without a server: to runs/mlflow.db)
 
-Every number has the name and the value that it has in metrics.jsonl, at the optimizer step where it was measured. A
+Every number has the value that it has in metrics.jsonl, at the optimizer step where it was measured. A
 tracker receives the first batch, training losses, the line of each epoch, and the end of the run. The time that all
 trackers take is in `tracking_seconds` of the next line.
 """
@@ -11,8 +12,6 @@ trackers take is in `tracking_seconds` of the next line.
 from __future__ import annotations
 
 import json
-import secrets
-import threading
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,128 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import RunError, SettingsError
+from common.errors import SettingsError
 from common.files import read_lines, write_atomically
 from records.run_data import RunData
 from training.console import QUIET, Console
+from training.experiment_trackers import MLflow, WeightsAndBiases
+from training.tensorboard_tracker import TensorBoard
+from training.tracker import Tracker
 from training.utilization import Sampler
 
 STEP_POINTS = 1000  # logged training losses per run: more are not distinguishable in a picture
 SHOWN_IMAGES = 64  # of the first batch
-CHARTS = {  # TensorBoard's tab "custom scalars": title -> patterns of names
-    "accuracy": [r".*_accuracy$"],
-    "loss": [r".*_loss$"],
-    "learning rate": ["learning_rate"],
-    "images/s": ["images_per_second"],
-    "seconds": [r".*_seconds$"],
-}
 REDRAW_SECONDS = 30.0  # minimum time between redraws of curves.png
 REDRAW_FACTOR = 300  # and at least this multiple of the time of one redraw: at most 1/300 of the run
-
-
-class Tracker:
-    """Receives the events of a run. A subclass overrides the methods that it needs."""
-
-    def batch(self, pixels: np.ndarray) -> None:
-        """Log the first training images: uint8 (rows, columns, S, S, 3), augmented. Only in a run that starts."""
-
-    def loss(self, step: int, mean: float, steps: int) -> None:
-        """Log the main process's mean training loss over the last `steps` steps up to `step`."""
-
-    def epoch(self, line: dict[str, Any]) -> None:
-        """Log the line of metrics.jsonl that was just written."""
-
-    def close(self, failed: bool) -> None:
-        """Finish: the run is finished, stopped or, with `failed`, ended by an error."""
-
-
-def ignore_full_disks() -> None:
-    """Print no traceback of TensorBoard's writer thread on a full disk: the run reports it in one sentence."""
-    usual = threading.excepthook
-
-    def hook(details: threading.ExceptHookArgs) -> None:
-        if not (issubclass(details.exc_type, OSError) and type(details.thread).__name__ == "_AsyncWriterThread"):
-            usual(details)
-
-    threading.excepthook = hook
-
-
-class TensorBoard(Tracker):
-    """Event files in <run>/tensorboard/. Events of steps that a resumed run repeats are purged."""
-
-    def __init__(self, folder: Path, facts: dict[str, Any], step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        ignore_full_disks()
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0, flush_secs=10)
-        if not step:
-            self.writer.add_custom_scalars({"this run": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
-            for name in ("settings", "command", "commit", "versions", "dataset"):
-                self.writer.add_text(name, as_markdown(facts[name] or "unknown"), 0)
-
-    def batch(self, pixels: np.ndarray) -> None:
-        from reports.images import tile
-
-        self.writer.add_image("first_batch", tile(pixels), 0, dataformats="HWC")
-
-    def loss(self, step: int, mean: float, steps: int) -> None:
-        self.writer.add_scalar("step_loss", mean, step)
-
-    def epoch(self, line: dict[str, Any]) -> None:
-        for name, value in numbers_of(line).items():
-            self.writer.add_scalar(name, value, line["step"])
-        self.writer.flush()
-
-    def close(self, failed: bool) -> None:
-        self.writer.close()
-
-
-class WeightsAndBiases(Tracker):
-    """A run at Weights & Biases. A resumed run continues the same one and does not log repeated steps again."""
-
-    def __init__(self, folder: Path, facts: dict[str, Any], step: int, project: str | None, silent: bool):
-        """Raises RunError when the service is unreachable or nobody is logged in."""
-        import wandb
-
-        name = folder / "wandb_run.txt"  # its id there; a run that starts over has a new folder, hence a new id
-        identity = name.read_text().strip() if step and name.is_file() else secrets.token_hex(4)
-        write_atomically(name, identity + "\n")
-        keys = ("settings", "preset", "seed", "command", "commit", "versions", "dataset", "device")
-        config = {key: facts[key] for key in keys}
-        try:
-            self.run = wandb.init(
-                project=project,
-                name=folder.name,
-                id=identity,
-                resume="allow",
-                dir=str(folder),
-                config=config,
-                settings=wandb.Settings(silent=silent, quiet=True),
-            )
-        except wandb.errors.Error as error:
-            raise RunError(
-                f"Weights & Biases reports '{str(error).splitlines()[0]}'. To log to this disk only, set "
-                "WANDB_MODE=offline"
-            ) from error
-        self.image = wandb.Image
-
-    def _log(self, step: int, numbers: dict[str, Any]) -> None:
-        if step >= self.run.step:  # wandb rejects earlier steps; a repeated step has the same numbers anyway
-            self.run.log(numbers, step=step)
-
-    def batch(self, pixels: np.ndarray) -> None:
-        from reports.images import tile
-
-        self._log(0, {"first_batch": self.image(tile(pixels))})
-
-    def loss(self, step: int, mean: float, steps: int) -> None:
-        self._log(step, {"step_loss": mean})
-
-    def epoch(self, line: dict[str, Any]) -> None:
-        self._log(line["step"], numbers_of(line))
-
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
 
 
 class StepLosses(Tracker):
@@ -270,23 +160,35 @@ class Tracking:
 
 
 def start_tracking(
-    folder: Path, facts: dict[str, Any], step: int, tensorboard: bool, wandb: str | None, report: bool, screen: Console
+    folder: Path,
+    facts: dict[str, Any],
+    step: int,
+    tensorboard: bool,
+    wandb: str | None,
+    report: bool,
+    screen: Console,
+    mlflow: str | None = None,
+    group: str | None = None,
 ) -> Tracking:
     """Return the trackers of a run that continues after `step`; for the main process.
 
     Args:
         wandb: project at Weights & Biases, "" for the default project; None for no logging there.
         report: whether to draw curves.png and report.html.
+        mlflow: experiment of MLflow; None for no logging there.
+        group: of the run at both.
 
     Raises:
-        RunError: Weights & Biases cannot be used.
+        RunError: Weights & Biases or MLflow cannot be used.
     """
     began = time.perf_counter()
     trackers: list[Tracker] = [StepLosses(folder, step)]
     if tensorboard:
         trackers.append(TensorBoard(folder, facts, step))
     if wandb is not None:
-        trackers.append(WeightsAndBiases(folder, facts, step, wandb or None, silent=screen.level == QUIET))
+        trackers.append(WeightsAndBiases(folder, facts, step, wandb or None, screen.level == QUIET, group))
+    if mlflow is not None:
+        trackers.append(MLflow(folder, facts, step, mlflow, group))
     if report:
         trackers.append(Pictures(folder))
     sampler = Sampler(folder)
@@ -294,19 +196,17 @@ def start_tracking(
     return Tracking(trackers, sampler, facts["total_steps"], screen.say, time.perf_counter() - began)
 
 
-def check_trackers(tensorboard: bool, wandb: str | None) -> None:
+def check_trackers(tensorboard: bool, wandb: str | None, mlflow: str | None = None) -> None:
     """Check before anything else that the needed packages are installed. Raises SettingsError."""
-    if wandb is not None and find_spec("wandb") is None:
-        raise SettingsError("--wandb needs the package wandb, which is not installed: pip install wandb")
+    for package, is_needed in (("wandb", wandb is not None), ("mlflow", mlflow is not None)):
+        if is_needed and find_spec(package) is None:
+            raise SettingsError(
+                f"--{package} needs the package {package}, which is not installed: pip install {package}"
+            )
     if tensorboard and find_spec("tensorboard") is None:
         raise SettingsError(
             "the package tensorboard is not installed: pip install tensorboard, or add --no-tensorboard"
         )
-
-
-def numbers_of(line: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line of metrics.jsonl except `step`, which is their x coordinate."""
-    return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
 
 
 def first_images(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
@@ -317,12 +217,3 @@ def first_images(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -
     columns = min(8, len(pixels))
     rows = len(pixels) // columns
     return pixels[: rows * columns].reshape(rows, columns, *pixels.shape[1:])
-
-
-def as_markdown(value: Any) -> str:
-    """Return a value as an indented block of Markdown, which TensorBoard shows verbatim."""
-    if isinstance(value, list):
-        text = " ".join(value)
-    else:
-        text = value if isinstance(value, str) else json.dumps(value, indent=2)
-    return "\n".join("    " + row for row in text.splitlines())

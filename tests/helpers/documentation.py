@@ -54,6 +54,8 @@ FOREIGN = (
     "srun",
     "export",
     "wandb",
+    "mlflow",
+    "jupyter",
 )
 # Further flags that make a command quick: a comparison prints only its plan, for a dataset of CIFAR's size without
 # having one; preparation uses no worker processes, and the archive although the dataset exists.
@@ -186,6 +188,8 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
     (example,) = re.findall(r"```toml\n(question.*?)```", (PROJECT / "docs" / "comparing.md").read_text(), re.DOTALL)
     (folder / "experiments" / "geglu.toml").write_text(example)
     (folder / "mine.py").write_text("\n\n".join(code for _, _, code in own_part_examples()))
+    (search,) = re.findall(r"```toml\n(question.*?)```", (PROJECT / "docs" / "search.md").read_text(), re.DOTALL)
+    (folder / "experiments" / "learning-rate.toml").write_text(search)
     return folder
 
 

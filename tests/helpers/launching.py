@@ -79,10 +79,12 @@ def environment(repo, **variables):
         "HOSTFILE",
         "DRIVER_CUDA",
         "DRY_RUN",
+        "INSTALLER",
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     path = f"{repo.parent / 'bin'}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "PYTHON": sys.executable, "STUB_OUT": str(repo.parent), **variables}
+    ours_now = {"PYTHON": sys.executable, "STUB_OUT": str(repo.parent), "INSTALLER": "pip"}
+    return {**kept, "PATH": path, **ours_now, **variables}
 
 
 def run(repo, script, *arguments, cwd=None, **variables):

@@ -22,7 +22,10 @@ from common.errors import RunError, SettingsError
 from common.files import read_lines
 from records.run_folder import RunFolder
 from training import trackers
-from training.trackers import StepLosses, TensorBoard, Tracker, Tracking, WeightsAndBiases, check_trackers, numbers_of
+from training.experiment_trackers import MLflow, WeightsAndBiases
+from training.tensorboard_tracker import CHARTS, TensorBoard, hyperparameters, tag_of
+from training.tracker import Tracker, numbers_of
+from training.trackers import StepLosses, Tracking, check_trackers
 
 FACTS = {
     "settings": {"epochs": 3},
@@ -55,13 +58,49 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_has_the_numbers_of_metrics_under_their_names(unbroken):
     lines, shown = unbroken.metrics(), scalars(unbroken.folder)
-    assert set(shown) == {*lines[0], "step_loss"} - {"step"}
-    for name in set(shown) - {"step_loss"}:
-        assert [step for step, _ in shown[name]] == [line["step"] for line in lines]
-        assert [value for _, value in shown[name]] == pytest.approx([line[name] for line in lines], rel=1e-6)
-    steps = read_lines(unbroken.folder / "steps.jsonl")
-    assert [step for step, _ in shown["step_loss"]] == [line["step"] for line in steps]
-    assert [value for _, value in shown["step_loss"]] == pytest.approx([line["step_loss"] for line in steps], rel=1e-6)
+    assert set(shown) == {tag_of(name) for name in {*lines[0], "step_loss"} - {"step"}}
+    for tag in set(shown) - {"loss/step_loss"}:
+        name = tag.split("/")[1]
+        assert [step for step, _ in shown[tag]] == [line["step"] for line in lines]
+        assert [value for _, value in shown[tag]] == pytest.approx([line[name] for line in lines], rel=1e-6)
+    steps, losses = read_lines(unbroken.folder / "steps.jsonl"), shown["loss/step_loss"]
+    assert [step for step, _ in losses] == [line["step"] for line in steps]
+    assert [value for _, value in losses] == pytest.approx([line["step_loss"] for line in steps], rel=1e-6)
+
+
+def test_accuracy_and_loss_are_the_first_groups(unbroken):
+    """TensorBoard orders groups by name."""
+    names = {tag.split("/")[1]: tag.split("/")[0] for tag in scalars(unbroken.folder)}
+    assert sorted(set(names.values())) == ["accuracy", "loss", "optimizer", "other", "speed", "system"]
+    expected = {"accuracy": "test_accuracy", "loss": "train_loss", "speed": "images_per_second", "system": "memory_gib"}
+    assert {group: names[name] for group, name in expected.items()} == {group: group for group in expected}
+
+
+def test_the_hparams_tab_has_the_changed_settings_and_reads_accuracy_and_loss(unbroken):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    data = events(unbroken.folder).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = HParamsPluginData.FromString(data).session_start_info.hparams
+    assert (values["model.width"].number_value, values["seed"].number_value) == (32, 0)
+    assert values["preset"].string_value == "tiny" and values["train_batch_size"].number_value == 64
+    assert set(values) == set(hyperparameters(unbroken.facts())) and len(values) < 60
+    data = events(unbroken.folder).SummaryMetadata("_hparams_/experiment").plugin_data.content
+    shown = {info.name.tag for info in HParamsPluginData.FromString(data).experiment.metric_infos}
+    assert {"accuracy/test_accuracy", "loss/test_loss", "loss/train_loss"} == shown <= set(scalars(unbroken.folder))
+
+
+def test_a_resumed_run_of_an_earlier_version_keeps_its_tags(tmp_path):
+    """Otherwise its curves would break in two."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path / "tensorboard"))
+    writer.add_custom_scalars({"this run": {"accuracy": ["Multiline", [r".*_accuracy$"]]}})
+    writer.add_scalar("train_loss", 2.0, 4)
+    writer.close()
+    resumed = TensorBoard(tmp_path, FACTS, step=4)
+    resumed.epoch({"step": 8, "train_loss": 1.0})
+    resumed.close(failed=False)
+    assert scalars(tmp_path) == {"train_loss": [(4, 2.0), (8, 1.0)]}
 
 
 def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
@@ -94,16 +133,16 @@ def test_custom_scalars_group_related_numbers(unbroken):
     names = [
         name
         for name in scalars(unbroken.folder)
-        if any(re.fullmatch(tag, name) for tags in trackers.CHARTS.values() for tag in tags)
+        if any(re.fullmatch(tag, name) for tags in CHARTS.values() for tag in tags)
     ]
     assert {
-        "train_loss",
-        "test_loss",
-        "step_loss",
-        "test_accuracy",
-        "test_top5_accuracy",
-        "learning_rate",
-        "training_seconds",
+        "loss/train_loss",
+        "loss/test_loss",
+        "loss/step_loss",
+        "accuracy/test_accuracy",
+        "accuracy/test_top5_accuracy",
+        "optimizer/learning_rate",
+        "speed/training_seconds",
     } <= set(names)
     assert "custom_scalars__config__" in events(unbroken.folder).Tags()["tensors"]
 
@@ -117,7 +156,7 @@ def test_events_of_epochs_that_are_trained_again_are_purged(tmp_path):
     second = TensorBoard(tmp_path, FACTS, step=6)
     second.epoch({"step": 8, "train_loss": 0.5})
     second.close(failed=False)
-    assert scalars(tmp_path) == {"train_loss": [(4, 5.0), (8, 0.5)], "step_loss": [(4, 4.0)]}
+    assert scalars(tmp_path) == {"loss/train_loss": [(4, 5.0), (8, 0.5)], "loss/step_loss": [(4, 4.0)]}
     assert len(events(tmp_path).Tensors("settings/text_summary")) == 1
 
 
@@ -126,11 +165,11 @@ def test_a_run_resumed_from_an_older_checkpoint_logs_what_an_uninterrupted_one_d
     programs.run("train.py", *training, "--name", "went-back", "--stop-at", 7, code=75)
     programs.run("train.py", *training, "--name", "went-back", "--stop-at", 10, code=75)
     shutil.rmtree(record.folder / "state" / "step-00000010")
-    assert scalars(record.folder)["step_loss"][-1][0] == 10
+    assert scalars(record.folder)["loss/step_loss"][-1][0] == 10
     time.sleep(1.0)  # the names of event files count seconds
     printed = programs.run("train.py", *training, "--name", "went-back", "--stop-at", 13, code=75).out
     assert "resuming  after step 8" in printed
-    for name in ("step_loss", "train_loss", "test_accuracy", "learning_rate"):
+    for name in ("loss/step_loss", "loss/train_loss", "accuracy/test_accuracy", "optimizer/learning_rate"):
         expected = [event for event in scalars(unbroken.folder)[name] if event[0] <= 13]
         assert scalars(record.folder)[name] == expected, name
     assert read_lines(record.folder / "steps.jsonl") == read_lines(unbroken.folder / "steps.jsonl")[:13]
@@ -198,8 +237,8 @@ def test_a_resumed_run_continues_the_same_wandb_run_and_logs_no_step_twice(servi
     again.epoch({"step": 12, "train_loss": 0.5})
     (run,) = service.runs.values()
     assert run.logged == [(8, {"train_loss": 1.0}), (12, {"train_loss": 0.5})]
-    WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)  # the run starts over
-    assert len(service.runs) == 2
+    WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True, group="pairs/mlp")  # the run starts over
+    assert len(service.runs) == 2 and list(service.runs.values())[1].arguments["group"] == "pairs/mlp"
 
 
 def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_path, monkeypatch):
@@ -214,9 +253,128 @@ def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_pat
         SettingsError, match="--wandb needs the package wandb, which is not installed: pip install wandb"
     ):
         check_trackers(tensorboard=False, wandb="")
+    with pytest.raises(
+        SettingsError, match="^--mlflow needs the package mlflow, which is not installed: pip install mlflow$"
+    ):
+        check_trackers(tensorboard=False, wandb=None, mlflow="mine")
     with pytest.raises(SettingsError, match="--no-tensorboard"):
         check_trackers(tensorboard=True, wandb=None)
     check_trackers(tensorboard=False, wandb=None)
+
+
+# --- MLflow, replaced by a store in memory; where mlflow is installed, the real one in SQLite -----------------------
+
+
+class Store:
+    """The used part of MlflowClient."""
+
+    def __init__(self):
+        self.uri, self.error = "", None
+        self.experiments: dict[str, SimpleNamespace] = {}
+        self.runs: dict[str, SimpleNamespace] = {}
+
+    def __call__(self, uri: str) -> Store:
+        self.uri = uri
+        if self.error:
+            raise self.error
+        return self
+
+    def get_experiment_by_name(self, name: str):
+        return self.experiments.get(name)
+
+    def create_experiment(self, name: str) -> str:
+        self.experiments[name] = SimpleNamespace(experiment_id=str(len(self.experiments)))
+        return self.experiments[name].experiment_id
+
+    def create_run(self, experiment: str, run_name: str, tags: dict):
+        run = SimpleNamespace(name=run_name, tags=tags, status="RUNNING", params={}, metrics=[], experiment=experiment)
+        self.runs[f"id{len(self.runs)}"] = run
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"id{len(self.runs) - 1}"))
+
+    def update_run(self, run_id: str, status: str) -> None:
+        self.runs[run_id].status = status
+
+    set_terminated = update_run
+
+    def log_batch(self, run_id: str, metrics=(), params=()) -> None:
+        assert len(params) <= 100, "MLflow rejects longer lists"
+        self.runs[run_id].params |= dict(params)
+        self.runs[run_id].metrics += [(name, value, step) for name, value, _, step in metrics]
+
+    def get_run(self, run_id: str):
+        return SimpleNamespace(data=SimpleNamespace(metrics={name for name, _, _ in self.runs[run_id].metrics}))
+
+    def get_metric_history(self, run_id: str, name: str):
+        return [SimpleNamespace(step=step) for known, _, step in self.runs[run_id].metrics if known == name]
+
+
+@pytest.fixture
+def store(monkeypatch) -> Store:
+    made, error = Store(), type("MlflowException", (Exception,), {})
+    modules = {
+        "mlflow": {"MlflowClient": made},
+        "mlflow.exceptions": {"MlflowException": error},
+        "mlflow.entities": {"Metric": lambda *words: words, "Param": lambda *words: words},
+    }
+    for name, members in modules.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return made
+
+
+def test_mlflow_logs_settings_and_numbers_and_a_resumed_run_continues(store, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    first = MLflow(folder, FACTS | {"settings": {f"s{i}": i for i in range(150)}}, 0, "work", group="pairs/mlp")
+    first.loss(4, 2.0, 4)
+    first.epoch({"step": 4, "train_loss": 1.5, "epoch": 1})
+    first.close(failed=True)
+    assert store.uri == f"sqlite:///{tmp_path}/mlflow.db" and store.runs["id0"].status == "FAILED"
+    again = MLflow(folder, FACTS, 2, "work")
+    for step in (4, 8):  # step 4 is trained again
+        again.loss(step, 0.5, 4)
+        again.epoch({"step": step, "train_loss": 0.25, "epoch": step // 4})
+    again.close(failed=False)
+    (run,) = store.runs.values()
+    assert run.metrics == [
+        ("step_loss", 2.0, 4),
+        ("train_loss", 1.5, 4),
+        ("epoch", 1.0, 4),
+        ("step_loss", 0.5, 8),
+        ("train_loss", 0.25, 8),
+        ("epoch", 2.0, 8),
+    ]
+    assert (run.name, run.tags, run.status) == ("mine", {"group": "pairs/mlp"}, "FINISHED")
+    assert run.params["s149"] == "149" and run.params["command"] == "train.py --name x"
+    MLflow(folder, FACTS, 0, "work")  # the run starts over
+    assert len(store.runs) == 2 and len(store.experiments) == 1
+
+
+def test_an_mlflow_store_that_cannot_be_used_is_one_sentence(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://nowhere")
+    store.error = sys.modules["mlflow.exceptions"].MlflowException("no route to host\nmore lines")
+    with pytest.raises(RunError, match=r"^MLflow reports 'no route to host'. Set MLFLOW_TRACKING_URI to a store"):
+        MLflow(tmp_path, FACTS, 0, "work")
+    assert store.uri == "http://nowhere"
+
+
+def test_the_real_mlflow_takes_what_is_logged(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for step in (0, 4):
+        tracker = MLflow(folder, FACTS, step, "work", group="pairs/mlp")
+        tracker.loss(4, 2.0, 4)
+        tracker.epoch({"step": 4 + step, "train_loss": 1.5, "epoch": 1})
+        tracker.close(failed=False)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("work").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.tags["group"] == "pairs/mlp"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [4, 8]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "step_loss")] == [4]
 
 
 # --- all trackers -------------------------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""The study of a search: `study.db` (SQLite) beside the run folders of its trials.
+
+Several processes, also on several machines that share this disk, work on one study. A process notes in the study which
+trials it works on, so that others resume those of a process that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from common.errors import RunError
+from comparison.search import Search
+
+STUDY = "study.db"
+STALE_SECONDS = 300.0  # after the last note, another machine takes the trial over; clocks may differ by a minute
+OWNER, ALIVE, REASON, SAME_AS = "owner", "alive", "reason", "same_as"  # attributes of a trial in the study
+DEFINITION, WORKERS = "definition", "workers"  # attributes of the study
+
+
+def open_study(search: Search, runs: Path, redo: bool) -> optuna.Study:
+    """Open or create the study of a search.
+
+    Args:
+        runs: folder of its run folders.
+        redo: rename a study of another definition aside, with all its runs.
+
+    Raises:
+        RunError: without `redo`, the study there is of another definition; or it cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of constant_liar
+    definition = search.definition()
+    if (runs / STUDY).exists():
+        study = _load(search, runs)
+        before = study.user_attrs.get(DEFINITION, definition)
+        changed = [key for key, value in definition.items() if before.get(key) != value]
+        if not changed:
+            return study
+        if not redo:
+            raise RunError(
+                f"{os.path.relpath(runs)} holds a search of another {' and '.join(changed)}; add --redo-changed to "
+                "rename it aside and start again, or rename the experiment file"
+            )
+        rename_aside(runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    study = _load(search, runs)
+    study.set_user_attr(DEFINITION, definition)
+    return study
+
+
+def rename_aside(runs: Path) -> None:
+    """Rename a search with all its runs; nothing is deleted."""
+    number = 1
+    while (aside := runs.with_name(f"{runs.name}.old-{number}")).exists():
+        number += 1
+    runs.rename(aside)
+
+
+def _load(search: Search, runs: Path) -> optuna.Study:
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if search.pruner == "asha":
+        pruner = optuna.pruners.SuccessiveHalvingPruner(search.min_evaluations, search.reduction_factor)
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{runs / STUDY}", engine_kwargs={"connect_args": {"timeout": 60}}
+        )
+        study = optuna.create_study(
+            storage=storage, study_name=search.experiment.name, direction="maximize", pruner=pruner, load_if_exists=True
+        )
+    except Exception as error:  # of SQLAlchemy or Optuna: a damaged file, a disk without locks, another version
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{os.path.relpath(runs / STUDY)} cannot be used as a study ({reason}); move it away") from error
+    return study
+
+
+def choose_sampler(search: Search, study: optuna.Study) -> None:
+    """Give a study the sampler of this process, which proposes other values than those of its other processes."""
+    workers = study.user_attrs.get(WORKERS, 0)
+    study.set_user_attr(WORKERS, workers + 1)
+    seed = (search.seed + 7919 * workers) % 2**32
+    study.sampler = optuna.samplers.RandomSampler(seed)
+    if search.sampler == "tpe":
+        # constant_liar: values close to those of running trials are not proposed
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def trials_of(search: Search, study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials of a study; those that several processes began beyond the number asked for are left out."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.number < search.trials]
+
+
+def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """Return the finished trial of the highest accuracy; the first of several."""
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
+    return max(finished, key=lambda trial: (trial.value, -trial.number), default=None)
+
+
+def has_owner(trial: FrozenTrial) -> bool:
+    """Whether a process still works on a running trial: on this host by its number, elsewhere by its last note."""
+    owner = trial.user_attrs.get(OWNER, "")
+    host, _, number = owner.rpartition(" ")
+    if host == socket.gethostname():
+        return _is_alive(int(number))
+    return bool(owner) and time.time() - trial.user_attrs.get(ALIVE, 0.0) < STALE_SECONDS
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
