@@ -1,4 +1,4 @@
-"""Trackers of a run, called by its main process: TensorBoard, Weights & Biases, losses by step, pictures.
+"""Trackers of a run, called by its main process: TensorBoard, Weights & Biases, losses by step, pictures, the index.
 
     tensorboard --logdir runs               every run, in the browser (train.py --no-tensorboard: no event files)
     python train.py --wandb ...             also log to Weights & Biases (WANDB_MODE=offline: to this disk only)
@@ -187,6 +187,18 @@ class Pictures(Tracker):
             write_page(run)
 
 
+class RunIndex(Tracker):
+    """index.html of the folder of runs, at the end of the run, also of one that failed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def close(self, failed: bool) -> None:
+        from reports.index import index_of, write_index
+
+        write_index(index_of(self.folder))
+
+
 class Tracking:
     """All trackers of one run, and the time that they take. Without trackers, as outside the main process, it is idle.
 
@@ -288,7 +300,7 @@ def start_tracking(
     if wandb is not None:
         trackers.append(WeightsAndBiases(folder, facts, step, wandb or None, silent=screen.level == QUIET))
     if report:
-        trackers.append(Pictures(folder))
+        trackers += [Pictures(folder), RunIndex(folder)]
     sampler = Sampler(folder)
     sampler.start()
     return Tracking(trackers, sampler, facts["total_steps"], screen.say, time.perf_counter() - began)
