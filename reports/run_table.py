@@ -22,6 +22,7 @@ from reports.run_rows import COMPARISON, FILES, OTHER, RUN, Row, default_setting
 VERSION = 1  # of the cache; a change of what a row holds needs another number
 CACHE = ".index-cache.json"
 DEPTH = 3  # runs/<name>, runs/<comparison>/<name>, and one more
+MOST_FOLDERS = 10_000  # without a run that are looked into: --runs-dir may be a home folder
 BASE = ("name", "kind", "state", "date")  # columns that come first
 RESULTS = (
     *("validation_accuracy", "test_accuracy", "train_loss", "validation_loss", "test_loss", "epoch"),
@@ -99,8 +100,10 @@ def _load(cache: Path) -> dict[str, Any]:
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def find_runs(runs: Path, prefix: str = "", depth: int = 1) -> Iterator[Source]:
+def find_runs(runs: Path, prefix: str = "", depth: int = 1, visited: list[str] | None = None) -> Iterator[Source]:
     """Yield the run folders below a folder, and the folders that hold none, in the order of their names."""
+    visited = [] if visited is None else visited
+    visited.append(prefix)
     try:
         with os.scandir(runs) as found:
             folders = sorted(entry.name for entry in found if entry.name[0] != "." and _is_folder(entry))
@@ -112,7 +115,11 @@ def find_runs(runs: Path, prefix: str = "", depth: int = 1) -> Iterator[Source]:
         if any(file[0] == "run.json" for file in signature):
             yield Source(RUN, folder, path, path, signature)
             continue
-        below = list(find_runs(folder, f"{path}/", depth + 1)) if depth < DEPTH else []
+        below = (
+            list(find_runs(folder, f"{path}/", depth + 1, visited))
+            if depth < DEPTH and len(visited) < MOST_FOLDERS
+            else []
+        )
         if any(source.kind == RUN for source in below):
             yield from below
         elif not (folder / "report.json").is_file():

@@ -38,6 +38,7 @@ function addOrder(DataTable) {
 function renderCell(column, value, purpose, row) {
   if (purpose === "sort" || purpose === "type") return value ?? null;
   if (value === null || value === undefined) return "";
+  if (purpose === "value") return column.type === "date" ? value.slice(0, 10) : value; // what filter conditions compare
   if (purpose === "filter") return column.type === "num" ? value : escapeHtml(column.type === "date" ? value.slice(0, 10) : value);
   const text = escapeHtml(column.type === "num" ? formatNumber(value, column.key) : value);
   if (column.key !== "name") return text;
@@ -51,7 +52,7 @@ function makeTable(DataTable, data) {
     // a path instead of a function: SearchBuilder 1.8.4 calls a function without a row
     data: column.key === "note" ? "note" : `values.${i}`, defaultContent: "",
     render: (value, purpose, row) => renderCell(column, value, purpose, row),
-    searchBuilderType: column.type, searchBuilder: { orthogonal: { display: "filter", search: "filter" } },
+    searchBuilderType: column.type, searchBuilder: { orthogonal: { display: "filter", search: "value" } },
     className: column.type === "num" ? "dt-right" : column.key === "name" ? "link" : "",
     orderSequence: column.type === "num" && !/loss$/.test(column.key) || column.type === "date" ? ["desc", "asc", ""] : ["asc", "desc", ""],
   }));
