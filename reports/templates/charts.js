@@ -97,9 +97,12 @@ function drawChart(element, groups, metric, axis, axisLabel, colors, logarithmic
     modebar: { bgcolor: "rgba(0,0,0,0)" },
     yaxis: { title: { text: escapeHtml(metric) }, zeroline: false, type: logarithmic && /loss$/.test(metric) ? "log" : "linear" },
     legend: { orientation: "h", y: -0.25 }, showlegend: true,
+    hoverdistance: -1, // the nearest values, however far apart the points of a short run are
     hovermode: groups.length > MOST_IN_ONE_LABEL ? "closest" : "x unified",
   };
-  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // named, because one of the usual buttons sends the data to a website
+  const buttons = [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
+  const options = { responsive: true, displaylogo: false, modeBarButtons: buttons };
   Plotly.react(element, traces, layout, options);
 }
 

@@ -57,7 +57,7 @@ def names(page) -> list[str]:
 
 
 def wait_for_count(page, selector: str, count: int) -> None:
-    """Wait until so many elements are there; `wait_for_function` would need the script that the page's policy forbids."""
+    """Wait until so many elements are there. The page's policy forbids the script that `wait_for_function` needs."""
     from playwright.sync_api import expect
 
     expect(page.locator(selector)).to_have_count(count, timeout=TIMEOUT_MS)
