@@ -20,7 +20,7 @@ import numpy as np
 from config.differences import leaves
 from config.settings import Settings
 
-POINTS = 60  # of a curve: more are not distinguishable in a chart that overlays several runs
+POINTS = 50  # of a curve: more are not distinguishable in a chart that overlays several runs
 DATE = "%Y-%m-%d %H:%M"
 MAX_TEXT = 200  # characters of a value
 FACTS = (  # of run.json, under their own names

@@ -211,9 +211,8 @@ def columns_of(rows: list[Row]) -> list[str]:
 def varied_columns(rows: list[Row]) -> list[str]:
     """Return the columns whose value is not the same in every run or comparison."""
     of_runs = [row.values for row in rows if row.kind != OTHER]
-    varied = []
-    for key in columns_of(rows):
-        values = {json.dumps(values[key]) for values in of_runs if key in values}
-        if len(values) > 1 or (len(values) == 1 and key in BASE + RESULTS):
-            varied.append(key)
-    return varied
+    found: dict[str, set[Any]] = defaultdict(set)
+    for values in of_runs:
+        for key, value in values.items():
+            found[key].add(value)
+    return [key for key in columns_of(rows) if len(found[key]) > (0 if key in BASE + RESULTS else 1)]
