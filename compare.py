@@ -149,7 +149,18 @@ def report(
     text = path.read_text(encoding="utf-8")
     answers = text[text.index("## Result") : text.index("\n|")].replace("**", "").replace("\\*", "*")
     print(f"\n{answers}\nreport    {os.path.relpath(path)}")
+    update_index(args)
     return 1 if missing else 0
+
+
+def update_index(args: argparse.Namespace) -> None:
+    """Write the page of all runs; a problem with it is a warning, because the report is written."""
+    from reports.index import write_index
+
+    try:
+        print(f"runs      {write_index(args.runs_dir, args.results_dir)}")
+    except Exception as error:
+        print(f"warning: the page of all runs was not written: {error}", file=sys.stderr)
 
 
 def command(args: argparse.Namespace) -> str:

@@ -4,9 +4,11 @@
     python report.py mine --quick                        # runs/mine, without the pictures that need the dataset
     python report.py runs/mine --out /tmp/mine           # into another folder
     python report.py runs/a runs/b --out compare.png     # several runs in one picture, .png or .svg
+    python report.py --index                             # runs/index.html: every run and comparison on one page
+    python report.py --list --sort test_accuracy --where model.feed_forward=geglu    # the same as text
 
 It reads the run folder and, without --quick, the dataset of the training. The page needs no network connection.
-Each picture is written as PNG and SVG. train.py writes the quick page when a run ends.
+Each picture is written as PNG and SVG. train.py writes the quick page and the index when a run ends.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from common.display import printable
 from common.errors import RunError, SettingsError
 from common.output_files import check_output_file, check_output_folder
-from common.paths import RUNS
+from common.paths import RESULTS, RUNS
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
 from config.settings import Settings
@@ -41,6 +43,9 @@ NUM_ATTENTION = 5  # images with attention maps
 
 def main() -> None:
     args = parse_arguments()
+    if args.index or args.list:
+        show_all(args)
+        return
     runs = [RunData.read(find_run(name, args.runs_dir)) for name in args.runs or [None]]
     for run in runs:
         if not run.metrics:
@@ -50,6 +55,21 @@ def main() -> None:
         return
     folder = output_folder(runs[0], args.out)
     draw(runs[0], None if args.quick else analyze(runs[0], args), folder)
+
+
+def show_all(args: argparse.Namespace) -> None:
+    """Write the page of all runs, or print their table."""
+    from reports.index import read_rows, write_index
+    from reports.run_list import list_text
+
+    if args.list:
+        print(list_text(read_rows(args.runs_dir, args.results_dir), args.sort, args.where, args.reverse))
+        return
+    if args.out:
+        if args.out.suffix != ".html":
+            raise SettingsError(f"--out of --index ends in .html, not '{args.out.suffix}'")
+        check_output_file(args.out, "--out")
+    print(f"page      {write_index(args.runs_dir, args.results_dir, args.out)}")
 
 
 def output_folder(run: RunData, out: Path | None) -> Path:
@@ -177,7 +197,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="PATH",
         help="of several runs the picture, .png or .svg (default: runs/compare.png); of one run the folder for page "
-        "and pictures (default: the run folder)",
+        "and pictures (default: the run folder); of --index the page (default: runs/index.html)",
     )
     parser.add_argument(
         "--quick",
@@ -213,11 +233,51 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="folder of the runs, searched for names and for the newest run (default: runs)",
     )
+    everything = parser.add_argument_group("all runs")
+    everything.add_argument(
+        "--index", action="store_true", help="write runs/index.html, one page with every run and every comparison"
+    )
+    everything.add_argument("--list", action="store_true", help="print the table of every run and every comparison")
+    everything.add_argument(
+        "--sort",
+        metavar="COLUMN",
+        help="of --list: largest number first, smallest loss first, newest date first, text from A to Z "
+        "(default: date)",
+    )
+    everything.add_argument("--reverse", action="store_true", help="of --list: the other way round")
+    everything.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="of --list: only these rows, such as model.feed_forward=geglu or 'test_accuracy>0.5'; = takes * and ?; "
+        "repeat for more",
+    )
+    everything.add_argument(
+        "--results-dir",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="folder of the reports of compare.py, of --index and --list (default: results)",
+    )
     args = parser.parse_args()
-    for name in ("out", "data_dir", "runs_dir"):
+    check_combination(parser, args)
+    for name in ("out", "data_dir", "runs_dir", "results_dir"):
         if getattr(args, name):
             setattr(args, name, getattr(args, name).expanduser())
     return args
+
+
+def check_combination(parser: Parser, args: argparse.Namespace) -> None:
+    """End with a sentence where options exclude each other."""
+    if args.index and args.list:
+        parser.error("--index and --list exclude each other; give one of them")
+    if (args.index or args.list) and args.runs:
+        parser.error(f"{'--index' if args.index else '--list'} is about all runs; leave out '{args.runs[0]}'")
+    if (args.sort or args.where or args.reverse) and not args.list:
+        parser.error("--sort, --where and --reverse belong to --list; add --list")
+    if args.list and args.out:
+        parser.error("--list prints to the screen; leave out --out, or write a page with --index")
 
 
 if __name__ == "__main__":

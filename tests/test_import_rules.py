@@ -36,6 +36,7 @@ HEAVY = {  # library: files and folders that may import it
     "deepspeed": ("parallel/zero.py", "parallel/zero_state.py", "parallel/pipeline.py", "parallel/pipeline_stages.py"),
     "nvidia": ("image_data/dali_backend.py",),
     "matplotlib": ("reports/",),
+    "jinja2": ("reports/index.py",),
     "timm": ("models/published/timm_models.py", "optim/"),
     "torchft": ("parallel/peers/",),
     "optuna": ("comparison/search_study.py", "comparison/search_runs.py"),

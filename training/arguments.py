@@ -258,7 +258,7 @@ def _add_logging_options(parser: Parser) -> None:
         "--no-report",
         dest="report",
         action="store_false",
-        help="draw no curves.png and write no report.html (python report.py draws the page later)",
+        help="write no curves.png, no report.html and no index.html of all runs (python report.py writes them later)",
     )
     logging.add_argument(
         "--wandb",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def facts_of(
         **provenance(own_files(settings)),
         "settings": settings,
         **({"own_parts": copies} if copies else {}),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         **asdict(options),
         "dataset": {
             "name": folder.name,

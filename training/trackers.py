@@ -1,4 +1,4 @@
-"""Trackers of a run, called by its main process: losses by step, pictures, TensorBoard, Weights & Biases, MLflow.
+"""Trackers of a run, called by its main process: losses by step, pictures, the index, TensorBoard, W&B, MLflow.
 
     tensorboard --logdir runs               every run, in the browser (train.py --no-tensorboard: no event files)
     python train.py --wandb ...             also log to Weights & Biases (WANDB_MODE=offline: to this disk only)
@@ -75,6 +75,18 @@ class Pictures(Tracker):
         if run.metrics and not failed:
             self._draw_curves(run)
             write_page(run)
+
+
+class RunIndex(Tracker):
+    """index.html of the folder of runs, at the end of the run, also of one that failed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def close(self, failed: bool) -> None:
+        from reports.index import index_of, write_index
+
+        write_index(index_of(self.folder))
 
 
 class Tracking:
@@ -190,7 +202,7 @@ def start_tracking(
     if mlflow is not None:
         trackers.append(MLflow(folder, facts, step, mlflow, group))
     if report:
-        trackers.append(Pictures(folder))
+        trackers += [Pictures(folder), RunIndex(folder)]
     sampler = Sampler(folder)
     sampler.start()
     return Tracking(trackers, sampler, facts["total_steps"], screen.say, time.perf_counter() - began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -11,11 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.run_index import write_run
+from config.settings import resolve
 from records.run_data import RunData
 from records.run_folder import RunFolder
 from reports.cifar100_superclasses import SUPERCLASSES
 
 CIFAR_100 = sorted(name for members in SUPERCLASSES.values() for name in members)
+
+
+def add_run(folder: Path, seed: int = 0, best: float = 0.5, epochs: int = 3, **model: object) -> Path:
+    """Write a made-up run with these settings of the model."""
+    settings = resolve("cpu", []).as_dict()
+    settings["model"].update(model)
+    write_run(folder, settings, seed, ["cat", "dog"], best, epochs, 5, random.Random(seed))
+    return folder
 
 
 def writable_copy(run: RunFolder, folder: Path) -> RunFolder:
