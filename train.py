@@ -79,7 +79,7 @@ def main() -> int:
     total_steps = min(settings.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     options = RunOptions(
         preset, args.seed, args.max_steps, args.hold_out, args.patience,
-        args.init_weights and args.init_weights.name, args.synthetic, args.deterministic,
+        args.init_weights and args.init_weights.name, args.synthetic, args.deterministic, args.max_minutes,
     )  # fmt: skip
     folder = FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume)
     logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb, args.report)
@@ -105,8 +105,8 @@ def main() -> int:
             # 5. The run: a new folder or a checkpoint to resume, then steps, epochs, evaluation and checkpoints
             started = start_run(engine, options, folder, logging, data, training, steps_per_epoch, total_steps, console)
             limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
-            sizes = (steps_per_epoch, total_steps)
-            loop = Loop(engine, settings, training, evaluation, *sizes, started, args.patience, stop, console)
+            budget = (args.patience, args.max_minutes)
+            loop = Loop(engine, settings, training, evaluation, steps_per_epoch, started, *budget, stop, console)
             return loop.run(stop_at=args.stop_at)
 
     try:

@@ -22,7 +22,7 @@ from common.errors import SettingsError
 from config.settings import Settings
 from models.classification_metrics import ClassificationCounts
 from models.cost import count_parameters
-from optim.lr_schedule import Schedule
+from optim.lr_schedule import Plan, Schedule
 from optim.muon import Muon
 from optim.optimizers import COUNTS_OWN_STEPS, check_optimizer
 from parallel import precision, process_group
@@ -236,7 +236,8 @@ class Engine(WeightAveraging, Collectives, ABC):
 
     def state_facts(self) -> dict[str, Any]:
         """Return the content of `engine.json`, which `load` needs."""
-        return {"step": self.step, "kind": self.checkpoint_kind, "processes": dist.get_world_size()}
+        facts = {"step": self.step, "kind": self.checkpoint_kind, "processes": dist.get_world_size()}
+        return {**facts, "plan": self.schedule.plan_facts()} if self.schedule.plan else facts
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads into an existing folder; runs use `training/checkpoint_writer.py` instead.
@@ -265,6 +266,8 @@ class Engine(WeightAveraging, Collectives, ABC):
         if problem := self.broadcast_object(problem):
             raise SettingsError(problem)
         self.step = facts["step"]
+        if plan := facts.get("plan"):  # before the state, whose counters may follow from the learning rates
+            self.schedule.set_plan(Plan(**plan))
         self.scatter_state(state)
 
     def check_state(self, facts: dict[str, Any]) -> None:

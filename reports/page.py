@@ -139,7 +139,8 @@ def _numbers(run: RunData) -> str:
             shown.append((f"{100 * last[f'{split}_top5_accuracy']:.2f}%", f"{split} accuracy, top-5"))
     seconds = sum(line["training_seconds"] for line in run.metrics)
     images_seen = sum(line["images_per_second"] * line["training_seconds"] for line in run.metrics)
-    epochs = run.facts["settings"]["epochs"]
+    planned = -(-run.facts["total_steps"] // run.facts["steps_per_epoch"])
+    epochs = planned if run.facts.get("max_minutes") else run.facts["settings"]["epochs"]
     shown += [
         (f"{last['epoch']} of {epochs}" if last["step"] < run.facts["total_steps"] else str(last["epoch"]), "epochs"),
         (duration(seconds), "training time"),

@@ -47,9 +47,19 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.patience and not args.hold_out:
         raise SettingsError("--patience needs a validation split: add --hold-out 0.1")
+    _check_time_budget(args)
     if args.step_seconds and not args.link_gbps:
         raise SettingsError("--step-seconds needs the speed of the link: add --link-gbps 0.05")
     return args
+
+
+def _check_time_budget(args: argparse.Namespace) -> None:
+    """Raise SettingsError for options that do not fit --max-minutes."""
+    for flag, is_given in (("--epochs", args.epochs), ("--max-steps", args.max_steps)):
+        if args.max_minutes and is_given:
+            raise SettingsError(f"--max-minutes plans the number of steps itself: leave out {flag}")
+    if args.max_minutes and (args.host_peers or args.join):
+        raise SettingsError("--max-minutes cannot plan for peers, which need the same number of steps: use --max-steps")
 
 
 def _add_data_options(parser: Parser) -> None:
@@ -161,6 +171,13 @@ def _add_run_options(parser: Parser) -> None:
         type=at_least_one,
         metavar="N",
         help="stop after N optimizer steps; the LR schedule is scaled to N (default: all epochs)",
+    )
+    run.add_argument(
+        "--max-minutes",
+        type=above_zero,
+        metavar="M",
+        help="train for M minutes (without compilation, evaluation and checkpoints): the number of steps is planned from "
+        "the first ones, and the LR schedule is scaled to it (default: all epochs)",
     )
     run.add_argument(
         "--patience",

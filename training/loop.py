@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from common.stop_signal import StopSignal
 from config.settings import Settings
 from dali_pipeline import Batches, Synthetic
 from inference.model_card import write_card
+from optim.lr_schedule import Plan
 from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 from parallel.process_group import limit_waits
@@ -26,6 +28,8 @@ from training.epoch_metrics import epoch_line
 from training.non_finite import HINT, MAX_CONSECUTIVE_SKIPS, LossMonitor, NonFiniteLoss, check_finite, describe
 from training.resume import raise_on_all_ranks
 from training.run_start import StartedRun
+from training.time_plan import SECONDS_PER_MINUTE, TimePlan
+from training.time_plan import describe as describe_plan
 
 FLUSH_SECONDS = 0.5  # interval of reading the losses, which stay on the device until then
 
@@ -40,15 +44,16 @@ class Loop:
         training: Batches | Synthetic,
         evaluation: dict[str, Batches],
         steps_per_epoch: int,
-        total_steps: int,
         started: StartedRun,
         patience: int | None,
+        max_minutes: float | None,
         stop: StopSignal,
         console: Console,
     ):
         """Prepare the loop.
 
         Args:
+            max_minutes: training time that the number of steps is planned for; None: the schedule has their number.
             patience: early stopping: epochs without better validation accuracy; None: no early stopping.
 
         Raises:
@@ -56,7 +61,7 @@ class Loop:
         """
         self.engine, self.settings = engine, settings
         self.training, self.evaluation = training, evaluation
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, engine.schedule.total
         self.progress, self.writer, self.tracking, self.record = (
             started.progress,
             started.writer,
@@ -65,9 +70,12 @@ class Loop:
         )
         self.patience, self.stop, self.console = patience, stop, console
         self.monitor = LossMonitor()
+        self.time_plan = None
+        if max_minutes and not engine.schedule.plan:
+            self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes)
         self._first_steps_left = engine.first_steps
         self._sync_progress_with_engine()
-        if engine.step == total_steps and not self.progress.num_losses:
+        if engine.step == self.total_steps and not self.progress.num_losses:
             raise RunError(
                 "nothing is left to train: the other peers have just made the last step; their runs have the weights"
             )
@@ -127,6 +135,8 @@ class Loop:
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, last, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
             self.training.wait_seconds = 0.0
+            if self.time_plan:
+                self.time_plan.start()
             # At least one step is timed.
             self._first_steps_left = min(self._first_steps_left, last - progress.step_in_epoch - 1)
             while progress.step_in_epoch < last and not pause:
@@ -143,22 +153,45 @@ class Loop:
                     if not self._first_steps_left:
                         limit_waits()
                     began, self.training.wait_seconds = time.perf_counter(), 0.0
+                    if self.time_plan:
+                        self.time_plan.restart()
+                plan_due = self.time_plan is not None and self.time_plan.is_due(engine.step)
                 if time.perf_counter() - flushed > FLUSH_SECONDS:
                     self._collect_losses()
                     flushed = time.perf_counter()
                     bar.loss(progress.loss_sum / max(1, progress.num_losses))
                 bar.advance()
                 stop_here = self.stop.requested or (stop_at is not None and before < stop_at <= engine.step)
-                stopping, *others = engine.any_flags(
-                    stop_here, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None
+                stopping, plan_due, *others = engine.any_flags(
+                    stop_here, plan_due, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None
                 )
-                pause = stopping or any(others) or engine.step != before + 1  # advanced by other peers
+                if plan_due:
+                    loss.item()  # waits for the device
+                    self._plan_steps(progress.training_seconds + time.perf_counter() - began)
+                    pause = True
+                pause = pause or stopping or any(others) or engine.step != before + 1  # advanced by other peers
             self._collect_losses()
+            if self.time_plan:
+                self.time_plan.stop()
             progress.training_seconds += time.perf_counter() - began
             progress.data_wait_seconds += self.training.wait_seconds
         if engine.any(self.monitor.bad is not None):
             self._stop_on_non_finite()
         return stopping
+
+    def _plan_steps(self, seconds: float) -> None:
+        """Plan the number of steps; `seconds` is the training time of this epoch so far. Collective."""
+        assert self.time_plan is not None
+        spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
+        per_step = self.time_plan.seconds_per_step()
+        plan = Plan(**self.engine.broadcast_object(asdict(self.time_plan.make(self.engine.step, spent, per_step))))
+        text = describe_plan(plan, per_step, self.time_plan.budget, self.steps_per_epoch)
+        self.engine.schedule.set_plan(plan)
+        self.total_steps, self.time_plan = plan.total_steps, None
+        self.writer.update_facts({"total_steps": plan.total_steps, "plan": asdict(plan)})
+        self.tracking.set_total(plan.total_steps)
+        self.console.clock.total = plan.total_steps
+        self.console.print_field("plan", text)
 
     def _record_step(self, loss: Tensor, step: int) -> None:
         """Record the step that the engine has just made or skipped."""

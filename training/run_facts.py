@@ -28,6 +28,7 @@ class RunOptions:
     init_weights: str | None  # file name
     synthetic: bool
     deterministic: bool
+    max_minutes: float | None = None  # training time that the number of steps is planned for
 
 
 def facts_of(
@@ -68,5 +69,5 @@ def facts_of(
         "source": source,
         "batch": vars(engine.batch_sizes),
         "steps_per_epoch": steps_per_epoch,
-        "total_steps": total_steps,
+        "total_steps": total_steps,  # an estimate until "plan" is there, where max_minutes is given
     }

@@ -60,6 +60,8 @@ def start_run(
     now = conditions(engine, training.source, facts["commit"])
     point = start_or_resume(engine, folder, facts, now, data.dataset)
     record = point.record if point else None
+    if engine.schedule.plan:  # of the checkpoint
+        facts |= {"total_steps": engine.schedule.total, "plan": engine.schedule.plan_facts()}
     progress = engine.broadcast_object(point and point.progress)
     progress.loss_sum = engine.own_value(progress.loss_sums)
     checkpoints = Checkpoints(record.folder / "state", folder.keep_checkpoints) if record else None

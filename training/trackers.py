@@ -203,7 +203,7 @@ class Tracking:
     ):
         """`seconds` is the time that it took to create the trackers."""
         self.trackers, self.sampler, self.say = trackers, sampler, say
-        self.total_steps, self.every = total_steps, max(1, total_steps // STEP_POINTS)
+        self.set_total(total_steps)
         self._losses: list[float] = []
         self._last_logged: int | None = None  # the step of the last mean loss
         self._seconds = seconds
@@ -213,6 +213,10 @@ class Tracking:
     def reports(self) -> bool:
         """Whether the end of the run writes report.html."""
         return any(isinstance(tracker, Pictures) for tracker in self.trackers)
+
+    def set_total(self, total_steps: int) -> None:
+        """Set the number of steps of the run, which decides how many losses each logged mean has."""
+        self.total_steps, self.every = total_steps, max(1, total_steps // STEP_POINTS)
 
     def _notify(self, event: Callable[[Tracker], None]) -> None:
         began = time.perf_counter()
