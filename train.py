@@ -82,7 +82,7 @@ def main() -> int:
         args.init_weights and args.init_weights.name, args.synthetic, args.deterministic, args.max_minutes,
     )  # fmt: skip
     folder = FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume)
-    logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb, args.report)
+    logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb, args.report, args.profile)
 
     def train() -> bool:
         with ExitStack() as closing:
@@ -98,6 +98,8 @@ def main() -> int:
             )
             if args.skip_bad_steps:
                 engine.skip_bad_steps()
+            if args.log_gradients:
+                engine.log_gradients()
             if args.link_gbps:
                 steps = settings.parallel.local_steps
                 lines = lines_of_cost(engine.num_parameters, steps, args.link_gbps, args.step_seconds)

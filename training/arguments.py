@@ -58,6 +58,8 @@ def _check_time_budget(args: argparse.Namespace) -> None:
     for flag, is_given in (("--epochs", args.epochs), ("--max-steps", args.max_steps)):
         if args.max_minutes and is_given:
             raise SettingsError(f"--max-minutes plans the number of steps itself: leave out {flag}")
+    if args.max_minutes and args.profile:
+        raise SettingsError("--profile slows down the steps that --max-minutes times: leave out one of them")
     if args.max_minutes and (args.host_peers or args.join):
         raise SettingsError("--max-minutes cannot plan for peers, which need the same number of steps: use --max-steps")
 
@@ -176,8 +178,8 @@ def _add_run_options(parser: Parser) -> None:
         "--max-minutes",
         type=above_zero,
         metavar="M",
-        help="train for M minutes (without compilation, evaluation and checkpoints): the number of steps is planned from "
-        "the first ones, and the LR schedule is scaled to it (default: all epochs)",
+        help="train for M minutes, without compilation, evaluation and checkpoints; the number of steps is planned "
+        "from the first ones, and the LR schedule is scaled to it (default: all epochs)",
     )
     run.add_argument(
         "--patience",
@@ -270,6 +272,18 @@ def _add_logging_options(parser: Parser) -> None:
         metavar="PROJECT",
         help="also log to Weights & Biases (needs: pip install wandb; WANDB_MODE=offline keeps the data on this disk; "
         "default: off)",
+    )
+    logging.add_argument(
+        "--profile",
+        type=at_least_one,
+        metavar="N",
+        help="profile N steps after the warm-up: a trace for Perfetto, the most expensive operations and the memory, "
+        "in runs/<name>/profile (default: off)",
+    )
+    logging.add_argument(
+        "--log-gradients",
+        action="store_true",
+        help="log gradient norms and update/weight ratios of about 200 steps, for the whole network and by layer",
     )
     verbosity = logging.add_mutually_exclusive_group()
     verbosity.add_argument(

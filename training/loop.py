@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from common.errors import RunError
@@ -30,6 +31,7 @@ from training.resume import raise_on_all_ranks
 from training.run_start import StartedRun
 from training.time_plan import SECONDS_PER_MINUTE, TimePlan
 from training.time_plan import describe as describe_plan
+from training.trackers import gradient_interval
 
 FLUSH_SECONDS = 0.5  # interval of reading the losses, which stay on the device until then
 
@@ -62,14 +64,16 @@ class Loop:
         self.engine, self.settings = engine, settings
         self.training, self.evaluation = training, evaluation
         self.steps_per_epoch, self.total_steps = steps_per_epoch, engine.schedule.total
-        self.progress, self.writer, self.tracking, self.record = (
+        self.progress, self.writer, self.tracking, self.record, self.profile = (
             started.progress,
             started.writer,
             started.tracking,
             started.record,
+            started.profile,
         )
         self.patience, self.stop, self.console = patience, stop, console
         self.monitor = LossMonitor()
+        self._norms: list[tuple[int, dict[str, Tensor]]] = []  # measured gradients that are still on the device
         self.time_plan = None
         if max_minutes and not engine.schedule.plan:
             self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes)
@@ -100,6 +104,7 @@ class Loop:
         self.console.clock.start(self.engine.step, self.total_steps)
         with self.tracking:
             finished = self._run(stop_at)
+        self.profile.close()
         if finished and self.record and self.record.metrics():
             page = "/report.html" if self.tracking.reports else ""
             self.console.result(self.record.metrics()[-1], self._where() + page)
@@ -141,7 +146,10 @@ class Loop:
             self._first_steps_left = min(self._first_steps_left, last - progress.step_in_epoch - 1)
             while progress.step_in_epoch < last and not pause:
                 before = engine.step
-                loss = engine.train_batch(batches)
+                interval = gradient_interval(self.total_steps)
+                engine.is_measured_step = (before + 1) % interval == 0 or before + 1 == self.total_steps
+                with self.profile.step(before + 1):
+                    loss = engine.train_batch(batches)
                 self._record_step(loss, before + 1)
                 progress.step_in_epoch += 1
                 progress.timed_images += engine.batch_sizes.total
@@ -170,6 +178,8 @@ class Loop:
                     self._plan_steps(progress.training_seconds + time.perf_counter() - began)
                     pause = True
                 pause = pause or stopping or any(others) or engine.step != before + 1  # advanced by other peers
+            self.profile.finish()
+            began += self.profile.take_seconds()
             self._collect_losses()
             if self.time_plan:
                 self.time_plan.stop()
@@ -196,6 +206,8 @@ class Loop:
     def _record_step(self, loss: Tensor, step: int) -> None:
         """Record the step that the engine has just made or skipped."""
         engine, monitor, index = self.engine, self.monitor, self.progress.step_in_epoch
+        if engine.norms and engine.is_main:
+            self._norms.append((step, engine.norms))
         if not engine.skipped:
             monitor.in_a_row = 0
             monitor.add(step, index, loss, engine.grad_norm)
@@ -221,6 +233,9 @@ class Loop:
     def _collect_losses(self) -> None:
         """Wait for the device, and add the recorded losses to the sum of the epoch."""
         losses = self.monitor.collect()
+        for step, norms in self._norms:
+            self.tracking.gradients(step, dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True)))
+        self._norms.clear()
         for _, loss in losses:  # one by one, so that the sum does not depend on how many are read at once
             self.progress.loss_sum += loss
         self.progress.num_losses += len(losses)

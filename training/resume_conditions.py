@@ -22,6 +22,7 @@ MAY_DIFFER = (
     "settings.parallel",
     "settings.engine.zero_optimization",
     "settings.engine.gradient_accumulation_steps",
+    "settings.model.checkpoint_blocks",
 )
 
 

@@ -17,6 +17,7 @@ from training.resume import FolderOptions, raise_on_all_ranks, start_or_resume
 from training.resume_conditions import conditions
 from training.run_facts import RunOptions, facts_of
 from training.run_setup import RunData
+from training.step_profile import StepProfile
 from training.trackers import Tracking, first_images, start_tracking
 
 
@@ -28,6 +29,7 @@ class LoggingOptions:
     tensorboard: bool
     wandb: str | None  # Weights & Biases project, "" for its default; None: no Weights & Biases
     report: bool  # curves.png and report.html
+    profile: int | None = None  # number of steps to profile
 
 
 @dataclass
@@ -38,6 +40,7 @@ class StartedRun:
     writer: CheckpointWriter
     tracking: Tracking
     record: RunFolder | None  # on the main process only
+    profile: StepProfile
 
 
 def start_run(
@@ -77,7 +80,9 @@ def start_run(
         mean, std = data.dataset.mean, data.dataset.std
         tracking.first_batch(lambda: first_images(next(training.epoch(0, 0, 1))[0], mean, std))
     engine.begin(facts)
-    return StartedRun(progress, writer, tracking, record)
+    folder_of_run = record.folder if record else None
+    profile = StepProfile(folder_of_run, logging.profile, engine.first_steps, engine.device, console.say)
+    return StartedRun(progress, writer, tracking, record, profile)
 
 
 def _start_tracking(

@@ -28,11 +28,13 @@ from training.console import QUIET, Console
 from training.utilization import Sampler
 
 STEP_POINTS = 1000  # logged training losses per run: more are not distinguishable in a picture
+GRADIENT_FACTOR = 5  # logged losses per measured gradient
 SHOWN_IMAGES = 64  # of the first batch
 CHARTS = {  # TensorBoard's tab "custom scalars": title -> patterns of names
     "accuracy": [r".*_accuracy$"],
     "loss": [r".*_loss$"],
     "learning rate": ["learning_rate"],
+    "gradients": ["gradient_norm", "update_ratio"],
     "images/s": ["images_per_second"],
     "seconds": [r".*_seconds$"],
 }
@@ -48,6 +50,9 @@ class Tracker:
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         """Log the main process's mean training loss over the last `steps` steps up to `step`."""
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        """Log the gradient norms and update/weight ratios of a step, before the loss of that step."""
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Log the line of metrics.jsonl that was just written."""
@@ -87,6 +92,10 @@ class TensorBoard(Tracker):
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         self.writer.add_scalar("step_loss", mean, step)
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        for name, value in norms.items():
+            self.writer.add_scalar(name, value, step)
 
     def epoch(self, line: dict[str, Any]) -> None:
         for name, value in numbers_of(line).items():
@@ -138,6 +147,9 @@ class WeightsAndBiases(Tracker):
     def loss(self, step: int, mean: float, steps: int) -> None:
         self._log(step, {"step_loss": mean})
 
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        self._log(step, norms)
+
     def epoch(self, line: dict[str, Any]) -> None:
         self._log(line["step"], numbers_of(line))
 
@@ -146,16 +158,25 @@ class WeightsAndBiases(Tracker):
 
 
 class StepLosses(Tracker):
-    """steps.jsonl: {"step": 40, "steps": 12, "step_loss": 4.21}, for a picture of training inside an epoch."""
+    """steps.jsonl: {"step": 40, "steps": 12, "step_loss": 4.21}, for a picture of training inside an epoch.
+
+    With --log-gradients, some lines also have the numbers of parallel/gradient_log.py for their step.
+    """
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "steps.jsonl"
+        self._norms: dict[int, dict[str, float]] = {}
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "steps": steps, "step_loss": mean}) + "\n")
+            line = {"step": step, "steps": steps, "step_loss": mean, **self._norms.get(step, {})}
+            file.write(json.dumps(line) + "\n")
+        self._norms.clear()
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        self._norms[step] = norms
 
 
 class Pictures(Tracker):
@@ -236,6 +257,10 @@ class Tracking:
             shown = pixels()
             self._notify(lambda tracker: tracker.batch(shown))
 
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        """Receive the norms of a step; call it before `losses` has that step."""
+        self._notify(lambda tracker: tracker.gradients(step, norms))
+
     def losses(self, losses: list[tuple[int, float]]) -> None:
         """Receive steps in order with their training losses; log means of them, about STEP_POINTS per run.
 
@@ -306,6 +331,11 @@ def check_trackers(tensorboard: bool, wandb: str | None) -> None:
         raise SettingsError(
             "the package tensorboard is not installed: pip install tensorboard, or add --no-tensorboard"
         )
+
+
+def gradient_interval(total_steps: int) -> int:
+    """Return the number of steps between two measured gradients: about 200 per run, where losses are logged too."""
+    return GRADIENT_FACTOR * max(1, total_steps // STEP_POINTS)
 
 
 def numbers_of(line: dict[str, Any]) -> dict[str, float]:
