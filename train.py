@@ -39,6 +39,7 @@ def main() -> int:
         return run_cli(lambda: list_settings(args.preset, args.set))
     # Imported late, so that --help and mistyped settings answer at once: all of this imports PyTorch.
     from dali_pipeline import make_batches
+    from models.pretrained import recorded_name
     from optim.lr_schedule import Schedule
     from parallel.compile import FIRST_STEPS_SECONDS
     from parallel.engine import Engine
@@ -79,7 +80,7 @@ def main() -> int:
     total_steps = min(settings.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     options = RunOptions(
         preset, args.seed, args.max_steps, args.hold_out, args.patience,
-        args.init_weights and args.init_weights.name, args.synthetic, args.deterministic, args.max_minutes,
+        args.init_weights and recorded_name(args.init_weights), args.synthetic, args.deterministic, args.max_minutes,
     )  # fmt: skip
     folder = FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume)
     logging = LoggingOptions(args.checkpoint_every, args.tensorboard, args.wandb, args.report, args.profile)

@@ -68,11 +68,9 @@ def _contexts(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 @contextmanager
 def _unchanged_buffers(layer: nn.Module) -> Iterator[None]:
     """Undo changes of the layer's buffers, such as BatchNorm's running statistics."""
-    kept = [(buffer, buffer._version, buffer.clone()) for buffer in layer.buffers()]
+    kept = [(buffer, buffer.clone()) for buffer in layer.buffers()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, before in kept:
-                if buffer._version != version:  # a constant table must not count as changed in place
-                    buffer.copy_(before)
+        for buffer, before in kept:
+            buffer.data.copy_(before)  # by `data`: a constant table must not count as changed in place

@@ -116,9 +116,9 @@ def _add_network_options(parser: Parser) -> None:
     )
     network.add_argument(
         "--init-weights",
-        type=Path,
-        metavar="FILE",
-        help="load initial weights from a safetensors file or a plain state_dict (default: random initialization)",
+        metavar="SOURCE",
+        help="load initial weights from a safetensors file or a plain state_dict, or from the Hugging Face Hub: "
+        "timm:NAME or hf:OWNER/NAME (default: random initialization)",
     )
     network.add_argument(
         "--strategy",

@@ -25,7 +25,7 @@ class RunOptions:
     max_steps: int | None
     hold_out: float | None  # fraction of the training split that becomes the validation split
     patience: int | None  # early stopping: epochs without better validation accuracy
-    init_weights: str | None  # file name
+    init_weights: str | None  # file name, or name on the Hugging Face Hub
     synthetic: bool
     deterministic: bool
     max_minutes: float | None = None  # training time that the number of steps is planned for

@@ -92,6 +92,7 @@ class StepProfile:
             self.say("warning: --profile recorded nothing, because the run ended within its first steps; train longer")
 
     def _start(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports an error on a machine without a GPU
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.errors import SettingsError
 from config.settings import ModelSettings
 from model import build_model
-from models.activation_checkpointing import checkpoint_layer
+from models.activation_checkpointing import checkpoint_blocks, checkpoint_layer
 
 
 class WithStatistics(nn.Module):
@@ -80,5 +80,5 @@ def test_published_networks_can_and_a_network_without_blocks_is_refused():
     layers = build_model(ModelSettings(architecture="cct-7-3x1", checkpoint_blocks=True), 5, 32)
     assert type(layers[1]) is not type(build_model(ModelSettings(architecture="cct-7-3x1"), 5, 32)[1])
     assert type(layers[0]).__name__ == "Tokenizer"
-    with pytest.raises(SettingsError, match="model.checkpoint_blocks=true needs .* model.architecture=lenet is not"):
-        build_model(ModelSettings(architecture="lenet", checkpoint_blocks=True), 5, 32)
+    with pytest.raises(SettingsError, match="model.checkpoint_blocks=true needs .* model.architecture=timm:x is not"):
+        checkpoint_blocks([nn.Linear(2, 2)], "timm:x")

@@ -7,29 +7,26 @@ import reference
 import torch
 from reference import batches, make_engine, perform, settings_for
 
-COMMON = ["model.dropout=0.1", "model.drop_path=0.3", "model.depth=3", "gradient_accumulation_steps=2"]
-CASES = {
-    "ddp": [],
-    "ddp autocast": ["bf16.enabled=true"],
+COMMON = ["model.dropout=0.1", "model.drop_path=0.3", "gradient_accumulation_steps=2"]
+CASES = {  # gossip and local have the step of ddp
+    "ddp, autocast": ["bf16.enabled=true"],
     "fsdp": [],
-    "gossip": [],
-    "local": ["parallel.local_steps=2"],
     "pipeline": ["parallel.stages=2"],
-    "zero bf16": ["bf16.enabled=true"],
-    **{f"zero {stage}": [f"zero_optimization.stage={stage}"] for stage in (0, 1, 2, 3)},
+    "zero, stage 2, bf16": ["zero_optimization.stage=2", "bf16.enabled=true"],
+    "zero, stage 3": ["zero_optimization.stage=3"],
 }
 
 
 def both_ways() -> dict[str, dict]:
-    """The weights after three steps, without and with checkpointing."""
+    """The weights after two steps, without and with checkpointing."""
     results = {}
     for name, more in CASES.items():
         weights = []
         for is_on in ("false", "true"):
             settings = settings_for(*COMMON, *more, f"model.checkpoint_blocks={is_on}")
-            engine = make_engine(name.split()[0], settings)
+            engine = make_engine(name.split(",")[0], settings)
             stream = batches(engine)
-            for _ in range(3):
+            for _ in range(2):
                 engine.train_batch(stream)
             weights.append(engine.weights())
         results[name] = {"weights": weights}
