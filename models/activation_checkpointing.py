@@ -41,7 +41,7 @@ def checkpoint_layer(layer: nn.Module) -> None:
     The class of the layer changes, not its modules, so parameters and buffers keep their names. A class also works
     where a strategy copies modules (DataParallel), unlike a replaced `forward` of one object.
     """
-    layer.__class__ = _checkpointed(type(layer))
+    layer.__class__ = _checkpointed(type(layer))  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache

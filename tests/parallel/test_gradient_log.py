@@ -16,11 +16,7 @@ from parallel import pipeline
 from parallel.gradient_log import layer_names
 
 RECIPE = RECIPES["accumulated, clipped"]
-CASES = {
-    "ddp": [],
-    "fsdp": [],
-    **{f"zero {stage}": [f"zero_optimization.stage={stage}"] for stage in (0, 1, 2, 3)},
-}
+CASES = {"ddp": [], "fsdp": [], **{f"zero {stage}": [f"zero_optimization.stage={stage}"] for stage in (0, 1, 2, 3)}}
 
 
 def measured_cases() -> dict[str, dict]:
