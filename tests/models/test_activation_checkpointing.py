@@ -14,13 +14,13 @@ from models.activation_checkpointing import checkpoint_blocks, checkpoint_layer
 
 
 class WithStatistics(nn.Module):
-    """A block with BatchNorm, whose `momentum=None` averages over all forward passes, so that it counts them."""
+    """A block with BatchNorm, which counts its batches, and a table that is not trained."""
 
     table: Tensor
 
     def __init__(self):
         super().__init__()
-        self.convolve, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3, momentum=None)
+        self.convolve, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
         self.register_buffer("table", torch.rand(3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
