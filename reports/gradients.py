@@ -36,6 +36,7 @@ def gradients(run: RunData) -> Figure | None:
     if not any("gradient_norm" in line for line in run.steps):
         return None
     import matplotlib
+    from matplotlib.ticker import LogFormatter
 
     colors = matplotlib.colormaps["viridis"]
     figure, ((left, right),) = make_figure(11, 4.5, 1, 2)
@@ -48,6 +49,9 @@ def gradients(run: RunData) -> Figure | None:
             axes.plot(*series(run, f"{measure}/{layer}"), color=color, lw=1, marker=".", ms=3, label=name)
         axes.plot(*series(run, measure), color=INK, lw=1.6, label="whole network")
         axes.set_yscale("log")
+        # the usual one writes powers as formulas, which all figures turn off (reports/style.py)
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         set_epoch_axis(axes, run.last_epoch)
         finish(axes, ylabel=label)
         if axes.get_legend():

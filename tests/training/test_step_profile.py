@@ -74,6 +74,7 @@ def test_a_run_with_profile_and_gradients(training, runs):
     assert {"gradient_norm/0_Embed", "update_ratio/2_Block", "gradient_norm/3_Head", "update_ratio"} <= keys
     figure = gradients(RunData.read(record.folder))
     assert [len(axes.lines) for axes in figure.axes] == [5, 5]
+    assert not any("$" in label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both"))
     page = (record.folder / "report.html").read_text()
     assert "gradients and updates by layer" in page and "profile of 1 step" in page
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
