@@ -13,6 +13,7 @@ from common.files import read_lines
 from records.run_data import RunData
 from records.run_folder import RunFolder
 from reports.gradients import gradients
+from reports.page import write_page
 from training.step_profile import WARM_UP_STEPS, StepProfile, read_memory
 
 
@@ -75,7 +76,7 @@ def test_a_run_with_profile_and_gradients(training, runs):
     figure = gradients(RunData.read(record.folder))
     assert [len(axes.lines) for axes in figure.axes] == [5, 5]
     assert not any("$" in label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both"))
-    page = (record.folder / "report.html").read_text()
+    page = write_page(RunData.read(record.folder)).read_text()
     assert "gradients and updates by layer" in page and "profile of 1 step" in page
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
