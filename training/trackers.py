@@ -173,7 +173,7 @@ class StepLosses(Tracker):
         with self.path.open("a") as file:
             line = {"step": step, "steps": steps, "step_loss": mean, **self._norms.get(step, {})}
             file.write(json.dumps(line) + "\n")
-        self._norms.clear()
+        self._norms = {later: norms for later, norms in self._norms.items() if later > step}
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         self._norms[step] = norms

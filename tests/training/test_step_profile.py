@@ -15,6 +15,7 @@ from records.run_folder import RunFolder
 from reports.gradients import gradients
 from reports.page import write_page
 from training.step_profile import WARM_UP_STEPS, StepProfile, read_memory
+from training.trackers import StepLosses
 
 
 def train_steps(profile: StepProfile, count: int) -> None:
@@ -84,3 +85,13 @@ def test_a_run_with_profile_and_gradients(training, runs):
     events.Reload()
     shown = {event.step: event.value for event in events.Scalars("update_ratio/1_Block")}
     assert shown == pytest.approx({line["step"]: line["update_ratio/1_Block"] for line in lines if keys <= set(line)})
+
+
+def test_gradients_that_are_read_together_with_several_losses_keep_their_steps(tmp_path):
+    tracker = StepLosses(tmp_path, step=0)
+    for step in (10, 15):
+        tracker.gradients(step, {"gradient_norm": float(step)})
+    for step in (9, 10, 11, 15):
+        tracker.loss(step, 1.0, 1)
+    norms = {line["step"]: line.get("gradient_norm") for line in read_lines(tmp_path / "steps.jsonl")}
+    assert norms == {9: None, 10: 10.0, 11: None, 15: 15.0}
