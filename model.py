@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from common.errors import SettingsError
 from config.own_parts import find_entry, is_own_part
 from config.settings import ModelSettings
+from models.activation_checkpointing import checkpoint_blocks
 from models.attention import ATTENTIONS
 from models.feed_forward import FEED_FORWARDS
 from models.layers import Architecture, DropPath, uses_settings
@@ -263,13 +264,15 @@ def build_layers(settings: ModelSettings, num_classes: int, image_side: int) -> 
     used = getattr(build, "used_settings", None)  # None: all settings
     for field in fields(ModelSettings):
         chosen, default = getattr(settings, field.name), getattr(ModelSettings(), field.name)
-        if used is not None and field.name not in {"architecture", *used} and chosen != default:
+        if used is not None and field.name not in {"architecture", "checkpoint_blocks", *used} and chosen != default:
             raise SettingsError(
                 f"model.architecture={settings.architecture} does not use model.{field.name}={chosen}. "
                 f"It only uses {', '.join(f'model.{name}' for name in sorted(used)) or 'its name'}: "
                 f"remove model.{field.name}"
             )
     layers = build(settings, num_classes, image_side)
+    if settings.checkpoint_blocks:
+        checkpoint_blocks(layers, settings.architecture)
     if len(layers) > 1:  # a network of one layer marks its own modules
         ends: list[Any] = [layers[0], layers[-1]]
         for end in ends:

@@ -20,7 +20,7 @@ from common.errors import EXIT_INTERRUPTED, EXIT_NOTHING_DONE, EXIT_STOPPED, Run
 from common.output_files import disk_problem
 from config.command_line import reports_errors, run_cli
 from config.settings import resolve
-from training.arguments import parse_arguments
+from training.arguments import options_of, parse_arguments
 
 LOST_PEER = (
     "Connection closed by peer",
@@ -49,10 +49,8 @@ def main() -> int:
     from training.loop import Loop
     from training.micro_batch import MicroBatch, OutOfMemory
     from training.own_part_checks import check_before_data, check_own_parts
-    from training.resume import FolderOptions
-    from training.run_facts import RunOptions
     from training.run_setup import check_settings, default_preset, network_builder, open_dataset, start_process
-    from training.run_start import LoggingOptions, start_run
+    from training.run_start import start_run
 
     # 1. This process: signals, its rank, what it prints
     stop, console = start_process(args.verbosity, args.deterministic, args.tensorboard, args.wandb, args.mlflow)
@@ -60,12 +58,10 @@ def main() -> int:
     # 2. The settings, all of them checked before any data is fetched
     preset = default_preset(pick_device(), console) if args.preset is None else args.preset
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
-    if args.evaluate_ema_only and not settings.ema.decay:
-        raise UserError("--evaluate-ema-only needs an EMA: add --set ema.decay=0.999, or leave the flag out")
     peer_wait = settings.parallel.patience_seconds
     meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, peer_wait)
     engine_type = engine_class(settings.strategy, peers=meeting is not None)
-    check_settings(settings, engine_type, preset, args.init_weights, console)
+    check_settings(settings, engine_type, preset, args.init_weights, args.evaluate_ema_only, console)
     check_before_data(settings, args.data_dir, args.dataset)
 
     # 3. The dataset, the network and the batch
@@ -79,13 +75,7 @@ def main() -> int:
         console.say(line)
     steps_per_epoch = data.dataset.steps_per_epoch(settings.engine["train_batch_size"])
     total_steps = min(settings.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
-    options = RunOptions(
-        preset, args.seed, args.max_steps, args.hold_out, args.patience,
-        args.init_weights and args.init_weights.name, args.synthetic, args.deterministic, str(args.evaluate_every),
-    )  # fmt: skip
-    folder = FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume)
-    trackers = (args.tensorboard, args.wandb, args.report, args.mlflow, args.group)
-    logging = LoggingOptions(args.checkpoint_every, *trackers)
+    options, folder, logging = options_of(args, preset)
 
     def train() -> bool:
         with ExitStack() as closing:
@@ -101,6 +91,8 @@ def main() -> int:
             )
             if args.skip_bad_steps:
                 engine.skip_bad_steps()
+            if args.log_gradients:
+                engine.log_gradients()
             if args.link_gbps:
                 steps = settings.parallel.local_steps
                 lines = lines_of_cost(engine.num_parameters, steps, args.link_gbps, args.step_seconds)
@@ -108,11 +100,8 @@ def main() -> int:
             # 5. The run: a new folder or a checkpoint to resume, then steps, epochs, evaluation and checkpoints
             started = start_run(engine, options, folder, logging, data, training, steps_per_epoch, total_steps, console)
             limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
-            sizes = (steps_per_epoch, total_steps)
-            evaluations = (args.evaluate_every, not args.evaluate_ema_only)
-            loop = Loop(
-                engine, settings, training, evaluation, *sizes, started, args.patience, stop, console, *evaluations
-            )
+            budget, when = (args.patience, args.max_minutes), (args.evaluate_every, not args.evaluate_ema_only)
+            loop = Loop(engine, settings, training, evaluation, steps_per_epoch, started, *budget, stop, console, *when)
             return loop.run(stop_at=args.stop_at)
 
     try:

@@ -116,7 +116,7 @@ def _of_preset(experiment: Experiment, runs_dir: Path) -> Spread | None:
             and run[0].get("preset") == experiment.preset
             and run[0].get("hold_out") == (experiment.hold_out or None)
         ):
-            key = [run[0].get(name) for name in ("settings", "max_steps", "init_weights")]
+            key = [run[0].get(name) for name in ("settings", "max_steps", "max_minutes", "init_weights")]
             groups[json.dumps(key, sort_keys=True, default=str)].append(run[1])
     pooled = _pooled(groups.values())
     if not pooled:

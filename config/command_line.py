@@ -40,7 +40,7 @@ ELSEWHERE = {  # options of other projects that neither an option nor a setting 
     "--out": "--runs-dir and --name choose the run folder",
     "--num-workers": "images are read by DALI or from memory, so there are no workers to choose",
     "--workers": "images are read by DALI or from memory, so there are no workers to choose",
-    "--pretrained": "--init-weights FILE loads initial weights",
+    "--pretrained": "--init-weights SOURCE loads initial weights",
     "--checkpoint": "starting the same command again resumes the run; --init-weights FILE loads weights alone",
 }
 

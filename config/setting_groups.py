@@ -51,6 +51,9 @@ class ModelSettings:
         "stochastic depth: probability of skipping the last block's branches, rising linearly over the blocks from 0",
         "[0, 1)",
     )
+    checkpoint_blocks: bool = setting(
+        False, "activation checkpointing: recompute the activations of every block in its backward pass, to save memory"
+    )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Initial weights from a local file: `load_initial_weights(model, path)`, used by `train.py --init-weights FILE`.
+"""Initial weights from a file: `load_initial_weights(model, source)`, used by `train.py --init-weights SOURCE`.
 
 Input: safetensors, or a plain state_dict saved by torch.save (.pt, .pth, .bin), also nested under "state_dict" or
 "model". Tensors have this project's names ("0.patches.project.weight") or those of the wrapped library (timm,
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from models.pretrained import local_file
 
 Weights = dict[str, Tensor]
 
@@ -27,13 +28,16 @@ SAFE_TORCH = (2, 6)  # first PyTorch in which `weights_only` is safe (CVE-2025-3
 SHOWN = 20  # names per line of the report
 
 
-def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
-    """Copy the weights in `path` into `model` and return a report: tensors loaded, resampled, missing and unused.
+def load_initial_weights(model: nn.Sequential, source: str | Path) -> list[str]:
+    """Copy weights into `model` and return a report: tensors loaded, resampled, missing and unused.
+
+    Args:
+        source: a file, or a name of `models/pretrained.py`.
 
     Raises:
         SettingsError: the file cannot be read safely, or it has no tensor of this network besides the head.
     """
-    path = Path(path)
+    path = local_file(str(source))
     stored = read_weights(path)
     weights = to_our_names(model, stored, path)
     ours, theirs, head, tables = model.state_dict(), external_names(model), head_names(model), position_names(model)
@@ -53,12 +57,12 @@ def load_initial_weights(model: nn.Sequential, path: str | Path) -> list[str]:
         if old.shape != new.shape:
             resampled.append(change)
     if not fitting.keys() - head:
-        raise SettingsError(nothing_fits(path, list(stored), list(ours)))
+        raise SettingsError(nothing_fits(source, list(stored), list(ours)))
     for name, tensor in fitting.items():
         ours[name].copy_(tensor)
     share = sum(ours[name].numel() for name in fitting) / sum(tensor.numel() for tensor in ours.values())
     return [
-        f"{path}: {len(fitting)} of {len(ours)} tensors loaded, {100 * share:.1f}% of the values",
+        f"{source}: {len(fitting)} of {len(ours)} tensors loaded, {100 * share:.1f}% of the values",
         *line("head randomly initialized, the number of classes differs", replaced),
         *line("resampled to this image side or patch", resampled),
         *line("randomly initialized, other shape in the file", misfits),
@@ -201,7 +205,7 @@ def line(what: str, names: Any) -> list[str]:
     return [f"  {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
 
 
-def nothing_fits(path: Path, theirs: list[str], ours: list[str]) -> str:
+def nothing_fits(path: str | Path, theirs: list[str], ours: list[str]) -> str:
     return (
         f"--init-weights {path} matches no tensor of this network except perhaps its head: the file has {len(theirs)} "
         f"tensors such as '{theirs[0]}', the network {len(ours)} such as '{ours[0]}'. Set model.architecture and its "

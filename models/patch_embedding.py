@@ -110,14 +110,20 @@ class ResidualStem(nn.Module):
     residual blocks and a stride-2 convolution, until one pixel is one token; the last stage ends with C channels.
     `norm` is "batch", which learns fastest, or "group": a GroupNorm of one group. With "group" an image does not depend
     on the other images of its batch, in training either.
+
+    `space_to_depth` replaces the stage at full resolution: each square of 2x2 pixels becomes one pixel of 12 channels,
+    and the first convolution, which now covers 6x6 pixels, has the channels of the second stage.
     """
 
-    def __init__(self, dims: Dimensions, first: int = 64, blocks: int = 1, norm: str = "batch"):
+    def __init__(
+        self, dims: Dimensions, first: int = 64, blocks: int = 1, norm: str = "batch", space_to_depth: bool = False
+    ):
         super().__init__()
         halvings = count_halvings("residual_stem", dims.patch, first, blocks)
         check_norm("patch_embedding=residual_stem", norm)
-        channels = [*(first << i for i in range(halvings)), dims.width]
-        steps: list[nn.Module] = [nn.Conv2d(3, first, kernel_size=3, padding=1, bias=False)]
+        self.factor = 2 if space_to_depth else 1
+        channels = [*(first << i for i in range(halvings)), dims.width][space_to_depth:]
+        steps: list[nn.Module] = [nn.Conv2d(3 * self.factor**2, channels[0], kernel_size=3, padding=1, bias=False)]
         for before, after in zip(channels, channels[1:], strict=False):
             steps += [Residual(before, norm) for _ in range(blocks)]
             steps += [NORMS[norm](before), nn.GELU(), nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)]
@@ -125,6 +131,8 @@ class ResidualStem(nn.Module):
         mark_inner_steps(self.steps)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.factor > 1:
+            images = F.pixel_unshuffle(images, self.factor)
         return self.steps(images).flatten(2).transpose(1, 2)
 
 

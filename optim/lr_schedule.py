@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from common.errors import SettingsError
 from config.own_parts import find_entry, is_own_part
@@ -26,6 +26,15 @@ class Timeline:
     def progress(self, step: int) -> float:
         """Return 0 at the first step after the warmup, rising linearly to 1 at `last`, and 1 after it."""
         return min(1.0, (step - self.warmup) / max(1, self.last - self.warmup))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The number of steps of a run that was decided after `after_step` of them, until then `estimated_steps`."""
+
+    after_step: int
+    estimated_steps: int
+    total_steps: int
 
 
 def cosine(step: int, course: Timeline, settings: ScheduleSettings) -> float:
@@ -88,18 +97,38 @@ class Schedule:
     The warmup rises linearly over the first `warmup_fraction` of the steps and reaches 1 at its last step. The shape
     then decays from 1 to its final value, which it reaches at the last step, or `hold_fraction` of the run before it.
 
+    A run of `--max-minutes` starts with an estimate of its steps. Its `plan` replaces the estimate after the first
+    steps, which keep their factors, so the factor of a step never depends on when it is asked for.
+
     Raises:
         SettingsError: an unknown shape, a setting that the shape does not use, or shares that exceed the run.
     """
 
-    def __init__(self, settings: ScheduleSettings, total_steps: int):
+    def __init__(self, settings: ScheduleSettings, total_steps: int, plan: dict[str, int] | None = None):
+        """`plan` is that of `plan_facts`, where the run has one."""
         check(settings)
         self.shape, self.settings, self.total = find_shape(settings.shape), settings, total_steps
-        warmup, hold = round(settings.warmup_fraction * total_steps), round(settings.hold_fraction * total_steps)
-        self.course = Timeline(total_steps, warmup, total_steps - 1 - hold)
+        self.course = self._timeline(total_steps)
+        self.plan: Plan | None = None
+        if plan:
+            self.set_plan(Plan(**plan))
+
+    def set_plan(self, plan: Plan) -> None:
+        """Use the estimate of a plan for the steps before it, and its total after it."""
+        self.plan, self.total = plan, plan.total_steps
+        self.course, self._before = self._timeline(plan.total_steps), self._timeline(plan.estimated_steps)
+
+    def plan_facts(self) -> dict[str, int] | None:
+        """Return the plan for a file; None where there is none."""
+        return asdict(self.plan) if self.plan else None
+
+    def _timeline(self, total: int) -> Timeline:
+        warmup, hold = round(self.settings.warmup_fraction * total), round(self.settings.hold_fraction * total)
+        return Timeline(total, warmup, total - 1 - hold)
 
     def __call__(self, step: int) -> float:
-        course, start = self.course, self.settings.warmup_start_factor
+        course = self._before if self.plan and step < self.plan.after_step else self.course
+        start = self.settings.warmup_start_factor
         if step < course.warmup:
             return start + (1 - start) * (step + 1) / course.warmup
         return self.shape(step, course, self.settings)

@@ -22,7 +22,7 @@ from common.errors import SettingsError
 from config.settings import Settings
 from models.classification_metrics import ClassificationCounts
 from models.cost import count_parameters
-from optim.lr_schedule import Schedule
+from optim.lr_schedule import Plan, Schedule
 from optim.muon import Muon
 from optim.optimizers import COUNTS_OWN_STEPS, check_optimizer
 from parallel import precision, process_group
@@ -31,6 +31,7 @@ from parallel.buffers import persistent_buffers
 from parallel.collectives import Collectives
 from parallel.compile import CPU_IMAGES, FIRST_STEPS, Compiled, choose
 from parallel.ema import WeightAveraging
+from parallel.gradient_log import GradientLog
 from parallel.setting_checks import check_network_settings, check_unused_settings, describe_mismatch
 
 
@@ -47,6 +48,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         num_parameters: number of trainable parameters of the whole model.
         shapes: shapes of the whole model's parameters and persistent buffers.
         grad_norm: gradient norm of the last step, before clipping, on the device; None where it is unknown.
+        norms: gradient norms and update ratios of the last step, where `log_gradients` was asked to measure it.
         skipped: whether the update of the last step was skipped (see `skip_bad_steps`).
         used_settings: settings of the group `parallel` that this strategy uses; it rejects the others.
         uses_full_ds_config: whether every key of `ds_config.json` reaches DeepSpeed, or only PLAIN_KEYS are used.
@@ -69,6 +71,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     cuda_graph_refusal: str | None = "this strategy cannot record CUDA graphs; ddp can"
     channels_last_refusal: str | None = None
     ema_refusal: str | None = None  # why this strategy cannot use ema.decay
+    gradient_log_refusal: str | None = None  # why this strategy cannot use --log-gradients
     own_average_refusal: str | None = None  # why this strategy cannot use an optimizer that averages the weights
 
     data_shard: tuple[int, int]
@@ -94,6 +97,9 @@ class Engine(WeightAveraging, Collectives, ABC):
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
         self.grad_norm: Tensor | None = None
+        self.gradient_log: GradientLog | None = None
+        self.is_measured_step = False
+        self.norms: dict[str, Tensor] | None = None
         self.skipped = False
         self.data_seed = seed
         self.stopping: Callable[[], bool] = lambda: False
@@ -130,6 +136,30 @@ class Engine(WeightAveraging, Collectives, ABC):
             f"--skip-bad-steps: strategy {self.name} updates parts of the network before the whole gradient is known; "
             "leave the flag out, or choose --strategy zero, ddp or fsdp"
         )
+
+    def log_gradients(self) -> None:
+        """Prepare to measure gradients and updates in the steps where `is_measured_step` is set.
+
+        Raises:
+            SettingsError: this strategy cannot.
+        """
+        if self.gradient_log_refusal:
+            raise SettingsError(f"--log-gradients: {self.gradient_log_refusal}; choose --strategy zero, ddp or fsdp")
+        self.gradient_log = self.make_gradient_log()
+
+    def make_gradient_log(self) -> GradientLog:
+        return GradientLog(self.network())
+
+    def measure_gradients(self) -> None:
+        """Measure before the update of a step, where the step is to be measured."""
+        self.norms = None
+        if self.gradient_log and self.is_measured_step:
+            self.gradient_log.before_update()
+
+    def measure_update(self) -> None:
+        """Measure after the update of a step, where the step is to be measured."""
+        if self.gradient_log and self.is_measured_step:
+            self.norms = self.gradient_log.after_update()
 
     def refuse_own_count(self) -> None:
         """Raise SettingsError for an optimizer that counts its steps, which a skipped step would falsify."""
@@ -236,7 +266,8 @@ class Engine(WeightAveraging, Collectives, ABC):
 
     def state_facts(self) -> dict[str, Any]:
         """Return the content of `engine.json`, which `load` needs."""
-        return {"step": self.step, "kind": self.checkpoint_kind, "processes": dist.get_world_size()}
+        facts = {"step": self.step, "kind": self.checkpoint_kind, "processes": dist.get_world_size()}
+        return {**facts, "plan": self.schedule.plan_facts()} if self.schedule.plan else facts
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads into an existing folder; runs use `training/checkpoint_writer.py` instead.
@@ -265,6 +296,8 @@ class Engine(WeightAveraging, Collectives, ABC):
         if problem := self.broadcast_object(problem):
             raise SettingsError(problem)
         self.step = facts["step"]
+        if plan := facts.get("plan"):  # before the state, whose counters may follow from the learning rates
+            self.schedule.set_plan(Plan(**plan))
         self.scatter_state(state)
 
     def check_state(self, facts: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from parallel import engine, process_group, tensor_transfer
 from parallel.batch_sizes import Batch, BatchSizes
 from parallel.buffers import BufferSnapshot, persistent_buffers
 from parallel.engine import build_seeded
+from parallel.gradient_log import GradientLog
 
 
 class TorchEngine(engine.Engine):
@@ -98,6 +99,7 @@ class TorchEngine(engine.Engine):
                 (loss / accumulation).backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
+        self.measure_gradients()
         self.grad_norm = self.unshard(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
         # Reading them synchronizes the device: only with --skip-bad-steps.
         self.skipped = self.keeper is not None and self.any(not math.isfinite(loss.item() + self.grad_norm.item()))
@@ -107,6 +109,7 @@ class TorchEngine(engine.Engine):
             self.keeper.restore()
         else:
             self.optimizer.step()
+        self.measure_update()
         self.optimizer.zero_grad()
         self.step += 1
         self.finish_step()
@@ -122,6 +125,9 @@ class TorchEngine(engine.Engine):
         self.model.eval()
         with self._precision():
             return self.model(self.to_model_input(images))
+
+    def make_gradient_log(self) -> GradientLog:
+        return GradientLog(self.model, whole=self.unshard)
 
     def network(self) -> nn.Module:
         return self.model

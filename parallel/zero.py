@@ -23,6 +23,7 @@ from parallel import process_group
 from parallel.batch_sizes import Batch, BatchSizes
 from parallel.buffers import BufferSnapshot, SyncedBuffers, normalize_in_fp32
 from parallel.engine import build_seeded
+from parallel.gradient_log import GradientLog
 from parallel.setting_checks import check_no_scalar_parameters
 from parallel.zero_muon import shardings_of
 from parallel.zero_state import OptimizerParts, Receive, gather, gather_weights, keys_of, scatter
@@ -35,6 +36,7 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad  # noqa: E402
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It knows a few optimizers; ours are tested with it in tests/parallel/test_optimizers_by_strategy.py.
@@ -192,9 +194,12 @@ class Engine(contract.Engine):
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
                 self.grad_norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), math.inf).detach()
+            if i == self.batch_sizes.accumulation - 1:
+                self.measure_gradients()
             with nullcontext() if self.keeper else skip_norm_check():
                 self.engine.step()
             losses.append(loss.detach())
+        self.measure_update()
         self.note_norm()
         if self.skipped:
             assert self.keeper is not None
@@ -225,6 +230,14 @@ class Engine(contract.Engine):
                 "without checking"
             )
         self.keeper = BufferSnapshot(self.engine.module)
+
+    def make_gradient_log(self) -> GradientLog:
+        """DeepSpeed gathers each gradient and each fp32 weight from its shards, in measured steps only."""
+        return GradientLog(self.network(), gradient=safe_get_full_grad, weight=self._full_weight)
+
+    def _full_weight(self, parameter: Tensor) -> Tensor:
+        full = safe_get_full_fp32_param(parameter) if self.stage else parameter
+        return full.detach().float().clone()
 
     def forward(self, images: Tensor) -> Tensor:
         self.engine.eval()

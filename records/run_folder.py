@@ -124,7 +124,9 @@ class RunFolder:
         newest = self.newest_checkpoint()
         if newest is None:
             return False
-        if int(newest.name.removeprefix("step-")) >= self.facts()["total_steps"]:
+        facts = self.facts()
+        is_estimate = facts.get("max_minutes") and "plan" not in facts
+        if not is_estimate and int(newest.name.removeprefix("step-")) >= facts["total_steps"]:
             return True
         try:
             return self.read_progress(newest).finished  # early stopping

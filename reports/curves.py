@@ -96,7 +96,7 @@ def training(run: RunData) -> Figure:
 def learning_rate(run: RunData) -> Line:
     """Return the learning rate at every step so far, from the schedule; metrics.jsonl has only one per epoch."""
     settings, per_epoch = Settings.from_dict(kept_settings(run.folder, run.facts)), run.facts["steps_per_epoch"]
-    schedule = Schedule(settings.schedule, run.facts["total_steps"])
+    schedule = Schedule(settings.schedule, run.facts["total_steps"], run.facts.get("plan"))
     done = round(run.last_epoch * per_epoch)
     steps = sorted({*range(0, done, max(1, done // LEARNING_RATE_POINTS)), *(line["step"] - 1 for line in run.metrics)})
     peak = settings.engine["optimizer"]["params"]["lr"]

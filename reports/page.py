@@ -28,12 +28,13 @@ CSS = PROJECT / "reports" / "page.css"
 FILES = {
     "run.json": "settings, command, commit, versions",
     "metrics.jsonl": "one line per evaluation, by default per epoch",
-    "steps.jsonl": "training loss by step",
+    "steps.jsonl": "training loss by step, with --log-gradients also gradient norms",
     "utilisation.jsonl": "GPU load, CPU load and memory",
     "curves.png": "loss and accuracy",
     "weights.safetensors": "weights after the last epoch, fp32",
     "best.safetensors": "weights of the best validation accuracy",
     "tensorboard": "TensorBoard event files",
+    "profile": "of --profile: trace.json.gz for https://ui.perfetto.dev, operations.txt, memory.png",
     "evaluation_test.json": "result of evaluate.py",
     "pictures": "the pictures of this page, PNG and SVG",
 }
@@ -88,6 +89,8 @@ def page(run: RunData, analysis: SplitAnalysis | None, pictures: list[Picture], 
     sections = {"Pictures": figures, "Metrics by epoch": _epochs(run)}
     if analysis:
         sections["Accuracy by class"] = _classes(run, analysis)
+    if (operations := run.folder / "profile" / "operations.txt").is_file():
+        sections["Profile"] = f"<pre>{_text(operations.read_text())}</pre>"
     sections |= {"Provenance": _provenance(run), "Settings": _settings(run), "Files": _files(run, folder or run.folder)}
     links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in sections)
     body = "".join(
@@ -140,7 +143,8 @@ def _numbers(run: RunData) -> str:
             shown.append((f"{100 * last[f'{split}_top5_accuracy']:.2f}%", f"{split} accuracy, top-5"))
     seconds = sum(line["training_seconds"] for line in run.metrics)
     images_seen = sum(line["images_per_second"] * line["training_seconds"] for line in run.metrics)
-    epochs = run.facts["settings"]["epochs"]
+    planned = -(-run.facts["total_steps"] // run.facts["steps_per_epoch"])
+    epochs = planned if run.facts.get("max_minutes") else run.facts["settings"]["epochs"]
     shown += [
         (f"{last['epoch']} of {epochs}" if last["step"] < run.facts["total_steps"] else str(last["epoch"]), "epochs"),
         (duration(seconds), "training time"),

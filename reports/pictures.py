@@ -10,7 +10,7 @@ import numpy as np
 from common.display import printable
 from models.calibration import Calibration
 from records.run_data import RunData
-from reports import classes, curves, images
+from reports import classes, curves, gradients, images
 from reports.calibration import RELIABILITY, reliability
 from reports.utilization import utilization
 
@@ -67,6 +67,8 @@ def pictures_of(run: RunData, analysis: SplitAnalysis | None) -> list[Picture]:
     if run.metrics:
         found.append(Picture("curves", curves.training(run), training_caption(run)))
         found.append(Picture("speed", curves.speed(run), SPEED))
+    if (figure := gradients.gradients(run)) is not None:
+        found.append(Picture("gradients", figure, gradients.CAPTION))
     if run.samples:
         title = f"{printable(run.name)}: hardware utilization ({run.facts['device']})"
         found.append(Picture("utilisation", utilization(run.samples, title), MACHINE))

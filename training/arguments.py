@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, SettingsError
 from common.paths import RUNS
@@ -13,6 +14,11 @@ from config.command_line import Parser, at_least_one, run_name
 from config.settings import preset_names
 from records.checkpoint_store import Interval
 from training.console import NORMAL, QUIET, VERBOSE
+
+if TYPE_CHECKING:
+    from training.resume import FolderOptions
+    from training.run_facts import RunOptions
+    from training.run_start import LoggingOptions
 
 MLFLOW_EXPERIMENT = "vision-transformers"
 MAX_SEED = 2**63 - 1  # larger ones do not fit the generators of PyTorch and NumPy
@@ -48,9 +54,48 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.patience and not args.hold_out:
         raise SettingsError("--patience needs a validation split: add --hold-out 0.1")
+    _check_time_budget(args)
     if args.step_seconds and not args.link_gbps:
         raise SettingsError("--step-seconds needs the speed of the link: add --link-gbps 0.05")
     return args
+
+
+def options_of(args: argparse.Namespace, preset: str) -> tuple[RunOptions, FolderOptions, LoggingOptions]:
+    """Return what a run records of its arguments, where its folder is, and what it logs."""
+    from models.pretrained import recorded_name
+    from training.resume import FolderOptions
+    from training.run_facts import RunOptions
+    from training.run_start import LoggingOptions
+
+    return (
+        RunOptions(
+            preset,
+            args.seed,
+            args.max_steps,
+            args.hold_out,
+            args.patience,
+            args.init_weights and recorded_name(args.init_weights),
+            args.synthetic,
+            args.deterministic,
+            str(args.evaluate_every),
+            args.max_minutes,
+        ),
+        FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume),
+        LoggingOptions(
+            args.checkpoint_every, args.tensorboard, args.wandb, args.report, args.mlflow, args.group, args.profile
+        ),
+    )
+
+
+def _check_time_budget(args: argparse.Namespace) -> None:
+    """Raise SettingsError for options that do not fit --max-minutes."""
+    for flag, is_given in (("--epochs", args.epochs), ("--max-steps", args.max_steps)):
+        if args.max_minutes and is_given:
+            raise SettingsError(f"--max-minutes plans the number of steps itself: leave out {flag}")
+    if args.max_minutes and args.profile:
+        raise SettingsError("--profile slows down the steps that --max-minutes times: leave out one of them")
+    if args.max_minutes and (args.host_peers or args.join):
+        raise SettingsError("--max-minutes cannot plan for peers, which need the same number of steps: use --max-steps")
 
 
 def _add_data_options(parser: Parser) -> None:
@@ -105,9 +150,9 @@ def _add_network_options(parser: Parser) -> None:
     )
     network.add_argument(
         "--init-weights",
-        type=Path,
-        metavar="FILE",
-        help="load initial weights from a safetensors file or a plain state_dict (default: random initialization)",
+        metavar="SOURCE",
+        help="load initial weights from a safetensors file or a plain state_dict, or from the Hugging Face Hub: "
+        "timm:NAME or hf:OWNER/NAME (default: random initialization)",
     )
     network.add_argument(
         "--strategy",
@@ -175,6 +220,13 @@ def _add_run_options(parser: Parser) -> None:
         "--evaluate-ema-only",
         action="store_true",
         help="with ema.decay: evaluate the EMA weights alone, not the raw weights too, in half the time",
+    )
+    run.add_argument(
+        "--max-minutes",
+        type=above_zero,
+        metavar="M",
+        help="train for M minutes, without compilation, evaluation and checkpoints; the number of steps is planned "
+        "from the first ones, and the LR schedule is scaled to it (default: all epochs)",
     )
     run.add_argument(
         "--patience",
@@ -278,6 +330,18 @@ def _add_logging_options(parser: Parser) -> None:
     )
     logging.add_argument(
         "--group", metavar="NAME", help="group of the run at Weights & Biases and in MLflow (default: none)"
+    )
+    logging.add_argument(
+        "--profile",
+        type=at_least_one,
+        metavar="N",
+        help="profile N steps after the warm-up: a trace for Perfetto, the most expensive operations and the memory, "
+        "in runs/<name>/profile (default: off)",
+    )
+    logging.add_argument(
+        "--log-gradients",
+        action="store_true",
+        help="log gradient norms and update/weight ratios of about 200 steps, for the whole network and by layer",
     )
     verbosity = logging.add_mutually_exclusive_group()
     verbosity.add_argument(

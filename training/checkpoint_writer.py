@@ -65,6 +65,13 @@ class CheckpointWriter:
         self._writing: Future | None = None
         self._last = (engine.step, time.monotonic())
 
+    def update_facts(self, changed: dict[str, Any]) -> None:
+        """Replace entries of run.json, here and in the checkpoints to come."""
+        if self.record:
+            facts = json.loads(self._run_text) | changed
+            self._run_text = json.dumps(facts, indent=2)
+            self.record.create(facts)
+
     def is_due(self) -> bool:
         """Whether the checkpoint interval within an epoch has passed."""
         step, moment = self._last

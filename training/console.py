@@ -74,6 +74,9 @@ class Console:
             else ""
         )
         images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
+        is_planned = not facts.get("max_minutes") or "plan" in facts
+        total, steps = facts["total_steps"], facts["steps_per_epoch"]
+        goal = f"{total:,} in total" if is_planned else f"as many as take {facts['max_minutes']:g} min"
         accumulation = plural(sizes.accumulation, "accumulation step")
         self.print_field("run", folder)
         self.print_field(
@@ -85,14 +88,13 @@ class Console:
         self.print_field(
             "batch",
             f"global batch {sizes.total} = {sizes.micro} per process x {accumulation} x "
-            f"{plural(sizes.shards, 'process')}; {facts['steps_per_epoch']} steps per epoch, "
-            f"{facts['total_steps']:,} in total",
+            f"{plural(sizes.shards, 'process')}; {steps} steps per epoch, {goal}",
         )
         self.print_field("engine", f"{facts['settings']['strategy']} on {facts['device']}, {engine.describe()}")
         for path, value, default in changed_settings(facts["settings"]):
             self.print_field("setting", f"{path} = {value} (default: {default})", VERBOSE)
         if engine.step:
-            self.print_field("resuming", f"after step {engine.step:,} of {facts['total_steps']:,}")
+            self.print_field("resuming", f"after step {engine.step:,}" + f" of {total:,}" * is_planned)
 
     def bar(self, epoch: int, done: int, total: int, batch: int) -> Bar | LogHeartbeat:
         """Return the progress display of an epoch of `total` steps of `batch` images, of which `done` are trained."""

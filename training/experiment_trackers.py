@@ -75,6 +75,9 @@ class WeightsAndBiases(Tracker):
     def loss(self, step: int, mean: float, steps: int) -> None:
         self._log(step, {"step_loss": mean})
 
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        self._log(step, norms)
+
     def epoch(self, line: dict[str, Any]) -> None:
         self._log(line["step"], numbers_of(line))
 
@@ -132,6 +135,9 @@ class MLflow(Tracker):
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         self._log(step, {"step_loss": mean}, "step_loss")
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        self._log(step, norms, "step_loss")
 
     def epoch(self, line: dict[str, Any]) -> None:
         self._log(line["step"], numbers_of(line), "train_loss")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from common.errors import RunError
@@ -19,6 +20,7 @@ from common.stop_signal import StopSignal
 from config.settings import Settings
 from dali_pipeline import Batches, Synthetic
 from inference.model_card import write_card
+from optim.lr_schedule import Plan
 from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 from parallel.process_group import limit_waits
@@ -30,6 +32,9 @@ from training.epoch_metrics import epoch_line
 from training.non_finite import HINT, MAX_CONSECUTIVE_SKIPS, LossMonitor, NonFiniteLoss, check_finite, describe
 from training.resume import raise_on_all_ranks
 from training.run_start import StartedRun
+from training.time_plan import SECONDS_PER_MINUTE, TimePlan
+from training.time_plan import describe as describe_plan
+from training.trackers import gradient_interval
 
 EVERY_EPOCH = Interval()
 FLUSH_SECONDS = 0.5  # interval of reading the losses, which stay on the device until then
@@ -45,9 +50,9 @@ class Loop:
         training: Batches | Synthetic,
         evaluation: dict[str, Batches],
         steps_per_epoch: int,
-        total_steps: int,
         started: StartedRun,
         patience: int | None,
+        max_minutes: float | None,
         stop: StopSignal,
         console: Console,
         evaluate_every: Interval = EVERY_EPOCH,
@@ -56,6 +61,7 @@ class Loop:
         """Prepare the loop.
 
         Args:
+            max_minutes: training time that the number of steps is planned for; None: the schedule has their number.
             patience: early stopping: epochs without better validation accuracy; None: no early stopping.
             evaluate_every: interval of evaluations, in steps or in epochs; the last step is always evaluated.
             evaluate_raw: where there is an EMA, evaluate the trained weights too.
@@ -65,19 +71,24 @@ class Loop:
         """
         self.engine, self.settings = engine, settings
         self.training, self.evaluation = training, evaluation
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
-        self.progress, self.writer, self.tracking, self.record = (
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, engine.schedule.total
+        self.progress, self.writer, self.tracking, self.record, self.profile = (
             started.progress,
             started.writer,
             started.tracking,
             started.record,
+            started.profile,
         )
         self.patience, self.stop, self.console = patience, stop, console
         self.evaluate_every, self.evaluate_raw = evaluate_every, evaluate_raw
         self.monitor = LossMonitor()
+        self._norms: list[tuple[int, dict[str, Tensor]]] = []  # measured gradients that are still on the device
+        self.time_plan = None
+        if max_minutes and not engine.schedule.plan:
+            self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes)
         self._first_steps_left = engine.first_steps
         self._sync_progress_with_engine()
-        if engine.step == total_steps and not self.progress.num_losses:
+        if engine.step == self.total_steps and not self.progress.num_losses:
             raise RunError(
                 "nothing is left to train: the other peers have just made the last step; their runs have the weights"
             )
@@ -103,6 +114,7 @@ class Loop:
         self.console.clock.start(self.engine.step, self.total_steps)
         with self.tracking:
             finished = self._run(stop_at)
+        self.profile.close()
         if finished and self.record and self.record.metrics():
             page = "/report.html" if self.tracking.reports else ""
             self.console.result(self.record.metrics()[-1], self._where() + page)
@@ -162,11 +174,16 @@ class Loop:
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, epoch_end, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
             self.training.wait_seconds = 0.0
+            if self.time_plan:
+                self.time_plan.start()
             # At least one step is timed.
             self._first_steps_left = min(self._first_steps_left, last - progress.step_in_epoch - 1)
             while progress.step_in_epoch < last and not pause:
                 before = engine.step
-                loss = engine.train_batch(batches)
+                interval = gradient_interval(self.total_steps)
+                engine.is_measured_step = (before + 1) % interval == 0 or before + 1 == self.total_steps
+                with self.profile.step(before + 1):
+                    loss = engine.train_batch(batches)
                 self._record_step(loss, before + 1)
                 progress.step_in_epoch += 1
                 progress.timed_images += engine.batch_sizes.total
@@ -178,26 +195,53 @@ class Loop:
                     if not self._first_steps_left:
                         limit_waits()
                     began, self.training.wait_seconds = time.perf_counter(), 0.0
+                    if self.time_plan:
+                        self.time_plan.restart()
+                plan_due = self.time_plan is not None and self.time_plan.is_due(engine.step)
                 if time.perf_counter() - flushed > FLUSH_SECONDS:
                     self._collect_losses()
                     flushed = time.perf_counter()
                     bar.loss(progress.loss_sum / max(1, progress.num_losses))
                 bar.advance()
                 stop_here = self.stop.requested or (stop_at is not None and before < stop_at <= engine.step)
-                stopping, *others = engine.any_flags(
-                    stop_here, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None
+                stopping, plan_due, *others = engine.any_flags(
+                    stop_here, plan_due, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None
                 )
-                pause = stopping or any(others) or engine.step != before + 1  # advanced by other peers
+                if plan_due:
+                    loss.item()  # waits for the device
+                    self._plan_steps(progress.training_seconds + time.perf_counter() - began)
+                    pause = True
+                pause = pause or stopping or any(others) or engine.step != before + 1  # advanced by other peers
+            self.profile.finish()
+            began += self.profile.take_seconds()
             self._collect_losses()
+            if self.time_plan:
+                self.time_plan.stop()
             progress.training_seconds += time.perf_counter() - began
             progress.data_wait_seconds += self.training.wait_seconds
         if engine.any(self.monitor.bad is not None):
             self._stop_on_non_finite()
         return stopping
 
+    def _plan_steps(self, seconds: float) -> None:
+        """Plan the number of steps; `seconds` is the training time of this epoch so far. Collective."""
+        assert self.time_plan is not None
+        spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
+        per_step = self.time_plan.seconds_per_step()
+        plan = Plan(**self.engine.broadcast_object(asdict(self.time_plan.make(self.engine.step, spent, per_step))))
+        text = describe_plan(plan, per_step, self.time_plan.budget, self.steps_per_epoch)
+        self.engine.schedule.set_plan(plan)
+        self.total_steps, self.time_plan = plan.total_steps, None
+        self.writer.update_facts({"total_steps": plan.total_steps, "plan": asdict(plan)})
+        self.tracking.set_total(plan.total_steps)
+        self.console.clock.total = plan.total_steps
+        self.console.print_field("plan", text)
+
     def _record_step(self, loss: Tensor, step: int) -> None:
         """Record the step that the engine has just made or skipped."""
         engine, monitor, index = self.engine, self.monitor, self.progress.step_in_epoch
+        if engine.norms and engine.is_main:
+            self._norms.append((step, engine.norms))
         if not engine.skipped:
             monitor.in_a_row = 0
             monitor.add(step, index, loss, engine.grad_norm)
@@ -223,6 +267,9 @@ class Loop:
     def _collect_losses(self) -> None:
         """Wait for the device, and add the recorded losses to the sum of the epoch."""
         losses = self.monitor.collect()
+        for step, norms in self._norms:
+            self.tracking.gradients(step, dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True)))
+        self._norms.clear()
         for _, loss in losses:  # one by one, so that the sum does not depend on how many are read at once
             self.progress.loss_sum += loss
         self.progress.num_losses += len(losses)

@@ -22,7 +22,7 @@ from records.provenance import changed_between, write_code_diff
 from records.run_folder import Progress, RunFolder
 from training.resume_conditions import MAY_DIFFER, MUST_MATCH, comparable, compare
 
-BUDGET = ("settings.epochs ", "max_steps ")  # differences that only make a run longer or shorter
+BUDGET = ("settings.epochs ", "max_steps ", "max_minutes ")  # differences that only make a run longer or shorter
 
 
 @dataclass

@@ -14,7 +14,7 @@ from config.settings import Settings
 from parallel.engine import Engine
 
 # What must be the same for a run to resume ...
-MUST_MATCH = ("settings", "seed", "max_steps", "hold_out", "patience", "init_weights", "synthetic")
+MUST_MATCH = ("settings", "seed", "max_steps", "max_minutes", "hold_out", "patience", "init_weights", "synthetic")
 
 # ... except how the work is distributed: the state is the same (an engine that cannot load another's state rejects it).
 MAY_DIFFER = (
@@ -22,6 +22,7 @@ MAY_DIFFER = (
     "settings.parallel",
     "settings.engine.zero_optimization",
     "settings.engine.gradient_accumulation_steps",
+    "settings.model.checkpoint_blocks",
 )
 
 

@@ -26,10 +26,11 @@ class RunOptions:
     max_steps: int | None
     hold_out: float | None  # fraction of the training split that becomes the validation split
     patience: int | None  # early stopping: epochs without better validation accuracy
-    init_weights: str | None  # file name
+    init_weights: str | None  # file name, or name on the Hugging Face Hub
     synthetic: bool
     deterministic: bool
     evaluate_every: str = "1epochs"
+    max_minutes: float | None = None  # training time that the number of steps is planned for
 
 
 def facts_of(
@@ -71,5 +72,5 @@ def facts_of(
         "source": source,
         "batch": vars(engine.batch_sizes),
         "steps_per_epoch": steps_per_epoch,
-        "total_steps": total_steps,
+        "total_steps": total_steps,  # an estimate until "plan" is there, where max_minutes is given
     }

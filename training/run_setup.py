@@ -24,6 +24,7 @@ from model import build_model
 from models.cost import count_parameters
 from models.initial_weights import load_initial_weights
 from models.parts import UnusablePart
+from models.pretrained import local_file
 from optim import lr_schedule
 from optim.optimizers import build_optimizer
 from parallel.engine import Engine
@@ -91,7 +92,12 @@ def default_preset(device: torch.device, console: Console) -> str:
 
 
 def check_settings(
-    settings: Settings, engine_type: type[Engine], preset: str, init_weights: Path | None, console: Console
+    settings: Settings,
+    engine_type: type[Engine],
+    preset: str,
+    init_weights: str | None,
+    evaluates_ema_only: bool,
+    console: Console,
 ) -> None:
     """Reject every wrong setting before a dataset is fetched, which takes minutes; print the chosen precision.
 
@@ -103,11 +109,13 @@ def check_settings(
     augmentation.check(settings.augmentation)
     check_unused_settings(engine_type.name, settings, engine_type.used_settings, engine_type.uses_full_ds_config)
     check_parts(settings)
+    if evaluates_ema_only and not settings.ema.decay:
+        raise SettingsError("--evaluate-ema-only needs an EMA: add --set ema.decay=0.999, or leave the flag out")
     device = pick_device()
     if line := choose_precision(settings.engine["bf16"]["enabled"], engine_type.autocast_refusal, device)[1]:
         console.print_field("precision", line)
-    if init_weights is not None and not init_weights.is_file():
-        raise SettingsError(f"--init-weights {init_weights}: there is no such file; check the path")
+    if init_weights is not None:
+        local_file(init_weights)  # downloads named weights
     if Path(preset).stem == "finetune" and init_weights is None:
         console.print_field(
             "warning", "the preset finetune starts from random weights; add --init-weights FILE to fine-tune"
@@ -172,7 +180,7 @@ def open_dataset(
 
 
 def network_builder(
-    settings: ModelSettings, num_classes: int, side: int, init_weights: Path | None, console: Console
+    settings: ModelSettings, num_classes: int, side: int, init_weights: str | None, console: Console
 ) -> Callable[[], nn.Module]:
     """Return the function that builds the network and, where asked, loads its initial weights."""
 

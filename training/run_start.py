@@ -17,6 +17,7 @@ from training.resume import FolderOptions, raise_on_all_ranks, start_or_resume
 from training.resume_conditions import conditions
 from training.run_facts import RunOptions, facts_of
 from training.run_setup import RunData
+from training.step_profile import StepProfile
 from training.trackers import Tracking, first_images, start_tracking
 
 
@@ -30,6 +31,7 @@ class LoggingOptions:
     report: bool  # curves.png and report.html
     mlflow: str | None = None  # MLflow experiment; None: no MLflow
     group: str | None = None  # of the run at Weights & Biases and in MLflow
+    profile: int | None = None  # number of steps to profile
 
 
 @dataclass
@@ -40,6 +42,7 @@ class StartedRun:
     writer: CheckpointWriter
     tracking: Tracking
     record: RunFolder | None  # on the main process only
+    profile: StepProfile
 
 
 def start_run(
@@ -62,6 +65,8 @@ def start_run(
     now = conditions(engine, training.source, facts["commit"])
     point = start_or_resume(engine, folder, facts, now, data.dataset)
     record = point.record if point else None
+    if engine.schedule.plan:  # of the checkpoint
+        facts |= {"total_steps": engine.schedule.total, "plan": engine.schedule.plan_facts()}
     progress = engine.broadcast_object(point and point.progress)
     progress.loss_sum = engine.own_value(progress.loss_sums)
     checkpoints = Checkpoints(record.folder / "state", folder.keep_checkpoints) if record else None
@@ -77,7 +82,9 @@ def start_run(
         mean, std = data.dataset.mean, data.dataset.std
         tracking.first_batch(lambda: first_images(next(training.epoch(0, 0, 1))[0], mean, std))
     engine.begin(facts)
-    return StartedRun(progress, writer, tracking, record)
+    folder_of_run = record.folder if record else None
+    profile = StepProfile(folder_of_run, logging.profile, engine.first_steps, engine.device, console.say)
+    return StartedRun(progress, writer, tracking, record, profile)
 
 
 def _start_tracking(

@@ -24,6 +24,7 @@ GROUPS = {  # group -> pattern of the whole name; the first that fits counts
     "accuracy": r".*_accuracy",
     "loss": r".*_loss",
     "optimizer": r"learning_rate",
+    "gradients": r"(gradient_norm|update_ratio).*",
     "speed": r"images_per_second|.*_seconds",
     "system": r"memory_gib|.*_gib|.*_percent",
 }
@@ -32,6 +33,7 @@ CHARTS = {  # TensorBoard's tab "custom scalars": title -> patterns of tags
     "accuracy": [r"accuracy/.*"],
     "loss": [r"loss/.*"],
     "learning rate": [r"optimizer/learning_rate"],
+    "gradients": [r"gradients/gradient_norm", r"gradients/update_ratio"],
     "images/s": [r"speed/images_per_second"],
     "seconds": [r"speed/.*_seconds"],
 }
@@ -81,6 +83,10 @@ class TensorBoard(Tracker):
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         self.writer.add_scalar(self._tag("step_loss"), mean, step)
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        for name, value in norms.items():
+            self.writer.add_scalar(self._tag(name), value, step)
 
     def epoch(self, line: dict[str, Any]) -> None:
         for name, value in numbers_of(line).items():

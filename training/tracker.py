@@ -16,6 +16,9 @@ class Tracker:
     def loss(self, step: int, mean: float, steps: int) -> None:
         """Log the main process's mean training loss over the last `steps` steps up to `step`."""
 
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        """Log the gradient norms and update/weight ratios of a step, before the loss of that step."""
+
     def epoch(self, line: dict[str, Any]) -> None:
         """Log the line of metrics.jsonl that was just written."""
 

@@ -30,22 +30,32 @@ from training.tracker import Tracker
 from training.utilization import Sampler
 
 STEP_POINTS = 1000  # logged training losses per run: more are not distinguishable in a picture
+GRADIENT_FACTOR = 5  # logged losses per measured gradient
 SHOWN_IMAGES = 64  # of the first batch
 REDRAW_SECONDS = 30.0  # minimum time between redraws of curves.png
 REDRAW_FACTOR = 300  # and at least this multiple of the time of one redraw: at most 1/300 of the run
 
 
 class StepLosses(Tracker):
-    """steps.jsonl: {"step": 40, "steps": 12, "step_loss": 4.21}, for a picture of training inside an epoch."""
+    """steps.jsonl: {"step": 40, "steps": 12, "step_loss": 4.21}, for a picture of training inside an epoch.
+
+    With --log-gradients, some lines also have the numbers of parallel/gradient_log.py for their step.
+    """
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "steps.jsonl"
+        self._norms: dict[int, dict[str, float]] = {}
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def loss(self, step: int, mean: float, steps: int) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "steps": steps, "step_loss": mean}) + "\n")
+            line = {"step": step, "steps": steps, "step_loss": mean, **self._norms.get(step, {})}
+            file.write(json.dumps(line) + "\n")
+        self._norms = {later: norms for later, norms in self._norms.items() if later > step}
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        self._norms[step] = norms
 
 
 class Pictures(Tracker):
@@ -105,7 +115,7 @@ class Tracking:
     ):
         """`seconds` is the time that it took to create the trackers."""
         self.trackers, self.sampler, self.say = trackers, sampler, say
-        self.total_steps, self.every = total_steps, max(1, total_steps // STEP_POINTS)
+        self.set_total(total_steps)
         self._losses: list[float] = []
         self._last_logged: int | None = None  # the step of the last mean loss
         self._seconds = seconds
@@ -115,6 +125,10 @@ class Tracking:
     def reports(self) -> bool:
         """Whether the end of the run writes report.html."""
         return any(isinstance(tracker, Pictures) for tracker in self.trackers)
+
+    def set_total(self, total_steps: int) -> None:
+        """Set the number of steps of the run, which decides how many losses each logged mean has."""
+        self.total_steps, self.every = total_steps, max(1, total_steps // STEP_POINTS)
 
     def _notify(self, event: Callable[[Tracker], None]) -> None:
         began = time.perf_counter()
@@ -133,6 +147,10 @@ class Tracking:
         if any(type(tracker).batch is not Tracker.batch for tracker in self.trackers):
             shown = pixels()
             self._notify(lambda tracker: tracker.batch(shown))
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        """Receive the norms of a step; call it before `losses` has that step."""
+        self._notify(lambda tracker: tracker.gradients(step, norms))
 
     def losses(self, losses: list[tuple[int, float]]) -> None:
         """Receive steps in order with their training losses; log means of them, about STEP_POINTS per run.
@@ -219,6 +237,11 @@ def check_trackers(tensorboard: bool, wandb: str | None, mlflow: str | None = No
         raise SettingsError(
             "the package tensorboard is not installed: pip install tensorboard, or add --no-tensorboard"
         )
+
+
+def gradient_interval(total_steps: int) -> int:
+    """Return the number of steps between two measured gradients: about 200 per run, where losses are logged too."""
+    return GRADIENT_FACTOR * max(1, total_steps // STEP_POINTS)
 
 
 def first_images(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

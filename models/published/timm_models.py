@@ -1,7 +1,7 @@
 """Any model of timm (github.com/huggingface/pytorch-image-models) by its name: `model.architecture=timm:NAME`.
 
-timm is imported only when such a name is used. Nothing is downloaded: weights come from a local file (see
-`models/initial_weights.py`). The model is one layer, so the pipeline strategy cannot split it into stages.
+timm is imported only when such a name is used. Building a model downloads nothing: weights come from `--init-weights`
+(see `models/pretrained.py`). The model is one layer, so the pipeline strategy cannot split it into stages.
 """
 
 from __future__ import annotations
@@ -71,6 +71,29 @@ def timm_architecture(name: str) -> Architecture:
 
     build.__doc__ = f"{name} of timm."
     return build
+
+
+def hub_repository(name: str) -> str:
+    """Return the repository of timm's pretrained weights `name`, such as `vit_tiny_patch16_224[.augreg_in21k]`.
+
+    Raises:
+        SettingsError: timm is missing, or has no weights of that name.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise SettingsError(
+            f"--init-weights timm:{name} needs timm, which cannot be imported ({error}): pip install timm"
+        ) from error
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except (RuntimeError, ValueError):  # a tag that the model does not have
+        config = None
+    if config is None or not config.hf_hub_id:
+        near = difflib.get_close_matches(name, timm.list_pretrained(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise SettingsError(f"--init-weights timm:{name}: timm {timm.__version__} has no such weights{hint}")
+    return config.hf_hub_id
 
 
 def create(name: str, drop_path: float, num_classes: int, image_side: int) -> nn.Module:

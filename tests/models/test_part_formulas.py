@@ -47,13 +47,28 @@ def test_shifted_patches_equal_the_pixels_of_five_shifted_images():
 @pytest.mark.parametrize("name", PATCH_EMBEDDINGS)
 @pytest.mark.parametrize("patch", [2, 4])
 def test_a_patch_embedding_makes_one_token_a_patch_row_by_row(name, patch):
-    for options in ({"layers": 2}, {"layers": 3}) if name == "conv_stem" else ({},):
+    choices = {"conv_stem": ({"layers": 2}, {"layers": 3}), "residual_stem": ({}, {"space_to_depth": True})}
+    for options in choices.get(name, ({},)):
         part = make_part(PATCH_EMBEDDINGS, "patch_embedding", name, dimensions(patch=patch, width=24), options).eval()
         grid = SIDE // patch
         before, x = part(images(1)), images(1)
         assert before.shape == (1, grid**2, 24)
         x[:, :, -1, -1] += 1000  # the last pixel moves the last token most
         assert (part(x) - before).abs().sum(-1).argmax() == grid**2 - 1
+
+
+def test_space_to_depth_and_a_convolution_are_a_strided_convolution_of_the_pixels():
+    """A 3x3 convolution over squares of 2x2 pixels is one of 6x6 pixels with stride 2."""
+    part = make_part(
+        PATCH_EMBEDDINGS, "patch_embedding", "residual_stem", dimensions(patch=4), {"first": 4, "space_to_depth": True}
+    )
+    weight = part.steps[0].weight  # (A, 12, 3, 3); channel 4 c + 2 i + j is color c at row i and column j of the square
+    assert weight.shape == (8, 12, 3, 3) and len(part.steps) == 1 + 1 + 3  # one stage less than without
+    wide = weight.reshape(8, 3, 2, 2, 3, 3).permute(0, 1, 4, 2, 5, 3).reshape(8, 3, 6, 6)
+    x = images(2)
+    squares = torch.nn.functional.pixel_unshuffle(x, 2)
+    expected = torch.nn.functional.conv2d(x, wide, stride=2, padding=2)
+    torch.testing.assert_close(part.steps[0](squares), expected, rtol=1e-4, atol=1e-5)
 
 
 def plain_attention(part: Attention, x: Tensor, temperature: float, diagonal: bool) -> Tensor:

@@ -1,0 +1,106 @@
+"""`--max-minutes`: the number of steps is planned from the first ones, once, and a resumed run keeps the plan."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from programs import run
+from small_runs import STOPPED, copy_of
+
+from benchmarks.lib.forked_programs import start
+from config.settings import ScheduleSettings
+from optim.lr_schedule import Plan, Schedule
+from records.checkpoint_store import read_facts, step_of
+from records.run_folder import RunFolder
+from training import time_plan
+from training.time_plan import TimePlan
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves."""
+    now = [100.0]
+    monkeypatch.setattr(time_plan.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def steps_until_due(plan: TimePlan, clock: list[float], seconds: float, first: float = 0.0) -> int:
+    plan.start()
+    for step in range(1, 10_000):
+        clock[0] += first if step <= time_plan.UNTIMED_STEPS else seconds
+        if plan.is_due(step):
+            return step
+    raise AssertionError("never due")
+
+
+@pytest.mark.parametrize(("seconds", "after"), [(0.5, 2 + 24), (3.0, 2 + 10)])
+def test_the_plan_is_due_after_two_percent_of_the_time_but_at_least_ten_steps(clock, seconds, after):
+    schedule = Schedule(ScheduleSettings(), total_steps=5000)
+    plan = TimePlan(schedule, budget=600.0)
+    assert steps_until_due(plan, clock, seconds, first=30.0) == after  # the slow first steps are not timed
+    assert plan.seconds_per_step() == pytest.approx(seconds)
+    spent = 60.0 + (after - 2) * seconds
+    made = plan.make(after, spent, plan.seconds_per_step())
+    assert made == Plan(after, 5000, after + round((600 - spent) / seconds))
+
+
+def test_a_pause_is_not_timed_and_the_plan_comes_before_the_estimate_ends(clock):
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=6), budget=600.0)
+    plan.start()
+    for step in (1, 2, 3, 4):
+        clock[0] += 1.0
+        assert not plan.is_due(step)
+    plan.stop()
+    clock[0] += 1000.0  # an evaluation
+    plan.start()
+    due = []
+    for step in (5, 6):
+        clock[0] += 1.0
+        due.append(plan.is_due(step))
+    assert due == [False, True] and plan.seconds_per_step() == pytest.approx(1.0)
+
+
+def test_steps_before_the_plan_keep_their_factors(clock):
+    settings = ScheduleSettings(warmup_fraction=0.1)
+    estimate, final, planned = Schedule(settings, 1000), Schedule(settings, 200), Schedule(settings, 1000)
+    planned.set_plan(Plan(30, 1000, 200))
+    assert [planned(step) for step in range(30)] == [estimate(step) for step in range(30)]
+    assert [planned(step) for step in range(30, 200)] == [final(step) for step in range(30, 200)]
+    again = Schedule(settings, planned.total, planned.plan_facts())
+    assert [again(step) for step in range(200)] == [planned(step) for step in range(200)]
+
+
+def test_a_resumed_run_keeps_the_plan_and_equals_an_uninterrupted_one(training, runs):
+    words = ["train.py", *training, "--max-minutes", 0.25]
+    program = start(*words, "--name", "planned")
+    program.wait_for("plan ")
+    program.send(signal.SIGTERM)
+    done = program.end()
+    assert done.code == STOPPED and "4 steps per epoch, as many as take 0.25 min" in done.out
+    planned = RunFolder(runs / "planned")
+    plan, stopped = planned.facts()["plan"], step_of(planned.newest_checkpoint())
+    assert planned.facts()["total_steps"] == plan["total_steps"] > stopped >= plan["after_step"] >= 12
+    again = copy_of(planned, runs / "planned-again")
+    run(*words, "--name", "planned", "--stop-at", stopped + 2, code=STOPPED)
+    for more in (1, 2):
+        said = run(*words, "--name", "planned-again", "--stop-at", stopped + more, code=STOPPED).out
+    assert f"resuming  after step {stopped + 1} of {plan['total_steps']}" in said and "plan " not in said
+    one, two = (record.newest_checkpoint() for record in (planned, again))
+    assert read_facts(two, "engine.json")["plan"] == plan == again.facts()["plan"]
+    assert one.name == two.name and step_of(two) == stopped + 2
+    assert (one / "state.safetensors").read_bytes() == (two / "state.safetensors").read_bytes()
+
+
+def test_a_spent_budget_ends_the_run(training, runs):
+    words = ["train.py", *training, "--max-minutes", 0.0001, "--name", "spent"]
+    run(*words)
+    record = RunFolder(runs / "spent")
+    assert record.metrics()[-1]["step"] == record.facts()["total_steps"] == record.facts()["plan"]["after_step"] == 12
+    assert record.is_finished() and "is finished" in run(*words, code=None).err
+
+
+@pytest.mark.parametrize("flag", [["--epochs", 2], ["--max-steps", 5], ["--host-peers", "127.0.0.1"]])
+def test_what_does_not_fit_a_time_budget_is_refused(training, flag):
+    said = run("train.py", *training, "--max-minutes", 1, *flag, code=1).err
+    assert said.startswith("error: --max-minutes") and said.count("\n") == 1

@@ -1,0 +1,76 @@
+"""The number of steps of a run of a given training time (`train.py --max-minutes`), planned from its first steps.
+
+A schedule of elapsed seconds would make every run unique. Here the first steps are timed, the rest is planned once, and
+the plan is saved with the run. From then on everything depends on the step only, and a resumed run equals an
+uninterrupted one bit by bit.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from optim.lr_schedule import Plan, Schedule
+
+UNTIMED_STEPS = 2  # first steps after a start: they allocate memory and fill the queue of batches
+TIMED_STEPS = 10  # at least
+TIMED_SHARE = 0.02  # of the training time, at least: 12 s of 10 minutes
+SECONDS_PER_MINUTE = 60.0
+
+
+@dataclass
+class TimePlan:
+    """Times steps until they are enough for a plan.
+
+    Attributes:
+        schedule: of the run; its total is an estimate until `make` is called.
+        budget: training time of the whole run, in seconds.
+    """
+
+    schedule: Schedule
+    budget: float
+    steps: int = 0  # since the start of this process
+    seconds: float = 0.0  # of the timed ones among them
+
+    def start(self) -> None:
+        """Start the clock: before the first step after a start, an evaluation or a checkpoint."""
+        self._began = time.perf_counter()
+
+    def restart(self) -> None:
+        """Forget all steps so far, after one that compiled or warmed up."""
+        self.steps, self.seconds = 0, 0.0
+        self.start()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self.seconds += time.perf_counter() - self._began
+
+    def is_due(self, step: int) -> bool:
+        """Count a step, which was the run's `step`, and return whether the steps so far allow a plan."""
+        self.steps += 1
+        if self.steps <= UNTIMED_STEPS and step < self.schedule.total:
+            self.seconds = 0.0
+            self.start()
+            return False
+        enough = self.seconds + time.perf_counter() - self._began >= TIMED_SHARE * self.budget
+        return (enough and self.steps >= UNTIMED_STEPS + TIMED_STEPS) or step == self.schedule.total
+
+    def seconds_per_step(self) -> float:
+        """Return the mean of the timed steps. Stops the clock."""
+        self.stop()
+        self.start()
+        return self.seconds / max(1, self.steps - UNTIMED_STEPS)
+
+    def make(self, step: int, spent: float, seconds_per_step: float) -> Plan:
+        """Return the plan of a run that has made `step` steps in `spent` seconds of training."""
+        further = round((self.budget - spent) / max(seconds_per_step, 1e-9))
+        return Plan(step, self.schedule.total, step + max(0, further))
+
+
+def describe(plan: Plan, seconds_per_step: float, budget: float, steps_per_epoch: int) -> str:
+    """Return the line for the screen."""
+    epochs = plan.total_steps / steps_per_epoch
+    return (
+        f"{plan.total_steps:,} steps ({epochs:.1f} epochs) at {seconds_per_step:.3g} s per step take "
+        f"{budget / SECONDS_PER_MINUTE:g} min of training"
+    )
