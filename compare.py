@@ -108,11 +108,15 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
     budget = RunBudget(experiment, runs, stop, len(slots))
     known: dict[str, PlannedRun] = {}  # of tuning and of the comparison, which have one source for each variant
 
-    def run(tasks: list[PlannedRun]) -> dict[str, str]:
+    def check(tasks: list[PlannedRun]) -> None:
         known.update({task.name: task for task in tasks})
+        if not (args.dry_run or args.report_only):
+            check_existing_runs(list(known.values()), args.redo_changed)
+
+    def run(tasks: list[PlannedRun]) -> dict[str, str]:
+        check(tasks)
         if args.dry_run or args.report_only or not budget.allows(tasks):
             return {}
-        check_existing_runs(list(known.values()), args.redo_changed)
         with budget:
             return run_all(tasks, slots, budget, launch)
 
@@ -122,9 +126,9 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
     if experiment.tuning:
         if experiment.tuning.report_shared:
             known.update({task.name: task for task in plan(experiment, data, runs, steps).values()})
-        tuned = done.tuned = tune(experiment, data, runs, steps, run, stop)
+        tuned = done.tuned = tune(experiment, data, runs, steps, check, run, stop)
         failures |= tuned.failures
-        for line in chosen_lines(tuned):
+        for line in chosen_lines(tuned) if not stop.number else []:
             print(line)
         comparisons = [(tuned.experiment, tuned.steps(steps)), *comparisons * experiment.tuning.report_shared]
         if args.dry_run:

@@ -80,13 +80,20 @@ def check_candidates_fit(experiment: Experiment, num_classes: int, image_side: i
 
 
 def tune(
-    experiment: Experiment, data: Data, runs: Path, steps: Steps, run: RunTasks, stop: StopSignal | None = None
+    experiment: Experiment,
+    data: Data,
+    runs: Path,
+    steps: Steps,
+    check: Callable[[list[PlannedRun]], None],
+    run: RunTasks,
+    stop: StopSignal,
 ) -> Tuned:
     """Make the runs that are missing, rung by rung, and choose a value for each variant.
 
     Args:
         runs: folder of the run folders.
         steps: of the runs of the comparison; variants without an entry are not tuned.
+        check: raises where existing runs cannot be used, or renames them aside, so that they are made again.
         run: makes no runs for a plan or a report: then the result is what the existing runs tell.
     """
     tuning = tuning_of(experiment)
@@ -112,6 +119,11 @@ def tune(
             one.name: search(tuning, lambda rung, candidate, seed, one=one: accuracy(one, rung, candidate, seed))  # type: ignore[misc]
             for one in variants
         }
+        check(list(tasks.values()))
+        if outdated := [task.name for task in tasks.values() if task.name in done and task.state() == "new"]:
+            for name in outdated:
+                del done[name]
+            continue
         waiting = [
             task
             for one in variants
@@ -120,7 +132,7 @@ def tune(
             if (task := task_of(one, len(searches[one.name].accuracies) - 1, candidate, seed)).name not in done
             and task.name not in failures
         ]
-        if not waiting or (stop is not None and stop.number):
+        if not waiting or stop.number:
             break
         random.Random(f"{experiment.name} {len(done)}").shuffle(waiting)
         failed = run(waiting)
