@@ -122,6 +122,8 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
 
     steps, failures = steps_by_variant(experiment, data, runs, run)
     done = Done([], None, failures)
+    if args.dry_run and not steps:
+        print("the speed of each variant is measured first; its number of steps follows from that")
     comparisons = [(experiment, steps)]
     if experiment.tuning:
         if experiment.tuning.report_shared:
