@@ -58,7 +58,9 @@ def write(
     if shared:
         of_shared = {split: _compare(*shared, split, exploring) for split in splits}
         report["shared"] = {"results": _rows(shared[1], of_shared), "arms": _variant_facts(shared[1])}
-        _draw_differences(*shared, splits[-1], of_shared[splits[-1]], folder / "differences-shared.png")
+        _draw_differences(
+            *shared, splits[-1], of_shared[splits[-1]], folder / "differences-shared.png", " (shared value)"
+        )
     write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_atomically(folder / "report.md", markdown(experiment, report, splits))
     _draw(experiment, results, folder, splits[-1], exploring, compared[splits[-1]])
@@ -116,7 +118,12 @@ def _labels(results: list[VariantResult]) -> dict[str, str]:
 
 
 def _draw_differences(
-    experiment: Experiment, results: list[VariantResult], split: str, compared: dict[str, Difference], path: Path
+    experiment: Experiment,
+    results: list[VariantResult],
+    split: str,
+    compared: dict[str, Difference],
+    path: Path,
+    note: str = "",
 ) -> None:
     labels = _labels(results)
     forest = {
@@ -131,7 +138,7 @@ def _draw_differences(
         for name, one in compared.items()
     }
     reference = f"difference to {results[0].name} on the {SPLITS[split]} (points, paired by seed)"
-    save(paired_differences(forest, experiment.question, reference, experiment.margin), path)
+    save(paired_differences(forest, f"{experiment.question}{note}", reference, experiment.margin), path)
 
 
 def _variant_facts(results: list[VariantResult]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def candidate_accuracy(variants: dict[str, dict[str, Any]], candidates: list[str
 
     handles = [Line2D([], [], color=colors[name], marker=".", label=name) for name in names]
     handles.append(Line2D([], [], color=GREEN, marker="D", ls="", label="chosen"))
-    handles.append(Line2D([], [], color=BLACK, ls=":", lw=0.8, label="shared value"))
+    if any(one["shared"] is not None for one in variants.values()):
+        handles.append(Line2D([], [], color=BLACK, ls=":", lw=0.8, label="shared value"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.supylabel(label, fontsize=10)
     set_title(figure, title)
