@@ -40,9 +40,8 @@ class Preset(dict):
 
 @pytest.fixture
 def trained(invented, monkeypatch, tmp_path):
-    """Runs with these accuracies, and reports without pictures."""
+    """Runs with these accuracies."""
     invented.accuracy, invented.facts = Accuracies(), Preset(preset=str(tmp_path / "tiny.toml"))
-    monkeypatch.setattr("comparison.report.save", lambda figure, path: path.write_bytes(b""))
     monkeypatch.setattr("comparison.run_queue.POLL_SECONDS", 0.0)
     return invented
 
