@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,8 @@ from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, read
 from comparison.parallel_trial import fastest_count
 from comparison.planned_run import PlannedRun
-from comparison.planning import data_of_runs, dataset_facts, plan, run_until_decided, share
-from comparison.run_queue import check_existing_runs, device_slots, mixed_sources, run_all
+from comparison.planning import Data, data_of_runs, dataset_facts, plan, run_until_decided, share, steps_by_variant
+from comparison.run_queue import check_existing_runs, device_slots, run_all
 from comparison.run_queue import launch as launch_cold
 from comparison.search import is_search
 from comparison.tracker_options import add_tracker_options, tracker_words, with_trackers
@@ -39,7 +40,10 @@ from config.command_line import Parser, at_least_one, run_cli
 from config.own_parts import own_parts_of
 
 if TYPE_CHECKING:
+    from comparison.tuning_runs import Tuned
     from comparison.variant_costs import VariantCost
+
+Tasks = dict[tuple[str, int], PlannedRun]  # by variant and seed
 
 
 def main() -> int:
@@ -50,13 +54,7 @@ def main() -> int:
         start, trackers = launch_cold if args.cold else launch, tracker_words(args, f"{args.experiment.stem}/search")
         return run_search(args, start, command(args), trackers)
     experiment = read(args.experiment, args.size, args.seeds, args.set, args.final)
-    if args.shard and experiment.budget == "seconds":
-        raise SettingsError(
-            "a budget in seconds cannot be split into shards, since one machine must measure the speeds of all "
-            "variants; leave out --shard"
-        )
-    if args.shard and experiment.max_seeds:
-        raise SettingsError('until = "decided" needs the results of all runs after each round; leave out --shard')
+    check_shard(experiment, args.shard)
     if not args.dry_run:
         check_new_folder(args.results_dir, "--results-dir")
         if not args.report_only:
@@ -72,83 +70,163 @@ def main() -> int:
         else dataset_facts(experiment, args.data_dir, args.dry_run)
     )
     # after the arguments, since these import PyTorch and SciPy
-    from comparison.console import print_plan, print_runs
+    from comparison.console import print_plan
     from comparison.matching import match_sizes
+    from comparison.tuning_runs import check_candidates_fit
     from comparison.variant_costs import costs
 
     experiment = match_sizes(experiment, data.num_classes, data.image_side)
+    check_candidates_fit(experiment, data.num_classes, data.image_side)
     counted = costs(experiment, data.num_classes, data.image_side)
-    print_plan(experiment, counted, args.runs_dir.resolve(), args.results_dir)
+    print_plan(experiment, counted, data, args.runs_dir.resolve(), args.results_dir)
     stop = StopSignal()
-
-    def run(tasks: list[PlannedRun]) -> dict[str, str]:
-        if args.dry_run or args.report_only:
-            return {}
-        check_existing_runs(tasks, args.redo_changed)
-        start = launch_cold if args.cold else launch
-        count = fastest_count(tasks, stop, start) if args.parallel == "auto" else args.parallel
-        return run_all(with_trackers(tasks, args, experiment.name), device_slots(count), stop, start)
-
-    if experiment.max_seeds and not args.dry_run:
-        experiment, tasks, failures = run_until_decided(experiment, data, runs, run, stop)
-        mine = tasks
-    else:
-        tasks, failures = plan(experiment, data, runs, run)
-        mine = share(experiment, tasks, args.shard)
-        if args.dry_run:
-            print_runs(mine)
-            return 0
-        failures |= run(list(mine.values()))
+    done = make_runs(experiment, data, runs, stop, args)
+    if args.dry_run:
+        return 0
     if stop.number:
         print("stopped; start the same command again to resume")
         return EXIT_STOPPED
-    if left := [task for key, task in tasks.items() if key not in mine and task.state() != "finished"]:
-        for name, reason in failures.items():
+    if done.left:
+        for name, reason in done.failures.items():
             print(f"missing: {name}: {reason}", file=sys.stderr)
         print(
-            f"this shard is done; {len(left)} run(s) of other shards are not. The last shard writes the report, "
+            f"this shard is done; {done.left} run(s) of other shards are not. The last shard writes the report, "
             "or --report-only does"
         )
-        return 1 if failures else 0
-    return report(experiment, counted, tasks, failures, args)
+        return 1 if done.failures else 0
+    return report(done, counted, data, args)
 
 
-def report(
-    experiment: Experiment,
-    costs: list[VariantCost],
-    tasks: dict[tuple[str, int], PlannedRun],
-    failures: dict[str, str],
-    args: argparse.Namespace,
-) -> int:
+@dataclass
+class Done:
+    """The runs of a comparison: with tuned values first, if the file asks for them, then with its own values."""
+
+    comparisons: list[tuple[Experiment, Tasks]]
+    tuned: Tuned | None
+    failures: dict[str, str]  # run -> why
+    left: int = 0  # runs of other shards
+
+
+def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, args: argparse.Namespace) -> Done:
+    """Make the runs that are missing; a dry run prints them instead, and a report alone makes none."""
+    from comparison.console import print_runs
+    from comparison.run_budget import RunBudget
+    from comparison.tuning_report import chosen_lines
+    from comparison.tuning_runs import tune
+
+    slots = device_slots(None if args.parallel == "auto" else args.parallel)
+    budget = RunBudget(experiment, runs, stop, len(slots))
+    start = launch_cold if args.cold else launch
+    known: dict[str, PlannedRun] = {}  # of tuning and of the comparison, which have one source for each variant
+
+    def check(tasks: list[PlannedRun]) -> None:
+        known.update({task.name: task for task in tasks})
+        if not (args.dry_run or args.report_only):
+            check_existing_runs(list(known.values()), args.redo_changed)
+
+    def run(tasks: list[PlannedRun]) -> dict[str, str]:
+        check(tasks)
+        if args.dry_run or args.report_only or not budget.allows(tasks):
+            return {}
+        at_once = slots
+        if args.parallel == "auto":
+            at_once = device_slots(fastest_count(tasks, budget, start))
+            budget.at_once = len(at_once)
+        with budget:
+            return run_all(with_trackers(tasks, args, experiment.name), at_once, budget, start)
+
+    steps, failures = steps_by_variant(experiment, data, runs, run)
+    done = Done([], None, failures)
+    if args.dry_run and not steps:
+        print("the speed of each variant is measured first; its number of steps follows from that")
+    comparisons = [(experiment, steps)]
+    if experiment.tuning:
+        if experiment.tuning.report_shared:
+            known.update({task.name: task for task in plan(experiment, data, runs, steps).values()})
+        tuned = done.tuned = tune(experiment, data, runs, steps, check, run, stop)
+        failures |= tuned.failures
+        for line in chosen_lines(tuned) if not stop.number else []:
+            print(line)
+        comparisons = [(tuned.experiment, tuned.steps(steps)), *comparisons * experiment.tuning.report_shared]
+        if args.dry_run:
+            print_runs(tuned.tasks)
+    for one, own_steps in comparisons:
+        if stop.number:
+            break
+        if one.max_seeds and not args.dry_run:
+            one, tasks, failed = run_until_decided(one, data, runs, own_steps, run, stop)
+        else:
+            tasks = plan(one, data, runs, own_steps)
+            mine = share(one, tasks, args.shard)
+            failed = run(list(mine.values()))
+            done.left = sum(key not in mine and task.state() != "finished" for key, task in tasks.items())
+            if args.dry_run:
+                print_runs(list(mine.values()))
+        failures |= failed
+        done.comparisons.append((one, tasks))
+    if budget.problem and not stop.number:
+        print(f"{budget.problem}: no more runs are started, and the report has those that are finished")
+    return done
+
+
+def check_shard(experiment: Experiment, shard: tuple[int, int] | None) -> None:
+    """Raise SettingsError for an experiment that one machine must run alone."""
+    if shard and experiment.budget == "seconds":
+        raise SettingsError(
+            "a budget in seconds cannot be split into shards, since one machine must measure the speeds of all "
+            "variants; leave out --shard"
+        )
+    if shard and experiment.max_seeds:
+        raise SettingsError('until = "decided" needs the results of all runs after each round; leave out --shard')
+    if shard and experiment.tuning:
+        raise SettingsError("tune needs the results of all runs after each rung; leave out --shard")
+
+
+def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Namespace) -> int:
     """Write the report and print its answers. Returns the exit code: 1 if runs are missing from it.
+
+    Args:
+        counted: cost of every variant with the file's own values.
 
     Raises:
         RunError: no run is finished, or the runs of one variant were trained by different source code.
     """
-    from comparison.report import variant_results, write
+    from comparison.report import write
+    from comparison.results import check_one_source, variant_results
+    from comparison.tuning_report import tuning_facts
+    from comparison.variant_costs import costs
 
-    results = variant_results(experiment, costs, tasks, args.final)
-    for variant in results:
-        codes = {f"{variant.name}-seed{run.seed}": run.facts.get("code") for run in variant.runs}
-        if problem := mixed_sources(codes):
-            raise RunError(
-                f"variant '{variant.name}' mixes two versions of the source code: {problem}. Run compare.py with "
-                "--redo-changed to run the outdated ones again"
-            )
-    finished = {(variant.name, run.seed) for variant in results for run in variant.runs}
-    missing = dict(failures)
-    for one, seed in experiment.tasks():
-        is_planned = not experiment.max_seeds or (one.name, seed) in tasks
-        if is_planned and (one.name, seed) not in finished:
-            missing.setdefault(f"{one.name}-seed{seed}", "is not finished")
+    tuned, missing, results = done.tuned, dict(done.failures), []
+    for experiment, tasks in done.comparisons:
+        is_resized = tuned and tuned.changes_network and experiment.variants == tuned.experiment.variants
+        own = costs(experiment, data.num_classes, data.image_side) if is_resized else counted
+        results.append(variant_results(experiment, own, tasks, args.final))
+        finished = {(variant.name, run.seed) for variant in results[-1] for run in variant.runs}
+        for one, seed in experiment.tasks():
+            is_planned = (one.name, seed) in tasks or not (experiment.max_seeds or experiment.tuning)
+            if is_planned and (one.name, seed) not in finished:
+                missing.setdefault(one.run_name(seed), "is not finished")
+    missing |= tuned.undecided if tuned else {}
+    check_one_source(results, tuned.tasks if tuned else [])
     for name, reason in missing.items():
         print(f"missing: {name}: {reason}", file=sys.stderr)
-    if not finished:
+    if not any(variant.runs for variants in results for variant in variants):
         raise RunError("no run is finished, so there is nothing to report; each run's .log file says why")
-    path = write(experiment, results, missing, args.results_dir / experiment.name, args.final, command(args))
-    text = path.read_text(encoding="utf-8")
-    answers = text[text.index("## Result") : text.index("\n|")].replace("**", "").replace("\\*", "*")
-    print(f"\n{answers}\nreport    {os.path.relpath(path)}")
+    (experiment, _), *shared = done.comparisons
+    path = write(
+        experiment,
+        results[0],
+        missing,
+        args.results_dir / experiment.name,
+        args.final,
+        command(args),
+        tuning_facts(tuned) if tuned else None,
+        (shared[0][0], results[1]) if shared else None,
+    )
+    text = path.read_text(encoding="utf-8").replace("**", "").replace("\\*", "*")
+    for section in text.split("## Result")[1 : 1 + len(results)]:
+        print(f"\n## Result{section[: section.index('|')].rstrip()}")
+    print(f"\nreport    {os.path.relpath(path)}")
     update_index(args)
     return 1 if missing else 0
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import Any, Protocol
+
+
+class StopRequest(Protocol):
+    """Something that can ask work to save and end: a signal, or a limit that was reached."""
+
+    @property
+    def number(self) -> int:
+        """Not 0 once it asks."""
 
 
 class StopSignal:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from comparison.experiment import Experiment
 from comparison.planned_run import PlannedRun
+from comparison.planning import Data, Steps
 from comparison.power import spread_of, statement
+from comparison.run_budget import check_max_runs
+from comparison.run_costs import Speeds
+from comparison.tuning_report import plan_lines
+from comparison.tuning_runs import planned_comparison, planned_tuning
 from comparison.variant_costs import VariantCost, unequal_costs
 from records.provenance import commit_of_project
 
 
-def print_plan(experiment: Experiment, costs: list[VariantCost], runs_dir: Path, results_dir: Path) -> None:
-    """Print variants, sizes, what is unequal, and the power of the planned seeds."""
+def print_plan(experiment: Experiment, costs: list[VariantCost], data: Data, runs_dir: Path, results_dir: Path) -> None:
+    """Print variants, sizes, what is unequal, tuning and its cost, and the power of the planned seeds.
+
+    Raises:
+        SettingsError: `max_runs` does not allow the plan.
+    """
     first = experiment.variants[0].settings
     split = f"validation split ({100 * experiment.hold_out:g} % of train)" if experiment.hold_out else "test split"
     print(f"question  {experiment.question}")
@@ -37,6 +47,7 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], runs_dir: Path,
             print(f"warning: {name} is not equal to {experiment.variants[0].name}: {text}")
     if experiment.match == "none" and any("parameters:" in text for texts in unequal.values() for text in texts):
         print('note: match = "parameters" in the experiment file resizes the option hidden of unequal variants')
+    _print_costs(experiment, data, runs_dir)
     spread = spread_of(experiment, runs_dir, results_dir)
     print(f"power     {statement(replace(experiment, seeds=experiment.max_seeds or experiment.seeds), spread)}")
     if spread is None:
@@ -48,12 +59,26 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], runs_dir: Path,
         print(f"note: the commit of this project is unknown: {problem}")
 
 
-def print_runs(tasks: dict[tuple[str, int], PlannedRun]) -> None:
+def _print_costs(experiment: Experiment, data: Data, runs_dir: Path) -> None:
+    count = int(experiment.budget_amount) if experiment.budget == "steps" else None
+    steps: Steps = {} if experiment.budget == "seconds" else dict.fromkeys([v.name for v in experiment.variants], count)
+    tuning_runs = 0
+    if experiment.tuning:
+        speeds = Speeds(experiment, runs_dir)
+        tuning = planned_tuning(experiment, data, steps, speeds)
+        tuning_runs = tuning.runs
+        print("\n".join(plan_lines(experiment, tuning, planned_comparison(experiment, data, steps, speeds))))
+    check_max_runs(experiment, tuning_runs)
+    limits = [f"{experiment.max_runs} runs"] if experiment.max_runs else []
+    limits += [f"{experiment.max_hours:g} hours of runs"] if experiment.max_hours else []
+    if limits:
+        print(f"limit     {' and '.join(limits)}, tuning included")
+
+
+def print_runs(tasks: Sequence[PlannedRun]) -> None:
     """Print the runs of a dry run in their order, with their states, and the first one as a command."""
-    for i, task in enumerate(tasks.values(), 1):
+    for i, task in enumerate(tasks, 1):
         print(f"{i:4} {task.name}: {task.state()}")
     if tasks:
-        words = shlex.join(next(iter(tasks.values())).arguments)
+        words = shlex.join(tasks[0].arguments)
         print(f"the first run as a command: NUM_PROCS=1 ./launch_local_train.sh {words}")
-    else:
-        print("the speed of each variant is measured first; its number of steps follows from that")

@@ -11,6 +11,11 @@
     until = "decided"               # add seeds in rounds of `seeds` until all variants are decided ...
     max_seeds = 30                  # ... or have this many
     evaluate_every = "100steps"     # points of the learning curves, as train.py --evaluate-every (default: every epoch)
+    max_runs = 100                  # tuning included; no round of runs is started that would exceed it
+    max_hours = 8                   # summed over the runs, tuning included; then running runs save, and no other starts
+
+    [tune]                          # each variant gets its own value, chosen first; comparison/tuning.py has all keys
+    "optimizer.params.lr" = [1.5e-3, 5e-3, 1.5e-2]
 
     [[variants]]                    # the first variant is the one that all others are compared with
     name = "mlp"
@@ -38,36 +43,22 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError, unknown
+from comparison.experiment_keys import DEFAULTS, OWN, check_facts, read_budget
+from comparison.tuning import Tuning, read_tuning
 from config.command_line import run_name
 from config.own_parts import is_own_part, with_absolute_paths
 from config.settings import Settings, resolve
-from records.checkpoint_store import Interval
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-BUDGETS = ("epochs", "steps", "seconds")
-DEFAULTS: dict[str, Any] = {
-    "preset": "cpu",
-    "dataset": "cifar100",
-    "seeds": 3,
-    "hold_out": 0.1,
-    "match": "none",
-    "margin": None,
-    "until": "seeds",
-    "max_seeds": None,
-    "evaluate_every": None,
-}
-OWN = ("question", "sizes", "variants", *DEFAULTS, *BUDGETS)  # every other key is a setting
-MATCHES = ("none", "parameters", "flops")
-MOST_SEEDS = 1000  # against a typing mistake; the statistics have no limit
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -80,6 +71,11 @@ class Variant:
     overrides: list[str]
     settings: Settings
     is_matched: bool = True  # False where the variant says match = "none"
+    run_prefix: str = ""  # of the names of its run folders; empty: its name
+
+    def run_name(self, seed: int) -> str:
+        """Return the name of its run folder with a seed."""
+        return f"{self.run_prefix or self.name}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,9 @@ class Experiment:
     margin: float | None = None  # points within which a difference does not matter
     max_seeds: int | None = None  # with until = "decided": seeds are added in rounds up to this many
     round_seeds: int | None = None  # seeds per round; `seeds` is then the number that was reached
+    tuning: Tuning | None = None  # settings that are chosen for each variant before the comparison
+    max_runs: int | None = None  # of tuning and comparison together
+    max_hours: float | None = None  # summed over these runs
     evaluate_every: str | None = None  # interval of evaluations; None: every epoch
 
     def tasks(self) -> list[tuple[Variant, int]]:
@@ -144,16 +143,21 @@ def read(
     for key in ("question", "sizes"):
         if key in at_size:
             raise SettingsError(f"{path.name}: [sizes.{size}] cannot have its own {key}; set {key} for the whole file")
-    budget, amount = _budget(path, tree, at_size)
+    budget, amount = read_budget(path, tree, at_size)
     facts = DEFAULTS | _own(tree) | _own(at_size)
     if seeds is not None:
         facts["seeds"] = seeds
-    _check_facts(path, facts, final)
+    check_facts(path, facts, final)
     common = _flatten(_settings(tree)) + _flatten(_settings(at_size)) + overrides
     preset = facts["preset"]
     if preset.endswith(".toml"):  # a file next to this one, or an absolute path
         preset = str((path.parent / preset).resolve())
     variants = _read_variants(path, tree.get("variants", []), at_size.get("variants", {}), preset, common)
+    tuning = None if facts["tune"] is None else read_tuning(path.name, facts["tune"])
+    if tuning:
+        _check_tuning(path, tuning, facts["hold_out"], _paths_by_variant(tree, at_size))
+        for variant in variants:
+            check_candidates(path.name, variant, preset, tuning)
     return Experiment(
         name,
         " ".join(facts["question"].split()),
@@ -168,8 +172,41 @@ def read(
         facts["margin"] and float(facts["margin"]),
         facts["max_seeds"],
         facts["seeds"] if facts["max_seeds"] else None,
+        tuning,
+        facts["max_runs"],
+        facts["max_hours"],
         facts["evaluate_every"],
     )
+
+
+def with_candidate(variant: Variant, preset: str, tuning: Tuning, candidate: int) -> Variant:
+    """Return a variant with a candidate's values, and run folders of their own unless these are its values already."""
+    overrides = [*variant.overrides, *tuning.overrides(candidate)]
+    settings = resolve(preset, overrides)
+    if settings == variant.settings:
+        return variant
+    prefix = f"{variant.name}-{tuning.name_of(candidate)}"
+    return replace(variant, overrides=overrides, settings=settings, run_prefix=prefix)
+
+
+def check_candidates(where: str, variant: Variant, preset: str, tuning: Tuning) -> None:
+    """Raise SettingsError where a candidate does not fit a variant, or two of them are the same for it."""
+    seen: dict[int, Settings] = {}
+    for i in range(len(tuning.candidates)):
+        try:
+            settings = with_candidate(variant, preset, tuning, i).settings
+        except SettingsError as error:
+            message = str(error)
+            for text in tuning.overrides(i):
+                message = message.replace(f"--set {text}: ", "")
+            raise SettingsError(f"{where}: tune: variant '{variant.name}': {message}") from None
+        for other, of_other in seen.items():
+            if settings == of_other:
+                raise SettingsError(
+                    f"{where}: tune: {tuning.describe(other)} and {tuning.describe(i)} are the same for variant "
+                    f"'{variant.name}'; remove one"
+                )
+        seen[i] = settings
 
 
 def check_distinct(path_name: str, variants: list[Variant], advice: str = "") -> None:
@@ -247,75 +284,32 @@ def _check_overrides(overrides: list[str]) -> None:
             raise SettingsError(f"--set {text} has no effect on a comparison; {instead}")
 
 
-def _budget(path: Path, tree: dict[str, Any], at_size: dict[str, Any]) -> tuple[str, float]:
-    """Kind and amount of the budget; the budget of a size replaces that of the file."""
-    for table in (at_size, tree):
-        named = [key for key in BUDGETS if key in table]
-        if named:
-            break
-    if len(named) != 1:
-        raise SettingsError(
-            f"{path.name}: give exactly one budget ({', '.join(BUDGETS)}), not {' and '.join(named) or 'none'}"
-        )
-    kind, amount = named[0], table[named[0]]
-    number = (int, float) if kind == "seconds" else int
-    if isinstance(amount, bool) or not isinstance(amount, number) or not 0 < amount < 1e12:
-        expected = "number" if kind == "seconds" else "whole number"
-        raise SettingsError(f"{path.name}: {kind} must be a {expected} above 0, not {amount!r}")
-    return kind, amount
+def _check_tuning(path: Path, tuning: Tuning, hold_out: float, own: dict[str, set[str]]) -> None:
+    """Check the names of the tuned settings.
+
+    Args:
+        own: variant -> paths of the settings that it has of its own.
+    """
+    if not hold_out:
+        raise SettingsError(f"{path.name}: tune chooses by the validation split, and hold_out = 0 leaves none")
+    for key in tuning.keys:
+        if key.split(".")[0] in OWN:
+            raise SettingsError(f"{path.name}: tune cannot choose {key}, which is the same for all variants")
+        for name, paths in own.items():
+            if key in paths:
+                raise SettingsError(
+                    f"{path.name}: variant '{name}' sets {key} itself, and tune would replace it; remove one of the two"
+                )
 
 
-def _check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
-    for key, kinds in (
-        ("question", str),
-        ("preset", str),
-        ("dataset", str),
-        ("seeds", int),
-        ("hold_out", (int, float)),
-        ("match", str),
-        ("margin", (int, float, type(None))),
-        ("until", str),
-        ("max_seeds", (int, type(None))),
-        ("evaluate_every", (str, type(None))),
-    ):
-        if not isinstance(facts.get(key), kinds) or isinstance(facts[key], bool):
-            problem = f"{key} cannot be {facts[key]!r}" if key in facts else f'{key} is missing; add {key} = "..."'
-            raise SettingsError(f"{path.name}: {problem}")
-    if not 1 <= facts["seeds"] <= MOST_SEEDS:
-        raise SettingsError(f"{path.name}: seeds must lie between 1 and {MOST_SEEDS}, not {facts['seeds']}")
-    if not 0 <= facts["hold_out"] < 1 or (facts["hold_out"] == 0 and not final):
-        raise SettingsError(
-            f"{path.name}: hold_out={facts['hold_out']:g} leaves no validation split to compare variants on; "
-            "it must lie between 0 and 1 (0 only with --final, which reports the test split)"
-        )
-    _check_match(path.name, facts["match"])
-    _check_rounds(path.name, facts["until"], facts["seeds"], facts["max_seeds"])
-    if facts["evaluate_every"] is not None:
-        try:
-            Interval.parse_evaluations(facts["evaluate_every"])
-        except ValueError as error:
-            raise SettingsError(f"{path.name}: evaluate_every: {error}") from None
-    margin = facts["margin"]
-    if margin is not None and not 0 < margin < 100:
-        raise SettingsError(f"{path.name}: margin must be a number of points between 0 and 100, not {margin!r}")
-
-
-def _check_rounds(where: str, until: str, seeds: int, max_seeds: int | None) -> None:
-    if until not in ("seeds", "decided"):
-        raise SettingsError(f"{where}: " + unknown("until", until, ["seeds", "decided"]))
-    if (until == "decided") != (max_seeds is not None):
-        raise SettingsError(f'{where}: until = "decided" and max_seeds = N belong together; give both or none')
-    if max_seeds is not None and not seeds < max_seeds <= MOST_SEEDS:
-        raise SettingsError(
-            f"{where}: max_seeds must lie between seeds + 1 = {seeds + 1} and {MOST_SEEDS}, not {max_seeds}"
-        )
-
-
-def _check_match(where: str, match: Any) -> None:
-    if match == "seconds":
-        raise SettingsError(f'{where}: match = "seconds" is a budget; use seconds = N instead of epochs or steps')
-    if match not in MATCHES:
-        raise SettingsError(f"{where}: " + unknown("match", str(match), list(MATCHES)))
+def _paths_by_variant(tree: dict[str, Any], at_size: dict[str, Any]) -> dict[str, set[str]]:
+    """Return variant -> paths of the settings that it has of its own."""
+    trees = [(one["name"], one) for one in tree["variants"]] + list(at_size.get("variants", {}).items())
+    found: dict[str, set[str]] = {}
+    for name, own in trees:
+        paths = (text.partition("=")[0] for text in _flatten(_settings(own)))
+        found.setdefault(name, set()).update(path.removeprefix("engine.") for path in paths)
+    return found
 
 
 def _read_variants(path: Path, variants: Any, at_size: dict[str, Any], preset: str, common: list[str]) -> list[Variant]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.files import write_atomically
 from common.machine import cpu_name, visible_gpus
-from common.stop_signal import StopSignal
+from common.stop_signal import StopRequest
 from comparison.planned_run import PlannedRun
 from comparison.run_queue import device_slots, run_all
 from records.run_folder import RunFolder
@@ -29,7 +29,7 @@ RESULT, TRIALS = "parallel.json", "parallel-trial"
 
 
 def fastest_count(
-    tasks: list[PlannedRun], stop: StopSignal, start: Callable[[PlannedRun, dict[str, str]], Any]
+    tasks: list[PlannedRun], stop: StopRequest, start: Callable[[PlannedRun, dict[str, str]], Any]
 ) -> int | None:
     """Return the number of concurrent runs of the highest throughput; None: the default, because nothing is known.
 
@@ -68,7 +68,7 @@ def _read(path: Path, machine: dict[str, Any]) -> dict[str, float]:
 
 
 def _measure(
-    task: PlannedRun, folder: Path, stop: StopSignal, start: Callable[[PlannedRun, dict[str, str]], Any]
+    task: PlannedRun, folder: Path, stop: StopRequest, start: Callable[[PlannedRun, dict[str, str]], Any]
 ) -> dict[str, float]:
     """Return images per second of all runs together, by the number of concurrent runs."""
     per_device = max(1, len(visible_gpus()))

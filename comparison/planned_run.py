@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError
+from common.text import last_error
 from config.differences import differences
 from config.settings import Settings
 from records.run_folder import RunFolder
+
+NON_FINITE = re.compile(r"^error: the (loss|gradient's norm) is (nan|-?inf)\b")  # training/non_finite.py
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class PlannedRun:
     folder: Path
     arguments: list[str]  # of train.py
     expected: dict[str, Any]
-    variant: str = ""
+    variant: str = ""  # all runs of one variant have the same source code
+    row: str = ""  # in the table of progress; empty: the variant
 
     def state(self) -> str:
         """Return "new", "unfinished", "finished", or what differs between the existing run and this one."""
@@ -34,6 +39,12 @@ class PlannedRun:
         if changed:
             return "; ".join(changed)
         return "finished" if record.is_finished() else "unfinished"
+
+    def has_diverged(self) -> bool:
+        """Whether an unfinished run ended because its loss became NaN or infinite, so that it is not run again."""
+        if self.state() != "unfinished" or not self.log.is_file():
+            return False
+        return bool(NON_FINITE.search(last_error(self.log.read_text(errors="replace")) or ""))
 
     @property
     def log(self) -> Path:

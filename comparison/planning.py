@@ -67,44 +67,54 @@ def data_of_runs(runs: Path, data_dir: Path | None) -> Data:
     raise RunError(f"{os.path.relpath(runs)} has no run to report on; leave out --report-only")
 
 
-def plan(
+Steps = Mapping[str, "int | None"]  # variant -> optimizer steps of a run; None where the budget is in epochs
+
+
+def steps_by_variant(
     experiment: Experiment, data: Data, runs: Path, run: Callable[[list[PlannedRun]], dict[str, str]]
-) -> tuple[dict[tuple[str, int], PlannedRun], dict[str, str]]:
-    """Plan all runs.
+) -> tuple[Steps, dict[str, str]]:
+    """Return the steps of each variant, and the calibration runs that failed, whose variants are left out.
 
     Args:
         run: makes the calibration runs that a budget in seconds needs.
-
-    Returns:
-        The runs by variant and seed, in the random order in which they are made, and the calibration runs that failed.
     """
-    steps: Mapping[str, int | None]
-    failures: dict[str, str] = {}
     if experiment.budget == "seconds":
-        steps, failures = calibrate(
+        return calibrate(
             experiment, lambda variant, name, count: make_task(experiment, variant, 0, data, runs / name, count), run
         )
-    else:
-        count = int(experiment.budget_amount) if experiment.budget == "steps" else None
-        steps = dict.fromkeys([variant.name for variant in experiment.variants], count)
+    count = int(experiment.budget_amount) if experiment.budget == "steps" else None
+    return dict.fromkeys([variant.name for variant in experiment.variants], count), {}
+
+
+def plan(experiment: Experiment, data: Data, runs: Path, steps: Steps) -> dict[tuple[str, int], PlannedRun]:
+    """Return the runs by variant and seed, in the random order in which they are made.
+
+    Args:
+        steps: variants without an entry have no runs.
+    """
     order = experiment.tasks()
     random.Random(experiment.name).shuffle(order)
     return {
-        (one.name, seed): make_task(experiment, one, seed, data, runs / f"{one.name}-seed{seed}", steps[one.name])
+        (one.name, seed): make_task(experiment, one, seed, data, runs / one.run_name(seed), steps[one.name])
         for one, seed in order
         if one.name in steps
-    }, failures
+    }
 
 
 def run_until_decided(
-    experiment: Experiment, data: Data, runs: Path, run: Callable[[list[PlannedRun]], dict[str, str]], stop: StopSignal
+    experiment: Experiment,
+    data: Data,
+    runs: Path,
+    steps: Steps,
+    run: Callable[[list[PlannedRun]], dict[str, str]],
+    stop: StopSignal,
 ) -> tuple[Experiment, dict[tuple[str, int], PlannedRun], dict[str, str]]:
     """Run seeds in rounds until every variant is decided, hopeless, or has `max_seeds`; see comparison/sequential.py.
 
     Returns:
         The experiment with the number of seeds reached, its runs by variant and seed, and the runs that failed.
     """
-    from comparison.report import accuracies_of
+    from comparison.results import accuracies_of
     from comparison.sequential import evaluate, plan_looks
 
     names = [variant.name for variant in experiment.variants]
@@ -114,9 +124,9 @@ def run_until_decided(
     tasks: dict[tuple[str, int], PlannedRun] = {}
     for look in looks:
         reached = replace(experiment, seeds=look.seeds)
-        planned, failed = plan(reached, data, runs, run)
+        planned = plan(reached, data, runs, steps)
         tasks |= {key: task for key, task in planned.items() if key[0] in (names[0], *active)}
-        failures |= failed | run([task for key, task in tasks.items() if key[0] in (names[0], *active)])
+        failures |= run([task for key, task in tasks.items() if key[0] in (names[0], *active)])
         outcome = evaluate(accuracies_of(reached, tasks), names[0], looks, experiment.margin, len(names) - 1)
         if stop.number or outcome.looks < look.number:
             break  # told to stop, or runs failed
@@ -146,7 +156,7 @@ def share(
 
 
 def make_task(
-    experiment: Experiment, variant: Variant, seed: int, data: Data, folder: Path, steps: int | None
+    experiment: Experiment, variant: Variant, seed: int, data: Data, folder: Path, steps: int | None, row: str = ""
 ) -> PlannedRun:
     """Plan one run of train.py. With `steps` None, the budget is in epochs."""
     batch = variant.settings.engine["train_batch_size"]
@@ -171,4 +181,4 @@ def make_task(
     words += ["--evaluate-every", experiment.evaluate_every] if experiment.evaluate_every else []
     words += [word for text in variant.overrides for word in ("--set", text)]
     group = folder.name if folder.name.startswith("calibration-") else variant.name
-    return PlannedRun(folder.name, folder, [str(word) for word in words], expected, group)
+    return PlannedRun(folder.name, folder, [str(word) for word in words], expected, group, row)

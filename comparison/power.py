@@ -88,7 +88,7 @@ def _own_runs(experiment: Experiment, folder: Path) -> dict[str, dict[int, float
     for variant in experiment.variants:
         found[variant.name] = {}
         for seed in range(experiment.seeds):
-            run = _finished(folder / f"{variant.name}-seed{seed}")
+            run = _finished(folder / variant.run_name(seed))
             if run and run[0].get("settings", {}).get("model") == variant.settings.as_dict()["model"]:
                 found[variant.name][seed] = run[1]
     return found

@@ -118,11 +118,11 @@ class LiveTable(PlainProgress):
         done = len(self.finished) + len(self.failed)
         table = Table(caption=f"{done} of {len(self.tasks)} runs{self.eta()}", caption_justify="left")
         seeds = sorted({task.expected["seed"] for task in self.tasks})
-        by_place = {(task.variant, task.expected["seed"]): task for task in self.tasks}
+        by_place = {(row_of(task), task.expected["seed"]): task for task in self.tasks}
         columns = [f"seed {seed}" for seed in seeds] if len(seeds) <= MOST_COLUMNS else ["done", "running", "waiting"]
         for name in ("variant", *columns, "mean ± sd"):
             table.add_column(name, justify="left" if name == "variant" else "right")
-        for variant in dict.fromkeys(task.variant for task in self.tasks):
+        for variant in dict.fromkeys(map(row_of, self.tasks)):
             tasks = [by_place[variant, seed] for seed in seeds if (variant, seed) in by_place]
             final = [value for task in tasks if task.name in self.finished and (value := accuracy(task)) is not None]
             if len(seeds) <= MOST_COLUMNS:
@@ -147,6 +147,11 @@ class LiveTable(PlainProgress):
         if task.name in self.running:
             return f"{100 * share_done(task):.0f} % ..."
         return "-"
+
+
+def row_of(task: PlannedRun) -> str:
+    """Return the name of the row of a run."""
+    return task.row or task.variant
 
 
 def accuracy(task: PlannedRun) -> float | None:

@@ -9,24 +9,31 @@ import numpy as np
 
 from comparison.experiment import Experiment
 from comparison.power import count_seeds
+from comparison.results import SPLITS
 from comparison.significance import seeds_needed
+from comparison.tuning_report import tuning_markdown
 from config.differences import differences
 from config.own_parts import without_folders
 
 MARK = r"\*"  # of a variant that was not treated like the first one
-SPLITS = {"validation": "validation split", "test": "test split"}
 
 
 def markdown(experiment: Experiment, report: dict[str, Any], splits: list[str]) -> str:
     """Return report.md."""
     text = [f"# {experiment.question}", "", f"Made by `{report['command']}`."]
+    keys = ", ".join(experiment.tuning.keys) if experiment.tuning else ""
     for split in reversed(splits):
-        rows = report["results"][split]
-        text += ["", f"## Result on the {SPLITS[split]}", "", *_answers(rows, report["arms"])]
-        text += ["", *_table(rows, report["arms"])]
+        tuned = f", each variant with its own {keys}" * bool(keys)
+        text += _result(f"{SPLITS[split]}{tuned}", report["results"][split], report["arms"])
+        if shared := report.get("shared"):
+            text += _result(f"{SPLITS[split]}, all with the shared {keys}", shared["results"][split], shared["arms"])
     text += ["", "![paired differences with 95 % intervals](differences.png)", "![accuracy by variant](accuracy.png)"]
     text += ["![accuracy against cost](costs.png)", "![learning curves](curves.png)"]
     text += ["![learning curves by steps, images, seconds and FLOPs](curves-by-cost.png)"]
+    if report.get("shared"):
+        text += ["![paired differences with the shared value](differences-shared.png)"]
+    if report.get("tuning"):
+        text += ["", "## Tuning", "", *tuning_markdown(experiment, report["tuning"])]
     text += ["", "## Plan and power", "", *_plan(experiment, report)]
     text += ["", "## Equal treatment", "", *_equality(experiment, report)]
     if report["missing"]:
@@ -35,6 +42,10 @@ def markdown(experiment: Experiment, report: dict[str, Any], splits: list[str]) 
     text += ["", "## Variants", "", *_variants(experiment)]
     text += ["", "## Method and limits", "", *_limits(experiment, report, splits)]
     return "\n".join(text) + "\n"
+
+
+def _result(where: str, rows: list[dict[str, Any]], variants: dict[str, Any]) -> list[str]:
+    return ["", f"## Result on the {where}", "", *_answers(rows, variants), "", *_table(rows, variants)]
 
 
 def _answers(rows: list[dict[str, Any]], variants: dict[str, Any]) -> list[str]:
@@ -106,6 +117,13 @@ def _equality(experiment: Experiment, report: dict[str, Any]) -> list[str]:
         "each part were compared over all runs"
     )
     unequal = [f"- **{name}**{MARK}: {line}" for name, variant in report["arms"].items() for line in variant["unequal"]]
+    shared = report["shared"]["arms"] if report.get("shared") else {}
+    unequal += [
+        f"- **{name}**{MARK} with the shared value: {line}"
+        for name, variant in shared.items()
+        for line in variant["unequal"]
+        if line not in report["arms"][name]["unequal"]
+    ]
     if not unequal:
         return [f"{checked}: equal."]
     return [f"{checked}. Not equal to the first variant, and marked {MARK} above:", "", *unequal]
@@ -157,10 +175,19 @@ def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -
         else "The test split was neither used nor shown. train.py evaluates it once at the end of a run, and this "
         "report drops the counts as it reads the file. `--final` reports them, once, after all choices are made."
     )
+    if report.get("shared"):
+        lines.append(
+            "The tuned comparison is the answer. The one with the shared value shows what tuning changes; its p are "
+            "corrected for its own comparisons alone. A variant whose chosen value is the shared one has the same runs "
+            "in both."
+        )
     budget = f"{experiment.budget_amount:g} {experiment.budget}: {report['samples']:,} images trained on"
+    rates, other = "one learning rate for all variants", "another learning rate"
+    if experiment.tuning:
+        rates, other = "the candidates of tuning", "a value that was not tried"
     lines.append(
-        f"The result holds for this budget ({budget}), these sizes, one learning rate for all variants, and one "
-        "dataset. A variant may need another learning rate or a longer run."
+        f"The result holds for this budget ({budget}), these sizes, {rates}, and one dataset. A variant may need "
+        f"{other} or a longer run."
     )
     machine = f"{device}; {hardware['cpu']}, {hardware['cores']} cores"
     lines.append(f"Images/s and training seconds depend on this machine ({machine}) and on its other load.")

@@ -17,7 +17,7 @@ from typing import Any
 from common.errors import EXIT_STOPPED, RunError
 from common.machine import visible_gpus
 from common.paths import PROJECT
-from common.stop_signal import StopSignal
+from common.stop_signal import StopRequest
 from common.text import last_error, listed
 from comparison.planned_run import PlannedRun
 from comparison.progress import progress_for
@@ -57,7 +57,8 @@ def _check_source(tasks: list[PlannedRun], variant: str, redo: bool) -> None:
     states = {task.name: task.state() for task in tasks}
     existing = {task.name: RunFolder(task.folder).facts().get("code") for task in tasks if states[task.name] != "new"}
     changed = {name: changed_since(code) if code else [] for name, code in existing.items()}
-    is_complete = all(state == "finished" for state in states.values()) and not mixed_sources(existing)
+    is_complete = all(states[task.name] == "finished" or task.has_diverged() for task in tasks)
+    is_complete = is_complete and not mixed_sources(existing)
     if redo:
         for task in tasks:
             if changed.get(task.name) or (task.name in existing and not existing[task.name] and not is_complete):
@@ -131,7 +132,7 @@ def launch(task: PlannedRun, environment: dict[str, str]) -> subprocess.Popen:
 def run_all(
     tasks: list[PlannedRun],
     environments: list[dict[str, str]],
-    stop: StopSignal,
+    stop: StopRequest,
     start: Callable[[PlannedRun, dict[str, str]], Any],
 ) -> dict[str, str]:
     """Run what is not finished, as many at once as there are environments, and print progress.

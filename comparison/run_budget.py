@@ -1,0 +1,91 @@
+"""The most runs and hours that a comparison may take, tuning included (`max_runs`, `max_hours`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.errors import RunError, SettingsError
+from common.stop_signal import StopSignal
+from comparison.experiment import Experiment
+from comparison.planned_run import PlannedRun
+from comparison.run_costs import of_folder
+from records.run_folder import RunFolder
+
+
+class RunBudget:
+    """Ends the runs of a comparison like a signal, once its hours are used up.
+
+    Args:
+        folder: of the run folders. What they have cost counts, whichever start of compare.py made them.
+        at_once: runs at once; the hours of all of them are added.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        stop: StopSignal,
+        at_once: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.max_runs, self.max_hours = experiment.max_runs, experiment.max_hours
+        self.folder, self.stop, self.at_once, self.clock = folder, stop, at_once, clock
+        self.seconds = 3600 * sum(_hours(path.parent) for path in self._existing())
+        self.began: float | None = None  # while runs are made
+        self.problem = ""  # which limit was reached
+
+    @property
+    def number(self) -> int:
+        """Return the signal that ends the runs, -1 where the hours do; 0 while they may continue."""
+        if self.max_hours is not None and self._hours_used() >= self.max_hours:
+            self.problem = f"max_hours = {self.max_hours:g} is reached"
+        return self.stop.number or (-1 if self.problem else 0)
+
+    def allows(self, tasks: Sequence[PlannedRun]) -> bool:
+        """Return whether `max_runs` has room for all of these runs; runs that exist already have their place."""
+        new = sum(task.state() == "new" for task in tasks)
+        existing = len(self._existing())
+        if self.max_runs is not None and new and existing + new > self.max_runs:
+            self.problem = f"max_runs = {self.max_runs} leaves no room for {new} more runs next to {existing}"
+        return not self.number
+
+    def __enter__(self) -> RunBudget:
+        self.began = self.clock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.began is not None
+        self.seconds += self.at_once * (self.clock() - self.began)
+        self.began = None
+
+    def _hours_used(self) -> float:
+        running = 0.0 if self.began is None else self.at_once * (self.clock() - self.began)
+        return (self.seconds + running) / 3600
+
+    def _existing(self) -> list[Path]:
+        return list(self.folder.glob("*/run.json"))
+
+
+def check_max_runs(experiment: Experiment, tuning_runs: int) -> None:
+    """Raise SettingsError where `max_runs` is too small for what is planned at least.
+
+    With seeds in rounds, that is tuning and the first round.
+    """
+    times = 2 if experiment.tuning and experiment.tuning.report_shared else 1
+    planned = tuning_runs + times * len(experiment.variants) * experiment.seeds
+    if experiment.max_runs is not None and planned > experiment.max_runs:
+        parts = f"{tuning_runs} for tuning and {planned - tuning_runs} to compare" if tuning_runs else "all to compare"
+        raise SettingsError(
+            f"max_runs = {experiment.max_runs} is less than the {planned} runs planned ({parts}); raise it, or use "
+            "fewer seeds, variants or candidates"
+        )
+
+
+def _hours(folder: Path) -> float:
+    try:
+        return of_folder(RunFolder(folder)).hours or 0.0
+    except (OSError, ValueError, KeyError, TypeError, RunError):
+        return 0.0  # a damaged folder
