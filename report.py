@@ -251,7 +251,7 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         metavar="CONDITION",
         help="of --list: only these rows, such as model.feed_forward=geglu or 'test_accuracy>0.5'; = takes * and ?; "
-        "repeat for more",
+        "repeat for more (default: all)",
     )
     everything.add_argument(
         "--results-dir",

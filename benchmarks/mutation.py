@@ -111,7 +111,10 @@ def parse_arguments() -> argparse.Namespace:
         "--again", choices=OUTCOMES, help="also try the mutants of this outcome again (default: only new ones)"
     )
     parser.add_argument(
-        "--explain", nargs=2, metavar=("ID", "REASON"), help="record why a survivor is equivalent, and end"
+        "--explain",
+        nargs=2,
+        metavar=("ID", "REASON"),
+        help="record why a survivor is equivalent, and end (default: none)",
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="folder of mutation.json and .md (default: results)"

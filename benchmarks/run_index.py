@@ -193,7 +193,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=at_least_one, default=5, metavar="N", help="rebuilds with a warm cache (default: 5)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result to this JSON file")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="also write the result to this JSON file (default: none)"
+    )
     return parser.parse_args()
 
 

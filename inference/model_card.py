@@ -152,7 +152,7 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     seconds = sum(line["training_seconds"] for line in metrics)
     epochs = metrics[-1]["epoch"] if metrics else 0
     steps = f"{metrics[-1]['step'] if metrics else 0:,} of {facts['total_steps']:,} steps"
-    changes = ", with uncommitted changes" if facts["uncommitted_changes"] else ""
+    changes = ", with uncommitted changes" if facts["commit"] and facts["uncommitted_changes"] else ""
     lines = {
         "command": code_span(
             shlex.join(["python", *(strip_folder(override_without_folder(word)) for word in facts["command"])])

@@ -207,7 +207,7 @@ def _classes(run: RunData, analysis: SplitAnalysis) -> str:
 
 def _provenance(run: RunData) -> str:
     facts, data = run.facts, run.facts["dataset"]
-    changes = ", with uncommitted changes" if facts["uncommitted_changes"] else ""
+    changes = ", with uncommitted changes" if facts["commit"] and facts["uncommitted_changes"] else ""
     counts = ", ".join(f"{count:,} {name}" for name, count in data["num_images"].items())
     rows = [
         ["commit", (facts["commit"] or "not recorded") + changes],

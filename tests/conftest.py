@@ -19,12 +19,21 @@ from records.run_folder import RunFolder
 
 LONGEST = (
     "test_several_hosts.py",
-    "test_peer_engine.py",
-    "test_recipes.py",
-    "test_documentation.py",
-    "test_zero.py",
-    "test_gossip.py",
     "test_optimizers_by_strategy.py",
+    "test_launchers.py",
+    "test_resume.py",
+    "test_peer_engine.py",
+    "test_zero.py",
+    "test_strategies_benchmark.py",
+    "test_input_pipeline.py",
+    "test_engines.py",
+    "test_ema.py",
+    "test_comparison_report.py",
+    "test_training_step.py",
+    "test_train.py",
+    "test_robust_launch.py",
+    "test_depthwise_kernel.py",
+    "test_non_finite.py",
 )
 
 

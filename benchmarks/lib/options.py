@@ -104,9 +104,10 @@ def several(form: type[Number]) -> Callable[[str], list[Number]]:
 
 
 def origin() -> dict[str, Any]:
-    """Return commit, versions, and the command without the folders of this machine."""
+    """Return commit, versions, source code and the command without the folders of this machine."""
     facts = provenance()
-    return {**facts, "command": [without_paths(word) for word in facts["command"]]}
+    code = {**facts["code"], "files": {without_paths(path): digest for path, digest in facts["code"]["files"].items()}}
+    return {**facts, "command": [without_paths(word) for word in facts["command"]], "code": code}
 
 
 def keep(*reports: tuple[Path | None, str]) -> None:

@@ -90,13 +90,13 @@ def test_the_first_run_has_the_weights_and_the_source_of_train_py(warm, cold):
 
 def test_a_run_that_stops_and_resumes_next_to_failing_ones_has_the_same_bits_and_lines(warm, cold):
     """The second and the later runs of one warm process; a run that is stopped is one of them."""
-    killed = warm("killed", *SAME, "--epochs", 700)
+    killed = warm("warm-killed", *SAME, "--epochs", 700)
     stopped = warm("warm-2", *SAME, *PARTS, "--stop-at", 7)
     while not killed.task.folder.exists():
         assert killed.poll() is None, killed.task.log.read_text()
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
-    wrong = warm("wrong", *SAME, "--set", "model.feed_forward=glu2")
+    wrong = warm("warm-wrong", *SAME, "--set", "model.feed_forward=glu2")
     end(killed, -signal.SIGKILL)
     assert "ended by SIGKILL; the system may have run out of memory" in killed.task.log.read_text()
     end(wrong, 1)

@@ -115,7 +115,7 @@ NEW = {  # none of these may leave a run folder
     "stop": Case(["--stop-at", "-1"], "argument --stop-at: must be at least 1, not -1", 2),
     "interval": Case(
         ["--checkpoint-every", "5 hours"],
-        "argument --checkpoint-every: write it as 500steps, 10min or 30s, not 5 hours",
+        "argument --checkpoint-every: write it as 500steps, 10min, 30s or epochs:5, not 5 hours",
         2,
     ),
     "no checkpoints": Case(["--keep-checkpoints", "0"], "argument --keep-checkpoints: must be at least 1, not 0", 2),

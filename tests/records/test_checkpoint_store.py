@@ -261,7 +261,7 @@ def test_an_interval_is_parsed(text, interval):
 
 @pytest.mark.parametrize("text", ["", "10", "0steps", "-3min", "ten min", "5 hours"])
 def test_an_invalid_interval_is_rejected(text):
-    with pytest.raises(ValueError, match="write it as 500steps, 10min or 30s"):
+    with pytest.raises(ValueError, match="write it as 500steps, 10min, 30s or epochs:5"):
         Interval.parse(text)
 
 

@@ -199,7 +199,8 @@ def test_the_best_come_first_and_rows_without_a_value_last():
     assert order("test_accuracy", True) == order("train_loss", True) == order("date", True) == "acb"
 
 
-def test_the_list_shows_what_was_asked_for_and_what_differs(some):
+def test_the_list_shows_what_was_asked_for_and_what_differs(some, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     (some / "broken").mkdir()
     text = list_text(read_table(some), "test_accuracy", ["test_accuracy>0.2"])
     lines = text.splitlines()

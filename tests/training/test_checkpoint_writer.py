@@ -52,8 +52,13 @@ def test_an_epoch_is_written_before_its_line_is_printed(monkeypatch):
         events.append(f"checkpoint of epoch {progress.epoch}")
         then()
 
-    training.writer = SimpleNamespace(take_snapshot=lambda *_: SimpleNamespace(seconds=0.0), write=write)
+    training.writer = SimpleNamespace(
+        take_snapshot=lambda *_: SimpleNamespace(seconds=0.0), write=write, is_due_after=lambda epoch: True
+    )
     monkeypatch.setattr(loop, "epoch_line", lambda *_: {})
     monkeypatch.setattr(training, "_evaluate", lambda split: {split: None, f"{split}_raw": None}, raising=False)
-    training._finish_epoch()
+    training.evaluate_every, training.evaluate_raw = loop.EVERY_EPOCH, True
+    monkeypatch.setattr(training, "_ends_epoch", lambda: True, raising=False)
+    training._set_next_evaluation()
+    training._evaluate_and_record()
     assert events == ["metrics", "checkpoint of epoch 1", "line ['test'] of 2", "pictures"]

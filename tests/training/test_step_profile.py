@@ -83,7 +83,7 @@ def test_a_run_with_profile_and_gradients(training, runs):
 
     events = EventAccumulator(str(record.folder / "tensorboard"))
     events.Reload()
-    shown = {event.step: event.value for event in events.Scalars("update_ratio/1_Block")}
+    shown = {event.step: event.value for event in events.Scalars("gradients/update_ratio/1_Block")}
     assert shown == pytest.approx({line["step"]: line["update_ratio/1_Block"] for line in lines if keys <= set(line)})
 
 
