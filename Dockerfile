@@ -14,13 +14,13 @@ RUN apt-get update \
     && git config --system --add safe.directory /project
 
 # The packages are a layer of their own, made again only when their pins change. The CUDA libraries come with them, so
-# the base image has none. Without CUDA, torch comes from PyTorch's index of CPU builds, which have no CUDA libraries.
+# the base image has none. CPU_INDEX may name an index of CPU builds of PyTorch, which have no CUDA libraries.
 WORKDIR /project
 ARG CUDA=none
-ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
+ARG CPU_INDEX=
 COPY requirements.txt ./
 COPY environment/ environment/
-RUN if [ "$CUDA" = none ]; then export PIP_EXTRA_INDEX_URL="$CPU_INDEX"; fi; \
+RUN if [ "$CUDA" = none ] && [ -n "$CPU_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$CPU_INDEX"; fi; \
     PIP_NO_CACHE_DIR=1 INSTALLER=pip DRIVER_CUDA="$CUDA" PYTHON=python3 environment/setup.sh
 
 COPY . ./
