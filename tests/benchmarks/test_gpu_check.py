@@ -175,7 +175,8 @@ def test_ending_the_check_ends_its_processes(shapes, tmp_path, number):
     check.send_signal(number)
     assert check.wait(30) != 0
     _, left = psutil.wait_procs(children, timeout=10)
-    assert not left
+    # Its parent has ended, so it may wait for the first process of the machine to collect it.
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in left)
 
 
 def test_nothing_else_runs_if_a_part_fails_that_all_others_need(monkeypatch, tmp_path, capsys):
