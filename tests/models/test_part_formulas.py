@@ -47,6 +47,7 @@ def test_shifted_patches_equal_the_pixels_of_five_shifted_images():
 @pytest.mark.parametrize("name", PATCH_EMBEDDINGS)
 @pytest.mark.parametrize("patch", [2, 4])
 def test_a_patch_embedding_makes_one_token_a_patch_row_by_row(name, patch):
+    torch.manual_seed(0)
     choices = {"conv_stem": ({"layers": 2}, {"layers": 3}), "residual_stem": ({}, {"space_to_depth": True})}
     for options in choices.get(name, ({},)):
         part = make_part(PATCH_EMBEDDINGS, "patch_embedding", name, dimensions(patch=patch, width=24), options).eval()
