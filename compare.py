@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.output_files import check_new_folder
-from common.paths import PROJECT, RESULTS, RUNS
+from common.paths import PROJECT, RESULTS, RUNS, near_path
 from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, read
 from comparison.parallel_trial import fastest_count
@@ -226,7 +226,7 @@ def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Na
     text = path.read_text(encoding="utf-8").replace("**", "").replace("\\*", "*")
     for section in text.split("## Result")[1 : 1 + len(results)]:
         print(f"\n## Result{section[: section.index('|')].rstrip()}")
-    print(f"\nreport    {os.path.relpath(path)}")
+    print(f"\nreport    {near_path(path)}")
     update_index(args)
     return 1 if missing else 0
 

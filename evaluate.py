@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import RunError, SettingsError
 from common.files import write_atomically
 from common.output_files import check_output_file
-from common.paths import RUNS
+from common.paths import RUNS, near_path
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
 from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, summarize
@@ -81,7 +81,7 @@ def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
     from reports.evaluation import print_several
 
     check_same_input(runs)
-    names = [os.path.relpath(trained.record.folder) for trained in runs]
+    names = [near_path(trained.record.folder) for trained in runs]
     if len(set(names)) < len(names):
         raise SettingsError("the same run is named twice. Name different runs")
     names = [f"./{name}" if name in ("soup", ENSEMBLE) else name for name in names]  # runs of these names
@@ -158,7 +158,7 @@ def export_network(trained: TrainedModel, args: argparse.Namespace) -> int:
         dataset = None  # the export needs no dataset; the check then uses noise
     export(trained, args.weights, output, dataset)
     if write_optional(trained.record.folder, lambda: write_card(trained.record)):
-        print(f"model card with instructions: {os.path.relpath(trained.record.folder / 'README.md')}")
+        print(f"model card with instructions: {near_path(trained.record.folder / 'README.md')}")
     return 0
 
 

@@ -14,7 +14,6 @@ Each picture is written as PNG and SVG. train.py writes the quick page and the i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 from common.display import printable
 from common.errors import RunError, SettingsError
 from common.output_files import check_output_file, check_output_folder
-from common.paths import RESULTS, RUNS
+from common.paths import RESULTS, RUNS, near_path
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
 from config.settings import Settings
@@ -93,11 +92,11 @@ def draw(run: RunData, analysis: SplitAnalysis | None, folder: Path) -> None:
     pictures = pictures_of(run, analysis)
     with suppress(OSError):  # the page links to this folder where it exists
         (folder / "pictures").mkdir(exist_ok=True)
-    print(f"page      {os.path.relpath(write_page(run, analysis, pictures, folder))}")
+    print(f"page      {near_path(write_page(run, analysis, pictures, folder))}")
     for picture in pictures:
         for suffix in ("png", "svg"):
             save(picture.figure, folder / "pictures" / f"{picture.name}.{suffix}")
-    print(f"pictures  {os.path.relpath(folder)}/pictures/: {', '.join(picture.name for picture in pictures)}")
+    print(f"pictures  {near_path(folder)}/pictures/: {', '.join(picture.name for picture in pictures)}")
 
 
 def compare(runs: list[RunData], path: Path) -> None:
@@ -110,10 +109,10 @@ def compare(runs: list[RunData], path: Path) -> None:
     check_output_file(path, "--out")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = [os.path.relpath(run.folder) for run in runs]
+        names = [near_path(run.folder) for run in runs]
     for run, name in zip(runs, names, strict=True):
         print(printable(run.headline().replace(run.name, f"{name:{max(map(len, names))}}", 1)))
-    print(f"picture   {os.path.relpath(save(several(runs, names), path))}")
+    print(f"picture   {near_path(save(several(runs, names), path))}")
 
 
 def analyze(run: RunData, args: argparse.Namespace) -> SplitAnalysis | None:

@@ -25,7 +25,7 @@ from cluster.job import Job, Limits, Outcome, Plan  # noqa: E402
 from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Rendezvous, Report, hosts_of, master_port  # noqa: E402
 from cluster.remote import Host, say  # noqa: E402
 from cluster.screen import run_unblocked  # noqa: E402
-from common.paths import PROJECT
+from common.paths import PROJECT, near_path
 from config.command_line import Parser  # noqa: E402
 
 SENT = (
@@ -234,7 +234,7 @@ def show_failure(outcome: Outcome) -> None:
         for line in outcome.lines:
             say(f"    {line}")
     if outcome.code not in (0, EXIT_STOPPED) and not outcome.refused:
-        say(f"The output of every rank is in {os.path.relpath(outcome.logs)} on its host.")
+        say(f"The output of every rank is in {near_path(outcome.logs)} on its host.")
 
 
 # --- restarting ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunError
+from common.paths import near_path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -28,7 +29,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise RunError(
-            f"{os.path.relpath(path)} could not be written ({error.strerror}); its previous content is unchanged. "
+            f"{near_path(path)} could not be written ({error.strerror}); its previous content is unchanged. "
             "Free or repair the disk and start again"
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -10,3 +11,9 @@ RUNS = PROJECT / "runs"
 RESULTS = PROJECT / "results"
 PRESETS = PROJECT / "presets"
 DS_CONFIG = PROJECT / "ds_config.json"
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """Return a path for the screen: relative to the current folder if it lies inside, else absolute."""
+    here = os.path.relpath(path)
+    return os.path.abspath(path) if here.split(os.sep)[0] == os.pardir else here

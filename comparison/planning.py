@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import RunError, SettingsError
-from common.paths import DATA, PROJECT
+from common.paths import DATA, PROJECT, near_path
 from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, Variant
 from comparison.planned_run import PlannedRun
@@ -40,7 +39,7 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     folder = (data_dir or DATA / experiment.dataset).resolve()
     if not Dataset.is_prepared(folder):
         if is_dry_run:
-            print(f"note: {os.path.relpath(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
+            print(f"note: {near_path(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
             num_train = round(50_000 * (1 - experiment.hold_out))
             return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
         prepare(folder, dataset=experiment.dataset)
@@ -64,7 +63,7 @@ def data_of_runs(runs: Path, data_dir: Path | None) -> Data:
         return Data(
             folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"]
         )
-    raise RunError(f"{os.path.relpath(runs)} has no run to report on; leave out --report-only")
+    raise RunError(f"{near_path(runs)} has no run to report on; leave out --report-only")
 
 
 Steps = Mapping[str, "int | None"]  # variant -> optimizer steps of a run; None where the budget is in epochs

@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import EXIT_STOPPED, RunError
 from common.machine import visible_gpus
-from common.paths import PROJECT
+from common.paths import PROJECT, near_path
 from common.stop_signal import StopRequest
 from common.text import last_error, listed
 from comparison.planned_run import PlannedRun
@@ -44,7 +44,7 @@ def check_existing_runs(tasks: list[PlannedRun], redo: bool) -> None:
             continue
         if not redo:
             raise RunError(
-                f"{os.path.relpath(task.folder)} holds a run of other settings ({state}); add --redo-changed to rename "
+                f"{near_path(task.folder)} holds a run of other settings ({state}); add --redo-changed to rename "
                 "such runs aside and run them again, or use another --runs-dir"
             )
         _rename_aside(task)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from common.display import escape_markdown
 from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.files import write_atomically
+from common.paths import near_path
 from common.stop_signal import StopSignal
 from comparison.planned_run import PlannedRun
 from comparison.planning import Data, data_of_runs, dataset_facts
@@ -58,10 +58,10 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
     if args.dry_run and not exists:
         return 0
     if args.report_only and not exists:
-        raise RunError(f"{os.path.relpath(runs)} has no study to report on; leave out --report-only")
+        raise RunError(f"{near_path(runs)} has no study to report on; leave out --report-only")
     study = open_study(search, runs, args.redo_changed and not args.dry_run)
     trials = [facts_of(trial) for trial in trials_of(search, study)]
-    print(f"study     {os.path.relpath(runs / STUDY)}: {summary(search, trials)}")
+    print(f"study     {near_path(runs / STUDY)}: {summary(search, trials)}")
     if args.dry_run:
         return 0
     if not args.report_only:
@@ -72,7 +72,7 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
             return EXIT_STOPPED
     trials = [facts_of(trial) for trial in trials_of(search, study)]
     path = write_report(search, trials, args.results_dir / search.experiment.name, command)
-    print(f"\n{summary(search, trials)}\nreport    {os.path.relpath(path)}")
+    print(f"\n{summary(search, trials)}\nreport    {near_path(path)}")
     if left := sum(trial["state"] == STATES["RUNNING"] for trial in trials):
         print(f"{left} trial(s) are still trained by other processes; the last one writes the report again")
     return 1 if any(trial["state"] == STATES["FAIL"] for trial in trials) else 0

@@ -16,6 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import RunError
+from common.paths import near_path
 from comparison.search import Search
 
 STUDY = "study.db"
@@ -45,7 +46,7 @@ def open_study(search: Search, runs: Path, redo: bool) -> optuna.Study:
             return study
         if not redo:
             raise RunError(
-                f"{os.path.relpath(runs)} holds a search of another {' and '.join(changed)}; add --redo-changed to "
+                f"{near_path(runs)} holds a search of another {' and '.join(changed)}; add --redo-changed to "
                 "rename it aside and start again, or rename the experiment file"
             )
         rename_aside(runs)
@@ -76,7 +77,7 @@ def _load(search: Search, runs: Path) -> optuna.Study:
         )
     except Exception as error:  # of SQLAlchemy or Optuna: a damaged file, a disk without locks, another version
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{os.path.relpath(runs / STUDY)} cannot be used as a study ({reason}); move it away") from error
+        raise RunError(f"{near_path(runs / STUDY)} cannot be used as a study ({reason}); move it away") from error
     return study
 
 

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from common.errors import RunError
 from common.files import write_atomically
-from common.paths import RUNS
+from common.paths import RUNS, near_path
 
 NO_LOCKS = (
     errno.ENOSYS,
@@ -151,13 +151,13 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise RunError(
-                f"{os.path.relpath(self.folder)} is in use: {holder} trains there; "
+                f"{near_path(self.folder)} is in use: {holder} trains there; "
                 "wait until it ends, stop it, or choose another --name"
             ) from None
         except OSError as error:
             if self._lock is None or error.errno not in NO_LOCKS:
                 raise RunError(
-                    f"{os.path.relpath(self.folder)} cannot be written ({error.strerror}); choose another --runs-dir"
+                    f"{near_path(self.folder)} cannot be written ({error.strerror}); choose another --runs-dir"
                 ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")

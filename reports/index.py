@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from common.display import printable
 from common.errors import RunError
-from common.paths import PROJECT, RESULTS, RUNS
+from common.paths import PROJECT, RESULTS, RUNS, near_path
 from reports.run_list import summary
 from reports.run_rows import COMPARISON, CURVES, OTHER, RUN, Row
 from reports.run_table import BASE, read_table, replace_file, varied_columns
@@ -49,7 +49,7 @@ class Index:
     counts: dict[str, int]
 
     def __str__(self) -> str:
-        return f"{os.path.relpath(self.path)} ({summary(self.counts)})"
+        return f"{near_path(self.path)} ({summary(self.counts)})"
 
 
 def write_index(runs: Path, results: Path | None = RESULTS, out: Path | None = None) -> Index:

@@ -25,6 +25,7 @@ from trees import WRITTEN, noise, refusal, save, tree_files, written
 from common.errors import DatasetError
 from common.paths import PROJECT
 from dali_pipeline import Batches
+from image_data.dataset import Dataset
 from image_data.preparation import prepare as prepare_module
 from image_data.preparation.downloads import CIFAR100_SHA256
 from image_data.preparation.drawn_shapes import SHAPES
@@ -274,6 +275,18 @@ def test_two_runs_at_once_make_one_dataset(zipped, tmp_path):
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(run.communicate()[0].split(" ")[0] for run in runs)
     assert said == ["already", "prepared"] and [run.returncode for run in runs] == [0, 0]
+
+
+def test_a_training_process_that_waited_for_the_other_one_to_prepare_prints_nothing(
+    zipped, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "out"
+    prepare(folder, archive=zipped)
+    capsys.readouterr()
+    answers = iter([False, False])  # not prepared when it looks, prepared when it has the lock
+    prepared = Dataset.is_prepared
+    monkeypatch.setattr(Dataset, "is_prepared", lambda path: next(answers, None) is None and prepared(path))
+    assert find_or_prepare(folder, None, zipped) == folder and capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, TextIO
 
 from common.display import protect_streams
+from common.paths import PROJECT, near_path
 from common.text import duration
 from config.differences import changed_settings
 
@@ -65,7 +66,7 @@ class Console:
         """Print a labeled line: `model     vit, ...`."""
         self.say(f"{self.paint(f'{label:9}', DIM)} {text}", level)
 
-    def print_run(self, folder: str, facts: dict[str, Any], side: int, engine: Engine) -> None:
+    def print_run(self, run: str, facts: dict[str, Any], side: int, engine: Engine) -> None:
         """Print the summary of a run: folder, dataset, model, batch size, engine; with --verbose changed settings."""
         dataset, model, sizes = facts["dataset"], facts["settings"]["model"], engine.batch_sizes
         parts = (
@@ -73,16 +74,16 @@ class Console:
             if model["architecture"] == "vit"
             else ""
         )
+        folder = near_path(PROJECT / dataset["folder"])
         images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
         is_planned = not facts.get("max_minutes") or "plan" in facts
         total, steps = facts["total_steps"], facts["steps_per_epoch"]
         goal = f"{total:,} in total" if is_planned else f"as many as take {facts['max_minutes']:g} min"
         accumulation = plural(sizes.accumulation, "accumulation step")
-        self.print_field("run", folder)
+        self.print_field("run", run)
         self.print_field(
             "data",
-            f"{dataset['folder']}: {len(dataset['classes'])} classes, {side} x {side} pixels, {images}; "
-            f"{facts['source']} source",
+            f"{folder}: {len(dataset['classes'])} classes, {side} x {side} pixels, {images}; {facts['source']} source",
         )
         self.print_field("model", f"{model['architecture']}{parts}: {engine.num_parameters:,} parameters")
         self.print_field(

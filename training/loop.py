@@ -6,7 +6,6 @@ It knows neither the number of processes (the engine does) nor how images are re
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import RunError
+from common.paths import near_path
 from common.stop_signal import StopSignal
 from config.settings import Settings
 from dali_pipeline import Batches, Synthetic
@@ -103,7 +103,7 @@ class Loop:
 
     def _where(self) -> str:
         """The run folder as a user would type it."""
-        return os.path.relpath(self.record.folder) if self.record else ""
+        return near_path(self.record.folder) if self.record else ""
 
     # --- the epochs -----------------------------------------------------------------------------------------------
 

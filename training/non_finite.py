@@ -7,7 +7,6 @@ holds a state after a bad step. The images of a step follow from (seed, epoch, s
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from common.errors import RunError
 from common.files import write_atomically
+from common.paths import near_path
 from dali_pipeline import Batches, Synthetic
 from parallel.engine import Engine
 from records.run_folder import Progress
@@ -93,7 +93,7 @@ def describe(
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, "".join(f"{name}\n" for name in names))
     example = names[0].replace("\t", " ")
-    return first, f"its {len(names)} images, {example} and others, are listed in {os.path.relpath(path)}"
+    return first, f"its {len(names)} images, {example} and others, are listed in {near_path(path)}"
 
 
 def images_of(training: Batches | Synthetic, epoch: int, start: int, stop: int) -> list[str]:

@@ -5,13 +5,13 @@ docs/resume.md lists what may change between a run and its resumption, and the e
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_NOTHING_DONE, RunError, RunFinishedError
 from common.files import gigabytes, room_left, write_atomically
+from common.paths import near_path
 from config.differences import differences
 from image_data.dataset import Dataset
 from parallel.engine import Engine
@@ -83,10 +83,7 @@ def find_resume_point(
         lines = [line for line in record.metrics() if line.get("checkpoint", True)]
         if len(lines) > 1:  # more than the first, whose line is written before its checkpoint
             lost = "; ".join(
-                [
-                    f"{os.path.relpath(record.folder)} has {len(lines)} finished epochs, but no intact checkpoint",
-                    *damaged,
-                ]
+                [f"{near_path(record.folder)} has {len(lines)} finished epochs, but no intact checkpoint", *damaged]
             )
             raise RunError(
                 f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), "
@@ -164,7 +161,7 @@ def check_conditions(
         )
     if refused and not allowed:
         raise RunError(
-            f"{os.path.relpath(record.folder)} would not resume as the same training: {'; '.join(refused)}. "
+            f"{near_path(record.folder)} would not resume as the same training: {'; '.join(refused)}. "
             "Start it as before, or resume nevertheless with --allow-inexact-resume"
         )
     return [*accepted, *refused]
@@ -176,7 +173,7 @@ def check_room(folder: Path, needed: int, options: FolderOptions) -> None:
     if left < needed:
         raise RunError(
             f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of "
-            f"{os.path.relpath(options.runs_dir)} has {gigabytes(left)} left; free some space, choose another "
+            f"{near_path(options.runs_dir)} has {gigabytes(left)} left; free some space, choose another "
             "--runs-dir, "
             f"or keep fewer than --keep-checkpoints {options.keep_checkpoints}"
         )
@@ -226,7 +223,7 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
         finished = record.is_finished()
         if not changed and not finished:
             return record, messages
-        where = os.path.relpath(record.folder)
+        where = near_path(record.folder)
         if name and changed and finished and all(text.startswith(BUDGET) for text in changed):
             raise RunFinishedError(
                 f"{where} is finished; its schedule ended with it ({'; '.join(changed)}). To train longer, "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import RunError
+from common.paths import near_path
 from dali_pipeline import Batches, Synthetic
 from parallel.engine import Engine
 from records.checkpoint_store import Checkpoints, Interval
@@ -72,7 +72,7 @@ def start_run(
     checkpoints = Checkpoints(record.folder / "state", folder.keep_checkpoints) if record else None
     writer = CheckpointWriter(engine, logging.checkpoint_every, now, record, checkpoints)
     if record:
-        console.print_run(os.path.relpath(record.folder), facts, training.side, engine)
+        console.print_run(near_path(record.folder), facts, training.side, engine)
         if facts["commit"] is None:
             console.print_field("note", f"the commit of this project is unknown: {facts['commit_unknown']}")
     for text in point.messages if point else ():

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from common.paths import near_path
+
 WARM_UP_STEPS = 3  # besides those that compile: they allocate memory
 SHOWN_OPERATIONS = 10
 NAME_LENGTH = 60
@@ -77,7 +79,7 @@ class StepProfile:
         self._profiler.export_chrome_trace(str(folder / "trace.json.gz"))
         self._profiler, self._is_done = None, True
         self._draw(folder)
-        self.say(f"{table}\nopen {os.path.relpath(folder / 'trace.json.gz')} at https://ui.perfetto.dev")
+        self.say(f"{table}\nopen {near_path(folder / 'trace.json.gz')} at https://ui.perfetto.dev")
         self._seconds += time.perf_counter() - began
 
     def take_seconds(self) -> float:

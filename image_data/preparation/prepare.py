@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DatasetError
-from common.paths import DATA
+from common.paths import DATA, near_path
 from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
 from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.archives import unpack
@@ -74,6 +74,7 @@ def prepare(
     test_fraction: float | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
     unpack_limit_gib: float | None = None,
+    say_ready: bool = True,
 ) -> Dataset:
     """Prepare a dataset and return it. A folder that is already prepared is returned unchanged.
 
@@ -88,6 +89,7 @@ def prepare(
         test_fraction: share of each class to use as the test split, for a tree without one.
         max_megapixels: larger images count as broken.
         unpack_limit_gib: largest unpacked size of an archive; default: see `archives.unpack`.
+        say_ready: say so if nothing had to be prepared.
 
     Raises:
         PrepareError: the dataset cannot be prepared; the message names the cause and the fix.
@@ -134,11 +136,12 @@ def prepare(
     except OSError as error:
         raise PrepareError(_explain(error, folder, source)) from error
     ready = Dataset.open(folder)
-    given = next((given for given in (archive, root, dataset) if given is not None), None)
-    print(
-        f"already prepared: {_describe(ready)}"
-        + (f"\n  '{given}' was not read; add --force to prepare again from it" if given else "")
-    )
+    if say_ready:
+        given = next((given for given in (archive, root, dataset) if given is not None), None)
+        print(
+            f"already prepared: {_describe(ready)}"
+            + (f"\n  '{given}' was not read; add --force to prepare again from it" if given else "")
+        )
     return ready
 
 
@@ -156,7 +159,7 @@ def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | 
     if not Dataset.is_prepared(folder):
         if archive and not data_dir and not dataset and DEFAULT not in re.sub("[^a-z0-9]", "", archive.name.lower()):
             raise DatasetError(
-                f"--archive {archive} would be prepared in {os.path.relpath(folder)}, the folder of CIFAR-100. "
+                f"--archive {archive} would be prepared in {near_path(folder)}, the folder of CIFAR-100. "
                 "Add --data-dir DIR to name a folder for it"
             )
         if data_dir and not (archive or dataset or os.path.isdir(folder / "train")):
@@ -164,8 +167,8 @@ def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | 
                 f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/. Check the path, "
                 "or add --archive FILE or --dataset NAME"
             )
-        prepare(folder, dataset=None if archive else dataset, archive=archive)
-    elif archive or (data_dir and dataset):
+        prepare(folder, dataset=None if archive else dataset, archive=archive, say_ready=False)
+    if archive or (data_dir and dataset):  # also if another process has prepared it meanwhile
         _refuse_another_source(folder, dataset, archive)
     return folder
 
