@@ -3,7 +3,7 @@
 # scripts do: PYTHON is then the interpreter, and PATH begins with its folder of programs (DeepSpeed looks for `ninja` there).
 #   PYTHON=/path/to/python  interpreter to check (default: python3)
 #   DRIVER_CUDA=12          choose the packages for a driver of this CUDA version ("none": no GPU)
-#   INSTALLER=pip           install with pip even where uv is installed, which is faster
+#   INSTALLER=pip           install with pip alone, not with uv, which takes half a minute where pip takes three
 #   DRY_RUN=1               print the choice, but install nothing
 
 environment_root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
@@ -106,15 +106,28 @@ make_venv() {
     "$base" -m venv "$@" .venv
 }
 
-# Install $requirements into .venv. uv downloads and unpacks in parallel and keeps a cache; the exact pins make its
-# choices those of pip. Where it fails (a mirror that only pip's configuration names, a version of uv that lacks an
-# option), pip does the work.
+# fetch_uv: without a uv on PATH, let pip install it into .venv (20 MB).
+fetch_uv() {
+    [ "${INSTALLER:-uv}" = uv ] && PIP_USER=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 'uv>=0.5' \
+        >/dev/null 2>&1 && [ -x .venv/bin/uv ]
+}
+
+# install_with_uv UV: install $requirements into .venv. uv downloads and unpacks in parallel and keeps a cache; the exact
+# pins make its choices those of pip, and it gets pip's indexes.
+install_with_uv() (
+    while IFS= read -r setting; do export "${setting?}"; done \
+        < <(.venv/bin/python -m pip config list 2>/dev/null | .venv/bin/python environment/pip_settings_for_uv.py)
+    # unsafe-best-match: choose versions over all indexes as pip does, instead of from the first that has the package
+    exec "$1" pip install --index-strategy unsafe-best-match --python .venv/bin/python -r "$requirements" >&2
+)
+
+# Install $requirements into .venv, with uv if possible. Where uv fails (a mirror that it does not understand, a version
+# that lacks an option), pip does the work.
 install_packages() {
-    if has_uv; then
-        # unsafe-best-match: choose versions over all indexes as pip does, instead of from the first that has the package
-        if uv pip install --index-strategy unsafe-best-match --python .venv/bin/python -r "$requirements" >&2; then
-            return
-        fi
+    local uv=""
+    if has_uv; then uv=uv; elif fetch_uv; then uv=.venv/bin/uv; fi
+    if [ -n "$uv" ]; then
+        if install_with_uv "$uv"; then return; fi
         say "uv could not install $requirements (the reason is above): installing with pip."
     fi
     # --use-pep517: without it older pips build DeepSpeed inside the environment, which fails where nvcc is missing.

@@ -253,7 +253,8 @@ def fake_python(repo):
 case "$1 $2" in
     "-m venv") target="${{@: -1}}"; [ "$3" != --clear ] || rm -rf "$target"
         mkdir -p "$target/bin"; cp "$0" "$target/bin/python"; exit ;;
-    "-m pip") echo "${{@: -1}}" >>{shlex.quote(str(repo.parent / "pip.log"))}; sleep "${{PIP_SECONDS:-0}}"
+    "-m pip") [ "$3" != config ] || {{ printf %s "${{PIP_LISTS:-}}"; exit; }}
+        echo "${{@: -1}}" >>{shlex.quote(str(repo.parent / "pip.log"))}; sleep "${{PIP_SECONDS:-0}}"
         echo "Requirement already satisfied: torch"; echo "Collecting new-one"
         [ -z "$PIP_FAILS" ] && touch "${{0%/*}}/installed"; exit ;;
     "- "*) [ -e "${{0%/*}}/installed" ] && echo "${{0%/*}}" && exit; echo missing everything; exit 1 ;;
@@ -323,6 +324,43 @@ esac""",
     assert log == ["uv venv .venv", "uv pip requirements.txt"]
     assert installs(repo) == (["requirements.txt"] if "pip" in fails else [])
     assert (repo / ".venv/requirements.sha256").is_file() and not (repo / ".venv/installing").exists()
+
+
+@pytest.mark.parametrize("fails", ["nothing", "pip"])
+def test_pip_fetches_uv_where_there_is_none_and_uv_gets_the_indexes_of_pip(repo, fails):
+    log = repo.parent / "uv.log"
+    variables = "UV_DEFAULT_INDEX UV_INDEX UV_FIND_LINKS SSL_CERT_FILE UV_INSECURE_HOST"
+    fake(
+        repo,
+        "a-uv",
+        f"""for name in {variables}; do echo "$name=${{!name}}"; done >>{shlex.quote(str(log))}
+[ {fails} = nothing ] || exit 2
+touch .venv/bin/installed""",
+    )
+    fetch = f'cp {shlex.quote(str(repo.parent / "bin/a-uv"))} "${{0%/*}}/uv"'
+    listing = (
+        "global.index-url='https://one.example/simple'\nglobal.extra-index-url='\\nhttps://two.example\\nhttps://three.example'"
+        "\n:env:.index-url='https://mine.example/simple'\n:env:.find-links='/a /b'\nglobal.cert='/ca.pem'"
+    )
+    fake_python(repo)
+    path = repo.parent / "bin/python3"
+    path.write_text(
+        path.read_text().replace(
+            '    "-m pip")', f'    "-m pip") case "${{@: -1}}" in "uv>="*) {fetch}; exit ;; esac\n'
+        )
+    )
+    result = run(
+        repo, "environment/setup.sh", PYTHON="python3", INSTALLER="uv", PIP_LISTS=listing, UV_INSECURE_HOST="kept"
+    )
+    assert result.returncode == 0, result.stderr
+    assert log.read_text().splitlines() == [
+        "UV_DEFAULT_INDEX=https://mine.example/simple",
+        "UV_INDEX=https://two.example https://three.example",
+        "UV_FIND_LINKS=/a,/b",
+        "SSL_CERT_FILE=/ca.pem",
+        "UV_INSECURE_HOST=kept",
+    ]
+    assert installs(repo) == ([] if fails == "nothing" else ["requirements.txt"])
 
 
 def test_another_cuda_version_starts_over_and_an_environment_made_by_hand_is_kept(repo):

@@ -80,6 +80,8 @@ def environment(repo, **variables):
         "DRIVER_CUDA",
         "DRY_RUN",
         "INSTALLER",
+        "UV_",
+        "SSL_CERT_FILE",
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     path = f"{repo.parent / 'bin'}:{os.environ['PATH']}"
