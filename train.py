@@ -39,6 +39,7 @@ def main() -> int:
         return run_cli(lambda: list_settings(args.preset, args.set))
     # Imported late, so that --help and mistyped settings answer at once: all of this imports PyTorch.
     from dali_pipeline import make_batches
+    from image_data.preparation.prepare import find_or_prepare
     from optim.lr_schedule import Schedule
     from parallel.compile import FIRST_STEPS_SECONDS
     from parallel.engine import Engine
@@ -65,9 +66,8 @@ def main() -> int:
     check_before_data(settings, args.data_dir, args.dataset)
 
     # 3. The dataset, the network and the batch
-    data = open_dataset(
-        args.data_dir, args.dataset, args.archive, args.stage_to, args.source, args.hold_out, settings.image_side
-    )
+    prepared = find_or_prepare(args.data_dir, args.dataset, args.archive, args.skip_broken)
+    data = open_dataset(prepared, args.stage_to, args.source, args.hold_out, settings.image_side)
     check_own_parts(settings, len(data.dataset.classes), data.side)
     build = network_builder(settings.model, len(data.dataset.classes), data.side, args.init_weights, console)
     micro_batch = MicroBatch(engine_type, settings, build, data.dataset, data.side)

@@ -31,7 +31,7 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], data: Data, run
     seeds = f"{experiment.seeds} to {experiment.max_seeds}" if experiment.max_seeds else f"{experiment.seeds}"
     print(
         f"runs      {len(experiment.variants)} variants x {seeds} seeds, "
-        f"{experiment.budget_amount:g} {experiment.budget} each, preset {Path(experiment.preset).stem}, "
+        f"{experiment.budget_text} each, preset {Path(experiment.preset).stem}, "
         f"batch {first.engine['train_batch_size']}; compared on the {split}"
     )
     unequal = unequal_costs(experiment, costs)

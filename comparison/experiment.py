@@ -100,6 +100,11 @@ class Experiment:
     max_hours: float | None = None  # summed over these runs
     evaluate_every: str | None = None  # interval of evaluations; None: every epoch
 
+    @property
+    def budget_text(self) -> str:
+        """The budget of a run, for the screen and reports: 10 epochs, 1 epoch."""
+        return f"{self.budget_amount:g} {self.budget.removesuffix('s') if self.budget_amount == 1 else self.budget}"
+
     def tasks(self) -> list[tuple[Variant, int]]:
         """Return every variant with every seed."""
         return [(variant, seed) for variant in self.variants for seed in range(self.seeds)]

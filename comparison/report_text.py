@@ -104,7 +104,7 @@ def _plan(experiment: Experiment, report: dict[str, Any]) -> list[str]:
     margin = f"±{experiment.margin:g} points" if experiment.margin else "none, so no variant can be called equivalent"
     return [
         f"- {len(experiment.variants)} variants ({len(experiment.variants) - 1} planned comparisons) x "
-        f"{experiment.seeds} seeds, {experiment.budget_amount:g} {experiment.budget} each.",
+        f"{experiment.seeds} seeds, {experiment.budget_text} each.",
         f"- Sizes: {match}. Margin of equivalence: {margin}.",
         f"- {report['power']}.",
     ]
@@ -181,7 +181,7 @@ def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -
             "corrected for its own comparisons alone. A variant whose chosen value is the shared one has the same runs "
             "in both."
         )
-    budget = f"{experiment.budget_amount:g} {experiment.budget}: {report['samples']:,} images trained on"
+    budget = f"{experiment.budget_text}: {report['samples']:,} images trained on"
     rates, other = "one learning rate for all variants", "another learning rate"
     if experiment.tuning:
         rates, other = "the candidates of tuning", "a value that was not tried"

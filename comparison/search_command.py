@@ -127,7 +127,7 @@ def plan_lines(search: Search) -> list[str]:
     batch = one.variants[0].settings.engine["train_batch_size"]
     lines = [
         f"question  {one.question}",
-        f"search    {search.trials} trials by {search.sampler}, {one.budget_amount:g} {one.budget} each, preset "
+        f"search    {search.trials} trials by {search.sampler}, {one.budget_text} each, preset "
         f"{Path(one.preset).stem}, batch {batch}; maximizes the accuracy on the validation split "
         f"({100 * one.hold_out:g} % of train)",
     ]

@@ -177,6 +177,7 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(ask, invented, tmp_path):
     assert "Use at least 6 seeds (--seeds 6)" in out
     assert sorted(re.findall(r"(\S+-seed\d): new", out)) == ["gated-seed0", "gated-seed1", "plain-seed0", "plain-seed1"]
     assert "./launch_local_train.sh --preset" in out
+    assert "1 epoch each" in ask(COMMON.replace("steps = 6", "epochs = 1") + VARIANTS, "--dry-run")[1]
 
 
 def test_a_plan_needs_no_dataset(ask, invented, tmp_path):

@@ -112,6 +112,11 @@ def _add_data_options(parser: Parser) -> None:
         "--archive", type=Path, metavar="FILE", help="prepare the dataset from this zip or tar (default: download)"
     )
     data.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="skip images that cannot be decoded when the dataset is prepared (default: stop with an error)",
+    )
+    data.add_argument(
         "--hold-out",
         type=fraction,
         metavar="FRACTION",

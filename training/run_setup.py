@@ -19,7 +19,6 @@ from dali_pipeline import side_of
 from image_data import augmentation
 from image_data.dataset import Dataset
 from image_data.local_copy import stage
-from image_data.preparation.prepare import find_or_prepare
 from model import build_model
 from models.cost import count_parameters
 from models.initial_weights import load_initial_weights
@@ -150,27 +149,18 @@ def check_parts(settings: Settings) -> None:
         pass
 
 
-def open_dataset(
-    data_dir: Path | None,
-    name: str | None,
-    archive: Path | None,
-    stage_to: Path | None,
-    source: str,
-    hold_out: float | None,
-    image_side: int,
-) -> RunData:
-    """Open the dataset of a run, after preparing, copying and splitting it as asked.
+def open_dataset(folder: Path, stage_to: Path | None, source: str, hold_out: float | None, image_side: int) -> RunData:
+    """Open the prepared dataset of a run, after copying and splitting it as asked.
 
     Args:
-        data_dir: folder of the prepared dataset; None for data/<name>.
+        folder: of the prepared dataset.
         stage_to: local disk that the dataset is copied to first.
         hold_out: fraction of each training class that becomes the validation split.
         image_side: side of the network's input images, in pixels; 0 for the dataset's own.
 
     Raises:
-        DatasetError: a dataset that cannot be read, prepared, copied or split.
+        DatasetError: a dataset that cannot be read, copied or split.
     """
-    folder = find_or_prepare(data_dir, name, archive)
     dataset = Dataset.open(folder)
     if stage_to:
         dataset = stage(dataset, stage_to, files=source == "files" or dataset.splits["train"].packed is None)

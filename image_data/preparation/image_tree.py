@@ -139,8 +139,7 @@ def broken_warnings(tree: Tree, kept: dict[str, list[int]], broken: list[tuple[s
     if not skip:
         hint = ". --max-megapixels raises the limit" if any(TOO_LARGE in reason for _, reason in broken) else ""
         raise PrepareError(
-            f"{len(broken)} image(s) cannot be decoded: {names}. Replace them, or run prepare_dataset.py --skip-broken"
-            f"{hint}"
+            f"{len(broken)} image(s) cannot be decoded: {names}. Replace them, or add --skip-broken{hint}"
         )
     for split, positions in kept.items():
         if lost := set(range(len(tree.classes))).difference(tree.labels[split][i] for i in positions):

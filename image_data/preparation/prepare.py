@@ -145,7 +145,9 @@ def prepare(
     return ready
 
 
-def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | None) -> Path:
+def find_or_prepare(
+    data_dir: Path | None, dataset: str | None, archive: Path | None, skip_broken: bool = False
+) -> Path:
     """Return the folder of a prepared dataset; prepare it first if necessary.
 
     The first process of each host prepares, and the others wait for it.
@@ -167,7 +169,7 @@ def find_or_prepare(data_dir: Path | None, dataset: str | None, archive: Path | 
                 f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/. Check the path, "
                 "or add --archive FILE or --dataset NAME"
             )
-        prepare(folder, dataset=None if archive else dataset, archive=archive, say_ready=False)
+        prepare(folder, dataset=None if archive else dataset, archive=archive, skip_broken=skip_broken, say_ready=False)
     if archive or (data_dir and dataset):  # also if another process has prepared it meanwhile
         _refuse_another_source(folder, dataset, archive)
     return folder
