@@ -168,6 +168,8 @@ def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: boo
         "--preset",
         "cpu",
         *(word for text in TINY for word in ("--set", f"model.{text}")),
+        "--set",
+        "compile=off",  # it would take most of the time before the first checkpoint
         "--data-dir",
         folder / "shapes",
         "--runs-dir",
