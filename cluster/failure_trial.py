@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,7 +192,9 @@ def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: boo
             for host in hosts.names
         }
         for number, words in enumerate(commands.values(), start=1):
-            words.insert(3, f"--local-addr={simulated_hosts.ADDRESSES}.{number}")
+            # It finds out by the machine's name which host keeps the store; here all hosts have the same name.
+            is_host = "true" if number == 1 else "false"
+            words[3:3] = [f"--local-addr={simulated_hosts.ADDRESSES}.{number}", f"--rdzv-conf=is_host={is_host}"]
     with (folder / f"{name}.log").open("w") as output:
         return [
             subprocess.Popen(
@@ -208,6 +211,7 @@ def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: boo
 def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bool) -> tuple[str, str, str]:
     """Start training, cause the event, and measure: (seconds, seconds of the launcher, exit code)."""
     log = folder / f"{name}.log"
+    hosts.wait_for_network()
     launchers = start(hosts, folder, name, event.restarts, is_torchrun)
     launcher = launchers[0]
     trial = Trial(hosts, launchers, folder / "runs" / name)
@@ -224,6 +228,7 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bo
             )
             return f"{time.monotonic() - began:.0f}", "", ""
         ends: dict[str, float] = {}
+        code: int | None = None
 
         def has_ended() -> bool:
             for what, over in (("ranks", not running(hosts)), ("launcher", launcher.poll() is not None)):
@@ -231,13 +236,17 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bo
                     ends.setdefault(what, time.monotonic() - began)
             return len(ends) == 2
 
-        wait_until(has_ended, END_SECONDS, lambda: f"{running(hosts)}\n{read(str(log))}")
-        was_killed = launcher.returncode < 0
-        return (
-            f"{ends['ranks']:.0f}",
-            "" if was_killed else f"{ends['launcher']:.0f}",
-            "" if was_killed else str(launcher.returncode),
-        )
+        try:
+            wait_until(has_ended, END_SECONDS)
+            code = launcher.returncode
+        except AssertionError:
+            if not is_torchrun:
+                raise AssertionError(f"{running(hosts)}\n{read(str(log))}") from None
+            kill_all(hosts)  # it need not end
+        seconds = {what: f"{ends[what]:.0f}" if what in ends else f"> {END_SECONDS}" for what in ("ranks", "launcher")}
+        if code is not None and code < 0:  # killed by the event
+            return seconds["ranks"], "", ""
+        return seconds["ranks"], seconds["launcher"], "" if code is None else str(code)
     finally:
         for host in hosts.names:
             hosts.reconnect(host)
@@ -245,6 +254,15 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bo
             launcher.terminate()
             launcher.wait(END_SECONDS)
         wait_until(lambda: not hosts.at_work(), END_SECONDS, lambda: f"left behind: {hosts.at_work()}")
+
+
+def kill_all(hosts: Hosts) -> None:
+    """Kill every process on the hosts except their SSH servers."""
+    for host in hosts.names:
+        for pid in hosts.processes(host):
+            if "sshd" not in read(f"/proc/{pid}/cmdline"):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def resumed_at(log: Path) -> int:

@@ -229,6 +229,16 @@ class Hosts:
     def reconnect(self, name: str) -> None:
         ip("link", "set", self.cable(name), "up")
 
+    def wait_for_network(self, seconds: float = 30) -> None:
+        """Wait until the first host reaches the SSH server of every other one: it takes a while after `reconnect`."""
+
+        def reaches(number: int, name: str) -> bool:
+            connect = f"exec 3<>/dev/tcp/{ADDRESSES}.{number}/{self.ports.get(name, 22)}"
+            return self.run(self.names[0], ["timeout", "2", "bash", "-c", connect]).returncode == 0
+
+        others = list(enumerate(self.names[1:], start=2))
+        wait_until(lambda: all(reaches(*other) for other in others), seconds)
+
 
 def ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)

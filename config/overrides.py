@@ -10,7 +10,9 @@ from typing import Any
 
 from common.errors import SettingsError, unknown
 
-SEVERAL_TYPES = {"bf16.enabled": (False, True, "autocast", "auto")}  # settings whose values have more than one type
+SEVERAL_TYPES = {
+    "bf16.enabled": (False, True, "autocast", "masters", "auto")
+}  # settings whose values have more than one type
 # What other projects and papers call a setting; the keys are in lower case with underscores.
 ALIASES = {
     "learning_rate": "optimizer.params.lr",

@@ -220,7 +220,8 @@ ENGINE_SETTINGS: dict[str, Declared] = {
     ),
     "bf16.enabled": Declared(
         "bfloat16: false (fp32); true (compute in bf16, with bf16 weights under zero and pipeline); "
-        "autocast (fp32 weights); auto (autocast where the device is faster in bf16)"
+        "autocast (fp32 weights); masters (ddp: bf16 weights beside the fp32 weights that the optimizer updates); "
+        "auto (autocast where the device is faster in bf16)"
     ),
     "zero_optimization.stage": Declared(
         "ZeRO stage: what processes share: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights", "[0, 3]"

@@ -60,6 +60,9 @@ class Settings:
         "torch.compile: auto, on, off, or a mode with CUDA graphs (reduce-overhead, max-autotune)",
         choices=("auto", "on", "off", "reduce-overhead", "max-autotune"),
     )
+    compile_evaluation: bool = setting(
+        False, "compile the evaluation too; its count may then differ from evaluate.py's by rounding"
+    )
     channels_last: bool = setting(
         False, "store images in channels-last memory format, which is faster for GPU convolutions"
     )

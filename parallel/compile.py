@@ -2,8 +2,9 @@
 
 Each layer's forward is compiled separately. Equal blocks then share one compilation, gradients become ready layer by
 layer for the exchange between processes, and no module is wrapped, so the names in the state_dict do not change. The
-modes with CUDA graphs record the whole network instead. Evaluation is not compiled: that would take a second
-compilation for a small part of the images.
+modes with CUDA graphs record the whole network instead. Evaluation is compiled only with `compile_evaluation`: that
+takes a second compilation for a small part of the work, and compiled layers round differently, so that train.py's count
+of correct images could differ from that of evaluate.py.
 """
 
 from __future__ import annotations
@@ -76,11 +77,28 @@ def trouble_with(device: torch.device) -> str | None:
 
 
 class Compiled:
-    """The compiled forwards of a network's layers, active in training and removed for evaluation."""
+    """The compiled forwards of a network's layers, active in training and, unless asked for, removed for evaluation."""
 
-    def __init__(self, network: nn.Module, layers: list[nn.Module], mode: str, or_plain: bool = False):
-        """`or_plain`: a layer that the compiler fails on runs uncompiled."""
-        self.mode, self.forwards = mode, {}
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: list[nn.Module],
+        mode: str,
+        or_plain: bool = False,
+        in_evaluation: bool = False,
+    ):
+        """Compile, at the first call of each layer.
+
+        Args:
+            or_plain: a layer that the compiler fails on runs uncompiled.
+            in_evaluation: evaluation runs the compiled layers too.
+
+        Raises:
+            SettingsError: `in_evaluation` in another mode than `on`.
+        """
+        self.mode, self.in_evaluation, self.forwards = mode, in_evaluation, {}
+        if in_evaluation and mode != "on":
+            raise SettingsError(f"compile_evaluation=true needs compile=on, and compile is {mode} in this run")
         if mode == "off":
             return
         import torch._dynamo  # late: it takes seconds
@@ -88,7 +106,9 @@ class Compiled:
         layers = [network] if mode in GRAPHS else layers
         # Each kind of layer, size and precision is one compilation; PyTorch's default limit (8) is meant for one
         # network.
-        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(layers))
+        torch._dynamo.config.cache_size_limit = max(
+            torch._dynamo.config.cache_size_limit, (8 if in_evaluation else 4) * len(layers)
+        )
         # Gradients become ready layer by layer; PyTorch would also split every layer at DistributedDataParallel's
         # buckets.
         torch._dynamo.config.optimize_ddp = mode in GRAPHS
@@ -109,7 +129,7 @@ class Compiled:
 
     def use(self, training: bool) -> None:
         for layer, forward in self.forwards.items():
-            if training:
+            if training or self.in_evaluation:
                 layer.forward = forward
             else:
                 vars(layer).pop("forward", None)

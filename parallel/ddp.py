@@ -17,6 +17,7 @@ class Engine(TorchEngine):
 
     name = "ddp"
     cuda_graph_refusal = None
+    masters_refusal = None
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         self.shared_buffers = SyncedBuffers(model)

@@ -56,7 +56,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         fits_one_device: whether a process holds the whole network, so that a trial on one GPU shows what fits.
         precision: arithmetic of `forward`: fp32, bf16 (weights too) or autocast.
         ema: the EMA of the weights that evaluation and the saved weights use; None where `ema.decay` is 0.
-        bf16_enabled: value of the setting `bf16.enabled` here: false, true or autocast.
+        bf16_enabled: value of the setting `bf16.enabled` here: false, true, autocast or masters.
         first_steps: first steps after a start that compile or warm up and are not timed.
     """
 
@@ -67,6 +67,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     precision = "fp32"
     fits_one_device = True
     autocast_refusal: str | None = None  # why this strategy cannot compute by torch.autocast
+    masters_refusal: str | None = "only ddp has it; zero and pipeline have bf16 weights and fp32 masters with true"
     compile_refusal: str | None = None  # why this strategy cannot use torch.compile
     cuda_graph_refusal: str | None = "this strategy cannot record CUDA graphs; ddp can"
     channels_last_refusal: str | None = None
@@ -93,7 +94,7 @@ class Engine(WeightAveraging, Collectives, ABC):
                 setting = "ema.decay" if refusal is self.ema_refusal else "channels_last"
                 raise SettingsError(f"strategy {self.name} would not use {setting}: {refusal}")
         device, enabled = process_group.pick_device(), settings.engine["bf16"]["enabled"]
-        self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, device)
+        self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, self.masters_refusal, device)
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.step = 0
         self.grad_norm: Tensor | None = None
@@ -241,7 +242,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         pays_on_cpu = self.precision != "fp32" and images >= CPU_IMAGES
         mode = choose(settings.compile, self.device, self.compile_refusal, self.cuda_graph_refusal, pays_on_cpu)
         or_plain = settings.compile == "auto" and self.device.type == "cpu"
-        self.compiled = Compiled(network, self.layers(), mode, or_plain)
+        self.compiled = Compiled(network, self.layers(), mode, or_plain, settings.compile_evaluation)
         if isinstance(optimizer, Muon):
             optimizer.compiled = mode != "off"
         self.first_steps = FIRST_STEPS[mode] if self.device.type == "cuda" or mode != "off" else 0

@@ -3,6 +3,7 @@
     false      fp32 throughout
     true       bf16 of the strategy: zero and pipeline also have bf16 weights, the others use torch.autocast
     autocast   fp32 weights and torch.autocast, with every strategy but pipeline
+    masters    bf16 weights beside the fp32 ones that the optimizer updates, with ddp; zero and pipeline: see true
     auto       autocast where the device multiplies bf16 faster than fp32, otherwise false
 
 The choice of auto depends on the device alone, never on its load. `run.json` records it as `precision`, and a run that
@@ -21,17 +22,21 @@ from common.errors import SettingsError
 FLAGS = ("amx_bf16", "avx512_bf16")  # CPU flags: matrix products are two to four times faster in bf16
 
 
-def choose(setting: bool | str, autocast_refusal: str | None, device: torch.device) -> tuple[bool | str, str | None]:
-    """Return the precision for `bf16.enabled` (false, true or autocast), and a sentence for the screen under auto.
+def choose(
+    setting: bool | str, autocast_refusal: str | None, masters_refusal: str | None, device: torch.device
+) -> tuple[bool | str, str | None]:
+    """Return the precision for `bf16.enabled` (never auto), and a sentence for the screen under auto.
 
     Args:
         autocast_refusal: why the strategy has no autocast; None where it has.
+        masters_refusal: the same for the setting masters.
 
     Raises:
-        SettingsError: autocast, for a strategy without it.
+        SettingsError: autocast or masters, for a strategy without it.
     """
-    if setting == "autocast" and autocast_refusal:
-        raise SettingsError(f"bf16.enabled=autocast: {autocast_refusal}")
+    for name, refusal in (("autocast", autocast_refusal), ("masters", masters_refusal)):
+        if setting == name and refusal:
+            raise SettingsError(f"bf16.enabled={name}: {refusal}")
     if setting != "auto":
         return setting, None
     reason = None if autocast_refusal else fast_bf16(device)

@@ -2,7 +2,7 @@
 
 A strategy defines how the model is distributed (`wrap_model`), what happens after a step (`finish_step`) and, where
 tensors are sharded, how they are gathered and sharded again. bf16 is `torch.autocast`: the weights, their gradients and
-the optimizer stay in fp32.
+the optimizer stay in fp32. With `bf16.enabled=masters` (ddp) a copy of the model has bf16 weights and computes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer, restore_counters, scalars_of
 from parallel import engine, process_group, tensor_transfer
 from parallel.batch_sizes import Batch, BatchSizes
+from parallel.bf16_copy import Bf16Copy
 from parallel.buffers import BufferSnapshot, persistent_buffers
 from parallel.engine import build_seeded
 from parallel.gradient_log import GradientLog
@@ -38,13 +39,16 @@ class TorchEngine(engine.Engine):
         self.device = process_group.init_process_group()
         self.data_shard = (dist.get_rank(), dist.get_world_size())
         self.is_main = dist.get_rank() == 0
-        self.bf16 = bool(self.bf16_enabled)
-        self.precision = "autocast" if self.bf16 else "fp32"
+        has_copy = self.bf16_enabled == "masters"
+        self.autocasts = bool(self.bf16_enabled) and not has_copy
+        self.precision = "bf16" if has_copy else "autocast" if self.autocasts else "fp32"
         self.clipping = settings.engine["gradient_clipping"]
         self.batch_sizes = BatchSizes.derive(settings.engine, dist.get_world_size())
         self.model = build_seeded(build, seed).to(self.device)
         self.record_shapes(self.model)
-        self.spread_model = self.wrap_model(self.model)
+        self.bf16_copy = Bf16Copy(self.model) if has_copy else None
+        self.computing_model = self.bf16_copy.network if self.bf16_copy else self.model
+        self.spread_model = self.wrap_model(self.computing_model)
         # By the names of the plain model; where `wrap_model` shards the parameters, these are the shards.
         self.parameters = dict(self.model.named_parameters())
         self.trainable: list[Tensor] = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
@@ -55,7 +59,7 @@ class TorchEngine(engine.Engine):
     # --- what a strategy may override --------------------------------------------------------------------------------
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
-        """Return the module that a training step calls; `model` itself is evaluated and saved."""
+        """Return the module that a training step calls; `model` itself is evaluated."""
         return model
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -99,6 +103,8 @@ class TorchEngine(engine.Engine):
                 (loss / accumulation).backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
+        if self.bf16_copy:
+            self.bf16_copy.hand_over_gradients()
         self.measure_gradients()
         self.grad_norm = self.unshard(nn.utils.clip_grad_norm_(self.trainable, self.clipping or math.inf)).detach()
         # Reading them synchronizes the device: only with --skip-bad-steps.
@@ -109,6 +115,7 @@ class TorchEngine(engine.Engine):
             self.keeper.restore()
         else:
             self.optimizer.step()
+            self.sync_from_masters()
         self.measure_update()
         self.optimizer.zero_grad()
         self.step += 1
@@ -122,27 +129,33 @@ class TorchEngine(engine.Engine):
         self.keeper = BufferSnapshot(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
-        self.model.eval()
+        self.computing_model.eval()
         with self._precision():
-            return self.model(self.to_model_input(images))
+            return self.computing_model(self.to_model_input(images))
+
+    def to_model_input(self, images: Tensor) -> Tensor:
+        return super().to_model_input(images.bfloat16() if self.bf16_copy else images)
 
     def make_gradient_log(self) -> GradientLog:
         return GradientLog(self.model, whole=self.unshard)
 
     def network(self) -> nn.Module:
-        return self.model
+        return self.computing_model
 
     def master_weights(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         return self.optimizer, self.trainable
 
     def sync_from_masters(self) -> None:
-        """Nothing to copy: the optimizer updates the network's parameters themselves."""
+        """Without a bf16 copy nothing is to be done: the optimizer updates the network's parameters themselves."""
+        if self.bf16_copy:
+            self.bf16_copy.take_weights()
 
     def _precision(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts)
 
     def describe(self) -> str:
-        return ("bf16" if self.bf16 else "fp32") + self.features()
+        words = {"bf16": "bf16 incl. weights", "autocast": "bf16", "fp32": "fp32"}
+        return words[self.precision] + self.features()
 
     # --- the state ------------------------------------------------------------------------------------------------
 
@@ -213,3 +226,4 @@ class TorchEngine(engine.Engine):
         else:
             for name, average in averages.items():
                 average.copy_(self.shard(state[f"ema/{name}"], average))
+        self.sync_from_masters()

@@ -111,7 +111,8 @@ def check_settings(
     if evaluates_ema_only and not settings.ema.decay:
         raise SettingsError("--evaluate-ema-only needs an EMA: add --set ema.decay=0.999, or leave the flag out")
     device = pick_device()
-    if line := choose_precision(settings.engine["bf16"]["enabled"], engine_type.autocast_refusal, device)[1]:
+    enabled, refusals = settings.engine["bf16"]["enabled"], (engine_type.autocast_refusal, engine_type.masters_refusal)
+    if line := choose_precision(enabled, *refusals, device)[1]:
         console.print_field("precision", line)
     if init_weights is not None:
         local_file(init_weights)  # downloads named weights

@@ -213,6 +213,24 @@ def modes_figures(check: Check, log: str) -> dict[str, Any]:
     return step_figures(check, log, "compile_modes")
 
 
+def parallel_commands(check: Check) -> list[list[str]]:
+    """Return a run of parallel_runs.py on the preset cpu, which is small for a GPU."""
+    sizes = ["--runs", "1,2,4,8", "--seconds", 4, "--rounds", 1]
+    if check.small:
+        sizes = ["--runs", "1,2", "--seconds", 0.1, "--rounds", 1]
+    words = ["--preset", "cpu", "--set", "compile=off", *overrides(check), *sizes]
+    return [program("benchmarks/parallel_runs.py", *words, "--json", check.file("parallel_runs.json"))]
+
+
+def parallel_figures(check: Check, log: str) -> dict[str, Any]:
+    report = json.loads(check.file("parallel_runs.json").read_text())
+    figures = {}
+    for name, rates in report["images_per_second"].items():
+        count, mode = name.split()
+        figures[f"{count} at once{', MPS' * (mode == 'mps')}"] = f"{statistics.median(rates):,.0f} images/s"
+    return {**figures, **({"MPS": report["no_mps"]} if report["no_mps"] else {})}
+
+
 # --- accuracy
 # -------------------------------------------------------------------------------------------------------------
 
@@ -314,6 +332,7 @@ PHASES = {
     "seeds": phase(f"speedrun with {len(SEEDS)} seeds: accuracy and seconds", seeds_commands, seeds_figures, 260),
     "step": phase("cost of a training step against a bare loop", baseline_commands, step_figures, 90),
     "modes": phase("modes of torch.compile", modes_commands, modes_figures, 90),
+    "parallel": phase("several runs on the device at once", parallel_commands, parallel_figures, 150),
     "parts": phase(
         "parts of a step alone",
         parts_commands("depthwise,attention,stem,optimizer", "parts.json"),

@@ -56,10 +56,35 @@ def captured() -> dict[str, dict]:
     return results
 
 
+def evaluated() -> dict[str, dict]:
+    """Scores of an engine that compiles its evaluation and of one that does not, and the calls of compiled layers."""
+    calls = []
+
+    def noted(forward, **options):
+        run = compile_layer(forward, backend="aot_eager", **options)
+        return lambda *arguments: calls.append(1) or run(*arguments)
+
+    images, compile_layer = reference.data()[0][0], torch.compile
+    plain = make_engine("ddp", settings_for("compile=off"))
+    with mock.patch("torch.compile", noted):
+        compiled = make_engine("ddp", settings_for("compile=on", "compile_evaluation=true"))
+    calls.clear()  # one was the trial whether compiling works
+    for engine in (plain, compiled):
+        engine.compiled.use(training=False)
+    scores = {"plain": plain.forward(images).detach(), "compiled": compiled.forward(images).detach()}
+    refusal = reference.refusal("ddp", "compile=off", "compile_evaluation=true")
+    return {"evaluation": {**scores, "calls": len(calls), "layers": len(compiled.layers()), "refusal": refusal}}
+
+
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory) -> dict:
     return perform(
-        tmp_path_factory.mktemp("captured") / "on-2", 2, reference.job, {}, {}, ["tests.parallel.test_compile:captured"]
+        tmp_path_factory.mktemp("captured") / "on-2",
+        2,
+        reference.job,
+        {},
+        {},
+        [f"tests.parallel.test_compile:{cases}" for cases in ("captured", "evaluated")],
     )
 
 
@@ -191,6 +216,13 @@ def test_evaluation_runs_the_plain_network(monkeypatch):
     assert all("forward" not in vars(layer) for layer in model)
     whole = compiling.Compiled(model, list(model), "reduce-overhead")
     assert list(whole.forwards) == [model] and not compiling.Compiled(model, list(model), "off").forwards
+
+
+def test_compiled_evaluation_gives_the_scores_of_the_plain_network_and_needs_compile_on(on_two):
+    result = on_two["evaluation"]
+    assert torch.allclose(result["compiled"], result["plain"], atol=1e-5)
+    assert result["calls"] == result["layers"] > 0
+    assert result["refusal"] == "compile_evaluation=true needs compile=on, and compile is off in this run"
 
 
 def test_blocks_that_differ_in_their_stochastic_depth_share_one_compilation():

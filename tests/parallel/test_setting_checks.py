@@ -65,6 +65,7 @@ REFUSED = {  # strategy and settings: text in the message
         ("compile=reduce-overhead",),
     ): "fully_shard gives the parameters new memory in every step, which CUDA graphs cannot follow",
     ("ddp", ("compile=max-autotune",)): "compile=max-autotune: CUDA graphs need a GPU",
+    ("fsdp", ("bf16.enabled=masters",)): "bf16.enabled=masters: only ddp has it; zero and pipeline have bf16 weights",
     (
         "pipeline",
         ("channels_last=true",),

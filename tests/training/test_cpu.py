@@ -83,9 +83,9 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch):
         (set(), False, "fp32"),
     ):
         monkeypatch.setattr(precision, "cpu_flags", lambda flags=flags: frozenset(flags))
-        chosen, sentence = precision.choose("auto", None, CPU)
+        chosen, sentence = precision.choose("auto", None, None, CPU)
         assert chosen == comes_to and said in sentence
-        assert precision.choose("auto", "it has none", CPU) == (
+        assert precision.choose("auto", "it has none", None, CPU) == (
             False,
             "fp32, because it has none (--set bf16.enabled=true chooses bf16)",
         )
@@ -94,18 +94,18 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch):
 @pytest.mark.parametrize("setting", [True, False, "autocast"])
 def test_what_was_set_is_not_questioned(monkeypatch, setting):
     monkeypatch.setattr(precision, "cpu_flags", frozenset)
-    assert precision.choose(setting, None, CPU) == (setting, None)
+    assert precision.choose(setting, None, None, CPU) == (setting, None)
 
 
 def test_autocast_is_refused_by_a_strategy_that_has_none():
     with pytest.raises(SettingsError, match="bf16.enabled=autocast: it has none"):
-        precision.choose("autocast", "it has none", CPU)
+        precision.choose("autocast", "it has none", None, CPU)
 
 
-@pytest.mark.parametrize("value", ["auto", "autocast", "true", "false"])
+@pytest.mark.parametrize("value", ["auto", "autocast", "masters", "true", "false"])
 def test_the_setting_takes_words_and_truths(value):
     assert str(resolve(None, ["bf16.enabled=auto", f"bf16.enabled={value}"]).engine["bf16"]["enabled"]).lower() == value
-    with pytest.raises(SettingsError, match="bf16.enabled must be of type bool, or one of autocast, auto"):
+    with pytest.raises(SettingsError, match="bf16.enabled must be of type bool, or one of autocast, masters, auto"):
         resolve(None, ["bf16.enabled=autocats"])
 
 
