@@ -33,12 +33,13 @@ from benchmarks.lib import tables
 from benchmarks.lib.options import add_reports, add_settings, keep, origin, several
 from benchmarks.lib.timing import alternate, machine, ratios, spread
 from common.errors import RunError
+from common.paths import PROJECT
 from common.text import last_error
 from config.command_line import Parser, at_least_one, run_cli
 from config.settings import resolve
 from image_data.preparation.decoding import available_cores
 
-WORKER = Path(__file__).parent / "lib/parallel_worker.py"
+WORKER = PROJECT / "benchmarks/lib/parallel_worker.py"
 LIMIT_SECONDS = 300.0  # of a turn, besides --seconds: imports, network, compilation
 POLL_SECONDS = 0.02
 MPS = "nvidia-cuda-mps-control"

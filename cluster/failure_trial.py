@@ -3,6 +3,7 @@
     python cluster/failure_trial.py                        prints a table, after some minutes
     python cluster/failure_trial.py --only "cable cut"     measures one row; repeat the option for more
     python cluster/failure_trial.py --launcher torchrun    measures the same events under torchrun, as a baseline
+    python cluster/failure_trial.py --launcher ft_launcher    under ft_launcher (pip install nvidia-resiliency-ext)
 
 It needs root, openssh-server and iproute2.
 The hosts are network namespaces (simulated_hosts.py) that train a tiny network. After the first checkpoint, a process
@@ -21,22 +22,29 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cluster import simulated_hosts  # noqa: E402
 from cluster.simulated_hosts import Hosts, read, wait_until  # noqa: E402
-from common.paths import PROJECT
+from common.errors import RunError  # noqa: E402
+from common.paths import PROJECT  # noqa: E402
 from config.command_line import Parser, run_cli  # noqa: E402
 
 START_SECONDS, END_SECONDS = 180, 180  # upper limits, for a busy machine
+OTHER_LAUNCHERS = {  # module and options
+    "torchrun": ("torch.distributed.run", []),
+    "ft_launcher": ("nvidia_resiliency_ext.fault_tolerance.launcher", ["--ignore-missing-fault-tol-cfg"]),
+}
 TINY = ("patch=8", "width=32", "depth=2", "heads=2", "head_size=16", "feed_forward_options.hidden=48")
 OURS = (
     "train.py",
     "deepspeed.launcher",
     "agent.py",
     "torch.distributed.run",
+    "fault_tolerance.launcher",
 )  # part of the commands of a job's processes on a host
 
 
@@ -45,7 +53,7 @@ class Trial:
     """Training that runs on both hosts."""
 
     hosts: Hosts
-    launchers: list[subprocess.Popen]  # one on the first host; with torchrun one on each
+    launchers: list[subprocess.Popen]  # one on the first host; of other launchers one on each
     run: Path
 
     def newest(self) -> int:
@@ -94,7 +102,7 @@ class Event:
 
     cause: Callable[[Trial], None]
     restarts: int = 0
-    only_this: bool = False  # torchrun has no such process
+    only_this: bool = False  # other launchers have no such process
 
 
 EVENTS = {
@@ -126,20 +134,22 @@ def main() -> int:
     )
     parser.add_argument(
         "--launcher",
-        choices=("this", "torchrun"),
+        choices=("this", *OTHER_LAUNCHERS),
         default="this",
-        help="launcher to measure: launch_distributed_train.sh, or torchrun on each host (default: this)",
+        help="launcher to measure: launch_distributed_train.sh, or another one on each host (default: this)",
     )
     args = parser.parse_args()
     if reason := simulated_hosts.missing():
         print(f"error: hosts cannot be simulated on this machine: {reason}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the hosts are removed first
-    is_torchrun = args.launcher == "torchrun"
+    if args.launcher == "ft_launcher" and not find_spec("nvidia_resiliency_ext"):
+        raise RunError("ft_launcher is not installed: pip install nvidia-resiliency-ext")
+    other = None if args.launcher == "this" else args.launcher
     chosen = {
         name: event
         for name, event in EVENTS.items()
-        if (not args.only or any(words in name for words in args.only)) and not (is_torchrun and event.only_this)
+        if (not args.only or any(words in name for words in args.only)) and not (other and event.only_this)
     }
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder, "hosts"), 2) as hosts:
         Path(folder, "hostfile").write_text("box1 slots=1\nbox2 slots=1\n")
@@ -158,12 +168,12 @@ def main() -> int:
             flush=True,
         )
         for number, (name, event) in enumerate(chosen.items()):
-            cells = measure(hosts, Path(folder), f"run{number}", event, is_torchrun)
+            cells = measure(hosts, Path(folder), f"run{number}", event, other)
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return 0
 
 
-def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: bool) -> list[subprocess.Popen]:
+def start(hosts: Hosts, folder: Path, name: str, restarts: int, other: str | None) -> list[subprocess.Popen]:
     """Start training on both hosts; the output goes to folder/NAME.log."""
     arguments = [
         "--preset",
@@ -182,14 +192,14 @@ def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: boo
     ]
     commands = {"box1": [PROJECT / "launch_distributed_train.sh", *arguments, "--restarts", str(restarts)]}
     variables = {"HOSTFILE": f"{folder}/hostfile", "PYTHON": sys.executable}
-    if is_torchrun:
-        options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-id={name}"]
+    if other:
+        module, flags = OTHER_LAUNCHERS[other]
+        options = [*flags, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-id={name}"]
         options.append(f"--rdzv-endpoint={simulated_hosts.ADDRESSES}.1:29500")
-        # HANG_SECONDS is what launch_distributed_train.sh sets; torchrun would leave PyTorch's 10 minutes.
+        # HANG_SECONDS is what launch_distributed_train.sh sets; others leave PyTorch's 10 minutes.
         variables = {"GLOO_SOCKET_IFNAME": "eth0", "HANG_SECONDS": "50"}
         commands = {
-            host: [sys.executable, "-m", "torch.distributed.run", *options, PROJECT / "train.py", *arguments]
-            for host in hosts.names
+            host: [sys.executable, "-m", module, *options, PROJECT / "train.py", *arguments] for host in hosts.names
         }
         for number, words in enumerate(commands.values(), start=1):
             # It finds out by the machine's name which host keeps the store; here all hosts have the same name.
@@ -208,11 +218,11 @@ def start(hosts: Hosts, folder: Path, name: str, restarts: int, is_torchrun: boo
         ]
 
 
-def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bool) -> tuple[str, str, str]:
+def measure(hosts: Hosts, folder: Path, name: str, event: Event, other: str | None) -> tuple[str, str, str]:
     """Start training, cause the event, and measure: (seconds, seconds of the launcher, exit code)."""
     log = folder / f"{name}.log"
     hosts.wait_for_network()
-    launchers = start(hosts, folder, name, event.restarts, is_torchrun)
+    launchers = start(hosts, folder, name, event.restarts, other)
     launcher = launchers[0]
     trial = Trial(hosts, launchers, folder / "runs" / name)
     try:
@@ -240,7 +250,7 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event, is_torchrun: bo
             wait_until(has_ended, END_SECONDS)
             code = launcher.returncode
         except AssertionError:
-            if not is_torchrun:
+            if not other:
                 raise AssertionError(f"{running(hosts)}\n{read(str(log))}") from None
             kill_all(hosts)  # it need not end
         seconds = {what: f"{ends[what]:.0f}" if what in ends else f"> {END_SECONDS}" for what in ("ranks", "launcher")}

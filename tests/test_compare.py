@@ -45,7 +45,7 @@ def test_every_experiment_can_be_planned_at_both_sizes(path, size):
 
 def test_all_eight_ideas_are_in_one_experiment():
     variants = {variant.name for variant in read(PROJECT / "experiments" / "eight-ideas.toml").variants}
-    ideas = [path for path in EXPERIMENTS if "recipe" not in path.name]
+    ideas = [path for path in EXPERIMENTS if "recipe" not in path.name and path.stem != "space-to-depth"]
     others = {variant.name for path in ideas for variant in read(path).variants} - {"fff-mask"}  # which is fff
     assert len(ideas) == 9 and variants == others
 
