@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageFile
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFile
 
 SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -33,7 +38,6 @@ KINDS = {
 }
 MAX_MEGAPIXELS = 90.0  # default limit, Pillow's own warning level
 TOO_LARGE = "exceed the limit of"  # part of the message about larger images
-Image.MAX_IMAGE_PIXELS = None  # replaced by the limit of `decode_image`, which an option can raise
 
 ORIENTATION_TAG = 0x0112  # of EXIF
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -> function of pixels (height, width, 3)
@@ -49,6 +53,18 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 # Byte strings of which one occurs in every file with an orientation. Pillow reads a whole PNG to find its EXIF data.
 METADATA_MARKS = {"PNG": (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type"), "JPEG": (b"Exif\0", b"tiff:Orientation")}
+
+
+@cache
+def pillow() -> ModuleType:
+    """Return PIL.Image, imported late because runs on packed pixels open no image file.
+
+    Its own size limit is off: `decode_image` has one that an option can raise.
+    """
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    return Image
 
 
 def decode_image(
@@ -73,7 +89,7 @@ def decode_image(
     encoded = source if isinstance(source, bytes) else source.read_bytes()
     if not encoded:
         raise ValueError("empty file")
-    with Image.open(io.BytesIO(encoded), formats=formats) as image:
+    with pillow().open(io.BytesIO(encoded), formats=formats) as image:
         _check_size(image, max_megapixels)
         is_16_bit = _is_16_bit(image)  # known only before loading: Pillow then has 8-bit RGB
         image.load()
@@ -88,7 +104,7 @@ def as_dali_input(encoded: bytes) -> bytes | None:
     Raises:
         Exception: the file cannot be decoded (see `decode_image`).
     """
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with pillow().open(io.BytesIO(encoded), formats=FORMATS) as image:
         is_plain = (
             image.format in METADATA_MARKS
             and image.mode in ("L", "RGB")
@@ -100,21 +116,21 @@ def as_dali_input(encoded: bytes) -> bytes | None:
     if is_plain:
         return None
     png = io.BytesIO()
-    Image.fromarray(decode_image(encoded, max_megapixels=None)[0]).save(png, "PNG", compress_level=0)
+    pillow().fromarray(decode_image(encoded, max_megapixels=None)[0]).save(png, "PNG", compress_level=0)
     return png.getvalue()
 
 
 def upright_size(path: Path) -> tuple[int, int]:
     """Return height and width of an image as it is decoded, from its header. Raises what `decode_image` raises."""
     encoded = path.read_bytes()
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with pillow().open(io.BytesIO(encoded), formats=FORMATS) as image:
         width, height = image.size
         return (width, height) if _orientation(image, encoded) in SIDEWAYS else (height, width)
 
 
 def reason(error: Exception) -> str:
     """Return in a few words why an image cannot be decoded."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, pillow().UnidentifiedImageError):
         return "not an image"
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 

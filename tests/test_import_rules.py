@@ -26,11 +26,11 @@ LAYERS = [
     {"reports"},
     {"training"},
     {"comparison"},
-    {"train", "evaluate", "compare", "report", "prepare_dataset", "cluster", "tools", "benchmarks"},
+    {"train", "evaluate", "compare", "report", "prepare_dataset", "cluster", "tools", "benchmarks", "environment"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SCRIPTS = {"train", "evaluate", "compare", "report", "prepare_dataset"}
-STARTED = SCRIPTS | {"cluster", "tools", "benchmarks"}
+STARTED = SCRIPTS | {"cluster", "tools", "benchmarks", "environment"}
 WITHOUT_TORCH = {"common", "config", "records"}
 HEAVY = {  # library: files and folders that may import it
     "deepspeed": ("parallel/zero.py", "parallel/zero_state.py", "parallel/pipeline.py", "parallel/pipeline_stages.py"),

@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 from common.progress import progress
 from image_data.preparation.archives import check_zip, unpack
-from image_data.preparation.drawn_shapes import draw_shapes
 from image_data.preparation.image_tree import PrepareError
 
 CIFAR100_DRIVE_ID = "1MYQyvXFoxakvQBWnGd1NF5iUO23VATj1"  # a zip of cifar100/{train,test}/<class>/*.png
@@ -88,6 +87,8 @@ def cifar10(target: Path, downloads: Path) -> None:
 def shapes(target: Path, downloads: Path, **options: int) -> None:
     """Draw ten simple shapes; needs no network."""
     try:
+        from image_data.preparation.drawn_shapes import draw_shapes  # late: only it draws, with Pillow
+
         draw_shapes(target, **options)
     except (TypeError, ValueError) as error:
         raise PrepareError(
