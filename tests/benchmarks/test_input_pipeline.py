@@ -20,7 +20,7 @@ from benchmarks.lib.timing import alternate, ratios, spread
 from image_data.preparation.prepare import prepare
 
 PROGRAM = Path(input_pipeline.__file__)
-ROUNDS, BATCH, IMAGES = 2, 16, 100  # six full batches per epoch, four images dropped
+ROUNDS, BATCH, IMAGES = 1, 16, 100  # six full batches per epoch, four images dropped
 
 
 @pytest.fixture(scope="module")

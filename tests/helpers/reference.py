@@ -27,6 +27,7 @@ from optim.optimizers import averaged_weights, build_optimizer
 
 NUM_CLASSES, SIDE, BATCH, STEPS, SEED = 10, 16, 8, 10, 3
 SAVED_AT = 4
+COUNTED = 26  # images of an evaluation: the last batch is padded, whatever the number of processes
 RECIPES = {  # an update of norm 0.05 is far below what these losses give: clipping is at work in every step
     "plain": ["gradient_clipping=0.0"],
     "clipped": ["gradient_clipping=0.05"],
@@ -74,6 +75,12 @@ def data(soft: bool = False) -> tuple[Tensor, Tensor]:
     share = torch.rand(STEPS, BATCH, 1, generator=generator)
     hard = F.one_hot(labels, NUM_CLASSES).float()
     return images, share * hard + (1 - share) * hard.flip(1)
+
+
+def counted() -> tuple[Tensor, Tensor]:
+    """Return the images (COUNTED, 3, S, S) and labels (COUNTED,) that `counts_of` evaluates."""
+    images, labels = (part.flatten(0, 1)[:COUNTED] for part in data())
+    return images, labels
 
 
 def batches(engine, soft: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,9 +195,8 @@ def go_on(strategy: str, overrides: list[str], folder: Path, soft: bool = False)
 
 
 def counts_of(engine, raw: bool = False) -> tuple[int, int, int, float]:
-    """Return EvalCounts over all images, divided over the shards, with a padded last batch of another size."""
-    (images, labels), (which, of) = data(), engine.data_shard
-    images, labels = images.flatten(0, 1), labels.flatten(0, 1)
+    """Return EvalCounts over COUNTED images, divided over the shards, with a padded last batch of another size."""
+    (images, labels), (which, of) = counted(), engine.data_shard
     size = 7 if of == 1 else 3
     rounds = -(-len(images) // (size * of))
     padded = torch.full((rounds * of * size,), -1)
@@ -267,10 +273,10 @@ def assert_counts(
     """`counts_of` is what a network with these weights gets right, in one process without padding."""
     model = model or network(settings_for())
     model.load_state_dict(weights)
-    images, labels = (part.flatten(0, 1) for part in data())
+    images, labels = counted()
     with torch.no_grad():
         scores = model.eval()(images)
     best = scores.topk(5).indices == labels[:, None]
-    assert counts[:3] == (int(best[:, 0].sum()), int(best.any(dim=1).sum()), STEPS * BATCH)
+    assert counts[:3] == (int(best[:, 0].sum()), int(best.any(dim=1).sum()), COUNTED)
     loss_sum = F.cross_entropy(scores, labels, reduction="sum").item()
     assert abs(counts[3] - loss_sum) < 1e-5 * loss_sum

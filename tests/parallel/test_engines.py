@@ -13,15 +13,15 @@ import pytest
 import reference
 import torch
 from reference import (
-    BATCH,
+    COUNTED,
     NUM_CLASSES,
     RECIPES,
     SAVED_AT,
     SEED,
     SIDE,
-    STEPS,
     assert_counts,
     batches,
+    counted,
     counts_of,
     data,
     go_on,
@@ -364,7 +364,7 @@ def test_batch_norm_has_one_running_mean_and_variance_for_all_processes(on_two, 
     assert result["equal"] and torch.equal(result["weights"]["0.table"], model[0].table)
     assert result["weights"]["0.norm.num_batches_tracked"] == SAVED_AT
     model.load_state_dict(result["weights"])
-    images, labels = (part.flatten(0, 1) for part in data())
+    images, labels = counted()
     with torch.no_grad():
         assert result["counts"][0] == int((model.eval()(images).argmax(1) == labels).sum())
     assert largest_difference(result["weights"], on_two["batch norm ddp"]["weights"]) < 1e-6
@@ -391,7 +391,7 @@ def test_four_processes_are_two_stages_times_two_replicas_or_four_workers(folder
         assert_trains_as(results[f"pipeline {recipe}"], plain[recipe])
     for name in cases:
         assert results[f"{name}, resumed"]["losses"] == results[name]["losses"][SAVED_AT:]
-        assert results[name]["counts"][2] == STEPS * BATCH
+        assert results[name]["counts"][2] == COUNTED
     assert "x 2 replicas" in results["pipeline plain"]["said"] and results["gossip"]["facts"]["worker_distance"] > 1e-4
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from reference import (
-    BATCH,
+    COUNTED,
     SAVED_AT,
-    STEPS,
     batches,
+    counted,
     counts_of,
-    data,
     largest_difference,
     make_engine,
     network,
@@ -209,11 +208,11 @@ def test_the_mean_model_is_evaluated_and_saved_and_every_worker_keeps_its_own(on
     )  # two workers are equally far from their mean
     model = network(settings_for())
     model.load_state_dict(result["weights"])
-    images, labels = (part.flatten(0, 1) for part in data())
+    images, labels = counted()
     with torch.no_grad():
         scores = model.eval()(images)
     correct, _, seen, loss_sum = result["counts"]
-    assert seen == STEPS * BATCH
+    assert seen == COUNTED
     if "bf16" not in case:
         assert correct == int((scores.argmax(1) == labels).sum())
         assert loss_sum == pytest.approx(F.cross_entropy(scores, labels, reduction="sum").item(), rel=1e-5)
