@@ -84,9 +84,7 @@ class Trial:
     def lose_first_host(self) -> None:
         """Cut its cable and kill everything on it, the launcher included, as a power failure would."""
         self.hosts.cut("box1")
-        for pid in self.hosts.processes("box1"):
-            if "sshd" not in read(f"/proc/{pid}/cmdline"):
-                os.kill(pid, signal.SIGKILL)
+        kill_everything(self.hosts, "box1")
 
     def kill_launcher(self) -> None:
         self.launchers[0].kill()
@@ -252,7 +250,8 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event, other: str | No
         except AssertionError:
             if not other:
                 raise AssertionError(f"{running(hosts)}\n{read(str(log))}") from None
-            kill_all(hosts)  # it need not end
+            for host in hosts.names:  # they need not end by themselves
+                kill_everything(hosts, host)
         seconds = {what: f"{ends[what]:.0f}" if what in ends else f"> {END_SECONDS}" for what in ("ranks", "launcher")}
         if code is not None and code < 0:  # killed by the event
             return seconds["ranks"], "", ""
@@ -266,13 +265,12 @@ def measure(hosts: Hosts, folder: Path, name: str, event: Event, other: str | No
         wait_until(lambda: not hosts.at_work(), END_SECONDS, lambda: f"left behind: {hosts.at_work()}")
 
 
-def kill_all(hosts: Hosts) -> None:
-    """Kill every process on the hosts except their SSH servers."""
-    for host in hosts.names:
-        for pid in hosts.processes(host):
-            if "sshd" not in read(f"/proc/{pid}/cmdline"):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+def kill_everything(hosts: Hosts, name: str) -> None:
+    """Kill every process on a host except its SSH servers."""
+    for pid in hosts.processes(name):
+        if "sshd" not in read(f"/proc/{pid}/cmdline"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def resumed_at(log: Path) -> int:
