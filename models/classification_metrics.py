@@ -12,6 +12,15 @@ from torch import Tensor
 PADDING_LABEL = -1
 
 
+def best_classes(scores: Tensor) -> Tensor:
+    """Return the classes of the five largest scores (B, K), the largest first: (B, 5), or (B, K) of fewer classes.
+
+    In bf16 two scores of one image in a thousand are equal. All counts and pictures take the winner from here, so that
+    they agree on it.
+    """
+    return scores.topk(min(5, scores.shape[1])).indices
+
+
 class ClassificationCounts:
     """Sums over the batches of this process, until `reduce` adds those of all processes.
 
@@ -32,7 +41,7 @@ class ClassificationCounts:
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """Count a batch: class scores (B, K), labels (B,)."""
         scores, real = scores.float(), labels != PADDING_LABEL
-        best = scores.topk(min(5, scores.shape[1])).indices
+        best = best_classes(scores)
         hits = best == labels[:, None]
         self.counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), real.sum()])
         self.loss_sum += F.cross_entropy(scores, labels, ignore_index=PADDING_LABEL, reduction="sum").double()
@@ -60,5 +69,6 @@ def image_results(scores: Tensor, labels: Tensor) -> ImageResults:
     """Return one result for each real image, from class scores (B, K) and labels (B,)."""
     real = labels != PADDING_LABEL
     scores, labels = scores.float()[real], labels[real]
-    probability, predicted = scores.softmax(dim=1).max(dim=1)
+    predicted = best_classes(scores)[:, 0]
+    probability = scores.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
     return ImageResults(labels, predicted, probability, F.cross_entropy(scores, labels, reduction="none"))
