@@ -263,6 +263,12 @@ esac""",
     )
 
 
+def link_tools(repo, *more):
+    """Link what environment/setup.sh needs of the system into the folder of the fakes, to be the only one on PATH."""
+    for tool in ["bash", "dirname", "readlink", "cat", "sha256sum", "flock", "grep", "env", *more]:
+        (repo.parent / "bin" / tool).symlink_to(shutil.which(tool))
+
+
 def installs(repo):
     log = repo.parent / "pip.log"
     return log.read_text().split() if log.exists() else []
@@ -349,9 +355,10 @@ touch .venv/bin/installed""",
             '    "-m pip")', f'    "-m pip") case "${{@: -1}}" in "uv>="*) {fetch}; exit ;; esac\n'
         )
     )
-    result = run(
-        repo, "environment/setup.sh", PYTHON="python3", INSTALLER="uv", PIP_LISTS=listing, UV_INSECURE_HOST="kept"
-    )
+    fake(repo, "c++", "exit 0")
+    link_tools(repo, "cp", "mkdir", "rm", "touch", "sleep", "realpath")  # a PATH without uv, wherever it is
+    variables = {"PATH": str(repo.parent / "bin"), "PIP_LISTS": listing, "UV_INSECURE_HOST": "kept"}
+    result = run(repo, "environment/setup.sh", PYTHON="python3", INSTALLER="uv", **variables)
     assert result.returncode == 0, result.stderr
     assert log.read_text().splitlines() == [
         "UV_DEFAULT_INDEX=https://mine.example/simple",
@@ -398,8 +405,6 @@ def test_missing_compiler_and_missing_venv_module_name_the_package(repo):
     result = run(repo, "environment/setup.sh", PYTHON="python3")
     assert result.returncode == 1 and "apt-get install python3-venv" in result.stderr
     fake_python(repo)
-    tools = ["bash", "dirname", "readlink", "cat", "sha256sum", "flock", "grep", "env"]
-    for tool in tools:
-        (repo.parent / "bin" / tool).symlink_to(shutil.which(tool))
+    link_tools(repo)
     result = run(repo, "environment/setup.sh", PYTHON="python3", PATH=str(repo.parent / "bin"))
     assert result.returncode == 1 and "apt-get install g++" in result.stderr
