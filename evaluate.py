@@ -81,7 +81,7 @@ def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
     from reports.evaluation import print_several
 
     check_same_input(runs)
-    names = [near_path(trained.record.folder) for trained in runs]
+    names = [os.path.relpath(trained.record.folder) for trained in runs]  # in the report: no absolute path
     if len(set(names)) < len(names):
         raise SettingsError("the same run is named twice. Name different runs")
     names = [f"./{name}" if name in ("soup", ENSEMBLE) else name for name in names]  # runs of these names

@@ -14,6 +14,7 @@ Each picture is written as PNG and SVG. train.py writes the quick page and the i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -109,7 +110,7 @@ def compare(runs: list[RunData], path: Path) -> None:
     check_output_file(path, "--out")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        names = [near_path(run.folder) for run in runs]
+        names = [os.path.relpath(run.folder) for run in runs]  # in the picture, which is shared: no absolute path
     for run, name in zip(runs, names, strict=True):
         print(printable(run.headline().replace(run.name, f"{name:{max(map(len, names))}}", 1)))
     print(f"picture   {near_path(save(several(runs, names), path))}")
