@@ -35,14 +35,14 @@ from config.settings import resolve
 
 # Kind of a kernel: the first pattern that its name matches.
 KINDS = (
-    ("copies and casts", r"memcpy|memset|copy_kernel|_to_copy|aten::copy_"),
+    ("compiled (Triton)", r"^triton_"),  # first: their names list what they fuse
+    ("copies and casts", r"memcpy|memset|copy_kernel|aten::copy_"),
     ("attention", r"flash|fmha|sdpa|attention"),
     ("kernel of conv_mlp", r"_forward_kernel|_backward_kernel"),
     ("depthwise convolution", r"depthwise|(dgrad2d|wgrad2d|conv2d)_c1_k1|dw_"),
     ("convolution", r"conv|fprop|dgrad|wgrad|cudnn|nchwToNhwc|nhwcToNchw"),
     ("matrix products", r"gemm|cutlass|nvjet|cublas|splitK|matmul|aten::(add)?b?mm$"),
     ("optimizer", r"multi_tensor|foreach|FusedAdam|lerp"),
-    ("compiled (Triton)", r"triton"),
 )
 TOTAL_STEPS = 100_000  # of the learning-rate schedule: the rate is nearly constant during the measurement
 LONGEST = 45  # kernels in the report
@@ -68,9 +68,7 @@ def choices() -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Time the turns and profile some steps. The report is written after each of the two."""
-    import torch
-
-    from benchmarks.lib.memory_floor import copy_bandwidth, optimizer_bytes, pass_bytes
+    from benchmarks.lib.memory_floor import copy_bandwidth
     from benchmarks.lib.workload import Subject, Workload
 
     settings = resolve(options.preset, options.set, strategy=options.strategy)
@@ -94,17 +92,23 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     alternate(turns, options.rounds)
     report["data_wait_ms"] = 1e3 * work.feed.batches.wait_seconds / (options.steps * options.rounds * len(turns))
     keep((options.json, json.dumps(report, indent=1) + "\n"))
-    bf16 = bool(settings.engine["bf16"]["enabled"])
-    try:
-        images = (sizes.micro, 3, subject.side, subject.side)
-        passes = sizes.accumulation * pass_bytes(subject.build, images, bf16, device)
-        report["bytes_per_step"] = passes + optimizer_bytes(
-            work.engine.num_parameters, settings.engine["optimizer"]["type"]
-        )
-    except Exception as error:  # fake tensors do not support every operation that a network may use
-        report["problem"] = f"memory floor not counted: {type(error).__name__}: {error}".splitlines()[0]
-    report |= profile_steps(work, options.profiled_steps, device, torch)
+    report["bytes_per_step"], report["problem"] = memory_floor_bytes(work)
+    report |= profile_steps(work, options.profiled_steps, device)
     work.close()
+
+
+def memory_floor_bytes(work: Any) -> tuple[int | None, str]:
+    """Return the bytes that a step must move, or None with the reason why they are not counted."""
+    from benchmarks.lib.memory_floor import optimizer_bytes, pass_bytes
+
+    subject, sizes, engine = work.subject, work.engine.batch_sizes, work.engine
+    chosen = subject.settings.engine
+    images = (sizes.micro, 3, subject.side, subject.side)
+    try:
+        one = pass_bytes(subject.build, images, bool(chosen["bf16"]["enabled"]), engine.device)
+    except Exception as error:  # fake tensors do not support every operation that a network may use
+        return None, f"memory floor not counted: {type(error).__name__}: {error}".splitlines()[0]
+    return sizes.accumulation * one + optimizer_bytes(engine.num_parameters, chosen["optimizer"]["type"]), ""
 
 
 def warm_up(work: Any, choose: Any, count: int, device: Any) -> dict[str, Any]:
@@ -132,8 +136,9 @@ def turn(work: Any, choose: Any, count: int, device: Any, found: dict[str, Any])
     found["step_ms"].append(1e3 * (time.perf_counter() - began) / count)
 
 
-def profile_steps(work: Any, count: int, device: Any, torch: Any) -> dict[str, Any]:
+def profile_steps(work: Any, count: int, device: Any) -> dict[str, Any]:
     """Profile `count` steps: kernels per step, their milliseconds by kind, and the longest of them."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
@@ -143,8 +148,8 @@ def profile_steps(work: Any, count: int, device: Any, torch: Any) -> dict[str, A
     kinds: dict[str, float] = defaultdict(float)
     kernels, launches = [], 0.0
     for event in seen.key_averages():
-        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
+        if on_gpu and (event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation):
+            continue  # an annotation spans kernels that are counted themselves
         spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / count / 1e3
         if spent:
             kinds[kind_of(event.key)] += spent

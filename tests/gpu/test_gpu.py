@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from programs import on_gpu
 
@@ -190,15 +191,20 @@ def test_a_stopped_run_resumes(shapes, tiny, tmp_path, trained, strategy):
 CONVOLUTIONS = ["--set", "model.patch_embedding=conv_stem", "--set", "model.patch_embedding_options.layers=3"]
 DDP, ZERO = ["--strategy", "ddp"], ["--strategy", "zero"]
 BF16, MUON = ["--set", "bf16.enabled=true"], ["--set", "optimizer.type=Muon"]
+MASTERS, GRAPHS = ["--set", "bf16.enabled=masters"], ["--set", "compile=reduce-overhead"]
 FASTER = {  # name: flags of a run, and of the run that it must equal
     "compile": ([*DDP, "--set", "compile=on"], DDP),
     "compile, bf16": ([*DDP, "--set", "compile=on", *BF16], [*DDP, *BF16]),
     "compile, zero": ([*ZERO, "--set", "compile=on"], ZERO),
     "compile, fsdp": (["--strategy", "fsdp", "--set", "compile=on"], DDP),
-    "CUDA graphs": ([*DDP, "--set", "compile=reduce-overhead"], DDP),
-    "CUDA graphs, accumulated": (
-        [*DDP, "--set", "compile=reduce-overhead", "--set", "gradient_accumulation_steps=2"],
-        DDP,
+    "CUDA graphs": ([*DDP, *GRAPHS], DDP),
+    "CUDA graphs, accumulated": ([*DDP, *GRAPHS, "--set", "gradient_accumulation_steps=2"], DDP),
+    "CUDA graphs, bf16 masters": ([*DDP, *GRAPHS, *MASTERS], [*DDP, *BF16]),
+    "bf16 masters": ([*DDP, *MASTERS], [*DDP, *BF16]),
+    "compile, bf16 masters": ([*DDP, *MASTERS, "--set", "compile=on"], [*DDP, *BF16]),
+    "compiled evaluation": (
+        [*DDP, "--set", "compile=on", "--set", "compile_evaluation=true"],
+        [*DDP, "--set", "compile=on"],
     ),
     "channels last": ([*DDP, "--set", "channels_last=true", *CONVOLUTIONS], [*DDP, *CONVOLUTIONS]),
     "Muon with EMA": ([*DDP, *MUON, "--set", "ema.decay=0.9"], [*DDP, *MUON]),
@@ -220,3 +226,18 @@ def test_faster_or_smaller_configurations_have_the_same_losses(shapes, tiny, tmp
         losses.append([line["train_loss"] for line in lines])
         assert lines[0]["warmup_seconds"] > 0 and lines[1]["warmup_seconds"] == 0
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05 if "bf16" in name else 5e-3)
+
+
+def test_random_masks_are_new_in_every_replay():
+    """With a learning rate of 0 and one batch, only the masks change the loss. Without them it is always the same."""
+    found, engine = {}, None
+    for mode in ("off", "on", "reduce-overhead"):
+        for masks in ("model.dropout=0.5", "model.drop_path=0.5", "model.dropout=0.0"):
+            settings = reference.settings_for(f"compile={mode}", "optimizer.params.lr=0.0", masks)
+            engine = reference.make_engine("ddp", settings)
+            images, labels = (part[0].to(engine.device) for part in reference.data())
+            losses = [engine.train_batch(iter([(images, labels)])).item() for _ in range(10)]
+            found[mode, masks] = len(set(losses[-4:]))  # after the steps that warm up and record
+    assert engine is not None
+    engine.close()
+    assert found == {key: 1 if key[1] == "model.dropout=0.0" else 4 for key in found}
