@@ -57,8 +57,9 @@ class Settings:
     )
     compile: str = setting(
         "auto",
-        "torch.compile: auto, on, off, or a mode with CUDA graphs (reduce-overhead, max-autotune)",
-        choices=("auto", "on", "off", "reduce-overhead", "max-autotune"),
+        "torch.compile: auto, on, off, or a mode with CUDA graphs (reduce-overhead, max-autotune; auto-graphs: "
+        "reduce-overhead where possible, else auto)",
+        choices=("auto", "on", "off", "auto-graphs", "reduce-overhead", "max-autotune"),
     )
     compile_evaluation: bool = setting(
         False, "compile the evaluation too; its count may then differ from evaluate.py's by rounding"

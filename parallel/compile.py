@@ -25,7 +25,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
 ALIGNMENT = 16  # bytes of the widest load
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
-CHOICES = ("auto", "on", "off", *GRAPHS)
+CHOICES = ("auto", "on", "off", "auto-graphs", *GRAPHS)
 CPU_IMAGES = 150_000  # a bf16 run on a CPU with more images gains more than the 30 s of compiling; fp32 gains nothing
 FIRST_STEPS_SECONDS = 1800.0  # longest wait for a host that compiles this network while another has it in its cache
 # Steps that compile, warm up or record, and do not count as training time.
@@ -37,6 +37,8 @@ def choose(
 ) -> str:
     """Return the mode for the setting `compile`: off, on, or one of GRAPHS.
 
+    `auto-graphs` is reduce-overhead where device and strategy can record CUDA graphs, else auto.
+
     Args:
         refusal: why the strategy cannot compile at all; None where it can.
         graphs_refusal: why the strategy cannot record CUDA graphs; None where it can.
@@ -47,6 +49,9 @@ def choose(
     """
     if setting not in CHOICES:
         raise SettingsError(unknown("compile", setting, list(CHOICES)))
+    if setting == "auto-graphs":
+        can_record = device.type == "cuda" and not (refusal or graphs_refusal or trouble_with(device))
+        setting = "reduce-overhead" if can_record else "auto"
     if setting == "off" or setting == "auto" and (refusal or device.type != "cuda" and not pays_on_cpu):
         return "off"
     if setting in GRAPHS:

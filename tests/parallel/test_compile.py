@@ -161,6 +161,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ("off", GPU, None, None, "off"),
         ("on", CPU, None, "cannot", "on"),
         ("reduce-overhead", GPU, None, None, "reduce-overhead"),
+        ("auto-graphs", GPU, None, None, "reduce-overhead"),
+        ("auto-graphs", GPU, None, "cannot", "on"),
+        ("auto-graphs", GPU, "cannot", None, "off"),
+        ("auto-graphs", CPU, None, None, "off"),
     ],
 )
 def test_the_mode_follows_from_setting_device_and_strategy(
