@@ -22,11 +22,14 @@ if __name__ == "__main__":  # before PyTorch and DALI are imported, so that --he
 
     raise SystemExit(run_cli(main))
 
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import cache
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DatasetError, unknown
+from common.packages import is_installed
 from config.catalog import SOURCES
 from config.settings import AugmentationSettings, Settings
 from image_data.augmentation import Augmentation
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from image_data.dali_backend import DaliBackend
     from image_data.torch_backend import TorchBackend
 
+LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
+DALI = "nvidia.dali"
 AHEAD = 3  # prefetched batches, finished or in progress, besides the one in use
 PADDING_LABEL = -1  # label of the rows that pad the last batches of an evaluation
 
@@ -64,7 +70,8 @@ class Batches:
         batch_size: images per batch of this shard.
         shard, num_shards: index of this shard and number of shards of each global batch.
         device: torch device; DALI runs on the same GPU, or on the CPU.
-        source: one of SOURCES; "auto" uses packed pixels if there are any ("tensor" on a CPU), else the files.
+        source: one of SOURCES; "auto" uses packed pixels if there are any ("tensor" on a CPU and where DALI is not
+            installed), else the files.
         image_side: side of the network's input in pixels; 0 is the side of the dataset's images.
         num_threads: CPU threads for reading and decoding.
 
@@ -287,17 +294,36 @@ def side_of(dataset: Dataset, image_side: int) -> int:
 
 
 def choose_source(source: str, split: Split, own_side: bool, device: torch.device) -> str:
-    """Return the source to use; "auto" selects one. Raises DatasetError if the source does not apply."""
+    """Return the source to use; "auto" selects one.
+
+    Raises:
+        DatasetError: the source does not apply, or it needs DALI, which is not installed.
+    """
     if source not in SOURCES:
         raise DatasetError(unknown("source", source, list(SOURCES)))
     if source == "auto":
         packed = "tensor" if device.type == "cpu" and own_side else "resident"
-        return packed if split.packed is not None else "files"
+        source = packed if split.packed is not None else "files"
+        if source == "resident" and own_side and not is_installed(DALI):
+            note_missing_dali()
+            return "tensor"
+    if source != "tensor" and not is_installed(DALI):
+        raise DatasetError(
+            f"--source {source} needs NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda130. Without it "
+            "--source tensor works, for images that all have the size of the network's input"
+        )
     if source == "tensor" and not own_side:
         raise DatasetError(
             "--source tensor does not resize images. Use --source resident or files, or remove image_side"
         )
     return source
+
+
+@cache
+def note_missing_dali() -> None:
+    """Say once that DALI's work is done by PyTorch."""
+    if os.environ.get("RANK", "0") == "0":
+        LOGGER.warning("source    tensor, because NVIDIA DALI is not installed")
 
 
 class Synthetic:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+# What torch.distributed puts before each line of a traceback, and a line that names an error.
+RANK, ERROR = re.compile(r"\[rank\d+\]: *"), re.compile(r"error\b|[\w.]*(Error|Exception|Interrupt)\b")
+
 
 def shorten(text: str, length: int) -> str:
     """Shorten a name to `length` letters; the middle is cut, because long names often differ at their ends."""
@@ -22,8 +25,9 @@ def duration(seconds: float) -> str:
 
 def last_error(log: str) -> str | None:
     """Return the last line of a log that names an error, or else its last line; None for an empty log."""
-    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("Training failed")]
-    errors = [line for line in lines if re.match(r"error\b|[\w.]*(Error|Exception|Interrupt)\b", line)]
+    lines = [RANK.sub("", line.strip(), count=1) for line in log.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Training failed")]
+    errors = [line for line in lines if ERROR.match(line)]
     return without_paths((errors or lines)[-1]) if lines else None
 
 

@@ -23,7 +23,7 @@ class PackedReader:
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
         self.rows = rows
         # On a CPU the array stays memory-mapped, so that the processes of a host share one copy.
-        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels)).to(device) if device.type == "cuda" else pixels
+        self.pixels = torch.tensor(pixels, device=device) if device.type == "cuda" else pixels
 
     def read(self, positions: np.ndarray) -> Tensor | np.ndarray:
         """Return the images at `positions` of the split: uint8 (B, S, S, 3)."""

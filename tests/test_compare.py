@@ -369,6 +369,7 @@ def test_runs_that_do_not_record_their_source_are_not_mixed_with_new_ones(ask, i
     [
         ("a\nerror: no\nTraining failed (exit code 1).\n", "error: no"),
         ("Traceback\n  File /a/b/c.py\ntorch.OutOfMemoryError: 3 GiB\nbye\n", "torch.OutOfMemoryError: 3 GiB"),
+        ("[rank0]:   File a.py\n[rank0]: OSError: no\n[rank0]:[W1 A.cpp:1] Warning: not called\n", "OSError: no"),
         ("hello\nKilled\n", "Killed"),
         ("", None),
     ],

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import dali_pipeline
 from common.errors import DatasetError, SettingsError
 from config.settings import AugmentationSettings
-from dali_pipeline import Batches
+from dali_pipeline import Batches, choose_source
 from image_data.augmentation import epoch_order
 from image_data.batch_plan import BatchIndex
 from image_data.dataset import Dataset
@@ -287,3 +288,20 @@ def test_a_file_that_dali_refuses_is_named(dataset, monkeypatch):
     monkeypatch.setattr(batches._backend.reader, "_read_one", lambda i: refused if i == 4 else read(i))
     with pytest.raises(DatasetError, match=f"DALI .* cannot decode .*{bad.name} .*Save the image again"):
         collect(batches)
+
+
+def test_without_dali_packed_pixels_come_from_pytorch_and_the_other_sources_say_what_is_missing(
+    dataset, monkeypatch, caplog
+):
+    monkeypatch.setattr(dali_pipeline, "is_installed", lambda package: package != "nvidia.dali")
+    dali_pipeline.note_missing_dali.cache_clear()
+    split, gpu = dataset.splits["train"], torch.device("cuda")
+    assert [choose_source("auto", split, True, gpu) for _ in range(2)] == ["tensor", "tensor"]
+    assert caplog.text.count("source    tensor, because NVIDIA DALI is not installed") == 1
+    files = replace(split, packed=None)
+    for source, of, own_side in (("resident", split, True), ("files", split, True), ("auto", files, True)):
+        with pytest.raises(DatasetError, match="needs NVIDIA DALI, which is not installed: pip install nvidia-dali"):
+            choose_source(source, of, own_side, gpu)
+    with pytest.raises(DatasetError, match="--source resident needs NVIDIA DALI"):
+        choose_source("auto", split, False, gpu)
+    assert choose_source("tensor", split, True, gpu) == "tensor"

@@ -8,7 +8,6 @@ that the commands still work, not how fast anything is.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import statistics
@@ -28,6 +27,7 @@ from benchmarks.lib.gpu_check_parts import (
     program,
     step_figures,
 )
+from common.packages import is_installed
 from config.settings import resolve
 from image_data.dataset import Dataset
 
@@ -42,20 +42,12 @@ START_SECONDS, EPOCH_SECONDS, ENDING_SECONDS = 45.0, 0.9, 15.0
 UNKNOWN_SPEED = 5_000.0  # images/s to plan with where no phase has measured the recipe: surely too low
 
 
-def has(package: str) -> bool:
-    """Return whether a package is installed; nothing is imported."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the parent of a dotted name
-        return False
-
-
 def dali() -> bool:
-    return has("nvidia.dali")
+    return is_installed("nvidia.dali")
 
 
 def deepspeed() -> bool:
-    return has("deepspeed")
+    return is_installed("deepspeed")
 
 
 def data_of(check: Check) -> Path:
@@ -97,7 +89,7 @@ def prepare_result(check: Check, log: str) -> dict[str, Any]:
 
 def test_commands(check: Check) -> list[list[str]]:
     """Run all tests at once, because their networks are small; except the one that fills the memory."""
-    if not has("pytest"):
+    if not is_installed("pytest"):
         raise Skipped("pytest is not installed")
     if check.small:
         return [

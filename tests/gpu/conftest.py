@@ -5,19 +5,11 @@ python -m pytest -m "gpu and not needs_dali and not needs_deepspeed" tests/gpu
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
+from common.packages import is_installed
+
 PACKAGES = {"needs_dali": "nvidia.dali", "needs_deepspeed": "deepspeed"}
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package is installed; nothing is imported."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the parent of a dotted name
-        return False
 
 
 def pytest_configure(config):

@@ -5,7 +5,6 @@ Tests that need DALI or DeepSpeed have a form with the source `tensor` or the st
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ import reference
 import torch
 from programs import on_gpu
 
+from common.packages import is_installed
 from common.paths import PROJECT
 from config.settings import AugmentationSettings
 from dali_pipeline import Batches
@@ -41,7 +41,7 @@ SOURCES = [
     "tensor",
 ]
 STRATEGIES = [pytest.param("zero", marks=pytest.mark.needs_deepspeed), "ddp"]
-WITHOUT_DALI = [] if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else ["tensor"]
+WITHOUT_DALI = [] if is_installed("nvidia.dali") else ["tensor"]
 SOURCE = [word for source in WITHOUT_DALI for word in ("--source", source)]
 
 

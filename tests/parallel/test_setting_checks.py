@@ -11,6 +11,7 @@ from reference import perform, pretended_gpus, refusal, settings_for, with_batch
 from torch import nn
 
 from common.errors import SettingsError
+from parallel import strategies
 from parallel.setting_checks import check_unused_settings
 
 REFUSED = {  # strategy and settings: text in the message
@@ -135,3 +136,11 @@ def test_a_key_of_ds_config_that_only_deepspeed_knows_is_refused_by_name():
     del settings.engine["gradient_clipping"]
     with pytest.raises(SettingsError, match="lacks gradient_clipping"):
         check_unused_settings("zero", settings, frozenset(), uses_full_ds_config=True)
+
+
+@pytest.mark.parametrize("strategy", ["zero", "pipeline"])
+def test_without_deepspeed_its_strategies_name_one_that_works(strategy, monkeypatch):
+    monkeypatch.setattr(strategies, "is_installed", lambda package: package != "deepspeed")
+    with pytest.raises(SettingsError, match=f"strategy {strategy} needs DeepSpeed, .*--strategy ddp trains without it"):
+        strategies.engine_class(strategy)
+    assert strategies.engine_class("ddp").name == "ddp"
