@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from common.errors import SettingsError
 from config.own_parts import find_entry
 from config.settings import Settings
+from optim.late_dynamo import postpone_dynamo
 from optim.lr_schedule import Schedule
 from optim.muon import Muon
 from optim.param_groups import Groups, parameter_groups
+
+for owner in (torch.optim.Optimizer, torch.optim.Adam, torch.optim.SGD):  # AdamW has Adam's step
+    postpone_dynamo(owner)
 
 
 def adamw(groups: Groups, **params: Any) -> torch.optim.Optimizer:
