@@ -50,12 +50,12 @@ class Aim:
     goal: str
 
 
-# Utilization: speedrun and 300ep are measured on one H200 (32.3 s; 37.75 ms per step), others are estimates. Small
-# vision transformers use a tenth to a fifth of an A100 in mixed precision; an H200 has three times its arithmetic, but
-# not three times its bandwidth, and depthwise convolutions are bound by that. ResNet-50 uses 19 % of an A100 at 2,470
-# images/s (NVIDIA/DeepLearningExamples).
+# Utilization: speedrun is measured on one H100 (28.5 s), 300ep on one H200 (37.75 ms per step); others are estimates.
+# Small vision transformers use a tenth to a fifth of an A100 in mixed precision; an H200 has three times its
+# arithmetic, but not three times its bandwidth, and depthwise convolutions are bound by that. ResNet-50 uses 19 % of an
+# A100 at 2,470 images/s (NVIDIA/DeepLearningExamples).
 AIMS = {
-    "speedrun": Aim("cifar100", 0.127, "75 %, least time"),
+    "speedrun": Aim("cifar100", 0.144, "75 %, least time"),
     "100ep": Aim("cifar100", 0.08, "> 80.32 %"),
     "300ep": Aim("cifar100", 0.157, "> 83.54 %, <= 6 M"),
     "1500ep": Aim("cifar100", 0.07, "> 85.32 %, <= 6 M"),
