@@ -46,7 +46,7 @@ def measured(drawn) -> tuple[dict, str, str]:
         "--rounds",
         ROUNDS,
         "--threads",
-        2,
+        1,  # each one is a process of every baseline, which imports torchvision
         "--turn-seconds",
         0.01,
         "--device",

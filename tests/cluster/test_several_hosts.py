@@ -29,7 +29,7 @@ from cluster.simulated_hosts import Hosts, wait_until
 from common.paths import PROJECT
 
 pytestmark = pytest.mark.cluster
-LIMITS = {"SILENCE_SECONDS": "6", "GRACE_SECONDS": "3", "REJOIN_SECONDS": "1"}
+LIMITS = {"SILENCE_SECONDS": "10", "GRACE_SECONDS": "3", "REJOIN_SECONDS": "1"}
 LIMIT_SECONDS = 100  # of one launch; a hang, not a slow machine
 AWKWARD = ["a b", "it's", 'say "x"', "a;echo b", "$HOME", "*", "", '--set=x={"k": 1}', "100%n"]
 
