@@ -343,7 +343,7 @@ def test_the_long_recipe_gets_the_epochs_that_fit(shapes, tmp_path):
     ("installed", "loaders"), [(True, "tensor,whole_batch,resident"), (False, "tensor,whole_batch")]
 )
 def test_phases_use_dali_and_deepspeed_only_where_installed(monkeypatch, shapes, tmp_path, installed, loaders):
-    monkeypatch.setattr(phases, "has", lambda package: installed or package == "pytest")
+    monkeypatch.setattr(phases, "is_installed", lambda package: installed or package == "pytest")
     check = Check(tmp_path, 1, False, shapes, None, end_at=time.monotonic() + 600)
     [command] = phases.input_commands(check)
     assert command[command.index("--loaders") + 1] == loaders
