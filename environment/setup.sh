@@ -118,7 +118,8 @@ install_with_uv() (
     while IFS= read -r setting; do export "${setting?}"; done \
         < <(.venv/bin/python -m pip config list 2>/dev/null | .venv/bin/python environment/pip_settings_for_uv.py)
     # unsafe-best-match: choose versions over all indexes as pip does, instead of from the first that has the package
-    exec "$1" pip install --index-strategy unsafe-best-match --python .venv/bin/python -r "$requirements" >&2
+    # --compile-bytecode: as pip does. Where PYTHONDONTWRITEBYTECODE is set, every start would compile all that it imports.
+    exec "$1" pip install --compile-bytecode --index-strategy unsafe-best-match --python .venv/bin/python -r "$requirements" >&2
 )
 
 # Install $requirements into .venv, with uv if possible. Where uv fails (a mirror that it does not understand, a version

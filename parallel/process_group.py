@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import RunError, SettingsError, UserError
+from common.memory import keep_freed_memory
 from common.stop_signal import stop_requested
 from parallel.plain_objects import gather_values
 from parallel.rank_store import LOOPBACK, make_store
@@ -76,6 +77,7 @@ def num_local() -> int:
 def pick_device() -> torch.device:
     """Return the GPU of this process's local rank, or the CPU without a GPU or with DS_ACCELERATOR=cpu."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     if local_rank() >= torch.cuda.device_count():
         raise SettingsError(
