@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The linter, the type checker and the tests, from a bare checkout. Arguments go to pytest.
-#   ./run_tests.sh            what runs anywhere in some minutes, two files at once (-n 0: one after the other)
+#   ./run_tests.sh            what runs anywhere in some minutes, three files at once (-n 0: one after the other)
 #   ./run_tests.sh -m slow    the long ones       ./run_tests.sh -m gpu    those that need a GPU
 # Where several hosts can be made of this machine (root, openssh-server, iproute2), their tests run too; else they say what is
 # missing. `-m cluster` are those alone, `-m "not slow and not gpu and not cluster"` all the others.
@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE=1       # nothing is fetched while testing
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then export DS_ACCELERATOR=cpu; fi
 
 selection=(-m "not slow and not gpu")
-# The tests of a file share what they train, so a file stays with one worker; the order is that of tests/conftest.py.
-workers=(-n 2 --dist loadfile --no-loadscope-reorder)
+# Three files on two cores, because many tests wait for processes. The tests of a file share what they train, so a file stays with one worker; the order is that of tests/conftest.py.
+workers=(-n 3 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     case $argument in -m | -m?*) selection=() ;; esac
     case $argument in -m | -m?* | tests/*) workers=() ;; esac

@@ -28,11 +28,13 @@ from benchmarks.lib.options import add_reports, add_settings, keep, origin
 from benchmarks.lib.timing import alternate, machine, ratios, spread
 from common.errors import RunError
 from common.memory import SWITCH
+from common.paths import PROJECT
 from common.text import last_error
 from config.command_line import Parser, at_least_one, run_cli
 from config.settings import resolve
 
 BASELINE, OURS = "returned to the kernel", "kept"
+PROGRAM = PROJECT / "benchmarks/freed_memory.py"
 LIMIT_SECONDS = 900.0  # of a turn
 
 
@@ -59,7 +61,7 @@ def turn(name: str, options: argparse.Namespace) -> dict[str, Any]:
     environment |= {SWITCH: "off" if name == BASELINE else "on", "DS_ACCELERATOR": "cpu"}
     environment |= {"OMP_NUM_THREADS": str(options.threads)}
     words = [word for override in options.set for word in ("--set", override)]
-    command = [sys.executable, __file__, "--worker", "--preset", options.preset, *words]
+    command = [sys.executable, str(PROGRAM), "--worker", "--preset", options.preset, *words]
     command += ["--steps", str(options.steps), "--warm-up", str(options.warm_up)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     if done.returncode:

@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     """Let glibc's malloc keep freed memory, and take large blocks from the heap too. Returns whether it does.
 
     By default each block of some megabytes is mapped at its allocation and unmapped when it is freed. A training step
-    on a CPU allocates hundreds of such tensors, and the kernel then clears and maps their pages anew each time.
+    on a CPU allocates hundreds of such tensors, and the kernel then clears and maps their pages again each time.
     Variables such as MALLOC_TRIM_THRESHOLD_ or another allocator leave the choice to the user.
     """
     preloaded = os.environ.get("LD_PRELOAD", "")

@@ -123,7 +123,7 @@ def _inside(target: Callable[..., None], arguments: tuple[Any, ...], environment
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.update(environment)
     os.chdir(PROJECT)
-    sys.dont_write_bytecode = False  # else each program compiles the project's modules anew, a third of a second
+    sys.dont_write_bytecode = False  # else each program compiles the project's modules again
     target(*arguments)
 
 

@@ -19,8 +19,8 @@ from common.memory import keep_freed_memory
 from parallel.process_group import pick_device
 if "pick" in sys.argv:
     pick_device()
-for block in range(40):
-    if block == 20:  # the heap has its size
+for block in range(24):
+    if block == 14:  # the heap has its size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(40 * 2**20, dtype=torch.uint8)
 print(keep_freed_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -28,7 +28,7 @@ print(keep_freed_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - 
 
 
 def run(*words: str, **variables: str) -> tuple[bool, int]:
-    """Return whether memory is kept and the page faults of 20 blocks of 40 MiB."""
+    """Return whether memory is kept and the page faults of 10 blocks of 40 MiB."""
     ours = (SWITCH, "LD_PRELOAD")
     known = {key: value for key, value in os.environ.items() if key not in ours and key[:7] != "MALLOC_"}
     environment = {**known, "DS_ACCELERATOR": "cpu", **variables}
