@@ -228,7 +228,7 @@ def scene(tmp_path_factory, shapes, unbroken) -> Path:
 
 def unfinished(record: RunFolder, name: str) -> None:
     """Turn a run into one with a single earlier checkpoint, which is changed as the name says."""
-    shutil.rmtree(record.folder / "state" / "step-00000032")
+    shutil.rmtree(record.folder / "state" / "step-00000048")
     (folder,) = (record.folder / "state").iterdir()
     tensors = load_file(folder / "state.safetensors")
     texts = {path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".json", ".jsonl")}

@@ -25,7 +25,7 @@ from model import build_model
 from optim.lr_schedule import Schedule
 from optim.optimizers import averaged_weights, build_optimizer
 
-NUM_CLASSES, SIDE, BATCH, STEPS, SEED = 10, 16, 8, 8, 3
+NUM_CLASSES, SIDE, BATCH, STEPS, SEED = 10, 16, 8, 10, 3
 SAVED_AT = 4
 COUNTED = 26  # images of an evaluation: the last batch is padded, whatever the number of processes
 RECIPES = {  # an update of norm 0.05 is far below what these losses give: clipping is at work in every step

@@ -9,7 +9,7 @@ from records.run_folder import RunFolder
 
 # Dropout and augmentation are on, so that resuming must restore random numbers. 300 images are 4 steps per epoch.
 TINY = """
-epochs = 8
+epochs = 12
 [model]
 patch = 8
 width = 32
@@ -25,7 +25,7 @@ train_batch_size = 64
 lr = 3e-3
 """
 TRAIN_PER_CLASS, TEST_PER_CLASS = 30, 7
-EPOCHS, STEPS_PER_EPOCH = 8, 4  # they follow from TINY and the number of images
+EPOCHS, STEPS_PER_EPOCH = 12, 4  # they follow from TINY and the number of images
 STOPPED = 75  # exit code of a run that stopped on request and saved
 
 
