@@ -15,8 +15,6 @@ shards, the one that finds all runs finished writes the report.
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -25,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.output_files import check_new_folder
-from common.paths import PROJECT, RESULTS, RUNS, near_path
+from common.paths import PROJECT, near_path
 from common.stop_signal import StopSignal
+from comparison.arguments import parse_arguments
 from comparison.experiment import Experiment, read
 from comparison.parallel_trial import fastest_count
 from comparison.planned_run import PlannedRun
@@ -34,9 +33,9 @@ from comparison.planning import Data, data_of_runs, dataset_facts, plan, run_unt
 from comparison.run_queue import check_existing_runs, device_slots, run_all
 from comparison.run_queue import launch as launch_cold
 from comparison.search import is_search
-from comparison.tracker_options import add_tracker_options, tracker_words, with_trackers
+from comparison.tracker_options import tracker_words, with_trackers
 from comparison.warm_process import launch
-from config.command_line import Parser, at_least_one, run_cli
+from config.command_line import run_cli
 from config.own_parts import own_parts_of
 
 if TYPE_CHECKING:
@@ -251,100 +250,6 @@ def command(args: argparse.Namespace) -> str:
             words += [f"--{flag}", str(getattr(args, flag))]
     words += [word for text in args.set for word in ("--set", text)]
     return shlex.join(words + (["--final"] if args.final else []))
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        "python compare.py experiment",
-        "Compare architectures: run every variant of an experiment with several seeds, and report the differences.",
-        example="python compare.py experiments/eight-ideas.toml --size small --dry-run",
-        notes="exit code: 0 all runs are in the report, 1 some are missing (each is named), "
-        f"{EXIT_STOPPED} stopped and saved: start the same command again to resume",
-    )
-    parser.add_argument("experiment", type=Path, help="experiment file, such as experiments/pairs.toml")
-    asked = parser.add_argument_group("experiment")
-    asked.add_argument("--size", help="size defined in the file: small or full in experiments/ (default: small)")
-    asked.add_argument(
-        "--seeds",
-        type=at_least_one,
-        metavar="N",
-        help="number of seeds; existing runs are reused (default: the number in the file)",
-    )
-    asked.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="setting to override in all variants; repeat for more",
-    )
-    asked.add_argument(
-        "--final", action="store_true", help="also report the test split; use it once, after all choices are made"
-    )
-    what = parser.add_argument_group("runs")
-    what.add_argument("--dry-run", "--plan", action="store_true", help="print the plan and run nothing")
-    what.add_argument("--report-only", action="store_true", help="report on the existing runs and run nothing")
-    what.add_argument(
-        "--redo-changed",
-        action="store_true",
-        help="rename existing runs of other settings or other source code aside, and run them again",
-    )
-    what.add_argument(
-        "--parallel",
-        type=at_once,
-        metavar="N",
-        help="number of runs at once, or auto: measure 1, 2 and 4 and keep the fastest (default: one per GPU; one on "
-        "the CPU, with all its cores)",
-    )
-    what.add_argument(
-        "--cold",
-        action="store_true",
-        help="start each run in a new Python process, through the launcher (default: fork the runs from one process "
-        "that has imported PyTorch)",
-    )
-    what.add_argument(
-        "--shard",
-        type=one_of_many,
-        metavar="I/N",
-        help="make shard I of N of the runs, for machines that share a disk (default: all)",
-    )
-    where = parser.add_argument_group("folders")
-    where.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: data/<dataset>)"
-    )
-    where.add_argument(
-        "--runs-dir", type=Path, default=RUNS, metavar="DIR", help="folder for run folders (default: runs)"
-    )
-    where.add_argument(
-        "--results-dir", type=Path, default=RESULTS, metavar="DIR", help="folder for reports (default: results)"
-    )
-    add_tracker_options(parser)
-    args = parser.parse_args()
-    for name in ("experiment", "data_dir", "runs_dir", "results_dir"):
-        if path := getattr(args, name):
-            setattr(args, name, Path(os.path.expanduser(path)))
-    if args.shard and args.report_only:
-        parser.error("--report-only reports on all runs; leave out --shard")
-    if args.dry_run and args.report_only:
-        parser.error("--dry-run and --report-only exclude each other; give one of them")
-    return args
-
-
-def at_once(text: str) -> int | str:
-    """A number of runs, or "auto"."""
-    if text == "auto":
-        return text
-    try:
-        return at_least_one(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, or auto, not {text}") from None
-
-
-def one_of_many(text: str) -> tuple[int, int]:
-    """Parse a shard: `2/4` -> (2, 4)."""
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    if not found or int(found[1]) > int(found[2]):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 2/4, not '{text}'")
-    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

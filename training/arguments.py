@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from common.paths import RUNS
 from config.catalog import SOURCES, table_names
 from config.command_line import Parser, at_least_one, run_name
 from config.settings import preset_names
-from records.checkpoint_store import Interval
+from training.argument_types import above_zero, evaluation_interval, fraction, interval, micro_batch, seed
 from training.console import NORMAL, QUIET, VERBOSE
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from training.run_start import LoggingOptions
 
 MLFLOW_EXPERIMENT = "vision-transformers"
-MAX_SEED = 2**63 - 1  # larger ones do not fit the generators of PyTorch and NumPy
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -359,54 +357,3 @@ def _add_logging_options(parser: Parser) -> None:
         const=VERBOSE,
         help="print changed settings, more numbers of every epoch, and the messages of libraries",
     )
-
-
-def micro_batch(text: str) -> str:
-    """A number of images, or "auto"."""
-    return text if text == "auto" else str(at_least_one(text))
-
-
-def interval(text: str) -> Interval:
-    """The interval of checkpoints within an epoch, or of epochs."""
-    try:
-        return Interval.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def evaluation_interval(text: str) -> Interval:
-    """The interval of evaluations."""
-    try:
-        return Interval.parse_evaluations(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def seed(text: str) -> int:
-    """A random seed from 0 to MAX_SEED."""
-    if not (text.isascii() and text.isdecimal()) or int(text) > MAX_SEED:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {MAX_SEED}, not {text}")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    """A number between 0 and 1, both excluded."""
-    number = _number(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, for example 0.1, not {text}")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """A positive finite rate or time."""
-    number = _number(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
