@@ -54,6 +54,7 @@ class InProcess:
 
     def warm_up(self) -> tuple[Window, float, float]:
         """Return the first epoch with mean and standard deviation. Raises ValueError for batches of another form."""
+        torch.manual_seed(0)  # of the order and the crops, also those of worker processes: always the same images
         look = Look(self.task.batch_size, self.side, self.task.device)
         return self._consume(1, look), look.mean, look.std
 
