@@ -202,6 +202,21 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def add_measurement(parser: Parser, gpu: bool, rounds: str) -> None:
+    """Add the options for the lengths of a measurement and its file; `rounds` describes --rounds."""
+    how = parser.add_argument_group("measurement")
+    for name, count, text in (
+        ("--steps", 15 if gpu else 1, "steps per turn"),
+        ("--rounds", 5 if gpu else 2, rounds),
+        ("--warm-up", 8 if gpu else 2, "warm-up steps of each"),
+        ("--profiled-steps", 5 if gpu else 1, "steps under the profiler"),
+    ):
+        how.add_argument(name, type=at_least_one, default=count, metavar="N", help=f"{text} (default: {count})")
+    parser.add_argument_group("output").add_argument(
+        "--json", type=Path, metavar="FILE", help="write all measurements to this JSON file (default: none)"
+    )
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = bool(visible_gpus())
     parser = Parser(
@@ -212,17 +227,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_data(parser)
     settings = add_settings(parser, "spt-lsa" if gpu else "cpu")
     settings.add_argument("--strategy", default="ddp", metavar="NAME", help="parallelism strategy (default: ddp)")
-    how = parser.add_argument_group("measurement")
-    for name, count, text in (
-        ("--steps", 15 if gpu else 1, "steps per turn"),
-        ("--rounds", 5 if gpu else 2, "turns of the kernel off and on"),
-        ("--warm-up", 8 if gpu else 2, "warm-up steps of each"),
-        ("--profiled-steps", 5 if gpu else 1, "steps under the profiler"),
-    ):
-        how.add_argument(name, type=at_least_one, default=count, metavar="N", help=f"{text} (default: {count})")
-    parser.add_argument_group("output").add_argument(
-        "--json", type=Path, metavar="FILE", help="write all measurements to this JSON file (default: none)"
-    )
+    add_measurement(parser, gpu, "turns of the kernel off and on")
     return parser.parse_args(arguments)
 
 

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
 from benchmarks.lib.options import add_data, add_settings, keep, origin
 from benchmarks.lib.timing import alternate, machine, ratios, spread
-from benchmarks.step_profile import TOTAL_STEPS, memory_floor_bytes, profile_steps, turn, warm_up
+from benchmarks.step_profile import TOTAL_STEPS, add_measurement, memory_floor_bytes, profile_steps, turn, warm_up
 from common.machine import visible_gpus
-from config.command_line import Parser, at_least_one, run_cli
+from config.command_line import Parser, run_cli
 from config.settings import resolve
 
 BASELINE = "baseline"
@@ -141,17 +141,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="SETTINGS",
         help="settings of one variant, PATH=VALUE separated by spaces; may be repeated (default: the baseline alone)",
     )
-    how = parser.add_argument_group("measurement")
-    for name, count, text in (
-        ("--steps", 15 if gpu else 1, "steps per turn"),
-        ("--rounds", 5 if gpu else 2, "rounds of all variants"),
-        ("--warm-up", 8 if gpu else 2, "warm-up steps of each"),
-        ("--profiled-steps", 5 if gpu else 1, "steps under the profiler"),
-    ):
-        how.add_argument(name, type=at_least_one, default=count, metavar="N", help=f"{text} (default: {count})")
-    parser.add_argument_group("output").add_argument(
-        "--json", type=Path, metavar="FILE", help="write all measurements to this JSON file (default: none)"
-    )
+    add_measurement(parser, gpu, "rounds of all variants")
     return parser.parse_args(arguments)
 
 
