@@ -32,7 +32,7 @@ class Heartbeat(threading.Thread):
 
     def reconnect(self) -> None:
         """Count this lighthouse as answering again only after it answers over a new connection."""
-        self._client, self._heard = None, float("-inf")
+        self._client, self._heard, self.tried = None, float("-inf"), False
 
     def run(self) -> None:
         limit = timedelta(seconds=SILENT_SECONDS / 2)

@@ -54,7 +54,6 @@ from parallel.peers.membership import (
 )
 
 LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
-FOREVER = timedelta(days=365)
 
 
 class PeerGroup:
@@ -167,6 +166,8 @@ class PeerGroup:
         """Let the others continue without this peer; it listens until `close`."""
         for beat in self.beats.values():
             beat.ended.set()
+        for beat in self.beats.values():  # a call of torchft that returns while Python shuts down would abort
+            beat.join(heartbeat.SILENT_SECONDS)
 
     def close(self) -> None:
         self.leave()
@@ -255,7 +256,7 @@ class PeerGroup:
                 members = self._select(quorum.participants, own)
                 ids = blake2b("".join(member.id for member in members).encode(), digest_size=6).hexdigest()
                 return members, f"{quorum.created.seconds}.{quorum.created.nanos}.{ids}"
-            if asked.done():  # nobody listens there any more
+            if asked.done():  # nobody listens there any more, or the others take very long
                 self.beats[endpoint].reconnect()
                 time.sleep(heartbeat.BEAT_SECONDS)
 
@@ -291,10 +292,10 @@ class PeerGroup:
             self.say(f"peers     {text}")
 
     def _meeting_endpoint(self) -> str:
-        """The first endpoint whose lighthouse answers. Each gets the time for a first attempt."""
+        """The first endpoint whose lighthouse answers. Each gets the time for a first attempt over a connection."""
         for endpoint in self.endpoints:
             beat = self.beats[endpoint]
-            while not beat.tried:
+            while not (beat.tried or beat.ended.is_set()):
                 time.sleep(0.02)
             if beat.answers:
                 return endpoint
@@ -302,12 +303,19 @@ class PeerGroup:
         return self.endpoint.text
 
     def _ask(self, endpoint: str, own: Member) -> Any:
+        """The quorum of this lighthouse.
+
+        Raises:
+            RuntimeError, TimeoutError: it cannot be reached, or had no quorum for so long that it should be asked once
+                more over a new connection. A lighthouse that was shut down keeps its old connections: over them it
+                answers heartbeats, but never has a quorum.
+        """
         client = coordination().LighthouseClient(
             lighthouse_of(endpoint), connect_timeout=timedelta(seconds=heartbeat.SILENT_SECONDS)
         )
         return client.quorum(
             self.id,
-            timeout=FOREVER,
+            timeout=timedelta(seconds=2 * self.patience_seconds + heartbeat.SILENT_SECONDS),
             address="",
             store_address=own.endpoint,
             step=own.count,

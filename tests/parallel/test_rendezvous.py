@@ -201,6 +201,34 @@ def test_exchanges_outlive_the_first_peer_and_return_to_its_lighthouse_when_it_i
     assert all(peer._meeting_endpoint() == back.endpoint.text for peer in (*others, late, back))
 
 
+def test_a_lighthouse_that_ends_after_it_was_asked_is_left(circle):
+    """torchft's keeps the connections of a lighthouse that was shut down: heartbeats are answered, the quorum never."""
+    peers = circle(2, patience=1.0)
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(peers[1].exchange, standing(2.0))
+        time.sleep(0.4)  # the second one has asked and waits for the first
+        assert not pending.done()
+        peers[0].close()
+        outcome = pending.result(LIMIT_SECONDS)
+    assert len(outcome.members) == 1 and torch.equal(outcome.mean, torch.full((5,), 2.0))
+
+
+def test_a_slow_peer_is_waited_for_though_the_lighthouse_is_asked_more_than_once(circle, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.5)
+    peers, asked = circle(2, patience=0.4), []
+    ask_once = peers[0]._ask
+    monkeypatch.setattr(peers[0], "_ask", lambda *arguments: (asked.append(arguments), ask_once(*arguments))[1])
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(peers[0].exchange, standing(1.0))
+        until = time.monotonic() + 4.0
+        while time.monotonic() < until:
+            peers[1].touch()  # it trains
+            time.sleep(0.05)
+        assert len(asked) >= 2 and not pending.done()
+        outcomes = [peers[1].exchange(standing(3.0)), pending.result(LIMIT_SECONDS)]
+    assert all(len(outcome.members) == 2 and torch.equal(outcome.mean, torch.full((5,), 2.0)) for outcome in outcomes)
+
+
 def test_a_peer_that_joins_does_not_train_alone_without_consent(circle):
     (first,) = circle(1)
     (late,) = circle(1, patience=1.5)
