@@ -283,4 +283,5 @@ def verdict_for(
 def _p(p: float) -> str:
     if p < 1e-4:
         return "p < 0.0001"
-    return f"p = {p:.2f}" if p >= 0.0095 else f"p = {p:.1g}"
+    digits = 2 if p >= 0.0995 else 3  # 0.047 shall not read 0.05
+    return f"p = {p:.{digits}f}" if p >= 0.0095 else f"p = {p:.1g}"

@@ -45,10 +45,10 @@ class Attention(nn.Module):
     """Multi-head self-attention: softmax over scaled dot products (arXiv 1706.03762).
 
     `qkv_std` is the standard deviation of the initial weights of queries, keys and values: 0.02 in timm and the papers.
-    The default 0 is PyTorch's initialization of linear maps: 1 / sqrt(3 C), 0.042 at width 192.
+    0 is PyTorch's initialization of linear maps: 1 / sqrt(3 C), 0.042 at width 192.
     """
 
-    def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
+    def __init__(self, dims: Dimensions, qkv_std: float = 0.02):
         super().__init__()
         if not 0 <= qkv_std < math.inf:
             raise SettingsError(f"model.attention_options.qkv_std must be at least 0, got {qkv_std}. Set it to 0.02")
@@ -87,7 +87,7 @@ class LocalitySelfAttention(Attention):
 
     others: Tensor
 
-    def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
+    def __init__(self, dims: Dimensions, qkv_std: float = 0.02):
         super().__init__(dims, qkv_std)
         self.log_scale = nn.Parameter(torch.tensor([dims.head_size**-0.5]).log())
         self.register_buffer("others", ~torch.eye(dims.num_tokens, dtype=torch.bool), persistent=False)
@@ -117,7 +117,7 @@ class NormedAttention(Attention):
     `norm` is "rms" (RMSNorm) or "layer" (LayerNorm).
     """
 
-    def __init__(self, dims: Dimensions, norm: str = "rms", qkv_std: float = 0.0):
+    def __init__(self, dims: Dimensions, norm: str = "rms", qkv_std: float = 0.02):
         super().__init__(dims, qkv_std)
         if norm not in NORMS:
             raise SettingsError("attention=qk_norm: " + unknown("norm", norm, list(NORMS)))
@@ -137,7 +137,7 @@ class HeadTokens(Attention):
 
     no_weight_decay = {"head_position"}
 
-    def __init__(self, dims: Dimensions, qkv_std: float = 0.0):
+    def __init__(self, dims: Dimensions, qkv_std: float = 0.02):
         super().__init__(dims, qkv_std)
         if dims.width % dims.heads:
             raise SettingsError(
@@ -161,7 +161,7 @@ class HeadTokens(Attention):
 class MultiQuery(Attention):
     """Multi-query (arXiv 1911.02150) or, with kv_heads > 1, grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, dims: Dimensions, kv_heads: int = 1, qkv_std: float = 0.0):
+    def __init__(self, dims: Dimensions, kv_heads: int = 1, qkv_std: float = 0.02):
         super().__init__(dims)
         if kv_heads < 1 or dims.heads % kv_heads:
             raise SettingsError(f"attention=multi_query: kv_heads={kv_heads} does not divide model.heads={dims.heads}")

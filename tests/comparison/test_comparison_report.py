@@ -91,7 +91,7 @@ def test_the_numbers_of_a_report(ask, invented, tmp_path, monkeypatch):
     assert gated["difference"]["mean"] == pytest.approx(5.05) and gated["difference"]["p"] == 2 / 64
     assert gated["difference"]["half"] == pytest.approx(0.0575, abs=1e-4)
     sentence = (
-        "+5.05 points (95 % CI +4.99 to +5.11, n = 6; p < 0.0001 paired t, p = 0.03 sign-flip; d = 92.2): "
+        "+5.05 points (95 % CI +4.99 to +5.11, n = 6; p < 0.0001 paired t, p = 0.031 sign-flip; d = 92.2): "
         "confirmed better"
     )
     assert gated["difference"]["sentence"] == sentence and sentence in out

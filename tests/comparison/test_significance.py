@@ -167,14 +167,14 @@ CLEAR = [1.0, 1.2, 0.9, 1.1, 1.3, 1.0, 1.1, 0.9, 1.2]
             CLEAR[:6],
             0,
             None,
-            "+1.08 points (95 % CI +0.93 to +1.24, n = 6; p < 0.0001 paired t, p = 0.03 sign-flip; d = 7.4): "
+            "+1.08 points (95 % CI +0.93 to +1.24, n = 6; p < 0.0001 paired t, p = 0.031 sign-flip; d = 7.4): "
             "confirmed better",
         ),
         (
             [-d for d in CLEAR[:6]],
             0,
             None,
-            "-1.08 points (95 % CI -1.24 to -0.93, n = 6; p < 0.0001 paired t, p = 0.03 sign-flip; d = -7.4): "
+            "-1.08 points (95 % CI -1.24 to -0.93, n = 6; p < 0.0001 paired t, p = 0.031 sign-flip; d = -7.4): "
             "confirmed worse",
         ),
         (
@@ -188,7 +188,7 @@ CLEAR = [1.0, 1.2, 0.9, 1.1, 1.3, 1.0, 1.1, 0.9, 1.2]
             CLEAR[:6],
             1,
             None,
-            "+1.08 points (95 % CI +0.93 to +1.24, n = 6; p < 0.0001 paired t, p = 0.06 sign-flip after Holm "
+            "+1.08 points (95 % CI +0.93 to +1.24, n = 6; p < 0.0001 paired t, p = 0.062 sign-flip after Holm "
             "correction for 2 comparisons; d = 7.4): preliminary. "
             "Not confirmed: that needs at least 7 seeds (--seeds 7)",
         ),
@@ -205,7 +205,7 @@ CLEAR = [1.0, 1.2, 0.9, 1.1, 1.3, 1.0, 1.1, 0.9, 1.2]
             [2.0, 2.0, 0.1, 2.0, 2.0, -0.15],
             0,
             None,
-            "+1.33 points (95 % CI +0.22 to +2.43, n = 6; p = 0.03 paired t, p = 0.09 sign-flip; d = 1.3): "
+            "+1.33 points (95 % CI +0.22 to +2.43, n = 6; p = 0.027 paired t, p = 0.094 sign-flip; d = 1.3): "
             "inconclusive. About 8 seeds would confirm a difference of this size with 80 % power",
         ),
         (
@@ -219,7 +219,7 @@ CLEAR = [1.0, 1.2, 0.9, 1.1, 1.3, 1.0, 1.1, 0.9, 1.2]
             CLEAR[:6],
             0,
             2.0,
-            "+1.08 points (95 % CI +0.93 to +1.24, n = 6; p < 0.0001 paired t, p = 0.03 sign-flip; d = 7.4): "
+            "+1.08 points (95 % CI +0.93 to +1.24, n = 6; p < 0.0001 paired t, p = 0.031 sign-flip; d = 7.4): "
             "confirmed better, although within the margin of ±2 points",
         ),
     ],

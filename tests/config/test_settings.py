@@ -233,6 +233,13 @@ def test_resolved_settings_survive_a_round_trip_through_json():
     assert settings.engine["optimizer"]["params"]["lr"] == 2.0
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_with_muon_split_queries_keys_and_values_unless_measured_otherwise(name):
+    optimizer = resolve(name, []).engine["optimizer"]
+    if optimizer["type"] == "Muon":
+        assert optimizer["params"]["split_qkv"] is (name not in ("speedrun", "cifar10-fast"))
+
+
 def test_options_of_a_replaced_part_are_dropped_and_stay_dropped_in_a_reopened_run(preset):
     mine = preset(
         '[model]\nwidth = 40\nfeed_forward = "mlp"\nfeed_forward_options = { hidden = 12 }\n'

@@ -82,6 +82,16 @@ def test_invalid_option_values_raise_errors(changes, said):
         tiny(**changes)
 
 
+@pytest.mark.parametrize("attention", sorted(TABLES["attention"]))
+@pytest.mark.parametrize(("options", "expected"), [({}, 0.02), ({"qkv_std": 0.1}, 0.1), ({"qkv_std": 0.0}, 48**-0.5)])
+def test_the_standard_deviation_of_queries_keys_and_values(attention, options, expected):
+    """0 stands for PyTorch's uniform weights up to 1 / sqrt(C), thus 1 / sqrt(3 C)."""
+    torch.manual_seed(0)
+    part = tiny(attention=attention, attention_options=options, width=16, heads=8, head_size=64)[1].attention.part
+    for weight in part.qkv.weight.split(part.qkv.row_splits):
+        assert weight.std().item() == pytest.approx(expected, rel=0.1)
+
+
 def test_options_reach_the_parts_from_the_command_line():
     settings = resolve(
         "cpu-quick",

@@ -117,7 +117,7 @@ def test_multi_query_shares_keys_and_values():
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_qk_norm_makes_scores_independent_of_the_scale_of_tokens(norm):
-    part = NormedAttention(dimensions(), norm=norm)
+    part = NormedAttention(dimensions(), norm=norm, qkv_std=1.0)  # far above the epsilon of the norm
     q, k, v = part.heads_of(tokens())
     larger_q, larger_k, _ = part.heads_of(100 * tokens())
     torch.testing.assert_close(q, larger_q, rtol=1e-3, atol=1e-3)

@@ -96,7 +96,7 @@ def test_a_run_resumes_under_another_strategy_and_ends_with_the_same_weights(
         assert found.keys() == expected.keys()
         # Adam turns the rounding of very small gradients into steps of a size; without a moment or the average it would
         # be 1e-3.
-        assert max((found[key] - expected[key]).abs().max().item() for key in found) < 1e-5, file
+        assert max((found[key] - expected[key]).abs().max().item() for key in found) < 5e-5, file
 
 
 def test_dp_on_a_machine_without_gpus_says_so_in_one_sentence(training):
