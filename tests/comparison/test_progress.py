@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from comparisons import write_run
@@ -79,3 +80,27 @@ def test_a_terminal_gets_a_table_of_accuracies(tasks, monkeypatch, signals):
 
 def test_without_a_terminal_there_is_no_table(tasks):
     assert type(progress_for(tasks, 1)) is PlainProgress
+
+
+def test_after_a_stop_the_running_runs_are_told_once_and_no_other_starts(tasks, capsys, monkeypatch):
+    monkeypatch.setattr(run_queue, "POLL_SECONDS", 0.001)
+    stop, told, started = SimpleNamespace(number=0), [], []
+
+    class Saving:
+        """A run that ends some looks after it was told to."""
+
+        def __init__(self, task, environment):
+            self.name, self.looks = task.name, 0
+            started.append(task.name)
+
+        def terminate(self):
+            told.append(self.name)
+
+        def poll(self):
+            self.looks += 1
+            stop.number = 15 if self.looks == 3 else stop.number
+            return 75 if self.looks > 9 else None
+
+    assert run_all(tasks, [{}, {}], stop, Saving) == {}
+    assert told == started == ["plain-seed0", "plain-seed1"]
+    assert "stopping: 2 run(s) save first" in capsys.readouterr().out

@@ -128,6 +128,21 @@ def test_dali_operations_equal_the_tensor_ones(images, dali, name):
                 assert difference.max() <= 1, "one level of rounding"
 
 
+def test_dali_equalizes_images_of_few_values_as_pillow_does(dali):
+    """Fewer than 255 pixels below the largest value leave the image as it is; a few more spread it coarsely."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((64, 3, SIDE, SIDE), 200, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        image.flatten(1)[:, : 12 * i] = torch.randint(0, 200, (3, 12 * i), dtype=torch.uint8, generator=generator)
+    space = policies.OperationSpace(
+        NAMES, SIDE, bins=31, shear=0.99, translation=32, rotation=135, color=0.99, posterize=6
+    )
+    operation = one_operation(space, "Equalize", 0, False, 64)
+    expected = torch_backend.apply_operation(images, operation)
+    assert (dali(images, operation).int() - expected.int()).abs().max() <= 1
+    assert [torch.equal(image, made) for image, made in zip(images, expected, strict=True)].count(True) == 22
+
+
 @pytest.mark.parametrize("bins", [10, 31])
 def test_linspace_is_that_of_pytorch_bit_for_bit(bins):
     tops = [0.3, 0.9, 0.99, 4, 6, 30, 32, 135, *(150 / 331 * side for side in range(8, 257))]

@@ -116,6 +116,15 @@ def test_the_source_is_what_is_imported_from_the_project_and_from_own_parts(tmp_
     assert os.path.relpath(own, PROJECT) in source_files([own])
 
 
+def test_a_linked_source_file_is_named_by_the_file_itself(tmp_path, monkeypatch):
+    (tmp_path / "real.py").write_text("x = 1\n")
+    (tmp_path / "link.py").symlink_to(tmp_path / "real.py")
+    linked = types.ModuleType("linked")
+    linked.__file__ = str(tmp_path / "link.py")
+    monkeypatch.setitem(sys.modules, "linked", linked)
+    assert {os.path.basename(path) for path in source_files()} & {"real.py", "link.py"} == {"real.py"}
+
+
 def test_what_an_installed_package_compiles_is_no_source(tmp_path, monkeypatch):
     compiled = tmp_path / "cabc.py"
     compiled.write_text("x = 1\n")

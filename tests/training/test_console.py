@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import programs
 import pytest
@@ -174,6 +175,16 @@ def test_a_log_file_gets_a_line_every_two_minutes_of_a_long_epoch(out, now):
         "  in epoch 1: step 9 of 50, train loss 2.500, ETA 76 min",
     ]
     assert shown.bars.getvalue() == ""
+
+
+def test_a_line_clears_the_bar_first_and_shows_it_again(out):
+    done = []
+    shown = Console(out=out, bars=Terminal())
+    shown.active_bar = SimpleNamespace(
+        clear=lambda: done.append(("clear", out.getvalue())), refresh=lambda: done.append(("refresh", out.getvalue()))
+    )
+    shown.say("a line")
+    assert done == [("clear", ""), ("refresh", "a line\n")]
 
 
 def test_a_terminal_gets_a_bar_with_the_eta(out, now, monkeypatch):
