@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from comparisons import COMMON, VARIANTS, report
 
-from comparison.sequential import DECIDED, evaluate, plan_looks
-from comparison.significance import CONFIRMED
+from comparison.sequential import DECIDED, LEAST_POWER, Look, evaluate, is_hopeless, plan_looks
+from comparison.significance import CONFIRMED, Difference
 
 ROUNDS = COMMON.replace("seeds = 2", 'seeds = 6\nuntil = "decided"\nmax_seeds = 18')
 
@@ -51,6 +51,17 @@ def test_a_margin_decides_equivalence_instead_of_dropping():
     accuracies = {name: dict(enumerate(rng.normal(50, 0.3, 32))) for name in "ab"}
     verdict = evaluate(accuracies, "a", looks, 1.0, 1).differences["b"].verdict
     assert verdict == "equivalent" and verdict in DECIDED
+
+
+@pytest.mark.parametrize(("margin", "hopeless"), [(0.40, False), (0.30, True)])
+def test_a_variant_inside_the_margin_is_hopeless_if_the_test_of_equivalence_would_seldom_decide(margin, hopeless):
+    """Against 200,000 simulated last looks with the present mean of 0.12 and a standard deviation of 1."""
+    seeds, mean = 4, 0.12
+    one = Difference(seeds, mean, 1.6, 0.9, 0.9, "inconclusive", "", effect=mean)
+    drawn = np.random.default_rng(0).normal(mean, 1, (200_000, seeds))
+    below = (margin - drawn.mean(1)) / (drawn.std(1, ddof=1) / 2) > 2.3534  # quantile 0.95 of t with 3 degrees
+    assert bool(below.mean() < LEAST_POWER) is hopeless and abs(below.mean() - LEAST_POWER) > 0.01
+    assert is_hopeless(one, Look(1, seeds, 0.05), margin, planned=1) is hopeless
 
 
 def test_compare_adds_seeds_until_decided(ask, invented, tmp_path):

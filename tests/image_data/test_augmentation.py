@@ -14,7 +14,7 @@ from common.errors import SettingsError
 from config.settings import AugmentationSettings
 from image_data import auto_augment as policies
 from image_data import torch_backend
-from image_data.augmentation import ERASING, Augmentation, epoch_order, uniform_rows
+from image_data.augmentation import ERASING, Augmentation, epoch_order, resized_crop_boxes, uniform_rows
 from image_data.mixup import Mixer, erase, erasing_noise
 from image_data.readers import PaddedPackedReader
 
@@ -236,6 +236,15 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch():
     assert 0.4 < (other != flips[0]).mean() < 0.6
     random = Augmentation(AugmentationSettings(), SIDE, seed=5).plan(0, 0, 4000)
     assert np.array_equal(random.crop_offset, alternating.plan(0, 0, 4000).crop_offset), "other draws do not change"
+
+
+@pytest.mark.parametrize(("ratio", "moves", "full"), [(4.0, 0, 1), (0.25, 1, 0)])
+def test_a_resized_crop_as_wide_or_high_as_the_image_lies_anywhere(ratio, moves, full):
+    u = np.random.default_rng(0).random((200, 24))
+    boxes = resized_crop_boxes(u, [0.25, 0.25], [ratio, ratio], None)
+    assert (boxes[:, full] == 0).all() and (boxes[:, full + 2] == 1).all()
+    assert boxes[:, moves].min() < 0.05 and boxes[:, moves].max() > 0.7  # of 0 .. 0.75
+    assert np.allclose(boxes[:, moves + 2] - boxes[:, moves], 0.25)
 
 
 def test_erased_rectangles_follow_their_settings():

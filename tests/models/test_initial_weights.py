@@ -16,7 +16,7 @@ from torch import nn
 from common.errors import SettingsError
 from config.settings import ModelSettings
 from model import ARCHITECTURES
-from models.initial_weights import load_initial_weights, resample_positions
+from models.initial_weights import load_initial_weights, read_torch_file, resample_positions
 from models.published.table import get_architecture
 
 
@@ -86,6 +86,17 @@ def test_missing_unused_and_misfitting_tensors_are_named(tmp_path: Path):
     }
     for what, name in told.items():
         assert any(what in line and name in line for line in report.splitlines()), report
+
+
+@pytest.mark.parametrize(("version", "reads"), [("2.5.1+cpu", False), ("2.6.0", True), ("2.10.0+cu130", True)])
+def test_pickled_weights_are_read_from_pytorch_2_6_on(tmp_path: Path, monkeypatch, version, reads):
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    monkeypatch.setattr(torch, "__version__", version)
+    if reads:
+        assert list(read_torch_file(tmp_path / "w.pt")) == ["a"]
+    else:
+        with pytest.raises(SettingsError, match=r"PyTorch 2.5.1\+cpu may run code from a torch.save file"):
+            read_torch_file(tmp_path / "w.pt")
 
 
 def test_torchvision_names_are_known(tmp_path: Path):

@@ -145,6 +145,17 @@ def test_weights_round_trip(name, built):
         assert torch.equal(other(images), model(images))
 
 
+@pytest.mark.parametrize("name", ["dhvt-t-4", "dhvt-s-2"])
+def test_tokens_and_positions_of_dhvt_start_as_in_its_authors_code(name):
+    torch.manual_seed(0)
+    drawn = {
+        key: value for key, value in build(name).named_parameters() if key.endswith(("class_token", "head_positions"))
+    }
+    assert len(drawn) > 1
+    for key, value in drawn.items():
+        assert value.std().item() == pytest.approx(0.02, rel=0.25), key
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_positions_and_class_tokens_do_not_decay(name):
     with torch.device("meta"):
