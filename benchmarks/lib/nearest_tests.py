@@ -41,7 +41,7 @@ class NearestTests:
         )
 
     def _imports(self, file: str, tree: ast.AST) -> Iterator[str]:
-        """Files of the project that a file imports anywhere, and scripts that a test names."""
+        """Files of the project that a file imports anywhere, modules that it names, and scripts that a test names."""
         for node in ast.walk(tree):
             names: list[str] = []
             if isinstance(node, ast.Import):
@@ -50,6 +50,9 @@ class NearestTests:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Constant) and file.startswith("tests/") and node.value in self.files:
                 yield str(node.value)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+                names = [node.value]  # for import_module, as the strategies are loaded
+                yield from self.files & {str(Path(file).parent / node.value)}  # a program beside the file
             for name in names:
                 path = name.replace(".", "/") + ".py"
                 yield from self.files & {path, HELPERS + path}

@@ -117,10 +117,13 @@ def test_tests_are_ordered_by_imports(tmp_path):
         {
             "models/layers.py": "",
             "models/vit.py": "from models.layers import x",
+            "models/choice.py": "module = import_module({'vit': 'models.vit'}[name])\nstart(HERE / 'server.py')",
+            "models/server.py": "",
             "train.py": "def main():\n    from models import vit",
             "tests/helpers/tools.py": "import models.vit",
             "tests/models/test_vit.py": "import models.vit",
             "tests/models/test_layers.py": "import tools",
+            "tests/models/test_choice.py": "import models.choice",
             "tests/test_train.py": "run('train.py')",
             "tests/other/test_direct.py": "import models.layers",
             "tests/other/test_unrelated.py": "import os",
@@ -130,9 +133,11 @@ def test_tests_are_ordered_by_imports(tmp_path):
     assert NearestTests(tmp_path).of("models/layers.py") == [
         "tests/models/test_layers.py",
         "tests/models/test_vit.py",
+        "tests/models/test_choice.py",
         "tests/other/test_direct.py",
         "tests/test_train.py",
     ]
+    assert NearestTests(tmp_path).of("models/server.py") == ["tests/models/test_choice.py"]
 
 
 @pytest.mark.parametrize(

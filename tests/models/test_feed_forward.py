@@ -170,7 +170,7 @@ def test_a_step_moves_the_root_by_its_factor():
         ("fff_fan_out", {"fan_out": 0}, "fan_out=0"),
         ("fff", {"evaluation": "paht"}, "did you mean 'path'"),
         ("mix", {"first": "gegelu"}, "did you mean 'geglu'"),
-        ("chain", {"share": 1.0}, "share must be between 0 and 1"),
+        ("chain", {"share": 1.0}, "share must be between 0 and 1, got 1.0"),
     ],
 )
 def test_invalid_option_values_raise_errors(name, options, said):
