@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from programs import run
@@ -137,3 +138,12 @@ def test_a_process_that_cannot_fork_starts_runs_cold_and_prints_why_once(tmp_pat
         assert child.poll() == 0
     processes.close()
     assert capsys.readouterr().out == "note: each run starts its own Python process, because it has threads\n"
+
+
+def test_all_servers_are_ended_the_retired_ones_too():
+    closed = []
+    processes = WarmProcesses()
+    processes.servers = {"a": SimpleNamespace(close=lambda: closed.append("a"))}
+    processes.retired = [SimpleNamespace(close=lambda: closed.append("b"))]
+    processes.close()
+    assert closed == ["a", "b"]
