@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import shutil
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from config.catalog import table_names
 from config.settings import resolve
 from model import TABLES, build_layers
 from models.feed_forward import FEED_FORWARDS
-from models.parts import Dimensions, part_options
+from models.parts import Dimensions, fits, part_options
 
 PART_TABLES = {kind: table for kind, table in TABLES.items() if kind != "architecture"}
 
@@ -90,6 +91,28 @@ def test_the_standard_deviation_of_queries_keys_and_values(attention, options, e
     part = tiny(attention=attention, attention_options=options, width=16, heads=8, head_size=64)[1].attention.part
     for weight in part.qkv.weight.split(part.qkv.row_splits):
         assert weight.std().item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "expected"),
+    [
+        (3, int, True),
+        (True, int, False),
+        (3, float, True),
+        (True, float, False),
+        ("a", str, True),
+        (None, str | None, True),
+        (2.5, str | None, False),
+        ([1, 2], list[int], True),
+        ([1, 0.5], list[int], False),
+        ({}, dict[str, int], True),
+        ("rms", Literal["rms", "layer"], True),
+        ("rmss", Literal["rms", "layer"], False),
+        ("a", nn.Module, True),  # no setting can have this type, so the part itself has to check
+    ],
+)
+def test_a_value_fits_the_annotation_of_an_option(value, wanted, expected):
+    assert fits(value, wanted) is expected
 
 
 def test_options_reach_the_parts_from_the_command_line():
