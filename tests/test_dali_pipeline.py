@@ -290,6 +290,19 @@ def test_a_file_that_dali_refuses_is_named(dataset, monkeypatch):
         collect(batches)
 
 
+def test_another_failure_of_dali_is_one_sentence(dataset, monkeypatch):
+    batches = Batches(dataset, "test", 6, source="files")
+
+    def fail():
+        raise RuntimeError(
+            "Critical error in pipeline\nError when executing:\nencountered:\n  out of memory\n  at file"
+        )
+
+    monkeypatch.setattr(batches._backend.pipeline, "share_outputs", fail)
+    with pytest.raises(DatasetError, match="^DALI failed to make a batch: out of memory$"):
+        collect(batches)
+
+
 def test_without_dali_packed_pixels_come_from_pytorch_and_the_other_sources_say_what_is_missing(
     dataset, monkeypatch, caplog
 ):

@@ -82,6 +82,14 @@ def test_without_a_terminal_there_is_no_table(tasks):
     assert type(progress_for(tasks, 1)) is PlainProgress
 
 
+def test_an_edit_of_the_source_ends_a_comparison_and_names_every_run_that_is_left(tasks, capsys, monkeypatch):
+    monkeypatch.setattr(run_queue.SourceWatch, "problem", lambda watch: "a.py changed" if watch.started else None)
+    assert run_all(tasks, [{}], StopSignal(), Finishing) == {
+        task.name: "a.py changed" for task in tasks if task.name != "plain-seed0"
+    }
+    assert "3 run(s) are not started: a.py changed" in capsys.readouterr().out
+
+
 def test_after_a_stop_the_running_runs_are_told_once_and_no_other_starts(tasks, capsys, monkeypatch):
     monkeypatch.setattr(run_queue, "POLL_SECONDS", 0.001)
     stop, told, started = SimpleNamespace(number=0), [], []
