@@ -129,6 +129,7 @@ def do_not_wait_for_the_disk(connection, _) -> None:
         ("[search]", "hold_out = 0.0\n[search]", "hold_out must lie between 0 and 1, not 0.0"),
         ("[search]", "steps = 3\n[search]", "give exactly one budget, epochs = N or steps = N, N at least 1, not"),
         ('"tiny.toml"', '"tinny"', "gates.toml: unknown preset 'tinny'"),
+        ('"tiny.toml"', "3", 'gates.toml: preset must be a text, such as preset = "...", not 3'),
         (FILE[FILE.index("[search.space]") :], "", "[search.space] is missing"),
     ],
 )

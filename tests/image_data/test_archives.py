@@ -213,6 +213,15 @@ def test_utf8_names_without_the_flag_are_read_as_utf8(tmp_path, capsys):
     assert "are not UTF-8 and are read as code page 437" in capsys.readouterr().err
 
 
+def test_train_and_test_without_class_folders_are_not_taken_for_classes(tree, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "loose.zip", "w") as file:
+        for split in ("train", "test"):
+            for i, path in enumerate(sorted((tree / "train/cat").iterdir())):
+                file.write(path, f"pets/{split}/{i}.png")
+    words = ("--archive", tmp_path / "loose.zip", "--test-fraction", "0.34", "--data-dir", tmp_path / "out")
+    assert "already holds the folder test. Omit --test-fraction" in refusal(capsys, *words)
+
+
 def test_class_folders_in_an_archive_can_be_split(tree, tmp_path):
     with zipfile.ZipFile(tmp_path / "flat.zip", "w") as file:
         for path in sorted((tree / "train").rglob("*.png")):
