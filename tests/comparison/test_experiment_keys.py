@@ -9,6 +9,13 @@ from common.errors import SettingsError
 from comparison.experiment import read
 
 
+def test_a_part_of_a_file_that_is_not_there_is_named_with_the_experiment(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(COMMON + VARIANTS.replace('"geglu"', '"gone.py:Gate"'))
+    with pytest.raises(SettingsError, match=r"own.toml: gone.py:Gate: there is no file .*gone.py"):
+        read(file)
+
+
 @pytest.mark.parametrize(("seeds", "fits"), [(0, False), (1, True), (1000, True), (1001, False)])
 def test_an_experiment_has_1_to_1000_seeds(tmp_path, seeds, fits):
     file = tmp_path / "many.toml"

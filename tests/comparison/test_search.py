@@ -113,6 +113,7 @@ def do_not_wait_for_the_disk(connection, _) -> None:
         ("low = 1e-4", "low = 0.0", "log = true needs low above 0 and no step"),
         ("log = true", "logarithmic = true", "unknown key 'logarithmic'"),
         ("low = 1, high", "low = 1, step = 5, high", "step must lie between 0 and high - low = 2, not 5"),
+        ("low = 1, high", "low = 1, step = 0, high", "step must lie between 0 and high - low = 2, not 0"),
         ("low = 1, high = 3", "low = 1, high = 3.5", "write low, high and step all as whole numbers"),
         ("{ low = 1, high = 3 }", "[2]", "[search.space] model.depth needs at least two different values, not [2]"),
         ("{ low = 1, high = 3 }", "3", "[search.space] model.depth must be a list of values or { low = ..."),

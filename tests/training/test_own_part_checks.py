@@ -145,6 +145,14 @@ def test_a_part_that_does_not_fit_is_one_sentence(own, setting, name, sentence):
         check(settings_with(setting, f"{own}:{name}"))
 
 
+def test_an_optimizer_whose_first_step_makes_weights_infinite_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef far(groups, lr: float = 3e38):\n    return torch.optim.SGD(groups, lr=lr)\n"
+    )
+    with pytest.raises(SettingsError, match="one step from gradients of 1 made weights that are not finite"):
+        check(settings_with("optimizer.type", f"{tmp_path / 'mine.py'}:far"))
+
+
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [("size=1.5", "int"), ("bias=3", "bool"), ("sides=2", "tuple"), ("kind=c", "Literal"), ("rate=high", "float")],

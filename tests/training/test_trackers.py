@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,7 +26,7 @@ from training import trackers
 from training.experiment_trackers import MLflow, WeightsAndBiases
 from training.tensorboard_tracker import CHARTS, TensorBoard, hyperparameters, tag_of
 from training.tracker import Tracker, numbers_of
-from training.trackers import StepLosses, Tracking, check_trackers
+from training.trackers import RunIndex, StepLosses, Tracking, check_trackers
 
 FACTS = {
     "settings": {"epochs": 3},
@@ -392,6 +393,16 @@ class Recorder(Tracker):
 
     def close(self, failed: bool) -> None:
         self.received.append("failed" if failed else "closed")
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_the_index_of_the_runs_is_written_at_the_end_of_a_run(tmp_path, failed):
+    with pytest.raises(ValueError, match="of the run") if failed else nullcontext():
+        with Tracking([RunIndex(tmp_path / "run")]):
+            assert not (tmp_path / "index.html").exists()
+            if failed:
+                raise ValueError("of the run")
+    assert "<html" in (tmp_path / "index.html").read_text()
 
 
 def test_losses_are_logged_as_means_and_none_is_lost():
