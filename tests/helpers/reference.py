@@ -133,6 +133,13 @@ def with_batch_norm() -> nn.Module:
     return nn.Sequential(Noted(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, NUM_CLASSES)))
 
 
+def with_frozen() -> nn.Module:
+    """A network whose first layer is not trained."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *with_batch_norm()[1])
+    layers[0].requires_grad_(False)
+    return layers
+
+
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[key].double() - b[key].double()).abs().max().item() for key in a)

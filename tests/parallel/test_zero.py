@@ -20,6 +20,7 @@ from reference import (
     refusal,
     settings_for,
     with_batch_norm,
+    with_frozen,
 )
 from safetensors.torch import load_file
 from torch import nn
@@ -59,8 +60,11 @@ def training_cases() -> dict[str, list]:
         f"batch norm, bf16 {number}": ["zero", stage(number, "bf16.enabled=true"), {"build": with_batch_norm}]
         for number in (1, 3)
     }
+    frozen = {
+        f"frozen {number}": ["zero", stage(number, *RECIPES["plain"]), {"build": with_frozen}] for number in STAGES
+    }
     return dict(
-        sorted((exact | bf16 | offloaded | with_norm).items(), key=lambda case: case[1][1][0])
+        sorted((exact | bf16 | offloaded | with_norm | frozen).items(), key=lambda case: case[1][1][0])
     )  # stage 3 last, see `moved`
 
 
@@ -153,6 +157,16 @@ def test_it_trains_as_a_plain_loop_does(trained, plain, processes, number, recip
     assert result["losses"] == pytest.approx(expected["losses"], abs=1e-6)
     assert largest_difference(result["weights"], expected["weights"]) < 1e-6
     assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in result["weights"].values())
+
+
+@pytest.mark.parametrize("number", STAGES)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_frozen_layer_keeps_its_weights_and_they_are_saved(trained, processes, number):
+    result = trained[processes][f"frozen {number}"]
+    expected = plain_loop(settings_for(*RECIPES["plain"]), build=with_frozen)
+    assert result["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+    assert largest_difference(result["weights"], expected["weights"]) < 1e-6
+    assert result["weights"]["0.weight"].shape == (4, 3, 3, 3)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
