@@ -22,7 +22,7 @@ from sqlalchemy.engine import Engine
 import compare
 from comparison.search import as_overrides, check_space, read_search
 from comparison.search_space import read_space
-from comparison.search_study import has_owner
+from comparison.search_study import choose_sampler, has_owner
 from records.run_folder import RunFolder
 
 EPOCHS = 4
@@ -187,6 +187,17 @@ def test_drawn_values_lie_in_the_space():
 
 
 # --- trials ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("tpe", "TPESampler"), ("random", "RandomSampler")])
+def test_the_file_chooses_the_sampler_and_every_process_gets_values_of_its_own(name, sampler):
+    optuna = pytest.importorskip("optuna")
+    study, drawn = optuna.create_study(), []
+    for _ in range(2):
+        choose_sampler(SimpleNamespace(sampler=name, seed=0), study)
+        assert type(study.sampler).__name__ == sampler
+        drawn.append(study.ask().suggest_float("lr", 0.0, 1.0))
+    assert drawn[0] != drawn[1]
 
 
 def test_a_search_finds_the_learning_rate_and_keeps_pruned_runs(find, training, tmp_path):

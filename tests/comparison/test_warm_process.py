@@ -147,3 +147,18 @@ def test_all_servers_are_ended_the_retired_ones_too():
     processes.retired = [SimpleNamespace(close=lambda: closed.append("b"))]
     processes.close()
     assert closed == ["a", "b"]
+
+
+def test_runs_that_differ_in_their_gpu_alone_share_a_process(monkeypatch):
+    started = []
+
+    def server(packages, environment):
+        started.append(environment)
+        return SimpleNamespace(has_ended=lambda: False)
+
+    monkeypatch.setattr(warm_process, "WarmProcess", server)
+    monkeypatch.setattr(warm_process, "WarmRun", lambda processes, server, *rest: server)
+    task, processes = SimpleNamespace(expected={"settings": {"strategy": "ddp"}}), WarmProcesses()
+    environments = [{"A": "1", "CUDA_VISIBLE_DEVICES": "0"}, {"A": "1", "CUDA_VISIBLE_DEVICES": "1"}, {"A": "2"}]
+    first, other_gpu, other_setting = (processes.start(task, environment) for environment in environments)
+    assert first is other_gpu and first is not other_setting and len(started) == 2

@@ -1,0 +1,38 @@
+"""training/loop.py: which steps of an epoch are timed; what it trains is in test_train.py and test_resume.py."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks.lib.forked_programs import Program
+from records.run_folder import RunFolder
+
+
+def train_with_first_steps(count: int, words: list[str]) -> None:
+    """Run train.py with an engine whose first steps compile, as one on a GPU would."""
+    import train
+    from training import loop
+
+    class Loop(loop.Loop):
+        def __init__(self, engine, *arguments):
+            engine.first_steps = count
+            super().__init__(engine, *arguments)
+
+    loop.Loop = Loop  # main() imports it
+    sys.argv = ["train.py", *words]
+    sys.exit(train.main())
+
+
+@pytest.mark.parametrize(("count", "untimed"), [(2, 2), (4, 3), (9, 3)])
+def test_the_first_steps_are_not_timed_but_one_of_every_epoch_is(training, runs, count, untimed):
+    """Two epochs of four steps: the first epoch uses up the first steps, except that its last step is timed."""
+    words = [str(word) for word in (*training, "--name", f"first-{count}", "--max-steps", 8, "--no-report")]
+    done = Program(train_with_first_steps, (count, words), {}).end()
+    assert done.code == 0, done.text
+    first, second = RunFolder(runs / f"first-{count}").metrics()
+    assert first["warmup_seconds"] > 0 and first["images_per_second"] > 0 and second["images_per_second"] > 0
+    timed = first["images_per_second"] * first["training_seconds"]
+    assert timed == pytest.approx((4 - untimed) * 64, rel=0.1)  # both are rounded
+    assert second["warmup_seconds"] == 0
