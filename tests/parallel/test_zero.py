@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -157,6 +158,16 @@ def test_it_trains_as_a_plain_loop_does(trained, plain, processes, number, recip
     assert result["losses"] == pytest.approx(expected["losses"], abs=1e-6)
     assert largest_difference(result["weights"], expected["weights"]) < 1e-6
     assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in result["weights"].values())
+
+
+def test_of_deepspeeds_warnings_only_the_one_about_our_optimizers_is_silent():
+    pytest.importorskip("parallel.zero")
+    logger = logging.getLogger("DeepSpeed")
+    shown = {
+        text: bool(logger.filter(logging.LogRecord("DeepSpeed", logging.WARNING, __file__, 1, text, None, None)))
+        for text in ("you are using an untested optimizer", "the loss scale is low")
+    }
+    assert list(shown.values()) == [False, True]
 
 
 @pytest.mark.parametrize("number", STAGES)
