@@ -177,7 +177,7 @@ def test_a_frozen_layer_keeps_its_weights_and_they_are_saved(trained, processes,
     expected = plain_loop(settings_for(*RECIPES["plain"]), build=with_frozen)
     assert result["losses"] == pytest.approx(expected["losses"], abs=1e-6)
     assert largest_difference(result["weights"], expected["weights"]) < 1e-6
-    assert result["weights"]["0.weight"].shape == (4, 3, 3, 3)
+    assert {value.numel() for value in result["weights"].values()} > {122_880, 102_400}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
