@@ -55,8 +55,7 @@ def main() -> int:
     commit = git("rev-parse", "HEAD").strip()
     sources = {file: git("show", f"{commit}:{file}") for file in args.files or package_files(commit)}
     chosen = list(itertools.islice(sample(sources, args.seed), args.sample))
-    outcome_of = {entry["id"]: entry["outcome"] for entry in report.mutants}
-    todo = [mutant for mutant in chosen if outcome_of.get(mutant.name) in (None, args.again)]
+    todo = report.left(chosen, args.again)
     print(f"{len(chosen)} mutants of commit {commit[:10]}, {len(chosen) - len(todo)} of them done")
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
@@ -108,7 +107,9 @@ def parse_arguments() -> argparse.Namespace:
         "--files", nargs="+", metavar="FILE", help="files to mutate (default: all files of seven packages)"
     )
     parser.add_argument(
-        "--again", choices=OUTCOMES, help="also try the mutants of this outcome again (default: only new ones)"
+        "--again",
+        choices=OUTCOMES,
+        help="also try the mutants of this outcome again, except explained ones (default: only new ones)",
     )
     parser.add_argument(
         "--explain",
@@ -148,6 +149,11 @@ class Report:
                 f"{self.json} holds seed {self.content['seed']}; add --seed {self.content['seed']} or --out DIR"
             )
         self.mutants: list[dict[str, Any]] = self.content["mutants"]
+
+    def left(self, chosen: list[Mutant], again: str | None) -> list[Mutant]:
+        """Return the mutants without a verdict, and those of the outcome `again` that nobody has explained."""
+        outcomes = {entry["id"]: "explained" if "reason" in entry else entry["outcome"] for entry in self.mutants}
+        return [mutant for mutant in chosen if outcomes.get(mutant.name) in (None, again)]
 
     def add(self, mutant: Mutant, diff: str, verdict: Verdict, commit: str, seconds: float) -> None:
         """Record and print a verdict; one that replaces an earlier verdict keeps it as `first_outcome`."""
