@@ -2,7 +2,7 @@
 
     python benchmarks/mutation.py --sample 200 --minutes 120          # continues where results/mutation.json ends
     python benchmarks/mutation.py --files models/attention.py --sample 20 --out runs/mutation
-    python benchmarks/mutation.py --again survived                    # after new tests: the survivors once more
+    python benchmarks/mutation.py --again survived                    # after new tests: the unexplained survivors
     python benchmarks/mutation.py --explain 1f0c2a9d3b "the order of two equal factors"
 
 `benchmarks/lib/mutants.py` draws the sample from the present commit. Each mistake is planted in a clone in a temporary

@@ -201,7 +201,10 @@ def test_the_report_counts_and_a_survivor_is_explained(tmp_path, capsys):
     assert "**1 of 2 mutants noticed, too few for a share.** Of the sample of 9, 7 have not been tested." in page
     assert "| models | 3 | 1 | 0 | 1 | 1 |" in page and "2 of 3 test files ran to their end" in page
     again = mutation.Report(tmp_path, seed=0, sample_size=9)
+    drawn = list(itertools.islice(sample({"models/a.py": SOURCE}, seed=0), 4))
+    assert again.left(drawn, None) == drawn[3:] and again.left(drawn, SURVIVED) == [first, drawn[3]]
     again.explain(first.name, "both give the same")
+    assert again.left(drawn, SURVIVED) == drawn[3:]
     assert "both give the same.\n\n```diff\n-a\n+b\n```" in (tmp_path / "mutation.md").read_text()
     with pytest.raises(UserError, match="has no survivor"):
         again.explain(second.name, "no")
