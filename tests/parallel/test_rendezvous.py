@@ -205,6 +205,7 @@ def test_a_lighthouse_that_ends_after_it_was_asked_is_left(circle):
     """torchft's keeps the connections of a lighthouse that was shut down: heartbeats are answered, the quorum never."""
     peers = circle(2, patience=1.0)
     with ThreadPoolExecutor(1) as pool:
+        peers[0].touch()  # it trains
         pending = pool.submit(peers[1].exchange, standing(2.0))
         time.sleep(0.4)  # the second one has asked and waits for the first
         assert not pending.done()
@@ -214,7 +215,6 @@ def test_a_lighthouse_that_ends_after_it_was_asked_is_left(circle):
 
 
 def test_a_slow_peer_is_waited_for_though_the_lighthouse_is_asked_more_than_once(circle, monkeypatch):
-    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.5)
     peers, asked = circle(2, patience=0.4), []
     ask_once = peers[0]._ask
     monkeypatch.setattr(peers[0], "_ask", lambda *arguments: (asked.append(arguments), ask_once(*arguments))[1])

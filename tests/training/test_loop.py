@@ -34,5 +34,5 @@ def test_the_first_steps_are_not_timed_but_one_of_every_epoch_is(training, runs,
     first, second = RunFolder(runs / f"first-{count}").metrics()
     assert first["warmup_seconds"] > 0 and first["images_per_second"] > 0 and second["images_per_second"] > 0
     timed = first["images_per_second"] * first["training_seconds"]
-    assert timed == pytest.approx((4 - untimed) * 64, rel=0.1)  # both are rounded
+    assert timed == pytest.approx((4 - untimed) * 64, abs=31)  # both are rounded, and a step takes milliseconds
     assert second["warmup_seconds"] == 0
