@@ -50,7 +50,14 @@ def main() -> int:
     from training.loop import Loop
     from training.micro_batch import MicroBatch, OutOfMemory
     from training.own_part_checks import check_before_data, check_own_parts
-    from training.run_setup import check_settings, default_preset, network_builder, open_dataset, start_process
+    from training.run_setup import (
+        check_settings,
+        default_preset,
+        limit_default_run,
+        network_builder,
+        open_dataset,
+        start_process,
+    )
     from training.run_start import start_run
 
     # 1. This process: signals, its rank, what it prints
@@ -58,6 +65,7 @@ def main() -> int:
 
     # 2. The settings, all of them checked before any data is fetched
     preset = default_preset(pick_device(), console) if args.preset is None else args.preset
+    limit_default_run(args, pick_device(), console)
     settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
     peer_wait = settings.parallel.patience_seconds
     meeting = meeting_of(args.host_peers, args.join, args.peer_address, args.runs_dir, args.name, peer_wait)
@@ -100,7 +108,8 @@ def main() -> int:
             # 5. The run: a new folder or a checkpoint to resume, then steps, epochs, evaluation and checkpoints
             started = start_run(engine, options, folder, logging, data, training, steps_per_epoch, total_steps, console)
             limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
-            budget, when = (args.patience, args.max_minutes), (args.evaluate_every, not args.evaluate_ema_only)
+            budget = args.patience, args.max_minutes, args.only_shortens
+            when = args.evaluate_every, not args.evaluate_ema_only
             loop = Loop(engine, settings, training, evaluation, steps_per_epoch, started, *budget, stop, console, *when)
             return loop.run(stop_at=args.stop_at)
 

@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.patience and not args.hold_out:
         raise SettingsError("--patience needs a validation split: add --hold-out 0.1")
     _check_time_budget(args)
+    args.only_shortens = bool(args.max_minutes and (args.epochs or args.max_steps))
     if args.step_seconds and not args.link_gbps:
         raise SettingsError("--step-seconds needs the speed of the link: add --link-gbps 0.05")
     return args
@@ -77,6 +78,7 @@ def options_of(args: argparse.Namespace, preset: str) -> tuple[RunOptions, Folde
             args.deterministic,
             str(args.evaluate_every),
             args.max_minutes,
+            args.only_shortens,
         ),
         FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume),
         LoggingOptions(
@@ -87,9 +89,6 @@ def options_of(args: argparse.Namespace, preset: str) -> tuple[RunOptions, Folde
 
 def _check_time_budget(args: argparse.Namespace) -> None:
     """Raise SettingsError for options that do not fit --max-minutes."""
-    for flag, is_given in (("--epochs", args.epochs), ("--max-steps", args.max_steps)):
-        if args.max_minutes and is_given:
-            raise SettingsError(f"--max-minutes plans the number of steps itself: leave out {flag}")
     if args.max_minutes and args.profile:
         raise SettingsError("--profile slows down the steps that --max-minutes times: leave out one of them")
     if args.max_minutes and (args.host_peers or args.join):
@@ -229,7 +228,8 @@ def _add_run_options(parser: Parser) -> None:
         type=above_zero,
         metavar="M",
         help="train for M minutes, without compilation, evaluation and checkpoints; the number of steps is planned "
-        "from the first ones, and the LR schedule is scaled to it (default: all epochs)",
+        "from the first ones, and the LR schedule is scaled to it; with --epochs or --max-steps: whichever is less "
+        "(default: all epochs)",
     )
     run.add_argument(
         "--patience",

@@ -78,7 +78,8 @@ class Console:
         images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
         is_planned = not facts.get("max_minutes") or "plan" in facts
         total, steps = facts["total_steps"], facts["steps_per_epoch"]
-        goal = f"{total:,} in total" if is_planned else f"as many as take {facts['max_minutes']:g} min"
+        most = f"at most {total:,}, and " if facts.get("only_shortens") else ""
+        goal = f"{total:,} in total" if is_planned else f"{most}as many as take {facts['max_minutes']:g} min"
         accumulation = plural(sizes.accumulation, "accumulation step")
         self.print_field("run", run)
         self.print_field(

@@ -53,6 +53,7 @@ class Loop:
         started: StartedRun,
         patience: int | None,
         max_minutes: float | None,
+        only_shortens: bool,
         stop: StopSignal,
         console: Console,
         evaluate_every: Interval = EVERY_EPOCH,
@@ -62,6 +63,7 @@ class Loop:
 
         Args:
             max_minutes: training time that the number of steps is planned for; None: the schedule has their number.
+            only_shortens: `max_minutes` may make the run shorter than the schedule, but not longer.
             patience: early stopping: epochs without better validation accuracy; None: no early stopping.
             evaluate_every: interval of evaluations, in steps or in epochs; the last step is always evaluated.
             evaluate_raw: where there is an EMA, evaluate the trained weights too.
@@ -85,7 +87,7 @@ class Loop:
         self._norms: list[tuple[int, dict[str, Tensor]]] = []  # measured gradients that are still on the device
         self.time_plan = None
         if max_minutes and not engine.schedule.plan:
-            self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes)
+            self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes, only_shortens)
         self._first_steps_left = engine.first_steps
         self._sync_progress_with_engine()
         if engine.step == self.total_steps and not self.progress.num_losses:
@@ -229,7 +231,8 @@ class Loop:
         spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
         per_step = self.time_plan.seconds_per_step()
         plan = Plan(**self.engine.broadcast_object(asdict(self.time_plan.make(self.engine.step, spent, per_step))))
-        text = describe_plan(plan, per_step, self.time_plan.budget, self.steps_per_epoch)
+        seconds = spent + (plan.total_steps - plan.after_step) * per_step
+        text = describe_plan(plan, per_step, seconds, self.steps_per_epoch)
         self.engine.schedule.set_plan(plan)
         self.total_steps, self.time_plan = plan.total_steps, None
         self.writer.update_facts({"total_steps": plan.total_steps, "plan": asdict(plan)})

@@ -31,6 +31,7 @@ class RunOptions:
     deterministic: bool
     evaluate_every: str = "1epochs"
     max_minutes: float | None = None  # training time that the number of steps is planned for
+    only_shortens: bool = False  # max_minutes may make the run shorter than its epochs or max_steps, but not longer
 
 
 def facts_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from training.console import VERBOSE, Console, show_library_logs
 from training.determinism import make_deterministic
 from training.trackers import check_trackers
 
+CPU_MINUTES = 19.0  # with compilation at most 20
 BYTES_PER_PARAMETER = 4  # fp32; a network whose weights alone exceed the memory cannot be built
 CHECKED_ON_META = ("vit", "sl-vit")  # architectures that this project builds from parts
 
@@ -88,6 +90,19 @@ def default_preset(device: torch.device, console: Console) -> str:
         "preset", f"{preset}, because {why} (--preset NAME chooses another: {', '.join(preset_names())})"
     )
     return preset
+
+
+def limit_default_run(args: argparse.Namespace, device: torch.device, console: Console) -> None:
+    """Give the default run of a CPU at most CPU_MINUTES, unless `args` choose a preset or a budget; print the limit."""
+    chosen = (args.preset, args.epochs, args.max_steps, args.max_minutes, args.profile, args.host_peers, args.join)
+    if device.type == "cuda" or any(chosen) or any(text.startswith("epochs=") for text in args.set):
+        return
+    args.max_minutes, args.only_shortens = CPU_MINUTES, True
+    console.print_field(
+        "budget",
+        f"all epochs of the preset, but at most {CPU_MINUTES:g} minutes of training "
+        "(--epochs N or --max-minutes M chooses another)",
+    )
 
 
 def check_settings(

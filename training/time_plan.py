@@ -25,10 +25,12 @@ class TimePlan:
     Attributes:
         schedule: of the run; its total is an estimate until `make` is called.
         budget: training time of the whole run, in seconds.
+        only_shortens: the estimate is also the largest number of steps.
     """
 
     schedule: Schedule
     budget: float
+    only_shortens: bool = False
     steps: int = 0  # since the start of this process
     seconds: float = 0.0  # of the timed ones among them
 
@@ -64,13 +66,14 @@ class TimePlan:
     def make(self, step: int, spent: float, seconds_per_step: float) -> Plan:
         """Return the plan of a run that has made `step` steps in `spent` seconds of training."""
         further = round((self.budget - spent) / max(seconds_per_step, 1e-9))
-        return Plan(step, self.schedule.total, step + max(0, further))
+        total = step + max(0, further)
+        return Plan(step, self.schedule.total, min(total, self.schedule.total) if self.only_shortens else total)
 
 
-def describe(plan: Plan, seconds_per_step: float, budget: float, steps_per_epoch: int) -> str:
-    """Return the line for the screen."""
+def describe(plan: Plan, seconds_per_step: float, seconds: float, steps_per_epoch: int) -> str:
+    """Return the line for the screen; `seconds` is the training time of the whole run."""
     epochs = plan.total_steps / steps_per_epoch
     return (
         f"{plan.total_steps:,} steps ({epochs:.1f} epochs) at {seconds_per_step:.3g} s per step take "
-        f"{budget / SECONDS_PER_MINUTE:g} min of training"
+        f"{seconds / SECONDS_PER_MINUTE:.3g} min of training"
     )

@@ -16,8 +16,9 @@ import torch
 from parallel.process_group import pick_device
 from records.run_folder import RunFolder
 from training import console
+from training.arguments import parse_arguments
 from training.console import NORMAL, QUIET, VERBOSE, Console
-from training.run_setup import default_preset
+from training.run_setup import CPU_MINUTES, default_preset, limit_default_run
 
 LINE = {
     "epoch": 3,
@@ -264,6 +265,23 @@ def test_the_default_preset_follows_the_selected_device(monkeypatch):
         and "because there is no GPU" in out.getvalue()
     )
     assert default_preset(torch.device("cuda"), Console(out=out)) == "spt-lsa"
+
+
+def test_the_default_run_of_a_cpu_ends_after_twenty_minutes(monkeypatch):
+    def limit(*words: str, device: str = "cpu") -> tuple[float | None, bool, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        args, out = parse_arguments(), io.StringIO()
+        limit_default_run(args, torch.device(device), Console(out=out))
+        return args.max_minutes, args.only_shortens, out.getvalue()
+
+    minutes, only_shortens, said = limit("--seed", "1")
+    assert minutes == CPU_MINUTES and only_shortens and said.startswith("budget") and said.count("\n") == 1
+    assert limit("--max-minutes", "3") == (3.0, False, "")
+    assert limit("--max-minutes", "3", "--epochs", "2") == (3.0, True, "")
+    chosen = (["--preset", "cpu"], ["--epochs", "2"], ["--set", "epochs=2"], ["--max-steps", "9"], ["--profile", "3"])
+    for words in chosen:
+        assert limit(*words) == (None, False, "")
+    assert limit(device="cuda") == (None, False, "")
 
 
 def test_a_console_whose_reader_is_gone_says_nothing_and_raises_nothing(monkeypatch):
