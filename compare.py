@@ -6,10 +6,10 @@
     python compare.py experiments/pairs.toml --size full       # the same at another of its sizes
     python compare.py experiments/pairs.toml --shard 2/4       # a quarter of the runs, on the second of four machines
 
-`comparison/experiment.py` describes experiment files, `comparison/search.py` those that search for settings. Each run
-is a run folder `runs/<experiment>-<size>/<variant>-seed<k>` with its output next to it (`.log`). The report is written
-to `results/<experiment>-<size>/`. The same command again reuses finished runs and resumes unfinished ones. Of several
-shards, the one that finds all runs finished writes the report.
+`comparison/experiment_file.py` describes experiment files, `comparison/search.py` those that search for settings.
+Each run is a run folder `runs/<experiment>-<size>/<variant>-seed<k>` with its output next to it (`.log`). The report
+is written to `results/<experiment>-<size>/`. The same command again reuses finished runs and resumes unfinished ones.
+Of several shards, the one that finds all runs finished writes the report.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from common.output_files import check_new_folder
 from common.paths import PROJECT, near_path
 from common.stop_signal import StopSignal
 from comparison.arguments import parse_arguments
-from comparison.experiment import Experiment, read
+from comparison.experiment import Experiment
+from comparison.experiment_file import read
 from comparison.parallel_trial import fastest_count
 from comparison.planned_run import PlannedRun
 from comparison.planning import Data, data_of_runs, dataset_facts, plan, run_until_decided, share, steps_by_variant

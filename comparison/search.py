@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError, unknown
-from comparison.experiment import NAME, Experiment, Variant
+from comparison.experiment import Experiment, Variant
+from comparison.experiment_file import NAME
 from comparison.search_space import Choice, Range, is_number, is_whole, read_space
 from config.differences import leaves
 from config.settings import Settings, resolve

@@ -29,7 +29,7 @@ from typing import Any
 
 from common.errors import SettingsError, unknown
 
-FIRST_SEED = 1_000_000  # of tuning; a comparison has seeds from 0 to at most MOST_SEEDS - 1 of comparison/experiment.py
+FIRST_SEED = 1_000_000  # of tuning; a comparison has seeds from 0 to at most MOST_SEEDS - 1 of experiment_keys.py
 LEAST_SEEDS, MOST_SEEDS = 2, 100
 MOST_CANDIDATES = 100  # against a typing mistake in a grid
 OPTIONS = ("candidates", "seeds", "rungs", "eta", "report_shared")

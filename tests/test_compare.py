@@ -15,7 +15,7 @@ from common.errors import SettingsError
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from common.text import last_error
-from comparison.experiment import read
+from comparison.experiment_file import read
 from comparison.matching import match_sizes
 from comparison.planned_run import PlannedRun
 from comparison.run_queue import run_all

@@ -6,7 +6,7 @@ import pytest
 from comparisons import COMMON, VARIANTS
 
 from common.errors import SettingsError
-from comparison.experiment import read
+from comparison.experiment_file import read
 
 
 def test_a_part_of_a_file_that_is_not_there_is_named_with_the_experiment(tmp_path):

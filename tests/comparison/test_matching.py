@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from comparisons import COMMON, VARIANTS
 
-from comparison.experiment import read
+from comparison.experiment_file import read
 from comparison.matching import match_sizes
 from comparison.variant_costs import costs, unequal_costs
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from comparisons import COMMON, VARIANTS, write_run
 
-from comparison.experiment import read
+from comparison.experiment_file import read
 from comparison.planned_run import PlannedRun
 from comparison.power import Spread, spread_of, statement
 from comparison.significance import detectable_effect

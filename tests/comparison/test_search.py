@@ -223,7 +223,7 @@ def test_a_search_finds_the_learning_rate_and_keeps_pruned_runs(find, training, 
     assert "6 trials:" in text and "| pruned |" in text and "the loss is nan" in text
     assert "12.35" not in text + json.dumps(report), "the accuracy on the test split"
     # The proposed comparison is a valid experiment file.
-    from comparison.experiment import read
+    from comparison.experiment_file import read
 
     (tmp_path / "best.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
     preset, best = read(tmp_path / "best.toml").variants

@@ -9,7 +9,7 @@ import pytest
 from comparisons import COMMON, VARIANTS, report, write_run
 
 from common.paths import PROJECT
-from comparison.experiment import read
+from comparison.experiment_file import read
 from comparison.run_budget import RunBudget
 from comparison.significance import seeds_needed
 from comparison.tuning import FIRST_SEED
