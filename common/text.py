@@ -44,3 +44,10 @@ def listed(names: Iterable[object]) -> str:
     names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:NAMES_SHOWN])
     return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+
+
+def epochs_text(step: int, steps_per_epoch: int) -> str:
+    """Return the length of a run for a sentence: 1 epoch, 12 epochs, 6.5 epochs, 0.02 epochs."""
+    epochs = step / steps_per_epoch
+    amount = f"{epochs:.2g}" if epochs < 1 else f"{epochs:.1f}".removesuffix(".0")
+    return f"{amount} epoch{'' if amount == '1' else 's'}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.display import code_block, code_span, escape_markdown
 from common.files import write_atomically
+from common.text import epochs_text
 from config.differences import changed_settings
 from config.own_parts import override_without_folder, without_folders
 from inference.trained_model import WEIGHTS, TrainedModel
@@ -150,8 +151,9 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     dataset, engine = facts["dataset"], facts["settings"]["engine"]
     images = ", ".join(f"{count:,} {name}" for name, count in dataset["num_images"].items())
     seconds = sum(line["training_seconds"] for line in metrics)
-    epochs = metrics[-1]["epoch"] if metrics else 0
-    steps = f"{metrics[-1]['step'] if metrics else 0:,} of {facts['total_steps']:,} steps"
+    trained_steps = metrics[-1]["step"] if metrics else 0
+    epochs = epochs_text(trained_steps, facts["steps_per_epoch"])
+    steps = f"{trained_steps:,} of {facts['total_steps']:,} steps"
     changes = ", with uncommitted changes" if facts["commit"] and facts["uncommitted_changes"] else ""
     lines = {
         "command": code_span(
@@ -159,7 +161,7 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
         ),
         "commit": (facts["commit"] or "not recorded")[:12] + changes,
         "data": f"{escape_markdown(dataset['name'])}: {images} images; {dataset['fingerprint']}",
-        "length": f"{steps} of {engine['train_batch_size']} images ({epochs} epochs), seed {facts['seed']}, "
+        "length": f"{steps} of {engine['train_batch_size']} images ({epochs}), seed {facts['seed']}, "
         f"{seconds:,.0f} s of training",
         "machine": f"{facts['num_processes']} x {facts['device']}, {facts['settings']['strategy']}, "
         f"{facts['precision']}",

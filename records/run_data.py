@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_lines
+from common.text import epochs_text
 from records.run_folder import RunFolder
 
 Series = tuple[list[float], list[float]]
@@ -63,5 +64,5 @@ class RunData:
             return f"{self.name}: no epoch finished yet"
         last = self.metrics[-1]
         split = "test" if "test_accuracy" in last else "validation"
-        epochs = f"{last['epoch']} epoch{'s' if last['epoch'] > 1 else ''}"
+        epochs = epochs_text(last["step"], self.facts["steps_per_epoch"])
         return f"{self.name}: {100 * last[f'{split}_accuracy']:.2f}% {split} accuracy after {epochs}"

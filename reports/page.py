@@ -18,7 +18,7 @@ import numpy as np
 from common.display import printable
 from common.files import write_atomically
 from common.paths import PROJECT
-from common.text import duration
+from common.text import duration, epochs_text
 from config.differences import changed_settings, leaves
 from records.run_data import RunData
 from reports.pictures import Picture, SplitAnalysis, pictures_of
@@ -143,10 +143,10 @@ def _numbers(run: RunData) -> str:
             shown.append((f"{100 * last[f'{split}_top5_accuracy']:.2f}%", f"{split} accuracy, top-5"))
     seconds = sum(line["training_seconds"] for line in run.metrics)
     images_seen = sum(line["images_per_second"] * line["training_seconds"] for line in run.metrics)
-    planned = -(-run.facts["total_steps"] // run.facts["steps_per_epoch"])
-    epochs = planned if run.facts.get("max_minutes") else run.facts["settings"]["epochs"]
+    trained, _, unit = epochs_text(last["step"], run.facts["steps_per_epoch"]).partition(" ")
+    planned, _, _ = epochs_text(run.facts["total_steps"], run.facts["steps_per_epoch"]).partition(" ")
     shown += [
-        (f"{last['epoch']} of {epochs}" if last["step"] < run.facts["total_steps"] else str(last["epoch"]), "epochs"),
+        (f"{trained} of {planned}", "epochs") if last["step"] < run.facts["total_steps"] else (trained, unit),
         (duration(seconds), "training time"),
         (f"{images_seen / (seconds or 1.0):,.0f}", "images/s"),
     ]

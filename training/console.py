@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from common.display import protect_streams
 from common.paths import PROJECT, near_path
-from common.text import duration
+from common.text import duration, epochs_text
 from config.differences import changed_settings
 
 if TYPE_CHECKING:
@@ -141,14 +141,18 @@ class Console:
         text = f"data wait {percent:4.1f}%"
         return self.paint(text, YELLOW) if percent >= 10 else text
 
-    def result(self, line: dict[str, Any], where: str) -> None:
-        """Print the last line of a finished run, with the path to look at; with --quiet, the only one."""
+    def result(self, line: dict[str, Any], steps_per_epoch: int, where: str) -> None:
+        """Print the last line of a finished run, with the path to look at; with --quiet, the only one.
+
+        Args:
+            line: the last of metrics.jsonl.
+        """
         split = "test" if "test_accuracy" in line else "validation"
         accuracy = self.paint(f"{100 * line[f'{split}_accuracy']:.2f}%", BOLD)
         counts = f"({line[f'{split}_correct']}/{line[f'{split}_seen']})"
         self.say(
             f"{self.paint('done     ', GREEN)} {split} accuracy {accuracy} {counts} "
-            f"after {plural(line['epoch'], 'epoch')}; see {where}",
+            f"after {epochs_text(line['step'], steps_per_epoch)}; see {where}",
             QUIET,
         )
 

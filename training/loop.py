@@ -119,7 +119,7 @@ class Loop:
         self.profile.close()
         if finished and self.record and self.record.metrics():
             page = "/report.html" if self.tracking.reports else ""
-            self.console.result(self.record.metrics()[-1], self._where() + page)
+            self.console.result(self.record.metrics()[-1], self.steps_per_epoch, self._where() + page)
             write_card(self.record)
         return finished
 

@@ -115,7 +115,7 @@ def test_number_of_lines_by_level(out, level, is_main, lines):
     shown = Console(level, is_main, out)
     shown.print_field("run", "runs/mine")
     shown.epoch(LINE, ["test"], 10)
-    shown.result(LINE, "runs/mine/report.html")
+    shown.result(LINE, 10, "runs/mine/report.html")
     assert len(out.getvalue().splitlines()) == lines
     if is_main:
         assert out.getvalue().endswith(
@@ -223,7 +223,7 @@ def test_quiet_prints_the_result_and_nothing_else(training, runs):
         command, cwd=programs.PROJECT, env=environment, text=True, capture_output=True, timeout=programs.LIMIT_SECONDS
     )
     assert re.fullmatch(
-        r"done      test accuracy [\d.]+% \(\d+/70\) after 1 epoch; see \S+/quiet/report\.html\n", done.stdout
+        r"done      test accuracy [\d.]+% \(\d+/70\) after 0.75 epochs; see \S+/quiet/report\.html\n", done.stdout
     ), done
     assert done.stderr == "" and not (runs / "quiet" / "tensorboard").exists()
     assert (runs / "quiet" / "report.html").is_file() and len(RunFolder(runs / "quiet").metrics()) == 1
@@ -292,7 +292,7 @@ def test_a_console_whose_reader_is_gone_says_nothing_and_raises_nothing(monkeypa
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
     shown = Console(VERBOSE)
     shown.epoch(LINE, ["test"], 10)
-    shown.result(LINE, "runs/mine/report.html")
+    shown.result(LINE, 10, "runs/mine/report.html")
     monkeypatch.setattr(sys, "stdout", None)  # as after `train.py >&-`
     Console().epoch(LINE, ["test"], 10)
 
