@@ -51,3 +51,8 @@ def epochs_text(step: int, steps_per_epoch: int) -> str:
     epochs = step / steps_per_epoch
     amount = f"{epochs:.2g}" if epochs < 1 else f"{epochs:.1f}".removesuffix(".0")
     return f"{amount} epoch{'' if amount == '1' else 's'}"
+
+
+def precision_text(precision: str) -> str:
+    """Return for the screen what run.json has as a precision: autocast keeps fp32 weights and computes in bf16."""
+    return {"bf16": "bf16 incl. weights", "autocast": "bf16"}.get(precision, precision)

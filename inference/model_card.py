@@ -13,7 +13,7 @@ from typing import Any
 
 from common.display import code_block, code_span, escape_markdown
 from common.files import write_atomically
-from common.text import epochs_text
+from common.text import epochs_text, precision_text
 from config.differences import changed_settings
 from config.own_parts import override_without_folder, without_folders
 from inference.trained_model import WEIGHTS, TrainedModel
@@ -164,7 +164,7 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
         "length": f"{steps} of {engine['train_batch_size']} images ({epochs}), seed {facts['seed']}, "
         f"{seconds:,.0f} s of training",
         "machine": f"{facts['num_processes']} x {facts['device']}, {facts['settings']['strategy']}, "
-        f"{facts['precision']}",
+        f"{precision_text(facts['precision'])}",
         "started from": escape_markdown(str(facts["init_weights"] or "random weights")),
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }

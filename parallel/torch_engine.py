@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.text import precision_text
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer, restore_counters, scalars_of
@@ -154,8 +155,7 @@ class TorchEngine(engine.Engine):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocasts)
 
     def describe(self) -> str:
-        words = {"bf16": "bf16 incl. weights", "autocast": "bf16", "fp32": "fp32"}
-        return words[self.precision] + self.features()
+        return precision_text(self.precision) + self.features()
 
     # --- the state ------------------------------------------------------------------------------------------------
 

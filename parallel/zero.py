@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from common.text import precision_text
 from config.settings import Settings
 from optim.lr_schedule import Schedule
 from optim.muon import Muon
@@ -260,8 +261,7 @@ class Engine(contract.Engine):
         self.parts.sync_from_masters()
 
     def describe(self) -> str:
-        words = {"bf16": "bf16 incl. weights", "autocast": "bf16", "fp32": "fp32"}
-        return f"stage {self.stage}, {words[self.precision]}{self.features()}"
+        return f"stage {self.stage}, {precision_text(self.precision)}{self.features()}"
 
     def gather_state(self) -> dict[str, Tensor] | None:
         return gather(self.network(), self.parts, self.averages(), keep=self.is_main)

@@ -18,7 +18,7 @@ import numpy as np
 from common.display import printable
 from common.files import write_atomically
 from common.paths import PROJECT
-from common.text import duration, epochs_text
+from common.text import duration, epochs_text, precision_text
 from config.differences import changed_settings, leaves
 from records.run_data import RunData
 from reports.pictures import Picture, SplitAnalysis, pictures_of
@@ -126,7 +126,7 @@ def _summary(run: RunData) -> str:
         f"{what}{size}, on {facts['dataset']['name']} ({run.num_classes} classes); "
         f"preset {Path(facts['preset']).stem}, "
         f"strategy {facts['settings']['strategy']} on {facts['num_processes']} x {facts['device']}, "
-        f"{facts['precision']}."
+        f"{precision_text(facts['precision'])}."
     )
 
 
@@ -213,7 +213,7 @@ def _provenance(run: RunData) -> str:
         ["commit", (facts["commit"] or "not recorded") + changes],
         ["seed", str(facts["seed"])],
         ["dataset", f"{data['name']}, {data['fingerprint']}, {counts}"],
-        ["device", f"{facts['num_processes']} x {facts['device']}, {facts['precision']}"],
+        ["device", f"{facts['num_processes']} x {facts['device']}, {precision_text(facts['precision'])}"],
         ["batch", ", ".join(f"{name} {value}" for name, value in facts["batch"].items())],
         ["steps", f"{facts['steps_per_epoch']:,} per epoch, {facts['total_steps']:,} in total"],
         ["versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())],

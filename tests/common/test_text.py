@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.text import duration, epochs_text
+from common.text import duration, epochs_text, precision_text
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,7 @@ def test_a_run_that_ends_within_an_epoch_has_a_fraction_of_one(steps, text):
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "7 s"), (99, "99 s"), (100, "2 min"), (7200, "2 h 00 min")])
 def test_durations_have_the_unit_that_is_read_at_a_glance(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_precision_is_told_as_on_the_screen_and_one_without_words_as_it_is():
+    assert [precision_text(name) for name in ("autocast", "bf16", "fp32")] == ["bf16", "bf16 incl. weights", "fp32"]
