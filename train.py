@@ -50,6 +50,7 @@ def main() -> int:
     from training.loop import Loop
     from training.micro_batch import MicroBatch, OutOfMemory
     from training.own_part_checks import check_before_data, check_own_parts
+    from training.resizing_check import check_resizing
     from training.run_setup import (
         check_settings,
         default_preset,
@@ -77,6 +78,7 @@ def main() -> int:
     prepared = find_or_prepare(args.data_dir, args.dataset, args.archive, args.skip_broken)
     data = open_dataset(prepared, args.stage_to, args.source, args.hold_out, settings.image_side)
     check_own_parts(settings, len(data.dataset.classes), data.side)
+    check_resizing(settings, len(data.dataset.classes), data.side)
     build = network_builder(settings.model, len(data.dataset.classes), data.side, args.init_weights, console)
     micro_batch = MicroBatch(engine_type, settings, build, data.dataset, data.side)
     if args.micro_batch and (line := micro_batch.choose(args.micro_batch)):

@@ -26,7 +26,6 @@ from config.settings import preset_names, resolve
 DOCUMENT = PROJECT / "docs" / "recipes.md"
 MARKS = re.compile(r"(<!-- plan -->\n).*?(<!-- end -->)", re.DOTALL)
 PEAK = 989.0  # TFLOP/s of an H200 in bf16, dense (NVIDIA's data sheet gives 1,979 with sparsity)
-PASSES = 3  # forward passes that a training step costs
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,13 @@ class Plan:
     epochs: int
     batch: int
     steps: int
+    training_flops: float  # of the whole run
     seconds: float | None  # expected on one GPU
 
     @property
     def petaflop(self) -> float:
         """PFLOP of the full run."""
-        return PASSES * self.flops * self.steps * self.batch / 1e15
+        return self.training_flops / 1e15
 
 
 def plan(name: str, peak: float = PEAK) -> Plan:
@@ -102,19 +102,9 @@ def plan(name: str, peak: float = PEAK) -> Plan:
     counted = cost(settings, data.num_classes, settings.image_side or data.image_side)
     batch = settings.engine["train_batch_size"]
     steps = settings.epochs * (data.num_train // batch)
-    planned = Plan(name, aim.goal, counted.parameters, counted.flops, settings.epochs, batch, steps, None)
-    if aim.utilization is None:
-        return planned
-    return Plan(
-        name,
-        aim.goal,
-        counted.parameters,
-        counted.flops,
-        settings.epochs,
-        batch,
-        steps,
-        planned.petaflop * 1e3 / (peak * aim.utilization),
-    )
+    training = counted.training_flops(steps, steps, batch)
+    seconds = training / (peak * 1e12 * aim.utilization) if aim.utilization else None
+    return Plan(name, aim.goal, counted.parameters, counted.flops, settings.epochs, batch, steps, training, seconds)
 
 
 def table(plans: list[Plan]) -> str:

@@ -215,18 +215,16 @@ def _evaluated_alike(variant: VariantResult) -> list[Run]:
 
 
 def _curves_by_cost(variant: VariantResult, split: str) -> dict[str, Any]:
-    """What was spent at each evaluation, and the accuracies of every seed at it.
-
-    A training step costs about 3 forward passes: one forward, and a backward pass of twice its cost.
-    """
+    """What was spent at each evaluation, and the accuracies of every seed at it."""
     _, values = _curves(variant, split)
     runs = _evaluated_alike(variant)
-    images = [line["step"] * runs[0].facts["batch"]["total"] for line in runs[0].lines]
+    steps, facts = [line["step"] for line in runs[0].lines], runs[0].facts
+    batch, total = facts["batch"]["total"], facts["total_steps"]
     seconds = np.cumsum([[line["training_seconds"] for line in run.lines] for run in runs], axis=1).mean(axis=0)
     return {
         "accuracy": values,
-        "optimizer steps": [line["step"] for line in runs[0].lines],
-        "images": images,
+        "optimizer steps": steps,
+        "images": [step * batch for step in steps],
         "training seconds": seconds.tolist(),
-        "training TFLOPs": [3 * variant.cost.flops * count / 1e12 for count in images],
+        "training TFLOPs": [variant.cost.training_flops(step, total, batch) / 1e12 for step in steps],
     }

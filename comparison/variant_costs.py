@@ -18,8 +18,10 @@ from models.cost import Cost, count_flops, count_parameters
 from models.parts import UnusablePart
 from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer
+from parallel.progressive_resizing import ProgressiveResizing
 from parallel.strategies import STRATEGIES
 from training.own_part_checks import check_before_data
+from training.resizing_check import check_resizing
 
 TOLERANCE = 0.01  # costs that differ by less count as equal
 ROLES = ("patches", "attention", "feed_forward")  # parts of a network whose optimizers are compared, by attribute name
@@ -27,9 +29,25 @@ ROLES = ("patches", "attention", "feed_forward")  # parts of a network whose opt
 
 @dataclass(frozen=True)
 class VariantCost(Cost):
-    """What a variant costs, and which optimizers train the matrices of each of its parts."""
+    """What a variant costs, and which optimizers train the matrices of each of its parts.
 
-    optimizers: dict[str, str] = field(default_factory=dict)  # role -> such as "Muon" or "AdamW and Muon"
+    Attributes:
+        initial_flops: as `flops`, of the smaller images of progressive resizing.
+        initial_fraction: fraction of the steps that train on these; 0 where progressive resizing is off.
+        optimizers: role -> optimizers, such as "Muon" or "AdamW and Muon".
+    """
+
+    optimizers: dict[str, str] = field(default_factory=dict)
+    initial_flops: int = 0
+    initial_fraction: float = 0.0
+
+    def training_flops(self, steps: int, total_steps: int, batch: int) -> float:
+        """Return the FLOPs of the first `steps` of a run of `total_steps`.
+
+        A training step costs about 3 forward passes: one forward, and a backward pass of twice its cost.
+        """
+        smaller = min(steps, round(self.initial_fraction * total_steps))
+        return 3.0 * batch * (smaller * self.initial_flops + (steps - smaller) * self.flops)
 
 
 def check_own_parts_of(experiment: Experiment, data_dir: Path | None) -> None:
@@ -76,11 +94,16 @@ def cost(settings: Settings, num_classes: int, image_side: int) -> VariantCost:
     except UnusablePart:  # it may need values, which the meta device does not have
         model = build_model(settings.model, num_classes, image_side).eval()
     optimizers = optimizers_of(settings, model)
+    check_resizing(settings, num_classes, image_side)
+    resizing = ProgressiveResizing(settings.resizing, settings.model.patch)
+    sides = image_side, resizing.initial_side(image_side)
     try:
-        flops = count_flops(model, image_side, "meta")
+        flops, initial_flops = (count_flops(model, side, "meta") for side in sides)
     except Exception:  # a part that reads values
-        flops = count_flops(build_model(settings.model, num_classes, image_side).eval(), image_side, "cpu")
-    return VariantCost(count_parameters(model), flops, optimizers)
+        model = build_model(settings.model, num_classes, image_side).eval()
+        flops, initial_flops = (count_flops(model, side, "cpu") for side in sides)
+    fraction = settings.resizing.fraction if resizing.is_on else 0.0
+    return VariantCost(count_parameters(model), flops, optimizers, initial_flops, fraction)
 
 
 def optimizers_of(settings: Settings, model: nn.Module) -> dict[str, str]:

@@ -144,6 +144,16 @@ class ScheduleSettings:
 
 
 @dataclass
+class ResizingSettings:
+    """Progressive resizing: smaller training images in the first steps, which cost less (arXiv 2104.00298)."""
+
+    initial_scale: float = setting(
+        1.0, "side of the training images in the first steps, relative to their full side; 1: off", "(0, 1]"
+    )
+    fraction: float = setting(0.5, "fraction of the run's steps that train on the smaller images", "[0, 1]")
+
+
+@dataclass
 class LossSettings:
     """The cross-entropy loss."""
 

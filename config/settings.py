@@ -37,6 +37,7 @@ from config.setting_groups import (
     LossSettings,
     ModelSettings,
     ParallelSettings,
+    ResizingSettings,
     ScheduleSettings,
 )
 
@@ -70,6 +71,7 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    resizing: ResizingSettings = field(default_factory=ResizingSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)

@@ -94,7 +94,9 @@ class LocalitySelfAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         # PyTorch 2.0 has no `scale` argument: undo its fixed scale, then apply the learned one.
-        return super().attend(q * (self.log_scale.exp() * self.head_size**0.5), k, v, self.others)
+        return super().attend(
+            q * (self.log_scale.exp() * self.head_size**0.5), k, v, self.others[: q.shape[2], : q.shape[2]]
+        )
 
 
 class RMSNorm(nn.Module):

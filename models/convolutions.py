@@ -6,6 +6,7 @@ in that format, and neither direction copies anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -66,14 +67,15 @@ class ResidualConvolution(nn.Module):
     def __init__(self, dims: Dimensions, hidden: int = 0, norm: str = "batch"):
         super().__init__()
         check_norm("feed_forward=residual_conv", norm)
-        self.num_prefix, self.grid = dims.num_prefix, dims.grid
+        self.num_prefix = dims.num_prefix
         self.first = ConvolveNorm(dims.width, hidden or dims.width, norm)
         self.second = ConvolveNorm(hidden or dims.width, dims.width, norm)
         self.dropout = nn.Dropout(dims.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = x[:, self.num_prefix :] if self.num_prefix else x
-        image = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, C, S/P, S/P)
+        grid = math.isqrt(patches.shape[1])  # with progressive resizing it differs between steps
+        image = patches.transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, S/P, S/P)
         patches = self.dropout(self.second(self.first(image)).flatten(2).transpose(1, 2))
         if not self.num_prefix:
             return patches

@@ -19,6 +19,7 @@ gets no LayerNorm before it. For two feed-forwards per block see `--set model.bl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -85,14 +86,15 @@ class ConvMLP(nn.Module):
     def __init__(self, dims: Dimensions, hidden: int = 0):
         super().__init__()
         hidden = hidden or 4 * dims.width
-        self.num_prefix, self.grid = dims.num_prefix, dims.grid
+        self.num_prefix = dims.num_prefix
         self.expand = nn.Linear(dims.width, hidden)
         self.neighbours = DepthwiseResidual(hidden)
         self.contract = nn.Linear(hidden, dims.width)
         self.dropout = nn.Dropout(dims.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.contract(self.dropout(self.neighbours(self.expand(x), self.grid, self.num_prefix))))
+        grid = math.isqrt(x.shape[1] - self.num_prefix)  # with progressive resizing it differs between steps
+        return self.dropout(self.contract(self.dropout(self.neighbours(self.expand(x), grid, self.num_prefix))))
 
 
 class DepthwiseResidual(nn.Conv2d):

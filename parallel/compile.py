@@ -109,10 +109,10 @@ class Compiled:
         import torch._dynamo  # late: it takes seconds
 
         layers = [network] if mode in GRAPHS else layers
-        # Each kind of layer, size and precision is one compilation; PyTorch's default limit (8) is meant for one
-        # network.
+        # Each kind of layer, size, precision and image side is one compilation; PyTorch's default limit (8) is meant
+        # for one network.
         torch._dynamo.config.cache_size_limit = max(
-            torch._dynamo.config.cache_size_limit, (8 if in_evaluation else 4) * len(layers)
+            torch._dynamo.config.cache_size_limit, (16 if in_evaluation else 8) * len(layers)
         )
         # Gradients become ready layer by layer; PyTorch would also split every layer at DistributedDataParallel's
         # buckets.

@@ -32,6 +32,7 @@ from parallel.collectives import Collectives
 from parallel.compile import CPU_IMAGES, FIRST_STEPS, Compiled, choose
 from parallel.ema import WeightAveraging
 from parallel.gradient_log import GradientLog
+from parallel.progressive_resizing import ProgressiveResizing
 from parallel.setting_checks import check_network_settings, check_unused_settings, describe_mismatch
 
 
@@ -72,6 +73,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     cuda_graph_refusal: str | None = "this strategy cannot record CUDA graphs; ddp can"
     channels_last_refusal: str | None = None
     ema_refusal: str | None = None  # why this strategy cannot use ema.decay
+    resizing_refusal: str | None = None  # why this strategy cannot use progressive resizing
     gradient_log_refusal: str | None = None  # why this strategy cannot use --log-gradients
     own_average_refusal: str | None = None  # why this strategy cannot use an optimizer that averages the weights
 
@@ -86,12 +88,13 @@ class Engine(WeightAveraging, Collectives, ABC):
         """Check the settings. Raises SettingsError for one that this strategy would not use."""
         check_unused_settings(self.name, settings, self.used_settings, self.uses_full_ds_config)
         check_optimizer(settings, self.name, self.own_average_refusal)
-        for is_set, refusal in (
-            (settings.channels_last, self.channels_last_refusal),
-            (settings.ema.decay, self.ema_refusal),
+        self.resizing = ProgressiveResizing(settings.resizing, settings.model.patch)
+        for setting, is_set, refusal in (
+            ("channels_last", settings.channels_last, self.channels_last_refusal),
+            ("ema.decay", settings.ema.decay, self.ema_refusal),
+            ("resizing.initial_scale", self.resizing.is_on, self.resizing_refusal),
         ):
             if is_set and refusal:
-                setting = "ema.decay" if refusal is self.ema_refusal else "channels_last"
                 raise SettingsError(f"strategy {self.name} would not use {setting}: {refusal}")
         device, enabled = process_group.pick_device(), settings.engine["bf16"]["enabled"]
         self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, self.masters_refusal, device)
@@ -249,13 +252,20 @@ class Engine(WeightAveraging, Collectives, ABC):
 
     def features(self) -> str:
         """Return which of compiling, memory format and EMA are on, for `describe`."""
-        settings, mode = self.settings, self.compiled.mode
+        settings, mode, resizing = self.settings, self.compiled.mode, self.settings.resizing
         features = {
             f"compile {mode}": mode != "off",
             "channels last": settings.channels_last,
             f"ema {settings.ema.decay}": settings.ema.decay,
+            f"images of {resizing.initial_scale:g} x the side in the first {resizing.fraction:.0%} of the steps": (
+                self.resizing.is_on
+            ),
         }
         return "".join(f", {feature}" for feature, is_on in features.items() if is_on)
+
+    def to_training_input(self, images: Tensor) -> Tensor:
+        """Convert images (B, 3, S, S) of a training step to the input of the network, (B, 3, s, s) with s <= S."""
+        return self.to_model_input(self.resizing.resize(images, self.step, self.schedule.total))
 
     def to_model_input(self, images: Tensor) -> Tensor:
         """Convert images (B, 3, S, S) to the memory format and type of the network."""

@@ -99,7 +99,7 @@ class TorchEngine(engine.Engine):
             images, labels = next(batches)
             with self.accumulating(last=i == accumulation - 1):
                 with self._precision():
-                    scores = self.spread_model(self.to_model_input(images))
+                    scores = self.spread_model(self.to_training_input(images))
                 loss = self.loss(scores, labels)
                 (loss / accumulation).backward()
             losses.append(loss.detach())

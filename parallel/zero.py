@@ -190,7 +190,7 @@ class Engine(contract.Engine):
         for i in range(self.batch_sizes.accumulation):
             images, labels = next(batches)
             with self._precision():
-                scores = self.engine(self.to_model_input(images))
+                scores = self.engine(self.to_training_input(images))
             loss = self.loss(scores, labels)
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:

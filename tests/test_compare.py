@@ -21,7 +21,8 @@ from comparison.planned_run import PlannedRun
 from comparison.run_queue import run_all
 from comparison.significance import seeds_needed
 from comparison.time_budget import steps_for
-from comparison.variant_costs import costs
+from comparison.variant_costs import cost_of, costs
+from config.settings import ResizingSettings
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder
 
@@ -57,6 +58,19 @@ def test_flops_are_those_of_the_matrix_products():
     usual, small = costs(experiment, 100, 32)
     assert usual.flops - small.flops == 2 * (4 * 128 - 256) * 64 * 128 * 2 * 2
     assert usual.parameters - small.parameters == 2 * (4 * 128 - 256) * (2 * 128 + 1)
+
+
+def test_the_flops_of_a_run_count_the_smaller_images_of_its_first_steps():
+    experiment = read(PROJECT / "experiments" / "hidden-size.toml", "small")
+    variant = experiment.variants[0]
+    plain = cost_of(variant, 100, 32)
+    variant.settings.resizing = ResizingSettings(initial_scale=0.5, fraction=0.25)
+    cost = cost_of(variant, 100, 32)
+    assert plain.training_flops(100, 400, 8) == 3 * 8 * 100 * plain.flops and cost.flops == plain.flops
+    # The matrix products and convolutions act on a quarter of the tokens; the products of attention on a sixteenth.
+    assert 0.2 < cost.initial_flops / cost.flops < 0.26
+    assert cost.training_flops(100, 400, 8) == 3 * 8 * 100 * cost.initial_flops
+    assert cost.training_flops(101, 400, 8) == 3 * 8 * (100 * cost.initial_flops + cost.flops)
 
 
 # --- bad experiment files ------------------------------------------------------------------------------------------

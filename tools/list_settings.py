@@ -27,6 +27,7 @@ SECTIONS = {  # heading of each group in the Markdown page
     "model": "Network",
     "augmentation": "Augmentation",
     "schedule": "Learning-rate schedule",
+    "resizing": "Progressive resizing",
     "loss": "Loss",
     "ema": "Exponential moving average (EMA)",
     "parallel": "Strategies",

@@ -22,6 +22,7 @@ from dali_pipeline import Batches, Synthetic
 from inference.model_card import write_card
 from optim.lr_schedule import Plan
 from parallel.batch_sizes import EvalCounts
+from parallel.compile import FIRST_STEPS_SECONDS
 from parallel.engine import Engine
 from parallel.process_group import limit_waits
 from records.checkpoint_store import Interval
@@ -32,7 +33,7 @@ from training.epoch_metrics import epoch_line
 from training.non_finite import HINT, MAX_CONSECUTIVE_SKIPS, LossMonitor, NonFiniteLoss, check_finite, describe
 from training.resume import raise_on_all_ranks
 from training.run_start import StartedRun
-from training.time_plan import SECONDS_PER_MINUTE, TimePlan
+from training.time_plan import SECONDS_PER_MINUTE, TimePlan, seconds_left
 from training.time_plan import describe as describe_plan
 from training.trackers import gradient_interval
 
@@ -87,7 +88,7 @@ class Loop:
         self._norms: list[tuple[int, dict[str, Tensor]]] = []  # measured gradients that are still on the device
         self.time_plan = None
         if max_minutes and not engine.schedule.plan:
-            self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes, only_shortens)
+            self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes, engine.resizing, only_shortens)
         self._first_steps_left = engine.first_steps
         self._sync_progress_with_engine()
         if engine.step == self.total_steps and not self.progress.num_losses:
@@ -171,7 +172,12 @@ class Loop:
         engine, progress, stopping, pause = self.engine, self.progress, False, False
         accumulation = engine.batch_sizes.accumulation
         epoch_end = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
-        last = int(min(epoch_end, progress.step_in_epoch + self._next_evaluation - engine.step))
+        grows_at = engine.resizing.num_steps(self.total_steps)
+        if engine.step == grows_at > 0:  # the first steps with larger images compile again
+            self._first_steps_left = engine.first_steps
+            limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
+        grows_in = grows_at - engine.step if engine.step < grows_at else math.inf
+        last = int(min(epoch_end, progress.step_in_epoch + min(self._next_evaluation - engine.step, grows_in)))
         batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, last * accumulation)
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, epoch_end, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
@@ -231,7 +237,7 @@ class Loop:
         spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
         per_step = self.time_plan.seconds_per_step()
         plan = Plan(**self.engine.broadcast_object(asdict(self.time_plan.make(self.engine.step, spent, per_step))))
-        seconds = spent + (plan.total_steps - plan.after_step) * per_step
+        seconds = spent + seconds_left(plan.total_steps, plan.after_step, per_step, self.engine.resizing)
         text = describe_plan(plan, per_step, seconds, self.steps_per_epoch)
         self.engine.schedule.set_plan(plan)
         self.total_steps, self.time_plan = plan.total_steps, None

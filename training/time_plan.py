@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 from optim.lr_schedule import Plan, Schedule
+from parallel.progressive_resizing import ProgressiveResizing
 
 UNTIMED_STEPS = 2  # first steps after a start: they allocate memory and fill the queue of batches
 TIMED_STEPS = 10  # at least
@@ -25,11 +26,13 @@ class TimePlan:
     Attributes:
         schedule: of the run; its total is an estimate until `make` is called.
         budget: training time of the whole run, in seconds.
+        resizing: of the run, whose later steps may have larger images and take longer.
         only_shortens: the estimate is also the largest number of steps.
     """
 
     schedule: Schedule
     budget: float
+    resizing: ProgressiveResizing
     only_shortens: bool = False
     steps: int = 0  # since the start of this process
     seconds: float = 0.0  # of the timed ones among them
@@ -65,9 +68,33 @@ class TimePlan:
 
     def make(self, step: int, spent: float, seconds_per_step: float) -> Plan:
         """Return the plan of a run that has made `step` steps in `spent` seconds of training."""
-        further = round((self.budget - spent) / max(seconds_per_step, 1e-9))
-        total = step + max(0, further)
+        total = total_within(self.budget - spent, step, seconds_per_step, self.resizing)
         return Plan(step, self.schedule.total, min(total, self.schedule.total) if self.only_shortens else total)
+
+
+def total_within(seconds: float, step: int, seconds_per_step: float, resizing: ProgressiveResizing) -> int:
+    """Return the number of steps of a run that has made `step` steps and has `seconds` left; inverse of `seconds_left`.
+
+    Args:
+        seconds_per_step: of the last steps.
+    """
+    further = max(0.0, seconds) / max(seconds_per_step, 1e-9)
+    total = round(step + further)
+    if step >= resizing.num_steps(total):
+        return total
+    small = resizing.settings.fraction  # of all steps; each of the others costs 1 / pixel_share of one of them
+    return max(step, round((step + further) / (small + (1 - small) / resizing.pixel_share)))
+
+
+def seconds_left(total: int, step: int, seconds_per_step: float, resizing: ProgressiveResizing) -> float:
+    """Return the time that a run of `total` steps needs after `step` of them.
+
+    Where the last steps, of `seconds_per_step`, had smaller images, a step with full images is expected to take
+    longer by the number of its pixels.
+    """
+    small = max(0, resizing.num_steps(total) - step)
+    full = total - step - small
+    return (small + full / (resizing.pixel_share if small else 1.0)) * seconds_per_step
 
 
 def describe(plan: Plan, seconds_per_step: float, seconds: float, steps_per_epoch: int) -> str:

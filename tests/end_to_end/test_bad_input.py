@@ -109,6 +109,10 @@ NEW = {  # none of these may leave a run folder
         ["--skip-bad-steps", SET, "optimizer.type=Lamb", SET, "zero_optimization.stage=0"],
         "--skip-bad-steps: optimizer.type=Lamb counts its steps itself",
     ),
+    "smaller images for a network of one size": Case(
+        [SET, "resizing.initial_scale=0.5"],
+        "resizing.initial_scale=0.5: the network was built for images of 32 pixels and fails on the 16 pixels",
+    ),
     "an empty validation split": Case(["--hold-out", "0.001"], "holding out 0.001 of the 30 training images"),
     "steps": Case(["--max-steps", "0"], "argument --max-steps: must be at least 1, not 0", 2),
     "epochs": Case(["--epochs", "few"], "argument --epochs: must be a whole number of at least 1, not few", 2),

@@ -94,6 +94,7 @@ def batches(engine, soft: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
 
 def plain_loop(settings: Settings, soft: bool = False, build: Callable[[], nn.Module] | None = None) -> dict:
     """Return losses, weights and EMA of a loop without an engine: the whole batch at once, in one process."""
+    smaller = round(settings.resizing.initial_scale * SIDE)
     torch.manual_seed(SEED)
     model, schedule = build() if build else network(settings), Schedule(settings.schedule, 20)
     optimizer = build_optimizer(settings.engine["optimizer"], model, fused=False)
@@ -101,6 +102,8 @@ def plain_loop(settings: Settings, soft: bool = False, build: Callable[[], nn.Mo
     for step, (images, labels) in enumerate(zip(*data(soft), strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(step)
+        if step < settings.resizing.fraction * 20:
+            images = F.interpolate(images, (smaller, smaller), mode="bilinear", antialias=True)
         loss = F.cross_entropy(model(images), labels, label_smoothing=settings.loss.label_smoothing)
         optimizer.zero_grad()
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+from small_runs import RESIZING
 
 from benchmarks.lib.forked_programs import Program
 from records.run_folder import RunFolder
@@ -36,3 +37,14 @@ def test_the_first_steps_are_not_timed_but_one_of_every_epoch_is(training, runs,
     timed = first["images_per_second"] * first["training_seconds"]
     assert timed == pytest.approx((4 - untimed) * 64, abs=31)  # both are rounded, and a step takes milliseconds
     assert second["warmup_seconds"] == 0
+
+
+def test_the_first_steps_with_larger_images_are_not_timed_either(training, runs):
+    """They compile again. Of 8 steps the first 2 have smaller images: steps 1 and 3 compile, 2 and 4 are timed."""
+    name = "first-larger"
+    words = [str(word) for word in (*training, *RESIZING, "--name", name, "--max-steps", 8, "--no-report")]
+    done = Program(train_with_first_steps, (1, words), {}).end()
+    assert done.code == 0, done.text
+    first, second = RunFolder(runs / name).metrics()
+    timed = first["images_per_second"] * first["training_seconds"]
+    assert timed == pytest.approx(2 * 64, abs=31) and first["warmup_seconds"] > 0 == second["warmup_seconds"]

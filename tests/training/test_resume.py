@@ -13,7 +13,7 @@ import subprocess
 
 import pytest
 from programs import run, run_ranks
-from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, assert_same_as, checkpoints, copy_of, results
+from small_runs import EPOCHS, RESIZING, STEPS_PER_EPOCH, STOPPED, assert_same_as, checkpoints, copy_of, results
 
 from benchmarks.lib.forked_programs import Program, run_script, start
 from records.checkpoint_store import read_facts
@@ -45,6 +45,17 @@ def test_a_run_with_accumulation_resumes_within_an_epoch_to_the_same_bits(traini
         run("train.py", *words, "--name", "accumulated-stopped", "--stop-at", step, code=STOPPED)
     run("train.py", *words, "--name", "accumulated-stopped")
     assert_same_as(RunFolder(runs / "accumulated-stopped"), RunFolder(runs / "accumulated"))
+
+
+def test_a_run_resumes_where_its_images_grow_to_the_same_bits(training, runs):
+    """Of 8 steps the first 2 have smaller images."""
+    words = ["train.py", *training, *RESIZING, "--max-steps", 8]
+    said = run(*words, "--name", "growing").out
+    assert "images of 0.5 x the side in the first 25% of the steps" in said
+    for stop in (1, 2, 3):
+        run(*words, "--name", "growing-stopped", "--stop-at", stop, code=STOPPED)
+    run(*words, "--name", "growing-stopped")
+    assert_same_as(RunFolder(runs / "growing-stopped"), RunFolder(runs / "growing"))
 
 
 @pytest.mark.parametrize("strategy", ["zero", "ddp"])

@@ -9,12 +9,16 @@ from programs import run
 from small_runs import STOPPED, copy_of
 
 from benchmarks.lib.forked_programs import start
-from config.settings import ScheduleSettings
+from config.settings import ResizingSettings, ScheduleSettings
 from optim.lr_schedule import Plan, Schedule
+from parallel.progressive_resizing import ProgressiveResizing
 from records.checkpoint_store import read_facts, step_of
 from records.run_folder import RunFolder
 from training import time_plan
-from training.time_plan import TimePlan
+from training.time_plan import TimePlan, seconds_left, total_within
+
+OFF = ProgressiveResizing(ResizingSettings(), patch=4)
+HALF = ProgressiveResizing(ResizingSettings(initial_scale=0.5, fraction=0.25), patch=4)  # a quarter of the pixels
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def steps_until_due(plan: TimePlan, clock: list[float], seconds: float, first: f
 @pytest.mark.parametrize(("seconds", "after"), [(0.5, 2 + 24), (3.0, 2 + 10)])
 def test_the_plan_is_due_after_two_percent_of_the_time_but_at_least_ten_steps(clock, seconds, after):
     schedule = Schedule(ScheduleSettings(), total_steps=5000)
-    plan = TimePlan(schedule, budget=600.0)
+    plan = TimePlan(schedule, 600.0, OFF)
     assert steps_until_due(plan, clock, seconds, first=30.0) == after  # the slow first steps are not timed
     assert plan.seconds_per_step() == pytest.approx(seconds)
     spent = 60.0 + (after - 2) * seconds
@@ -46,14 +50,28 @@ def test_the_plan_is_due_after_two_percent_of_the_time_but_at_least_ten_steps(cl
 
 
 def test_a_limit_beside_epochs_or_steps_only_shortens_a_run():
-    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=100), budget=60.0, only_shortens=True)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=100), 60.0, OFF, only_shortens=True)
     assert plan.make(10, 10.0, 0.5) == Plan(10, 100, 100)  # 110 steps fit
     assert plan.make(10, 10.0, 1.0) == Plan(10, 100, 60)
     assert plan.make(10, 70.0, 1.0) == Plan(10, 100, 10)  # already spent
 
 
+def test_a_plan_knows_that_later_images_are_larger():
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=1000), 100.0, HALF)
+    made = plan.make(10, 10.0, 1.0)  # N steps: N / 4 at 1 s and the rest at 4 s, of which 10 s are spent
+    assert made.total_steps == 31
+    assert seconds_left(31, 10, 1.0, HALF) == 0 * 1.0 + 21 * 1.0  # round(31 / 4) = 8: all smaller steps are over
+
+
+@pytest.mark.parametrize("resizing", [OFF, HALF])
+@pytest.mark.parametrize(("total", "step"), [(1000, 20), (1000, 600), (400, 99)])
+def test_the_plan_and_its_seconds_are_inverse(resizing, total, step):
+    seconds = seconds_left(total, step, 0.5, resizing)
+    assert total_within(seconds, step, 0.5, resizing) == total
+
+
 def test_a_pause_is_not_timed_and_the_plan_comes_before_the_estimate_ends(clock):
-    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=6), budget=600.0)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=6), 600.0, OFF)
     plan.start()
     for step in (1, 2, 3, 4):
         clock[0] += 1.0
