@@ -175,6 +175,7 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
                     "attention. Choose another position, for example learned"
                 )
             part.rotate = rotation
+            rotation.num_added = getattr(part, "num_added_tokens", 0)
         return part
 
     def feed_forward() -> nn.Module:

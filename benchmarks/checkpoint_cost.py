@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.lib.options import add_data, add_settings, keep
+from benchmarks.lib.options import add_data, add_settings, keep, step_settings
 from benchmarks.lib.timing import alternate, machine, spread, synchronize
 from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, run_cli
-from config.settings import resolve
 from optim.lr_schedule import Schedule
 from records.checkpoint_store import Checkpoints, Interval
 from records.provenance import commit_text, provenance
@@ -46,7 +45,7 @@ def main() -> int:
     from parallel.strategies import engine_class
     from training.run_facts import RunOptions, facts_of
 
-    settings = resolve(args.preset, args.set, strategy=args.strategy)
+    settings = step_settings(args.preset, args.set, strategy=args.strategy)
     dataset = Dataset.open(args.data_dir)
     side = side_of(dataset, settings.image_side)
     engine = engine_class(settings.strategy)(

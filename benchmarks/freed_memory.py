@@ -24,14 +24,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.options import add_reports, add_settings, keep, origin
+from benchmarks.lib.options import add_reports, add_settings, keep, origin, step_settings
 from benchmarks.lib.timing import alternate, machine, ratios, spread
 from common.errors import RunError
 from common.memory import SWITCH
 from common.paths import PROJECT
 from common.text import last_error
 from config.command_line import Parser, at_least_one, run_cli
-from config.settings import resolve
 
 BASELINE, OURS = "returned to the kernel", "kept"
 PROGRAM = PROJECT / "benchmarks/freed_memory.py"
@@ -40,7 +39,7 @@ LIMIT_SECONDS = 900.0  # of a turn
 
 def main() -> int:
     options = arguments()
-    resolve(options.preset, [*options.set, "strategy=ddp"], strategy="ddp")  # mistakes are named at once
+    step_settings(options.preset, [*options.set, "strategy=ddp"], strategy="ddp")  # mistakes are named at once
     found = alternate(
         {name: partial(turn, name, options) for name in (BASELINE, OURS)},
         options.rounds,
@@ -77,7 +76,7 @@ def work(options: argparse.Namespace) -> None:
     from optim.lr_schedule import Schedule
     from parallel.strategies import engine_class
 
-    settings = resolve(options.preset, [*options.set, "strategy=ddp"], strategy="ddp")
+    settings = step_settings(options.preset, [*options.set, "strategy=ddp"], strategy="ddp")
     engine = engine_class("ddp")(
         lambda: build_model(settings.model, 100, 32), settings, Schedule(settings.schedule, 10**6), 0
     )

@@ -30,13 +30,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.options import add_reports, add_settings, keep, origin, several
+from benchmarks.lib.options import add_reports, add_settings, keep, origin, several, step_settings
 from benchmarks.lib.timing import alternate, machine, ratios, spread
 from common.errors import RunError
 from common.paths import PROJECT
 from common.text import last_error
 from config.command_line import Parser, at_least_one, run_cli
-from config.settings import resolve
 from image_data.preparation.decoding import available_cores
 
 WORKER = PROJECT / "benchmarks/lib/parallel_worker.py"
@@ -50,7 +49,7 @@ def main() -> int:
     from parallel.process_group import pick_device
 
     device = pick_device()
-    settings = resolve(options.preset, [*options.set, "strategy=ddp"], strategy="ddp")
+    settings = step_settings(options.preset, [*options.set, "strategy=ddp"], strategy="ddp")
     no_mps = why_no_mps(device.type)
     modes = ["alone"] if no_mps else ["alone", "mps"]
     turns = {f"{count} {mode}": partial(turn, settings.as_dict(), count, mode, options)

@@ -27,11 +27,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.options import add_data, add_settings, keep, origin
+from benchmarks.lib.options import add_data, add_settings, keep, origin, step_settings
 from benchmarks.lib.timing import alternate, machine, spread, synchronize
 from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, run_cli
-from config.settings import resolve
 
 # Kind of a kernel: the first pattern that its name matches.
 KINDS = (
@@ -71,7 +70,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     from benchmarks.lib.memory_floor import copy_bandwidth
     from benchmarks.lib.workload import Subject, Workload
 
-    settings = resolve(options.preset, options.set, strategy=options.strategy)
+    settings = step_settings(options.preset, options.set, strategy=options.strategy)
     subject = Subject(settings, options.data_dir)
     work = Workload(subject, options.source, TOTAL_STEPS)
     device, sizes = work.engine.device, work.engine.batch_sizes

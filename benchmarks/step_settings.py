@@ -23,12 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.options import add_data, add_settings, keep, origin
+from benchmarks.lib.options import add_data, add_settings, keep, origin, step_settings
 from benchmarks.lib.timing import alternate, machine, ratios, spread
 from benchmarks.step_profile import TOTAL_STEPS, add_measurement, memory_floor_bytes, profile_steps, turn, warm_up
 from common.machine import visible_gpus
 from config.command_line import Parser, run_cli
-from config.settings import resolve
 
 BASELINE = "baseline"
 
@@ -48,7 +47,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         report["variants"][name] = found
         began, before = time.perf_counter(), allocated_bytes(device)
         try:
-            settings = resolve(options.preset, [*options.set, *words], strategy=options.strategy)
+            settings = step_settings(options.preset, [*options.set, *words], strategy=options.strategy)
             subject = Subject(settings, options.data_dir)
             works[name] = Workload(subject, options.source, TOTAL_STEPS)
             found |= warm_up(works[name], lambda: None, options.warm_up, device)

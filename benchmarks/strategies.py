@@ -32,13 +32,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import strategy_report
 from benchmarks.lib.link_model import Link
-from benchmarks.lib.options import add_data, add_settings, keep, origin, several, some_of
+from benchmarks.lib.options import add_data, add_settings, keep, origin, several, some_of, step_settings
 from benchmarks.lib.process_groups import Failed, Fresh, Start, device_environment, run_group
 from benchmarks.lib.timing import alternate, machine, ratios
 from common.errors import DatasetError, SettingsError
 from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, run_cli
-from config.settings import ParallelSettings, Settings, resolve
+from config.settings import ParallelSettings, Settings
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
 
@@ -109,7 +109,8 @@ def plan(options: argparse.Namespace, num_gpus: int) -> list[Row]:
 
     def row(name: str, case: Case, processes: int) -> Row:
         chosen = [override for override in options.set if concerns(override, case.strategy)]
-        return Row(name, case, processes, resolve(options.preset, [*chosen, *case.overrides], strategy=case.strategy))
+        settings = step_settings(options.preset, [*chosen, *case.overrides], strategy=case.strategy)
+        return Row(name, case, processes, settings)
 
     rows = [row(ONE_PROCESS, CASES["ddp"], 1)]
     for processes in options.processes:

@@ -146,7 +146,7 @@ class HeadTokens(Attention):
                 f"attention=head_tokens: model.heads={dims.heads} does not divide model.width={dims.width}. "
                 f"Set model.heads to a divisor of {dims.width}"
             )
-        self.num_prefix = dims.num_prefix
+        self.num_prefix, self.num_added_tokens = dims.num_prefix, dims.heads
         self.lift = nn.Linear(dims.width // dims.heads, dims.width)
         self.lift_norm = nn.LayerNorm(dims.width // dims.heads)
         self.head_position = nn.Parameter(0.02 * torch.randn(dims.heads, dims.width))

@@ -55,7 +55,9 @@ class Engine(zero.Engine):
     autocast_refusal = "strategy pipeline has only DeepSpeed's bf16, with bf16 weights"
     gradient_log_refusal = "DeepSpeed makes backward pass and update of a pipeline in one call"
     channels_last_refusal = "activations sent between stages must be contiguous"
-    resizing_refusal = "DeepSpeed fixes the shape of what it sends between stages in the first step"
+    resizing_refusal = (
+        "what DeepSpeed sends between stages has one shape in the whole run; add --set resizing.initial_scale=1"
+    )
 
     @classmethod
     def num_shards(cls, settings: Settings, world_size: int) -> int:

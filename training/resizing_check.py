@@ -34,6 +34,6 @@ def check_resizing(settings: Settings, num_classes: int, side: int) -> None:
     text = str(problem).strip().partition("\n")[0] or type(problem).__name__
     raise SettingsError(
         f"resizing.initial_scale={settings.resizing.initial_scale:g}: the network was built for images of {side} "
-        f"pixels and fails on the {small} pixels of the first steps ({text}). Parts such as position=learned have one "
-        "size; choose position=none, or --set resizing.initial_scale=1"
+        f"pixels and fails on the {small} pixels of the first steps ({text}). Choose components for any number of "
+        "tokens, or --set resizing.initial_scale=1"
     )

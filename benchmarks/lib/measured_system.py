@@ -8,10 +8,11 @@ import sys
 from typing import Any
 
 from benchmarks.lib import step_report
+from benchmarks.lib.options import step_settings
 from benchmarks.lib.process_groups import Failed, free_port
 from benchmarks.strategies import CASES, concerns
 from common.errors import SettingsError
-from config.settings import Settings, resolve
+from config.settings import Settings
 
 
 class System:
@@ -74,7 +75,7 @@ class System:
         except ImportError as error:
             raise SettingsError(f"strategy {case.strategy} needs {error.name}, which is not installed") from error
         ours = [f"bf16.enabled={str(self.bf16).lower()}", f"compile={self.compile}"]
-        return resolve(options.preset, [*chosen, *case.overrides, *ours], strategy=case.strategy)
+        return step_settings(options.preset, [*chosen, *case.overrides, *ours], strategy=case.strategy)
 
     def ask(self, what: str, count: int) -> list[dict[str, Any]]:
         """Send a request to all processes and return their answers; an empty list if the system is skipped."""

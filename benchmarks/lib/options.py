@@ -4,6 +4,7 @@ data = add_data(parser)                                        --data-dir and --
 add_settings(parser, "spt-lsa")                                --preset and --set
 parser.add_argument("--jobs", type=some_of("job", JOBS), ...)   names separated by commas, in the order of the table
 parser.add_argument("--hosts", type=several(int), ...)         numbers separated by commas
+settings = step_settings(options.preset, options.set)          the settings of a training step that is measured
 report = {**origin(), ...}                                     command, commit and versions of the measurement
 keep((options.json, text), (options.markdown, table))          the files that the user asked for
 """
@@ -19,6 +20,7 @@ from common.errors import unknown
 from common.text import without_paths
 from config.catalog import SOURCES
 from config.command_line import Parser
+from config.settings import Settings, resolve
 from records.provenance import provenance
 
 Number = TypeVar("Number", int, float)
@@ -54,6 +56,15 @@ def add_settings(parser: Parser, preset: str) -> argparse._ArgumentGroup:
         "--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; may be repeated"
     )
     return group
+
+
+def step_settings(preset: str, overrides: list[str], **run_facts: Any) -> Settings:
+    """Resolve the settings of a training step: images have their full side, unless an override says otherwise.
+
+    Raises:
+        SettingsError: as `config.settings.resolve`.
+    """
+    return resolve(preset, ["resizing.initial_scale=1", *overrides], **run_facts)
 
 
 def add_reports(parser: Parser) -> argparse._ArgumentGroup:

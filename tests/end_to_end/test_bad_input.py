@@ -110,7 +110,7 @@ NEW = {  # none of these may leave a run folder
         "--skip-bad-steps: optimizer.type=Lamb counts its steps itself",
     ),
     "smaller images for a network of one size": Case(
-        [SET, "resizing.initial_scale=0.5"],
+        [SET, "model.architecture=dhvt-t-4", SET, "resizing.initial_scale=0.5"],
         "resizing.initial_scale=0.5: the network was built for images of 32 pixels and fails on the 16 pixels",
     ),
     "an empty validation split": Case(["--hold-out", "0.001"], "holding out 0.001 of the 30 training images"),

@@ -25,7 +25,7 @@ train_batch_size = 64
 lr = 3e-3
 """
 # Settings of a run of TINY whose first quarter of the steps has smaller images.
-RESIZING = ["--set", "model.position=none", "--set", "resizing.initial_scale=0.5", "--set", "resizing.fraction=0.25"]
+RESIZING = ["--set", "resizing.initial_scale=0.5", "--set", "resizing.fraction=0.25"]
 TRAIN_PER_CLASS, TEST_PER_CLASS = 30, 7
 EPOCHS, STEPS_PER_EPOCH = 12, 4  # they follow from TINY and the number of images
 STOPPED = 75  # exit code of a run that stopped on request and saved

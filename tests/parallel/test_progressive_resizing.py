@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from reference import assert_counts, largest_difference, network, perform, plain_loop, settings_for, train_and_save
+from torch import nn
 
 from common.errors import SettingsError
 from config.settings import ResizingSettings, resolve
-from model import TABLES
+from model import TABLES, dimensions
+from models.parts import Dimensions
+from models.position import Rotation, resampled
 from parallel.progressive_resizing import ProgressiveResizing
 from training.resizing_check import check_resizing
 
-ON = ["model.position=none", "model.pooling=mean", "resizing.initial_scale=0.5", "resizing.fraction=0.25"]
+ON = ["resizing.initial_scale=0.5", "resizing.fraction=0.25"]
 CONVOLUTIONS = [*ON, "model.feed_forward=conv_mlp"]  # they are applied to a grid of tokens, whose size changes
 CASES = {
     "ddp": ("ddp", ON),
@@ -89,24 +93,85 @@ def test_engines_train_as_a_plain_loop_on_resized_images(on_two, case):
 
 
 def test_the_pipeline_refuses_it(on_two):
-    assert on_two["refusal"].startswith("strategy pipeline would not use resizing.initial_scale: DeepSpeed fixes")
+    assert on_two["refusal"].startswith("strategy pipeline would not use resizing.initial_scale: what DeepSpeed sends")
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
 
-ONE_SIZE = {("position", "learned"), ("position", "sin_cos"), ("position", "rotary")}
 PARTS = [(kind, name) for kind, table in TABLES.items() if kind not in ("architecture", "block") for name in table]
 
 
 @pytest.mark.parametrize(("kind", "name"), PARTS)
-def test_a_part_takes_both_sizes_or_is_refused(kind, name):
+def test_every_part_takes_smaller_images(kind, name):
     options = ["model.feed_forward_options.depth=3"] if name.startswith("fff") else []
-    settings = resolve(
-        "cpu", ["model.width=16", "model.head_size=8", "model.heads=2", f"model.{kind}={name}", *options]
-    )
-    settings.resizing = ResizingSettings(initial_scale=0.5)
-    if (kind, name) in ONE_SIZE:
-        with pytest.raises(SettingsError, match=r"built for images of 32 pixels and fails on the 16 .*position=none"):
+    small = ["model.width=16", "model.head_size=8", "model.heads=2"]
+    settings = resolve("cpu", [*small, f"model.{kind}={name}", *options, "resizing.initial_scale=0.5"])
+    check_resizing(settings, 10, 32)
+
+
+@pytest.mark.parametrize("architecture", ["dhvt-t-4", "cct-7-3x1", "timm:vit_tiny_patch16_224"])
+def test_a_network_of_one_size_is_refused(architecture):
+    settings = resolve("cpu", [f"model.architecture={architecture}", "resizing.initial_scale=0.5"])
+    with pytest.raises(SettingsError, match=r"was built for images of 32 pixels and fails on the 16 pixels .*scale=1$"):
+        check_resizing(settings, 10, 32)
+
+
+class Own(nn.Module):
+    """A part that takes one number of tokens, and reads values, so that it cannot run on the meta device."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.num_tokens = dims.num_tokens
+
+    def forward(self, x):
+        assert float(x.sum()) is not None and x.shape[1] == self.num_tokens, "too few tokens"
+        return x
+
+
+def test_an_own_part_of_one_size_is_refused_with_its_reason():
+    settings = resolve("cpu", ["resizing.initial_scale=0.5"])
+    with mock.patch.dict(TABLES["feed_forward"], residual_conv=Own):
+        with pytest.raises(SettingsError, match="too few tokens"):
             check_resizing(settings, 10, 32)
         settings.resizing = ResizingSettings()
-    check_resizing(settings, 10, 32)
+        check_resizing(settings, 10, 32)
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_smaller_grid_keeps_the_place_of_each_position():
+    """Positions that are linear functions of the place stay so: token i of 2 is at 4 / 2 (i + 1/2) - 1/2 of 4."""
+    place = torch.arange(4.0)
+    grid = torch.stack([place.repeat_interleave(4), place.repeat(4)], dim=1)
+    table = torch.cat([torch.full((1, 2), 9.0), grid])
+    expected = torch.tensor([[9.0, 9.0], [0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]])
+    assert torch.allclose(resampled(table, 1, 5), expected)
+    assert resampled(table, 1, 17) is table
+    with pytest.raises(ValueError, match="7 tokens are no square grid after 1 others"):
+        resampled(table, 1, 7)
+
+
+def test_rotary_positions_of_a_smaller_grid_turn_by_the_angle_of_their_place():
+    """The first pair of channels turns by the row: in a grid of 2 of 4 by 0.5 and 2.5 radians."""
+    rotation = Rotation(dims_of_16_pixels(), base=100.0)
+    x = torch.zeros(1, 1, 4, 8)
+    x[..., 0] = 1.0
+    turned = rotation(x)
+    rows = torch.tensor([0.5, 0.5, 2.5, 2.5])
+    assert torch.allclose(turned[0, 0, :, 0], rows.cos()) and torch.allclose(turned[0, 0, :, 4], rows.sin())
+
+
+def test_tokens_that_an_attention_adds_are_not_on_the_grid():
+    """A grid of 3 of 4 with 8 head tokens has more tokens than the full grid."""
+    rotation = Rotation(dims_of_16_pixels(), base=100.0)
+    rotation.num_added = 8
+    x = torch.randn(1, 1, 9 + 8, 8)
+    alone = Rotation(dims_of_16_pixels(), base=100.0)
+    assert torch.equal(rotation(x)[:, :, 9:], x[:, :, 9:])
+    assert torch.equal(rotation(x)[:, :, :9], alone(x[:, :, :9]))
+
+
+def dims_of_16_pixels() -> Dimensions:
+    """Return the sizes of a network for images of 16 pixels, 4 x 4 tokens without a prefix."""
+    return dimensions(resolve("cpu", ["model.head_size=8"]).model, 10, 16)
