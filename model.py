@@ -167,7 +167,7 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
 
     def attention() -> nn.Module:
         part = make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options)
-        rotation = position.rotation() if hasattr(position, "rotation") else None
+        rotation: Any = position.rotation() if hasattr(position, "rotation") else None
         if rotation is not None:
             if not hasattr(part, "rotate"):
                 raise SettingsError(
