@@ -167,17 +167,20 @@ class Loop:
         steps = self.evaluate_every.steps
         self._next_evaluation = math.inf if math.isinf(steps) else steps * (self.engine.step // steps + 1)
 
+    def _steps_until_pause(self) -> int:
+        """Return the steps until the next evaluation, or until the images grow, which compiles again."""
+        step, grows_at = self.engine.step, self.engine.resizing.num_steps(self.total_steps)
+        if step == grows_at > 0:
+            self._first_steps_left = self.engine.first_steps
+            limit_waits(FIRST_STEPS_SECONDS if self._first_steps_left else 0.0)
+        return int(min(self._next_evaluation, grows_at if step < grows_at else self.total_steps)) - step
+
     def _train(self, stop_at: int | None) -> bool:
         """Train until the epoch ends or a stop, a checkpoint or an evaluation is due. Returns whether to stop."""
         engine, progress, stopping, pause = self.engine, self.progress, False, False
         accumulation = engine.batch_sizes.accumulation
         epoch_end = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
-        grows_at = engine.resizing.num_steps(self.total_steps)
-        if engine.step == grows_at > 0:  # the first steps with larger images compile again
-            self._first_steps_left = engine.first_steps
-            limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
-        grows_in = grows_at - engine.step if engine.step < grows_at else math.inf
-        last = int(min(epoch_end, progress.step_in_epoch + min(self._next_evaluation - engine.step, grows_in)))
+        last = min(epoch_end, progress.step_in_epoch + self._steps_until_pause())
         batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, last * accumulation)
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, epoch_end, engine.batch_sizes.total) as bar:
             began = flushed = time.perf_counter()
@@ -220,6 +223,8 @@ class Loop:
                     self._plan_steps(progress.training_seconds + time.perf_counter() - began)
                     pause = True
                 pause = pause or stopping or any(others) or engine.step != before + 1  # advanced by other peers
+            if not self._first_steps_left:
+                limit_waits()  # also where the only step of an epoch compiled, and was timed
             self.profile.finish()
             began += self.profile.take_seconds()
             self._collect_losses()
