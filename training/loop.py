@@ -168,7 +168,10 @@ class Loop:
         self._next_evaluation = math.inf if math.isinf(steps) else steps * (self.engine.step // steps + 1)
 
     def _steps_until_pause(self) -> int:
-        """Return the steps until the next evaluation, or until the images grow, which compiles again."""
+        """Return the steps until the next evaluation, or until the images grow.
+
+        Where they have just grown, the next steps compile and warm up as the first ones did, and are not timed either.
+        """
         step, grows_at = self.engine.step, self.engine.resizing.num_steps(self.total_steps)
         if step == grows_at > 0:
             self._first_steps_left = self.engine.first_steps

@@ -13,7 +13,7 @@ IMAGES = 2
 
 
 def check_resizing(settings: Settings, num_classes: int, side: int) -> None:
-    """Run the network on images of the first and of the last steps of a run; `side` is that of the last, in pixels.
+    """Run the network once on images of the first steps of a run; `side` is that of the last ones, in pixels.
 
     Raises:
         SettingsError: a part of the network has sizes that fit one side only.
