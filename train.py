@@ -47,6 +47,7 @@ def main() -> int:
     from parallel.peers.setup import meeting_of
     from parallel.process_group import limit_waits, pick_device
     from parallel.strategies import engine_class
+    from training.evaluation import Evaluation
     from training.loop import Loop
     from training.micro_batch import MicroBatch, OutOfMemory
     from training.own_part_checks import check_before_data, check_own_parts
@@ -60,6 +61,7 @@ def main() -> int:
         start_process,
     )
     from training.run_start import start_run
+    from training.time_plan import time_plan_of
 
     # 1. This process: signals, its rank, what it prints
     stop, console = start_process(args.verbosity, args.deterministic, args.tensorboard, args.wandb, args.mlflow)
@@ -96,7 +98,7 @@ def main() -> int:
             engine.stopping = lambda: stop.requested
             closing.push(lambda kind, *_: engine.close(failed=kind is not None))
             shard, micro, seed = engine.data_shard, engine.batch_sizes.micro, engine.data_seed
-            training, evaluation = make_batches(
+            training, splits = make_batches(
                 data.dataset, settings, shard, micro, seed, engine.device, args.source, args.synthetic, closing
             )
             if args.skip_bad_steps:
@@ -110,9 +112,11 @@ def main() -> int:
             # 5. The run: a new folder or a checkpoint to resume, then steps, epochs, evaluation and checkpoints
             started = start_run(engine, options, folder, logging, data, training, steps_per_epoch, total_steps, console)
             limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)
-            budget = args.patience, args.max_minutes, args.only_shortens
-            when = args.evaluate_every, not args.evaluate_ema_only
-            loop = Loop(engine, settings, training, evaluation, steps_per_epoch, started, *budget, stop, console, *when)
+            evaluation = Evaluation(
+                engine, splits, steps_per_epoch, args.evaluate_every, not args.evaluate_ema_only, args.patience
+            )
+            time_plan = time_plan_of(args.max_minutes, args.only_shortens, schedule, engine.resizing)
+            loop = Loop(engine, training, evaluation, steps_per_epoch, started, time_plan, stop, console)
             return loop.run(stop_at=args.stop_at)
 
     try:

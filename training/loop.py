@@ -5,39 +5,29 @@ It knows neither the number of processes (the engine does) nor how images are re
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from common.errors import RunError
 from common.paths import near_path
 from common.stop_signal import StopSignal
-from config.settings import Settings
 from dali_pipeline import Batches, Synthetic
 from inference.model_card import write_card
 from optim.lr_schedule import Plan
-from parallel.batch_sizes import EvalCounts
-from parallel.compile import FIRST_STEPS_SECONDS
 from parallel.engine import Engine
-from parallel.process_group import limit_waits
-from records.checkpoint_store import Interval
 from records.run_folder import Progress
 from training.checkpoint_writer import Snapshot
 from training.console import QUIET, Console
 from training.epoch_metrics import epoch_line
-from training.non_finite import HINT, MAX_CONSECUTIVE_SKIPS, LossMonitor, NonFiniteLoss, check_finite, describe
-from training.resume import raise_on_all_ranks
+from training.evaluation import Evaluation
 from training.run_start import StartedRun
-from training.time_plan import SECONDS_PER_MINUTE, TimePlan, seconds_left
+from training.step_log import StepLog
+from training.step_timer import StepTimer
+from training.time_plan import TimePlan, seconds_left
 from training.time_plan import describe as describe_plan
 from training.trackers import gradient_interval
 
-EVERY_EPOCH = Interval()
 FLUSH_SECONDS = 0.5  # interval of reading the losses, which stay on the device until then
 
 
@@ -47,33 +37,24 @@ class Loop:
     def __init__(
         self,
         engine: Engine,
-        settings: Settings,
         training: Batches | Synthetic,
-        evaluation: dict[str, Batches],
+        evaluation: Evaluation,
         steps_per_epoch: int,
         started: StartedRun,
-        patience: int | None,
-        max_minutes: float | None,
-        only_shortens: bool,
+        time_plan: TimePlan | None,
         stop: StopSignal,
         console: Console,
-        evaluate_every: Interval = EVERY_EPOCH,
-        evaluate_raw: bool = True,
     ):
         """Prepare the loop.
 
         Args:
-            max_minutes: training time that the number of steps is planned for; None: the schedule has their number.
-            only_shortens: `max_minutes` may make the run shorter than the schedule, but not longer.
-            patience: early stopping: epochs without better validation accuracy; None: no early stopping.
-            evaluate_every: interval of evaluations, in steps or in epochs; the last step is always evaluated.
-            evaluate_raw: where there is an EMA, evaluate the trained weights too.
+            training: batches of the training split.
+            time_plan: plans the number of steps; None: the schedule has their number.
 
         Raises:
             RunError: nothing is left to train.
         """
-        self.engine, self.settings = engine, settings
-        self.training, self.evaluation = training, evaluation
+        self.engine, self.training, self.evaluation = engine, training, evaluation
         self.steps_per_epoch, self.total_steps = steps_per_epoch, engine.schedule.total
         self.progress, self.writer, self.tracking, self.record, self.profile = (
             started.progress,
@@ -82,20 +63,15 @@ class Loop:
             started.record,
             started.profile,
         )
-        self.patience, self.stop, self.console = patience, stop, console
-        self.evaluate_every, self.evaluate_raw = evaluate_every, evaluate_raw
-        self.monitor = LossMonitor()
-        self._norms: list[tuple[int, dict[str, Tensor]]] = []  # measured gradients that are still on the device
-        self.time_plan = None
-        if max_minutes and not engine.schedule.plan:
-            self.time_plan = TimePlan(engine.schedule, SECONDS_PER_MINUTE * max_minutes, engine.resizing, only_shortens)
-        self._first_steps_left = engine.first_steps
+        self.stop, self.console = stop, console
+        self.timer = StepTimer(engine, training, time_plan)
+        folder = self.record.folder if self.record else None
+        self.steps = StepLog(engine, training, self.tracking, folder, console.print_field)
         self._sync_progress_with_engine()
         if engine.step == self.total_steps and not self.progress.num_losses:
             raise RunError(
                 "nothing is left to train: the other peers have just made the last step; their runs have the weights"
             )
-        self._set_next_evaluation()
 
     def _sync_progress_with_engine(self) -> None:
         """Continue at the engine's step: under `local` with peers, other peers may have advanced it."""
@@ -128,10 +104,11 @@ class Loop:
         while not (self.engine.step == self.total_steps or self.progress.finished):
             stopping = self._train(stop_at)
             self._sync_progress_with_engine()
-            at_boundary = self._ends_epoch() or self._is_evaluation_due()
-            if self._is_evaluation_due():
+            is_evaluated = self._is_evaluation_due()
+            at_boundary = is_evaluated or self._ends_epoch()
+            if is_evaluated:
                 self._evaluate_and_record()
-            elif self._ends_epoch():
+            elif at_boundary:
                 self._finish_epoch()
             if not self.writer.has_saved_now() and (not at_boundary or self.engine.any(self.writer.is_due())):
                 self._save_checkpoint()
@@ -153,19 +130,8 @@ class Loop:
         return self.progress.step_in_epoch == self.steps_per_epoch or self.engine.step == self.total_steps
 
     def _is_evaluation_due(self) -> bool:
-        """Whether the present step is evaluated: by the interval, or because it is the last one."""
-        if self.engine.step >= min(self._next_evaluation, self.total_steps):
-            return True
-        return (
-            math.isinf(self.evaluate_every.steps)
-            and self._ends_epoch()
-            and (self.progress.epoch + 1) % self.evaluate_every.epochs == 0
-        )
-
-    def _set_next_evaluation(self) -> None:
-        """Set the step of the next evaluation of an interval in steps, a multiple of it also in a resumed run."""
-        steps = self.evaluate_every.steps
-        self._next_evaluation = math.inf if math.isinf(steps) else steps * (self.engine.step // steps + 1)
+        ended_epochs = self.progress.epoch + 1 if self._ends_epoch() else None
+        return self.evaluation.is_due(ended_epochs, is_last=self.engine.step == self.total_steps)
 
     def _steps_until_pause(self) -> int:
         """Return the steps until the next evaluation, or until the images grow.
@@ -174,9 +140,8 @@ class Loop:
         """
         step, grows_at = self.engine.step, self.engine.resizing.num_steps(self.total_steps)
         if step == grows_at > 0:
-            self._first_steps_left = self.engine.first_steps
-            limit_waits(FIRST_STEPS_SECONDS if self._first_steps_left else 0.0)
-        return int(min(self._next_evaluation, grows_at if step < grows_at else self.total_steps)) - step
+            self.timer.expect_first_steps()
+        return int(min(self.evaluation.next_step, grows_at if step < grows_at else self.total_steps)) - step
 
     def _train(self, stop_at: int | None) -> bool:
         """Train until the epoch ends or a stop, a checkpoint or an evaluation is due. Returns whether to stop."""
@@ -186,123 +151,56 @@ class Loop:
         last = min(epoch_end, progress.step_in_epoch + self._steps_until_pause())
         batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, last * accumulation)
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, epoch_end, engine.batch_sizes.total) as bar:
-            began = flushed = time.perf_counter()
-            self.training.wait_seconds = 0.0
-            if self.time_plan:
-                self.time_plan.start()
-            # At least one step is timed.
-            self._first_steps_left = min(self._first_steps_left, last - progress.step_in_epoch - 1)
+            self.timer.start(last - progress.step_in_epoch)
+            flushed = time.perf_counter()
             while progress.step_in_epoch < last and not pause:
                 before = engine.step
                 interval = gradient_interval(self.total_steps)
                 engine.is_measured_step = (before + 1) % interval == 0 or before + 1 == self.total_steps
                 with self.profile.step(before + 1):
                     loss = engine.train_batch(batches)
-                self._record_step(loss, before + 1)
+                self.steps.add(progress, loss, before + 1)
                 progress.step_in_epoch += 1
-                progress.timed_images += engine.batch_sizes.total
-                if self._first_steps_left > 0:  # a step that compiles or warms up is not timed
-                    loss.item()  # waits for the device
-                    progress.warmup_seconds += time.perf_counter() - began
-                    progress.timed_images -= engine.batch_sizes.total
-                    self._first_steps_left -= 1
-                    if not self._first_steps_left:
-                        limit_waits()
-                    began, self.training.wait_seconds = time.perf_counter(), 0.0
-                    if self.time_plan:
-                        self.time_plan.restart()
-                plan_due = self.time_plan is not None and self.time_plan.is_due(engine.step)
+                self.timer.add(progress, loss)
+                plan_due = self.timer.is_plan_due()
                 if time.perf_counter() - flushed > FLUSH_SECONDS:
-                    self._collect_losses()
+                    self.steps.collect(progress)
                     flushed = time.perf_counter()
                     bar.loss(progress.loss_sum / max(1, progress.num_losses))
                 bar.advance()
                 stop_here = self.stop.requested or (stop_at is not None and before < stop_at <= engine.step)
                 stopping, plan_due, *others = engine.any_flags(
-                    stop_here, plan_due, self.writer.is_due(), self.writer.has_failed() or self.monitor.bad is not None
+                    stop_here, plan_due, self.writer.is_due(), self.writer.has_failed() or self.steps.has_failed()
                 )
                 if plan_due:
                     loss.item()  # waits for the device
-                    self._plan_steps(progress.training_seconds + time.perf_counter() - began)
+                    self._plan_steps(progress.training_seconds + self.timer.seconds())
                     pause = True
                 pause = pause or stopping or any(others) or engine.step != before + 1  # advanced by other peers
-            if not self._first_steps_left:
-                limit_waits()  # also where the only step of an epoch compiled, and was timed
             self.profile.finish()
-            began += self.profile.take_seconds()
-            self._collect_losses()
-            if self.time_plan:
-                self.time_plan.stop()
-            progress.training_seconds += time.perf_counter() - began
-            progress.data_wait_seconds += self.training.wait_seconds
-        if engine.any(self.monitor.bad is not None):
-            self._stop_on_non_finite()
+            self.steps.collect(progress)
+            self.timer.stop(progress, self.profile.take_seconds())
+        if engine.any(self.steps.has_failed()):
+            failure = self.steps.failure(progress)
+            self.writer.wait()
+            raise failure if engine.is_main else SystemExit(1)
         return stopping
 
     def _plan_steps(self, seconds: float) -> None:
         """Plan the number of steps; `seconds` is the training time of this epoch so far. Collective."""
-        assert self.time_plan is not None
+        time_plan = self.timer.time_plan
+        assert time_plan is not None
         spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
-        per_step = self.time_plan.seconds_per_step()
-        plan = Plan(**self.engine.broadcast_object(asdict(self.time_plan.make(self.engine.step, spent, per_step))))
+        per_step = time_plan.seconds_per_step()
+        plan = Plan(**self.engine.broadcast_object(asdict(time_plan.make(self.engine.step, spent, per_step))))
         seconds = spent + seconds_left(plan.total_steps, plan.after_step, per_step, self.engine.resizing)
         text = describe_plan(plan, per_step, seconds, self.steps_per_epoch)
         self.engine.schedule.set_plan(plan)
-        self.total_steps, self.time_plan = plan.total_steps, None
+        self.total_steps, self.timer.time_plan = plan.total_steps, None
         self.writer.update_facts({"total_steps": plan.total_steps, "plan": asdict(plan)})
         self.tracking.set_total(plan.total_steps)
         self.console.clock.total = plan.total_steps
         self.console.print_field("plan", text)
-
-    def _record_step(self, loss: Tensor, step: int) -> None:
-        """Record the step that the engine has just made or skipped."""
-        engine, monitor, index = self.engine, self.monitor, self.progress.step_in_epoch
-        if engine.norms and engine.is_main:
-            self._norms.append((step, engine.norms))
-        if not engine.skipped:
-            monitor.in_a_row = 0
-            monitor.add(step, index, loss, engine.grad_norm)
-            return
-        self.progress.skipped_steps += 1
-        monitor.in_a_row += 1
-        assert engine.grad_norm is not None  # by it, the engine decides what it skips
-        bad, images = describe(
-            engine,
-            check_finite(step, index, loss.item(), float(engine.grad_norm)),
-            self.training,
-            self.progress,
-            self._folder(),
-        )
-        self.console.print_field("skipped", f"step {bad.step:,}: {bad.what}; {images}")
-        if monitor.in_a_row == MAX_CONSECUTIVE_SKIPS:
-            raise_on_all_ranks(
-                engine,
-                f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or a gradient that is not finite; "
-                f"the last checkpoint is unchanged. {HINT}",
-            )
-
-    def _collect_losses(self) -> None:
-        """Wait for the device, and add the recorded losses to the sum of the epoch."""
-        losses = self.monitor.collect()
-        for step, norms in self._norms:
-            self.tracking.gradients(step, dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True)))
-        self._norms.clear()
-        for _, loss in losses:  # one by one, so that the sum does not depend on how many are read at once
-            self.progress.loss_sum += loss
-        self.progress.num_losses += len(losses)
-        self.tracking.losses(losses)
-
-    def _stop_on_non_finite(self) -> None:
-        """Raise NonFiniteLoss. Collective."""
-        bad, images = describe(self.engine, self.monitor.bad, self.training, self.progress, self._folder())
-        self.writer.wait()
-        if not self.engine.is_main:
-            raise SystemExit(1)
-        raise NonFiniteLoss(
-            f"{bad.what} at optimizer step {bad.step}; the last checkpoint is unchanged. {HINT}; "
-            "--skip-bad-steps skips "
-            f"such steps. Of that step, {images}"
-        )
 
     def _finish_epoch(self) -> None:
         """End an epoch that is not evaluated: the next line of metrics.jsonl covers it too. Collective."""
@@ -316,26 +214,16 @@ class Loop:
     def _evaluate_and_record(self) -> None:
         """Evaluate, write a line of metrics.jsonl, save a checkpoint at the end of an epoch, print. Collective."""
         engine, progress, ends_epoch = self.engine, self.progress, self._ends_epoch()
-        split = "validation" if "validation" in self.evaluation else "test"
-        results = self._evaluate(split)
-        best, waited, ends_early = progress.best_accuracy, 0, False
-        if split == "validation":  # the test split never selects a model
-            best = max(best, results[split][0].accuracy)
-            waited = 0 if best > progress.best_accuracy else (engine.step - progress.best_step) // self.steps_per_epoch
-            ends_early = self.patience is not None and waited >= self.patience and engine.step < self.total_steps
-            if ends_early or engine.step == self.total_steps:
-                results |= self._evaluate("test")
-        is_best = split == "validation" and best > progress.best_accuracy
-        if is_best:
-            progress.best_accuracy, progress.best_step = best, engine.step
-        is_last = ends_early or engine.step == self.total_steps
+        found = self.evaluation.run(progress, is_last=engine.step == self.total_steps)
+        progress.best_accuracy, progress.best_step = found.best_accuracy, found.best_step
+        is_last = found.ends_early or engine.step == self.total_steps
         saves = is_last or (ends_epoch and self.writer.is_due_after(progress.epoch + 1))
-        line = epoch_line(engine, progress, results, self.tracking.take_seconds(), ends_early)
+        line = epoch_line(engine, progress, found.results, self.tracking.take_seconds(), found.ends_early)
         if not ends_epoch:
             line["within_epoch"] = True
         if not saves:
             line["checkpoint"] = False
-        files = [*(["weights.safetensors"] if saves else []), *(["best.safetensors"] if is_best else [])]
+        files = [*(["weights.safetensors"] if saves else []), *(["best.safetensors"] if found.is_best else [])]
         snapshot = self._snapshot_of(files, state=saves) if files else None
         line["checkpoint_seconds"] = round(progress.checkpoint_seconds + (snapshot.seconds if snapshot else 0.0), 3)
         if self.record:
@@ -343,21 +231,21 @@ class Loop:
         self.progress = Progress(
             epoch=progress.epoch + int(ends_epoch),
             step_in_epoch=0 if ends_epoch else progress.step_in_epoch,
-            best_accuracy=progress.best_accuracy,
-            best_step=progress.best_step,
-            epochs_without_better=waited,
+            best_accuracy=found.best_accuracy,
+            best_step=found.best_step,
+            epochs_without_better=found.epochs_without_better,
             finished=is_last,
         )
-        self._set_next_evaluation()
-        splits = [name for name in results if not name.endswith("_raw")]
+        self.evaluation.set_next()
+        splits = [name for name in found.results if not name.endswith("_raw")]
         last_epoch = -(-self.total_steps // self.steps_per_epoch)
 
         def print_epoch() -> None:
             self.console.epoch(line, splits, last_epoch)
-            if ends_early:
+            if found.ends_early:
                 self.console.say(
-                    f"early stopping: no better validation accuracy than {100 * best:.2f}% for {waited} epochs "
-                    f"(--patience {self.patience})"
+                    f"early stopping: no better validation accuracy than {100 * found.best_accuracy:.2f}% "
+                    f"for {found.epochs_without_better} epochs (--patience {self.evaluation.patience})"
                 )
 
         if snapshot:
@@ -366,14 +254,6 @@ class Loop:
             print_epoch()
         if self.record:
             self.tracking.epoch(line)
-
-    def _evaluate(self, split: str) -> dict[str, tuple[EvalCounts, float]]:
-        """Evaluate a split with the EMA where there is one, and then also with the trained weights as `<split>_raw`."""
-        results, also_raw = {}, self.engine.ema is not None and self.evaluate_raw
-        for name, raw in [(split, False), *([(f"{split}_raw", True)] if also_raw else [])]:
-            began = time.perf_counter()
-            results[name] = self.engine.evaluate(self.evaluation[split].epoch(), raw=raw), time.perf_counter() - began
-        return results
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -388,6 +268,3 @@ class Loop:
         snapshot = self.writer.take_snapshot(self.progress)
         self.progress.checkpoint_seconds += snapshot.seconds
         self.writer.write(snapshot, self.progress)
-
-    def _folder(self) -> Path | None:
-        return self.record.folder if self.record else None

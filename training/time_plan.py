@@ -72,6 +72,15 @@ class TimePlan:
         return Plan(step, self.schedule.total, min(total, self.schedule.total) if self.only_shortens else total)
 
 
+def time_plan_of(
+    max_minutes: float | None, only_shortens: bool, schedule: Schedule, resizing: ProgressiveResizing
+) -> TimePlan | None:
+    """Return what plans a run of this training time; None without a limit, and where a resumed run has its plan."""
+    if not max_minutes or schedule.plan:
+        return None
+    return TimePlan(schedule, SECONDS_PER_MINUTE * max_minutes, resizing, only_shortens)
+
+
 def total_within(seconds: float, step: int, seconds_per_step: float, resizing: ProgressiveResizing) -> int:
     """Return the number of steps of a run that has made `step` steps and has `seconds` left; inverse of `seconds_left`.
 

@@ -15,6 +15,7 @@ from records.checkpoint_store import Checkpoints, Interval
 from records.run_folder import Progress, RunFolder
 from training import checkpoint_writer, loop
 from training.checkpoint_writer import CheckpointWriter, Snapshot
+from training.evaluation import Evaluated
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])
@@ -38,12 +39,10 @@ def test_what_follows_a_checkpoint_is_called_once_it_is_complete(tmp_path, monke
 def test_an_epoch_is_written_before_its_line_is_printed(monkeypatch):
     events = []
     training = loop.Loop.__new__(loop.Loop)
-    training.engine, training.progress, training.patience = (
-        SimpleNamespace(step=4, ema=None, weights=None),
-        Progress(),
-        1,
-    )
-    training.evaluation, training.steps_per_epoch, training.total_steps = {"test": None}, 4, 8
+    training.engine, training.progress = SimpleNamespace(step=4, ema=None, weights=None), Progress()
+    training.steps_per_epoch, training.total_steps = 4, 8
+    found = Evaluated({"test": None, "test_raw": None}, best_accuracy=-1.0, best_step=0)
+    training.evaluation = SimpleNamespace(run=lambda *_, **__: found, set_next=lambda: None)
     training.record = SimpleNamespace(append_metrics=lambda line: events.append("metrics"))
     training.tracking = SimpleNamespace(take_seconds=lambda: 0.0, epoch=lambda line: events.append("pictures"))
     training.console = SimpleNamespace(epoch=lambda line, splits, last: events.append(f"line {splits} of {last}"))
@@ -56,9 +55,6 @@ def test_an_epoch_is_written_before_its_line_is_printed(monkeypatch):
         take_snapshot=lambda *_: SimpleNamespace(seconds=0.0), write=write, is_due_after=lambda epoch: True
     )
     monkeypatch.setattr(loop, "epoch_line", lambda *_: {})
-    monkeypatch.setattr(training, "_evaluate", lambda split: {split: None, f"{split}_raw": None}, raising=False)
-    training.evaluate_every, training.evaluate_raw = loop.EVERY_EPOCH, True
     monkeypatch.setattr(training, "_ends_epoch", lambda: True, raising=False)
-    training._set_next_evaluation()
     training._evaluate_and_record()
     assert events == ["metrics", "checkpoint of epoch 1", "line ['test'] of 2", "pictures"]
