@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from common.paths import PROJECT
 from models import depthwise_kernel
-from models.depthwise_kernel import Launch
 from models.feed_forward import ConvMLP
 from models.parts import Dimensions
 
@@ -30,9 +29,9 @@ CASES = {
     "odd grid, class token, ragged channels": (2, 3, 70, 1, None),
     "odd grid, two prefix tokens": (1, 7, 48, 2, None),
     "the grid of speedrun": (2, 8, 40, 0, None),
-    "a program of two images, one left over": (3, 2, 48, 1, Launch(32, 1, 2, 2)),
-    "strips": (1, 7, 40, 1, Launch(32, 1, 3, 1)),
-    "strips of one column": (2, 3, 16, 0, Launch(16, 1, 1, 2)),
+    "a program of two images, one left over": (3, 2, 48, 1, (32, 1, 2, 2)),
+    "strips": (1, 7, 40, 1, (32, 1, 3, 1)),
+    "strips of one column": (2, 3, 16, 0, (16, 1, 1, 2)),
     "wider than a program takes whole": (1, 17, 16, 0, None),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +47,9 @@ TOLERANCES = {"fp32": 3e-6, "bf16": 4e-3, "bf16, interpreted": 8e-3}
 NAMES = ("y", "dx", "dweight", "dbias")
 
 
-def case(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], tuple[int, int], Launch | None]:
+def case(
+    name: str, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[list[Tensor], tuple[int, int], tuple[int, ...] | None]:
     images, grid, channels, num_prefix, how = CASES[name]
     torch.manual_seed(0)
     x = 2 * torch.randn(images, num_prefix + grid**2, channels)
@@ -77,11 +78,12 @@ def errors(found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
     }
 
 
-def by_kernel(tensors: list[Tensor], place: tuple[int, int], how: Launch | None) -> list[Tensor]:
-    x, weight, bias, dy = tensors
+def by_kernel(tensors: list[Tensor], place: tuple[int, int], how: tuple[int, ...] | None) -> list[Tensor]:
+    (x, weight, bias, dy), kernels = tensors, depthwise_kernel.kernels
+    launch = how and kernels.Launch(*how)
     return [
-        depthwise_kernel.run_forward(x, weight, bias, *place, how),
-        *depthwise_kernel.run_backward(x, weight, bias, dy, *place, how),
+        kernels.run_forward(x, weight, bias, *place, launch),
+        *kernels.run_backward(x, weight, bias, dy, *place, launch),
     ]
 
 
@@ -170,7 +172,7 @@ def found() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-needs_triton = pytest.mark.skipif(depthwise_kernel.triton is None, reason="no Triton")
+needs_triton = pytest.mark.skipif(depthwise_kernel.kernels is None, reason="no Triton")
 
 
 @needs_triton
@@ -211,7 +213,7 @@ def test_without_triton_the_operator_uses_pytorch_operations():
 
 
 def test_the_kernel_is_used_on_a_gpu_only_and_can_be_disabled(monkeypatch):
-    monkeypatch.setattr(depthwise_kernel, "triton", object())
+    monkeypatch.setattr(depthwise_kernel, "kernels", object())
     for dtype, device, expected in (
         (torch.bfloat16, "cuda", True),
         (torch.float64, "cuda", False),
