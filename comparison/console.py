@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from comparison.experiment import Experiment
@@ -49,7 +48,7 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], data: Data, run
         print('note: match = "parameters" in the experiment file resizes the option hidden of unequal variants')
     _print_costs(experiment, data, runs_dir)
     spread = spread_of(experiment, runs_dir, results_dir)
-    print(f"power     {statement(replace(experiment, seeds=experiment.max_seeds or experiment.seeds), spread)}")
+    print(f"power     {statement(experiment, spread)}")
     if spread is None:
         print(
             "note: no earlier run shows the spread between seeds; a pilot with --seeds 2 does, and its runs are reused"

@@ -128,9 +128,10 @@ def run_until_decided(
         failures |= run([task for key, task in tasks.items() if key[0] in (names[0], *active)])
         outcome = evaluate(accuracies_of(reached, tasks), names[0], looks, experiment.margin, len(names) - 1)
         if stop.number or outcome.looks < look.number:
-            break  # told to stop, or runs failed
+            break  # told to stop, or runs of the first variant failed
         for name in active:
-            print(f"{name}: {outcome.differences[name].sentence}")
+            if name in outcome.differences:
+                print(f"{name}: {outcome.differences[name].sentence}")
         active = outcome.active
         if not active:
             break

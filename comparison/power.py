@@ -19,6 +19,7 @@ import numpy as np
 
 from common.errors import RunError
 from comparison.experiment import Experiment
+from comparison.sequential import plan_looks
 from comparison.significance import ALPHA, detectable_effect, least_p, seeds_needed
 from records.run_folder import RunFolder
 
@@ -32,23 +33,32 @@ class Spread:
 
 
 def statement(experiment: Experiment, spread: Spread | None) -> str:
-    """Return one sentence on what the planned seeds can confirm, in points where a spread is known."""
-    comparisons = len(experiment.variants) - 1
-    effect = detectable_effect(experiment.seeds, comparisons)
-    plural = f"{comparisons} comparisons" if comparisons > 1 else "1 comparison"
+    """Return one sentence on what the planned seeds can confirm, in points where a spread is known.
+
+    With seeds in rounds, it is what the last look can confirm: at its seeds and its level.
+    """
+    comparisons, seeds, alpha = len(experiment.variants) - 1, experiment.seeds, ALPHA
+    tests = f"{comparisons} comparisons" if comparisons > 1 else "1 comparison"
+    tests += ", Bonferroni" if experiment.margin else ", Holm"
+    advice = "Use at least {} seeds (--seeds {})"
+    if experiment.max_seeds and experiment.round_seeds:
+        last = plan_looks(experiment.round_seeds, experiment.max_seeds)[-1]
+        seeds, alpha, advice = last.seeds, last.alpha, "Use a larger max_seeds, at least {}"
+        tests += f", level {alpha:.2g} of the last look"
+    effect = detectable_effect(seeds, comparisons, alpha)
     if effect is None:
-        needed = seeds_needed(comparisons)
+        needed = seeds_needed(comparisons, alpha)
         return (
-            f"{count_seeds(experiment.seeds)} cannot confirm any difference: p stays at or above "
-            f"{min(1.0, comparisons * least_p(experiment.seeds)):.2g} "
-            f"({plural}, Holm), and {ALPHA:g} is needed. Use at least {needed} seeds (--seeds {needed})"
+            f"{count_seeds(seeds)} cannot confirm any difference: p stays at or above "
+            f"{min(1.0, comparisons * least_p(seeds)):.2g} ({tests}), and {alpha:.2g} is needed. "
+            f"{advice.format(needed, needed)}"
         )
-    start = f"{count_seeds(experiment.seeds)} detect a true difference of "
+    start = f"{count_seeds(seeds)} detect a true difference of "
     if spread is None:
-        return f"{start}{effect:.2f} standard deviations of the paired differences with 80 % power ({plural}, Holm)"
+        return f"{start}{effect:.2f} standard deviations of the paired differences with 80 % power ({tests})"
     return (
         f"{start}{effect * spread.points:.2f} points with 80 % power "
-        f"({plural}, Holm; sd of paired differences {spread.points:.2f} points, from {spread.source})"
+        f"({tests}; sd of paired differences {spread.points:.2f} points, from {spread.source})"
     )
 
 

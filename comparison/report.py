@@ -83,9 +83,7 @@ def _compare(experiment: Experiment, results: list[VariantResult], split: str, e
     first, planned = results[0].name, len(experiment.variants) - 1
     if experiment.max_seeds and experiment.round_seeds and split == exploring:
         looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
-        outcome = evaluate(accuracies, first, looks, experiment.margin, planned)
-        if outcome.looks:
-            return outcome.differences
+        return evaluate(accuracies, first, looks, experiment.margin, planned).differences
     return compare(accuracies, first, experiment.margin, planned)
 
 

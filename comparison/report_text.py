@@ -10,7 +10,8 @@ import numpy as np
 from comparison.experiment import Experiment
 from comparison.power import count_seeds
 from comparison.results import SPLITS
-from comparison.significance import seeds_needed
+from comparison.sequential import plan_looks
+from comparison.significance import ALPHA, seeds_needed
 from comparison.tuning_report import tuning_markdown
 from config.differences import differences
 from config.own_parts import without_folders
@@ -146,18 +147,26 @@ def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -
         return ["No run is finished."]
     hardware, comparisons = report["hardware"], len(experiment.variants) - 1
     device = hardware["device"] if hardware["device"] != "CPU" else "CPU only"
+    correction = "Bonferroni" if experiment.margin else "Holm"
+    looks, level, fewest = [], f"p < {ALPHA:g}", seeds_needed(comparisons)
+    if experiment.max_seeds and experiment.round_seeds:
+        looks, level = plan_looks(experiment.round_seeds, experiment.max_seeds), "p below the level of a look"
+        fewest = seeds_needed(comparisons, max(look.alpha for look in looks))
     lines = [
         "Accuracy is that of the last epoch, never that of the best one. Differences are paired by seed. The interval "
         "is that of the paired t test, and not corrected for the number of variants. d is the mean difference divided "
         "by the standard deviation of the differences.",
-        "A difference is confirmed when the paired t test and the exact sign-flip test both give p < 0.05 after Holm "
-        f"correction for the {comparisons} planned comparison{'s' * (comparisons > 1)}. That takes at least "
-        f"{count_seeds(seeds_needed(comparisons))}. Preliminary: the interval excludes 0, but there are fewer seeds.",
+        f"A difference is confirmed when the paired t test and the exact sign-flip test both give {level} after "
+        f"{correction} correction for the {comparisons} planned comparison{'s' * (comparisons > 1)}. That takes at "
+        f"least {count_seeds(fewest)}. Preliminary: the interval excludes 0, but there are fewer seeds.",
     ]
+    if looks:
+        levels = ", ".join(f"{look.alpha:.2g} after {look.seeds} seeds" for look in looks)
+        lines.append(f"The levels of the looks are {levels}. They add up to {ALPHA:g}.")
     if experiment.margin:
         lines.append(
             f"Equivalent: two one-sided t tests place the difference within ±{experiment.margin:g} points "
-            "(p < 0.05 after Holm correction)."
+            f"({level} after {correction} correction)."
         )
     lines.append("FLOPs: forward pass of one image, matrix products and convolutions only; a multiply-add counts as 2.")
     for split in splits:

@@ -4,7 +4,7 @@ After each round (a look) the variants are tested at a part of the error rate of
 O'Brien-Fleming-type spending function of Lan and DeMets (Biometrika 70, 1983), and add up to 5 %. Hence all claims of
 all looks together are wrong in at most 5 of 100 comparisons, whatever the test (union bound). A decided variant gets no
 further seeds. A variant is dropped as hopeless when even the largest number of seeds would decide it with a probability
-below 10 %, given its current effect.
+below 10 %, given its current effect. One whose runs failed is left out of the looks, and nothing is claimed of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Outcome:
     """The state of a sequential comparison after the looks that its runs allow."""
 
     differences: dict[str, Difference]  # variant -> verdict at the look that decided or dropped it, else at the newest
-    active: list[str]  # variants without a decision
+    active: list[str]  # variants without a decision that took part in the newest look
     looks: int  # that were made
 
 
@@ -54,8 +54,9 @@ def evaluate(
 ) -> Outcome:
     """Repeat all looks that the finished seeds allow.
 
-    A look is made when every variant that is still active has its seeds. The result depends on the accuracies alone, so
-    it is the same while the comparison runs, after a restart, and in the report.
+    A look tests the variants that have all of its seeds, if the first one has them; a variant that lacks one does not
+    take part in this look and later ones. The result depends on the accuracies alone, so it is the same while the
+    comparison runs, after a restart, and in the report.
 
     Args:
         accuracies: variant -> seed -> accuracy in points.
@@ -66,9 +67,10 @@ def evaluate(
     made = 0
     for look in looks:
         seeds = range(look.seeds)
-        if not active or any(seed not in accuracies[name] for name in [first, *active] for seed in seeds):
+        ready = [name for name in [first, *active] if all(seed in accuracies[name] for seed in seeds)]
+        if first not in ready or len(ready) == 1:
             break
-        made = look.number
+        active, made = ready[1:], look.number
         now = {name: {seed: accuracies[name][seed] for seed in seeds} for name in [first, *active]}
         for name, one in compare(now, first, margin, planned, look.alpha).items():
             note = f" (look {look.number} of {len(looks)}, level {look.alpha:.2g})"
@@ -81,7 +83,8 @@ def evaluate(
                 one = replace(one, sentence=one.sentence + note)
             found[name] = one
             active.remove(name)
-    return Outcome(found, active, made)
+    untested = {name: by_seed for name, by_seed in accuracies.items() if name not in found}
+    return Outcome(compare(untested, first, margin, planned, alpha=None) | found, active, made)
 
 
 def is_hopeless(one: Difference, last: Look, margin: float | None, planned: int) -> bool:

@@ -7,11 +7,13 @@ Accuracies and differences are in points (percent). For each variant:
     p            two tests, both two-sided: paired t, and the exact sign-flip test. The sign-flip p is the share of all
                  2^n ways to sign the differences whose mean is at least as far from 0. It cannot go below 2 / 2^n.
     Holm         each p is corrected for the number of PLANNED comparisons, including variants whose runs failed. All
-                 claims of a report together are wrong in at most 5 of 100 reports.
+                 claims of a report together are wrong in at most 5 of 100 reports. With a margin, Bonferroni's
+                 correction takes the place of Holm's: each variant then has two hypotheses, of which at most one is
+                 true, and rejecting one of them does not make the other claims safer.
     d            standardized effect: mean difference / standard deviation of the differences (Cohen's d_z).
-    equivalence  two one-sided t tests (TOST) against a margin that the experiment names, with Holm as above.
+    equivalence  two one-sided t tests (TOST) against a margin that the experiment names, corrected as above.
 
-A difference is confirmed when both tests, after Holm correction, give p < 0.05.
+A difference is confirmed when both tests, after correction, give p < 0.05. Power is that of both tests together.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ EXACT_SEEDS = 40  # up to here all 2^n sign patterns are counted; beyond, RESAMP
 RESAMPLES = 99_999
 LEAST_SEEDS_EQUIVALENT = 5  # below this the t distribution of so few differences is no basis for "equivalent"
 MOST_SEEDS = 2000  # end of the search for a number of seeds
+FINE_PATTERNS = 25  # sign patterns that may reject: with more, the sign-flip test has the power of the t test
+SIMULATED_SUMS = 2**22  # of differences, for the power with few seeds: 4,000 comparisons of 10 seeds, 500 of 13
 CONFIRMED = ("confirmed better", "confirmed worse")
 
 
@@ -62,7 +66,7 @@ def compare(
     first: str,
     margin: float | None = None,
     planned: int | None = None,
-    alpha: float = ALPHA,
+    alpha: float | None = ALPHA,
 ) -> dict[str, Difference]:
     """Compare every other variant with `first`; variants that share no seed with it are left out.
 
@@ -70,8 +74,9 @@ def compare(
         accuracies: variant -> seed -> accuracy in points.
         margin: points within which a difference does not matter; None makes no claim of equivalence.
         planned: number of comparisons that were planned; by default that of the other variants in `accuracies`.
-        alpha: error rate of all claims together.
+        alpha: error rate of all claims together; None: nothing is tested, because runs are missing.
     """
+    correct = bonferroni if margin else holm
     planned = planned or max(1, len(accuracies) - 1)
     paired: dict[str, dict[int, float]] = {}
     for variant, by_seed in accuracies.items():
@@ -79,9 +84,9 @@ def compare(
         if variant != first and common:
             paired[variant] = {seed: by_seed[seed] - accuracies[first][seed] for seed in common}
     values = [list(by_seed.values()) for by_seed in paired.values()]
-    flips = holm([sign_flip_p(one) for one in values], planned)
-    t_tests = holm([paired_t_p(one) if len(one) > 1 else 1.0 for one in values], planned)
-    equivalences = holm([tost_p(one, margin) if margin and len(one) > 1 else 1.0 for one in values], planned)
+    flips = correct([sign_flip_p(one) for one in values], planned)
+    t_tests = correct([paired_t_p(one) if len(one) > 1 else 1.0 for one in values], planned)
+    equivalences = correct([tost_p(one, margin) if margin and len(one) > 1 else 1.0 for one in values], planned)
     return {
         variant: verdict_for(by_seed, flip, t_test, equivalent, planned, margin, alpha)
         for (variant, by_seed), flip, t_test, equivalent in zip(
@@ -175,43 +180,76 @@ def holm(p_values: list[float], num_comparisons: int) -> list[float]:
     return corrected
 
 
+def bonferroni(p_values: list[float], num_comparisons: int) -> list[float]:
+    """Return each p times the number of comparisons, at most 1."""
+    return [min(1.0, num_comparisons * p) for p in p_values]
+
+
 # --- power ----------------------------------------------------------------------------------------------------------
 
 
-def seeds_needed(num_comparisons: int) -> int:
+def seeds_needed(num_comparisons: int, alpha: float = ALPHA) -> int:
     """Return the fewest seeds with which a difference can be confirmed, however large it is."""
-    return next(n for n in range(2, 1100) if num_comparisons * least_p(n) < ALPHA)
+    return next(n for n in range(2, 1100) if num_comparisons * least_p(n) < alpha)
 
 
 def power_of(effect: float, num_seeds: int, num_comparisons: int, alpha: float = ALPHA) -> float:
-    """Return the power of the paired t test for a true d_z, at the strictest level that Holm's correction asks for."""
-    if num_seeds < 2:
+    """Return the power of both tests for a true d_z, at the strictest level that the correction asks for."""
+    if num_seeds < seeds_needed(num_comparisons, alpha):
         return 0.0
-    critical = _critical_t(alpha / num_comparisons, num_seeds - 1)
-    power = float(stats.nct.sf(critical, num_seeds - 1, abs(effect) * math.sqrt(num_seeds)))
+    level = alpha / num_comparisons
+    if level < FINE_PATTERNS * least_p(num_seeds):
+        return float(np.mean(_least_effects(num_seeds, level) < abs(effect)))
+    power = float(stats.nct.sf(_critical_t(level, num_seeds - 1), num_seeds - 1, abs(effect) * math.sqrt(num_seeds)))
     return 1.0 if math.isnan(power) else power  # scipy's noncentral t returns NaN far beyond power 1
 
 
-def detectable_effect(num_seeds: int, num_comparisons: int) -> float | None:
+@cache
+def _least_effects(num_seeds: int, level: float) -> np.ndarray:
+    """Return, for random comparisons of few seeds, the true d_z from which on both tests reject: (R,).
+
+    The differences are z + d, with z from the standard normal distribution. The t test rejects when d exceeds
+    t s / sqrt(n) - mean(z). Flipping the signs of a set of differences keeps their sum as large when the sum over the
+    set is at most 0, which is when d <= -mean(z over the set). At most `most` sets may do so, the empty one included.
+    """
+    z = np.random.default_rng(0).standard_normal((min(4000, max(200, SIMULATED_SUMS >> num_seeds)), num_seeds))
+    error = z.std(axis=1, ddof=1) / math.sqrt(num_seeds)
+    of_t = _critical_t(level, num_seeds - 1) * error - z.mean(axis=1)
+    most = math.ceil(level / least_p(num_seeds)) - 1  # p < level
+    sizes = _subset_sums(np.ones(num_seeds))[1:]
+    of_flips = [np.partition(-_subset_sums(row)[1:] / sizes, -most)[-most] for row in z]
+    return np.maximum(of_t, of_flips)
+
+
+def _subset_sums(values: np.ndarray) -> np.ndarray:
+    """Return the sums over all subsets of n values, the empty one first: (2^n,)."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums, sums + value])
+    return sums
+
+
+def detectable_effect(num_seeds: int, num_comparisons: int, alpha: float = ALPHA) -> float | None:
     """Return the smallest d_z that is confirmed with 80 % power; None where these seeds can confirm nothing."""
-    if num_seeds < seeds_needed(num_comparisons):
+    if num_seeds < seeds_needed(num_comparisons, alpha):
         return None
     low, high = 0.0, 20.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if power_of(middle, num_seeds, num_comparisons) >= POWER else (middle, high)
+        low, high = (low, middle) if power_of(middle, num_seeds, num_comparisons, alpha) >= POWER else (middle, high)
     return high
 
 
-def seeds_for(effect: float | None, num_comparisons: int) -> int | None:
+def seeds_for(effect: float | None, num_comparisons: int, alpha: float = ALPHA) -> int | None:
     """Return the seeds that confirm a true d_z with 80 % power; None where that takes more than MOST_SEEDS."""
-    low = seeds_needed(num_comparisons)
-    if effect is None or power_of(effect, MOST_SEEDS, num_comparisons) < POWER:
+    low = seeds_needed(num_comparisons, alpha)
+    if effect is None or power_of(effect, MOST_SEEDS, num_comparisons, alpha) < POWER:
         return None
     high = MOST_SEEDS
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if power_of(effect, middle, num_comparisons) >= POWER else (middle + 1, high)
+        enough = power_of(effect, middle, num_comparisons, alpha) >= POWER
+        low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
 
@@ -225,9 +263,13 @@ def verdict_for(
     p_equivalent: float,
     planned: int,
     margin: float | None,
-    alpha: float = ALPHA,
+    alpha: float | None = ALPHA,
 ) -> Difference:
-    """Return the verdict on one variant and the sentence that states it: the effect first, then how to read it."""
+    """Return the verdict on one variant and the sentence that states it: the effect first, then how to read it.
+
+    Args:
+        alpha: None makes no claim, because runs are missing.
+    """
     differences = list(by_seed.values())
     n, mean, half, effect = len(differences), float(np.mean(differences)), None, None
     if n > 1:
@@ -256,12 +298,15 @@ def verdict_for(
         )
     if half is None:
         return difference("inconclusive", f"{mean:+.2f} points (n = 1)", ". One seed gives no interval")
-    correction = f" after Holm correction for {planned} comparisons" if planned > 1 else ""
+    kind = "Bonferroni" if margin else "Holm"
+    correction = f" after {kind} correction for {planned} comparisons" if planned > 1 else ""
     numbers = (
         f"{mean:+.2f} points (95 % CI {mean - half:+.2f} to {mean + half:+.2f}, n = {n}; "
         f"{_p(p_t_corrected)} paired t, {_p(p_corrected)} sign-flip{correction}"
         + (f"; d = {effect:.1f})" if effect is not None else ")")
     )
+    if alpha is None:
+        return difference("inconclusive", numbers, ". Not tested, because runs are missing")
     is_equivalent = bool(margin) and n >= LEAST_SEEDS_EQUIVALENT and p_equivalent < alpha
     excludes_zero = abs(mean) > half
     if excludes_zero and max(p_corrected, p_t_corrected) < alpha:
@@ -269,14 +314,16 @@ def verdict_for(
         return difference(CONFIRMED[mean < 0], numbers, small)
     if is_equivalent:
         return difference("equivalent", numbers, f" within ±{margin:g} points ({_p(p_equivalent)})")
-    if excludes_zero and n < seeds_needed(planned):
-        needed = seeds_needed(planned)
+    needed = seeds_needed(planned, alpha)
+    if excludes_zero and n < needed:
         return difference(
             "preliminary", numbers, f". Not confirmed: that needs at least {needed} seeds (--seeds {needed})"
         )
-    seeds = seeds_for(effect, planned)
+    seeds = seeds_for(effect, planned, alpha)
     what = "confirm a difference of this size with 80 % power"
-    advice = f". About {seeds} seeds would {what}" if seeds else f". No feasible number of seeds would {what}"
+    advice = (
+        f". About {max(seeds, n + 1)} seeds would {what}" if seeds else f". No feasible number of seeds would {what}"
+    )
     return difference("inconclusive", numbers, advice)
 
 

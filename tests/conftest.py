@@ -162,7 +162,7 @@ def without_advice(monkeypatch):
     """Verdicts without the number of seeds that they advise, which takes most of the time of a simulation."""
     from comparison import significance
 
-    monkeypatch.setattr(significance, "seeds_for", lambda effect, num_comparisons: None)
+    monkeypatch.setattr(significance, "seeds_for", lambda *_: None)
 
 
 @pytest.fixture

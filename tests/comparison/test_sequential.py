@@ -46,6 +46,18 @@ def test_a_clear_difference_is_decided_early_and_a_restart_gives_the_same():
     assert evaluate(fewer, "a", looks, None, 1).looks == 0  # a look needs all its runs
 
 
+def test_a_variant_whose_run_failed_does_not_keep_the_others_from_their_looks():
+    rng, looks = np.random.default_rng(1), plan_looks(16, 32)
+    accuracies = {name: dict(enumerate(rng.normal(mean, 1, 16))) for name, mean in (("a", 50), ("b", 55), ("c", 55))}
+    del accuracies["c"][3]
+    outcome = evaluate(accuracies, "a", looks, None, 2)
+    assert outcome.looks == 1 and outcome.active == [] and outcome.differences["b"].verdict == "confirmed better"
+    assert outcome.differences["c"].verdict == "inconclusive" and "Not tested" in outcome.differences["c"].sentence
+    del accuracies["a"][0]  # without the first variant there is no look
+    outcome = evaluate(accuracies, "a", looks, None, 2)
+    assert outcome.looks == 0 and {one.verdict for one in outcome.differences.values()} == {"inconclusive"}
+
+
 def test_a_margin_decides_equivalence_instead_of_dropping():
     rng, looks = np.random.default_rng(3), plan_looks(8, 32)
     accuracies = {name: dict(enumerate(rng.normal(50, 0.3, 32))) for name in "ab"}
@@ -95,8 +107,24 @@ def test_compare_drops_a_hopeless_variant_and_runs_the_others_on(ask, invented, 
 
 def test_a_failed_run_ends_the_rounds_and_is_reported(ask, invented, tmp_path):
     invented.fails["gated-seed5"] = "error: the loss is nan"
+    for seed in range(6):
+        invented.accuracy |= {f"plain-seed{seed}": 0.5 + seed / 1000, f"gated-seed{seed}": 0.9}
     code, _, err = ask(ROUNDS + VARIANTS)
     assert code == 1 and "missing: gated-seed5" in err and len(invented.started) == 12
+    difference = report(tmp_path)[1]["results"]["validation"][1]["difference"]
+    assert difference["verdict"] == "inconclusive" and "Not tested" in difference["sentence"]
+
+
+def test_the_plan_and_the_report_state_the_levels_of_the_looks(ask, invented, tmp_path):
+    _, out, _ = ask(ROUNDS + VARIANTS, "--dry-run")
+    assert "18 seeds detect a true difference of" in out and "(1 comparison, Holm, level 0.034 of the last look)" in out
+    few = ROUNDS.replace("seeds = 6", "seeds = 5").replace("18", "6")
+    _, out, _ = ask(few + VARIANTS, "--dry-run")
+    assert "6 seeds cannot confirm any difference: p stays at or above 0.031 (1 comparison, Holm, level 0.018" in out
+    assert "Use a larger max_seeds, at least" in out
+    ask(ROUNDS + VARIANTS)
+    text = report(tmp_path)[0]
+    assert "both give p below the level of a look after Holm" in text and "0.00069 after 6 seeds" in text
 
 
 @pytest.mark.parametrize(

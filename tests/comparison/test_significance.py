@@ -132,6 +132,39 @@ def test_at_most_5_percent_of_real_differences_are_called_equivalent(without_adv
     assert wrong / 2000 <= 0.06
 
 
+def test_with_a_margin_all_claims_together_are_wrong_in_at_most_5_percent(without_advice):
+    """One variant is equal to the first, the other differs by exactly the margin: both kinds of claims can be wrong."""
+    rng, wrong = np.random.default_rng(7), 0
+    for _ in range(2000):
+        accuracies = {
+            name: dict(enumerate(rng.normal(mean, 0.5, 12))) for name, mean in (("a", 50), ("b", 50), ("c", 51))
+        }
+        found = compare(accuracies, "a", margin=1.0)
+        wrong += found["b"].verdict in CONFIRMED or found["c"].verdict == "equivalent"
+    assert wrong / 2000 <= 0.06
+
+
+@pytest.mark.parametrize(("seeds", "comparisons"), [(6, 1), (8, 5), (9, 10), (12, 2)])
+def test_power_is_that_of_both_tests_also_with_the_fewest_seeds(seeds, comparisons):
+    """One real difference among variants without any, which Holm's correction treats at its strictest level."""
+    effect, rng = detectable_effect(seeds, comparisons), np.random.default_rng(8)
+    found = 0
+    for _ in range(1000):
+        differences = list(rng.normal(effect, 1, seeds))
+        found += comparisons * max(sign_flip_p(differences), paired_t_p(differences)) < 0.05
+    assert found / 1000 == pytest.approx(0.8, abs=0.04)
+
+
+def test_the_advice_is_more_seeds_than_there_are():
+    found = of([1.0, 1.0, 1.0, 1.0, 1.0, -0.1])
+    assert found.verdict == "inconclusive" and "About 7 seeds would confirm" in found.sentence
+
+
+def test_nothing_is_claimed_without_a_level():
+    found = compare({"a": dict.fromkeys(range(9), 50.0), "b": dict(enumerate(50 + v for v in CLEAR))}, "a", alpha=None)
+    assert found["b"].verdict == "inconclusive" and found["b"].sentence.endswith("Not tested, because runs are missing")
+
+
 def test_the_power_statement_agrees_with_simulated_experiments():
     effect, rng = detectable_effect(9, 2), np.random.default_rng(6)
     found = 0
