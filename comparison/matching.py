@@ -55,7 +55,7 @@ def _resize(variant: Variant, preset: str, target: int, cost_in: Callable[[Varia
     try:
         found = {size: cost_in(at(size)) for size in (START, 2 * START)}
     except SettingsError:
-        return variant  # the part has no such option, or only certain values of it
+        return variant  # the part has no such option
     for _ in range(STEPS):
         (low, low_cost), (high, high_cost) = sorted(found.items(), key=lambda item: abs(item[1] - target))[:2]
         if low_cost == high_cost:
@@ -63,7 +63,10 @@ def _resize(variant: Variant, preset: str, target: int, cost_in: Callable[[Varia
         size = max(1, round(low + (target - low_cost) * (high - low) / (high_cost - low_cost)))
         if size in found:
             break
-        found[size] = cost_in(at(size))
+        try:
+            found[size] = cost_in(at(size))
+        except SettingsError:
+            break  # the part takes only certain sizes
     best = min(found, key=lambda size: abs(found[size] - target))
     has_effect = len(set(found.values())) > 1
     return at(best) if has_effect else variant

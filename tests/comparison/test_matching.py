@@ -38,6 +38,29 @@ def test_every_part_with_a_hidden_size_is_matched_within_1_percent(read_text, qu
 OTHER_OPTIMIZER: list[str] = []
 
 
+EVEN = """from torch import nn
+
+
+class Even(nn.Module):
+    def __init__(self, dims, hidden: int = 64):
+        super().__init__()
+        if hidden % 64:
+            raise ValueError("hidden must be a multiple of 64")
+        self.layers = nn.Sequential(nn.Linear(dims.width, hidden), nn.GELU(), nn.Linear(hidden, dims.width))
+
+    def forward(self, x):
+        return self.layers(x)
+"""
+
+
+def test_a_part_that_takes_only_certain_sizes_gets_the_nearest_one_that_was_tried(read_text, tmp_path):
+    (tmp_path / "mine.py").write_text(EVEN)
+    text = 'match = "parameters"\nmodel.feed_forward_options.hidden = 90\n' + COMMON
+    experiment = read_text(text + UNSIZED.replace("geglu", f"{tmp_path}/mine.py:Even"))
+    assert experiment.variants[1].settings.model.feed_forward_options["hidden"] in (64, 128)
+    assert unequal_costs(experiment, costs(experiment, 10, 32))["gated"]
+
+
 def test_a_size_that_fits_is_kept(read_text):
     experiment = read_text('match = "parameters"\n' + COMMON + VARIANTS)
     assert experiment.variants[1].settings.model.feed_forward_options == {"hidden": 32}
