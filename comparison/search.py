@@ -11,7 +11,7 @@
     pruner = "asha"                 # default; or "none": every trial trains to its end
     min_evaluations = 1             # with "asha": evaluations before a trial can be pruned (default: 1)
     reduction_factor = 3            # with "asha": one in so many trials continues after each rung (default: 3)
-    seed = 0                        # of the sampler, and of every trial (default: 0)
+    seed = 1000000                  # of the sampler, and of every trial (default: 1000000, which no comparison has)
 
     [search.space]
     optimizer.params.lr = { low = 1e-4, high = 1e-2, log = true }
@@ -37,6 +37,7 @@ from common.errors import SettingsError, unknown
 from comparison.experiment import Experiment, Variant
 from comparison.experiment_file import NAME
 from comparison.search_space import Choice, Range, is_number, is_whole, read_space
+from comparison.tuning import FIRST_SEED
 from config.differences import leaves
 from config.settings import Settings, resolve
 
@@ -61,7 +62,7 @@ SEARCH_KEYS: dict[str, Any] = {
     "pruner": "asha",
     "min_evaluations": 1,
     "reduction_factor": 3,
-    "seed": 0,
+    "seed": FIRST_SEED,
     "space": None,
 }
 SAMPLERS, PRUNERS = ("tpe", "random"), ("asha", "none")

@@ -26,7 +26,7 @@ from comparison.planned_run import PlannedRun
 from comparison.planning import Data, make_task
 from comparison.run_queue import check_existing_runs
 from comparison.search import Search, describe
-from comparison.search_study import ALIVE, OWNER, REASON, SAME_AS, best_of, choose_sampler, has_owner, trials_of
+from comparison.search_study import ALIVE, OWNER, REASON, SAME_AS, best_of, choose_sampler, has_owner, lock, trials_of
 from records.run_folder import RunFolder
 
 POLL_SECONDS = 0.2  # between checks of the child processes
@@ -72,7 +72,8 @@ class SearchRuns:
         self.slots, self.stop, self.start, self.extra = slots, stop, start, extra
         self.owner = f"{socket.gethostname()} {os.getpid()}"
         self.running: dict[int, Running] = {}
-        choose_sampler(search, study)
+        with lock(runs):
+            choose_sampler(search, study)
 
     def run(self) -> None:
         """Train until the study has all its trials, or until `stop` is requested; then running ones save first."""
@@ -106,47 +107,40 @@ class SearchRuns:
         trials = trials_of(self.search, self.study)
         if len(trials) == self.search.trials and all(trial.state.is_finished() for trial in trials):
             return None
-        begun = [self.task_of(trial.number, trial.params) for trial in trials]
+        begun = []
+        for trial in trials:
+            with suppress(SettingsError):  # a failed trial, whose values do not fit together
+                begun.append(self.task_of(trial.number, trial.params))
         try:
-            check_existing_runs([task for task in begun if task and RunFolder(task.folder).exists], redo=False)
+            check_existing_runs([task for task in begun if RunFolder(task.folder).exists], redo=False)
         except RunError as error:
             return str(error)
         return None
 
-    def task_of(self, number: int, values: dict[str, Any]) -> PlannedRun | None:
-        """Return the run of a trial; None where its values do not fit together."""
-        name = f"trial-{number:04d}"
-        with suppress(SettingsError):
-            variant = self.search.variant(name, values)
-            steps = int(self.search.experiment.budget_amount) if self.search.experiment.budget == "steps" else None
-            task = make_task(self.search.experiment, variant, self.search.seed, self.data, self.runs / name, steps)
-            return replace(task, variant="search", arguments=[*task.arguments, *self.extra])
-        return None
+    def task_of(self, number: int, values: dict[str, Any]) -> PlannedRun:
+        """Return the run of a trial. Raises SettingsError where its values do not fit together, or not to the data."""
+        name, experiment = f"trial-{number:04d}", self.search.experiment
+        variant = self.search.variant(name, values)
+        steps = int(experiment.budget_amount) if experiment.budget == "steps" else None
+        task = make_task(experiment, variant, self.search.seed, self.data, self.runs / name, steps)
+        return replace(task, variant="search", arguments=[*task.arguments, *self.extra])
 
     # --- one trial ---------------------------------------------------------------------------------------------------
 
     def _begin(self, slot: int) -> bool:
         """Start or resume a trial on a free slot. Returns whether the study may have more for this process."""
-        trial = self._abandoned()
+        trial = self._claim()
         if trial is None:
-            if len(trials_of(self.search, self.study)) >= self.search.trials:
-                return False
-            trial = self.study.ask()
-            if trial.number >= self.search.trials:  # another machine was faster
-                self.study.tell(trial, state=TrialState.FAIL)
-                return False
-        self._note(trial)
+            return False
         values = {name: its.suggest(trial, name) for name, its in self.search.space.items()}
         if twin := self._twin(trial, values):
             trial.set_user_attr(SAME_AS, twin.number)
             self._tell(trial, twin.value, TrialState.COMPLETE, f"same values as trial-{twin.number:04d}")
             return True
-        task = self.task_of(trial.number, values)
-        if task is None:
-            try:
-                self.search.variant("trial", values)
-            except SettingsError as error:
-                self._tell(trial, None, TrialState.FAIL, str(error))
+        try:
+            task = self.task_of(trial.number, values)
+        except SettingsError as error:
+            self._tell(trial, None, TrialState.FAIL, str(error))
             return True
         verb = "resumed" if RunFolder(task.folder).exists else "started"
         task.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -156,11 +150,24 @@ class SearchRuns:
         self._say(f"{task.name} {verb}: {describe(values)}")
         return True
 
+    def _claim(self) -> Trial | None:
+        """Return a trial that this process now works on: one that was abandoned, else a new one; None without any."""
+        with lock(self.runs):  # two processes must not take the same one
+            trial = self._abandoned()
+            if trial is None and len(trials_of(self.search, self.study)) < self.search.trials:
+                trial = self.study.ask()
+            if trial is not None:
+                self._note(trial)
+            return trial
+
     def _abandoned(self) -> Trial | None:
         """Return a trial that no process works on any more, if there is one."""
         mine = {one.trial.number for one in self.running.values()}
         for frozen in trials_of(self.search, self.study):
-            if frozen.state == TrialState.RUNNING and frozen.number not in mine and not has_owner(frozen):
+            # This process's own number on a trial that it does not train is that of an earlier process, as in a
+            # container, where each is number 1.
+            is_free = not has_owner(frozen) or frozen.user_attrs.get(OWNER) == self.owner
+            if frozen.state == TrialState.RUNNING and frozen.number not in mine and is_free:
                 return Trial(self.study, frozen._trial_id)
         return None
 

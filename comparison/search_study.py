@@ -6,10 +6,13 @@ trials it works on, so that others resume those of a process that was killed.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -18,8 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 from common.errors import RunError
 from common.paths import near_path
 from comparison.search import Search
+from records.run_folder import ASIDE
 
-STUDY = "study.db"
+STUDY, LOCK = "study.db", "study.lock"
 STALE_SECONDS = 300.0  # after the last note, another machine takes the trial over; clocks may differ by a minute
 OWNER, ALIVE, REASON, SAME_AS = "owner", "alive", "reason", "same_as"  # attributes of a trial in the study
 DEFINITION, WORKERS = "definition", "workers"  # attributes of the study
@@ -45,9 +49,10 @@ def open_study(search: Search, runs: Path, redo: bool) -> optuna.Study:
         if not changed:
             return study
         if not redo:
+            go_on = f", or write seed = {before['seed']} under [search] to go on with it" if changed == ["seed"] else ""
             raise RunError(
                 f"{near_path(runs)} holds a search of another {' and '.join(changed)}; add --redo-changed to "
-                "rename it aside and start again, or rename the experiment file"
+                f"rename it aside and start again, or rename the experiment file{go_on}"
             )
         rename_aside(runs)
     runs.mkdir(parents=True, exist_ok=True)
@@ -59,7 +64,7 @@ def open_study(search: Search, runs: Path, redo: bool) -> optuna.Study:
 def rename_aside(runs: Path) -> None:
     """Rename a search with all its runs; nothing is deleted."""
     number = 1
-    while (aside := runs.with_name(f"{runs.name}.old-{number}")).exists():
+    while (aside := runs.with_name(f"{runs.name}{ASIDE}{number}")).exists():
         number += 1
     runs.rename(aside)
 
@@ -79,6 +84,15 @@ def _load(search: Search, runs: Path) -> optuna.Study:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{near_path(runs / STUDY)} cannot be used as a study ({reason}); move it away") from error
     return study
+
+
+@contextmanager
+def lock(runs: Path) -> Iterator[None]:
+    """Keep other processes from taking a trial; without effect on a file system without locks."""
+    with (runs / LOCK).open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def choose_sampler(search: Search, study: optuna.Study) -> None:

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import compare
 from comparison.search import as_overrides, check_space, read_search
 from comparison.search_space import read_space
 from comparison.search_study import choose_sampler, has_owner
+from comparison.tuning import FIRST_SEED
 from records.run_folder import RunFolder
 
 EPOCHS = 4
@@ -238,6 +240,57 @@ def test_a_search_finds_the_learning_rate_and_keeps_pruned_runs(find, training, 
     assert code == 1 and "holds a search of another space; add --redo-changed" in err
     assert find(changed, "--redo-changed")[0] == 0 and training.started == ["trial-0006", "trial-0000"]
     assert (tmp_path / "runs" / "gates.old-1" / "trial-0006").is_dir()
+
+
+def test_a_trial_that_does_not_fit_the_data_has_failed_and_says_why(find, training, tmp_path):
+    code, out, _ = find(FILE.replace("model.depth", "train_batch_size = [32, 4096]\nmodel.depth"))
+    assert code == 1 and "train_batch_size=4096 is more than the" in out
+    states = {row["state"] for row in report_of(tmp_path)["trials"]}
+    assert "not finished" not in states and "failed" in states
+
+
+def test_no_seed_of_the_suggested_comparison_has_chosen_the_trial(find, training, tmp_path):
+    assert find()[0] == 0
+    assert {json.loads(path.read_text())["seed"] for path in tmp_path.glob("runs/gates/*/run.json")} == {FIRST_SEED}
+    assert "compare the two on other seeds" in (tmp_path / "results" / "gates" / "search.md").read_text()
+    code, _, err = find(FILE.replace("trials = 6", "trials = 6\nseed = 0"))
+    assert code == 1 and "write seed = 1000000 under [search] to go on with it" in err
+    assert find(FILE.replace("trials = 6", "trials = 6\nseed = 0"), "--redo-changed")[0] == 0
+    assert "seed 0 favors the trial" in (tmp_path / "results" / "gates" / "search.md").read_text()
+
+
+def test_a_trial_of_an_earlier_process_with_the_same_number_is_resumed(find, training, monkeypatch, tmp_path):
+    """As in a container, where every process is number 1."""
+
+    def kill(run):
+        if run.name == "trial-0001":
+            raise SystemExit(9)
+
+    training.on_poll = kill
+    with pytest.raises(SystemExit):
+        find()
+    training.on_poll = lambda run: None
+    training.started.clear()
+    assert find()[0] == 0 and training.started[0] == "trial-0001"  # this process made the note itself
+
+
+def test_two_processes_never_claim_the_same_trial(tmp_path):
+    """The second one waits until the first one has noted its claim."""
+    from comparison.search_study import lock
+
+    order = []
+
+    def second():
+        with lock(tmp_path):
+            order.append("second")
+
+    with lock(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_a_stopped_and_a_killed_search_resume(find, training, monkeypatch, tmp_path):
