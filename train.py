@@ -47,6 +47,7 @@ def main() -> int:
     from parallel.peers.setup import meeting_of
     from parallel.process_group import limit_waits, pick_device
     from parallel.strategies import engine_class
+    from records.provenance import remember_source
     from training.evaluation import Evaluation
     from training.loop import Loop
     from training.micro_batch import MicroBatch, OutOfMemory
@@ -62,6 +63,8 @@ def main() -> int:
     )
     from training.run_start import start_run
     from training.time_plan import time_plan_of
+
+    remember_source()
 
     # 1. This process: signals, its rank, what it prints
     stop, console = start_process(args.verbosity, args.deterministic, args.tensorboard, args.wandb, args.mlflow)

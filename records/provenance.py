@@ -120,6 +120,19 @@ def commit_text(facts: Mapping[str, Any], length: int | None = None) -> str:
 # --- source code ----------------------------------------------------------------------------------------------------
 
 
+_imported: dict[str, str] = {}  # digests of files as they were when this process imported them
+
+
+def remember_source() -> None:
+    """Record the digests of the files imported so far, for `source_code`. Call it right after importing them.
+
+    What a process runs is what it imported, even if a file is edited before the run folder is written.
+    """
+    for path in source_files():
+        if path not in _imported and (digest := digest_of(path)) is not None:
+            _imported[path] = digest
+
+
 def source_code(own_parts: Iterable[Path] = ()) -> dict[str, Any]:
     """Return a fingerprint of the Python files that this process has imported from the project.
 
@@ -129,7 +142,8 @@ def source_code(own_parts: Iterable[Path] = ()) -> dict[str, Any]:
         `fingerprint`: one digest of all; `files`: path relative to the project -> digest (SHA-256, 16 hex digits).
         User-defined parts outside the project have paths that start with `../`.
     """
-    files = {path: digest for path in source_files(own_parts) if (digest := digest_of(path)) is not None}
+    digests = {path: _imported.get(path) or digest_of(path) for path in source_files(own_parts)}
+    files = {path: digest for path, digest in digests.items() if digest is not None}
     text = "".join(f"{path} {digest}\n" for path, digest in files.items())
     return {"fingerprint": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16], "files": files}
 
@@ -211,7 +225,7 @@ def write_code_diff(folder: Path, code: Mapping[str, Any]) -> Path | None:
     Files that git does not track are included in full. Without a commit, all imported files are included in full.
 
     Returns:
-        The path, or None where nothing differs.
+        The path, or None where nothing differs; then an older `code.diff` is removed.
     """
     paths = list(code.get("files", {}))
     commit, _, _ = commit_of_project(PROJECT)
@@ -224,6 +238,7 @@ def write_code_diff(folder: Path, code: Mapping[str, Any]) -> Path | None:
         known, diff = set(), b""
     diff += b"".join(_as_new_file(path) for path in paths if path not in known)
     if not diff:
+        (folder / CODE_DIFF).unlink(missing_ok=True)
         return None
     if len(diff) > MOST_BYTES:
         diff = diff[:MOST_BYTES] + f"\n# cut: {len(diff):,} bytes, limit {MOST_BYTES:,}\n".encode()

@@ -27,6 +27,7 @@ from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RUNS, near_path
 
+ASIDE = ".old-"  # and a number: the name of a folder that was renamed to make room
 NO_LOCKS = (
     errno.ENOSYS,
     errno.EOPNOTSUPP,
@@ -89,7 +90,7 @@ class RunFolder:
         """
         self.lock()
         number = 1
-        while (aside := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
+        while (aside := self.folder.with_name(f"{self.folder.name}{ASIDE}{number}")).exists():
             number += 1
         self.folder.rename(aside)
         self.unlock()

@@ -72,9 +72,7 @@ def find_resume_point(
     if not record.exists:
         check_room(record.folder, disk_space_needed(state_values, options.keep_checkpoints), options)
         record.lock()
-        keep_own_parts(record.folder, facts["settings"])
-        record.create(facts)
-        write_code_diff(record.folder, facts["code"])
+        record_start(record, facts)
         return ResumePoint(record, None, Progress(), messages)
     record.lock()
     checkpoint, damaged = Checkpoints(record.folder / "state", options.keep_checkpoints).newest_intact()
@@ -89,7 +87,8 @@ def find_resume_point(
                 f"{lost}. Start over with --fresh (the folder is renamed, nothing is deleted), "
                 "or from its weights with --init-weights"
             )
-        record.write_metrics("")  # the run was killed before its first checkpoint
+        record_start(record, facts)  # the run was killed before its first checkpoint
+        record.write_metrics("")
         return ResumePoint(record, None, Progress(), messages)
     check_room(record.folder, sum(file.stat().st_size for file in checkpoint.iterdir()) * 3 // 2, options)
     edited = changed_between(record.facts().get("code", {}), facts["code"])
@@ -101,6 +100,13 @@ def find_resume_point(
     ]
     record.write_metrics((checkpoint / "metrics.jsonl").read_text())
     return ResumePoint(record, checkpoint, RunFolder.read_progress(checkpoint), messages, changed)
+
+
+def record_start(record: RunFolder, facts: dict[str, Any]) -> None:
+    """Write what a run starts from: run.json, its source where it differs from the commit, and user-defined parts."""
+    keep_own_parts(record.folder, facts["settings"])
+    record.create(facts)
+    write_code_diff(record.folder, facts["code"])
 
 
 def start_or_resume(

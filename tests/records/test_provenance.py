@@ -151,6 +151,19 @@ def test_an_edit_of_an_imported_file_counts_even_in_a_comment(monkeypatch, tmp_p
     assert changed_since(before) == ["imported.py"] and digest_of("imported.py") is None
 
 
+def test_the_source_is_that_of_the_import_even_if_a_file_is_edited_before_it_is_recorded(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "PROJECT", tmp_path)
+    monkeypatch.setattr(module, "source_files", lambda own_parts=(): ["imported.py"])
+    monkeypatch.setattr(module, "_imported", {})
+    (tmp_path / "imported.py").write_text("a = 1\n")
+    before = module.digest_of("imported.py")
+    module.remember_source()
+    (tmp_path / "imported.py").write_text("a = 2\n")
+    module.remember_source()  # again, as in a run that another part of the process has prepared
+    code = source_code()
+    assert code["files"] == {"imported.py": before} and changed_since(code) == ["imported.py"]
+
+
 def test_files_that_only_one_of_two_runs_imported_do_not_count():
     old, new = {"files": {"a.py": "1", "b.py": "2"}}, {"files": {"a.py": "1", "c.py": "3"}}
     assert changed_between(old, new) == [] and changed_between(old, {"files": {"a.py": "2"}}) == ["a.py"]
@@ -176,4 +189,4 @@ def test_code_diff_rebuilds_what_was_trained(repository, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "MOST_BYTES", 10)
     write_code_diff(tmp_path, {"files": dict.fromkeys(changed, "")})
     assert "limit 10" in path.read_text()
-    assert write_code_diff(tmp_path, {"files": {"same.py": ""}}) is None
+    assert write_code_diff(tmp_path, {"files": {"same.py": ""}}) is None and not path.exists()

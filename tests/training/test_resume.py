@@ -37,6 +37,18 @@ def test_a_run_that_is_stopped_and_resumed_three_times_equals_one_that_was_not(t
     assert "changes" not in record.facts()
 
 
+def test_a_run_without_a_checkpoint_starts_over_and_records_the_source_that_trains_it(training, runs):
+    """run.json names the code that trained, not that of a start which was killed before its first checkpoint."""
+    said = run("train.py", *training, "--name", "killed", "--stop-at", 1, code=STOPPED).out
+    assert "stopped after step 1" in said
+    record = RunFolder(runs / "killed")
+    shutil.rmtree(record.folder / "state")
+    code = record.facts()["code"]
+    record.create(record.facts() | {"code": {"fingerprint": "0", "files": {**code["files"], "train.py": "another"}}})
+    run("train.py", *training, "--name", "killed", "--stop-at", 1, code=STOPPED)
+    assert record.facts()["code"] == code
+
+
 def test_a_run_with_accumulation_resumes_within_an_epoch_to_the_same_bits(training, runs):
     """The position in the epoch counts micro-batches, of which a step has several."""
     words = [*training, "--set", "gradient_accumulation_steps=4", "--max-steps", 9]
