@@ -159,7 +159,7 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
             tasks = plan(one, data, runs, own_steps)
             mine = share(one, tasks, args.shard)
             failed = run(list(mine.values()))
-            done.left = sum(key not in mine and task.state() != "finished" for key, task in tasks.items())
+            done.left = sum(key not in mine and task.is_left() for key, task in tasks.items())
             if args.dry_run:
                 print_runs(list(mine.values()))
         failures |= failed
@@ -205,7 +205,8 @@ def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Na
         for one, seed in experiment.tasks():
             is_planned = (one.name, seed) in tasks or not (experiment.max_seeds or experiment.tuning)
             if is_planned and (one.name, seed) not in finished:
-                missing.setdefault(one.run_name(seed), "is not finished")
+                task = tasks.get((one.name, seed))
+                missing.setdefault(one.run_name(seed), (task and task.divergence()) or "is not finished")
     missing |= tuned.undecided if tuned else {}
     check_one_source(results, tuned.tasks if tuned else [])
     for name, reason in missing.items():

@@ -37,7 +37,7 @@ def fastest_count(
         tasks: runs of the comparison; a copy of the first unfinished one is measured.
         start: as for `run_all`.
     """
-    waiting = [task for task in tasks if task.state() != "finished"]
+    waiting = [task for task in tasks if task.is_left()]
     if not waiting:
         return None
     folder = waiting[0].folder.parent

@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import SettingsError
 from common.text import last_error
 from config.differences import differences
-from config.settings import Settings
+from config.settings import Settings, resolve
 from records.run_folder import RunFolder
 
 NON_FINITE = re.compile(r"^error: the (loss|gradient's norm) is (nan|-?inf)\b")  # training/non_finite.py
@@ -42,9 +42,30 @@ class PlannedRun:
 
     def has_diverged(self) -> bool:
         """Whether an unfinished run ended because its loss became NaN or infinite, so that it is not run again."""
+        return self.divergence() is not None
+
+    def divergence(self) -> str | None:
+        """Return the error of a run that has diverged; None for every other run."""
         if self.state() != "unfinished" or not self.log.is_file():
-            return False
-        return bool(NON_FINITE.search(last_error(self.log.read_text(errors="replace")) or ""))
+            return None
+        error = last_error(self.log.read_text(errors="replace")) or ""
+        return error if NON_FINITE.search(error) else None
+
+    def changed_settings(self) -> list[str]:
+        """Return how the settings that the run would train with now differ from the planned ones.
+
+        They follow from its arguments, and from the preset and `ds_config.json` as they are on the disk now.
+        """
+        if "settings" not in self.expected:
+            return []
+        given = dict(zip(self.arguments, self.arguments[1:], strict=False))
+        overrides = [text for flag, text in zip(self.arguments, self.arguments[1:], strict=False) if flag == "--set"]
+        now = resolve(given["--preset"], overrides, epochs=self.expected["settings"]["epochs"])
+        return differences(self.expected["settings"], now.as_dict())
+
+    def is_left(self) -> bool:
+        """Whether the run is still to be made: it has neither finished nor diverged."""
+        return self.state() != "finished" and not self.has_diverged()
 
     @property
     def log(self) -> Path:

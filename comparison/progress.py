@@ -35,7 +35,7 @@ class PlainProgress(AbstractContextManager):
     def __init__(self, tasks: Sequence[PlannedRun], at_once: int):
         self.tasks, self.at_once = tasks, at_once
         self.finished = {task.name for task in tasks if task.state() == "finished"}
-        self.failed: set[str] = set()
+        self.failed = {task.name for task in tasks if task.has_diverged()}
         self.running: dict[str, float] = {}  # name -> when it was started
         self.seconds: list[float] = []  # of the runs made so far
         if self.finished:

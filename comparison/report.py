@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from common.files import write_atomically
-from common.machine import cpu_name
 from common.text import without_paths
 from comparison.experiment import Experiment
 from comparison.power import spread_of_pairs, statement
@@ -165,7 +163,7 @@ def _facts(
         "uncommitted_changes": any(run.facts["uncommitted_changes"] for run in runs),
         "commit_of_report": commit_of_project()[0],
         "sources": sorted({run.facts["code"]["fingerprint"] for run in runs if run.facts.get("code")}),
-        "hardware": {"device": of_run.get("device"), "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "hardware": {"devices": sorted({run.device for run in runs})},
         "versions": of_run.get("versions") or versions(),
         "samples": runs[0].samples if runs else None,
         "evaluated": {split: runs[0].lines[-1].get(f"{split}_seen") for split in SPLITS} if runs else None,

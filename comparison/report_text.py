@@ -145,8 +145,7 @@ def _variants(experiment: Experiment) -> list[str]:
 def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -> list[str]:
     if not report["samples"]:
         return ["No run is finished."]
-    hardware, comparisons = report["hardware"], len(experiment.variants) - 1
-    device = hardware["device"] if hardware["device"] != "CPU" else "CPU only"
+    comparisons = len(experiment.variants) - 1
     correction = "Bonferroni" if experiment.margin else "Holm"
     looks, level, fewest = [], f"p < {ALPHA:g}", seeds_needed(comparisons)
     if experiment.max_seeds and experiment.round_seeds:
@@ -198,8 +197,8 @@ def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -
         f"The result holds for this budget ({budget}), these sizes, {rates}, and one dataset. A variant may need "
         f"{other} or a longer run."
     )
-    machine = f"{device}; {hardware['cpu']}, {hardware['cores']} cores"
-    lines.append(f"Images/s and training seconds depend on this machine ({machine}) and on its other load.")
+    devices = ", ".join(report["hardware"]["devices"])
+    lines.append(f"Images/s and training seconds depend on the device ({devices}) and on its other load.")
     dirty = ", with uncommitted changes" if report["uncommitted_changes"] else ""
     found = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     sources = f"; source {', '.join(report['sources'])}" if report["sources"] else ""

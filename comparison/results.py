@@ -40,6 +40,14 @@ class Run:
         return 100 * self.lines[-1][f"{split}_accuracy"]
 
     @property
+    def device(self) -> str:
+        """Name of the GPU; "CPU" with its model and cores, which runs of earlier versions do not record."""
+        processor = self.facts.get("processor")
+        if self.facts["device"] != "CPU" or not processor:
+            return self.facts["device"]
+        return f"CPU ({processor['name']}, {processor['cores']} cores)"
+
+    @property
     def samples(self) -> int:
         return self.lines[-1]["step"] * self.facts["batch"]["total"]
 
@@ -158,7 +166,7 @@ EQUAL = {
     "dataset": lambda run: run.facts["dataset"]["fingerprint"],
     "validation split": lambda run: run.facts["hold_out"],
     "images evaluated": lambda run: [run.lines[-1].get(f"{split}_seen") for split in SPLITS],
-    "device": lambda run: f"{run.facts['num_processes']} x {run.facts['device']}",
+    "device": lambda run: f"{run.facts['num_processes']} x {run.device}",
     "versions": lambda run: run.facts["versions"],
 }
 

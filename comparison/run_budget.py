@@ -11,7 +11,9 @@ from common.stop_signal import StopSignal
 from comparison.experiment import Experiment
 from comparison.planned_run import PlannedRun
 from comparison.run_costs import of_folder
-from records.run_folder import RunFolder
+from records.run_folder import ASIDE, RunFolder
+
+CALIBRATIONS = 2  # short runs that measure the speed of a variant, for a budget in seconds
 
 
 class RunBudget:
@@ -47,7 +49,7 @@ class RunBudget:
     def allows(self, tasks: Sequence[PlannedRun]) -> bool:
         """Return whether `max_runs` has room for all of these runs; runs that exist already have their place."""
         new = sum(task.state() == "new" for task in tasks)
-        existing = len(self._existing())
+        existing = sum(ASIDE not in path.parent.name for path in self._existing())
         if self.max_runs is not None and new and existing + new > self.max_runs:
             self.problem = f"max_runs = {self.max_runs} leaves no room for {new} more runs next to {existing}"
         return not self.number
@@ -75,9 +77,12 @@ def check_max_runs(experiment: Experiment, tuning_runs: int) -> None:
     With seeds in rounds, that is tuning and the first round.
     """
     times = 2 if experiment.tuning and experiment.tuning.report_shared else 1
-    planned = tuning_runs + times * len(experiment.variants) * experiment.seeds
+    calibrations = CALIBRATIONS * len(experiment.variants) if experiment.budget == "seconds" else 0
+    planned = calibrations + tuning_runs + times * len(experiment.variants) * experiment.seeds
     if experiment.max_runs is not None and planned > experiment.max_runs:
-        parts = f"{tuning_runs} for tuning and {planned - tuning_runs} to compare" if tuning_runs else "all to compare"
+        before = {"to measure the speed": calibrations, "for tuning": tuning_runs}
+        counts = [f"{count} {purpose}" for purpose, count in before.items() if count]
+        parts = " and ".join([*counts, f"{planned - calibrations - tuning_runs} to compare"])
         raise SettingsError(
             f"max_runs = {experiment.max_runs} is less than the {planned} runs planned ({parts}); raise it, or use "
             "fewer seeds, variants or candidates"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common.errors import EXIT_STOPPED, RunError
+from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.machine import visible_gpus
 from common.paths import PROJECT, near_path
 from common.stop_signal import StopRequest
@@ -57,7 +57,7 @@ def _check_source(tasks: list[PlannedRun], variant: str, redo: bool) -> None:
     states = {task.name: task.state() for task in tasks}
     existing = {task.name: RunFolder(task.folder).facts().get("code") for task in tasks if states[task.name] != "new"}
     changed = {name: changed_since(code) if code else [] for name, code in existing.items()}
-    is_complete = all(states[task.name] == "finished" or task.has_diverged() for task in tasks)
+    is_complete = not any(task.is_left() for task in tasks)
     is_complete = is_complete and not mixed_sources(existing)
     if redo:
         for task in tasks:
@@ -137,6 +137,7 @@ def run_all(
 ) -> dict[str, str]:
     """Run what is not finished, as many at once as there are environments, and print progress.
 
+    A run that has diverged is not repeated, since it would diverge again: its error is its failure.
     When `stop` is requested, the running ones are told to save and are waited for; the others are not started.
 
     Args:
@@ -145,9 +146,9 @@ def run_all(
     Returns:
         Run name -> reason, for runs that failed.
     """
-    failures: dict[str, str] = {}
+    failures = {task.name: error for task in tasks if (error := task.divergence())}
     source = SourceWatch()
-    waiting = [task for task in tasks if task.state() != "finished"]
+    waiting = [task for task in tasks if task.is_left()]
     running: dict[int, tuple[PlannedRun, Any]] = {}  # by slot
     is_stopping = False
     with progress_for(tasks, len(environments)) as progress:
@@ -163,7 +164,7 @@ def run_all(
                     progress.ended(task, problem, bool(stop.number))
                 for slot in range(len(environments)):
                     if slot not in running and waiting and not stop.number:
-                        if problem := source.problem():
+                        if problem := source.problem() or _changed_settings(waiting[0]):
                             failures |= dict.fromkeys([task.name for task in waiting], problem)
                             progress.say(f"{len(waiting)} run(s) are not started: {problem}")
                             waiting.clear()
@@ -214,10 +215,27 @@ class SourceWatch:
         )
 
 
+def _changed_settings(task: PlannedRun) -> str | None:
+    """Return why a run may not start: a preset or `ds_config.json` was edited; None where the settings are the same."""
+    try:
+        changed = task.changed_settings()
+    except SettingsError as error:
+        changed = [str(error)]
+    if not changed:
+        return None
+    return (
+        f"the preset or ds_config.json was edited after this command started ({'; '.join(changed)}). Undo this and "
+        "start the same command again, or add --redo-changed to rename the runs of the former settings aside"
+    )
+
+
 def _problem(task: PlannedRun, code: int, stopping: bool) -> str | None:
     """Why a run that ended has not finished; None if it has finished, or was told to stop."""
-    if stopping or (code == 0 and task.state() == "finished"):
+    state = task.state()
+    if stopping or (code == 0 and state == "finished"):
         return None
+    if code == 0 and state not in ("new", "unfinished"):
+        return f"trained with other settings than planned ({state}), because a file was edited meanwhile"
     if code == EXIT_STOPPED:
         return "was stopped by a signal, and saved; start the same command again to resume"
     return (

@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from comparisons import COMMON, VARIANTS, Ended, report
+from comparisons import COMMON, VARIANTS, Ended, report, write_run
 from torch import nn
 
 import compare
@@ -279,6 +279,43 @@ def test_a_failing_variant_does_not_end_the_others_and_is_reported(ask, invented
     assert f"missing: gated-seed0: {reason}" in err and "cannot be compared, since it shares no finished seed" in text
     invented.fails.clear()
     assert ask()[0] == 0 and report(tmp_path)[1]["missing"] == {}
+
+
+def test_a_run_that_diverged_is_not_repeated_until_its_source_changes(ask, invented, monkeypatch, tmp_path):
+    """An edit after the divergence does not mix two versions of the source: without --redo-changed nothing is run."""
+
+    def diverging(task, environment):
+        if task.name == "gated-seed1":
+            write_run(task, 0.5, 1000.0, {}, done=False)
+            invented.fails["gated-seed1"] = (
+                "error: the loss is nan at optimizer step 1; the last checkpoint is unchanged."
+            )
+        return invented(task, environment)
+
+    monkeypatch.setattr(compare, "launch", diverging)
+    code, _, err = ask()
+    assert code == 1 and "missing: gated-seed1: error: the loss is nan" in err and len(invented.started) == 4
+    invented.started.clear()
+    assert ask()[0] == 1 and not invented.started
+    folder = RunFolder(tmp_path / "runs" / "gates" / "gated-seed1")
+    folder.create(folder.facts() | {"code": {"fingerprint": "1", "files": {"models/feed_forward.py": "another"}}})
+    assert ask()[0] == 1 and not invented.started
+    monkeypatch.setattr(compare, "launch", invented)
+    invented.fails.clear()
+    assert ask(COMMON + VARIANTS, "--redo-changed")[0] == 0 and invented.started == ["gated-seed1"]
+
+
+def test_a_preset_that_is_edited_meanwhile_stops_the_comparison(ask, invented, monkeypatch, tmp_path):
+    def editing(task, environment):
+        child = invented(task, environment)
+        preset = tmp_path / "tiny.toml"
+        preset.write_text(preset.read_text().replace("epochs = ", "ema.decay = 0.5\nepochs = "))
+        return child
+
+    monkeypatch.setattr(compare, "launch", editing)
+    code, out, err = ask()
+    assert code == 1 and len(invented.started) == 1 and "3 run(s) are not started: the preset or ds_config.json" in out
+    assert "ema.decay was 0.0, is 0.5" in err and "--redo-changed" in err
 
 
 def test_a_run_that_ends_with_0_unfinished_counts_as_failed(tmp_path, signals):

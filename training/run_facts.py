@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.machine import cpu_name
 from common.paths import PROJECT
 from image_data.dataset import Dataset
 from parallel.engine import Engine
@@ -67,6 +68,7 @@ def facts_of(
             "num_images": {name: len(split) for name, split in dataset.splits.items()},
         },
         "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU",
+        "processor": {"name": cpu_name(), "cores": len(os.sched_getaffinity(0))},
         "precision": engine.precision,
         "num_parameters": engine.num_parameters,
         "num_processes": engine.data_shard[1],

@@ -55,6 +55,18 @@ def test_unequal_variants_are_named_and_marked(ask, invented, tmp_path, monkeypa
     assert "- **gated**\\*: images trained on: 192" in text
 
 
+def test_the_report_names_the_processor_that_trained_and_marks_another_one(ask, invented, tmp_path):
+    for name, cores in (("plain", 2), ("gated", 4)):
+        for seed in (0, 1):
+            invented.facts[f"{name}-seed{seed}"] = {"processor": {"name": "AMD EPYC", "cores": cores}}
+    assert ask()[0] == 0
+    text, data = report(tmp_path)
+    assert data["arms"]["gated"]["unequal"] == [
+        "device: 1 x CPU (AMD EPYC, 4 cores) instead of 1 x CPU (AMD EPYC, 2 cores)"
+    ]
+    assert "depend on the device (CPU (AMD EPYC, 2 cores), CPU (AMD EPYC, 4 cores))" in text
+
+
 def test_without_a_record_of_the_source_the_commits_are_compared(ask, invented, tmp_path):
     for name in ("plain", "gated"):
         for seed in (0, 1):

@@ -221,6 +221,23 @@ def test_hours_that_are_used_up_end_the_runs_and_are_reported(ask, trained, tmp_
     assert report(tmp_path)[1]["results"]["validation"][0]["n"] == 2
 
 
+def test_runs_that_were_renamed_aside_leave_their_place_to_those_that_replace_them(ask, trained, tmp_path):
+    text = "max_runs = 4\n" + COMMON + VARIANTS
+    assert ask(text)[0] == 0
+    for name in ("gated-seed0", "gated-seed1"):
+        folder = RunFolder(tmp_path / "runs" / "gates" / name)
+        folder.create(folder.facts() | {"code": {"fingerprint": "1", "files": {"train.py": "another"}}})
+    trained.started.clear()
+    assert ask(text, "--redo-changed")[0] == 0 and sorted(trained.started) == ["gated-seed0", "gated-seed1"]
+
+
+def test_the_runs_that_measure_the_speed_count(ask, trained):
+    text = COMMON.replace("steps = 6", "seconds = 60") + VARIANTS
+    code, _, err = ask("max_runs = 4\n" + text)
+    assert code == 1 and not trained.started
+    assert "max_runs = 4 is less than the 8 runs planned (4 to measure the speed and 4 to compare)" in err
+
+
 def test_the_hours_of_runs_at_once_are_added(tmp_path):
     class Signal:
         number = 0
