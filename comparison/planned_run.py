@@ -56,11 +56,12 @@ class PlannedRun:
 
         They follow from its arguments, and from the preset and `ds_config.json` as they are on the disk now.
         """
-        if "settings" not in self.expected:
+        pairs = list(zip(self.arguments, self.arguments[1:], strict=False))
+        presets = [value for flag, value in pairs if flag == "--preset"]
+        if not presets:
             return []
-        given = dict(zip(self.arguments, self.arguments[1:], strict=False))
-        overrides = [text for flag, text in zip(self.arguments, self.arguments[1:], strict=False) if flag == "--set"]
-        now = resolve(given["--preset"], overrides, epochs=self.expected["settings"]["epochs"])
+        overrides = [value for flag, value in pairs if flag == "--set"]
+        now = resolve(presets[-1], overrides, epochs=self.expected["settings"]["epochs"])
         return differences(self.expected["settings"], now.as_dict())
 
     def is_left(self) -> bool:
