@@ -38,7 +38,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument(
         "--dataset",
         choices=tuple(SOURCES),
-        help="named dataset: a download, or ten drawn shapes, which need no network (default: cifar100)",
+        help="named dataset: a download, or ten drawn shapes, which need no network "
+        "(default: the recorded source of --data-dir, else cifar100)",
     )
     source.add_argument(
         "--archive",
