@@ -19,6 +19,11 @@ from config.own_parts import override_without_folder, without_folders
 from inference.trained_model import WEIGHTS, TrainedModel
 from records.run_folder import RunFolder
 
+CHOSEN = {
+    WEIGHTS: "the weights after the last epoch, not of the best one",
+    "best.safetensors": "the weights of the epoch with the best validation accuracy",
+}
+
 
 def write_card(record: RunFolder) -> Path:
     """Write the card and return its path. Raises RunError where it cannot be written."""
@@ -35,7 +40,7 @@ def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
             [
                 head(trained, results),
                 f"# {escape_markdown(trained.name)}\n\n{what(trained)}",
-                "## Accuracy\n\n" + accuracy_table(results, metrics),
+                "## Accuracy\n\n" + accuracy_table(results),
                 "## Training\n\n" + training(trained, metrics),
                 "## Use\n\n" + use(trained),
             ]
@@ -45,24 +50,24 @@ def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
 
 
 def accuracies(trained: TrainedModel, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the known accuracies by split.
+    """Return the known accuracies by split and weights.
 
-    An evaluation counts where it is of the newest weights; otherwise the metrics of the last epoch do.
+    An evaluation counts if no epoch was trained after it. Without one of WEIGHTS the metrics of the last epoch count.
     """
     found = []
     for split in ("test", "validation"):
         path = trained.record.folder / f"evaluation_{split}.json"
         report = json.loads(path.read_text()) if path.is_file() else {}
-        if report.get("epochs") == len(metrics):
-            found.append(report)
-        elif metrics and f"{split}_seen" in metrics[-1]:
+        is_newest = report.get("epochs") == len(metrics)
+        if metrics and f"{split}_seen" in metrics[-1] and not (is_newest and report["weights"] == WEIGHTS):
             keys = ("correct", "seen", "accuracy", "top5_accuracy", "loss")
             found.append({"split": split, "weights": WEIGHTS, **{key: metrics[-1][f"{split}_{key}"] for key in keys}})
+        found += [report] if is_newest else []
     return found
 
 
 def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
-    """Return the front matter. JSON values are valid YAML."""
+    """Return the front matter, with the accuracy of WEIGHTS. JSON values are valid YAML."""
     dataset = trained.facts["dataset"]["name"]
     measured = [
         {
@@ -71,6 +76,7 @@ def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
             "value": round(100 * result["accuracy"], 2),
         }
         for result in results
+        if result["weights"] == WEIGHTS
     ]
     index = [
         {
@@ -124,7 +130,7 @@ def num_parameters(trained: TrainedModel) -> int:
         return count_parameters(build_model(trained.settings.model, len(trained.classes), trained.side))
 
 
-def accuracy_table(results: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> str:
+def accuracy_table(results: list[dict[str, Any]]) -> str:
     """Return the table of accuracies and how the weights were chosen."""
     rows = [
         f"| {result['split']} | {100 * result['accuracy']:.2f}% ({result['correct']}/{result['seen']}) "
@@ -132,11 +138,13 @@ def accuracy_table(results: list[dict[str, Any]], metrics: list[dict[str, Any]])
         f"| {code_span(result['weights'])} |"
         for result in results
     ]
-    note = ("The reported weights are those after the last epoch, not of the best one. " if metrics else "") + (
-        "The test split selected nothing: these programs choose neither an epoch nor a setting on it."
-    )
+    reported = {result["weights"] for result in results}
+    notes = [f"`{weights}`: {chosen}." for weights, chosen in CHOSEN.items() if weights in reported]
+    notes.append("The test split selected nothing: these programs choose neither an epoch nor a setting on it.")
     head = ["| split | top-1 | top-5 | loss | ECE | weights |", "|---|---|---|---|---|---|"]
-    return "\n".join([*head, *rows, "", note, "ECE: expected calibration error, 15 bins (`evaluate.py` measures it)."])
+    return "\n".join(
+        [*head, *rows, "", *notes, "ECE: expected calibration error, 15 bins (`evaluate.py` measures it)."]
+    )
 
 
 def calibration_error(result: dict[str, Any]) -> str:

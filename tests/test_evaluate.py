@@ -312,6 +312,17 @@ def test_another_dataset_is_normalized_as_in_training(shapes, tmp_path):
     assert Dataset.open(other).mean != found.mean
 
 
+def test_the_result_of_another_dataset_stays_out_of_the_run_folder(trained, shapes, tmp_path):
+    other = Path(shutil.copytree(shapes, tmp_path / "other"))
+    description = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(description | {"fingerprint": "sha256:other"}))
+    before = {path.name: path.read_bytes() for path in trained.folder.iterdir() if path.is_file()}
+    done = run("evaluate.py", trained.folder, "--data-dir", other, "--json", tmp_path / "other.json")
+    assert "this is not the dataset of the training" in done.err and "add --json FILE to save this one" in done.err
+    assert {path.name: path.read_bytes() for path in trained.folder.iterdir() if path.is_file()} == before
+    assert json.loads((tmp_path / "other.json").read_text())["dataset_fingerprint"] == "sha256:other"
+
+
 def test_a_dataset_of_another_image_side(trained, tmp_path):
     prepare(
         tmp_path / "small", dataset="shapes", workers=1, shapes={"side": 16, "train_per_class": 1, "test_per_class": 1}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from programs import run
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import evaluate
@@ -185,8 +186,16 @@ def test_the_head_of_the_card_is_yaml_that_hubs_read(unbroken):
 def test_the_card_names_the_weights_of_an_evaluation(exported):
     record = RunFolder(shutil.copytree(exported[1].record.folder, exported[1].record.folder.with_name("other")))
     shutil.copy(record.folder / "weights.safetensors", record.folder / "best.safetensors")
+    weights = load_file(record.folder / "best.safetensors")
+    save_file({name: 0 * value for name, value in weights.items()}, record.folder / "best.safetensors")
     run("evaluate.py", record.folder, "--weights", "best.safetensors")
-    assert "| `best.safetensors` |" in text_of(record) and "# other\n" in text_of(record)
+    text, last = text_of(record), record.metrics()[-1]
+    assert "| `best.safetensors` |" in text and "# other\n" in text
+    assert "`best.safetensors`: the weights of the epoch with the best validation accuracy." in text
+    # The published accuracy stays that of weights.safetensors, which the card's programs load.
+    assert "| `weights.safetensors` |" in text and "`weights.safetensors`: the weights after the last epoch" in text
+    (metric,) = json.loads(re.search("model-index: (.*)", text)[1])[0]["results"][0]["metrics"]
+    assert metric["value"] == round(100 * last["test_accuracy"], 2)
     record.write_metrics(
         "".join(json.dumps(line) + "\n" for line in record.metrics()[:-1])
     )  # as when that epoch is trained again
