@@ -86,7 +86,7 @@ def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
     from inference.several_runs import average_weights, check_same_input
     from reports.evaluation import print_several
 
-    check_same_input(runs)
+    check_same_input(runs, args.split)
     names = [os.path.relpath(trained.record.folder) for trained in runs]  # in the report: no absolute path
     if len(set(names)) < len(names):
         raise SettingsError("the same run is named twice. Name different runs")

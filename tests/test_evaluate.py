@@ -25,7 +25,7 @@ from common.paths import PROJECT
 from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
 from inference.evaluation import average_predictions, open_dataset
-from inference.several_runs import average_weights
+from inference.several_runs import average_weights, check_same_input
 from inference.trained_model import TrainedModel
 from records.run_folder import RunFolder
 
@@ -189,6 +189,20 @@ def test_runs_that_cannot_be_combined(trained, tmp_path):
     networks = [torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)]
     with pytest.raises(RunError, match=r"cannot be averaged: bias has the shapes \(3,\) and \(4,\)"):
         average_weights(networks, [TrainedModel.open(trained.folder)] * 2)
+
+
+def test_runs_of_different_validation_splits_are_not_evaluated_on_one(trained):
+    """One of them would otherwise be evaluated on images that it was trained on."""
+    facts = trained.facts()
+    mine, same, without, elsewhere = (
+        TrainedModel(trained, facts | {"hold_out": share, "dataset": facts["dataset"] | {"fingerprint": fingerprint}})
+        for share, fingerprint in ((0.1, "sha256:a"), (0.1, "sha256:a"), (None, "sha256:a"), (0.1, "sha256:b"))
+    )
+    check_same_input([mine, same], "validation")
+    check_same_input([mine, without, elsewhere], "test")
+    for other in (without, elsewhere):
+        with pytest.raises(RunError, match="have different validation splits .*. Add --split test"):
+            check_same_input([mine, other], "validation")
 
 
 # --- output that cannot be written -----------------------------------------------------------------------------------
