@@ -13,6 +13,7 @@ from typing import Any
 
 from common.display import code_block, code_span, escape_markdown
 from common.files import write_atomically
+from common.paths import RUNS
 from common.text import epochs_text, precision_text
 from config.differences import changed_settings
 from config.own_parts import override_without_folder, without_folders
@@ -193,7 +194,7 @@ def strip_folder(word: str) -> str:
 
 def use(trained: TrainedModel) -> str:
     """Return commands and short Python programs that use the run; tests/inference/test_onnx_export.py runs them."""
-    folder = f"runs/{trained.name}"
+    folder = f"runs/{name_below_runs(trained)}"
     word, python = shlex.quote(folder), json.dumps(folder)
     model = json.dumps(f"{folder}/model.onnx")
     return f"""`{WEIGHTS}` holds plain fp32 tensors. Run this in the folder of the project, in its environment:
@@ -219,7 +220,10 @@ import json, numpy, onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession({model})
-image = ImageOps.fit(Image.open("image.png").convert("RGB"), ({trained.side}, {trained.side}), Image.BILINEAR)
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+size = [{trained.resize_side} * side // min(image.size) for side in image.size]
+left, top = [round((side - {trained.side}) / 2) for side in size]
+image = image.resize(size, Image.BILINEAR).crop((left, top, left + {trained.side}, top + {trained.side}))
 scores = session.run(None, {{"images": numpy.array(image)[None]}})[0]
 print(json.loads(session.get_modelmeta().custom_metadata_map["classes"])[scores.argmax()])
 ```
@@ -227,6 +231,12 @@ print(json.loads(session.get_modelmeta().custom_metadata_map["classes"])[scores.
 Preprocessing: {trained.preprocessing_text}; scaled to 0..1, minus the mean {numbers(trained, "mean")}, divided by the
 standard deviation {numbers(trained, "std")}. The exported graph takes the pixels themselves, uint8 (B, {trained.side},
 {trained.side}, 3)."""
+
+
+def name_below_runs(trained: TrainedModel) -> str:
+    """Return the path of the run below the folder of runs: <name>, or <comparison>/<name>."""
+    folder, runs = trained.record.folder.resolve(), RUNS.resolve()
+    return folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name
 
 
 def numbers(trained: TrainedModel, name: str) -> str:
