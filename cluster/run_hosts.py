@@ -26,7 +26,7 @@ from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Rendezvous, Report, ho
 from cluster.remote import Host, say  # noqa: E402
 from cluster.screen import run_unblocked  # noqa: E402
 from common.paths import PROJECT, near_path
-from config.command_line import Parser  # noqa: E402
+from config.command_line import Parser, above_zero, at_least_zero  # noqa: E402
 
 SENT = (
     "NCCL_",
@@ -103,14 +103,14 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     failures = parser.add_argument_group("failures")
     failures.add_argument(
         "--restarts",
-        type=int,
+        type=at_least_zero,
         default=0,
         metavar="N",
         help="number of restarts from the last checkpoint after a failure, without hosts that stay away (default: 0)",
     )
     failures.add_argument(
         "--hang-seconds",
-        type=float,
+        type=above_zero,
         default=50,
         metavar="S",
         help="seconds that a rank waits for the others before the job fails; "

@@ -131,6 +131,20 @@ def test_the_hostfile_is_read_by_an_old_python():
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))  # of annotations: Python 3.7
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--restarts", "-1"], "--restarts: must be at least 0, not -1"),
+        (["--restarts", "1.5"], "--restarts: must be a whole number of at least 0, not 1.5"),
+        (["--hang-seconds", "-5"], "--hang-seconds: must be a number above 0, not -5"),
+        (["--hang-seconds", "nan"], "--hang-seconds: must be a number above 0, not nan"),
+    ],
+)
+def test_impossible_numbers_are_rejected(cluster, words, sentence):
+    result = run(cluster, LAUNCH, *words)
+    assert result.returncode == 2 and sentence in result.stderr
+
+
 def test_dry_run_prints_the_command_of_each_host_with_every_argument_unchanged(cluster):
     result = run(cluster, LAUNCH, "--restarts", "2", *AWKWARD, DRY_RUN="1", MASTER_PORT="21000")
     found = commands(result.stdout)
