@@ -145,6 +145,12 @@ def test_impossible_numbers_are_rejected(cluster, words, sentence):
     assert result.returncode == 2 and sentence in result.stderr
 
 
+def test_folders_in_the_home_folder_are_those_that_training_uses(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = run_hosts.paths_of(["--data-dir=~/data/pets", "--runs-dir=~/runs"])
+    assert (found.data_dir, found.runs_dir) == (Path("/home/me/data/pets"), Path("/home/me/runs"))
+
+
 def test_dry_run_prints_the_command_of_each_host_with_every_argument_unchanged(cluster):
     result = run(cluster, LAUNCH, "--restarts", "2", *AWKWARD, DRY_RUN="1", MASTER_PORT="21000")
     found = commands(result.stdout)
