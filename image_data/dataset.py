@@ -120,7 +120,7 @@ class Dataset:
             raise DatasetError(f"{error}. {prepare_again(folder)}") from None
         except PermissionError as error:
             raise DatasetError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions") from None
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{folder} is damaged ({error}). {prepare_again(folder)}") from error
         return cls(
             folder=folder,

@@ -168,6 +168,17 @@ def test_a_dataset_is_prepared_where_train_py_looks_for_it(tmp_path, monkeypatch
         assert source.default_folder() == PROJECT / "data" / name
 
 
+@pytest.mark.parametrize("damage", [b'{"num_classes": 2, "mea', b"[]"])
+def test_a_damaged_description_is_one_sentence_and_force_restores_it(tree, capsys, damage):
+    prepare(tree)
+    intact = (tree / "dataset.json").read_bytes()
+    (tree / "dataset.json").write_bytes(damage)
+    message = refusal(capsys, "--data-dir", tree)
+    assert f"{tree} is damaged" in message and f"Run: python prepare_dataset.py --data-dir {tree} --force" in message
+    assert main(["--data-dir", str(tree), "--force"]) == 0
+    assert (tree / "dataset.json").read_bytes() == intact
+
+
 def test_force_that_fails_keeps_what_was_prepared(zipped, tmp_path):
     prepare(tmp_path / "out", archive=zipped)
     before = written(tmp_path / "out")
