@@ -65,13 +65,19 @@ def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
     if is_main:
         facts = {"run": trained.record.folder.name, "split": args.split, "weights": args.weights}
         report = facts | {"precision": precision, "epochs": len(trained.record.metrics())}
-        report |= describe(results[""], dataset.classes)
+        report |= {"dataset_fingerprint": dataset.fingerprint} | describe(results[""], dataset.classes)
         if args.flip:
             report["test_time_flip"] = summarize(results[FLIP])
         print_report(report, args.per_class)
         if args.json:
             write_atomically(args.json, json.dumps(report, indent=2))
-        save_report(trained, report, results[""])
+        if dataset.fingerprint == trained.facts["dataset"]["fingerprint"]:
+            save_report(trained, report, results[""])
+        else:
+            print(
+                "note: the run folder keeps the result of its own dataset; add --json FILE to save this one",
+                file=sys.stderr,
+            )
     return 0
 
 
@@ -80,7 +86,7 @@ def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
     from inference.several_runs import average_weights, check_same_input
     from reports.evaluation import print_several
 
-    check_same_input(runs)
+    check_same_input(runs, args.split)
     names = [os.path.relpath(trained.record.folder) for trained in runs]  # in the report: no absolute path
     if len(set(names)) < len(names):
         raise SettingsError("the same run is named twice. Name different runs")

@@ -9,10 +9,18 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
+for word in "$@"; do
+    case $word in -h | --help)
+        . "$here/environment/setup.sh"
+        exec "$PYTHON" "$here/cluster/run_hosts.py" --help ;;
+    esac
+done
+
 # 1. Check the hostfile before anything is installed
 hostfile=${HOSTFILE:-$here/hostfile}
-command -v python3 >/dev/null || fail "python3 is not installed; type: apt-get install python3 python3-venv"
-python3 "$here/cluster/hostfile.py" "$hostfile" >/dev/null || exit 2
+python=$(command -v "${PYTHON:-python3}" || command -v python3) ||
+    fail "python3 is not installed; type: apt-get install python3 python3-venv"
+"$python" "$here/cluster/hostfile.py" "$hostfile" >/dev/null || exit 2
 [ -n "${DRY_RUN:-}" ] || command -v ssh >/dev/null || fail "ssh is not installed; type: apt-get install openssh-client"
 
 # 2. The Python environment of this machine; the hosts have theirs at the same path

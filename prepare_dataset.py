@@ -18,11 +18,10 @@ import sys
 from pathlib import Path
 
 from common.display import protect_streams
-from common.errors import EXIT_INTERRUPTED
+from common.errors import EXIT_INTERRUPTED, UserError
 from config.command_line import Parser
 from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.downloads import SOURCES
-from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.prepare import PACK_LIMIT_GIB, prepare
 
 
@@ -38,7 +37,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument(
         "--dataset",
         choices=tuple(SOURCES),
-        help="named dataset: a download, or ten drawn shapes, which need no network (default: cifar100)",
+        help="named dataset: a download, or ten drawn shapes, which need no network "
+        "(default: the recorded source of --data-dir, else cifar100)",
     )
     source.add_argument(
         "--archive",
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     protect_streams()
     try:
         prepare(**vars(parse_arguments(arguments)))
-    except PrepareError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

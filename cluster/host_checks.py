@@ -191,6 +191,9 @@ def _data(present: list, here: dict, on_cpu: bool) -> list[Problem]:
                     host.name, f"has an incomplete copy of the dataset ({_first_few(differ)})", "copy it again: --sync"
                 )
             )
+        elif found["missing"]:
+            fix = "copy the image tree to the same path there (--sync copies the data folder only), or share its disk"
+            problems.append(Problem(host.name, f"does not have images of the dataset ({found['missing'][0]})", fix))
     return problems
 
 

@@ -4,7 +4,8 @@
 
 DeepSpeed reads the same file less strictly: it takes `node1, slots=2` for a host named "node1,", `slots=2.5` for 2 and
 `slots=0` for a machine, and then waits for that machine. Everything that DeepSpeed would misread is rejected here.
-Needs only Python's standard library.
+Needs only the standard library of Python 3.6: the launcher reads the hostfile before it looks for a newer Python. There
+the annotations of its functions must be texts.
 """
 
 import re
@@ -18,7 +19,7 @@ class HostfileError(ValueError):
     """One sentence for the user who wrote the file."""
 
 
-def parse_line(line: str, where: str) -> tuple[str, int]:
+def parse_line(line: str, where: str) -> "tuple[str, int]":
     """Parse one line without its comment into (host, slots)."""
     host, *options = line.split()
     if host.endswith(",") or any("," in option for option in options):
@@ -47,7 +48,7 @@ def parse_line(line: str, where: str) -> tuple[str, int]:
     return host, int(slots[1])
 
 
-def parse(text: str, name: str = "hostfile") -> list[tuple[str, int]]:
+def parse(text: str, name: str = "hostfile") -> "list[tuple[str, int]]":
     """Parse a hostfile into [(host, slots), ...] in its order. All processes meet on the first host."""
     hosts: list[tuple[str, int]] = []
     lines: dict[str, int] = {}
@@ -74,7 +75,7 @@ def parse(text: str, name: str = "hostfile") -> list[tuple[str, int]]:
     return hosts
 
 
-def read(path: str) -> list[tuple[str, int]]:
+def read(path: str) -> "list[tuple[str, int]]":
     """Read the hostfile at a path: [(host, slots), ...]. Raises HostfileError."""
     try:
         with open(path, encoding="utf-8-sig") as file:

@@ -24,6 +24,7 @@ IMPORTABLE = (".py", ".pyc", ".so")  # a file of these kinds that only one host 
 # Folders at the top of the project, next to hidden ones, that hold no code of training.
 NOT_CODE = {"data", "runs", "results", "tests", "docs", "benchmarks", "__pycache__"}
 GIVEN_FILE_LIMIT = 2**30  # bytes; of larger files only the size is compared
+LINE_LIMIT = 2**13  # bytes of the longest line of a file list: a path, which Linux limits to 4096, and a label
 # Run by the project's interpreter. Reads the metadata of packages, since importing torch would take seconds.
 ENVIRONMENT = """
 import json, os, platform, sys
@@ -144,17 +145,36 @@ def commit_of(project):
 
 
 def data_of(folder):
-    """Fingerprint and file sizes (they reveal an interrupted copy) of a prepared dataset; None if there is none."""
+    """What reveals another or an incomplete copy of a prepared dataset; None if there is none."""
     try:
         with open(os.path.join(folder, "dataset.json")) as file:
-            fingerprint = json.load(file)["fingerprint"]
+            facts = json.load(file)
+        found = {"fingerprint": facts["fingerprint"], "missing": missing_images(folder, facts)}
     except (OSError, ValueError, KeyError):
         return None
-    sizes = {}
+    sizes = found["sizes"] = {}
     for name in ("labels.txt", "training_file_list.txt", "test_file_list.txt", "packed/train.npy", "packed/test.npy"):
         path = os.path.join(folder, name)
         sizes[name] = os.path.getsize(path) if os.path.exists(path) else None
-    return {"fingerprint": fingerprint, "sizes": sizes}
+    return found
+
+
+def missing_images(folder, facts):
+    """The first and last listed images that do not exist, if training reads image files, which may lie elsewhere."""
+    missing = []
+    for name in () if facts["packed"] else ("training_file_list.txt", "test_file_list.txt"):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):  # its size is compared
+            continue
+        with open(path, "rb") as file:
+            lines = [file.readline()]
+            file.seek(max(0, os.path.getsize(path) - LINE_LIMIT))
+            lines += file.read().splitlines()[-1:]
+        for line in lines:
+            image = os.path.join(folder, facts["root"], os.fsdecode(line.rpartition(b"\t")[0]))
+            if not os.path.exists(image):
+                missing.append(os.path.normpath(os.path.join(os.path.realpath(folder), image)))
+    return missing
 
 
 def gpus_of(text):

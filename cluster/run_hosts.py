@@ -25,8 +25,8 @@ from cluster.job import Job, Limits, Outcome, Plan  # noqa: E402
 from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Rendezvous, Report, hosts_of, master_port  # noqa: E402
 from cluster.remote import Host, say  # noqa: E402
 from cluster.screen import run_unblocked  # noqa: E402
-from common.paths import PROJECT, near_path
-from config.command_line import Parser  # noqa: E402
+from common.paths import DATA, PROJECT, RUNS, near_path
+from config.command_line import Parser, above_zero, at_least_zero  # noqa: E402
 
 SENT = (
     "NCCL_",
@@ -103,14 +103,14 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     failures = parser.add_argument_group("failures")
     failures.add_argument(
         "--restarts",
-        type=int,
+        type=at_least_zero,
         default=0,
         metavar="N",
         help="number of restarts from the last checkpoint after a failure, without hosts that stay away (default: 0)",
     )
     failures.add_argument(
         "--hang-seconds",
-        type=float,
+        type=above_zero,
         default=50,
         metavar="S",
         help="seconds that a rank waits for the others before the job fails; "
@@ -182,9 +182,11 @@ def paths_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--dataset", default="cifar100")
-    parser.add_argument("--runs-dir", type=Path, default=PROJECT / "runs")
+    parser.add_argument("--runs-dir", type=Path, default=RUNS)
     found = parser.parse_known_args(arguments)[0]
-    found.data_dir = found.data_dir or PROJECT / "data" / found.dataset
+    # Shells leave the ~ of --data-dir=~/data alone.
+    found.data_dir = Path(os.path.expanduser(found.data_dir or DATA / found.dataset))
+    found.runs_dir = Path(os.path.expanduser(found.runs_dir))
     return found
 
 

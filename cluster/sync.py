@@ -66,10 +66,7 @@ def _fix_host(host: Host, answer: dict[str, Any], own: dict[str, Any], what: dic
         move_aside(host, project, stale)
     if own["data"] and answer["data"] != own["data"]:
         say(f"{host.name}: copying {what['data']}")
-        # dataset.json last: its presence means that the copy is complete
-        exclude = [f"--exclude=/{inside}/" for inside in inside_of(what["data"], [what["runs"]])]
-        copy(host, what["data"], options=[*exclude, "--exclude=/dataset.json"])
-        copy(host, what["data"], options=exclude)
+        copy_data(host, what["data"], what["runs"])
     if (own["environment"] or {}).keys() - (answer["environment"] or {}).keys():
         create_environment(host, project, what["python"])
 
@@ -109,6 +106,14 @@ def inside_of(folder: str, others: list[str]) -> list[str]:
     folder = os.path.realpath(folder)
     paths = [Path(os.path.realpath(other)) for other in others if other]
     return [str(path.relative_to(folder)) for path in paths if path.is_relative_to(folder) and path != Path(folder)]
+
+
+def copy_data(host: Host, data: str, runs: str) -> None:
+    """Copy a prepared dataset. Links out of its folder are copied as what they lead to: a class may be a link."""
+    options = ["--copy-unsafe-links", *(f"--exclude=/{inside}/" for inside in inside_of(data, [runs]))]
+    # dataset.json last: its presence means that the copy is complete
+    copy(host, data, options=[*options, "--exclude=/dataset.json"])
+    copy(host, data, options=options)
 
 
 def move_aside(host: Host, project: str, paths: list[str]) -> None:

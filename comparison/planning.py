@@ -35,6 +35,7 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     """
     from image_data.dataset import Dataset  # not with the file, so that compare.py --help answers at once
     from image_data.preparation.prepare import prepare
+    from image_data.preparation.source import refuse_another_source
 
     folder = (data_dir or DATA / experiment.dataset).resolve()
     if not Dataset.is_prepared(folder):
@@ -43,6 +44,8 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
             num_train = round(50_000 * (1 - experiment.hold_out))
             return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
         prepare(folder, dataset=experiment.dataset)
+    if data_dir is None:
+        refuse_another_source(folder, experiment.dataset, None)
     dataset = Dataset.open(folder)
     if experiment.hold_out:
         dataset = dataset.hold_out(experiment.hold_out)

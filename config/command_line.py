@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -176,13 +177,45 @@ def suggested_value(path: str, value: str) -> str:
 
 def at_least_one(text: str) -> int:
     """A whole number of steps, epochs or images: the `type` of an option."""
+    return _whole_number(text, 1)
+
+
+def at_least_zero(text: str) -> int:
+    """A whole number of repetitions, which may be none: the `type` of an option."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
     return number
+
+
+def fraction(text: str) -> float:
+    """A number between 0 and 1, both excluded."""
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, for example 0.1, not {text}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A positive finite rate or time."""
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def run_name(text: str) -> str:

@@ -28,7 +28,8 @@ from common.errors import DatasetError
 
 FORMAT = 1
 LIST_FILES = {"train": "training_file_list.txt", "test": "test_file_list.txt"}
-DEFAULT = "cifar100"  # dataset of a command that names none
+KNOWN = ("cifar100", "cifar10", "shapes")  # datasets that prepare_dataset.py can make by name
+DEFAULT = KNOWN[0]  # dataset of a command that names none
 
 
 def too_few(split: str, images: int, batch: int) -> DatasetError:
@@ -68,7 +69,8 @@ class Split:
         try:
             return np.load(self.packed, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DatasetError(f"{self.packed} is damaged ({error}); run prepare_dataset.py --force") from None
+            again = prepare_again(self.packed.parent.parent)
+            raise DatasetError(f"{self.packed} is damaged ({error}). {again}") from None
 
     def take(self, keep: np.ndarray) -> Split:
         """Select the images at the positions `keep` (int64), in that order."""
@@ -103,7 +105,7 @@ class Dataset:
         if not cls.is_prepared(folder):
             raise DatasetError(
                 f"{folder} holds no prepared dataset (dataset.json is missing). "
-                f"Run: python prepare_dataset.py --data-dir {folder}"
+                f"Run: python prepare_dataset.py --data-dir {folder}{_missing_source(folder)}"
             )
         try:
             facts = json.loads((folder / "dataset.json").read_text())
@@ -115,13 +117,11 @@ class Dataset:
                 raise DatasetError(f"the lists in {folder} do not match its dataset.json")
             red, green, blue = (value or 1.0 for value in facts["std"])
         except DatasetError as error:
-            raise DatasetError(f"{error}. Delete {folder}/dataset.json and run prepare_dataset.py again") from None
+            raise DatasetError(f"{error}. {prepare_again(folder)}") from None
         except PermissionError as error:
             raise DatasetError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions") from None
-        except (OSError, KeyError, ValueError) as error:
-            raise DatasetError(
-                f"{folder} is damaged ({error}). Delete {folder}/dataset.json and run prepare_dataset.py again"
-            ) from error
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"{folder} is damaged ({error}). {prepare_again(folder)}") from error
         return cls(
             folder=folder,
             root=folder / facts["root"],
@@ -168,6 +168,18 @@ class Dataset:
             "validation": train.take(np.flatnonzero(in_validation)),
         }
         return replace(self, splits={**self.splits, **splits})
+
+
+def prepare_again(folder: Path) -> str:
+    """Return the sentence with the command that prepares `folder` again."""
+    return f"Run: python prepare_dataset.py --data-dir {folder} --force"
+
+
+def _missing_source(folder: Path) -> str:
+    """Return the option that names the source of a folder that is not prepared; empty if it holds an image tree."""
+    if (folder / "train").is_dir():
+        return ""
+    return f" --dataset {folder.name}" if folder.name in KNOWN else " --archive FILE (or --root DIR, or --dataset NAME)"
 
 
 def _read_split(folder: Path, name: str, is_packed: bool) -> Split:

@@ -142,8 +142,9 @@ def _check_size(image: Image.Image, max_megapixels: float | None) -> None:
 
 
 def _is_16_bit(image: ImageFile.ImageFile) -> bool:
-    # Pillow opens a PGM with more than 8 bits in mode I, scaled to 16 bits.
-    return any(";16" in str(tile[3]) for tile in image.tile) or (image.format == "PPM" and image.mode == "I")
+    # Pillow opens a JPEG 2000 with more than 8 bits in mode I;16, and a PGM in mode I, both scaled to 16 bits.
+    is_deep = image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")
+    return is_deep or any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def _orientation(image: Image.Image, encoded: bytes) -> int:

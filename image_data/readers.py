@@ -115,5 +115,5 @@ class FileReader:
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others
             raise DatasetError(
                 f"{self.paths[position]} cannot be read ({reason(error)}). "
-                "Restore the file, or run prepare_dataset.py --force"
+                "Restore the file, or run prepare_dataset.py --data-dir DIR --force"
             ) from None

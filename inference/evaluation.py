@@ -94,7 +94,7 @@ def evaluate(
                 scores[ENSEMBLE] = average_predictions([scores[name] for name in ensemble])
             for name, (classification, calibration) in counts.items():
                 classification.add(scores[name], labels)
-                calibration.add(scores[name].softmax(dim=1), labels)
+                calibration.add(scores[name], labels)
     return {name: _result(*pair, num_classes) for name, pair in counts.items()}
 
 

@@ -13,11 +13,17 @@ from typing import Any
 
 from common.display import code_block, code_span, escape_markdown
 from common.files import write_atomically
+from common.paths import RUNS
 from common.text import epochs_text, precision_text
 from config.differences import changed_settings
 from config.own_parts import override_without_folder, without_folders
 from inference.trained_model import WEIGHTS, TrainedModel
 from records.run_folder import RunFolder
+
+CHOSEN = {
+    WEIGHTS: "the weights after the last epoch, not of the best one",
+    "best.safetensors": "the weights of the epoch with the best validation accuracy",
+}
 
 
 def write_card(record: RunFolder) -> Path:
@@ -35,7 +41,7 @@ def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
             [
                 head(trained, results),
                 f"# {escape_markdown(trained.name)}\n\n{what(trained)}",
-                "## Accuracy\n\n" + accuracy_table(results, metrics),
+                "## Accuracy\n\n" + accuracy_table(results),
                 "## Training\n\n" + training(trained, metrics),
                 "## Use\n\n" + use(trained),
             ]
@@ -45,24 +51,24 @@ def card(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
 
 
 def accuracies(trained: TrainedModel, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the known accuracies by split.
+    """Return the known accuracies by split and weights.
 
-    An evaluation counts where it is of the newest weights; otherwise the metrics of the last epoch do.
+    An evaluation counts if no epoch was trained after it. Without one of WEIGHTS the metrics of the last epoch count.
     """
     found = []
     for split in ("test", "validation"):
         path = trained.record.folder / f"evaluation_{split}.json"
         report = json.loads(path.read_text()) if path.is_file() else {}
-        if report.get("epochs") == len(metrics):
-            found.append(report)
-        elif metrics and f"{split}_seen" in metrics[-1]:
+        is_newest = report.get("epochs") == len(metrics)
+        if metrics and f"{split}_seen" in metrics[-1] and not (is_newest and report["weights"] == WEIGHTS):
             keys = ("correct", "seen", "accuracy", "top5_accuracy", "loss")
             found.append({"split": split, "weights": WEIGHTS, **{key: metrics[-1][f"{split}_{key}"] for key in keys}})
+        found += [report] if is_newest else []
     return found
 
 
 def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
-    """Return the front matter. JSON values are valid YAML."""
+    """Return the front matter, with the accuracy of WEIGHTS. JSON values are valid YAML."""
     dataset = trained.facts["dataset"]["name"]
     measured = [
         {
@@ -71,6 +77,7 @@ def head(trained: TrainedModel, results: list[dict[str, Any]]) -> str:
             "value": round(100 * result["accuracy"], 2),
         }
         for result in results
+        if result["weights"] == WEIGHTS
     ]
     index = [
         {
@@ -124,7 +131,7 @@ def num_parameters(trained: TrainedModel) -> int:
         return count_parameters(build_model(trained.settings.model, len(trained.classes), trained.side))
 
 
-def accuracy_table(results: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> str:
+def accuracy_table(results: list[dict[str, Any]]) -> str:
     """Return the table of accuracies and how the weights were chosen."""
     rows = [
         f"| {result['split']} | {100 * result['accuracy']:.2f}% ({result['correct']}/{result['seen']}) "
@@ -132,11 +139,13 @@ def accuracy_table(results: list[dict[str, Any]], metrics: list[dict[str, Any]])
         f"| {code_span(result['weights'])} |"
         for result in results
     ]
-    note = ("The reported weights are those after the last epoch, not of the best one. " if metrics else "") + (
-        "The test split selected nothing: these programs choose neither an epoch nor a setting on it."
-    )
+    reported = {result["weights"] for result in results}
+    notes = [f"`{weights}`: {chosen}." for weights, chosen in CHOSEN.items() if weights in reported]
+    notes.append("The test split selected nothing: these programs choose neither an epoch nor a setting on it.")
     head = ["| split | top-1 | top-5 | loss | ECE | weights |", "|---|---|---|---|---|---|"]
-    return "\n".join([*head, *rows, "", note, "ECE: expected calibration error, 15 bins (`evaluate.py` measures it)."])
+    return "\n".join(
+        [*head, *rows, "", *notes, "ECE: expected calibration error, 15 bins (`evaluate.py` measures it)."]
+    )
 
 
 def calibration_error(result: dict[str, Any]) -> str:
@@ -185,7 +194,7 @@ def strip_folder(word: str) -> str:
 
 def use(trained: TrainedModel) -> str:
     """Return commands and short Python programs that use the run; tests/inference/test_onnx_export.py runs them."""
-    folder = f"runs/{trained.name}"
+    folder = f"runs/{name_below_runs(trained)}"
     word, python = shlex.quote(folder), json.dumps(folder)
     model = json.dumps(f"{folder}/model.onnx")
     return f"""`{WEIGHTS}` holds plain fp32 tensors. Run this in the folder of the project, in its environment:
@@ -211,7 +220,10 @@ import json, numpy, onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession({model})
-image = ImageOps.fit(Image.open("image.png").convert("RGB"), ({trained.side}, {trained.side}), Image.BILINEAR)
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+size = [{trained.resize_side} * side // min(image.size) for side in image.size]
+left, top = [round((side - {trained.side}) / 2) for side in size]
+image = image.resize(size, Image.BILINEAR).crop((left, top, left + {trained.side}, top + {trained.side}))
 scores = session.run(None, {{"images": numpy.array(image)[None]}})[0]
 print(json.loads(session.get_modelmeta().custom_metadata_map["classes"])[scores.argmax()])
 ```
@@ -219,6 +231,12 @@ print(json.loads(session.get_modelmeta().custom_metadata_map["classes"])[scores.
 Preprocessing: {trained.preprocessing_text}; scaled to 0..1, minus the mean {numbers(trained, "mean")}, divided by the
 standard deviation {numbers(trained, "std")}. The exported graph takes the pixels themselves, uint8 (B, {trained.side},
 {trained.side}, 3)."""
+
+
+def name_below_runs(trained: TrainedModel) -> str:
+    """Return the path of the run below the folder of runs: <name>, or <comparison>/<name>."""
+    folder, runs = trained.record.folder.resolve(), RUNS.resolve()
+    return folder.relative_to(runs).as_posix() if folder.is_relative_to(runs) else folder.name
 
 
 def numbers(trained: TrainedModel, name: str) -> str:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_same_input(runs: list[TrainedModel]) -> None:
-    """Raise RunError unless all runs have the same classes, image size and normalization."""
+def check_same_input(runs: list[TrainedModel], split: str) -> None:
+    """Raise RunError unless all runs have the same classes, image size, normalization and, if evaluated, validation."""
     first = runs[0]
     for other in runs[1:]:
         for what, mine, theirs in (
@@ -33,6 +33,16 @@ def check_same_input(runs: list[TrainedModel]) -> None:
                     f"{first.record.folder} and {other.record.folder} differ in the {what}. "
                     "Name runs that were trained on the same dataset"
                 )
+        if split == "validation" and _validation(first) != _validation(other):
+            raise RunError(
+                f"{first.record.folder} and {other.record.folder} have different validation splits (another dataset or "
+                "--hold-out), so one was trained on images of the other's. Add --split test"
+            )
+
+
+def _validation(run: TrainedModel) -> tuple[str, float | None]:
+    """Return what the validation split depends on."""
+    return run.facts["dataset"]["fingerprint"], run.facts["hold_out"]
 
 
 def average_weights(networks: list[nn.Module], runs: list[TrainedModel]) -> tuple[nn.Module, bool]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.classification_metrics import PADDING_LABEL
+from models.classification_metrics import PADDING_LABEL, best_classes
 
 NUM_BINS = 15  # equal widths of confidence, as in https://arxiv.org/abs/1706.04599
 
@@ -44,9 +44,11 @@ class CalibrationCounts:
         self.num_bins = num_bins
         self.counts = torch.zeros(3, num_bins, dtype=torch.float64, device=device)
 
-    def add(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Count a batch: class probabilities (B, K) and labels (B,). Padding rows are left out."""
-        confidence, predicted = probabilities.max(dim=1)
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """Count a batch: class scores (B, K) and labels (B,). Padding rows are left out."""
+        scores = scores.float()
+        predicted = best_classes(scores)[:, 0]
+        confidence = scores.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
         self.add_confidences(confidence, predicted == labels, labels != PADDING_LABEL)
 
     def add_confidences(self, confidence: Tensor, is_correct: Tensor, is_real: Tensor) -> None:

@@ -171,12 +171,28 @@ def _mark_running(rows: list[Row], runs: Path) -> None:
         locks = Path("/proc/locks").read_text()
     except OSError:  # not Linux
         return
-    held = {int(line.split()[5].rsplit(":", 1)[1]) for line in locks.splitlines() if "FLOCK" in line}
+    held = held_files(locks)
     for row in rows if held else []:
         if row.values.get("state") == "unfinished" and row.kind == RUN:
             with suppress(OSError):
-                if (runs / row.path / "lock").stat().st_ino in held:
+                state = (runs / row.path / "lock").stat()
+                if _identity(os.major(state.st_dev), os.minor(state.st_dev), state.st_ino) in held:
                     row.values["state"] = "running"
+
+
+def held_files(locks: str) -> set[tuple[int, int, int]]:
+    """Return the identities of the files that the content of /proc/locks names as locked."""
+    found = set()
+    for line in locks.splitlines():
+        if "FLOCK" in line and "->" not in line:  # "->": a process that waits for the lock of the line above
+            major, minor, inode = line.split()[5].split(":")
+            found.add(_identity(int(major, 16), int(minor, 16), int(inode)))
+    return found
+
+
+def _identity(major: int, minor: int, inode: int) -> tuple[int, int, int]:
+    """Return the identity of a file. Without a disk of its own (major 0) the minor numbers differ on Btrfs."""
+    return major, minor if major else 0, inode
 
 
 def _add_seeds(rows: list[Row]) -> None:

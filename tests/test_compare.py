@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 from comparisons import COMMON, VARIANTS, Ended, report, write_run
 from torch import nn
 
 import compare
-from common.errors import SettingsError
+from common.errors import DatasetError, SettingsError
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from common.text import last_error
+from comparison import planning
 from comparison.experiment_file import read
 from comparison.matching import match_sizes
 from comparison.planned_run import PlannedRun
@@ -23,6 +25,7 @@ from comparison.significance import seeds_needed
 from comparison.time_budget import steps_for
 from comparison.variant_costs import cost_of, costs
 from config.settings import ResizingSettings
+from image_data.preparation.prepare import prepare
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder
 
@@ -198,6 +201,15 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(ask, invented, tmp_path):
 def test_a_plan_needs_no_dataset(ask, invented, tmp_path):
     code, out, _ = ask(COMMON + VARIANTS, "--dry-run", "--data-dir", str(tmp_path / "none"))
     assert code == 0 and "is not prepared yet" in out and not (tmp_path / "none").exists()
+
+
+def test_a_folder_of_other_images_is_not_taken_for_the_dataset_of_the_experiment(zipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "DATA", tmp_path)
+    prepare(tmp_path / "cifar100", archive=zipped)
+    experiment = SimpleNamespace(dataset="cifar100", hold_out=0.0)
+    with pytest.raises(DatasetError, match=f"was prepared from {zipped.name}, and --dataset cifar100 would be ignored"):
+        planning.dataset_facts(experiment, None, is_dry_run=False)
+    assert planning.dataset_facts(experiment, tmp_path / "cifar100", is_dry_run=False).num_classes == 2
 
 
 def test_the_order_is_random_and_the_same_every_time(ask, invented):

@@ -25,7 +25,7 @@ from common.paths import PROJECT
 from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
 from inference.evaluation import average_predictions, open_dataset
-from inference.several_runs import average_weights
+from inference.several_runs import average_weights, check_same_input
 from inference.trained_model import TrainedModel
 from records.run_folder import RunFolder
 
@@ -191,6 +191,20 @@ def test_runs_that_cannot_be_combined(trained, tmp_path):
         average_weights(networks, [TrainedModel.open(trained.folder)] * 2)
 
 
+def test_runs_of_different_validation_splits_are_not_evaluated_on_one(trained):
+    """One of them would otherwise be evaluated on images that it was trained on."""
+    facts = trained.facts()
+    mine, same, without, elsewhere = (
+        TrainedModel(trained, facts | {"hold_out": share, "dataset": facts["dataset"] | {"fingerprint": fingerprint}})
+        for share, fingerprint in ((0.1, "sha256:a"), (0.1, "sha256:a"), (None, "sha256:a"), (0.1, "sha256:b"))
+    )
+    check_same_input([mine, same], "validation")
+    check_same_input([mine, without, elsewhere], "test")
+    for other in (without, elsewhere):
+        with pytest.raises(RunError, match="have different validation splits .*. Add --split test"):
+            check_same_input([mine, other], "validation")
+
+
 # --- output that cannot be written -----------------------------------------------------------------------------------
 
 
@@ -310,6 +324,17 @@ def test_another_dataset_is_normalized_as_in_training(shapes, tmp_path):
     found = open_dataset(trained, other)
     assert found.folder == other and (found.mean, found.std) == (dataset.mean, dataset.std)
     assert Dataset.open(other).mean != found.mean
+
+
+def test_the_result_of_another_dataset_stays_out_of_the_run_folder(trained, shapes, tmp_path):
+    other = Path(shutil.copytree(shapes, tmp_path / "other"))
+    description = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(description | {"fingerprint": "sha256:other"}))
+    before = {path.name: path.read_bytes() for path in trained.folder.iterdir() if path.is_file()}
+    done = run("evaluate.py", trained.folder, "--data-dir", other, "--json", tmp_path / "other.json")
+    assert "this is not the dataset of the training" in done.err and "add --json FILE to save this one" in done.err
+    assert {path.name: path.read_bytes() for path in trained.folder.iterdir() if path.is_file()} == before
+    assert json.loads((tmp_path / "other.json").read_text())["dataset_fingerprint"] == "sha256:other"
 
 
 def test_a_dataset_of_another_image_side(trained, tmp_path):

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +26,15 @@ from trees import WRITTEN, noise, refusal, save, tree_files, written
 from common.errors import DatasetError
 from common.paths import PROJECT
 from dali_pipeline import Batches
-from image_data.dataset import Dataset
+from image_data.dataset import KNOWN, Dataset
 from image_data.preparation import prepare as prepare_module
-from image_data.preparation.downloads import CIFAR100_SHA256
+from image_data.preparation import source as source_module
+from image_data.preparation.downloads import CIFAR100_SHA256, SOURCES
 from image_data.preparation.drawn_shapes import SHAPES
 from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.jpeg_traces import looks_like_jpeg
 from image_data.preparation.prepare import find_or_prepare, prepare
+from image_data.preparation.source import Source
 from prepare_dataset import main
 
 REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "data" / "cifar100.zip"))
@@ -108,6 +111,72 @@ def test_second_call_returns_at_once_and_force_redoes(tree, tmp_path, capsys):
         and "add --force to prepare again" in said
     )
     assert len(prepare(tmp_path / "out", root=tree, force=True).splits["train"]) == 7
+
+
+def test_force_without_a_source_keeps_the_source_of_the_folder(tree, zipped, tmp_path, capsys):
+    """The images of a user would otherwise be replaced by CIFAR-100, the default dataset."""
+    small = {"side": 16, "train_per_class": 2, "test_per_class": 2}
+    prepare(tmp_path / "pets", archive=zipped)
+    prepare(tmp_path / "elsewhere", root=tree)
+    prepare(tmp_path / "drawn", dataset="shapes", shapes=small)
+    prepare(tree)
+    before = {name: written(tmp_path / name) for name in ("pets", "elsewhere", "tree")}
+
+    def force(name):
+        return refusal(capsys, "--data-dir", tmp_path / name, "--force")
+
+    assert f"was prepared from {zipped.name}. Add --archive with its path" in force("pets")
+    assert "was prepared from the image tree tree. Add --root with its path" in force("elsewhere")
+    assert prepare(tmp_path / "drawn", force=True, shapes=small).classes == sorted(SHAPES)
+    (tree / "dataset.json").unlink()
+    assert prepare(tree).classes == ["big dog", "cat"]
+    assert {name: written(tmp_path / name) for name in before} == before
+    (tmp_path / "pets/prepared_from.json").unlink()  # as earlier versions left it
+    assert "its source is not recorded. Add --dataset, --archive or --root" in force("pets")
+
+
+def test_a_folder_of_other_images_is_not_taken_for_a_named_dataset(tree, zipped, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(source_module, "DATA", tmp_path)
+    monkeypatch.setattr(prepare_module, "DATA", tmp_path)
+    prepare(tree)
+    prepare(tmp_path / "shapes", archive=zipped)
+    for data_dir, dataset in ((tree, "cifar100"), (None, "shapes")):
+        with pytest.raises(DatasetError, match=f"and --dataset {dataset} would be ignored. Choose another --data-dir"):
+            find_or_prepare(data_dir, dataset, None)
+    (tree / "prepared_from.json").write_text('{"dataset": "cifar100"}')  # as earlier versions recorded a tree in place
+    with pytest.raises(DatasetError, match="was prepared from tree, and --dataset cifar100"):
+        find_or_prepare(tree, "cifar100", None)
+    prepare(archive=shutil.copy(zipped, tmp_path / "cifar100.zip"))
+    assert find_or_prepare(None, "cifar100", None) == tmp_path / "cifar100"
+
+
+def test_the_command_that_prepares_a_missing_dataset_names_its_source(tree, tmp_path):
+    assert tuple(SOURCES) == KNOWN
+    for folder, command in (
+        (tree, f"--data-dir {tree}"),
+        (tmp_path / "shapes", "/shapes --dataset shapes"),
+        (tmp_path / "pets", "/pets --archive FILE (or --root DIR, or --dataset NAME)"),
+    ):
+        with pytest.raises(DatasetError) as error:
+            Dataset.open(folder)
+        assert str(error.value).endswith(command)
+
+
+def test_a_dataset_is_prepared_where_train_py_looks_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((Source("shapes", None, None), "shapes"), (Source(None, Path("pets.zip"), None), "pets")):
+        assert source.default_folder() == PROJECT / "data" / name
+
+
+@pytest.mark.parametrize("damage", [b'{"num_classes": 2, "mea', b"[]"])
+def test_a_damaged_description_is_one_sentence_and_force_restores_it(tree, capsys, damage):
+    prepare(tree)
+    intact = (tree / "dataset.json").read_bytes()
+    (tree / "dataset.json").write_bytes(damage)
+    message = refusal(capsys, "--data-dir", tree)
+    assert f"{tree} is damaged" in message and f"Run: python prepare_dataset.py --data-dir {tree} --force" in message
+    assert main(["--data-dir", str(tree), "--force"]) == 0
+    assert (tree / "dataset.json").read_bytes() == intact
 
 
 def test_force_that_fails_keeps_what_was_prepared(zipped, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 from config.command_line import at_least_one
 from records.checkpoint_store import Interval
@@ -37,26 +36,3 @@ def seed(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or int(text) > MAX_SEED:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {MAX_SEED}, not {text}")
     return int(text)
-
-
-def fraction(text: str) -> float:
-    """A number between 0 and 1, both excluded."""
-    number = _number(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, for example 0.1, not {text}")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """A positive finite rate or time."""
-    number = _number(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

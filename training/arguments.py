@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from common.errors import EXIT_STOPPED, SettingsError
 from common.paths import RUNS
 from config.catalog import SOURCES, table_names
-from config.command_line import Parser, at_least_one, run_name
+from config.command_line import Parser, above_zero, at_least_one, fraction, run_name
 from config.settings import preset_names
-from training.argument_types import above_zero, evaluation_interval, fraction, interval, micro_batch, seed
+from training.argument_types import evaluation_interval, interval, micro_batch, seed
 from training.console import NORMAL, QUIET, VERBOSE
 
 if TYPE_CHECKING:

@@ -98,6 +98,7 @@ class Loop:
             page = "/report.html" if self.tracking.reports else ""
             self.console.result(self.record.metrics()[-1], self.steps_per_epoch, self._where() + page)
             write_card(self.record)
+        self.writer.wait()  # the others wait here as long as for a checkpoint: trackers may upload for minutes
         return finished
 
     def _run(self, stop_at: int | None) -> bool:

@@ -253,11 +253,12 @@ def _root_of_tree(archive: Path, members: list[Member]) -> tuple[str, ...]:
 
 
 def _root_of_classes(archive: Path, members: list[Member]) -> tuple[str, ...]:
-    """Return the folder that contains all class folders."""
+    """Return the folder that contains all class folders, or the one above it if they lie in a folder train."""
     folders = {member.parts[:-1] for member in members if _is_image(member)}
     if len(folders) < 2:
         raise PrepareError(f"{archive} holds images in {len(folders)} folder(s). Expected one folder per class")
-    return tuple(os.path.commonprefix(sorted(folders)))
+    root = tuple(os.path.commonprefix(sorted(folders)))
+    return root[: root.index("train")] if "train" in root else root
 
 
 def _is_image(member: Member) -> bool:
@@ -265,7 +266,7 @@ def _is_image(member: Member) -> bool:
 
 
 def _unpack_tree(archive: Path, members: list[Member], target: Path, needs_splits: bool) -> None:
-    if needs_splits or any("train" in member.parts[:-1] for member in members):
+    if needs_splits:
         root = _root_of_tree(archive, members)
         wanted = [
             member

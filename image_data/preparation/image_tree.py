@@ -4,8 +4,7 @@
     <root>/test/<class>/*.png       split: `train/animals/cat/1.png` has class `animals/cat`; `val` can replace `test`
 
 `list_tree(root)` returns classes, paths and labels in their final order. `walk_images` is the only rule that finds
-images, here and in `evaluate.py --predict`. The other functions turn the results of decoding into errors
-(PrepareError) and warnings. Nothing here opens an image.
+images, here and in `evaluate.py --predict`. Nothing here opens an image.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import NamedTuple
 from common.errors import DatasetError
 from common.text import listed
 from image_data.dataset import LIST_FILES
-from image_data.image_file import SUFFIXES, TOO_LARGE
+from image_data.image_file import SUFFIXES
 
 TEST_NAMES = ("test", "val", "validation")
 SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
@@ -122,61 +121,6 @@ def list_tree(root: Path, test_fraction: float | None = None, name: str = "") ->
     )
 
 
-def broken_warnings(tree: Tree, kept: dict[str, list[int]], broken: list[tuple[str, str]], skip: bool) -> list[str]:
-    """Return the warning about images that cannot be decoded.
-
-    Args:
-        kept: positions of the decoded images of each split.
-        broken: (path, reason) of every other image.
-        skip: skip broken images; otherwise they are an error.
-
-    Raises:
-        PrepareError: `skip` is False, or a class has no image left in a split.
-    """
-    if not broken:
-        return []
-    names = listed(f"{path} ({reason})" for path, reason in broken)
-    if not skip:
-        hint = ". --max-megapixels raises the limit" if any(TOO_LARGE in reason for _, reason in broken) else ""
-        raise PrepareError(
-            f"{len(broken)} image(s) cannot be decoded: {names}. Replace them, or add --skip-broken{hint}"
-        )
-    for split, positions in kept.items():
-        if lost := set(range(len(tree.classes))).difference(tree.labels[split][i] for i in positions):
-            names = listed(tree.classes[label] for label in sorted(lost))
-            raise PrepareError(
-                f"without the broken images the {split} split has none of class {names}. "
-                "Replace them, or remove the class"
-            )
-    return [f"skipped {len(broken)} image(s) that cannot be decoded: {names}"]
-
-
-def conversion_warnings(kinds: dict[str, int]) -> list[str]:
-    """Return one warning per kind of image that is not 8-bit RGB; `kinds` counts images by kind."""
-    how = {"16-bit": "the high byte is kept", "RGBA": "alpha is dropped", "grayscale with alpha": "alpha is dropped"}
-    return [
-        f"{count} {kind} image{'s' * (count > 1)} converted to 8-bit RGB" + (f" ({how[kind]})" if kind in how else "")
-        for kind, count in sorted(kinds.items())
-        if kind != "RGB"
-    ]
-
-
-def duplicate_warnings(paths: dict[str, list[str]], digests: dict[str, list[bytes]]) -> list[str]:
-    """Return a warning about images with the same pixels in train and test, which inflate the test accuracy."""
-    first_in_train: dict[bytes, str] = {}
-    for path, digest in zip(paths["train"], digests["train"], strict=True):
-        first_in_train.setdefault(digest, path)
-    pairs = [
-        (first_in_train[digest], path)
-        for path, digest in zip(paths["test"], digests["test"], strict=True)
-        if digest in first_in_train
-    ]
-    if not pairs:
-        return []
-    shown = ", ".join(f"'{train}' = '{test}'" for train, test in pairs[:3]) + ", ..." * (len(pairs) > 3)
-    return [f"{len(pairs)} of {len(paths['test'])} test images are exact duplicates of training images: {shown}"]
-
-
 def _layout(name: str) -> str:
     return f"{name}/train/<class>/*.png and {name}/test/<class>/*.png"
 
@@ -216,8 +160,22 @@ def _images_without_splits(root: Path, name: str, warnings: list[str]) -> dict[s
         raise PrepareError(f"{name} is not a folder")
     present = [folder for folder in TEST_NAMES if (root / folder).is_dir()]
     if present:
-        raise PrepareError(f"{name} already holds the folder {present[0]}. Omit --test-fraction")
-    found = _images_by_class(root, "train" if (root / "train").is_dir() else ".", warnings)
+        raise PrepareError(
+            f"{name} already holds the folder {present[0]}. Omit --test-fraction, or rename the folder if it is a class"
+        )
+    about_classes: list[str] = []
+    found = _images_by_class(root, ".", about_classes)
+    in_train = {class_name for class_name in found if class_name.startswith("train/")}
+    beside = found.keys() - in_train - {"train"}
+    if in_train and beside:
+        raise PrepareError(
+            f"{name} holds class folders in train and beside it ({listed(sorted(beside))}). "
+            "Rename train if it is a class; otherwise move the folders beside it"
+        )
+    if not beside and (root / "train").is_dir():
+        found = _images_by_class(root, "train", warnings)
+    else:
+        warnings += about_classes
     if not found:
         raise PrepareError(f"{name} holds 0 images in class folders. Expected {name}/<class>/*.png")
     return found
@@ -245,7 +203,7 @@ def _images_by_class(root: Path, split: str, warnings: list[str]) -> dict[str, l
     names_of_folder: dict[str, list[str]] = {}
     unsupported, loose, empty, merged = [], [], [], []
     prefix = "" if split == "." else f"{split}/"
-    for folder in walk_images(root / split, WRITTEN if split == "." else frozenset()):
+    for folder in walk_images(root / split, _written(root) if split == "." else frozenset()):
         here = prefix if folder.path == "." else f"{prefix}{folder.path}/"
         images = [here + image for image in folder.images]
         unsupported += [here + other for other in folder.others]
@@ -271,6 +229,13 @@ def _images_by_class(root: Path, split: str, warnings: list[str]) -> dict[str, l
         if len(names) > 1:
             warnings.append(f"classes {listed(names)} are links to one folder: each of its images is in all of them")
     return found
+
+
+def _written(root: Path) -> frozenset[str]:
+    """Return the names at the top of `root` that preparing writes; a folder `packed` with images is a class."""
+    packed = root / "packed"
+    is_class = packed.is_dir() and any(folder.images for folder in walk_images(packed))
+    return WRITTEN - {"packed"} if is_class else WRITTEN
 
 
 def _refuse_unmatched_classes(classes_of: dict[str, set[str]]) -> None:

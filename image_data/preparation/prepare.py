@@ -7,13 +7,11 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DatasetError
@@ -24,41 +22,11 @@ from image_data.preparation.archives import unpack
 from image_data.preparation.decoding import SplitFacts, available_cores, mean_and_std
 from image_data.preparation.downloads import fill
 from image_data.preparation.image_tree import PREPARED_FROM, PrepareError, Tree, list_tree
+from image_data.preparation.source import OURS, Source, is_copy_of, refuse_another_source
 from image_data.preparation.survey import Options, Survey, extremes, survey_images
 
 PACK_LIMIT_GIB = 8.0
 MAX_WORKERS = 1024
-OURS = ".unpacked"  # an empty file that marks <data-dir>/images as written by this script, which may replace it
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the images come from: at most one of a dataset's name, an archive and the root of a tree."""
-
-    dataset: str | None
-    archive: Path | None
-    root: Path | None
-
-    def default_folder(self) -> Path:
-        """Return the folder to prepare if --data-dir is not given.
-
-        Raises:
-            PrepareError: the name of the archive, such as `.zip`, gives no folder name.
-        """
-        if self.root is not None:
-            return self.root
-        if self.archive is None:
-            return Path("data", self.dataset or DEFAULT)
-        name = self.archive.name.split(".")[0]
-        if not name or not name.isprintable():
-            raise PrepareError(f"--archive {str(self.archive)!r} gives no folder name. Add --data-dir DIR")
-        return Path("data", name)
-
-    def record(self) -> dict[str, str | int]:
-        """Return the content of prepared_from.json: nothing that depends on this machine."""
-        if self.archive is not None:
-            return {"archive": self.archive.name, "bytes": os.path.getsize(self.archive)}
-        return {"root": self.root.name} if self.root is not None else {"dataset": self.dataset or DEFAULT}
 
 
 def prepare(
@@ -80,7 +48,7 @@ def prepare(
 
     Args:
         data_dir: folder to write to; default: see `Source.default_folder`.
-        dataset, archive, root: source of the images, at most one of them; default: the dataset cifar100.
+        dataset, archive, root: source of the images, at most one of them; default: see `Source.completed`.
         workers: decoding processes; default: one per available core.
         skip_broken: skip images that cannot be decoded; otherwise they are an error.
         pack_limit_gib: largest size of the packed arrays.
@@ -129,7 +97,7 @@ def prepare(
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder):
                 if not Dataset.is_prepared(folder) or force:
-                    _make(folder, source, options)
+                    _make(folder, source.completed(folder), options)
                     ready = Dataset.open(folder)
                     print(f"prepared in {time.perf_counter() - started:.1f} s: {_describe(ready)}")
                     return ready
@@ -159,7 +127,7 @@ def find_or_prepare(
     data_dir, archive = _expand(data_dir), _expand(archive)
     folder = data_dir or DATA / (dataset or DEFAULT)
     if not Dataset.is_prepared(folder):
-        if archive and not data_dir and not dataset and DEFAULT not in re.sub("[^a-z0-9]", "", archive.name.lower()):
+        if archive and not data_dir and not dataset and not is_copy_of(DEFAULT, archive.name):
             raise DatasetError(
                 f"--archive {archive} would be prepared in {near_path(folder)}, the folder of CIFAR-100. "
                 "Add --data-dir DIR to name a folder for it"
@@ -170,8 +138,8 @@ def find_or_prepare(
                 "or add --archive FILE or --dataset NAME"
             )
         prepare(folder, dataset=None if archive else dataset, archive=archive, skip_broken=skip_broken, say_ready=False)
-    if archive or (data_dir and dataset):  # also if another process has prepared it meanwhile
-        _refuse_another_source(folder, dataset, archive)
+    if archive or dataset:  # also if another process has prepared it meanwhile
+        refuse_another_source(folder, dataset, archive)
     return folder
 
 
@@ -190,28 +158,6 @@ def _explain(error: OSError, folder: Path, source: Source) -> str:
         fix = f"Run: python prepare_dataset.py --root {tree} --data-dir NEW" if tree else "Choose another --data-dir"
         return f"cannot prepare {folder} ({what}), because it is read-only. {fix}"
     return f"cannot prepare {folder} ({what}). Check permissions and free space, or choose another --data-dir"
-
-
-def _refuse_another_source(folder: Path, dataset: str | None, archive: Path | None) -> None:
-    """Raise DatasetError if `folder` was prepared from something else than the source given."""
-    option, given = ("--archive", archive) if archive else ("--dataset", dataset)
-    if archive and not archive.is_file():
-        raise DatasetError(
-            f"--archive {archive} does not exist. Check the path, or omit it: {folder} is already prepared"
-        )
-    try:
-        made_from = json.loads((folder / PREPARED_FROM).read_text())
-    except (OSError, ValueError):  # prepared by a version that did not record it
-        print(
-            f"note: {option} {given} was not read, because {folder} is already prepared; "
-            "prepare_dataset.py --force prepares it again"
-        )
-        return
-    if made_from != Source(dataset, archive, None).record():
-        raise DatasetError(
-            f"{folder} was prepared from {next(iter(made_from.values()))}, and {option} {given} would be ignored. "
-            "Choose another --data-dir, or prepare it again with prepare_dataset.py --force"
-        )
 
 
 def _make(folder: Path, source: Source, options: Options) -> None:
@@ -239,11 +185,9 @@ def _make(folder: Path, source: Source, options: Options) -> None:
 def _find_images(folder: Path, partial: Path, source: Source, options: Options) -> Path:
     """Return the root of an image tree: an existing one, or `partial/images` after filling it."""
     if source.root is not None:
+        if source.root == folder and (folder / "train").is_dir():
+            print(f"using the images in {folder}/train")
         return source.root
-    is_tree = (folder / "train").is_dir()
-    if source.archive is None and source.dataset is None and is_tree:
-        print(f"using the images in {folder}/train")
-        return folder
     if (folder / "images").exists() and not (folder / "images" / OURS).exists():
         raise PrepareError(
             f"{folder}/images exists and was not written by this script. "

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from image_data.image_file import decode_image
+from common.text import listed
+from image_data.image_file import TOO_LARGE, decode_image
 from image_data.preparation.decoding import SplitFacts, decode_split, decoder, first_side, mean_and_std
-from image_data.preparation.image_tree import Tree, broken_warnings, conversion_warnings, duplicate_warnings
+from image_data.preparation.image_tree import PrepareError, Tree
 from image_data.preparation.jpeg_traces import CIFAR_SIDE, jpeg_warning, looks_like_jpeg
 
 JPEG_SAMPLE = 1000  # training images examined for traces of JPEG
@@ -52,7 +53,7 @@ def survey_images(tree: Tree, partial: Path, options: Options) -> Survey:
             facts[split] = decode_split(decode, tree.root, paths, side, file, what, options.max_megapixels)
     broken = [pair for found in facts.values() for pair in found.broken]
     kept = {split: found.kept for split, found in facts.items()}
-    warnings = broken_warnings(tree, kept, broken, options.skip_broken)
+    warnings = _broken_warnings(tree, kept, broken, options.skip_broken)
     sizes = set().union(*(found.sizes for found in facts.values()))
     if len(sizes) > 1 or not side:
         packed = None
@@ -68,12 +69,67 @@ def survey_images(tree: Tree, partial: Path, options: Options) -> Survey:
             f"packed arrays would take {gib:.1f} GiB, more than --pack-limit-gib {options.pack_limit_gib:g}: "
             "the images are not packed, and training reads the files"
         )
-    warnings += conversion_warnings(facts["train"].kinds + facts["test"].kinds)
+    warnings += _conversion_warnings(facts["train"].kinds + facts["test"].kinds)
     warnings += _constant_channel_warnings(facts["train"])
     warnings += _jpeg_warnings(tree, facts, sizes)
     kept_paths = {split: [tree.paths[split][i] for i in facts[split].kept] for split in facts}
-    warnings += duplicate_warnings(kept_paths, {split: facts[split].digests for split in facts})
+    warnings += _duplicate_warnings(kept_paths, {split: facts[split].digests for split in facts})
     return Survey(facts, packed, warnings)
+
+
+def _broken_warnings(tree: Tree, kept: dict[str, list[int]], broken: list[tuple[str, str]], skip: bool) -> list[str]:
+    """Return the warning about images that cannot be decoded.
+
+    Args:
+        kept: positions of the decoded images of each split.
+        broken: (path, reason) of every other image.
+        skip: skip broken images; otherwise they are an error.
+
+    Raises:
+        PrepareError: `skip` is False, or a class has no image left in a split.
+    """
+    if not broken:
+        return []
+    names = listed(f"{path} ({reason})" for path, reason in broken)
+    if not skip:
+        hint = ". --max-megapixels raises the limit" if any(TOO_LARGE in reason for _, reason in broken) else ""
+        raise PrepareError(
+            f"{len(broken)} image(s) cannot be decoded: {names}. Replace them, or add --skip-broken{hint}"
+        )
+    for split, positions in kept.items():
+        if lost := set(range(len(tree.classes))).difference(tree.labels[split][i] for i in positions):
+            names = listed(tree.classes[label] for label in sorted(lost))
+            raise PrepareError(
+                f"without the broken images the {split} split has none of class {names}. "
+                "Replace them, or remove the class"
+            )
+    return [f"skipped {len(broken)} image(s) that cannot be decoded: {names}"]
+
+
+def _conversion_warnings(kinds: dict[str, int]) -> list[str]:
+    """Return one warning per kind of image that is not 8-bit RGB; `kinds` counts images by kind."""
+    how = {"16-bit": "the high byte is kept", "RGBA": "alpha is dropped", "grayscale with alpha": "alpha is dropped"}
+    return [
+        f"{count} {kind} image{'s' * (count > 1)} converted to 8-bit RGB" + (f" ({how[kind]})" if kind in how else "")
+        for kind, count in sorted(kinds.items())
+        if kind != "RGB"
+    ]
+
+
+def _duplicate_warnings(paths: dict[str, list[str]], digests: dict[str, list[bytes]]) -> list[str]:
+    """Return a warning about images with the same pixels in train and test, which inflate the test accuracy."""
+    first_in_train: dict[bytes, str] = {}
+    for path, digest in zip(paths["train"], digests["train"], strict=True):
+        first_in_train.setdefault(digest, path)
+    pairs = [
+        (first_in_train[digest], path)
+        for path, digest in zip(paths["test"], digests["test"], strict=True)
+        if digest in first_in_train
+    ]
+    if not pairs:
+        return []
+    shown = ", ".join(f"'{train}' = '{test}'" for train, test in pairs[:3]) + ", ..." * (len(pairs) > 3)
+    return [f"{len(pairs)} of {len(paths['test'])} test images are exact duplicates of training images: {shown}"]
 
 
 def _constant_channel_warnings(facts: SplitFacts) -> list[str]:

@@ -7,6 +7,7 @@ test_preflight.py tests the check of hosts, test_several_hosts.py real launches 
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
@@ -25,6 +26,7 @@ from cluster.hostfile import HostfileError, parse
 from cluster.job import Job, Limits, Plan
 from cluster.preflight import Rendezvous
 from cluster.remote import Host
+from common.paths import PROJECT
 from parallel.process_group import limit_waits
 
 LAUNCH = "launch_distributed_train.sh"
@@ -107,6 +109,46 @@ def test_unedited_and_missing_hostfiles_fail_clearly(repo):  # noqa: F811
     assert result.returncode == 2 and "names no host" in result.stderr and "node1 slots=8" in result.stderr
     result = run(repo, LAUNCH, HOSTFILE="nowhere")
     assert result.returncode == 2 and "nowhere does not exist" in result.stderr
+
+
+def test_the_help_needs_no_hostfile(repo):  # noqa: F811
+    for words in (["--help"], ["--check", "-h"]):
+        result = run(repo, LAUNCH, *words)
+        assert result.returncode == 0 and "usage: ./launch_distributed_train.sh" in result.stdout
+
+
+def test_the_hostfile_is_read_by_the_python_that_the_user_names(repo):  # noqa: F811
+    fake(repo, "python3", "exit 1")  # such as one that is too old
+    assert "names no host" in run(repo, LAUNCH).stderr
+
+
+def test_the_hostfile_is_read_by_an_old_python():
+    """Python 3.6 evaluates annotations of functions, and cannot index `list`."""
+    tree = ast.parse((PROJECT / "cluster/hostfile.py").read_text(), feature_version=(3, 6))
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for annotation in [function.returns, *(argument.annotation for argument in function.args.args)]:
+            assert not isinstance(annotation, ast.Subscript), f"{function.name}: write the annotation as a text"
+    assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))  # of annotations: Python 3.7
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--restarts", "-1"], "--restarts: must be at least 0, not -1"),
+        (["--restarts", "1.5"], "--restarts: must be a whole number of at least 0, not 1.5"),
+        (["--hang-seconds", "-5"], "--hang-seconds: must be a number above 0, not -5"),
+        (["--hang-seconds", "nan"], "--hang-seconds: must be a number above 0, not nan"),
+    ],
+)
+def test_impossible_numbers_are_rejected(cluster, words, sentence):
+    result = run(cluster, LAUNCH, *words)
+    assert result.returncode == 2 and sentence in result.stderr
+
+
+def test_folders_in_the_home_folder_are_those_that_training_uses(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = run_hosts.paths_of(["--data-dir=~/data/pets", "--runs-dir=~/runs"])
+    assert (found.data_dir, found.runs_dir) == (Path("/home/me/data/pets"), Path("/home/me/runs"))
 
 
 def test_dry_run_prints_the_command_of_each_host_with_every_argument_unchanged(cluster):

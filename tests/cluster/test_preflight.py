@@ -11,6 +11,7 @@ import ast
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from cluster import host_checks as checks
 from cluster import probe, remote
 from cluster.remote import Host, Unreachable
 from common.paths import PROJECT
+from image_data.preparation.prepare import prepare
 
 # --- a host's answer, and the problems in it -----------------------------------------------------------------------
 
@@ -41,7 +43,7 @@ GOOD = {
         "numpy": "2.1",
     },
     "gpus": [GPU, {**GPU, "index": "1"}],
-    "data": {"fingerprint": "sha256:abc", "sizes": {"packed/train.npy": 10}},
+    "data": {"fingerprint": "sha256:abc", "sizes": {"packed/train.npy": 10}, "missing": []},
     "disk": 100,
     "shm": 60,
     "cores": 8,
@@ -92,6 +94,7 @@ def test_hosts_that_agree_have_no_problem():
         ({"data": None}, "does not have the dataset", False),
         ({"data": {"fingerprint": "sha256:xyz", "sizes": {}}}, "another dataset (xyz, elsewhere abc)", False),
         ({"data.sizes": {"packed/train.npy": 4}}, "incomplete copy of the dataset (packed/train.npy)", False),
+        ({"data.missing": ["/big/a.png"]}, "does not have images of the dataset (/big/a.png)", False),
         ({"disk": 0.1}, "0.1 GB left", False),
         ({"disk": 3}, "3 GB left", True),
         ({"shm": 0.06}, "/dev/shm", True),
@@ -176,6 +179,22 @@ def test_the_probe_runs_in_a_bare_python_and_reports_the_host(tmp_path, shapes):
     assert list(answer["given"]) == [str(project / "train.py")]
     assert answer["environment"]["torch"] and answer["environment"]["deepspeed"] and answer["environment"]["cuda"]
     assert abs(checks.skew({**answer, "asked": time.time() - 60, "arrived": time.time()})) == 0
+
+
+def test_the_probe_names_images_that_lie_outside_the_data_folder_and_are_not_there(tree, tmp_path):
+    def missing() -> list[str]:
+        return probe.data_of(str(tmp_path / "data"))["missing"]
+
+    prepare(tmp_path / "data", root=tree, pack_limit_gib=0)
+    assert missing() == []
+    tree.rename(tmp_path / "elsewhere")
+    first, last = "big dog/image 0.png", "cat/image {}.png"
+    due = [f"train/{first}", f"train/{last.format(2)}", f"test/{first}", f"test/{last.format(1)}"]
+    assert missing() == [str(tree / path) for path in due]
+    (tmp_path / "elsewhere").rename(tree)
+    prepare(tmp_path / "data", root=tree, force=True)
+    shutil.rmtree(tree)
+    assert missing() == []  # training reads the packed pixels
 
 
 def test_answers_of_nvidia_smi_are_read():

@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -245,6 +246,22 @@ def test_sync_moves_stale_code_aside_and_leaves_everything_else(tmp_path, monkey
 
 def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
+def test_sync_copies_what_links_out_of_the_data_folder_lead_to(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(sync, "run", lambda host, words, *_: commands.append(words))
+    (tmp_path / "disk/cat").mkdir(parents=True)
+    (tmp_path / "disk/cat/a.png").touch()
+    (tmp_path / "data/train/dog").mkdir(parents=True)
+    (tmp_path / "data/train/cat").symlink_to(tmp_path / "disk/cat")
+    (tmp_path / "data/train/hound").symlink_to("dog")
+    sync.copy_data(Host("box", 1), str(tmp_path / "data"), str(tmp_path / "runs"))
+    options = commands[-1][: commands[-1].index("-e")]
+    subprocess.run([*options, f"{tmp_path}/data/", f"{tmp_path}/there/"], check=True)
+    assert not (tmp_path / "there/train/cat").is_symlink() and (tmp_path / "there/train/cat/a.png").is_file()
+    assert (tmp_path / "there/train/hound").is_symlink()
 
 
 @pytest.mark.parametrize("with_git", [True, False])

@@ -156,7 +156,7 @@ NEW = {  # none of these may leave a run folder
     "damaged facts": Case(["--data-dir", "{place}/no-facts"], "no-facts is damaged"),
     "damaged pixels": Case(
         ["--data-dir", "{place}/cut-pixels"],
-        "packed/train.npy is damaged (mmap length is greater than file size); run prepare_dataset.py --force",
+        "packed/train.npy is damaged (mmap length is greater than file size). Run: python prepare_dataset.py",
     ),
     "pixels that are a pickle": Case(["--data-dir", "{place}/pickled-pixels"], "packed/train.npy is damaged"),
     # weights to start from
@@ -179,7 +179,7 @@ OLD = {  # these concern an existing run
     ),
     "a missing image": Case(
         ["--name", "new", "--data-dir", "{place}/no-image", "--source", "files"],
-        "cannot be read (No such file or directory). Restore the file, or run prepare_dataset.py --force",
+        "(No such file or directory). Restore the file, or run prepare_dataset.py --data-dir DIR --force",
     ),
     "another architecture": Case(["--name", "other-network"], "the checkpoint holds another network: "),
     "other classes": Case(["--name", "other-classes"], "3.classify.weight is (9, 32), here (10, 32)"),

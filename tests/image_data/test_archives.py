@@ -233,6 +233,25 @@ def test_class_folders_in_an_archive_can_be_split(tree, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("inside", "classes"),
+    [
+        (("car", "packed", "train"), ["car", "packed", "train"]),
+        (("train/cat", "train/dog"), ["cat", "dog"]),
+        (("vehicles/train", "animals/cat"), ["animals/cat", "vehicles/train"]),
+    ],
+)
+def test_a_class_in_an_archive_may_have_the_name_of_a_folder_that_preparing_uses(tree, tmp_path, inside, classes):
+    images = sorted(path for path in tree.rglob("*.png"))
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as file:
+        for i, path in enumerate(images[: 2 * len(inside)]):
+            file.write(path, f"my/{inside[i // 2]}/{path.parent.name} {path.name}")
+    ready = prepare(tmp_path / "out", archive=tmp_path / "flat.zip", test_fraction=0.5)
+    assert ready.classes == classes and len(ready.splits["train"]) == len(classes)
+    in_train = all(path.startswith("train/") for path in ready.splits["train"].paths)
+    assert in_train == (classes == ["cat", "dog"])  # the paths choose the test split, so they stay the same
+
+
 # ---- the original CIFAR archives ----
 
 

@@ -86,6 +86,7 @@ FILES = {  # name -> content; the pixels are those of `picture` or what Pillow m
     "PNG gray 16 bits sideways": encode(
         Image.fromarray(np.ascontiguousarray(np.rot90(picture()[..., 0])).astype(np.uint16) * 257), "PNG", 6
     ),
+    "JPEG2000 gray 16 bits": encode(Image.fromarray(picture()[..., 0].astype(np.uint16) * 257), "JPEG2000"),
     "PGM 16 bits": b"P5 16 16 65535\n" + (picture()[..., 0].astype(">u2") * 257).tobytes(),
 }  # fmt: skip
 
@@ -102,7 +103,7 @@ def test_orientations_are_applied_in_every_format(tmp_path, file_format, orienta
     assert np.array_equal(FileReader([file], 1).sizes(np.array([0])), [[12, 20]])
 
 
-@pytest.mark.parametrize("name", ["PNG gray 16 bits", "TIFF gray 16 bits", "PNG gray 16 bits sideways", "PGM 16 bits"])
+@pytest.mark.parametrize("name", [name for name in FILES if "16 bits" in name])
 def test_of_16_bits_the_high_byte_is_kept(name):
     pixels, kind, _ = decode_image(FILES[name])
     assert kind == "16-bit" and np.array_equal(pixels, np.repeat(picture()[..., :1], 3, axis=2))

@@ -236,6 +236,31 @@ def test_a_tree_without_a_test_split_can_be_split_by_name(tmp_path, capsys, flat
     assert not capsys.readouterr().err.count("skipped")
 
 
+def save_classes(root, *classes):
+    for seed, name in enumerate(classes):
+        for i in range(3):
+            save(root / name / f"{i}.png", noise(10 * seed + i))
+
+
+def test_a_class_may_have_the_name_of_a_folder_that_preparing_uses(tmp_path, capsys):
+    save_classes(tmp_path, "car", "packed", "train")
+    for force in (False, True):  # the second time the arrays lie beside the images of the class
+        ready = prepare(root=tmp_path, test_fraction=0.3, force=force)
+        assert ready.classes == ["car", "packed", "train"] and len(ready.splits["train"]) == 6
+    assert (tmp_path / "packed/train.npy").is_file()
+    save_classes(tmp_path / "nested", "car", "packed/boxes")
+    assert prepare(root=tmp_path / "nested", test_fraction=0.3).classes == ["car", "packed/boxes"]
+
+
+def test_class_folders_in_train_and_beside_it_are_an_error(tmp_path, capsys):
+    save_classes(tmp_path, "car", "plane", "train/steam", "train/diesel")
+    message = refusal(capsys, "--root", tmp_path, "--test-fraction", 0.3)
+    assert "holds class folders in train and beside it ('car', 'plane'). Rename train if it is a class" in message
+    save_classes(tmp_path / "other", "car", "test")
+    message = refusal(capsys, "--root", tmp_path / "other", "--test-fraction", 0.3)
+    assert "already holds the folder test. Omit --test-fraction, or rename the folder if it is a class" in message
+
+
 def test_a_test_fraction_that_does_not_apply_is_an_error(tree, tmp_path, capsys):
     assert "Omit --test-fraction" in refusal(capsys, "--root", tree, "--test-fraction", 0.2)
     assert "between 0 and 1, got 1.5" in refusal(capsys, "--root", tree, "--test-fraction", 1.5)

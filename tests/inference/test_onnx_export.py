@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from programs import run
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import evaluate
@@ -23,7 +25,9 @@ from common.errors import RunError
 from common.paths import PROJECT
 from config.settings import ModelSettings
 from image_data.dataset import Dataset
-from inference import onnx_export
+from inference import model_card, onnx_export
+from inference.model_card import use, write_card
+from inference.predict_images import fit, read_image
 from inference.trained_model import TrainedModel
 from model import TABLES, build_model
 from records.run_folder import RunFolder
@@ -185,13 +189,19 @@ def test_the_head_of_the_card_is_yaml_that_hubs_read(unbroken):
 def test_the_card_names_the_weights_of_an_evaluation(exported):
     record = RunFolder(shutil.copytree(exported[1].record.folder, exported[1].record.folder.with_name("other")))
     shutil.copy(record.folder / "weights.safetensors", record.folder / "best.safetensors")
+    weights = load_file(record.folder / "best.safetensors")
+    save_file({name: 0 * value for name, value in weights.items()}, record.folder / "best.safetensors")
     run("evaluate.py", record.folder, "--weights", "best.safetensors")
-    assert "| `best.safetensors` |" in text_of(record) and "# other\n" in text_of(record)
+    text, last = text_of(record), record.metrics()[-1]
+    assert "| `best.safetensors` |" in text and "# other\n" in text
+    assert "`best.safetensors`: the weights of the epoch with the best validation accuracy." in text
+    # The published accuracy stays that of weights.safetensors, which the card's programs load.
+    assert "| `weights.safetensors` |" in text and "`weights.safetensors`: the weights after the last epoch" in text
+    (metric,) = json.loads(re.search("model-index: (.*)", text)[1])[0]["results"][0]["metrics"]
+    assert metric["value"] == round(100 * last["test_accuracy"], 2)
     record.write_metrics(
         "".join(json.dumps(line) + "\n" for line in record.metrics()[:-1])
     )  # as when that epoch is trained again
-    from inference.model_card import write_card
-
     write_card(record)
     assert "| `best.safetensors` |" not in text_of(record)
 
@@ -204,8 +214,6 @@ def test_odd_names_do_not_break_the_card(unbroken, tmp_path):
     facts["dataset"]["name"] = "my `data` | set"
     facts["commit"] = None
     (folder / "run.json").write_text(json.dumps(facts))
-    from inference.model_card import write_card
-
     text = write_card(RunFolder(folder)).read_text()
     assert yaml.safe_load(text.split("---")[1])["datasets"] == ["my `data` | set"]
     assert r"\<img src=x\>, a\|b, \*c\*" in text and "\x1b" not in text and "``my `data` \\| set``" in text
@@ -230,3 +238,29 @@ def test_the_code_and_the_commands_of_the_card_run(exported, shapes, monkeypatch
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
         assert (folder / evaluate.parse_arguments().runs[0] / "run.json").is_file()
+
+
+@pytest.mark.parametrize("dataset_side", [32, None])
+def test_the_program_of_the_card_preprocesses_as_evaluation_does(exported, tmp_path, monkeypatch, dataset_side):
+    facts = exported[1].facts | {"dataset": exported[1].facts["dataset"] | {"image_side": dataset_side}}
+    facts["settings"] = facts["settings"] | {"image_side": 32}
+    trained = TrainedModel(exported[1].record, facts)
+    program = re.findall(r"```python\n(.*?)```", use(trained), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    for width, height in ((75, 53), (53, 75), (32, 32), (33, 47)):
+        image = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+        image.save("image.png", exif=sideways)
+        names = {"Image": Image, "ImageOps": ImageOps}
+        exec(program[program.index("image = ") : program.index("scores = ")], names)
+        expected = fit(read_image("image.png"), trained).astype(int)
+        assert np.abs(np.asarray(names["image"]) - expected).max() <= 2
+
+
+def test_the_card_names_a_run_of_a_comparison_with_its_folder(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_card, "RUNS", tmp_path)
+    shutil.copytree(exported[1].record.folder, tmp_path / "muon/seed0")
+    text = write_card(RunFolder(tmp_path / "muon/seed0")).read_text()
+    assert "python evaluate.py runs/muon/seed0 --predict" in text and 'open("runs/muon/seed0")' in text

@@ -22,6 +22,7 @@ from image_data.dataset import Dataset
 from model import build_model
 from models.attention import ATTENTIONS, Attention
 from models.calibration import Calibration, CalibrationCounts
+from models.classification_metrics import ClassificationCounts
 from models.pooling import POOLINGS
 from reports import images
 from reports.calibration import reliability
@@ -134,8 +135,17 @@ def test_the_expected_calibration_error_is_the_weighted_mean_gap():
         expected += abs(correct[inside].sum() - confidence[inside].sum()) / 1000
     assert found.expected_error == pytest.approx(expected)
     sure = CalibrationCounts(torch.device("cpu"))
-    sure.add(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), torch.tensor([1, 1, -1]))
+    sure.add(torch.tensor([[0.0, 99.0], [99.0, 0.0], [0.5, 0.5]]), torch.tensor([1, 1, -1]))
     assert sure.result().seen[-1] == 2 and sum(sure.result().seen) == 2 and sure.result().expected_error == 0.5
+
+
+def test_equal_scores_have_one_winner_in_calibration_and_accuracy():
+    scores = torch.randint(3, (500, 10), generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.arange(500) % 10
+    calibration, accuracy = CalibrationCounts(torch.device("cpu")), ClassificationCounts(torch.device("cpu"))
+    for counts in (calibration, accuracy):
+        counts.add(scores, labels)
+    assert sum(calibration.result().correct) == accuracy.counts[0]
 
 
 def test_the_reliability_diagram_shows_accuracy_by_confidence():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import statistics
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from reports import run_table
 from reports.run_list import list_text
 from reports.run_query import condition, ordered
 from reports.run_rows import POINTS, Row, curves_of, read_row, settings_of
-from reports.run_table import CACHE, columns_of, read_table, varied_columns
+from reports.run_table import CACHE, columns_of, held_files, read_table, varied_columns
 
 
 @pytest.fixture
@@ -88,6 +91,27 @@ def test_a_table_without_a_writable_cache_is_complete(some, monkeypatch):
 
     monkeypatch.setattr(run_table, "replace_file", refuse)
     assert len(read_table(some)) == 3 and not (some / CACHE).exists()
+
+
+def test_a_run_whose_lock_is_held_is_running_while_other_processes_wait_for_locks(some):
+    for name in ("other", "pairs-small/mlp-seed0"):
+        edit_facts(some / name, total_steps=10**9)
+        (some / name / "lock").touch()
+    with open(some / "other/lock") as lock, open(some / "other/lock") as same:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=fcntl.flock, args=(same, fcntl.LOCK_EX))
+        waiting.start()
+        while "-> FLOCK" not in Path("/proc/locks").read_text():
+            time.sleep(0.01)
+        states = {name: row.values["state"] for name, row in by_name(read_table(some)).items()}
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        waiting.join()
+    assert states == {"other": "running", "pairs-small/mlp-seed0": "unfinished", "pairs-small/mlp-seed1": "finished"}
+
+
+def test_a_lock_is_known_by_device_and_inode():
+    locks = "1: FLOCK  ADVISORY  WRITE 7 fe:10:77 0 EOF\n2: POSIX  ADVISORY  WRITE 7 fe:10:78 0 EOF\n"
+    assert held_files(locks + "3: FLOCK  ADVISORY  WRITE 7 00:1b:79 0 EOF") == {(0xFE, 0x10, 77), (0, 0, 79)}
 
 
 BROKEN = {

@@ -1,14 +1,46 @@
-"""training/loop.py: which steps of an epoch are timed; what it trains is in test_train.py and test_resume.py."""
+"""training/loop.py: timed steps of an epoch, and the end of a run; its training is in test_train.py, test_resume.py."""
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
+from programs import run_ranks
 from small_runs import RESIZING
 
 from benchmarks.lib.forked_programs import Program
+from parallel import process_group
+from records.checkpoint_store import Interval
 from records.run_folder import RunFolder
+from training.checkpoint_writer import CheckpointWriter
+from training.loop import Loop
+from training.trackers import Tracking
+
+
+def end_a_run_whose_tracker_uploads_for_long():
+    """The main process closes its trackers for longer than the others may wait for one step."""
+    os.environ["HANG_SECONDS"] = "1"
+    process_group.init_process_group()
+    process_group.control_group()
+    process_group.limit_waits()
+    is_main = os.environ["RANK"] == "0"
+    slow = SimpleNamespace(close=lambda failed: time.sleep(4))
+    ending = Loop.__new__(Loop)
+    ending.engine = SimpleNamespace(step=4, any=lambda value: any(process_group.all_gather_objects(value)))
+    ending.total_steps, ending.record, ending.stop = 4, None, SimpleNamespace(requested=False)
+    ending.progress, ending.profile = SimpleNamespace(finished=True), SimpleNamespace(close=lambda: None)
+    ending.console = SimpleNamespace(clock=SimpleNamespace(start=lambda *_: None))
+    ending.writer = CheckpointWriter(ending.engine, Interval(), {}, None, None)
+    ending.tracking = Tracking([slow] if is_main else [])
+    assert ending.run()
+    process_group.destroy_process_group()
+
+
+def test_a_tracker_that_uploads_for_long_does_not_fail_a_finished_run():
+    run_ranks(2, end_a_run_whose_tracker_uploads_for_long)
 
 
 def train_with_first_steps(count: int, words: list[str]) -> None:
@@ -16,12 +48,12 @@ def train_with_first_steps(count: int, words: list[str]) -> None:
     import train
     from training import loop
 
-    class Loop(loop.Loop):
+    class LoopOfAnotherEngine(loop.Loop):
         def __init__(self, engine, *arguments):
             engine.first_steps = count
             super().__init__(engine, *arguments)
 
-    loop.Loop = Loop  # main() imports it
+    loop.Loop = LoopOfAnotherEngine  # main() imports it
     sys.argv = ["train.py", *words]
     sys.exit(train.main())
 
