@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from config.optimizer_defaults import OPTIMIZER_PARAMS
+from config.own_parts import is_own_part
 from config.schema import Declared, setting
 
+# Settings of the schedule that only some shapes use; all shapes use the settings of the warm-up.
+SHAPES_USING = {
+    "final_factor": ("cosine", "linear", "trapezoid"),
+    "hold_fraction": ("cosine", "linear", "trapezoid"),
+    "cooldown_fraction": ("trapezoid",),
+    "milestones": ("step",),
+    "milestone_factor": ("step",),
+}
 OPTIONS = "options of the chosen entry; `python model.py` lists them"
 
 
@@ -141,6 +150,10 @@ class ScheduleSettings:
         "[0, 1)",
     )
     milestone_factor: float = setting(0.1, "step: learning-rate multiplier at each milestone", "[0, 1]")
+
+    def unused(self) -> list[str]:
+        """The settings that the shape does not use; a user-defined shape may use all of them."""
+        return [name for name, shapes in SHAPES_USING.items() if not (self.shape in shapes or is_own_part(self.shape))]
 
 
 @dataclass
