@@ -89,13 +89,15 @@ class Engine(WeightAveraging, Collectives, ABC):
         check_unused_settings(self.name, settings, self.used_settings, self.uses_full_ds_config)
         check_optimizer(settings, self.name, self.own_average_refusal)
         self.resizing = ProgressiveResizing(settings.resizing, settings.model.patch)
-        for setting, is_set, refusal in (
-            ("channels_last", settings.channels_last, self.channels_last_refusal),
-            ("ema.decay", settings.ema.decay, self.ema_refusal),
-            ("resizing.initial_scale", self.resizing.is_on, self.resizing_refusal),
+        for setting, off, is_set, refusal in (
+            ("channels_last", "false", settings.channels_last, self.channels_last_refusal),
+            ("ema.decay", "0", settings.ema.decay, self.ema_refusal),
+            ("resizing.initial_scale", "1", self.resizing.is_on, self.resizing_refusal),
         ):
             if is_set and refusal:
-                raise SettingsError(f"strategy {self.name} would not use {setting}: {refusal}")
+                raise SettingsError(
+                    f"strategy {self.name} would not use {setting}: {refusal}. Add --set {setting}={off}"
+                )
         device, enabled = process_group.pick_device(), settings.engine["bf16"]["enabled"]
         self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, self.masters_refusal, device)
         self.settings, self.schedule, self.seed = settings, schedule, seed
