@@ -26,6 +26,7 @@ from common.paths import PROJECT
 from config.settings import resolve
 from model import build_model
 from models import feed_forward as feedforward
+from models.cost import count_parameters
 from parallel.progressive_resizing import ProgressiveResizing
 from parallel.setting_checks import check_network_settings
 from parallel.strategies import engine_class
@@ -138,6 +139,16 @@ def test_the_arguments_and_settings_of_a_training_command_are_valid(command, mon
         assert not (engine_type.resizing_refusal and ProgressiveResizing(settings.resizing, settings.model.patch).is_on)
         with torch.device("meta"):
             check_network_settings(build_model(settings.model, 10, side), settings)
+
+
+def test_the_two_networks_that_are_compared_by_hand_are_of_equal_size(monkeypatch):
+    counts = []
+    for command in [command for command in COMMANDS if command.page == "comparing.md" and "--seed" in command.words]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *command.arguments])
+        args = parse_arguments()
+        with torch.device("meta"):
+            counts.append(count_parameters(build_model(resolve(args.preset, args.set).model, 100, 32)))
+    assert len(counts) == 2 and counts[1] == pytest.approx(counts[0], rel=0.01)
 
 
 @commands_of("parse")
