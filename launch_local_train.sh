@@ -26,7 +26,7 @@ if [ "${DS_ACCELERATOR:-}" != cpu ]; then
         [ "${devices[0]:-}" != -1 ] || devices=()
         for device in "${devices[@]}"; do    # a number, or a name such as GPU-8f3a or MIG-1c2d
             if [[ $device =~ ^-?[0-9]+$ ]] && ! ((device >= 0 && device < num_gpus)); then
-                say "CUDA_VISIBLE_DEVICES names the GPU $device, but this machine has the GPUs 0 to $((num_gpus - 1))."
+                say "error: CUDA_VISIBLE_DEVICES names the GPU $device, but this machine has the GPUs 0 to $((num_gpus - 1))."
                 exit 2
             fi
         done
@@ -40,7 +40,7 @@ if [ -z "${NUM_PROCS:-}" ] && [ ${#devices[@]} -eq 0 ]; then
 elif [ ${#devices[@]} -eq 0 ]; then
     say "No GPU found: training on the CPU."
 fi
-[[ $num_procs =~ ^[1-9][0-9]*$ ]] || { say "NUM_PROCS must be a whole number of at least 1, not '$num_procs'."; exit 2; }
+[[ $num_procs =~ ^[1-9][0-9]*$ ]] || { say "error: NUM_PROCS must be a whole number of at least 1, not '$num_procs'."; exit 2; }
 
 environment=()
 if [ ${#devices[@]} -eq 0 ]; then
@@ -51,7 +51,7 @@ if [ ${#devices[@]} -eq 0 ]; then
     environment=(env DS_ACCELERATOR=cpu "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
         "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
 elif ((num_procs > ${#devices[@]})); then
-    say "NUM_PROCS=$num_procs, but only ${#devices[@]} GPU(s) can be used: each process needs its own GPU."
+    say "error: NUM_PROCS=$num_procs, but only ${#devices[@]} GPU(s) can be used: each process needs its own GPU."
     exit 2
 fi
 

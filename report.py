@@ -20,8 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common.display import printable
 from common.errors import RunError, SettingsError
 from common.output_files import check_output_file, check_output_folder
@@ -164,6 +162,8 @@ def attention_of(
     run: RunData, model: Any, dataset: Dataset, split: str, source: dict[str, Any]
 ) -> tuple[Any, Any, list[str]] | str:
     """Return evenly spaced images of the split, their attention maps and classes; or the reason why there is no map."""
+    import numpy as np
+
     from image_data.pixels import denormalize
     from reports.predictions import NoAttention, attention_maps, load_images
 

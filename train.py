@@ -52,7 +52,7 @@ def main() -> int:
     from training.loop import Loop
     from training.micro_batch import MicroBatch, OutOfMemory
     from training.own_part_checks import check_before_data, check_own_parts
-    from training.resizing_check import check_resizing
+    from training.resizing_check import choose_resizing
     from training.run_setup import (
         check_settings,
         default_preset,
@@ -82,9 +82,10 @@ def main() -> int:
     # 3. The dataset, the network and the batch
     prepared = find_or_prepare(args.data_dir, args.dataset, args.archive, args.skip_broken)
     data = open_dataset(prepared, args.stage_to, args.source, args.hold_out, settings.image_side)
-    check_own_parts(settings, len(data.dataset.classes), data.side)
-    check_resizing(settings, len(data.dataset.classes), data.side)
-    build = network_builder(settings.model, len(data.dataset.classes), data.side, args.init_weights, console)
+    num_classes = len(data.dataset.classes)
+    check_own_parts(settings, num_classes, data.side)
+    choose_resizing(settings, args.set, engine_type.resizing_refusal, num_classes, data.side, console)
+    build = network_builder(settings.model, num_classes, data.side, args.init_weights, console)
     micro_batch = MicroBatch(engine_type, settings, build, data.dataset, data.side)
     if args.micro_batch and (line := micro_batch.choose(args.micro_batch)):
         console.say(line)

@@ -1,8 +1,15 @@
-"""Errors that a user can fix: one exception class for each part of the project."""
+"""Errors that a user can fix: one exception class for each part of the project, and a sentence for a missing package.
+
+Scripts import this file before any package that may be missing.
+"""
 
 from __future__ import annotations
 
 import difflib
+import sys
+from types import TracebackType
+
+from common.paths import PROJECT
 
 EXIT_STOPPED = 75  # stopped on request and saved: the same command resumes
 EXIT_INTERRUPTED = 130  # a Ctrl-C before anything could be saved
@@ -35,3 +42,20 @@ class RunFinishedError(RunError):
 
 class DatasetError(UserError):
     """A dataset that cannot be used; the message names the file and the fix."""
+
+
+def print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one sentence for a package that is not installed, and the traceback of any other error."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    is_ours = not package or (PROJECT / package).exists() or (PROJECT / f"{package}.py").exists()
+    if not issubclass(kind, ModuleNotFoundError) or is_ours:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(
+        f"error: {sys.executable} lacks the package {package}. Run source .venv/bin/activate first "
+        "(./launch_local_train.sh makes .venv and adds what it lacks)",
+        file=sys.stderr,
+    )
+
+
+sys.excepthook = print_uncaught  # here and not in a script: packages are imported before a script's first line runs

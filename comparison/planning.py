@@ -183,5 +183,7 @@ def make_task(
     words += ["--hold-out", hold_out] if hold_out else []
     words += ["--evaluate-every", experiment.evaluate_every] if experiment.evaluate_every else []
     words += [word for text in variant.overrides for word in ("--set", text)]
+    if (scale := variant.settings.resizing.initial_scale) < 1:  # as given: a planned run must not turn it off
+        words += ["--set", f"resizing.initial_scale={scale}"]
     group = folder.name if folder.name.startswith("calibration-") else variant.name
     return PlannedRun(folder.name, folder, [str(word) for word in words], expected, group, row)

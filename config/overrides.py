@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from common.errors import SettingsError, unknown
+from config.setting_groups import ScheduleSettings
 
 SEVERAL_TYPES = {
     "bf16.enabled": (False, True, "autocast", "masters", "auto")
@@ -101,8 +102,10 @@ def merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:
             f"give one of them, for example {path}.{names[0]}"
         )
     # Settings that others depend on come first: another architecture starts from the defaults instead of a preset made
-    # for the previous one, and another feed_forward starts from its own options.
-    for key, value in sorted(tree.items(), key=lambda item: (item[0] != "architecture", item[0].endswith("_options"))):
+    # for the previous one, another feed_forward from its own options, another shape without what it does not use.
+    for key, value in sorted(
+        tree.items(), key=lambda item: (item[0] not in ("architecture", "shape"), item[0].endswith("_options"))
+    ):
         if key not in names:
             raise SettingsError(source + unknown("setting", f"{path}.{key}", [f"{path}.{name}" for name in names]))
         current = getattr(target, key)
@@ -119,6 +122,9 @@ def merge_dataclass(target: Any, tree: Any, source: str, path: str) -> None:
             setattr(target, key, {**current, **value})
         else:
             setattr(target, key, coerce(current, value, f"{source}{path}.{key}"))
+        if isinstance(target, ScheduleSettings) and key == "shape" and value != current:
+            for name in target.unused():
+                setattr(target, name, getattr(ScheduleSettings(), name))
 
 
 def merge_dict(target: dict[str, Any], tree: Any, source: str, path: str) -> None:

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from config.optimizer_defaults import OPTIMIZER_PARAMS
+from config.own_parts import is_own_part
 from config.schema import Declared, setting
 
+# Settings of the schedule that only some shapes use; all shapes use the settings of the warmup.
+SHAPES_USING = {
+    "final_factor": ("cosine", "linear", "trapezoid"),
+    "hold_fraction": ("cosine", "linear", "trapezoid"),
+    "cooldown_fraction": ("trapezoid",),
+    "milestones": ("step",),
+    "milestone_factor": ("step",),
+}
 OPTIONS = "options of the chosen entry; `python model.py` lists them"
 
 
@@ -117,7 +126,7 @@ class ScheduleSettings:
 
     shape: str = setting(
         "cosine",
-        "shape of the learning-rate schedule after the warm-up; wsd (warmup-stable-decay) is accepted for trapezoid",
+        "shape of the learning-rate schedule after the warmup; wsd (warmup-stable-decay) is accepted for trapezoid",
         choices=("cosine", "linear", "constant", "trapezoid", "step"),
         aliases={"wsd": "trapezoid", "warmup_stable_decay": "trapezoid"},
         table=("optim/lr_schedule.py", "SCHEDULES"),
@@ -125,7 +134,7 @@ class ScheduleSettings:
     warmup_fraction: float = setting(
         0.05, "fraction of the run's steps over which the learning rate rises linearly", "[0, 1]"
     )
-    warmup_start_factor: float = setting(0.0, "learning-rate factor at the start of the warm-up", "[0, 1]")
+    warmup_start_factor: float = setting(0.0, "learning-rate factor at the start of the warmup", "[0, 1]")
     final_factor: float = setting(
         0.01, "cosine, linear, trapezoid: learning-rate factor that the schedule falls to", "[0, 1]"
     )
@@ -141,6 +150,10 @@ class ScheduleSettings:
         "[0, 1)",
     )
     milestone_factor: float = setting(0.1, "step: learning-rate multiplier at each milestone", "[0, 1]")
+
+    def unused(self) -> list[str]:
+        """The settings that the shape does not use; a user-defined shape may use all of them."""
+        return [name for name, shapes in SHAPES_USING.items() if not (self.shape in shapes or is_own_part(self.shape))]
 
 
 @dataclass

@@ -11,7 +11,8 @@ flags of `train.py`. A preset (`presets/<name>.toml`) overrides any of them, `--
     --set model.attention=path/to/mine.py:Attention     (a user-defined part, config/own_parts.py)
 
 A path that does not exist, a value of another type and a value out of range are errors that name the setting. Another
-`optimizer.type` starts from its own parameters (`config/optimizer_defaults.py`). Nothing here imports PyTorch.
+`optimizer.type` starts from its own parameters (`config/optimizer_defaults.py`), and another `schedule.shape` drops the
+preset's values that it does not use. Nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -121,10 +122,9 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
     if preset is not None:
         tree, folder = _read_preset(preset)
         _merge(settings, as_settings_hold_them(tree, folder, f"preset {preset}: "))
-    # The optimizer's type comes first wherever it stands, so that parameters given before it are not lost.
-    for override in sorted(
-        overrides, key=lambda text: not text.strip().removeprefix("engine.").startswith("optimizer.type")
-    ):
+    # These come first wherever they stand, so that what was given before them is not lost.
+    first = ("optimizer.type", "schedule.shape")
+    for override in sorted(overrides, key=lambda text: not text.strip().removeprefix("engine.").startswith(first)):
         path, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: write it as path=value, for example optimizer.params.lr=3e-4")

@@ -73,18 +73,19 @@ choose_requirements() {
         11) requirements=environment/requirements-cuda11.txt newest_python=11 ;;
         12) requirements=environment/requirements-cuda12.txt newest_python=14 ;;
         none | 1[3-9]) requirements=requirements.txt newest_python=14 ;;
-        *) say "This machine's driver is too old ($reason): CUDA 11 is the oldest that works; update the NVIDIA driver."; return 1 ;;
+        *) say "error: this machine's driver is too old ($reason): CUDA 11 is the oldest that works; update the NVIDIA driver."; return 1 ;;
     esac
 }
 
 # Set `base` to an interpreter that the chosen packages support.
 choose_base_python() {
-    local candidate version
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python3.14}; do
+    local candidate version candidates=(python3 python3.13 python3.12 python3.11 python3.10 python3.14)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         version=$("$candidate" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || continue
         if [[ $version == "3 "* ]] && ((${version#3 } >= 10 && ${version#3 } <= newest_python)); then base=$candidate; return; fi
     done
-    say "$requirements needs Python 3.10 to 3.$newest_python, and ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true):" \
+    say "error: $requirements needs Python 3.10 to 3.$newest_python, and ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true):" \
         "install one (apt-get install python3 python3-venv) or name it with PYTHON=/path/to/python."
     return 1
 }
@@ -100,7 +101,7 @@ has_uv() { [ "${INSTALLER:-uv}" = uv ] && command -v uv >/dev/null; }
 make_venv() {
     if has_uv && uv venv --quiet --seed --python "$base" "${1:---allow-existing}" .venv >&2; then return; fi
     if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
-        say "$base cannot make a virtual environment: apt-get install python3-venv (or python3.N-venv for its version), then start again."
+        say "error: $base cannot make a virtual environment: apt-get install python3-venv (or python3.N-venv for its version), then start again."
         return 1
     fi
     "$base" -m venv "$@" .venv
@@ -145,7 +146,7 @@ install_venv() {
     local base installed is_new=""
     choose_base_python || return
     if ! command -v "${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then
-        say "No C++ compiler found (DeepSpeed and torch build operations with it): apt-get install g++, then start again."
+        say "error: no C++ compiler found (DeepSpeed and torch build operations with it): apt-get install g++, then start again."
         return 1
     fi
     # Start from an empty .venv after an interrupted install, or for another CUDA version (two DALIs share one folder).
@@ -165,7 +166,7 @@ install_venv() {
     fi
     touch .venv/installing
     if ! install_packages; then
-        say "Installing $requirements failed (the reason is above). Start again to retry; without a network, set PYTHON to an interpreter that has the packages."
+        say "error: installing $requirements failed (the reason is above). Start again to retry; without a network, set PYTHON to an interpreter that has the packages."
         return 1
     fi
     sha256sum "$requirements" >.venv/requirements.sha256
@@ -174,7 +175,7 @@ install_venv() {
 
 setup_environment() {
     local requirements reason newest_python scripts found active=${PYTHON:-python3}
-    case $active in */*) active=$(realpath -s -- "$active") ;; esac    # the folder changes below
+    case $active in */*) active=$(realpath -s -- "$active") PYTHON=$active ;; esac    # the folder changes below
     # PYTHON may name the project's own .venv before it exists: any other interpreter can create it.
     if [[ $active == "$environment_root/.venv/"* && ! -x $active ]]; then PYTHON=""; fi
     choose_requirements || return

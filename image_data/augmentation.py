@@ -227,7 +227,7 @@ def check(s: AugmentationSettings) -> None:
     if s.flip_mode == "alternating" and s.flip != AugmentationSettings().flip:
         raise SettingsError(
             f"augmentation.flip_mode=alternating does not use augmentation.flip={s.flip}. "
-            "Remove augmentation.flip, or set augmentation.flip_mode=random"
+            f"Set augmentation.flip={AugmentationSettings().flip}, or augmentation.flip_mode=random"
         )
     if s.erasing_value not in ("zero", "pixel"):
         raise SettingsError(unknown("augmentation.erasing_value", s.erasing_value, ["zero", "pixel"]))

@@ -45,7 +45,7 @@ def download(repository: str, source: str) -> Path:
     """Return a file of a repository `owner/name` in the cache. Raises SettingsError, which names `source`."""
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ImportError as error:
         raise SettingsError(
             f"--init-weights {source} needs huggingface_hub, which cannot be imported ({error}): "
@@ -72,8 +72,11 @@ def download(repository: str, source: str) -> Path:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise SettingsError(f"--init-weights {source} cannot be downloaded ({reason[0]}); try again") from error
     if is_offline:
+        problem, cure = "the Hugging Face Hub cannot be reached", "with a network"
+        if constants.HF_HUB_OFFLINE:
+            problem, cure = "HF_HUB_OFFLINE=1 forbids the download", "with HF_HUB_OFFLINE=0 and a network"
         raise SettingsError(
-            f"--init-weights {source} is not in the cache and the Hugging Face Hub cannot be reached; run the command "
-            f"once with a network, or download {FILES[0]} from {page} and give its path"
+            f"--init-weights {source} is not in the cache and {problem}; run the command once {cure}, "
+            f"or download {FILES[0]} from {page} and give its path"
         )
     raise SettingsError(f"--init-weights {source}: {page} has none of {', '.join(FILES)}; give the path of a file")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from common.errors import SettingsError
-from config.own_parts import find_entry, is_own_part
+from config.own_parts import find_entry
+from config.setting_groups import SHAPES_USING
 from config.settings import ScheduleSettings
 
 
@@ -72,14 +73,6 @@ SCHEDULES: dict[str, Callable[[int, Timeline, ScheduleSettings], float]] = {
     "constant": constant,
     "trapezoid": trapezoid,
     "step": step_decay,
-}
-# Settings that only some shapes use, and these shapes; all shapes use the settings of the warmup.
-USED_BY = {
-    "final_factor": ("cosine", "linear", "trapezoid"),
-    "hold_fraction": ("cosine", "linear", "trapezoid"),
-    "cooldown_fraction": ("trapezoid",),
-    "milestones": ("step",),
-    "milestone_factor": ("step",),
 }
 FRACTIONS = (
     "warmup_fraction",
@@ -145,12 +138,11 @@ def check(settings: ScheduleSettings) -> None:
     for name in FRACTIONS:
         if not 0 <= getattr(settings, name) <= 1:
             raise SettingsError(f"schedule.{name} must be between 0 and 1, got {getattr(settings, name)}")
-    for name, shapes in USED_BY.items():
-        is_used = settings.shape in shapes or is_own_part(settings.shape)
-        if not is_used and getattr(settings, name) != getattr(ScheduleSettings(), name):
+    for name in settings.unused():
+        if getattr(settings, name) != getattr(ScheduleSettings(), name):
             raise SettingsError(
                 f"schedule.shape={settings.shape} does not use schedule.{name}={getattr(settings, name)}. "
-                f"Remove it, or set schedule.shape to {' or '.join(shapes)}"
+                f"Remove it, or set schedule.shape to {' or '.join(SHAPES_USING[name])}"
             )
     cooldown = settings.cooldown_fraction if settings.shape == "trapezoid" else 0.0
     if settings.warmup_fraction + cooldown + settings.hold_fraction > 1:

@@ -32,7 +32,7 @@ class WeightAverage:
     def decay(self, step: int) -> float:
         """Return the decay of this update, after `step` earlier ones.
 
-        The warm-up is that of TensorFlow's ExponentialMovingAverage. Without it, the random initialization would stay
+        The warmup is that of TensorFlow's ExponentialMovingAverage. Without it, the random initialization would stay
         in the average for 1 / (1 - decay) steps.
         """
         return min(self.settings.decay, (1 + step) / (10 + step)) if self.settings.warmup else self.settings.decay

@@ -86,16 +86,10 @@ class Engine(WeightAveraging, Collectives, ABC):
 
     def __init__(self, settings: Settings, schedule: Schedule, seed: int):
         """Check the settings. Raises SettingsError for one that this strategy would not use."""
-        check_unused_settings(self.name, settings, self.used_settings, self.uses_full_ds_config)
-        check_optimizer(settings, self.name, self.own_average_refusal)
         self.resizing = ProgressiveResizing(settings.resizing, settings.model.patch)
-        for setting, is_set, refusal in (
-            ("channels_last", settings.channels_last, self.channels_last_refusal),
-            ("ema.decay", settings.ema.decay, self.ema_refusal),
-            ("resizing.initial_scale", self.resizing.is_on, self.resizing_refusal),
-        ):
-            if is_set and refusal:
-                raise SettingsError(f"strategy {self.name} would not use {setting}: {refusal}")
+        self.check_settings(settings)
+        if self.resizing.is_on:
+            self.refuse("resizing.initial_scale", "1", self.resizing_refusal)
         device, enabled = process_group.pick_device(), settings.engine["bf16"]["enabled"]
         self.bf16_enabled, _ = precision.choose(enabled, self.autocast_refusal, self.masters_refusal, device)
         self.settings, self.schedule, self.seed = settings, schedule, seed
@@ -107,6 +101,22 @@ class Engine(WeightAveraging, Collectives, ABC):
         self.skipped = False
         self.data_seed = seed
         self.stopping: Callable[[], bool] = lambda: False
+
+    @classmethod
+    def check_settings(cls, settings: Settings) -> None:
+        """Raise SettingsError for a setting that this strategy would not use, before there is a network."""
+        check_unused_settings(cls.name, settings, cls.used_settings, cls.uses_full_ds_config)
+        check_optimizer(settings, cls.name, cls.own_average_refusal)
+        if settings.channels_last:
+            cls.refuse("channels_last", "false", cls.channels_last_refusal)
+        if settings.ema.decay:
+            cls.refuse("ema.decay", "0", cls.ema_refusal)
+
+    @classmethod
+    def refuse(cls, setting: str, off: str, reason: str | None) -> None:
+        """Raise SettingsError for a setting, unless there is no `reason`; `off` is its value that turns it off."""
+        if reason:
+            raise SettingsError(f"strategy {cls.name} would not use {setting}: {reason}. Add --set {setting}={off}")
 
     def begin(self, facts: dict[str, Any]) -> None:  # noqa: B027 (most strategies need no preparation)
         """Prepare the first step, after a saved state was loaded; `facts` is the content of run.json. Collective."""

@@ -55,9 +55,7 @@ class Engine(zero.Engine):
     autocast_refusal = "strategy pipeline has only DeepSpeed's bf16, with bf16 weights"
     gradient_log_refusal = "DeepSpeed makes backward pass and update of a pipeline in one call"
     channels_last_refusal = "activations sent between stages must be contiguous"
-    resizing_refusal = (
-        "what DeepSpeed sends between stages has one shape in the whole run; add --set resizing.initial_scale=1"
-    )
+    resizing_refusal = "what DeepSpeed sends between stages has one shape in the whole run"
 
     @classmethod
     def num_shards(cls, settings: Settings, world_size: int) -> int:

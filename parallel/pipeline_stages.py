@@ -16,7 +16,7 @@ from config.settings import Settings
 from models.cost import count_parameters
 
 PARTITIONS = ("parameters", "uniform", "time")
-TIMED_PASSES = 3  # after one warm-up pass; the fastest counts
+TIMED_PASSES = 3  # after one warmup pass; the fastest counts
 
 
 def cut_layers(

@@ -78,4 +78,6 @@ def check_network_settings(model: nn.Module, settings: Settings) -> None:
             "the trained ones; choose another optimizer (ema.decay averages both) or a network without BatchNorm"
         )
     if settings.channels_last and not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        raise SettingsError("channels_last=true applies to convolutions, and this network has none; leave it out")
+        raise SettingsError(
+            "channels_last=true applies to convolutions, and this network has none; add --set channels_last=false"
+        )

@@ -20,6 +20,7 @@ from comparison import planning
 from comparison.experiment_file import read
 from comparison.matching import match_sizes
 from comparison.planned_run import PlannedRun
+from comparison.planning import Data, make_task
 from comparison.run_queue import run_all
 from comparison.significance import seeds_needed
 from comparison.time_budget import steps_for
@@ -74,6 +75,17 @@ def test_the_flops_of_a_run_count_the_smaller_images_of_its_first_steps():
     assert 0.2 < cost.initial_flops / cost.flops < 0.26
     assert cost.training_flops(100, 400, 8) == 3 * 8 * 100 * cost.initial_flops
     assert cost.training_flops(101, 400, 8) == 3 * 8 * (100 * cost.initial_flops + cost.flops)
+
+
+def test_a_planned_run_asks_for_the_resizing_of_its_preset_so_that_no_variant_trains_without():
+    experiment = read(PROJECT / "experiments" / "space-to-depth.toml", "small")
+    experiment.variants[0].settings.resizing = ResizingSettings(initial_scale=0.75)
+    data = Data(PROJECT, 45_000, 100, 32, None)
+    asks = [
+        "resizing.initial_scale=0.75" in make_task(experiment, v, 0, data, PROJECT, 400).arguments
+        for v in experiment.variants
+    ]
+    assert asks == [True, False]
 
 
 # --- bad experiment files ------------------------------------------------------------------------------------------

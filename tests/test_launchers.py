@@ -99,7 +99,7 @@ def test_impossible_requests_are_refused(repo, variables, sentence):
     fake_gpus(repo, 2)
     result = run(repo, "launch_local_train.sh", DRY_RUN="1", **variables)
     assert result.returncode != 0
-    assert sentence in result.stderr and result.stdout == ""
+    assert sentence in result.stderr and result.stderr.startswith("error: ") and result.stdout == ""
 
 
 def test_a_failing_rank_fails_the_script(repo):
@@ -241,7 +241,7 @@ def test_the_set_can_be_chosen_by_hand_and_an_old_driver_is_refused(repo):
         in run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="12").stderr
     )
     result = run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="10.2")
-    assert result.returncode == 1 and "too old" in result.stderr
+    assert result.returncode == 1 and re.match("error: .* is too old", result.stderr)
 
 
 def fake_python(repo):
@@ -285,6 +285,15 @@ def test_environment_is_made_once_and_again_when_its_requirements_change(repo):
     assert installs(repo) == ["requirements.txt"] * 2
 
 
+def test_python_may_be_a_relative_path_with_a_space(repo):
+    fake_python(repo)
+    (repo.parent / "my pythons").mkdir()
+    (repo.parent / "bin/python3").rename(repo.parent / "my pythons/python")
+    result = run(repo, "environment/setup.sh", PYTHON="my pythons/python", cwd=repo.parent)
+    assert result.returncode == 0, result.stderr
+    assert installs(repo) == ["requirements.txt"]
+
+
 def test_completing_an_environment_prints_what_is_installed_alone_and_fails_with_pip(repo):
     fake_python(repo)
     first = run(repo, "environment/setup.sh", PYTHON="python3").stderr
@@ -302,7 +311,7 @@ def test_completing_an_environment_prints_what_is_installed_alone_and_fails_with
 def test_an_interrupted_install_starts_over(repo):
     fake_python(repo)
     result = run(repo, "environment/setup.sh", PYTHON="python3", PIP_FAILS="1")
-    assert result.returncode == 1 and "Installing requirements.txt failed" in result.stderr
+    assert result.returncode == 1 and "error: installing requirements.txt failed" in result.stderr
     (repo / ".venv/half").touch()
     assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert not (repo / ".venv/half").exists() and len(installs(repo)) == 2

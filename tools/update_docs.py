@@ -49,13 +49,13 @@ def optimizers() -> str:
 
 
 def schedules() -> str:
-    """Return a table of the learning-rate schedules and the settings that each uses besides the warm-up's."""
-    from config.settings import ScheduleSettings
-    from optim.lr_schedule import SCHEDULES, USED_BY
+    """Return a table of the learning-rate schedules and the settings that each uses besides the warmup's."""
+    from config.setting_groups import SHAPES_USING, ScheduleSettings
+    from optim.lr_schedule import SCHEDULES
 
-    rows = ["| `schedule.shape` | factor of `optimizer.params.lr` after the warm-up | settings |", "|---|---|---|"]
+    rows = ["| `schedule.shape` | factor of `optimizer.params.lr` after the warmup | settings |", "|---|---|---|"]
     for name, shape in SCHEDULES.items():
-        used = {key: getattr(ScheduleSettings(), key) for key, shapes in USED_BY.items() if name in shapes}
+        used = {key: getattr(ScheduleSettings(), key) for key, shapes in SHAPES_USING.items() if name in shapes}
         shown = ", ".join(
             f"`{key}={[round(v, 3) for v in value] if isinstance(value, list) else value}`"
             for key, value in used.items()

@@ -338,7 +338,7 @@ def _add_logging_options(parser: Parser) -> None:
         "--profile",
         type=at_least_one,
         metavar="N",
-        help="profile N steps after the warm-up: a trace for Perfetto, the most expensive operations and the memory, "
+        help="profile N steps after the warmup: a trace for Perfetto, the most expensive operations and the memory, "
         "in runs/<name>/profile (default: off)",
     )
     logging.add_argument(

@@ -1,39 +1,69 @@
-"""Checks before a run starts that the network takes the smaller images of progressive resizing."""
+"""Checks before a run starts that the network and the strategy take the smaller images of progressive resizing."""
 
 from __future__ import annotations
 
 import torch
 
 from common.errors import SettingsError, UserError
-from config.settings import Settings
+from config.settings import ResizingSettings, Settings
 from model import build_model
 from parallel.progressive_resizing import ProgressiveResizing
+from training.console import Console
 
 IMAGES = 2
 
 
-def check_resizing(settings: Settings, num_classes: int, side: int) -> None:
-    """Run the network once on images of the first steps of a run; `side` is that of the last ones, in pixels.
+def choose_resizing(
+    settings: Settings, overrides: list[str], refusal: str | None, num_classes: int, side: int, console: Console
+) -> None:
+    """Turn the preset's resizing off and print why, where the strategy or the network cannot use it.
+
+    Args:
+        overrides: the texts of --set; what they ask for is checked and never turned off.
+        refusal: why the strategy cannot use it; None where it can.
 
     Raises:
-        SettingsError: a part of the network has sizes that fit one side only.
+        SettingsError: `overrides` ask for it, and the network has sizes that fit one side only.
+    """
+    if any(text.strip().startswith("resizing.") for text in overrides):
+        return check_resizing(settings, num_classes, side)
+    is_on = ProgressiveResizing(settings.resizing, settings.model.patch).is_on
+    if is_on and (problem := refusal or network_problem(settings, num_classes, side)):
+        scale, settings.resizing = settings.resizing.initial_scale, ResizingSettings()
+        console.print_field("resizing", f"off instead of the preset's initial_scale={scale:g}: {problem}")
+
+
+def check_resizing(settings: Settings, num_classes: int, side: int) -> None:
+    """Raise SettingsError where a part of the network has sizes that fit one side only."""
+    if problem := network_problem(settings, num_classes, side):
+        raise SettingsError(
+            f"resizing.initial_scale={settings.resizing.initial_scale:g}: {problem}. Choose components for any number "
+            "of tokens, or --set resizing.initial_scale=1"
+        )
+
+
+def network_problem(settings: Settings, num_classes: int, side: int) -> str | None:
+    """Run the network once on images of the first steps; return why it fails, None where it does not.
+
+    Args:
+        settings: of the run.
+        num_classes: classes of the dataset.
+        side: side of the images in the last steps, in pixels.
     """
     resizing = ProgressiveResizing(settings.resizing, settings.model.patch)
     small = resizing.initial_side(side)
     if small == side:
-        return
+        return None
     for device in ("meta", "cpu"):  # a part that reads values has no result on the meta device
         try:
             with torch.random.fork_rng(), torch.device(device), torch.no_grad():
                 build_model(settings.model, num_classes, side).eval()(torch.zeros(IMAGES, 3, small, small))
-            return
+            return None
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 (whatever a part raises for a size that it was not built for)
             problem = error
     text = str(problem).strip().partition("\n")[0] or type(problem).__name__
-    raise SettingsError(
-        f"resizing.initial_scale={settings.resizing.initial_scale:g}: the network was built for images of {side} "
-        f"pixels and fails on the {small} pixels of the first steps ({text}). Choose components for any number of "
-        "tokens, or --set resizing.initial_scale=1"
+    return (
+        f"the network was built for images of {side} pixels and fails on the {small} pixels of the first steps ({text})"
     )

@@ -31,7 +31,6 @@ from parallel.engine import Engine
 from parallel.precision import choose as choose_precision
 from parallel.precision import fast_bf16
 from parallel.process_group import check_environment, pick_device
-from parallel.setting_checks import check_unused_settings
 from parallel.slurm import rank_environment
 from training.console import VERBOSE, Console, show_library_logs
 from training.determinism import make_deterministic
@@ -121,7 +120,7 @@ def check_settings(
     check_names(settings)
     lr_schedule.check(settings.schedule)
     augmentation.check(settings.augmentation)
-    check_unused_settings(engine_type.name, settings, engine_type.used_settings, engine_type.uses_full_ds_config)
+    engine_type.check_settings(settings)
     check_parts(settings)
     if evaluates_ema_only and not settings.ema.decay:
         raise SettingsError("--evaluate-ema-only needs an EMA: add --set ema.decay=0.999, or leave the flag out")

@@ -17,7 +17,7 @@ from training.time_plan import TimePlan
 class StepTimer:
     """Times steps in a row, from one pause (an evaluation, a checkpoint) to the next.
 
-    The first steps after a start compile or warm up. They are counted as warm-up, and other processes are waited for
+    The first steps after a start compile or warm up. They are counted as warmup, and other processes are waited for
     longer during them.
 
     Attributes:

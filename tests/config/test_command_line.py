@@ -83,6 +83,20 @@ def test_a_mistyped_option_is_one_sentence(script):
     )
 
 
+@pytest.mark.parametrize("script", sorted({path.name for path in PROJECT.glob("*.py")} - {"report.py"}))
+def test_a_python_without_the_packages_is_one_sentence(script):
+    done = subprocess.run([sys.executable, "-S", PROJECT / script], cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.match(r"error: \S+ lacks the package \w+. Run source .venv/bin/activate first", done.stderr)
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    (tmp_path / "mine.py").write_text("import common.errors\nimport common.nonsuch\n")
+    environment = {**clean_environment(), "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, tmp_path / "mine.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "No module named 'common.nonsuch'" in done.stderr
+
+
 PARSER = Parser("python example.py", "Does nothing.", example="python example.py")
 for option in ("--epochs", "--set", "--split", "--data-dir"):
     PARSER.add_argument(option)

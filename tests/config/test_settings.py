@@ -17,7 +17,10 @@ from common.paths import PROJECT
 from config.catalog import check_names, table_names
 from config.optimizer_defaults import OPTIMIZER_PARAMS
 from config.schema import INTERVAL
+from config.setting_groups import ScheduleSettings
 from config.settings import Settings, declared_settings, preset_names, resolve
+from optim import lr_schedule
+from optim.lr_schedule import SCHEDULES
 
 
 @pytest.fixture
@@ -175,6 +178,23 @@ def test_another_optimizer_starts_from_its_own_parameters(preset):
         resolve(mine, ["optimizer.type=Lion"]).engine["optimizer"]["params"]["lr"] == 0.25
     )  # the optimizer that was already chosen
     assert resolve(mine, ["engine.optimizer.type=AdamW"]).engine["optimizer"] == resolve(None, []).engine["optimizer"]
+
+
+@pytest.mark.parametrize("shape", SCHEDULES)
+@pytest.mark.parametrize("name", preset_names())
+def test_another_schedule_takes_no_value_of_the_preset_that_it_does_not_use(name, shape):
+    before, after = resolve(name, []).schedule, resolve(name, [f"schedule.shape={shape}"]).schedule
+    lr_schedule.check(after)
+    for field in dataclasses.fields(ScheduleSettings):
+        if field.name != "shape" and (shape == before.shape or field.name not in after.unused()):
+            assert getattr(after, field.name) == getattr(before, field.name)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_given_value_that_the_given_schedule_does_not_use_stays(order):
+    given = ["schedule.final_factor=0.2", "schedule.shape=step"]
+    with pytest.raises(SettingsError, match=r"schedule.shape=step does not use schedule.final_factor=0.2. Remove it"):
+        lr_schedule.check(resolve("cpu", given[::order]).schedule)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -21,14 +23,20 @@ from programs import clean_environment
 
 from benchmarks.lib.forked_programs import Program
 from common.paths import PROJECT
-from config.catalog import table_names
-from config.own_parts import is_own_part
 from config.settings import resolve
 from model import build_model
 from models import feed_forward as feedforward
+from models.cost import count_parameters
+from parallel.progressive_resizing import ProgressiveResizing
+from parallel.setting_checks import check_network_settings
+from parallel.strategies import engine_class
 from training.arguments import parse_arguments
+from training.console import Console
+from training.resizing_check import choose_resizing
+from training.run_setup import check_settings
 
 COMMANDS = commands()
+DEFAULT_PRESETS = ("spt-lsa", "cpu", "cpu-fp32")  # of train.py without --preset, by the device
 
 
 def commands_of(kind: str):
@@ -99,7 +107,7 @@ def add_the_idea(world: Path) -> None:
 
 
 @commands_of("train")
-def test_the_arguments_and_settings_of_a_training_command_are_valid(command, monkeypatch, new_idea, world):
+def test_the_arguments_and_settings_of_a_training_command_are_valid(command, monkeypatch, new_idea, world, tmp_path):
     arguments = command.arguments
     if command.words[0].startswith("./"):
         environment = {**clean_environment(), **dict(command.environment), "DRY_RUN": "1", "PYTHON": sys.executable}
@@ -118,14 +126,29 @@ def test_the_arguments_and_settings_of_a_training_command_are_valid(command, mon
             return
         arguments = arguments if arguments[0].startswith("--") else arguments[1:]  # the prefix of the run names
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    monkeypatch.chdir(world)  # where the files of user-defined parts are
+    shutil.copy(world / "mine.py", tmp_path)  # the user-defined parts, without the copy of the project beside them
+    monkeypatch.chdir(tmp_path)
     args = parse_arguments()
-    settings = resolve(args.preset or "cpu", args.set, epochs=args.epochs, strategy=args.strategy)
-    with torch.device("meta"):
-        build_model(
-            settings.model, 10, settings.image_side or (64 if settings.model.architecture.startswith("timm") else 32)
-        )
-    assert is_own_part(settings.strategy) or settings.strategy in table_names("parallel/strategies.py", "STRATEGIES")
+    for preset in [args.preset] if args.preset else DEFAULT_PRESETS:
+        settings = resolve(preset, args.set, epochs=args.epochs, strategy=args.strategy)
+        engine_type = engine_class(settings.strategy, peers=bool(args.host_peers or args.join))
+        console = Console(out=StringIO())
+        check_settings(settings, engine_type, preset, None, args.evaluate_ema_only, console)
+        side = settings.image_side or (64 if settings.model.architecture.startswith("timm") else 32)
+        choose_resizing(settings, args.set, engine_type.resizing_refusal, 10, side, console)
+        assert not (engine_type.resizing_refusal and ProgressiveResizing(settings.resizing, settings.model.patch).is_on)
+        with torch.device("meta"):
+            check_network_settings(build_model(settings.model, 10, side), settings)
+
+
+def test_the_two_networks_that_are_compared_by_hand_are_of_equal_size(monkeypatch):
+    counts = []
+    for command in [command for command in COMMANDS if command.page == "comparing.md" and "--seed" in command.words]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *command.arguments])
+        args = parse_arguments()
+        with torch.device("meta"):
+            counts.append(count_parameters(build_model(resolve(args.preset, args.set).model, 100, 32)))
+    assert len(counts) == 2 and counts[1] == pytest.approx(counts[0], rel=0.01)
 
 
 @commands_of("parse")
@@ -189,15 +212,10 @@ def sentences() -> list[str]:
     return found
 
 
-NOT_OURS = ("ModuleNotFoundError",)
-
-
 def test_messages_quoted_in_the_troubleshooting_page_exist():
     page = (PROJECT / "docs" / "troubleshooting.md").read_text().split("\n## Known problems of similar projects")[0]
     ours, rows = sentences(), re.findall(r"^\| ([^|]*`.*?) \|", page, re.MULTILINE)
-    quoted = [
-        sentence for row in rows for sentence in re.findall(r"`([^`]+)`", row) if sentence not in (*NOT_OURS, "python")
-    ]
+    quoted = [sentence for row in rows for sentence in re.findall(r"`([^`]+)`", row) if sentence != "python"]
     missing = [
         sentence
         for sentence in quoted

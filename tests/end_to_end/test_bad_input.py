@@ -139,6 +139,8 @@ NEW = {  # none of these may leave a run folder
             ([SET, "model.dropout=1.5"], "model.dropout must be in [0, 1), got 1.5", 1),
             ([SET, "train_batch_size=0"], "train_batch_size must be >= 1, got 0", 1),
             ([SET, "parallel.topology=complete"], "strategy zero would not use parallel.topology=complete", 1),
+            (["--strategy", "pipeline", SET, "channels_last=true"], "pipeline would not use channels_last", 1),
+            ([SET, "optimizer.type=AdamWScheduleFree"], "needs a constant learning rate after the warmup", 1),
             (["--init-weights", "{place}/none.pt"], "none.pt: there is no such file", 1),
             (["--seed", "9" * 20], "argument --seed: must be a whole number from 0 to 9223372036854775807", 2),
             (["--name", ".."], "argument --name: must be a single folder name, not '..'", 2),

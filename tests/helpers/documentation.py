@@ -3,8 +3,8 @@
 Every line of a ```bash block is a command. Each command gets one of these treatments:
 
     run        a quick program of ours: it runs in that copy, with the flags of ADDED
-    train      training: its launcher prints the command (DRY_RUN=1), whose arguments are parsed, settings resolved and
-               network built
+    train      training: its launcher prints the command (DRY_RUN=1), whose arguments are parsed, settings checked for
+               every default preset and network built
     parse      another program of ours: its arguments are parsed, and it ends there
     foreign    a program of somebody else, listed in FOREIGN
 

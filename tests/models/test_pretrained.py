@@ -58,11 +58,25 @@ def test_names_of_timm_are_repositories_of_its_weights(cache):
         local_file("timm:vit_base_patch32_225")
 
 
-def test_without_a_network_the_answer_is_one_sentence(cache):
+def unreachable(*_: object) -> None:
+    raise errors.LocalEntryNotFoundError("no network")
+
+
+@pytest.mark.parametrize(
+    ("is_forbidden", "sentence"),
+    [
+        (False, "the Hugging Face Hub cannot be reached; run the command once with a network"),
+        (True, "HF_HUB_OFFLINE=1 forbids the download; run the command once with HF_HUB_OFFLINE=0 and a network"),
+    ],
+)
+def test_without_a_network_the_answer_is_one_sentence(cache, monkeypatch, is_forbidden, sentence):
+    if not is_forbidden:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "hf_hub_download", unreachable)
     with pytest.raises(SettingsError) as caught:
         local_file("hf:someone/unknown")
     said = str(caught.value)
-    assert said.startswith("--init-weights hf:someone/unknown is not in the cache and the Hugging Face Hub cannot be")
+    assert said.startswith(f"--init-weights hf:someone/unknown is not in the cache and {sentence}, or")
     assert "https://huggingface.co/someone/unknown" in said and "\n" not in said
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from common.errors import SettingsError
-from config.settings import ScheduleSettings
-from optim.lr_schedule import SCHEDULES, USED_BY, Schedule
+from config.setting_groups import SHAPES_USING, ScheduleSettings
+from optim.lr_schedule import SCHEDULES, Schedule
 
 
 def factors(total: int, **settings) -> list[float]:
@@ -127,4 +127,6 @@ def test_invalid_settings_are_rejected(settings, message):
 
 
 def test_every_shape_and_setting_of_the_table_of_uses_exists():
-    assert all(hasattr(ScheduleSettings(), name) and set(shapes) <= set(SCHEDULES) for name, shapes in USED_BY.items())
+    assert all(
+        hasattr(ScheduleSettings(), name) and set(shapes) <= set(SCHEDULES) for name, shapes in SHAPES_USING.items()
+    )

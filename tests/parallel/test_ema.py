@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from config.settings import EmaSettings
 from parallel.ema import WeightAverage
 
-EMA = ["ema.decay=0.3"]  # the warm-up reaches it within the steps
+EMA = ["ema.decay=0.3"]  # the warmup reaches it within the steps
 ENGINES = {
     **{f"zero {stage}": ("zero", [f"zero_optimization.stage={stage}"]) for stage in (0, 1, 2)},
     "offloaded 2": ("zero", ["zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu"]),

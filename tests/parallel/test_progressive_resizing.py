@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
+import programs
 import pytest
 import reference
 import torch
@@ -18,8 +21,10 @@ from config.settings import ResizingSettings, resolve
 from model import TABLES, dimensions
 from models.parts import Dimensions
 from models.position import Rotation, resampled
+from parallel.pipeline import Engine as Pipeline
 from parallel.progressive_resizing import ProgressiveResizing
-from training.resizing_check import check_resizing
+from training.console import Console
+from training.resizing_check import check_resizing, choose_resizing
 
 ON = ["resizing.initial_scale=0.5", "resizing.fraction=0.25"]
 CONVOLUTIONS = [*ON, "model.feed_forward=conv_mlp"]  # they are applied to a grid of tokens, whose size changes
@@ -114,6 +119,39 @@ def test_a_network_of_one_size_is_refused(architecture):
     settings = resolve("cpu", [f"model.architecture={architecture}", "resizing.initial_scale=0.5"])
     with pytest.raises(SettingsError, match=r"was built for images of 32 pixels and fails on the 16 pixels .*scale=1$"):
         check_resizing(settings, 10, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "refusal", "reason"),
+    [
+        ("model.architecture=cct-7-3x1", None, "the network was built for images of 32 pixels and fails on the 24"),
+        ("strategy=pipeline", Pipeline.resizing_refusal, "what DeepSpeed sends between stages has one shape"),
+        ("model.feed_forward=geglu", None, None),
+    ],
+)
+def test_resizing_of_the_preset_is_turned_off_where_it_cannot_be_used(override, refusal, reason):
+    settings, out = resolve("cpu", [override]), StringIO()
+    choose_resizing(settings, [override], refusal, 10, 32, Console(out=out))
+    if reason:
+        assert f"resizing  off instead of the preset's initial_scale=0.75: {reason}" in out.getvalue()
+        assert settings.resizing == ResizingSettings()
+    else:
+        assert not out.getvalue() and settings == resolve("cpu", [override])
+
+
+def test_resizing_that_is_asked_for_is_not_turned_off():
+    given = ["model.architecture=cct-7-3x1", "resizing.fraction=0.3"]
+    with pytest.raises(SettingsError, match=r"resizing.initial_scale=0.75: the network was built .*scale=1$"):
+        choose_resizing(resolve("cpu", given), given, None, 10, 32, Console(out=StringIO()))
+
+
+def test_train_py_records_that_the_resizing_of_the_preset_was_turned_off(shapes, tmp_path):
+    words = ["--data-dir", shapes, "--runs-dir", tmp_path, "--name", "one-size", "--max-steps", 1, "--no-report"]
+    network = ["--set", "model.architecture=lenet", "--set", "train_batch_size=8", "--set", "compile=off"]
+    done = programs.run("train.py", "--preset", "cpu", *network, *words)
+    assert "resizing  off instead of the preset's initial_scale=0.75: the network was built" in done.out
+    facts = json.loads((tmp_path / "one-size" / "run.json").read_text())
+    assert facts["settings"]["resizing"]["initial_scale"] == 1.0
 
 
 class Own(nn.Module):

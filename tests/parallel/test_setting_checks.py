@@ -70,8 +70,8 @@ REFUSED = {  # strategy and settings: text in the message
     (
         "pipeline",
         ("channels_last=true",),
-    ): "strategy pipeline would not use channels_last: activations sent between stages",
-    ("ddp", ("channels_last=true",)): "channels_last=true applies to convolutions, and this network has none",
+    ): r"strategy pipeline would not use channels_last: .* must be contiguous. Add --set channels_last=false",
+    ("ddp", ("channels_last=true",)): "this network has none; add --set channels_last=false",
     ("ddp", ("ema.decay=-0.1",)): r"ema.decay must be in \[0, 1\), got -0.1",
 }
 

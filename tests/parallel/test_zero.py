@@ -279,7 +279,7 @@ REFUSED = {
     ): "compile=on: zero_optimization.stage=3 loses the gradients of compiled layers",
     ("compile=reduce-overhead",): "compile=reduce-overhead: this strategy cannot record CUDA graphs; ddp can",
     ("compile=fast",): "unknown compile 'fast'",
-    ("channels_last=true",): "channels_last=true applies to convolutions, and this network has none",
+    ("channels_last=true",): "this network has none; add --set channels_last=false",
     ("ema.decay=1.0",): r"ema.decay must be in \[0, 1\), got 1.0",
     (
         "ema.decay=0.9",

@@ -235,8 +235,8 @@ def test_the_list_shows_what_was_asked_for_and_what_differs(some, monkeypatch):
 def test_a_comparison_is_a_row_with_its_variants(tmp_path):
     kept = Path(__file__).parents[2] / "results"
     (tmp_path / "runs").mkdir()
-    row = by_name(read_table(tmp_path / "runs", kept))["results/eight-ideas-small"]
-    report = json.loads((kept / "eight-ideas-small" / "report.json").read_text())
+    row = by_name(read_table(tmp_path / "runs", kept))["results/attention-defaults-small"]
+    report = json.loads((kept / "attention-defaults-small" / "report.json").read_text())
     best = max(report["results"]["validation"], key=lambda one: one["mean"])
     assert row.values["best_variant"] == best["arm"] and row.note == "" and row.page == "report.md"
     assert row.values["validation_accuracy"] == pytest.approx(best["mean"] / 100, rel=1e-3)

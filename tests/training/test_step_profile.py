@@ -1,4 +1,4 @@
-"""`--profile`: a trace, a table and a picture of the steps after the warm-up; one run with `--log-gradients` too."""
+"""`--profile`: a trace, a table and a picture of the steps after the warmup; one run with `--log-gradients` too."""
 
 from __future__ import annotations
 
