@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import Any
 
@@ -96,6 +96,9 @@ class Engine(contract.Engine):
         self.record_shapes(model)
         if self.bf16:
             normalize_in_fp32(model)
+        if self.autocast:
+            # Inside the network: on a GPU, DeepSpeed disables an autocast that is entered around its engine.
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
         self.start(model, config)
         self.parts = OptimizerParts.from_wrapper(self.stage, self.optimizer)
         if isinstance(self.parts.inner, Muon) and self.stage:
@@ -189,8 +192,7 @@ class Engine(contract.Engine):
         losses = []
         for i in range(self.batch_sizes.accumulation):
             images, labels = next(batches)
-            with self._precision():
-                scores = self.engine(self.to_training_input(images))
+            scores = self.engine(self.to_training_input(images))
             loss = self.loss(scores, labels)
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
@@ -242,11 +244,7 @@ class Engine(contract.Engine):
 
     def forward(self, images: Tensor) -> Tensor:
         self.engine.eval()
-        with self._precision():
-            return self.engine(self.to_model_input(images))
-
-    def _precision(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+        return self.engine(self.to_model_input(images))
 
     def to_model_input(self, images: Tensor) -> Tensor:
         return super().to_model_input(images.bfloat16() if self.bf16 else images)
