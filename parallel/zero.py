@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from common.packages import is_installed
 from common.text import precision_text
 from config.settings import Settings
 from optim.lr_schedule import Schedule
@@ -46,9 +47,10 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not
 
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's own Muon without compiling it, which takes a second; DeepSpeed compares types with it."""
+    if not is_installed("deepspeed.runtime.zero.muon"):  # versions before 0.18 have none
+        return
     decorate, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
-    with suppress(ImportError):  # versions before 0.18 have none
-        import_module("deepspeed.runtime.zero.muon.original_muon")
+    import_module("deepspeed.runtime.zero.muon.original_muon")
     compiler.compile = decorate
 
 
@@ -58,6 +60,9 @@ def skip_norm_check() -> Iterator[None]:
 
     They would skip such an update. Here a non-finite norm ends the run as soon as it is read (training/non_finite.py).
     """
+    if not hasattr(stage_1_and_2, "is_invalid_grad_norm"):  # DeepSpeed 0.16 does not check
+        yield
+        return
     original = stage_1_and_2.is_invalid_grad_norm
     stage_1_and_2.is_invalid_grad_norm = lambda norm: False
     try:

@@ -200,6 +200,16 @@ def test_of_deepspeeds_warnings_only_the_one_about_our_optimizers_is_silent():
     assert list(shown.values()) == [False, True]
 
 
+def test_deepspeed_0_16_of_cuda_11_which_has_no_muon_and_no_norm_check_is_left_as_it_is(monkeypatch):
+    zero = pytest.importorskip("parallel.zero")
+    monkeypatch.setattr(zero, "is_installed", lambda package: False)
+    monkeypatch.delattr(zero.compiler, "compile", raising=False)
+    monkeypatch.delattr(zero.stage_1_and_2, "is_invalid_grad_norm", raising=False)
+    zero.import_muon_uncompiled()
+    with zero.skip_norm_check():
+        assert not hasattr(zero.stage_1_and_2, "is_invalid_grad_norm")
+
+
 @pytest.mark.parametrize("number", STAGES)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_frozen_layer_keeps_its_weights_and_they_are_saved(trained, processes, number):
