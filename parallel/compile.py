@@ -49,6 +49,8 @@ def choose(
     """
     if setting not in CHOICES:
         raise SettingsError(unknown("compile", setting, list(CHOICES)))
+    if not hasattr(torch, "compiler"):
+        graphs_refusal = graphs_refusal or "CUDA graphs need PyTorch 2.1 or newer"
     if setting == "auto-graphs":
         can_record = device.type == "cuda" and not (refusal or graphs_refusal or trouble_with(device))
         setting = "reduce-overhead" if can_record else "auto"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from common.packages import check_torch
 from config.settings import Settings
 from models.classification_metrics import ClassificationCounts
 from models.cost import count_parameters
@@ -149,6 +150,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         """
         if self.gradient_log_refusal:
             raise SettingsError(f"--log-gradients: {self.gradient_log_refusal}; choose --strategy zero, ddp or fsdp")
+        check_torch("--log-gradients", (2, 6))  # torch.nn.utils.get_total_norm
         self.gradient_log = self.make_gradient_log()
 
     def make_gradient_log(self) -> GradientLog:

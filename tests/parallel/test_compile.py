@@ -188,6 +188,14 @@ def test_an_impossible_mode_is_rejected_by_name(setting, device, refusals, sente
         compiling.choose(setting, device, *refusals)
 
 
+def test_cuda_graphs_need_pytorch_2_1(monkeypatch):
+    monkeypatch.setattr(compiling, "trouble_with", lambda device: None)
+    monkeypatch.delattr(torch, "compiler")
+    assert compiling.choose("auto-graphs", GPU, None, None) == "on"
+    with pytest.raises(SettingsError, match="compile=reduce-overhead: CUDA graphs need PyTorch 2.1 or newer"):
+        compiling.choose("reduce-overhead", GPU, None, None)
+
+
 def test_a_machine_that_cannot_compile_trains_uncompiled_unless_compiling_was_requested(monkeypatch, caplog):
     monkeypatch.setattr(compiling, "trouble_with", lambda device: "no C compiler")
     assert compiling.choose("auto", GPU, None, None) == "off"
