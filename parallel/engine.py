@@ -58,6 +58,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         fits_one_device: whether a process holds the whole network, so that a trial on one GPU shows what fits.
         precision: arithmetic of `forward`: fp32, bf16 (weights too) or autocast.
         ema: the EMA of the weights that evaluation and the saved weights use; None where `ema.decay` is 0.
+        cuts: first layers of the pipeline's stages, and the number of layers; None for other strategies.
         bf16_enabled: value of the setting `bf16.enabled` here: false, true, autocast or masters.
         first_steps: first steps after a start that compile or warm up and are not timed.
     """
@@ -67,6 +68,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     uses_full_ds_config = False
     checkpoint_kind = "one model"
     precision = "fp32"
+    cuts: list[int] | None = None
     fits_one_device = True
     autocast_refusal: str | None = None  # why this strategy cannot compute by torch.autocast
     masters_refusal: str | None = "only ddp has it; zero and pipeline have bf16 weights and fp32 masters with true"
