@@ -191,9 +191,10 @@ class Loop:
         time_plan = self.timer.time_plan
         assert time_plan is not None
         spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
-        per_step = time_plan.seconds_per_step()
-        plan = Plan(**self.engine.broadcast_object(asdict(time_plan.make(self.engine.step, spent, per_step))))
-        seconds = spent + seconds_left(plan.total_steps, plan.after_step, per_step, self.engine.resizing)
+        per_step = time_plan.seconds_per_step() or spent / self.engine.step
+        costs = time_plan.costs(self.engine.step, per_step)
+        plan = Plan(**self.engine.broadcast_object(asdict(time_plan.make(self.engine.step, spent, costs))))
+        seconds = spent + seconds_left(plan.total_steps, plan.after_step, costs, self.engine.resizing)
         text = describe_plan(plan, per_step, seconds, self.steps_per_epoch)
         self.engine.schedule.set_plan(plan)
         self.total_steps, self.timer.time_plan = plan.total_steps, None
