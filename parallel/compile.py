@@ -132,12 +132,16 @@ class Compiled:
             import torch._inductor.config
 
             torch._inductor.config.triton.divisible_by_16 = False
+        # A layer may have a forward of its own already (parallel/buffers.py normalize_in_fp32); evaluation restores it.
+        self.own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
         self.forwards = {layer: torch.compile(layer.forward, dynamic=False, **options) for layer in layers}
 
     def use(self, training: bool) -> None:
         for layer, forward in self.forwards.items():
             if training or self.in_evaluation:
                 layer.forward = forward
+            elif layer in self.own:
+                layer.forward = self.own[layer]
             else:
                 vars(layer).pop("forward", None)
         if training and self.mode in GRAPHS:
