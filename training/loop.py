@@ -50,9 +50,6 @@ class Loop:
         Args:
             training: batches of the training split.
             time_plan: plans the number of steps; None: the schedule has their number.
-
-        Raises:
-            RunError: nothing is left to train.
         """
         self.engine, self.training, self.evaluation = engine, training, evaluation
         self.steps_per_epoch, self.total_steps = steps_per_epoch, engine.schedule.total
@@ -68,10 +65,6 @@ class Loop:
         folder = self.record.folder if self.record else None
         self.steps = StepLog(engine, training, self.tracking, folder, console.print_field)
         self._sync_progress_with_engine()
-        if engine.step == self.total_steps and not self.progress.num_losses:
-            raise RunError(
-                "nothing is left to train: the other peers have just made the last step; their runs have the weights"
-            )
 
     def _sync_progress_with_engine(self) -> None:
         """Continue at the engine's step: under `local` with peers, other peers may have advanced it."""
@@ -87,9 +80,11 @@ class Loop:
     # --- the epochs -----------------------------------------------------------------------------------------------
 
     def run(self, stop_at: int | None = None) -> bool:
-        """Train to the end. Returns False when asked to stop earlier; everything is saved then. Collective."""
-        if self.engine.any(self.stop.requested):  # while the run started
-            return False
+        """Train to the end. Returns False when asked to stop earlier; everything is saved then. Collective.
+
+        Raises:
+            RunError: nothing is left to train.
+        """
         self.console.clock.start(self.engine.step, self.total_steps)
         with self.tracking:
             finished = self._run(stop_at)
@@ -101,6 +96,15 @@ class Loop:
         return finished
 
     def _run(self, stop_at: int | None) -> bool:
+        step = self.engine.step
+        if step == self.total_steps and not self.progress.num_losses:
+            raise RunError(
+                "nothing is left to train: the other peers have just made the last step; their runs have the weights"
+            )
+        if self.engine.any(self.stop.requested):  # while the run started
+            resumes = "resumes" if step else "starts"
+            self.console.say(f"stopped before step {step + 1:,}; the same command {resumes} the run", QUIET)
+            return False
         while not (self.engine.step == self.total_steps or self.progress.finished):
             stopping = self._train(stop_at)
             self._sync_progress_with_engine()

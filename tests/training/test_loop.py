@@ -1,13 +1,15 @@
-"""training/loop.py: which steps of an epoch are timed; what it trains is in test_train.py and test_resume.py."""
+"""training/loop.py: which steps of an epoch are timed, and how a start ends; test_train.py and test_resume.py train."""
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import pytest
-from small_runs import RESIZING
+from small_runs import RESIZING, STOPPED
 
 from benchmarks.lib.forked_programs import Program
+from common.errors import RunError
 from records.run_folder import RunFolder
 
 
@@ -48,3 +50,51 @@ def test_the_first_steps_with_larger_images_are_not_timed_either(training, runs)
     first, second = RunFolder(runs / name).metrics()
     timed = first["images_per_second"] * first["training_seconds"]
     assert timed == pytest.approx(2 * 64, abs=31) and first["warmup_seconds"] > 0 == second["warmup_seconds"]
+
+
+def train_to(start: str, words: list[str]) -> None:
+    """Run train.py with a start that ends before the first step, and print how its trackers are closed."""
+    import train
+    from parallel import ddp
+    from training import loop
+    from training.trackers import Tracking
+
+    class Loop(loop.Loop):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if start == "stopped":
+                self.stop.number = signal.SIGTERM
+            if start == "nothing left":
+                self.total_steps = self.engine.step
+
+    def fail(self, facts):
+        raise RunError("no other peer answers")
+
+    def closed(self, error, *details):
+        print("closed by", error and error.__name__)
+        close(self, error, *details)
+
+    loop.Loop = Loop  # main() imports it
+    close, Tracking.__exit__ = Tracking.__exit__, closed
+    if start == "failed":
+        ddp.Engine.begin = fail
+    sys.argv = ["train.py", *words]
+    sys.exit(train.run())
+
+
+@pytest.mark.parametrize(
+    ("start", "code", "sentence", "closed_by"),
+    [
+        ("stopped", STOPPED, "stopped before step 1; the same command starts the run", None),
+        ("nothing left", 1, "error: nothing is left to train", "RunError"),
+        ("failed", 1, "error: no other peer answers", "RunError"),
+    ],
+)
+def test_a_start_that_ends_before_the_first_step_says_so_and_closes_the_trackers(
+    training, runs, start, code, sentence, closed_by
+):
+    words = [str(word) for word in (*training, "--strategy", "ddp", "--name", f"start-{start}", "--max-steps", 8)]
+    words.append("--quiet")
+    done = Program(train_to, (start, words), {}).end()
+    assert done.code == code, done.text
+    assert sentence in done.text and done.out.count(f"closed by {closed_by}") == 1, done.text
