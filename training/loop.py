@@ -238,7 +238,6 @@ class Loop:
             step_in_epoch=0 if ends_epoch else progress.step_in_epoch,
             best_accuracy=found.best_accuracy,
             best_step=found.best_step,
-            epochs_without_better=found.epochs_without_better,
             finished=is_last,
         )
         self.evaluation.set_next()
