@@ -86,7 +86,7 @@ def main() -> int:
     check_own_parts(settings, num_classes, data.side)
     choose_resizing(settings, args.set, engine_type.resizing_refusal, num_classes, data.side, console)
     build = network_builder(settings.model, num_classes, data.side, args.init_weights, console)
-    micro_batch = MicroBatch(engine_type, settings, build, data.dataset, data.side)
+    micro_batch = MicroBatch(engine_type, settings, build, data.dataset, args.source, data.side)
     if args.micro_batch and (line := micro_batch.choose(args.micro_batch)):
         console.say(line)
     steps_per_epoch = data.dataset.steps_per_epoch(settings.engine["train_batch_size"])

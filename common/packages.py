@@ -1,8 +1,10 @@
-"""Whether an optional package is installed, without importing it."""
+"""Whether an optional package is installed, without importing it, and whether PyTorch is new enough."""
 
 from __future__ import annotations
 
 import importlib.util
+
+from common.errors import SettingsError
 
 
 def is_installed(package: str) -> bool:
@@ -11,3 +13,14 @@ def is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of the parent of a dotted name
         return False
+
+
+def check_torch(what: str, version: tuple[int, int]) -> None:
+    """Raise SettingsError where `what`, such as --log-gradients, needs a newer PyTorch than the installed one."""
+    import torch
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < version:
+        raise SettingsError(
+            f"{what} needs PyTorch {'.'.join(map(str, version))} or newer, not {torch.__version__}; "
+            "leave it out, or install a newer PyTorch"
+        )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import SettingsError
+from common.packages import check_torch
 
 MIN_LAYERS = 3  # input, at least one block, output
 
@@ -24,13 +25,14 @@ def checkpoint_blocks(layers: list[nn.Module], architecture: str) -> None:
     """Checkpoint every layer of a network but the first and the last.
 
     Raises:
-        SettingsError: the network is not a list of blocks.
+        SettingsError: the network is not a list of blocks, or PyTorch is too old.
     """
     if len(layers) < MIN_LAYERS:
         raise SettingsError(
             f"model.checkpoint_blocks=true needs a network with a list of blocks, which "
             f"model.architecture={architecture} is not; set it to false"
         )
+    check_torch("model.checkpoint_blocks=true", (2, 1))  # torch.compiler
     for layer in layers[1:-1]:
         checkpoint_layer(layer)
 

@@ -8,7 +8,8 @@ GPU, one Triton kernel for each direction (depthwise_triton.py) needs the fewest
     forward    4    reads x, writes y; only x is saved for backward
     backward   6    reads x and dy, writes dx
 
-Elsewhere, and where Triton does not work, the same is computed with PyTorch operations.
+Elsewhere, where Triton does not work and before PyTorch 2.4, which has no custom operators, the same is computed with
+PyTorch operations.
 
 DEPTHWISE_KERNEL=off in the environment, or `set_enabled(False)`, selects the PyTorch path everywhere. With
 TRITON_INTERPRET=1, set before Triton is imported, the kernels run on a CPU, slowly.
@@ -18,16 +19,19 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from models import depthwise_triton as kernels
-except ImportError:  # without Triton only the PyTorch path exists
-    kernels = None  # type: ignore[assignment]
+HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
+kernels: Any = None  # without custom operators or without Triton only the PyTorch path exists
+if HAS_CUSTOM_OPS:
+    with suppress(ImportError):
+        from models import depthwise_triton as kernels
 
 LOGGER = logging.getLogger("engine")  # train.py shows this logger on the console
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -81,7 +85,7 @@ def trouble(device: torch.device) -> str | None:
     try:
         x, weight, bias = (torch.ones(shape, device=device) for shape in ((1, 4, 16), (16, 1, 3, 3), (16,)))
         kernels.run_backward(x, weight, bias, kernels.run_forward(x, weight, bias, 2, 0), 2, 0)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:  # by its name in every version
         raise
     except Exception as error:  # any error of Triton or the compilers that it calls
         text = (
@@ -98,8 +102,7 @@ def runs_on(x: Tensor) -> bool:
     return kernels is not None and possible and x.dtype in DTYPES and x.numel() > 0 and trouble(x.device) is None
 
 
-@torch.library.custom_op("vision_transformers::conv_gelu", mutates_args=())
-def conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
     """Return h + GELU(conv(h) + bias) for h = GELU(x).
 
     Args:
@@ -112,13 +115,11 @@ def conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: in
     return plain(x, weight.to(x.dtype), bias.to(x.dtype), grid, num_prefix).contiguous()
 
 
-@conv_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("vision_transformers::conv_gelu_backward", mutates_args=())
-def conv_gelu_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
+def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
     """Return the gradients of x, weight and bias."""
     if runs_on(x):
         return kernels.run_backward(
@@ -127,8 +128,7 @@ def conv_gelu_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid
     return plain_backward(x, weight, bias, dy.to(x.dtype), grid, num_prefix)
 
 
-@conv_gelu_backward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
+def _fake_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, weight, bias)]
 
 
@@ -141,4 +141,9 @@ def _gradients(ctx, dy: Tensor) -> tuple:
     return (*conv_gelu_backward(*ctx.saved_tensors, dy, ctx.grid, ctx.num_prefix), None, None)
 
 
-conv_gelu.register_autograd(_gradients, setup_context=_save)
+if HAS_CUSTOM_OPS:
+    conv_gelu = torch.library.custom_op("vision_transformers::conv_gelu", _forward, mutates_args=())
+    conv_gelu.register_fake(_fake_forward)
+    conv_gelu.register_autograd(_gradients, setup_context=_save)
+    conv_gelu_backward = torch.library.custom_op("vision_transformers::conv_gelu_backward", _backward, mutates_args=())
+    conv_gelu_backward.register_fake(_fake_backward)

@@ -17,8 +17,8 @@ import torch
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 # Code that all methods of a kind share, and where PyTorch 2.11 keeps what an excluded method calls. If another version
-# does it differently, nothing is replaced, and the second is spent again.
-EXCLUDED = torch._disable_dynamo(lambda: None).__code__
+# does it differently (2.0 has no such import), nothing is replaced, and the second is spent again.
+EXCLUDED = getattr(torch, "_disable_dynamo", lambda method: method)(lambda: None).__code__
 INTERRUPTING = _use_grad_for_differentiable(lambda: None).__code__
 MARK = "__dynamo_disable"
 
@@ -26,7 +26,7 @@ MARK = "__dynamo_disable"
 def postpone_dynamo(owner: type) -> None:
     """Let the methods that a class defines run without importing torch._dynamo, as long as nothing has imported it."""
     for name, method in list(vars(owner).items()):
-        if getattr(method, "__code__", None) is INTERRUPTING:
+        if getattr(method, "__code__", None) is INTERRUPTING and hasattr(method, "__wrapped__"):
             setattr(owner, name, step_without_dynamo(method))
             continue
         while plain := getattr(method, "__wrapped__", None):

@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from common.packages import check_torch
 from parallel.buffers import normalize_in_fp32
 
 
@@ -19,6 +20,7 @@ class Bf16Copy:
     """A copy of a network that computes in bf16. It shares the network's buffers, which stay in fp32."""
 
     def __init__(self, masters: nn.Module):
+        check_torch("bf16.enabled=masters", (2, 1))  # torch._foreach_copy_
         self.network = copy.deepcopy(masters)
         normalize_in_fp32(self.network)
         for own, shared in zip(self.network.modules(), masters.modules(), strict=True):

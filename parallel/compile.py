@@ -49,6 +49,8 @@ def choose(
     """
     if setting not in CHOICES:
         raise SettingsError(unknown("compile", setting, list(CHOICES)))
+    if not hasattr(torch, "compiler"):
+        graphs_refusal = graphs_refusal or "CUDA graphs need PyTorch 2.1 or newer"
     if setting == "auto-graphs":
         can_record = device.type == "cuda" and not (refusal or graphs_refusal or trouble_with(device))
         setting = "reduce-overhead" if can_record else "auto"
@@ -130,12 +132,16 @@ class Compiled:
             import torch._inductor.config
 
             torch._inductor.config.triton.divisible_by_16 = False
+        # A layer may have a forward of its own already (parallel/buffers.py normalize_in_fp32); evaluation restores it.
+        self.own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
         self.forwards = {layer: torch.compile(layer.forward, dynamic=False, **options) for layer in layers}
 
     def use(self, training: bool) -> None:
         for layer, forward in self.forwards.items():
             if training or self.in_evaluation:
                 layer.forward = forward
+            elif layer in self.own:
+                layer.forward = self.own[layer]
             else:
                 vars(layer).pop("forward", None)
         if training and self.mode in GRAPHS:

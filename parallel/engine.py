@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from common.packages import check_torch
 from config.settings import Settings
 from models.classification_metrics import ClassificationCounts
 from models.cost import count_parameters
@@ -57,6 +58,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         fits_one_device: whether a process holds the whole network, so that a trial on one GPU shows what fits.
         precision: arithmetic of `forward`: fp32, bf16 (weights too) or autocast.
         ema: the EMA of the weights that evaluation and the saved weights use; None where `ema.decay` is 0.
+        cuts: first layers of the pipeline's stages, and the number of layers; None for other strategies.
         bf16_enabled: value of the setting `bf16.enabled` here: false, true, autocast or masters.
         first_steps: first steps after a start that compile or warm up and are not timed.
     """
@@ -66,6 +68,7 @@ class Engine(WeightAveraging, Collectives, ABC):
     uses_full_ds_config = False
     checkpoint_kind = "one model"
     precision = "fp32"
+    cuts: list[int] | None = None
     fits_one_device = True
     autocast_refusal: str | None = None  # why this strategy cannot compute by torch.autocast
     masters_refusal: str | None = "only ddp has it; zero and pipeline have bf16 weights and fp32 masters with true"
@@ -159,6 +162,7 @@ class Engine(WeightAveraging, Collectives, ABC):
         """
         if self.gradient_log_refusal:
             raise SettingsError(f"--log-gradients: {self.gradient_log_refusal}; choose --strategy zero, ddp or fsdp")
+        check_torch("--log-gradients", (2, 6))  # torch.nn.utils.get_total_norm
         self.gradient_log = self.make_gradient_log()
 
     def make_gradient_log(self) -> GradientLog:

@@ -52,6 +52,7 @@ class Engine(zero.Engine):
     name = "pipeline"
     used_settings = frozenset({"stages", "partition"})
     fits_one_device = False
+    cuts: list[int]
     autocast_refusal = "strategy pipeline has only DeepSpeed's bf16, with bf16 weights"
     gradient_log_refusal = "DeepSpeed makes backward pass and update of a pipeline in one call"
     channels_last_refusal = "activations sent between stages must be contiguous"

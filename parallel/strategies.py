@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 
 from common.errors import SettingsError
-from common.packages import is_installed
+from common.packages import check_torch, is_installed
 from config.own_parts import find_entry, is_own_part
 from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
@@ -45,8 +45,8 @@ def engine_class(name: str, peers: bool = False) -> type[Engine]:
     A user-defined strategy is a subclass of another one's Engine.
 
     Raises:
-        SettingsError: an unknown name, a strategy whose package is not installed, or peers for a strategy whose
-            workers are the processes of one job.
+        SettingsError: an unknown name, a strategy whose package is not installed or too old, or peers for a strategy
+            whose workers are the processes of one job.
     """
     found = find_entry(STRATEGIES, "strategy", name)
     own = is_own_part(name)
@@ -61,6 +61,8 @@ def engine_class(name: str, peers: bool = False) -> type[Engine]:
             f"strategy {name} needs DeepSpeed, which is not installed: pip install deepspeed. "
             "--strategy ddp trains without it"
         )
+    if name == "fsdp":
+        check_torch("strategy fsdp", (2, 6))  # torch.distributed.fsdp.fully_shard
     if not peers:
         return import_module(MODULES[name]).Engine
     if name not in PEER_MODULES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import SettingsError
+from common.packages import is_installed
 from common.text import precision_text
 from config.settings import Settings
 from optim.lr_schedule import Schedule
@@ -46,9 +47,10 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not
 
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's own Muon without compiling it, which takes a second; DeepSpeed compares types with it."""
+    if not is_installed("deepspeed.runtime.zero.muon"):  # versions before 0.18 have none
+        return
     decorate, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
-    with suppress(ImportError):  # versions before 0.18 have none
-        import_module("deepspeed.runtime.zero.muon.original_muon")
+    import_module("deepspeed.runtime.zero.muon.original_muon")
     compiler.compile = decorate
 
 
@@ -58,6 +60,9 @@ def skip_norm_check() -> Iterator[None]:
 
     They would skip such an update. Here a non-finite norm ends the run as soon as it is read (training/non_finite.py).
     """
+    if not hasattr(stage_1_and_2, "is_invalid_grad_norm"):  # DeepSpeed 0.16 does not check
+        yield
+        return
     original = stage_1_and_2.is_invalid_grad_norm
     stage_1_and_2.is_invalid_grad_norm = lambda norm: False
     try:
@@ -96,6 +101,9 @@ class Engine(contract.Engine):
         self.record_shapes(model)
         if self.bf16:
             normalize_in_fp32(model)
+        if self.autocast:
+            # Inside the network: on a GPU, DeepSpeed disables an autocast that is entered around its engine.
+            model.forward = torch.autocast(self.device.type, torch.bfloat16)(model.forward)
         self.start(model, config)
         self.parts = OptimizerParts.from_wrapper(self.stage, self.optimizer)
         if isinstance(self.parts.inner, Muon) and self.stage:
@@ -189,8 +197,7 @@ class Engine(contract.Engine):
         losses = []
         for i in range(self.batch_sizes.accumulation):
             images, labels = next(batches)
-            with self._precision():
-                scores = self.engine(self.to_training_input(images))
+            scores = self.engine(self.to_training_input(images))
             loss = self.loss(scores, labels)
             self.engine.backward(loss)
             if self.stage == 0 and i == self.batch_sizes.accumulation - 1:
@@ -242,11 +249,7 @@ class Engine(contract.Engine):
 
     def forward(self, images: Tensor) -> Tensor:
         self.engine.eval()
-        with self._precision():
-            return self.engine(self.to_model_input(images))
-
-    def _precision(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+        return self.engine(self.to_model_input(images))
 
     def to_model_input(self, images: Tensor) -> Tensor:
         return super().to_model_input(images.bfloat16() if self.bf16 else images)

@@ -52,7 +52,6 @@ class Progress:
     num_losses: int = 0  # summands of loss_sum: step_in_epoch minus skipped steps and those that only other peers made
     best_accuracy: float = -1.0  # on the validation split
     best_step: int = 0  # step of best_accuracy; 0: no evaluation yet
-    epochs_without_better: int = 0  # early stopping counts them
     finished: bool = False  # no step is left
 
 
@@ -118,7 +117,9 @@ class RunFolder:
 
     @staticmethod
     def read_progress(checkpoint: Path) -> Progress:
-        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+        values = json.loads((checkpoint / "progress.json").read_text())
+        values.pop("epochs_without_better", None)  # earlier commits wrote it; it follows from best_step
+        return Progress(**values)
 
     def is_finished(self) -> bool:
         """Whether no step was left when the newest checkpoint was saved."""

@@ -2,7 +2,8 @@
 
 Two processes with half of the cores each were 1.17 times as fast as one process with two cores: they wait for one
 another once per step instead of in every layer. Two are used where the strategy trains the same with either number and
-the batch can be halved. NUM_PROCS overrides the choice. Nothing here imports PyTorch.
+the batch can be halved. The exception is BatchNorm, which the presets for CPUs have: each process normalizes its own
+half of the batch. NUM_PROCS overrides the choice. Nothing here imports PyTorch.
 """
 
 from __future__ import annotations

@@ -50,9 +50,6 @@ class Loop:
         Args:
             training: batches of the training split.
             time_plan: plans the number of steps; None: the schedule has their number.
-
-        Raises:
-            RunError: nothing is left to train.
         """
         self.engine, self.training, self.evaluation = engine, training, evaluation
         self.steps_per_epoch, self.total_steps = steps_per_epoch, engine.schedule.total
@@ -68,10 +65,6 @@ class Loop:
         folder = self.record.folder if self.record else None
         self.steps = StepLog(engine, training, self.tracking, folder, console.print_field)
         self._sync_progress_with_engine()
-        if engine.step == self.total_steps and not self.progress.num_losses:
-            raise RunError(
-                "nothing is left to train: the other peers have just made the last step; their runs have the weights"
-            )
 
     def _sync_progress_with_engine(self) -> None:
         """Continue at the engine's step: under `local` with peers, other peers may have advanced it."""
@@ -87,9 +80,11 @@ class Loop:
     # --- the epochs -----------------------------------------------------------------------------------------------
 
     def run(self, stop_at: int | None = None) -> bool:
-        """Train to the end. Returns False when asked to stop earlier; everything is saved then. Collective."""
-        if self.engine.any(self.stop.requested):  # while the run started
-            return False
+        """Train to the end. Returns False when asked to stop earlier; everything is saved then. Collective.
+
+        Raises:
+            RunError: nothing is left to train.
+        """
         self.console.clock.start(self.engine.step, self.total_steps)
         with self.tracking:
             finished = self._run(stop_at)
@@ -102,6 +97,15 @@ class Loop:
         return finished
 
     def _run(self, stop_at: int | None) -> bool:
+        step = self.engine.step
+        if step == self.total_steps and not self.progress.num_losses:
+            raise RunError(
+                "nothing is left to train: the other peers have just made the last step; their runs have the weights"
+            )
+        if self.engine.any(self.stop.requested):  # while the run started
+            resumes = "resumes" if step else "starts"
+            self.console.say(f"stopped before step {step + 1:,}; the same command {resumes} the run", QUIET)
+            return False
         while not (self.engine.step == self.total_steps or self.progress.finished):
             stopping = self._train(stop_at)
             self._sync_progress_with_engine()
@@ -192,9 +196,10 @@ class Loop:
         time_plan = self.timer.time_plan
         assert time_plan is not None
         spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
-        per_step = time_plan.seconds_per_step()
-        plan = Plan(**self.engine.broadcast_object(asdict(time_plan.make(self.engine.step, spent, per_step))))
-        seconds = spent + seconds_left(plan.total_steps, plan.after_step, per_step, self.engine.resizing)
+        per_step = time_plan.seconds_per_step() or spent / self.engine.step
+        costs = time_plan.costs(self.engine.step, per_step)
+        plan = Plan(**self.engine.broadcast_object(asdict(time_plan.make(self.engine.step, spent, costs))))
+        seconds = spent + seconds_left(plan.total_steps, plan.after_step, costs, self.engine.resizing)
         text = describe_plan(plan, per_step, seconds, self.steps_per_epoch)
         self.engine.schedule.set_plan(plan)
         self.total_steps, self.timer.time_plan = plan.total_steps, None
@@ -234,7 +239,6 @@ class Loop:
             step_in_epoch=0 if ends_epoch else progress.step_in_epoch,
             best_accuracy=found.best_accuracy,
             best_step=found.best_step,
-            epochs_without_better=found.epochs_without_better,
             finished=is_last,
         )
         self.evaluation.set_next()

@@ -31,10 +31,16 @@ class MicroBatch:
     """The micro-batch size of one run: chosen before it starts, and advised after an out-of-memory error."""
 
     def __init__(
-        self, engine: type[Engine], settings: Settings, build: Callable[[], nn.Module], dataset: Dataset, side: int
+        self,
+        engine: type[Engine],
+        settings: Settings,
+        build: Callable[[], nn.Module],
+        dataset: Dataset,
+        source: str,
+        side: int,
     ):
         self.engine, self.settings = engine, settings
-        self.new_trial = lambda: Trial(build, settings, dataset, side, process_group.pick_device())
+        self.new_trial = lambda: Trial(build, settings, dataset, source, side, process_group.pick_device())
         self.total = settings.engine["train_batch_size"]
         self.shards = engine.num_shards(settings, int(os.environ.get("WORLD_SIZE", 1)))
 
@@ -63,35 +69,51 @@ class MicroBatch:
                 "--micro-batch auto measures GPU memory, and there is no GPU here; give a number, or leave it out"
             )
         possible = sizes(self.total, self.shards)
-        found = min(process_group.all_gather_objects(largest_that_fits(possible, self.new_trial().fits) or 0))
+        found = min(process_group.all_gather_objects(self._largest(possible)))
         free_memory()
         if not found:
             raise SettingsError(no_room(1, possible, None))
         return found
+
+    def _largest(self, possible: list[int]) -> int:
+        """Return the largest size that fits on this process's GPU; 0 where not even the network and the data do."""
+        try:
+            return largest_that_fits(possible, self.new_trial().fits) or 0
+        except OutOfMemory:
+            return 0
 
     def advice(self) -> str:
         """Return the sentence for an out-of-memory error; call it when nothing holds the engine any more."""
         possible = sizes(self.total, self.shards)
         now = self.total // self.shards // self.settings.engine["gradient_accumulation_steps"]
         smaller = [size for size in possible if size < now]
+        if not smaller:
+            return no_room(now, possible, None)
         free_memory()
         try:
-            found = largest_that_fits(smaller, self.new_trial().fits) if smaller else None
+            if self.engine.fits_one_device:  # otherwise a trial of the whole network shows nothing
+                return no_room(now, possible, largest_that_fits(smaller, self.new_trial().fits))
         except OutOfMemory:  # memory that the failed engine still holds leaves too little for the network alone
-            found = smaller[-1] if smaller else None
-        return no_room(now, possible, found)
+            pass
+        return no_room(now, possible, smaller[-1], tried=False)
 
 
-def no_room(now: int, possible: list[int], found: int | None) -> str:
-    """Return the sentence for a micro-batch of `now` images that does not fit; `found` fits (None: not even one)."""
-    start = f"out of GPU memory with a micro-batch of {now} images"
+def no_room(now: int, possible: list[int], found: int | None, tried: bool = True) -> str:
+    """Return the sentence for a micro-batch of `now` images that does not fit.
+
+    Args:
+        found: a smaller size; None where none fits.
+        tried: whether `found` was tried and fits.
+    """
+    start = f"out of GPU memory with a micro-batch of {now} image{'s' * (now > 1)}"
     if found is None:
         return (
-            f"{start}, and smaller ones do not fit either; choose a smaller network, --set bf16.enabled=true, or more "
-            "GPUs with --set zero_optimization.stage=3"
+            f"{start}{', and smaller ones do not fit either' * (now > 1)}; choose a smaller network, "
+            "--set bf16.enabled=true, or --strategy fsdp with more GPUs"
         )
+    fits = f"{found} fit" if tried else f"{found} is the next smaller size"
     return (
-        f"{start}; {found} fit. Start the same run again with --micro-batch {found}: {possible[-1] // found} "
+        f"{start}; {fits}. Start the same run again with --micro-batch {found}: {possible[-1] // found} "
         "accumulation steps give the same global batch. Saved checkpoints are unchanged"
     )
 
@@ -137,13 +159,19 @@ class Trial:
     """Training steps on noise, outside of any engine, to test whether they fit into memory next to the dataset."""
 
     def __init__(
-        self, build: Callable[[], nn.Module], settings: Settings, dataset: Dataset, side: int, device: torch.device
+        self,
+        build: Callable[[], nn.Module],
+        settings: Settings,
+        dataset: Dataset,
+        source: str,
+        side: int,
+        device: torch.device,
     ):
         self.settings, self.device, self.side, self.num_classes = settings, device, side, len(dataset.classes)
         self.model = build().to(device)
         self.optimizer = build_optimizer(settings.engine["optimizer"], self.model, fused=device.type == "cuda")
-        packed = sum(split.pixels().nbytes for split in dataset.splits.values() if split.packed is not None)
-        self.ballast = torch.empty(packed, dtype=torch.uint8, device=device)
+        packed = [split for split in dataset.splits.values() if split.packed is not None and source != "files"]
+        self.ballast = torch.empty(sum(split.pixels().nbytes for split in packed), dtype=torch.uint8, device=device)
 
     def fits(self, micro: int) -> bool:
         """Whether a step on `micro` images stays within SHARE of the free memory."""

@@ -19,7 +19,9 @@ MUST_MATCH = ("settings", "seed", "max_steps", "max_minutes", "hold_out", "patie
 # ... except how the work is distributed: the state is the same (an engine that cannot load another's state rejects it).
 MAY_DIFFER = (
     "settings.strategy",
-    "settings.parallel",
+    "settings.parallel.stages",
+    "settings.parallel.partition",
+    "settings.parallel.patience_seconds",
     "settings.engine.zero_optimization",
     "settings.engine.gradient_accumulation_steps",
     "settings.model.checkpoint_blocks",
@@ -43,6 +45,8 @@ CHANGES = {  # by the key of `conditions`
     ),
     "strategy": Change("strategy", ROUNDING, True),
     "stage": Change("ZeRO stage", ROUNDING, True),
+    "offload": Change("device of the optimizer", "its kernels round differently", True),
+    "cuts": Change("first layers of the pipeline's stages", f"{ROUNDING}; other dropout masks", True),
     "threads": Change("CPU threads", ROUNDING, True),
     "device_name": Change("device", ROUNDING, True),
     "torch": Change("PyTorch", "kernels may round differently", True),
@@ -55,18 +59,21 @@ CHANGES = {  # by the key of `conditions`
 }
 
 # Conditions that change together with another one and need no sentence of their own.
-IMPLIED_CHANGES = {"device": ("threads", "device_name"), "strategy": ("stage",)}
+IMPLIED_CHANGES = {"device": ("threads", "device_name"), "strategy": ("stage", "offload", "cuts")}
 BATCH_NORM = Change("micro-batch size", "BatchNorm computes its statistics per micro-batch", False)
 
 
 def conditions(engine: Engine, source: str, commit: str | None) -> dict[str, Any]:
     """Return the conditions of this process, under which a resumed run has the same bits (docs/resume.md)."""
     on_gpu = engine.device.type == "cuda"
+    zero = engine.settings.engine["zero_optimization"] if engine.uses_full_ds_config else None
     return {
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "micro_batch": engine.batch_sizes.micro,
         "strategy": engine.name,
-        "stage": engine.settings.engine["zero_optimization"]["stage"] if engine.uses_full_ds_config else None,
+        "stage": zero and zero["stage"],
+        "offload": zero and zero["offload_optimizer"]["device"],
+        "cuts": engine.cuts,
         "threads": None if on_gpu else torch.get_num_threads(),
         "device": "GPU" if on_gpu else "CPU",
         "device_name": torch.cuda.get_device_name(engine.device) if on_gpu else cpu_name(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +78,15 @@ def start_run(
             console.print_field("note", f"the commit of this project is unknown: {facts['commit_unknown']}")
     for text in point.messages if point else ():
         console.print_field("note", text)
-    tracking = _start_tracking(engine, record, facts, logging, console)
-    if not engine.step:
-        mean, std = data.dataset.mean, data.dataset.std
-        tracking.first_batch(lambda: first_images(next(training.epoch(0, 0, 1))[0], mean, std))
-    engine.begin(facts)
-    folder_of_run = record.folder if record else None
-    profile = StepProfile(folder_of_run, logging.profile, engine.first_steps, engine.device, console.say)
+    with ExitStack() as until_it_trains:  # a start that fails closes the trackers
+        tracking = until_it_trains.enter_context(_start_tracking(engine, record, facts, logging, console))
+        if not engine.step:
+            mean, std = data.dataset.mean, data.dataset.std
+            tracking.first_batch(lambda: first_images(next(training.epoch(0, 0, 1))[0], mean, std))
+        engine.begin(facts)
+        folder_of_run = record.folder if record else None
+        profile = StepProfile(folder_of_run, logging.profile, engine.first_steps, engine.device, console.say)
+        until_it_trains.pop_all()
     return StartedRun(progress, writer, tracking, record, profile)
 
 

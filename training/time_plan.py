@@ -19,6 +19,14 @@ TIMED_SHARE = 0.02  # of the training time, at least: 12 s of 10 minutes
 SECONDS_PER_MINUTE = 60.0
 
 
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step with the smaller images of progressive resizing, and of one with full images."""
+
+    small: float
+    full: float
+
+
 @dataclass
 class TimePlan:
     """Times steps until they are enough for a plan.
@@ -51,24 +59,37 @@ class TimePlan:
         self.seconds += time.perf_counter() - self._began
 
     def is_due(self, step: int) -> bool:
-        """Count a step, which was the run's `step`, and return whether the steps so far allow a plan."""
+        """Count a step, which was the run's `step`, and return whether the steps so far allow a plan.
+
+        It is due before the images grow in any case: a later plan with more steps would shrink them again.
+        """
         self.steps += 1
-        if self.steps <= UNTIMED_STEPS and step < self.schedule.total:
+        if step in (self.resizing.num_steps(self.schedule.total), self.schedule.total):
+            return True
+        if self.steps <= UNTIMED_STEPS:
             self.seconds = 0.0
             self.start()
             return False
         enough = self.seconds + time.perf_counter() - self._began >= TIMED_SHARE * self.budget
-        return (enough and self.steps >= UNTIMED_STEPS + TIMED_STEPS) or step == self.schedule.total
+        return enough and self.steps >= UNTIMED_STEPS + TIMED_STEPS
 
     def seconds_per_step(self) -> float:
-        """Return the mean of the timed steps. Stops the clock."""
+        """Return the mean of the timed steps, 0 where there are none yet. Stops the clock."""
         self.stop()
         self.start()
-        return self.seconds / max(1, self.steps - UNTIMED_STEPS)
+        timed = self.steps - UNTIMED_STEPS
+        return self.seconds / timed if timed > 0 else 0.0
 
-    def make(self, step: int, spent: float, seconds_per_step: float) -> Plan:
+    def costs(self, step: int, seconds_per_step: float) -> StepCosts:
+        """Return the costs of steps, from those before `step`: a full image costs more by the number of its pixels."""
+        share = self.resizing.pixel_share
+        if step <= self.resizing.num_steps(self.schedule.total):
+            return StepCosts(seconds_per_step, seconds_per_step / share)
+        return StepCosts(seconds_per_step * share, seconds_per_step)
+
+    def make(self, step: int, spent: float, costs: StepCosts) -> Plan:
         """Return the plan of a run that has made `step` steps in `spent` seconds of training."""
-        total = total_within(self.budget - spent, step, seconds_per_step, self.resizing)
+        total = total_within(self.budget - spent, step, costs, self.resizing)
         return Plan(step, self.schedule.total, min(total, self.schedule.total) if self.only_shortens else total)
 
 
@@ -81,29 +102,20 @@ def time_plan_of(
     return TimePlan(schedule, SECONDS_PER_MINUTE * max_minutes, resizing, only_shortens)
 
 
-def total_within(seconds: float, step: int, seconds_per_step: float, resizing: ProgressiveResizing) -> int:
-    """Return the number of steps of a run that has made `step` steps and has `seconds` left; inverse of `seconds_left`.
-
-    Args:
-        seconds_per_step: of the last steps.
-    """
-    further = max(0.0, seconds) / max(seconds_per_step, 1e-9)
-    total = round(step + further)
+def total_within(seconds: float, step: int, costs: StepCosts, resizing: ProgressiveResizing) -> int:
+    """Return the total of a run that has made `step` steps and has `seconds` left; inverse of `seconds_left`."""
+    seconds, full = max(0.0, seconds), max(costs.full, 1e-9)
+    total = round(step + seconds / full)
     if step >= resizing.num_steps(total):
         return total
-    small = resizing.settings.fraction  # of all steps; each of the others costs 1 / pixel_share of one of them
-    return max(step, round((step + further) / (small + (1 - small) / resizing.pixel_share)))
+    small = resizing.settings.fraction  # of all steps
+    return max(step, round((seconds + step * costs.small) / (small * costs.small + (1 - small) * full)))
 
 
-def seconds_left(total: int, step: int, seconds_per_step: float, resizing: ProgressiveResizing) -> float:
-    """Return the time that a run of `total` steps needs after `step` of them.
-
-    Where the last steps, of `seconds_per_step`, had smaller images, a step with full images is expected to take
-    longer by the number of its pixels.
-    """
+def seconds_left(total: int, step: int, costs: StepCosts, resizing: ProgressiveResizing) -> float:
+    """Return the time that a run of `total` steps needs after `step` of them."""
     small = max(0, resizing.num_steps(total) - step)
-    full = total - step - small
-    return (small + full / (resizing.pixel_share if small else 1.0)) * seconds_per_step
+    return small * costs.small + (total - step - small) * costs.full
 
 
 def describe(plan: Plan, seconds_per_step: float, seconds: float, steps_per_epoch: int) -> str:

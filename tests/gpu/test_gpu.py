@@ -228,6 +228,26 @@ def test_faster_or_smaller_configurations_have_the_same_losses(shapes, tiny, tmp
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05 if "bf16" in name else 5e-3)
 
 
+@pytest.mark.needs_deepspeed
+def test_zero_by_autocast_computes_in_bf16_as_ddp_does():
+    """DeepSpeed disables an autocast that is entered around its engine, on a GPU only."""
+    losses, types, engine = [], [], None
+    for strategy in ("zero", "ddp"):
+        found: set[torch.dtype] = set()
+        engine = reference.make_engine(strategy, reference.settings_for("bf16.enabled=autocast", "compile=off"))
+        for layer in engine.network().modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda layer, inputs, output, found=found: found.add(output.dtype))
+        images, labels = (part[0].to(engine.device) for part in reference.data())
+        losses.append([engine.train_batch(iter([(images, labels)])).item() for _ in range(5)])
+        engine.forward(images)
+        types.append(found)
+    assert engine is not None
+    engine.close()
+    assert types == [{torch.bfloat16}] * 2
+    np.testing.assert_allclose(*losses, rtol=5e-3)
+
+
 def test_random_masks_are_new_in_every_replay():
     """With a learning rate of 0 and one batch, only the masks change the loss. Without them it is always the same."""
     found, engine = {}, None

@@ -212,6 +212,25 @@ def test_without_triton_the_operator_uses_pytorch_operations():
         assert error < 3e-6, what
 
 
+def test_before_pytorch_2_4_which_has_no_custom_operators_the_network_uses_pytorch_operations():
+    program = """if True:
+        import torch
+        del torch.library.custom_op
+        from config.settings import resolve
+        from model import build_model
+        from models import depthwise_kernel
+        settings = resolve("spt-lsa", ["model.feed_forward=conv_mlp", "model.feed_forward_options.hidden=16"])
+        model = build_model(settings.model, 10, 32)
+        model(torch.ones(2, 3, 32, 32)).sum().backward()
+        print(depthwise_kernel.usable(torch.ones(1)))
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 def test_the_kernel_is_used_on_a_gpu_only_and_can_be_disabled(monkeypatch):
     monkeypatch.setattr(depthwise_kernel, "kernels", object())
     for dtype, device, expected in (

@@ -34,6 +34,7 @@ from torch import nn
 from common.errors import SettingsError
 from models.layers import DropPath
 from parallel import compile as compiling
+from parallel.buffers import normalize_in_fp32
 
 CASES = {  # name: strategy and settings
     "ddp": ("ddp", []),
@@ -188,6 +189,14 @@ def test_an_impossible_mode_is_rejected_by_name(setting, device, refusals, sente
         compiling.choose(setting, device, *refusals)
 
 
+def test_cuda_graphs_need_pytorch_2_1(monkeypatch):
+    monkeypatch.setattr(compiling, "trouble_with", lambda device: None)
+    monkeypatch.delattr(torch, "compiler")
+    assert compiling.choose("auto-graphs", GPU, None, None) == "on"
+    with pytest.raises(SettingsError, match="compile=reduce-overhead: CUDA graphs need PyTorch 2.1 or newer"):
+        compiling.choose("reduce-overhead", GPU, None, None)
+
+
 def test_a_machine_that_cannot_compile_trains_uncompiled_unless_compiling_was_requested(monkeypatch, caplog):
     monkeypatch.setattr(compiling, "trouble_with", lambda device: "no C compiler")
     assert compiling.choose("auto", GPU, None, None) == "off"
@@ -218,6 +227,14 @@ def test_evaluation_runs_the_plain_network(monkeypatch):
         model(torch.ones(1, 2))
         assert len(calls) == expected and list(model.state_dict()) == keys
     assert all("forward" not in vars(layer) for layer in model)
+    norm = nn.Sequential(nn.BatchNorm1d(2)).bfloat16()
+    norm[0].running_mean, norm[0].running_var = norm[0].running_mean.float(), norm[0].running_var.float()
+    normalize_in_fp32(norm)
+    compiled, x = compiling.Compiled(norm, list(norm), "on"), torch.ones(2, 2, dtype=torch.bfloat16)
+    expected = norm.eval()(x)
+    for training in (True, False, False):
+        compiled.use(training)
+        assert torch.equal(norm(x), expected), "a layer's own forward is restored"
     whole = compiling.Compiled(model, list(model), "reduce-overhead")
     assert list(whole.forwards) == [model] and not compiling.Compiled(model, list(model), "off").forwards
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -11,7 +12,10 @@ from reference import perform, pretended_gpus, refusal, settings_for, with_batch
 from torch import nn
 
 from common.errors import SettingsError
+from models.activation_checkpointing import checkpoint_blocks
 from parallel import strategies
+from parallel.bf16_copy import Bf16Copy
+from parallel.engine import Engine
 from parallel.setting_checks import check_unused_settings
 
 REFUSED = {  # strategy and settings: text in the message
@@ -144,3 +148,21 @@ def test_without_deepspeed_its_strategies_name_one_that_works(strategy, monkeypa
     with pytest.raises(SettingsError, match=f"strategy {strategy} needs DeepSpeed, .*--strategy ddp trains without it"):
         strategies.engine_class(strategy)
     assert strategies.engine_class("ddp").name == "ddp"
+
+
+NEWER = {  # what needs a newer PyTorch: its first version, and a call that uses it
+    "strategy fsdp": ("2.6", lambda: strategies.engine_class("fsdp")),
+    "bf16.enabled=masters": ("2.1", lambda: Bf16Copy(nn.Linear(2, 2))),
+    "model.checkpoint_blocks=true": ("2.1", lambda: checkpoint_blocks([nn.Linear(2, 2)] * 3, "vit")),
+    "--log-gradients": ("2.6", lambda: Engine.log_gradients(SimpleNamespace(gradient_log_refusal=None))),
+}
+
+
+@pytest.mark.parametrize("what", NEWER)
+def test_what_needs_a_newer_pytorch_is_rejected_by_name(monkeypatch, what):
+    monkeypatch.setattr(torch, "__version__", "2.0.1+cu117")
+    version, use = NEWER[what]
+    with pytest.raises(
+        SettingsError, match=rf"^{what} needs PyTorch {version} or newer, not 2.0.1.cu117; leave it out"
+    ):
+        use()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import reference
@@ -42,6 +44,29 @@ def job_refusals(out: str) -> None:
     results["a scalar"] = refusal("zero", build=lambda: nn.Sequential(nn.Linear(2, 2), scalar))
     if os.environ["RANK"] == "0":
         torch.save(results, Path(out, "results"))
+
+
+def computed_types(compile: str) -> set[torch.dtype]:
+    """The dtypes of the linear layers' outputs in training and evaluation by autocast, as on a GPU.
+
+    DeepSpeed disables an autocast that is entered around its engine where the flag of CUDA is set.
+    """
+    found: set[torch.dtype] = set()
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        engine = reference.make_engine("zero", settings_for("bf16.enabled=autocast", f"compile={compile}"))
+    for layer in engine.network().modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda layer, inputs, output: found.add(output.dtype))
+    torch.set_autocast_enabled("cuda", True)
+    engine.train_batch(reference.batches(engine))
+    engine.compiled.use(training=False)
+    engine.forward(reference.data()[0][0])
+    torch.set_autocast_enabled("cuda", False)
+    return found
+
+
+def autocast_cases() -> dict[str, set[torch.dtype]]:
+    return {compile: computed_types(compile) for compile in ("off", "on")}
 
 
 # --- the jobs, each once ------------------------------------------------------------------------------------------
@@ -147,6 +172,11 @@ def moved(folder, trained) -> dict[int, dict]:
     }
 
 
+@pytest.fixture(scope="module")
+def autocast(folder) -> dict[str, set[torch.dtype]]:
+    return perform(folder / "autocast", 1, reference.job, {}, {}, ["tests.parallel.test_zero:autocast_cases"])
+
+
 # --- the properties -----------------------------------------------------------------------------------------------
 
 
@@ -168,6 +198,16 @@ def test_of_deepspeeds_warnings_only_the_one_about_our_optimizers_is_silent():
         for text in ("you are using an untested optimizer", "the loss scale is low")
     }
     assert list(shown.values()) == [False, True]
+
+
+def test_deepspeed_0_16_of_cuda_11_which_has_no_muon_and_no_norm_check_is_left_as_it_is(monkeypatch):
+    zero = pytest.importorskip("parallel.zero")
+    monkeypatch.setattr(zero, "is_installed", lambda package: False)
+    monkeypatch.delattr(zero.compiler, "compile", raising=False)
+    monkeypatch.delattr(zero.stage_1_and_2, "is_invalid_grad_norm", raising=False)
+    zero.import_muon_uncompiled()
+    with zero.skip_norm_check():
+        assert not hasattr(zero.stage_1_and_2, "is_invalid_grad_norm")
 
 
 @pytest.mark.parametrize("number", STAGES)
@@ -213,6 +253,11 @@ def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(trained, processes, number
     assert all(value.dtype == torch.float32 for value in result["weights"].values())
     classify = result["weights"]["3.classify.weight"]
     assert not torch.equal(classify, classify.bfloat16().float())  # the master copy, not the rounded one
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_autocast_computes_in_bf16_inside_deepspeeds_engine(autocast, compile):
+    assert autocast[compile] == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("number", [1, 3])

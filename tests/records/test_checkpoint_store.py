@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from small_runs import checkpoints
 
 from common.errors import RunError
 from common.files import write_atomically
+from config.setting_groups import ParallelSettings
 from records import checkpoint_store
 from records.checkpoint_store import Checkpoints, Interval, disk_space_needed, find_damage, read_facts
 from records.run_folder import RunFolder
@@ -273,6 +275,8 @@ BEFORE = {
     "micro_batch": 32,
     "strategy": "zero",
     "stage": 1,
+    "offload": "none",
+    "cuts": None,
     "threads": 4,
     "device": "CPU",
     "device_name": "x86",
@@ -302,9 +306,18 @@ BEFORE = {
             ["micro-batch size: 32 before, 64 now (BatchNorm"],
         ),
         (
-            {"strategy": "ddp", "stage": None},
+            {"strategy": "ddp", "stage": None, "offload": None, "cuts": [0, 2, 4]},
             False,
             ["strategy: zero before, ddp now (same sums, rounded in another order)"],
+            [],
+        ),
+        (
+            {"offload": "cpu", "cuts": [0, 2, 4]},
+            False,
+            [
+                "device of the optimizer: none before, cpu now (its kernels",
+                "first layers of the pipeline's stages: None",
+            ],
             [],
         ),
         (
@@ -343,6 +356,23 @@ def test_each_changed_condition_has_a_sentence_and_is_accepted_or_rejected(now, 
         assert len(sentences) == len(starts) and all(
             text.startswith(start) for text, start in zip(sentences, starts, strict=True)
         ), sentences
+
+
+def test_a_condition_that_an_older_checkpoint_does_not_hold_is_not_compared():
+    older = {key: value for key, value in BEFORE.items() if key not in ("offload", "cuts")}
+    assert resume_conditions.compare(older, {**BEFORE, "offload": "cpu"}, batch_norm=False) == ([], [])
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ParallelSettings)])
+def test_of_the_settings_of_a_strategy_only_those_that_distribute_the_work_may_change(tmp_path, name):
+    """The others decide what is trained: gossip's topology and order, the local steps and the outer optimizer."""
+    before, now = ({**FACTS, "settings": {"parallel": {name: value}}} for value in (1, 2))
+    choice(tmp_path, before, name="mine").create(before)
+    if name in ("stages", "partition", "patience_seconds"):
+        assert choice(tmp_path, now, name="mine").folder.name == "mine"
+    else:
+        with pytest.raises(RunError, match=f"settings.parallel.{name} was 1, is 2"):
+            choice(tmp_path, now, name="mine")
 
 
 # --- the run folder -----------------------------------------------------------------------------------------------

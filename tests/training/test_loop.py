@@ -1,17 +1,22 @@
-"""training/loop.py: timed steps of an epoch, and the end of a run; its training is in test_train.py, test_resume.py."""
+"""training/loop.py: which steps of an epoch are timed, and how a run starts and ends.
+
+What it trains is in tests/test_train.py and test_resume.py.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 from programs import run_ranks
-from small_runs import RESIZING
+from small_runs import RESIZING, STOPPED
 
 from benchmarks.lib.forked_programs import Program
+from common.errors import RunError
 from parallel import process_group
 from records.checkpoint_store import Interval
 from records.run_folder import RunFolder
@@ -31,7 +36,7 @@ def end_a_run_whose_tracker_uploads_for_long():
     ending = Loop.__new__(Loop)
     ending.engine = SimpleNamespace(step=4, any=lambda value: any(process_group.all_gather_objects(value)))
     ending.total_steps, ending.record, ending.stop = 4, None, SimpleNamespace(requested=False)
-    ending.progress, ending.profile = SimpleNamespace(finished=True), SimpleNamespace(close=lambda: None)
+    ending.progress, ending.profile = SimpleNamespace(finished=True, num_losses=4), SimpleNamespace(close=lambda: None)
     ending.console = SimpleNamespace(clock=SimpleNamespace(start=lambda *_: None))
     ending.writer = CheckpointWriter(ending.engine, Interval(), {}, None, None)
     ending.tracking = Tracking([slow] if is_main else [])
@@ -80,3 +85,51 @@ def test_the_first_steps_with_larger_images_are_not_timed_either(training, runs)
     first, second = RunFolder(runs / name).metrics()
     timed = first["images_per_second"] * first["training_seconds"]
     assert timed == pytest.approx(2 * 64, abs=31) and first["warmup_seconds"] > 0 == second["warmup_seconds"]
+
+
+def train_to(start: str, words: list[str]) -> None:
+    """Run train.py with a start that ends before the first step, and print how its trackers are closed."""
+    import train
+    from parallel import ddp
+    from training import loop
+    from training.trackers import Tracking
+
+    class Loop(loop.Loop):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if start == "stopped":
+                self.stop.number = signal.SIGTERM
+            if start == "nothing left":
+                self.total_steps = self.engine.step
+
+    def fail(self, facts):
+        raise RunError("no other peer answers")
+
+    def closed(self, error, *details):
+        print("closed by", error and error.__name__)
+        close(self, error, *details)
+
+    loop.Loop = Loop  # main() imports it
+    close, Tracking.__exit__ = Tracking.__exit__, closed
+    if start == "failed":
+        ddp.Engine.begin = fail
+    sys.argv = ["train.py", *words]
+    sys.exit(train.run())
+
+
+@pytest.mark.parametrize(
+    ("start", "code", "sentence", "closed_by"),
+    [
+        ("stopped", STOPPED, "stopped before step 1; the same command starts the run", None),
+        ("nothing left", 1, "error: nothing is left to train", "RunError"),
+        ("failed", 1, "error: no other peer answers", "RunError"),
+    ],
+)
+def test_a_start_that_ends_before_the_first_step_says_so_and_closes_the_trackers(
+    training, runs, start, code, sentence, closed_by
+):
+    words = [str(word) for word in (*training, "--strategy", "ddp", "--name", f"start-{start}", "--max-steps", 8)]
+    words.append("--quiet")
+    done = Program(train_to, (start, words), {}).end()
+    assert done.code == code, done.text
+    assert sentence in done.text and done.out.count(f"closed by {closed_by}") == 1, done.text

@@ -10,6 +10,7 @@ from torch import nn
 
 from common.errors import SettingsError
 from config.settings import resolve
+from parallel import dp
 from parallel.engine import Engine
 from training import micro_batch
 from training.micro_batch import MicroBatch, OutOfMemory, Trial, accumulation_for, largest_that_fits, sizes
@@ -67,7 +68,7 @@ def dataset():
 
 def test_a_trial_is_a_training_step_and_survives_running_out_of_memory():
     network = Hungry(room=20)
-    trial = Trial(lambda: network, settings(), dataset(), 8, torch.device("cpu"))
+    trial = Trial(lambda: network, settings(), dataset(), "auto", 8, torch.device("cpu"))
     before = network.map.weight.clone()
     assert largest_that_fits(sizes(64, 1), trial.fits) == 16
     assert set(network.tried) <= set(sizes(64, 1)) and max(network.tried) > 20
@@ -92,13 +93,58 @@ def test_a_trial_is_a_training_step_and_survives_running_out_of_memory():
     ],
 )
 def test_the_advice_names_the_largest_size_that_fits(room, sentence):
-    chosen = MicroBatch(Engine, settings(), lambda: Hungry(room), dataset(), 8)
+    chosen = MicroBatch(Engine, settings(), lambda: Hungry(room), dataset(), "auto", 8)
     assert sentence in chosen.advice()
 
 
+class NoRoom:
+    """A trial on a GPU where not even the network fits."""
+
+    def __init__(self, *arguments):
+        raise OutOfMemory("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "sentence"),
+    [
+        (Engine, 1, "of 64 images; 32 is the next smaller size. Start the same run again with --micro-batch 32: 2 acc"),
+        (Engine, 64, "of 1 image; choose a smaller network, --set bf16.enabled=true, or --strategy fsdp"),
+        (dp.Engine, 2, "of 32 images; 16 is the next smaller size. Start the same run again with --micro-batch 16: 4"),
+    ],
+)
+def test_the_advice_claims_only_what_was_tried(monkeypatch, engine, accumulation, sentence):
+    """Strategies dp and pipeline divide a micro-batch or the network, so that a trial on one GPU shows nothing."""
+    chosen = MicroBatch(engine, settings(), lambda: Hungry(64), dataset(), "auto", 8)
+    chosen.settings.engine["gradient_accumulation_steps"] = accumulation
+    if engine.fits_one_device:
+        monkeypatch.setattr(micro_batch, "Trial", NoRoom)
+    assert sentence in chosen.advice()
+
+
+def test_auto_reports_a_network_that_does_not_fit_on_the_gpu_of_one_process(monkeypatch):
+    """This process takes part in the collective with 0, so that the others do not wait for it."""
+    gathered = []
+    chosen = MicroBatch(Engine, settings(), lambda: Hungry(64), dataset(), "auto", 8)
+    monkeypatch.setattr(micro_batch, "Trial", NoRoom)
+    monkeypatch.setattr(micro_batch.process_group, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(
+        micro_batch.process_group, "all_gather_objects", lambda value: gathered.append(value) or [value, 16]
+    )
+    with pytest.raises(SettingsError, match="^out of GPU memory with a micro-batch of 1 image; choose a smaller"):
+        chosen.choose("auto")
+    assert gathered == [0]
+
+
+@pytest.mark.parametrize(("source", "held"), [("auto", 600), ("resident", 600), ("tensor", 600), ("files", 0)])
+def test_a_trial_holds_the_pixels_that_the_source_keeps_on_the_gpu(source, held):
+    split = SimpleNamespace(packed="train.npy", pixels=lambda: SimpleNamespace(nbytes=600))
+    data = SimpleNamespace(classes=list("ab"), splits={"train": split, "test": SimpleNamespace(packed=None)})
+    assert Trial(lambda: Hungry(1), settings(), data, source, 8, torch.device("cpu")).ballast.nbytes == held
+
+
 def test_auto_uses_the_smallest_size_over_all_gpus(monkeypatch):
-    chosen = MicroBatch(Engine, settings(), lambda: Hungry(40), dataset(), 8)
-    chosen.new_trial = lambda: Trial(lambda: Hungry(40), settings(), dataset(), 8, torch.device("cpu"))
+    chosen = MicroBatch(Engine, settings(), lambda: Hungry(40), dataset(), "auto", 8)
+    chosen.new_trial = lambda: Trial(lambda: Hungry(40), settings(), dataset(), "auto", 8, torch.device("cpu"))
     monkeypatch.setattr(micro_batch.process_group, "pick_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(
         micro_batch.process_group, "all_gather_objects", lambda value: [value, 16]
