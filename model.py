@@ -36,7 +36,7 @@ from config.settings import ModelSettings
 from models.activation_checkpointing import checkpoint_blocks
 from models.attention import ATTENTIONS
 from models.feed_forward import FEED_FORWARDS
-from models.layers import Architecture, DropPath, uses_settings
+from models.layers import Architecture, DropPath, drop_path_rates, uses_settings
 from models.option_values import blame_options
 from models.parts import Dimensions, make_part
 from models.patch_embedding import PATCH_EMBEDDINGS
@@ -165,6 +165,8 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
     patches = make_part(PATCH_EMBEDDINGS, "patch_embedding", s.patch_embedding, dims, s.patch_embedding_options)
     position = cast("NoPosition", make_part(POSITIONS, "position", s.position, dims, s.position_options))
 
+    rotated: list[nn.Module] = []  # attentions that rotate queries and keys by position
+
     def attention() -> nn.Module:
         part = make_part(ATTENTIONS, "attention", s.attention, dims, s.attention_options)
         rotation: Any = position.rotation() if hasattr(position, "rotation") else None
@@ -175,6 +177,7 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
                     "attention. Choose another position, for example learned"
                 )
             part.rotate = rotation
+            rotated.append(part)
             rotation.num_added = getattr(part, "num_added_tokens", 0)
         return part
 
@@ -182,13 +185,19 @@ def vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[nn.M
         return make_part(FEED_FORWARDS, "feed_forward", s.feed_forward, dims, s.feed_forward_options)
 
     def block(i: int) -> Block:
-        branch = partial(ResidualBranch, dims, s.drop_path * i / max(1, s.depth - 1), s.layer_scale)
+        branch = partial(ResidualBranch, dims, drop_path[i], s.layer_scale)
         if is_own_part(s.block):
             values = {"branch": branch, "attention": attention, "feed_forward": feed_forward}
             return Block(OrderedDict(own_branches(make_block, s.block, s.block_options, values)))
         return Block(OrderedDict(make_block(branch, attention, feed_forward)))
 
+    drop_path = drop_path_rates(s.drop_path, s.depth)
     blocks = [block(i) for i in range(s.depth)]
+    if not rotated and hasattr(position, "rotation") and position.rotation() is not None:
+        raise SettingsError(
+            f"model.position={s.position} acts inside attention, and model.block={s.block} has none. "
+            "Choose another position, for example learned"
+        )
     pooling = make_part(POOLINGS, "pooling", s.pooling, dims, s.pooling_options)
     return [Embed(dims, patches, position), *blocks, Head(dims, pooling)]
 
@@ -200,6 +209,7 @@ def sl_vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[n
     It is `vit` with the published sizes and the authors' initialization. The patch is 4 pixels at image side 32 and 8
     at 64, as in the authors' code (aanna0701/SPT_LSA_ViT). Departures from that code:
     - one learned temperature per block, as in the paper; the code has one per head (99 of 2.75 M parameters);
+    - the logarithm of the temperature is trained; the code trains the temperature;
     - stochastic depth rises linearly over the blocks; the code uses 0.1 in all of them;
     - weight decay applies to matrices only, and not to the CLS token or positions; the code decays all parameters.
     """

@@ -233,7 +233,9 @@ ENGINE_SETTINGS: dict[str, Declared] = {
     "optimizer.params.eps": Declared("epsilon added to the denominator", "[0, inf)"),
     "optimizer.params.momentum": Declared("momentum: decay rate of the running mean of the gradient", "[0, 1)"),
     "optimizer.params.nesterov": Declared("use Nesterov momentum"),
-    "optimizer.params.matrix_lr_factor": Declared("learning-rate multiplier for matrices trained by Muon", "[0, inf)"),
+    "optimizer.params.matrix_lr_factor": Declared(
+        "multiplier of the learning rate for matrices trained by Muon, but not of their weight decay", "(0, inf)"
+    ),
     "optimizer.params.split_qkv": Declared(
         "Muon: orthogonalize the projections of queries, keys and values as three matrices instead of one"
     ),

@@ -2,8 +2,9 @@
 
 Each image of each epoch has its own rows of uniform numbers, which depend only on (seed, epoch, position in the epoch).
 The random streams are counter-based (Philox, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so any row can be
-computed directly. The backends draw no random numbers. A batch is therefore the same after a resume and for any number
-of shards, threads and prefetched batches.
+computed directly. The backends draw no random numbers. The augmentation of an image is therefore the same after a
+resume and for any number of shards, threads and prefetched batches. MixUp and CutMix (mixup.py) mix the images of a
+micro-batch, so their partners and weights depend on its size, and on the number of shards.
 """
 
 from __future__ import annotations
@@ -228,6 +229,11 @@ def check(s: AugmentationSettings) -> None:
         raise SettingsError(
             f"augmentation.flip_mode=alternating does not use augmentation.flip={s.flip}. "
             f"Set augmentation.flip={AugmentationSettings().flip}, or augmentation.flip_mode=random"
+        )
+    if s.flip_mode == "alternating" and s.repeats > 1:
+        raise SettingsError(
+            f"augmentation.flip_mode=alternating would flip all {s.repeats} copies of an image alike "
+            f"(augmentation.repeats={s.repeats}). Set augmentation.flip_mode=random"
         )
     if s.erasing_value not in ("zero", "pixel"):
         raise SettingsError(unknown("augmentation.erasing_value", s.erasing_value, ["zero", "pixel"]))

@@ -83,7 +83,11 @@ class Attention(nn.Module):
 
 
 class LocalitySelfAttention(Attention):
-    """Locality self-attention (LSA): learned temperature, masked diagonal (arXiv 2112.13492, section 3.2)."""
+    """Locality self-attention (LSA): learned temperature, masked diagonal (arXiv 2112.13492, section 3.2).
+
+    The logarithm of the temperature is trained, so that it stays positive. The authors' code trains the temperature
+    itself, which AdamW changes sqrt(D) times as fast at the start, relative to its value.
+    """
 
     others: Tensor
 

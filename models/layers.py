@@ -31,8 +31,11 @@ def uses_settings(*names: str) -> Callable[[Architecture], Architecture]:
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Return the drop probability of each block, rising linearly from 0 to `last` (arXiv 1603.09382)."""
-    return [last * i / max(1, depth - 1) for i in range(depth)]
+    """Return the drop probability of each block, rising linearly from 0 to `last` (arXiv 1603.09382).
+
+    A single block has `last`.
+    """
+    return [last * i / (depth - 1) for i in range(depth)] if depth > 1 else [last] * depth
 
 
 def trunc_normal(tensor: Tensor, std: float) -> Tensor:

@@ -34,7 +34,11 @@ class MeanPooling(nn.Module):
 
 
 class SequencePooling(nn.Module):
-    """Sequence (attention) pooling: softmax-weighted mean of tokens (arXiv 2104.05704, section 3.2)."""
+    """Sequence (attention) pooling: softmax-weighted mean of tokens (arXiv 2104.05704, section 3.2).
+
+    As all poolings here it comes before the last norm. The authors' code, and the networks `cct-*`, normalize first:
+    there the norm of a token does not affect its weight.
+    """
 
     num_prefix = 0
 

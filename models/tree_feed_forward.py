@@ -7,10 +7,9 @@ choose the child that the token visits next. That choice has no gradient: a neur
 it, and contributes 0 to all others.
 
 Two evaluations give the same result and the same gradients (`evaluation`):
-    mask    compute every neuron, then zero those off the path: two large products, cost grows with the number of
-    neurons path    gather the rows of the visited neurons level by level: cost grows with depth, but two rows are
-    moved per
-            token and neuron
+    mask    compute every neuron, then zero those off the path: two large products; cost grows with their number
+    path    gather the rows of the visited neurons, level by level: cost grows with depth, but two rows are moved for
+            each token and neuron
 Measured at commit 5db9433 (results/LOG.md), width 512: on one CPU core `path` is faster from about 1,000 neurons on.
 On a GPU (H200) it is faster from 1,000 to 4,000 neurons on in evaluation, and almost never in training. The two agree
 up to rounding, so a token whose score is 0 up to rounding may take the other branch. On a GPU `path` accumulates

@@ -1,12 +1,13 @@
 """Muon (kellerjordan.github.io/posts/muon, arXiv 2502.16982): orthogonalized momentum for hidden matrices.
 
     M <- momentum M + (1 - momentum) G          U <- orthogonalize(Nesterov combination of G and M)
-    W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) U
+    W <- (1 - lr decay) W - lr matrix_lr_factor 0.2 sqrt(max(rows, columns)) U
 
-The factor scales the step to the size of an AdamW step, so both share learning rate and weight decay. The same object
-trains all other parameters with AdamW. The result equals torch.optim.Muon, which processes one unsharded matrix at a
-time. This implementation batches all matrices of one shape (the blocks of a transformer have equal shapes) and
-supports sharded matrices: the momentum stays sharded; only the step is gathered, orthogonalized and sharded again.
+The last factors scale the step to the size of an AdamW step, so both share learning rate and weight decay. With
+`matrix_lr_factor` the steps of the matrices are larger or smaller, but their decay is not. The same object trains all
+other parameters with AdamW. Without that factor the result equals torch.optim.Muon, which processes one unsharded
+matrix at a time. This implementation batches all matrices of one shape (the blocks of a transformer have equal shapes)
+and supports sharded matrices: the momentum stays sharded; only the step is gathered, orthogonalized and sharded again.
 """
 
 from __future__ import annotations

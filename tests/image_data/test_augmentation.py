@@ -359,6 +359,7 @@ def test_noise_depends_on_the_position_in_the_epoch_alone():
         (dict(rand_augment_magnitude=31), "rand_augment_magnitude must lie between 0 and 30, got 31"),
         (dict(repeats=0), "repeats must be at least 1, got 0"),
         (dict(flip_mode="alternate"), "unknown augmentation.flip_mode 'alternate'; did you mean 'alternating'"),
+        (dict(flip_mode="alternating", repeats=3), "would flip all 3 copies of an image"),
         (dict(flip_mode="alternating", flip=0.25), "does not use augmentation.flip=0.25. Set augmentation.flip=0.5"),
     ],
 )

@@ -72,6 +72,10 @@ def test_options_of_another_part_and_wrong_types_are_rejected(kind):
         ({"attention": "qk_norm", "attention_options": {"norm": "rmss"}}, "did you mean 'rms'"),
         ({"attention": "head_tokens", "heads": 3}, "model.heads=3 does not divide model.width=16"),
         ({"position": "rotary", "head_size": 6}, "needs a multiple of 4 as model.head_size, got 6"),
+        (
+            {"position": "rotary", "block": "no_attention"},
+            "acts inside attention, and model.block=no_attention has none",
+        ),
         ({"position": "sin_cos", "width": 18}, "needs a multiple of 4 as model.width, got 18"),
         ({"patch_embedding": "conv_stem", "patch_embedding_options": {"layers": 1}}, "patch=4, layers=1"),
         ({"patch": 5}, "model.patch=5 does not divide the image side 16"),

@@ -177,15 +177,16 @@ def test_macaron_halves_its_feed_forwards_around_attention():
     torch.testing.assert_close(block(x), x2 + 0.5 * block.after.part(block.after.norm(x2)))
 
 
+@pytest.mark.parametrize(("depth", "last"), [(3, (0.0, 0.2, 0.4)), (1, (0.4,))])
 @pytest.mark.parametrize("block", ["pre_norm", "macaron"])
-def test_stochastic_depth_rises_linearly_over_the_blocks(block):
+def test_stochastic_depth_rises_linearly_over_the_blocks(block, depth, last):
     blocks = [
         [1 - part.keep.item() for part in layer.modules() if isinstance(part, DropPath)]
-        for layer in tiny(block=block, depth=3, drop_path=0.4)
+        for layer in tiny(block=block, depth=depth, drop_path=0.4)
     ]
     rates = [found for found in blocks if found]
-    assert len(rates) == 3 and all(len(found) == len(rates[0]) >= 2 for found in rates)
-    for found, expected in zip(rates, (0.0, 0.2, 0.4), strict=True):
+    assert len(rates) == depth and all(len(found) == len(rates[0]) >= 2 for found in rates)
+    for found, expected in zip(rates, last, strict=True):
         assert found == pytest.approx([expected] * len(found))
 
 
