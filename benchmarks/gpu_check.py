@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +204,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"rehearse the timed phases on a CPU with tiny networks (default: --minutes {SMALL_MINUTES:g})",
     )
-    parser.add_argument(
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="prepared dataset (default: data/cifar100 if prepared, else drawn)"
     )
-    parser.add_argument(
+    data.add_argument(
         "--archive", type=Path, metavar="FILE", help="archive to prepare the dataset from (default: none)"
     )
     parser.add_argument(
@@ -266,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": {"CPU": platform.processor() or platform.machine()},
         "parts": [],
     }
+    write(report, check.out)
+    check = replace(check, began=(check.out / "check.json").stat().st_mtime)
     for name, part in options.parts.items():
         on_cpu = "" if check.num_gpus or name in FIRST or check.small else " (no GPU: the CPU form)"
         print(f"{name}: {part.what}{on_cpu}", flush=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from common.paths import PROJECT
 from image_data.dataset import Dataset
+from image_data.preparation.source import Source, recorded
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
 FIRST = ("device", "prepare")  # all other parts need these
@@ -47,6 +48,7 @@ class Check:
     archive: Path | None
     small: bool = False  # tiny networks on a CPU, to rehearse the timed phases
     end_at: float | None = None  # on the monotonic clock; None: no limit
+    began: float = 0.0  # on the clock of the output folder: an older file is of an earlier check
 
     def seconds_left(self) -> float:
         """Return the seconds until the end of a timed check; infinity for others."""
@@ -64,6 +66,17 @@ class Check:
 
     def file(self, name: str) -> Path:
         return self.out / name
+
+    def read(self, name: str) -> str:
+        """Return the text of a file that this check has written into the output folder.
+
+        Raises:
+            FileNotFoundError: there is none, or it is of an earlier check.
+        """
+        file = self.file(name)
+        if not file.is_file() or file.stat().st_mtime < self.began:
+            raise FileNotFoundError(f"{name} was not written")
+        return file.read_text()
 
     def batch(self, images: int) -> str:
         """Return the setting for a global batch size near `images` that all GPUs share evenly."""
@@ -100,7 +113,7 @@ def device_commands(check: Check) -> list[list[str]]:
 
 
 def device_figures(check: Check, log: str) -> dict[str, Any]:
-    facts = json.loads(check.file("device.json").read_text())
+    facts = json.loads(check.read("device.json"))
     if facts.pop("visible to PyTorch") != check.num_gpus:
         raise NotReached(
             f"nvidia-smi lists {check.num_gpus} usable GPUs, PyTorch sees another number: the installed torch does not "
@@ -110,12 +123,22 @@ def device_figures(check: Check, log: str) -> dict[str, Any]:
 
 
 def prepare_commands(check: Check) -> list[list[str]]:
+    if check.archive is not None:
+        return archive_commands(check, check.archive)
     if Dataset.is_prepared(check.data):
         raise Skipped(f"{check.data.name} is already prepared")
     if check.data_dir is not None:
         raise NotReached(f"{check.data_dir} holds no prepared dataset. Prepare one from an archive with --archive FILE")
-    source = ["--archive", str(check.archive)] if check.archive else ["--dataset", "shapes"]
-    return [program("prepare_dataset.py", "--data-dir", check.data, *source)]
+    return [program("prepare_dataset.py", "--data-dir", check.data, "--dataset", "shapes")]
+
+
+def archive_commands(check: Check, archive: Path) -> list[list[str]]:
+    """Prepare the archive, again where an earlier check prepared another one."""
+    prepared = Dataset.is_prepared(check.data)
+    if prepared and recorded(check.data) == Source(None, archive, None).record():
+        raise Skipped(f"{archive.name} is already prepared")
+    again = ["--force"] * prepared
+    return [program("prepare_dataset.py", "--data-dir", check.data, "--archive", archive, *again)]
 
 
 def prepare_figures(check: Check, log: str) -> dict[str, Any]:
@@ -190,7 +213,7 @@ def train_commands(check: Check) -> list[list[str]]:
 
 
 def train_figures(check: Check, log: str) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (check.file("run") / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in check.read("run/metrics.jsonl").splitlines()]
     last, dataset = lines[-1], Dataset.open(check.data)
     drawn = check.data == check.out / "shapes"
     due = (
@@ -200,7 +223,7 @@ def train_figures(check: Check, log: str) -> dict[str, Any]:
         if drawn
         else 2 / len(dataset.classes)
     )
-    evaluated = json.loads(check.file("evaluation.json").read_text())["correct"]
+    evaluated = json.loads(check.read("evaluation.json"))["correct"]
     # One process and several processes sum in different orders.
     if abs(evaluated - last["test_correct"]) > 0.001 * last["test_seen"]:
         raise NotReached(f"the run counted {last['test_correct']} correct test images, evaluate.py {evaluated}")
@@ -241,7 +264,7 @@ def input_commands(check: Check) -> list[list[str]]:
 
 
 def input_figures(check: Check, log: str) -> dict[str, Any]:
-    report = json.loads(check.file("input_pipeline.json").read_text())
+    report = json.loads(check.read("input_pipeline.json"))
     speeds = {
         f"{job}, {name}": f"{statistics.median(facts['images_per_second']):,.0f} images/s"
         for job, part in report["jobs"].items()
@@ -267,7 +290,7 @@ def step_commands(check: Check) -> list[list[str]]:
 
 
 def step_figures(check: Check, log: str, name: str = "training_step") -> dict[str, Any]:
-    report = json.loads(check.file(f"{name}.json").read_text())
+    report = json.loads(check.read(f"{name}.json"))
     figures = {}
     for row in report["rows"]:
         if row["left_out"]:
@@ -304,7 +327,7 @@ def strategies_commands(check: Check) -> list[list[str]]:
 
 
 def strategies_figures(check: Check, log: str) -> dict[str, Any]:
-    rows = json.loads((check.file("strategies") / "strategies.json").read_text())["rows"]
+    rows = json.loads(check.read("strategies/strategies.json"))["rows"]
     return {
         f"{row['name']} x {row['processes']}": row["failed"]
         or f"{statistics.median(row['images_per_second']):,.0f} images/s, "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.lib.gpu_check_parts import (
     program,
     step_figures,
 )
+from benchmarks.lib.gpu_check_parts import prepare_commands as prepare_images
 from common.packages import is_installed
 from config.settings import resolve
 from image_data.dataset import Dataset
@@ -53,9 +55,19 @@ def deepspeed() -> bool:
 def data_of(check: Check) -> Path:
     """Return the dataset of the phases: CIFAR-100 where it is prepared, else random pixels of its sizes."""
     given = check.data_dir is not None or check.archive is not None
-    if given or not check.small and Dataset.is_prepared(check.data):
+    drawn = check.data.parent == check.out  # by a check without a time limit: too few images
+    if given or not (check.small or drawn):
         return check.data
-    return check.out / "noise"
+    return noise(check)
+
+
+def noise(check: Check) -> Path:
+    return check.out / f"noise-{noise_images(check)}"
+
+
+def noise_images(check: Check) -> int:
+    """Return the training images of the random pixels: those of CIFAR-100, fewer for a rehearsal."""
+    return SMALL_IMAGES if check.small else 50_000
 
 
 def overrides(check: Check) -> list[str]:
@@ -73,12 +85,11 @@ def source() -> list[str]:
 
 
 def prepare_commands(check: Check) -> list[list[str]]:
-    if Dataset.is_prepared(data_of(check)):
-        raise Skipped(f"{data_of(check).name} is already prepared")
-    if check.archive is not None:
-        return [program("prepare_dataset.py", "--data-dir", check.data, "--archive", check.archive)]
-    images = ["--images", SMALL_IMAGES] if check.small else []
-    return [program("benchmarks/lib/noise_dataset.py", data_of(check), *images)]
+    if data_of(check) != noise(check):
+        return prepare_images(check)
+    if Dataset.is_prepared(noise(check)):
+        raise Skipped(f"{noise(check).name} is already prepared")
+    return [program("benchmarks/lib/noise_dataset.py", noise(check), "--images", noise_images(check))]
 
 
 def prepare_result(check: Check, log: str) -> dict[str, Any]:
@@ -130,7 +141,7 @@ def parts_commands(names: str, file: str) -> Any:
 
 def parts_result(file: str) -> Any:
     def read(check: Check, log: str) -> dict[str, Any]:
-        report = json.loads(check.file(file).read_text())
+        report = json.loads(check.read(file))
         errors = {
             f"errors of {name}": ", ".join(f"{part} {share:.1e}" for part, share in shares.items())
             for name, shares in report["errors"].items()
@@ -159,7 +170,7 @@ def profile_commands(preset: str) -> Any:
 
 def profile_result(preset: str) -> Any:
     def read(check: Check, log: str) -> dict[str, Any]:
-        report = json.loads(check.file(f"profile-{preset}.json").read_text())
+        report = json.loads(check.read(f"profile-{preset}.json"))
         figures = {}
         for name, found in report["turns"].items():
             step, host = statistics.median(found["step_ms"]), statistics.median(found["host_ms"])
@@ -215,7 +226,7 @@ def parallel_commands(check: Check) -> list[list[str]]:
 
 
 def parallel_figures(check: Check, log: str) -> dict[str, Any]:
-    report = json.loads(check.file("parallel_runs.json").read_text())
+    report = json.loads(check.read("parallel_runs.json"))
     figures = {}
     for name, rates in report["images_per_second"].items():
         count, mode = name.split()
@@ -257,8 +268,10 @@ def seeds_commands(check: Check) -> list[list[str]]:
 
 def run_figures(check: Check, name: str) -> dict[str, Any]:
     """Return accuracy and seconds of a run, finished or not; nothing where it has no epoch yet."""
-    file = check.file("runs") / name / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    try:
+        lines = [json.loads(line) for line in check.read(f"runs/{name}/metrics.jsonl").splitlines()]
+    except FileNotFoundError:
+        return {}
     if not lines:
         return {}
     last = lines[-1]
@@ -266,7 +279,7 @@ def run_figures(check: Check, name: str) -> dict[str, Any]:
         sum(line[key] for line in lines) for key in ("training_seconds", "warmup_seconds", "data_wait_seconds")
     )
     accuracy = f"{100 * last['test_accuracy']:.2f} % ({last['test_correct']} correct)"
-    if not is_cifar100(Dataset.open(data_of(check))) or data_of(check).name == "noise":
+    if not is_cifar100(Dataset.open(data_of(check))) or data_of(check) == noise(check):
         accuracy = "speed only (no CIFAR-100)"
     return {
         name: f"{accuracy} after {last['epoch']} epochs, {last['step']} steps; training {training:.1f} s, first steps "
@@ -280,10 +293,9 @@ def seeds_figures(check: Check, log: str) -> dict[str, Any]:
 
 def long_epochs(check: Check) -> int:
     """Return the epochs of the long recipe that fit into the time left at the measured speed, at most all of it."""
-    file = check.file(f"profile-{LONG_RECIPE}.json")
     speed = UNKNOWN_SPEED
-    if file.is_file():
-        report = json.loads(file.read_text())
+    with suppress(FileNotFoundError):
+        report = json.loads(check.read(f"profile-{LONG_RECIPE}.json"))
         speed = 1e3 * report["batch"] / statistics.median(list(report["turns"].values())[-1]["step_ms"])
     images = len(Dataset.open(data_of(check)).splits["train"])
     fit = int((check.seconds_left() - START_SECONDS - ENDING_SECONDS) / (images / speed + EPOCH_SECONDS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,72 @@ def test_the_tests_that_a_part_runs_exist(name, quick, num_gpus, tmp_path):
     assert chosen and all(any(word in line for line in lines) for word in chosen), command
 
 
+def check_after(tmp_path: Path, **facts) -> Check:
+    """Return a check of a GPU that begins after the files in its output folder were written."""
+    facts = {"num_gpus": 1, "quick": False, "data_dir": None, "archive": None, **facts}
+    return Check(tmp_path, began=time.time() + 10, **facts)
+
+
+def test_results_of_an_earlier_check_do_not_count(shapes, tmp_path):
+    """Each part that reads a file: it reports nothing, or that the file was not written."""
+    (tmp_path / "runs/speedrun-seed0").mkdir(parents=True)
+    (tmp_path / "runs/speedrun-seed0/metrics.jsonl").write_text('{"epoch": 1}\n')
+    for name in ("device", "kernel", "parts", "input_pipeline", "profile-100ep", "training_step", "compile_modes"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"batch": 1, "turns": {"on": {"step_ms": [1e6]}}}))
+    check = check_after(tmp_path, data_dir=shapes, end_at=time.monotonic() + 600)
+    for name in ("device", "kernel", "input", "step-100ep", "step", "modes", "parallel", "parts"):
+        with pytest.raises(FileNotFoundError, match="was not written"):
+            PHASES[name].read(check, "")
+    assert PHASES["seeds"].read(check, "") == {}
+    assert phases.long_epochs(check) > 1  # planned with the speed of the earlier check, there would be none
+
+
+def test_a_check_replaces_the_report_of_an_earlier_one_at_once(monkeypatch, tmp_path):
+    (tmp_path / "check.json").write_text('{"parts": ["earlier"]}')
+    (tmp_path / "old.json").write_text("7")
+    os.utime(tmp_path / "old.json", (1, 1))
+    seen = []
+    parts = {
+        "old": part("pass", lambda check, log: {"read": check.read("old.json")}),
+        "new": part(
+            f"open({str(tmp_path / 'new.json')!r}, 'w').write('8')",
+            lambda check, log: (
+                seen.append(json.loads(check.read("check.json"))["parts"]) or {"read": check.read("new.json")}
+            ),
+        ),
+    }
+    code, report = check_with(monkeypatch, tmp_path, parts)
+    assert [entry["figures"] for entry in report["parts"]] == [{}, {"read": "8"}]
+    assert "old.json was not written" in report["parts"][0]["words"] and [one["name"] for one in seen[0]] == ["old"]
+
+
+@pytest.mark.parametrize("known", [PARTS, PHASES], ids=["parts", "phases"])
+def test_another_archive_is_prepared_again(shapes, tmp_path, known):
+    archives = [tmp_path / "a" / "one.zip", tmp_path / "b" / "other.zip"]
+    for archive in archives:
+        archive.parent.mkdir()
+        archive.write_bytes(b"12")
+    check = check_after(tmp_path, archive=archives[0])
+    [command] = known["prepare"].commands(check)
+    assert command[command.index("--archive") + 1] == str(archives[0]) and "--force" not in command
+    shutil.copytree(shapes, check.data)
+    (check.data / "prepared_from.json").write_text(json.dumps({"archive": "one.zip", "bytes": 2}))
+    with pytest.raises(Skipped, match="one.zip is already prepared"):
+        known["prepare"].commands(check)
+    [command] = known["prepare"].commands(check_after(tmp_path, archive=archives[1]))
+    assert command[command.index("--archive") + 1] == str(archives[1]) and command[-1] == "--force"
+
+
+def test_a_rehearsal_or_a_plain_check_leaves_the_timed_check_its_own_images(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.PROJECT", tmp_path / "empty")
+    small, large = check_after(tmp_path, small=True), check_after(tmp_path)
+    shutil.copytree(shapes, large.data)
+    for check, images in ((small, "2000"), (large, "50000")):
+        [command] = phases.prepare_commands(check)
+        assert command[-1] == images
+        shutil.copytree(shapes, command[2])
+
+
 # --- timed phases -------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +359,11 @@ def test_a_rehearsal_trains_without_dali_and_deepspeed(tmp_path, monkeypatch):
     assert code == 0 and problems(report) == {}, report
     [(name, found)] = report["parts"][-1]["figures"].items()
     assert name == "long-100ep" and "speed only (no CIFAR-100) after 1 epochs, 3 steps" in found
-    assert report["small"] and report["parts"][1]["figures"] == {"dataset": "noise", "train": "2,000", "test": "400"}
+    assert report["small"] and report["parts"][1]["figures"] == {
+        "dataset": "noise-2000",
+        "train": "2,000",
+        "test": "400",
+    }
 
 
 @pytest.mark.slow
