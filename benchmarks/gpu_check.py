@@ -223,6 +223,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     if options.small and options.minutes is None:
         options.minutes = SMALL_MINUTES
+    if options.archive and not options.archive.is_file():
+        parser.error(f"--archive {options.archive} does not exist; check the path")
     if options.quick and options.minutes is not None:
         parser.error("--quick does not apply to --minutes; choose a smaller number of minutes")
     known = PARTS if options.minutes is None else PHASES
@@ -245,7 +247,7 @@ def make_check(options: argparse.Namespace, began: float) -> Check:
         num_gpus=0 if small else gpus,
         quick=options.quick,
         data_dir=options.data_dir,
-        archive=options.archive,
+        archive=options.archive and options.archive.resolve(),  # the parts run in the project's folder
         small=small,
         end_at=None if options.minutes is None else began + 60 * options.minutes,
     )

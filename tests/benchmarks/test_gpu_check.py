@@ -291,6 +291,16 @@ def test_a_check_replaces_the_report_of_an_earlier_one_at_once(monkeypatch, tmp_
     assert "old.json was not written" in report["parts"][0]["words"] and [one["name"] for one in seen[0]] == ["old"]
 
 
+def test_a_relative_path_of_an_archive_refers_to_the_current_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--archive", "one.zip"])
+    assert "--archive one.zip does not exist; check the path" in capsys.readouterr().err
+    Path("one.zip").touch()
+    check = gpu_check.make_check(gpu_check.parse_arguments(["--archive", "one.zip"]), 0.0)
+    assert check.archive == tmp_path / "one.zip"
+
+
 @pytest.mark.parametrize("known", [PARTS, PHASES], ids=["parts", "phases"])
 def test_another_archive_is_prepared_again(shapes, tmp_path, known):
     archives = [tmp_path / "a" / "one.zip", tmp_path / "b" / "other.zip"]
