@@ -177,7 +177,7 @@ def profile_result(preset: str) -> Any:
             memory = f", {found['memory_bytes'] / 2**30:.1f} GiB" if found["memory_bytes"] else ""
             figures[name] = f"{step:.2f} ms per step, {1e3 * report['batch'] / step:,.0f} images/s, host {host:.2f} ms"
             figures[name] += f"{memory}, first steps {found['warm_up_seconds']:.1f} s"
-        if "bytes_per_step" in report:
+        if report.get("bytes_per_step"):
             floor = 1e3 * report["bytes_per_step"] / report["copy_bytes_per_second"]
             figures["memory floor"] = f"{floor:.2f} ms, step / floor {step / floor:.2f}"
         if "kinds_ms" in report:

@@ -61,6 +61,7 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
             ),
             "crashes": part("import os; os.abort()"),
             "disappoints": part("pass", disappoint),
+            "surprises": part("pass", lambda check, log: {"ms": 1e3 * None}),
             "last": part("print('still here')"),
         },
     )
@@ -72,6 +73,7 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
         "failed",
         "failed",
         "failed",
+        "failed",
         "passed",
     ]
     assert found["good"]["figures"] == {"said": "all well"} and found["last"]["figures"] == {"said": "still here"}
@@ -79,7 +81,7 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
     assert "exceeded its time limit" in found["hangs"]["words"] and "exit code -6" in found["crashes"]["words"]
     page, printed = (tmp_path / "check.md").read_text(), capsys.readouterr().out
     assert "3 %, expected 5 %" in page and "3 %, expected 5 %" in printed
-    assert "2 passed, 4 failed, 0 skipped" in printed
+    assert "2 passed, 5 failed, 0 skipped" in printed
 
 
 def test_a_part_that_is_cut_off_keeps_its_figures(monkeypatch, tmp_path):
@@ -404,6 +406,14 @@ def test_invalid_flags_of_a_timed_check_are_rejected(arguments, message, capsys)
     with pytest.raises(SystemExit):
         gpu_check.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_memory_floor_that_was_not_counted_is_left_out(shapes, tmp_path):
+    turn = {"step_ms": [10], "host_ms": [1], "memory_bytes": None, "warm_up_seconds": 2}
+    report = {"batch": 100, "turns": {"on": turn}, "bytes_per_step": None, "copy_bytes_per_second": 1e9}
+    (tmp_path / "profile-100ep.json").write_text(json.dumps(report))
+    figures = PHASES["step-100ep"].read(Check(tmp_path, 1, False, shapes, None), "")
+    assert list(figures) == ["on"] and "10.00 ms per step, 10,000 images/s" in figures["on"]
 
 
 def test_the_long_recipe_gets_the_epochs_that_fit(shapes, tmp_path):
