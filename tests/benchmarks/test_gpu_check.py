@@ -392,6 +392,9 @@ def test_the_phases_come_in_order_of_value():
     order = list(PHASES)
     assert order[:2] == ["device", "prepare"] and order[-1] == "long"
     assert order.index("tests") < order.index("input") < order.index("step-speedrun") < order.index("seeds")
+    assert sum(PHASES[name].limit_seconds for name in order[: order.index("seeds") + 1]) < 15 * 60
+    assert min(PHASES[f"step-{preset}"].limit_seconds for preset in ("100ep", "300ep")) >= 150
+    assert phases.START_SECONDS > 60  # compiling 100ep took as long on an H100
 
 
 @pytest.mark.parametrize(
@@ -422,7 +425,8 @@ def test_the_long_recipe_gets_the_epochs_that_fit(shapes, tmp_path):
     (tmp_path / "profile-100ep.json").write_text(
         json.dumps({"batch": 100, "turns": {"on": {"step_ms": [90, 100, 110]}}})
     )
-    for seconds, epochs in ((60.5, 0), (60 + 5.5 * (images / 1000 + 0.9), 5)):
+    overhead = phases.START_SECONDS + phases.ENDING_SECONDS
+    for seconds, epochs in ((overhead + 0.5, 0), (overhead + 5.5 * (images / 1000 + 0.9), 5)):
         check = Check(tmp_path, 1, False, shapes, None, end_at=time.monotonic() + seconds)
         assert max(0, phases.long_epochs(check)) == epochs
     assert "--epochs 5" in " ".join(phases.long_commands(check)[0])
