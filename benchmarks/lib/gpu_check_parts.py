@@ -296,13 +296,13 @@ def step_figures(check: Check, log: str, name: str = "training_step") -> dict[st
         if row["left_out"]:
             figures[row["label"]] = f"skipped: {row['left_out']}"
             continue
-        share = f", {100 * statistics.median(row['mfu']):.1f} % MFU" if row["mfu"] else ""
+        share = f", {100 * statistics.median(row['mfu']):.1f} % MFU" if row.get("mfu") else ""
         ratio = (
             f", {statistics.median(row['time_ratio']):.3f} x the time of {row['against']}"
             if "time_ratio" in row
             else ""
         )
-        floor = row["of_memory_floor"]
+        floor = row.get("of_memory_floor")  # this and the ratios are added when all systems have been measured
         share += f", {100 * statistics.median(floor):.1f} % of the memory floor" if floor else ""
         figures[row["label"]] = f"{statistics.median(row['images_per_second']):,.0f} images/s{share}{ratio}"
     return figures

@@ -233,7 +233,8 @@ def parallel_figures(check: Check, log: str) -> dict[str, Any]:
     for name, rates in report["images_per_second"].items():
         count, mode = name.split()
         figures[f"{count} at once{', MPS' * (mode == 'mps')}"] = f"{statistics.median(rates):,.0f} images/s"
-    return {**figures, **({"MPS": report["no_mps"]} if report["no_mps"] else {})}
+    failed = {f"{name} failed": reason for name, reason in report["failed"].items()}
+    return {**figures, **failed, **({"MPS": report["no_mps"]} if report["no_mps"] else {})}
 
 
 # --- accuracy

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import input_pipeline
+from benchmarks.lib.gpu_check_parts import Check, input_figures
 from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS
 from benchmarks.lib.loaders import loaders
-from benchmarks.lib.timing import alternate, ratios, spread
+from benchmarks.lib.timing import Window, alternate, ratios, spread
 from image_data.preparation.prepare import prepare
 
 PROGRAM = Path(input_pipeline.__file__)
@@ -166,6 +167,33 @@ def test_unknown_names_are_rejected(arguments, message, capsys):
 def test_a_batch_larger_than_the_dataset_is_rejected(drawn, capsys):
     assert input_pipeline.main(["--data-dir", str(drawn), "--device", "cpu"]) == 1
     assert "fewer than one batch of 512" in capsys.readouterr().err
+
+
+class Stub:
+    """Stands for a loader; ends the measurement in its second turn."""
+
+    versions: dict[str, str] = {}
+
+    def __init__(self):
+        self.turns = 0
+
+    def warm_up(self) -> tuple[Window, float, float]:
+        return Window(8, 8, 1.0), 0.0, 1.0
+
+    def turn(self, epochs: int) -> Window:
+        self.turns += 1
+        if self.turns == 2:
+            raise TimeoutError
+        return Window(8, 8, 1.0)
+
+
+def test_finished_turns_are_on_the_disk(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.lib.loaders.loaders", lambda python: {"tensor": lambda *_: Stub()})
+    file = tmp_path / "input_pipeline.json"
+    words = ["--data-dir", drawn, "--loaders", "tensor", "--batch-size", 16, "--device", "cpu", "--json", file]
+    with pytest.raises(TimeoutError):
+        input_pipeline.run(input_pipeline.parse_arguments(list(map(str, words))))
+    assert input_figures(Check(tmp_path, 0, False, drawn, None), "") == {"crop, tensor": "8 images/s"}
 
 
 def test_turns_alternate_and_ratios_are_taken_by_round():

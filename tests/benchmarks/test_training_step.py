@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks import training_step
 from benchmarks.lib import memory_floor, step_report
+from benchmarks.lib.gpu_check_parts import Check, step_figures
 from benchmarks.lib.peak_flops import PEAKS, data_sheet, measured_flops
 from benchmarks.lib.step_breakdown import PARTS, Marks
 from benchmarks.lib.workload import Subject
@@ -225,6 +226,20 @@ def test_one_system_at_a_time_gives_the_same_rows(shapes, tiny, context, tmp_pat
     assert at_once == [[], []] and list(found) == ["ddp", "bare"]
     assert found["ddp"]["loss"] == pytest.approx(found["bare"]["loss"], rel=1e-5)
     assert len(found["ddp"]["time_ratio"]) == 2
+
+
+def test_the_systems_measured_so_far_are_on_the_disk(shapes, tiny, tmp_path, monkeypatch):
+    def measure_group(systems, context):
+        if systems[0].name == "bare":
+            raise TimeoutError
+        return [{"label": "ddp", "left_out": None, "images_per_second": [90.0, 100.0, 110.0]}]
+
+    monkeypatch.setattr(training_step, "measure_group", measure_group)
+    file = tmp_path / "training_step.json"
+    words = ["--data-dir", shapes, "--preset", tiny, "--strategies", "ddp", "--turns", "sequential", "--json", file]
+    with pytest.raises(TimeoutError):
+        training_step.run(training_step.parse_arguments(list(map(str, words))), None)
+    assert step_figures(Check(tmp_path, 0, False, shapes, None), "") == {"ddp": "100 images/s"}
 
 
 def test_baselines_use_channels_last_and_the_compile_mode(shapes, tiny, monkeypatch):
