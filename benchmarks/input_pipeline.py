@@ -34,7 +34,7 @@ from benchmarks.lib import input_report
 from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS, Task, Unavailable
 from benchmarks.lib.options import add_data, add_reports, keep, origin, some_of
 from benchmarks.lib.timing import SETTLE_SECONDS, alternate, cpu_seconds, machine, ratios
-from common.errors import DatasetError
+from common.errors import DatasetError, UserError
 from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, run_cli
 from image_data.dataset import Dataset
@@ -71,7 +71,7 @@ def measure(
             loader = makers[name](dataset, task)
             note(f"{task.job}: warming up {name}")
             window, mean, std = loader.warm_up()
-        except Unavailable as reason:
+        except (Unavailable, UserError, ImportError, OSError) as reason:  # of a package, or of the dataset's files
             skipped[name] = str(reason)
             note(f"{task.job}: skipping {name}: {reason}")
             continue

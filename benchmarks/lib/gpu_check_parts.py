@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.packages import is_installed
 from common.paths import PROJECT
 from image_data.dataset import Dataset
 from image_data.preparation.source import Source, recorded
@@ -206,10 +207,12 @@ def train_commands(check: Check) -> list[list[str]]:
         "--name",
         "run",
     ]
-    return [
-        ["bash", str(PROJECT / "launch_local_train.sh"), *map(str, [*words, *common, "--epochs", epochs, "--fresh"])],
-        program("evaluate.py", check.file("run"), "--json", check.file("evaluation.json")),
-    ]
+    words = [*words, *common, "--epochs", epochs, "--fresh"]
+    if is_installed("nvidia.dali") and is_installed("deepspeed"):
+        train = ["bash", str(PROJECT / "launch_local_train.sh"), *map(str, words)]
+    else:  # the launcher would install them
+        train = program("train.py", *words, *([] if is_installed("deepspeed") else ["--strategy", "ddp"]))
+    return [train, program("evaluate.py", check.file("run"), "--json", check.file("evaluation.json"))]
 
 
 def train_figures(check: Check, log: str) -> dict[str, Any]:

@@ -460,7 +460,27 @@ def test_the_script_installs_nothing_for_a_timed_check(tmp_path):
         [copy, "--minutes", "1"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "has no PyTorch, NumPy and Pillow. Set PYTHON=" in done.stderr
+    assert "lacks PyTorch, NumPy, Pillow, safetensors or tqdm. Set PYTHON=" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
+def test_a_python_without_a_package_that_the_parts_import_is_not_used(tmp_path, monkeypatch, package):
+    monkeypatch.setenv("PYTHONPATH", blocked(tmp_path / "blocked", package))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    done = subprocess.run(
+        [shutil.copy(PROJECT / "gpu_check.sh", tmp_path), "--small"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "lacks PyTorch, NumPy, Pillow, safetensors or tqdm" in done.stderr
+
+
+@pytest.mark.parametrize(("missing", "strategy"), [("deepspeed", ["--strategy", "ddp"]), ("nvidia.dali", [])])
+def test_the_training_part_does_not_install_a_missing_package(shapes, tmp_path, monkeypatch, missing, strategy):
+    """The launcher would."""
+    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.is_installed", lambda package: package != missing)
+    command = PARTS["train"].commands(Check(tmp_path, 1, False, shapes, None))[0]
+    assert command[1] == str(PROJECT / "train.py") and command[-len(strategy) :] == (strategy or command)
+    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.is_installed", lambda package: True)
+    assert "launch_local_train.sh" in PARTS["train"].commands(Check(tmp_path, 1, False, shapes, None))[0][1]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import input_pipeline
+from benchmarks.lib import noise_dataset
 from benchmarks.lib.gpu_check_parts import Check, input_figures
 from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS
 from benchmarks.lib.loaders import loaders
@@ -185,6 +186,19 @@ class Stub:
         if self.turns == 2:
             raise TimeoutError
         return Window(8, 8, 1.0)
+
+
+@pytest.mark.parametrize("missing", ["torchvision", "psutil"])
+def test_a_loader_without_its_package_or_files_is_skipped(drawn, tmp_path, monkeypatch, missing):
+    noise_dataset.write(tmp_path, 100)  # packed, without files
+    monkeypatch.setitem(sys.modules, missing, None)
+    file = tmp_path / "report.json"
+    for folder, skipped in ((drawn, "memory"), (tmp_path, "imagefolder")):
+        words = ["--data-dir", folder, "--loaders", f"{skipped},whole_batch", "--batch-size", 16, "--json", file]
+        words += ["--jobs", "crop", "--device", "cpu", "--rounds", 1, "--turn-seconds", 0.01]
+        assert input_pipeline.main(list(map(str, words))) == 0
+        found = json.loads(file.read_text())["jobs"]["crop"]
+        assert list(found["loaders"]) == ["whole_batch"] and found["skipped"][skipped]
 
 
 def test_finished_turns_are_on_the_disk(drawn, tmp_path, monkeypatch):
