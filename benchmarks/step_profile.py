@@ -8,8 +8,9 @@ turn and after the profile.
 
 One engine trains the preset (strategy ddp unless --strategy names another). Compiled layers keep a version of both
 paths, so both are compiled once, each just before its first turn, and then take turns. The profile is of the kernel on.
-Next to the times are the counted memory floor of a step (`memory_floor.py`) and the host's share: where the host needs
-as long as the device, the launches limit the speed. On a CPU the profile has the operations of the CPU.
+Next to the times are the counted memory floor of a step (`memory_floor.py`) and the host's time to launch one step on
+an idle device (median): where it is as long as the step, the launches limit the speed. In a row of steps the host would
+also wait for the device, because CUDA's launch queue fills. On a CPU the profile has the operations of the CPU.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ KINDS = (
     ("optimizer", r"multi_tensor|foreach|FusedAdam|lerp"),
 )
 TOTAL_STEPS = 100_000  # of the learning-rate schedule: the rate is nearly constant during the measurement
+HOST_STEPS = 5  # of a turn, to time the host
 LONGEST = 45  # kernels in the report
 SHOWN = 20  # of them on the screen
 
@@ -132,16 +134,24 @@ def warm_up(work: Any, choose: Any, count: int, device: Any) -> dict[str, Any]:
 
 
 def turn(work: Any, choose: Any, count: int, device: Any, found: dict[str, Any]) -> None:
-    """Train `count` steps and add milliseconds per step of the device and of the host."""
+    """Train `count` steps, and HOST_STEPS alone before. Add milliseconds per step of the device and of the host."""
     choose()
+    found["host_ms"].append(statistics.median(launch_ms(work, device) for _ in range(HOST_STEPS)))
     synchronize(device)
     work.feed.batches.wait_seconds = 0.0
     began = time.perf_counter()
     work.steps(count)
-    found["host_ms"].append(1e3 * (time.perf_counter() - began) / count)
     synchronize(device)
     found["data_wait_ms"].append(1e3 * work.feed.batches.wait_seconds / count)
     found["step_ms"].append(1e3 * (time.perf_counter() - began) / count)
+
+
+def launch_ms(work: Any, device: Any) -> float:
+    """Train one step on an idle device and return the milliseconds until the host has launched it."""
+    synchronize(device)
+    began = time.perf_counter()
+    work.steps(1)
+    return 1e3 * (time.perf_counter() - began)
 
 
 def profile_steps(work: Any, count: int, device: Any) -> dict[str, Any]:

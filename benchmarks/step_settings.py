@@ -1,4 +1,4 @@
-"""Training step of one preset under several settings, in turns: time, host time, memory, kernels.
+"""Training step of one preset under several settings, in turns: time, launch time of the host, memory, kernels.
 
     python benchmarks/step_settings.py --preset speedrun --variant compile=reduce-overhead
     python benchmarks/step_settings.py --preset 100ep --variant "bf16.enabled=masters compile=reduce-overhead"

@@ -67,5 +67,27 @@ def test_contenders_take_turns_and_the_profile_is_of_the_first(options):
     assert {len(found["step_ms"]) for found in report["turns"].values()} == {options.rounds}
 
 
+def test_the_host_is_timed_without_waiting_for_the_device(monkeypatch):
+    """A launch takes 1 ms, a step of the device 10 ms, and the queue holds the launches of two steps."""
+    now = done = 0.0
+
+    def steps(count: int) -> None:
+        nonlocal now, done
+        for _ in range(count):
+            now = max(now + 1e-3, done - 2 * 10e-3)
+            done = max(now, done) + 10e-3
+
+    def synchronize(device) -> None:
+        nonlocal now
+        now = max(now, done)
+
+    monkeypatch.setattr(step_profile, "synchronize", synchronize)
+    monkeypatch.setattr(step_profile.time, "perf_counter", lambda: now)
+    work, found = Work(), {"step_ms": [], "host_ms": [], "data_wait_ms": []}
+    work.steps = steps
+    step_profile.turn(work, lambda: None, 100, None, found)
+    assert found["host_ms"] == [pytest.approx(1)] and found["step_ms"] == [pytest.approx(10, rel=0.02)]
+
+
 def test_the_kernel_on_comes_first():
     assert next(iter(step_profile.choices())) == "kernel on"
