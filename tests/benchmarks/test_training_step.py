@@ -266,6 +266,24 @@ def test_baselines_use_channels_last_and_the_compile_mode(shapes, tiny, monkeypa
     loop.feed.batches.close()
 
 
+def test_timm_accumulates_gradients_as_the_bare_loop_does(shapes, tiny, monkeypatch):
+    from benchmarks.lib import step_baselines
+
+    overrides = ["gradient_accumulation_steps=2", "optimizer.type=AdamW", "model.dropout=0.0", "bf16.enabled=false"]
+    settings = resolve(str(tiny), overrides, strategy="ddp")
+    monkeypatch.setattr(step_baselines.process_group, "init_process_group", lambda: torch.device("cpu"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    request = {"processes": 1, "source": "tensor", "synthetic": False, "compile": "off"}
+    losses = {}
+    for form in (step_baselines.Bare, step_baselines.Timm):
+        loop = form(Subject(settings, shapes), request)
+        assert loop.sizes.accumulation == 2
+        losses[form] = torch.stack(loop.steps(3)).tolist()
+        loop.feed.batches.close()
+    assert losses[step_baselines.Timm] == pytest.approx(losses[step_baselines.Bare], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "optimizer"),
     [
