@@ -96,10 +96,14 @@ def both_passes(function: Callable, *inputs: Tensor) -> Callable[[], None]:
     import torch
 
     inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-    gradient = torch.randn_like(function(*inputs))
+    gradient = None
 
     def run() -> None:
-        function(*inputs).backward(gradient)
+        nonlocal gradient
+        result = function(*inputs)
+        if gradient is None:  # here, so that `Bench.time` catches a function that fails
+            gradient = torch.randn_like(result)
+        result.backward(gradient)
         for tensor in inputs:
             tensor.grad = None
 
