@@ -148,6 +148,7 @@ class Report:
             raise UserError(
                 f"{self.json} holds seed {self.content['seed']}; add --seed {self.content['seed']} or --out DIR"
             )
+        self.content["sample"] = max(sample_size, self.content["sample"])
         self.mutants: list[dict[str, Any]] = self.content["mutants"]
 
     def left(self, chosen: list[Mutant], again: str | None) -> list[Mutant]:
