@@ -321,6 +321,7 @@ def test_an_unknown_setting_is_named(shapes, capsys):
     ("name", "entry"),
     [
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
