@@ -65,12 +65,12 @@ class Bench:
     def _median(self, run: Callable[[], Any], repeats: int = 20) -> float:
         import torch
 
+        for _ in range(4 if self.gpu else 1):
+            run()
         if not self.gpu:
             began = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - began)
-        for _ in range(4):
-            run()
         times = []
         for _ in range(repeats):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
