@@ -7,8 +7,11 @@ or is skipped with a reason. A part that misses its target raises NotReached.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from image_data.dataset import Dataset
 from image_data.preparation.source import Source, recorded
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+LAUNCHER = PROJECT / "launch_local_train.sh"
 FIRST = ("device", "prepare")  # all other parts need these
 # Smallest test accuracy after the training part. Three epochs of spt-lsa on CIFAR-100 gave 25 % on an H200 (one seed),
 # six epochs of the preset cpu on the drawn shapes 52 % on a CPU (one seed); chance is 1 % and 10 %.
@@ -188,6 +192,13 @@ def is_cifar100(dataset: Dataset) -> bool:
     return len(dataset.classes) == 100 and len(dataset.splits["train"]) == 50_000
 
 
+def launcher_keeps_python() -> bool:
+    """Return whether the launcher uses this Python; where a package is missing, it would install another one."""
+    environment = {**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1"}
+    printed = subprocess.run(["bash", LAUNCHER], env=environment, capture_output=True, text=True).stdout
+    return sys.executable in shlex.split(printed)
+
+
 def train_commands(check: Check) -> list[list[str]]:
     large = is_cifar100(Dataset.open(check.data)) and check.num_gpus > 0
     drawn = check.data == check.out / "shapes"
@@ -208,9 +219,9 @@ def train_commands(check: Check) -> list[list[str]]:
         "run",
     ]
     words = [*words, *common, "--epochs", epochs, "--fresh"]
-    if is_installed("nvidia.dali") and is_installed("deepspeed"):
-        train = ["bash", str(PROJECT / "launch_local_train.sh"), *map(str, words)]
-    else:  # the launcher would install them
+    if launcher_keeps_python():
+        train = ["bash", str(LAUNCHER), *map(str, words)]
+    else:
         train = program("train.py", *words, *([] if is_installed("deepspeed") else ["--strategy", "ddp"]))
     return [train, program("evaluate.py", check.file("run"), "--json", check.file("evaluation.json"))]
 

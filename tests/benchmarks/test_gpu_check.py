@@ -473,14 +473,18 @@ def test_a_python_without_a_package_that_the_parts_import_is_not_used(tmp_path, 
     assert done.returncode == 1 and "lacks PyTorch, NumPy, Pillow, safetensors or tqdm" in done.stderr
 
 
-@pytest.mark.parametrize(("missing", "strategy"), [("deepspeed", ["--strategy", "ddp"]), ("nvidia.dali", [])])
-def test_the_training_part_does_not_install_a_missing_package(shapes, tmp_path, monkeypatch, missing, strategy):
-    """The launcher would."""
-    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.is_installed", lambda package: package != missing)
-    command = PARTS["train"].commands(Check(tmp_path, 1, False, shapes, None))[0]
-    assert command[1] == str(PROJECT / "train.py") and command[-len(strategy) :] == (strategy or command)
-    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.is_installed", lambda package: True)
-    assert "launch_local_train.sh" in PARTS["train"].commands(Check(tmp_path, 1, False, shapes, None))[0][1]
+@pytest.mark.parametrize(("deepspeed", "strategy"), [(False, ["--strategy", "ddp"]), (True, ["--fresh"])])
+def test_the_training_part_installs_no_missing_package(shapes, tmp_path, monkeypatch, deepspeed, strategy):
+    """The launcher would, and is used only where nothing is missing."""
+    check = Check(tmp_path, 1, False, shapes, None)
+    assert PARTS["train"].commands(check)[0][1] == str(PROJECT / "launch_local_train.sh")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.is_installed", lambda package: deepspeed)
+    command = PARTS["train"].commands(check)[0]
+    assert command[:2] == [str(python), str(PROJECT / "train.py")] and command[-len(strategy) :] == strategy
 
 
 @pytest.mark.slow
