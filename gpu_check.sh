@@ -7,18 +7,19 @@
 #   ./gpu_check.sh --list               the parts      ./gpu_check.sh --parts data,train      some of them
 #   ./gpu_check.sh --archive cifar100.zip    with the real images; without, with drawn ones (no network is needed)
 # Results are in runs/gpu-check (--out): check.md to read, check.json to keep, a log for each part.
-# A Python with PyTorch, NumPy and Pillow is used as it is (PYTHON, else python3, else .venv), with or without DALI and
-# DeepSpeed. Only where there is none, environment/setup.sh installs one, and never with --minutes or --small.
+# A Python with PyTorch, NumPy, Pillow, safetensors and tqdm is used as it is (PYTHON, else python3, else .venv), with or
+# without DALI and DeepSpeed. Only where there is none, environment/setup.sh installs one, and never with --minutes or --small.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-usable() { "$1" -c 'import importlib.util as i, sys; sys.exit(any(i.find_spec(m) is None for m in ("torch", "numpy", "PIL")))' 2>/dev/null; }
+needed="torch numpy PIL safetensors tqdm"
+usable() { "$1" -c 'import importlib.util as i, sys; sys.exit(any(i.find_spec(m) is None for m in sys.argv[1:]))' $needed 2>/dev/null; }
 found=""
 for python in "${PYTHON:-python3}" "$here/.venv/bin/python"; do
     if usable "$python"; then found=$python; break; fi
 done
 if [ -z "$found" ]; then
     if [[ " $* " == *" --minutes"* || " $* " == *" --small "* ]]; then
-        echo "error: ${PYTHON:-python3} has no PyTorch, NumPy and Pillow. Set PYTHON=/path/to/python, or run environment/setup.sh first." >&2
+        echo "error: ${PYTHON:-python3} lacks PyTorch, NumPy, Pillow, safetensors or tqdm. Set PYTHON=/path/to/python, or run environment/setup.sh first." >&2
         exit 1
     fi
     . "$here/environment/setup.sh"

@@ -102,7 +102,9 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
                 saver.write(snapshot, Progress())
                 waited.append(snapshot.seconds)
         synchronize(engine.device)
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        saver.wait()  # a checkpoint that is still being written must not slow down the next turn
+        return seconds
 
     def write_alone() -> float:
         snapshot = saver.take_snapshot(Progress(), {"weights.safetensors": engine.weights})

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def run_part(name: str, part: Part, check: Check) -> dict[str, Any]:
         status, words = "skipped", str(reason)
     except NotReached as reason:
         status, words, figures = "failed", str(reason), figures_so_far(part, check, log)
-    except (OSError, ValueError, LookupError) as error:  # commands that end well and leave another result than expected
+    except Exception as error:  # commands that end well and leave another result than expected
         status, words, figures = "failed", f"its result cannot be read: {type(error).__name__}: {error}", {}
     return {
         "name": name,
@@ -203,10 +204,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help=f"rehearse the timed phases on a CPU with tiny networks (default: --minutes {SMALL_MINUTES:g})",
     )
-    parser.add_argument(
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="prepared dataset (default: data/cifar100 if prepared, else drawn)"
     )
-    parser.add_argument(
+    data.add_argument(
         "--archive", type=Path, metavar="FILE", help="archive to prepare the dataset from (default: none)"
     )
     parser.add_argument(
@@ -221,6 +223,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     if options.small and options.minutes is None:
         options.minutes = SMALL_MINUTES
+    if options.archive and not options.archive.is_file():
+        parser.error(f"--archive {options.archive} does not exist; check the path")
     if options.quick and options.minutes is not None:
         parser.error("--quick does not apply to --minutes; choose a smaller number of minutes")
     known = PARTS if options.minutes is None else PHASES
@@ -243,7 +247,7 @@ def make_check(options: argparse.Namespace, began: float) -> Check:
         num_gpus=0 if small else gpus,
         quick=options.quick,
         data_dir=options.data_dir,
-        archive=options.archive,
+        archive=options.archive and options.archive.resolve(),  # the parts run in the project's folder
         small=small,
         end_at=None if options.minutes is None else began + 60 * options.minutes,
     )
@@ -266,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": {"CPU": platform.processor() or platform.machine()},
         "parts": [],
     }
+    write(report, check.out)
+    check = replace(check, began=(check.out / "check.json").stat().st_mtime)
     for name, part in options.parts.items():
         on_cpu = "" if check.num_gpus or name in FIRST or check.small else " (no GPU: the CPU form)"
         print(f"{name}: {part.what}{on_cpu}", flush=True)

@@ -9,7 +9,8 @@ yield normalized float32 images (B, 3, S, S) and int64 labels on the device, in 
 dropped. The first epoch of each loader does not count. Then every loader has one turn per round, of one epoch or of as
 many as fill --turn-seconds. The wall clock of a turn starts after its first 8 batches and stops when the device has the
 last one. CPU time covers the full turn, with all threads and worker processes. A ratio is ours divided by the
-baseline's in the same round: above 1, our speed is higher; below 1, our CPU time is lower.
+baseline's in the same round: above 1, our speed is higher; below 1, our CPU time is lower. --json has each turn as soon
+as it ends, and the ratios at the end.
 
 FFCV needs a compiler and libraries: apt install g++ pkg-config libopencv-dev libturbojpeg0-dev, and then pip install
 ffcv, in this environment or in another one that --ffcv-python names.
@@ -33,7 +34,7 @@ from benchmarks.lib import input_report
 from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS, Task, Unavailable
 from benchmarks.lib.options import add_data, add_reports, keep, origin, some_of
 from benchmarks.lib.timing import SETTLE_SECONDS, alternate, cpu_seconds, machine, ratios
-from common.errors import DatasetError
+from common.errors import DatasetError, UserError
 from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, run_cli
 from image_data.dataset import Dataset
@@ -53,46 +54,50 @@ class Turn:
 
 
 def measure(
-    dataset: Dataset, task: Task, makers: dict[str, Callable], rounds: int, turn_seconds: float
+    dataset: Dataset,
+    task: Task,
+    makers: dict[str, Callable],
+    rounds: int,
+    turn_seconds: float,
+    write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure one job: every loader in every round, and the reason for each skipped loader."""
-    made, warm, skipped = {}, {}, {}
+    """Measure one job: every loader in every round, and the reason for each skipped loader.
+
+    `write` gets the turns so far after each turn.
+    """
+    made, measured, skipped = {}, {}, {}
     for name in makers:
         try:
             loader = makers[name](dataset, task)
             note(f"{task.job}: warming up {name}")
             window, mean, std = loader.warm_up()
-        except Unavailable as reason:
+        except (Unavailable, UserError, ImportError, OSError) as reason:  # of a package, or of the dataset's files
             skipped[name] = str(reason)
             note(f"{task.job}: skipping {name}: {reason}")
             continue
         made[name] = loader
         epochs = max(1, math.ceil(turn_seconds * window.rate / window.images))
-        warm[name] = {
+        measured[name] = {
             "images_per_epoch": window.images,
             "epochs_per_turn": epochs,
             "output_mean": mean,
             "output_std": std,
+            "versions": loader.versions,
+            "images_per_second": [],
+            "cpu_us_per_image": [],
         }
-    names = [name for name in makers if name in made]
-    turns = {name: partial(take_turn, made[name], warm[name]["epochs_per_turn"]) for name in names}
-    results = alternate(
-        turns,
-        rounds,
-        lambda number, name, turn: note(
+
+    def add(number: int, name: str, turn: Turn) -> None:
+        measured[name]["images_per_second"].append(turn.images_per_second)
+        measured[name]["cpu_us_per_image"].append(turn.cpu_us_per_image)
+        note(
             f"{task.job}: round {number + 1} of {rounds}, {name}: {turn.images_per_second:,.0f} images/s, "
             f"{turn.cpu_us_per_image:.1f} us of CPU per image"
-        ),
-    )
-    measured = {
-        name: {
-            **warm[name],
-            "versions": made[name].versions,
-            "images_per_second": [turn.images_per_second for turn in results[name]],
-            "cpu_us_per_image": [turn.cpu_us_per_image for turn in results[name]],
-        }
-        for name in names
-    }
+        )
+        write({"loaders": {name: facts for name, facts in measured.items() if facts["images_per_second"]}})
+
+    turns = {name: partial(take_turn, made[name], measured[name]["epochs_per_turn"]) for name in made}
+    alternate(turns, rounds, add)
     for loader in made.values():
         loader.close()
     return {
@@ -211,10 +216,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     num_batches = num_images // options.batch_size
     torch.set_num_threads(options.threads)
     makers = {name: maker for name, maker in loaders(options.ffcv_python).items() if name in options.loaders}
-    jobs = {}
+    begin, jobs = origin(), {}
     for job in options.jobs:
         task = Task(job, options.batch_size, num_batches, options.threads, device)
-        jobs[job] = measure(dataset, task, makers, options.rounds, options.turn_seconds)
+
+        def write(part: dict[str, Any], job: str = job) -> None:
+            keep((options.json, json.dumps({**begin, "jobs": {**jobs, job: part}, "goals": []}, indent=2) + "\n"))
+
+        jobs[job] = measure(dataset, task, makers, options.rounds, options.turn_seconds, write)
         jobs[job]["unlike"] = unlike(jobs[job]) if job == "crop" else []
     where = machine(device)
     for facts in (facts for job in jobs.values() for facts in job["loaders"].values()):
@@ -228,7 +237,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "device": str(device),
         "turn_seconds": options.turn_seconds,
     }
-    report = {**origin(), "machine": where, "settings": settings, "jobs": jobs}
+    report = {**begin, "machine": where, "settings": settings, "jobs": jobs}
     report["goals"] = [verdict for goal in input_report.GOALS if (verdict := input_report.judge(goal, report))]
     return report
 

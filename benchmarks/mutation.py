@@ -151,7 +151,11 @@ class Report:
         self.mutants: list[dict[str, Any]] = self.content["mutants"]
 
     def left(self, chosen: list[Mutant], again: str | None) -> list[Mutant]:
-        """Return the mutants without a verdict, and those of the outcome `again` that nobody has explained."""
+        """Return the mutants without a verdict, and those of the outcome `again` that nobody has explained.
+
+        The report then covers at least these mutants.
+        """
+        self.content["sample"] = max(self.content["sample"], len(chosen))
         outcomes = {entry["id"]: "explained" if "reason" in entry else entry["outcome"] for entry in self.mutants}
         return [mutant for mutant in chosen if outcomes.get(mutant.name) in (None, again)]
 

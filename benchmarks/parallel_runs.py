@@ -3,7 +3,8 @@
     python benchmarks/parallel_runs.py --preset cpu
     python benchmarks/parallel_runs.py --preset spt-lsa --runs 1,2,4 --json parallel.json --markdown parallel.md
 
-In: a preset; the images are random and on the device. Out: a table on the screen, and in --json and --markdown.
+In: a preset; the images are random and on the device. Out: a table on the screen, and in --json, which is written after
+each turn, and --markdown. A number of processes that fails is reported, and the others continue.
 
 Every process trains a network of its own with strategy ddp. All warm up, start together and train for --seconds. The
 numbers of processes take turns, round after round. Small networks leave most of a GPU idle, and `compare.py --parallel
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -54,9 +55,6 @@ def main() -> int:
     modes = ["alone"] if no_mps else ["alone", "mps"]
     turns = {f"{count} {mode}": partial(turn, settings.as_dict(), count, mode, options)
              for mode in modes for count in options.runs if not (mode == "mps" and count == 1)}  # fmt: skip
-    rates = alternate(
-        turns, options.rounds, lambda number, name, rate: print(f"{name}: {rate:,.0f} images/s", flush=True)
-    )
     report = {
         **origin(),
         "machine": machine(device),
@@ -64,14 +62,35 @@ def main() -> int:
         "batch": settings.engine["train_batch_size"],
         "seconds": options.seconds,
         "no_mps": no_mps,
-        "images_per_second": rates,
+        "images_per_second": {},
+        "failed": {},
     }
+    measure(turns, options, report)
     print(f"\n{tables.as_text(rows(report))}")
     if no_mps:
         print(f"MPS was left out: {no_mps}")
-    keep((options.json, json.dumps(report, indent=2)),
-         (options.markdown, f"{tables.as_markdown(rows(report))}\n\n{tables.made_by(report)}\n"))  # fmt: skip
-    return 0
+    keep((options.markdown, f"{tables.as_markdown(rows(report))}\n\n{tables.made_by(report)}\n"))
+    return int(not report["images_per_second"])
+
+
+def measure(turns: dict[str, Callable[[], float]], options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Take all turns, and write the report after each. A turn that fails is not repeated; the others continue."""
+
+    def take(name: str) -> None:
+        if name in report["failed"]:
+            return
+        try:
+            rate = turns[name]()
+        except (RunError, OSError, subprocess.SubprocessError) as error:  # the last two: of starting or ending MPS
+            report["failed"][name] = str(error)
+            report["images_per_second"].pop(name, None)
+            print(f"{name} failed: {error}", flush=True)
+        else:
+            report["images_per_second"].setdefault(name, []).append(rate)
+            print(f"{name}: {rate:,.0f} images/s", flush=True)
+        keep((options.json, json.dumps(report, indent=2)))
+
+    alternate({name: partial(take, name) for name in turns}, options.rounds)
 
 
 def arguments() -> argparse.Namespace:
@@ -182,7 +201,7 @@ def mps(wanted: bool, folder: Path) -> Iterator[dict[str, str]]:
 def rows(report: dict[str, Any]) -> list[list[str]]:
     """Return the table: images/s of all runs and of each, and the ratio to the first row."""
     lines = [["runs at once", "MPS", "images/s of all", "of each", "ratio"]]
-    baseline = next(iter(report["images_per_second"].values()))
+    baseline = next(iter(report["images_per_second"].values()), [])
     for name, rates in report["images_per_second"].items():
         count, mode = name.split()
         lines.append(
@@ -194,6 +213,9 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
                 tables.cell(spread(ratios(rates, baseline))),
             ]
         )
+    for name, reason in report["failed"].items():
+        count, mode = name.split()
+        lines.append([count, "on" if mode == "mps" else "off", f"failed: {reason}", "", ""])
     return lines
 
 

@@ -65,12 +65,12 @@ class Bench:
     def _median(self, run: Callable[[], Any], repeats: int = 20) -> float:
         import torch
 
+        for _ in range(4 if self.gpu else 1):
+            run()
         if not self.gpu:
             began = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - began)
-        for _ in range(4):
-            run()
         times = []
         for _ in range(repeats):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -96,10 +96,14 @@ def both_passes(function: Callable, *inputs: Tensor) -> Callable[[], None]:
     import torch
 
     inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-    gradient = torch.randn_like(function(*inputs))
+    gradient = None
 
     def run() -> None:
-        function(*inputs).backward(gradient)
+        nonlocal gradient
+        result = function(*inputs)
+        if gradient is None:  # here, so that `Bench.time` catches a function that fails
+            gradient = torch.randn_like(result)
+        result.backward(gradient)
         for tensor in inputs:
             tensor.grad = None
 

@@ -1,15 +1,16 @@
-"""Profile of a training step: time with the kernel of `conv_mlp` off and on in turns, then GPU time by kind of kernel.
+"""Profile of a training step: time with the kernel of `conv_mlp` on and off in turns, then GPU time by kind of kernel.
 
     python benchmarks/step_profile.py --preset speedrun --json profile.json
     python benchmarks/step_profile.py --preset 100ep --source tensor --set compile=off
 
-In: a prepared dataset. Out: a summary and the longest kernels on the screen, and in --json, which is written after the
-timed turns and again after the profile.
+In: a prepared dataset. Out: a summary and the longest kernels on the screen, and in --json, which is written after each
+turn and after the profile.
 
 One engine trains the preset (strategy ddp unless --strategy names another). Compiled layers keep a version of both
-paths, so both are compiled once and then take turns. The profile is of the kernel on. Next to the times are the counted
-memory floor of a step (`memory_floor.py`) and the host's share: where the host needs as long as the device, the
-launches limit the speed. On a CPU the profile has the operations of the CPU.
+paths, so both are compiled once, each just before its first turn, and then take turns. The profile is of the kernel on.
+Next to the times are the counted memory floor of a step (`memory_floor.py`) and the host's time to launch one step on
+an idle device (median): where it is as long as the step, the launches limit the speed. In a row of steps the host would
+also wait for the device, because CUDA's launch queue fills. On a CPU the profile has the operations of the CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ KINDS = (
     ("optimizer", r"multi_tensor|foreach|FusedAdam|lerp"),
 )
 TOTAL_STEPS = 100_000  # of the learning-rate schedule: the rate is nearly constant during the measurement
+HOST_STEPS = 5  # of a turn, to time the host
 LONGEST = 45  # kernels in the report
 SHOWN = 20  # of them on the screen
 
@@ -60,13 +63,13 @@ def choices() -> dict[str, Any]:
     except ImportError:
         return {"as it is": lambda: None}
     return {
-        "kernel off": lambda: depthwise_kernel.set_enabled(False),
         "kernel on": lambda: depthwise_kernel.set_enabled(True),
+        "kernel off": lambda: depthwise_kernel.set_enabled(False),
     }
 
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Time the turns and profile some steps. The report is written after each of the two."""
+    """Time the turns and profile some steps. The report is written after each turn."""
     from benchmarks.lib.memory_floor import copy_bandwidth
     from benchmarks.lib.workload import Subject, Workload
 
@@ -79,21 +82,26 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         "engine": work.engine.describe(),
         "batch": sizes.total,
         "copy_bytes_per_second": copy_bandwidth(device),
-        "turns": {name: warm_up(work, choose, options.warm_up, device) for name, choose in choices().items()},
+        "turns": {},
     }
-    for found in report["turns"].values():
-        found |= {"step_ms": [], "host_ms": []}
-    turns = {
-        name: lambda name=name, choose=choose: turn(work, choose, options.steps, device, report["turns"][name])
-        for name, choose in choices().items()
-    }
-    work.feed.batches.wait_seconds = 0.0
-    alternate(turns, options.rounds)
-    report["data_wait_ms"] = 1e3 * work.feed.batches.wait_seconds / (options.steps * options.rounds * len(turns))
-    keep((options.json, json.dumps(report, indent=1) + "\n"))
+    turns = {}
+    for name, choose in choices().items():
+        found = warm_up(work, choose, options.warm_up, device)
+        turns[name] = partial(turn, work, choose, options.steps, device, found)
+        turns[name]()
+        report["turns"][name] = found
+        write(options, report)
+    alternate(turns, options.rounds - 1, lambda *_: write(options, report))
+    waits = [wait for found in report["turns"].values() for wait in found["data_wait_ms"]]
+    report["data_wait_ms"] = statistics.mean(waits)
     report["bytes_per_step"], report["problem"] = memory_floor_bytes(work)
+    next(iter(choices().values()))()
     report |= profile_steps(work, options.profiled_steps, device)
     work.close()
+
+
+def write(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    keep((options.json, json.dumps(report, indent=1) + "\n"))
 
 
 def memory_floor_bytes(work: Any) -> tuple[int | None, str]:
@@ -111,7 +119,7 @@ def memory_floor_bytes(work: Any) -> tuple[int | None, str]:
 
 
 def warm_up(work: Any, choose: Any, count: int, device: Any) -> dict[str, Any]:
-    """Train steps that compile and tune, and return their seconds and the peak memory."""
+    """Train steps that compile and tune. Return their seconds, the peak memory and empty lists for the turns."""
     import torch
 
     choose()
@@ -121,18 +129,29 @@ def warm_up(work: Any, choose: Any, count: int, device: Any) -> dict[str, Any]:
     work.steps(count)
     synchronize(device)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"warm_up_seconds": time.perf_counter() - began, "memory_bytes": memory}
+    lists: dict[str, list[float]] = {"step_ms": [], "host_ms": [], "data_wait_ms": []}
+    return {"warm_up_seconds": time.perf_counter() - began, "memory_bytes": memory, **lists}
 
 
 def turn(work: Any, choose: Any, count: int, device: Any, found: dict[str, Any]) -> None:
-    """Train `count` steps and add milliseconds per step of the device and of the host."""
+    """Train `count` steps, and HOST_STEPS alone before. Add milliseconds per step of the device and of the host."""
     choose()
+    found["host_ms"].append(statistics.median(launch_ms(work, device) for _ in range(HOST_STEPS)))
     synchronize(device)
+    work.feed.batches.wait_seconds = 0.0
     began = time.perf_counter()
     work.steps(count)
-    found["host_ms"].append(1e3 * (time.perf_counter() - began) / count)
     synchronize(device)
+    found["data_wait_ms"].append(1e3 * work.feed.batches.wait_seconds / count)
     found["step_ms"].append(1e3 * (time.perf_counter() - began) / count)
+
+
+def launch_ms(work: Any, device: Any) -> float:
+    """Train one step on an idle device and return the milliseconds until the host has launched it."""
+    synchronize(device)
+    began = time.perf_counter()
+    work.steps(1)
+    return 1e3 * (time.perf_counter() - began)
 
 
 def profile_steps(work: Any, count: int, device: Any) -> dict[str, Any]:
@@ -220,13 +239,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = bool(visible_gpus())
     parser = Parser(
         "python benchmarks/step_profile.py",
-        "Profile a training step: kernel of conv_mlp off and on in turns, GPU time by kind of kernel.",
+        "Profile a training step: kernel of conv_mlp on and off in turns, GPU time by kind of kernel.",
         example="python benchmarks/step_profile.py --preset speedrun --json profile.json",
     )
     add_data(parser)
     settings = add_settings(parser, "spt-lsa" if gpu else "cpu")
     settings.add_argument("--strategy", default="ddp", metavar="NAME", help="parallelism strategy (default: ddp)")
-    add_measurement(parser, gpu, "turns of the kernel off and on")
+    add_measurement(parser, gpu, "turns of the kernel on and off")
     return parser.parse_args(arguments)
 
 
@@ -239,7 +258,7 @@ def measure_and_report(options: argparse.Namespace) -> None:
     """Measure, print and write the report."""
     report: dict[str, Any] = {**origin(), "preset": Path(options.preset).stem, "set": options.set}
     measure(options, report)
-    keep((options.json, json.dumps(report, indent=1) + "\n"))
+    write(options, report)
     print(as_text(report))
 
 

@@ -1,9 +1,9 @@
-"""Training step of one preset under several settings, in turns: time, host time, memory, kernels.
+"""Training step of one preset under several settings, in turns: time, launch time of the host, memory, kernels.
 
     python benchmarks/step_settings.py --preset speedrun --variant compile=reduce-overhead
     python benchmarks/step_settings.py --preset 100ep --variant "bf16.enabled=masters compile=reduce-overhead"
 
-In: a prepared dataset. Out: a table and, with --json, all measurements, written after the turns and after each profile.
+In: a prepared dataset. Out: a table and, with --json, all measurements, written after each turn and each profile.
 
 The baseline is the preset with --set; each --variant adds settings, separated by spaces. Every variant has an engine of
 its own (strategy ddp unless --strategy names another), all of them in one process on the same device, and they take
@@ -13,7 +13,6 @@ turns. A ratio is taken between two turns of one round. A variant that fails is 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,9 +22,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.options import add_data, add_settings, keep, origin, step_settings
+from benchmarks.lib.options import add_data, add_settings, origin, step_settings
 from benchmarks.lib.timing import alternate, machine, ratios, spread
-from benchmarks.step_profile import TOTAL_STEPS, add_measurement, memory_floor_bytes, profile_steps, turn, warm_up
+from benchmarks.step_profile import (
+    TOTAL_STEPS,
+    add_measurement,
+    memory_floor_bytes,
+    profile_steps,
+    turn,
+    warm_up,
+    write,
+)
 from common.machine import visible_gpus
 from config.command_line import Parser, run_cli
 
@@ -43,7 +50,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     works: dict[str, Workload] = {}
     for name in (BASELINE, *options.variant):
         words = [] if name == BASELINE else name.split()
-        found: dict[str, Any] = {"settings": words, "step_ms": [], "host_ms": []}
+        found: dict[str, Any] = {"settings": words}
         report["variants"][name] = found
         began, before = time.perf_counter(), allocated_bytes(device)
         try:
@@ -68,8 +75,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         name: lambda name=name: turn(works[name], lambda: None, options.steps, device, report["variants"][name])
         for name in works
     }
-    alternate(turns, options.rounds)
-    write(options, report)
+    alternate(turns, options.rounds, lambda *_: write(options, report))
     for name, work in works.items():
         report["variants"][name] |= profile_steps(work, options.profiled_steps, device)
         write(options, report)
@@ -82,10 +88,6 @@ def allocated_bytes(device: Any) -> int:
     import torch
 
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def write(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    keep((options.json, json.dumps(report, indent=1) + "\n"))
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@
     python benchmarks/training_step.py --preset spt-lsa --precision bf16 --compile off,on --json step.json
     python benchmarks/training_step.py --strategies "zero 1" --baselines bare --steps 20 --synthetic    a short run
 
-In: a prepared dataset. Out: tables on the screen, and in --json and --markdown.
+In: a prepared dataset. Out: tables on the screen, and in --json and --markdown. --json has the measurements of each
+system as soon as it ends; peaks, shares and ratios follow at the end.
 
 All systems (`step_systems.py`, `step_baselines.py`) train the same network on the same batches, each in its own
 process: --warm-up steps once, then --rounds times --steps steps. With `--turns alternate` (default on a CPU) all
@@ -73,7 +74,10 @@ def run(options: argparse.Namespace, context: Any) -> dict[str, Any]:
     ]
     systems[0].settings()
     groups = [systems] if options.turns == "alternate" else [[system] for system in systems]
-    rows = [row for group in groups for row in measure_group(group, context)]
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        rows += measure_group(group, context)
+        keep((options.json, json.dumps({**origin(), "rows": rows}, indent=1) + "\n"))
     torch.set_num_threads(options.threads)
     kept = ("set", "processes", "steps", "warm_up", "rounds", "turns", "threads", "pin", "synthetic")
     settings = {"preset": Path(options.preset).stem, **{key: getattr(options, key) for key in kept}}

@@ -5,8 +5,8 @@
 
 `seconds` is the running time, without the time when the run was stopped. `cpu_percent` and `ram_gib` are of the whole
 machine, `process_ram_gib` is of the main process. The GPU lists hold the GPUs that this process may use on its own
-machine; a value is null where a GPU does not report it. Other machines of a job are not sampled. The CPU numbers come
-from psutil, the GPU numbers from NVIDIA's nvidia-ml-py; without that package there are none.
+machine; a value is null where a GPU does not report it. Other machines of a job are not sampled. The GPU numbers come
+from NVIDIA's nvidia-ml-py; without that package there are none. Without psutil there are no samples.
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ class Sampler:
         self._thread.join(timeout=5)
 
     def _work(self) -> None:
-        import psutil
-
+        try:
+            import psutil
+        except ImportError:
+            return
         before, began = _seconds_so_far(self.path), time.monotonic()
         process, gpus = psutil.Process(), Gpus()
         psutil.cpu_percent()  # the first value has no period to refer to

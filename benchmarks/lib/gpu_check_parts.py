@@ -7,8 +7,11 @@ or is skipped with a reason. A part that misses its target raises NotReached.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.packages import is_installed
 from common.paths import PROJECT
 from image_data.dataset import Dataset
+from image_data.preparation.source import Source, recorded
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+LAUNCHER = PROJECT / "launch_local_train.sh"
 FIRST = ("device", "prepare")  # all other parts need these
 # Smallest test accuracy after the training part. Three epochs of spt-lsa on CIFAR-100 gave 25 % on an H200 (one seed),
 # six epochs of the preset cpu on the drawn shapes 52 % on a CPU (one seed); chance is 1 % and 10 %.
@@ -47,6 +53,7 @@ class Check:
     archive: Path | None
     small: bool = False  # tiny networks on a CPU, to rehearse the timed phases
     end_at: float | None = None  # on the monotonic clock; None: no limit
+    began: float = 0.0  # on the clock of the output folder: an older file is of an earlier check
 
     def seconds_left(self) -> float:
         """Return the seconds until the end of a timed check; infinity for others."""
@@ -64,6 +71,17 @@ class Check:
 
     def file(self, name: str) -> Path:
         return self.out / name
+
+    def read(self, name: str) -> str:
+        """Return the text of a file that this check has written into the output folder.
+
+        Raises:
+            FileNotFoundError: there is none, or it is of an earlier check.
+        """
+        file = self.file(name)
+        if not file.is_file() or file.stat().st_mtime < self.began:
+            raise FileNotFoundError(f"{name} was not written")
+        return file.read_text()
 
     def batch(self, images: int) -> str:
         """Return the setting for a global batch size near `images` that all GPUs share evenly."""
@@ -100,7 +118,7 @@ def device_commands(check: Check) -> list[list[str]]:
 
 
 def device_figures(check: Check, log: str) -> dict[str, Any]:
-    facts = json.loads(check.file("device.json").read_text())
+    facts = json.loads(check.read("device.json"))
     if facts.pop("visible to PyTorch") != check.num_gpus:
         raise NotReached(
             f"nvidia-smi lists {check.num_gpus} usable GPUs, PyTorch sees another number: the installed torch does not "
@@ -110,12 +128,22 @@ def device_figures(check: Check, log: str) -> dict[str, Any]:
 
 
 def prepare_commands(check: Check) -> list[list[str]]:
+    if check.archive is not None:
+        return archive_commands(check, check.archive)
     if Dataset.is_prepared(check.data):
         raise Skipped(f"{check.data.name} is already prepared")
     if check.data_dir is not None:
         raise NotReached(f"{check.data_dir} holds no prepared dataset. Prepare one from an archive with --archive FILE")
-    source = ["--archive", str(check.archive)] if check.archive else ["--dataset", "shapes"]
-    return [program("prepare_dataset.py", "--data-dir", check.data, *source)]
+    return [program("prepare_dataset.py", "--data-dir", check.data, "--dataset", "shapes")]
+
+
+def archive_commands(check: Check, archive: Path) -> list[list[str]]:
+    """Prepare the archive, again where an earlier check prepared another one."""
+    prepared = Dataset.is_prepared(check.data)
+    if prepared and recorded(check.data) == Source(None, archive, None).record():
+        raise Skipped(f"{archive.name} is already prepared")
+    again = ["--force"] * prepared
+    return [program("prepare_dataset.py", "--data-dir", check.data, "--archive", archive, *again)]
 
 
 def prepare_figures(check: Check, log: str) -> dict[str, Any]:
@@ -164,6 +192,13 @@ def is_cifar100(dataset: Dataset) -> bool:
     return len(dataset.classes) == 100 and len(dataset.splits["train"]) == 50_000
 
 
+def launcher_keeps_python() -> bool:
+    """Return whether the launcher uses this Python; where a package is missing, it would install another one."""
+    environment = {**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1"}
+    printed = subprocess.run(["bash", LAUNCHER], env=environment, capture_output=True, text=True).stdout
+    return sys.executable in shlex.split(printed)
+
+
 def train_commands(check: Check) -> list[list[str]]:
     large = is_cifar100(Dataset.open(check.data)) and check.num_gpus > 0
     drawn = check.data == check.out / "shapes"
@@ -183,14 +218,16 @@ def train_commands(check: Check) -> list[list[str]]:
         "--name",
         "run",
     ]
-    return [
-        ["bash", str(PROJECT / "launch_local_train.sh"), *map(str, [*words, *common, "--epochs", epochs, "--fresh"])],
-        program("evaluate.py", check.file("run"), "--json", check.file("evaluation.json")),
-    ]
+    words = [*words, *common, "--epochs", epochs, "--fresh"]
+    if launcher_keeps_python():
+        train = ["bash", str(LAUNCHER), *map(str, words)]
+    else:
+        train = program("train.py", *words, *([] if is_installed("deepspeed") else ["--strategy", "ddp"]))
+    return [train, program("evaluate.py", check.file("run"), "--json", check.file("evaluation.json"))]
 
 
 def train_figures(check: Check, log: str) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (check.file("run") / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in check.read("run/metrics.jsonl").splitlines()]
     last, dataset = lines[-1], Dataset.open(check.data)
     drawn = check.data == check.out / "shapes"
     due = (
@@ -200,7 +237,7 @@ def train_figures(check: Check, log: str) -> dict[str, Any]:
         if drawn
         else 2 / len(dataset.classes)
     )
-    evaluated = json.loads(check.file("evaluation.json").read_text())["correct"]
+    evaluated = json.loads(check.read("evaluation.json"))["correct"]
     # One process and several processes sum in different orders.
     if abs(evaluated - last["test_correct"]) > 0.001 * last["test_seen"]:
         raise NotReached(f"the run counted {last['test_correct']} correct test images, evaluate.py {evaluated}")
@@ -241,7 +278,7 @@ def input_commands(check: Check) -> list[list[str]]:
 
 
 def input_figures(check: Check, log: str) -> dict[str, Any]:
-    report = json.loads(check.file("input_pipeline.json").read_text())
+    report = json.loads(check.read("input_pipeline.json"))
     speeds = {
         f"{job}, {name}": f"{statistics.median(facts['images_per_second']):,.0f} images/s"
         for job, part in report["jobs"].items()
@@ -267,19 +304,19 @@ def step_commands(check: Check) -> list[list[str]]:
 
 
 def step_figures(check: Check, log: str, name: str = "training_step") -> dict[str, Any]:
-    report = json.loads(check.file(f"{name}.json").read_text())
+    report = json.loads(check.read(f"{name}.json"))
     figures = {}
     for row in report["rows"]:
         if row["left_out"]:
             figures[row["label"]] = f"skipped: {row['left_out']}"
             continue
-        share = f", {100 * statistics.median(row['mfu']):.1f} % MFU" if row["mfu"] else ""
+        share = f", {100 * statistics.median(row['mfu']):.1f} % MFU" if row.get("mfu") else ""
         ratio = (
             f", {statistics.median(row['time_ratio']):.3f} x the time of {row['against']}"
             if "time_ratio" in row
             else ""
         )
-        floor = row["of_memory_floor"]
+        floor = row.get("of_memory_floor")  # this and the ratios are added when all systems have been measured
         share += f", {100 * statistics.median(floor):.1f} % of the memory floor" if floor else ""
         figures[row["label"]] = f"{statistics.median(row['images_per_second']):,.0f} images/s{share}{ratio}"
     return figures
@@ -304,7 +341,7 @@ def strategies_commands(check: Check) -> list[list[str]]:
 
 
 def strategies_figures(check: Check, log: str) -> dict[str, Any]:
-    rows = json.loads((check.file("strategies") / "strategies.json").read_text())["rows"]
+    rows = json.loads(check.read("strategies/strategies.json"))["rows"]
     return {
         f"{row['name']} x {row['processes']}": row["failed"]
         or f"{statistics.median(row['images_per_second']):,.0f} images/s, "

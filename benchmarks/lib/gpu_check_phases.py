@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from benchmarks.lib.gpu_check_parts import (
     program,
     step_figures,
 )
+from benchmarks.lib.gpu_check_parts import prepare_commands as prepare_images
 from common.packages import is_installed
 from config.settings import resolve
 from image_data.dataset import Dataset
@@ -36,10 +38,12 @@ SMALL_IMAGES = 2_000
 SMALL = ["train_batch_size=32", "model.depth=1", "model.width=32", "model.feed_forward_options.hidden=32"]
 SMALL += ["model.patch_embedding_options.first=8", "bf16.enabled=false", "compile=off"]
 LONG_RECIPE = "100ep"
-# Seconds of the long recipe besides its steps: imports, data and compilation; evaluation and checkpoint of an epoch;
-# the end.
-START_SECONDS, EPOCH_SECONDS, ENDING_SECONDS = 45.0, 0.9, 15.0
-UNKNOWN_SPEED = 5_000.0  # images/s to plan with where no phase has measured the recipe: surely too low
+# Seconds of the long recipe besides its steps: imports, data and compilation, which took 42 to 60 s on an H100
+# (results/LOG.md); evaluation and checkpoint of an epoch; the end.
+START_SECONDS, EPOCH_SECONDS, ENDING_SECONDS = 75.0, 0.9, 15.0
+# Images/s to plan with where no phase has measured the recipe: 512 images in 54.55 ms on an H200, without the Triton
+# kernel (results/LOG.md).
+UNKNOWN_SPEED = 9_400.0
 
 
 def dali() -> bool:
@@ -53,9 +57,19 @@ def deepspeed() -> bool:
 def data_of(check: Check) -> Path:
     """Return the dataset of the phases: CIFAR-100 where it is prepared, else random pixels of its sizes."""
     given = check.data_dir is not None or check.archive is not None
-    if given or not check.small and Dataset.is_prepared(check.data):
+    drawn = check.data.parent == check.out  # by a check without a time limit: too few images
+    if given or not (check.small or drawn):
         return check.data
-    return check.out / "noise"
+    return noise(check)
+
+
+def noise(check: Check) -> Path:
+    return check.out / f"noise-{noise_images(check)}"
+
+
+def noise_images(check: Check) -> int:
+    """Return the training images of the random pixels: those of CIFAR-100, fewer for a rehearsal."""
+    return SMALL_IMAGES if check.small else 50_000
 
 
 def overrides(check: Check) -> list[str]:
@@ -73,12 +87,11 @@ def source() -> list[str]:
 
 
 def prepare_commands(check: Check) -> list[list[str]]:
-    if Dataset.is_prepared(data_of(check)):
-        raise Skipped(f"{data_of(check).name} is already prepared")
-    if check.archive is not None:
-        return [program("prepare_dataset.py", "--data-dir", check.data, "--archive", check.archive)]
-    images = ["--images", SMALL_IMAGES] if check.small else []
-    return [program("benchmarks/lib/noise_dataset.py", data_of(check), *images)]
+    if data_of(check) != noise(check):
+        return prepare_images(check)
+    if Dataset.is_prepared(noise(check)):
+        raise Skipped(f"{noise(check).name} is already prepared")
+    return [program("benchmarks/lib/noise_dataset.py", noise(check), "--images", noise_images(check))]
 
 
 def prepare_result(check: Check, log: str) -> dict[str, Any]:
@@ -130,7 +143,7 @@ def parts_commands(names: str, file: str) -> Any:
 
 def parts_result(file: str) -> Any:
     def read(check: Check, log: str) -> dict[str, Any]:
-        report = json.loads(check.file(file).read_text())
+        report = json.loads(check.read(file))
         errors = {
             f"errors of {name}": ", ".join(f"{part} {share:.1e}" for part, share in shares.items())
             for name, shares in report["errors"].items()
@@ -159,14 +172,14 @@ def profile_commands(preset: str) -> Any:
 
 def profile_result(preset: str) -> Any:
     def read(check: Check, log: str) -> dict[str, Any]:
-        report = json.loads(check.file(f"profile-{preset}.json").read_text())
+        report = json.loads(check.read(f"profile-{preset}.json"))
         figures = {}
         for name, found in report["turns"].items():
             step, host = statistics.median(found["step_ms"]), statistics.median(found["host_ms"])
             memory = f", {found['memory_bytes'] / 2**30:.1f} GiB" if found["memory_bytes"] else ""
             figures[name] = f"{step:.2f} ms per step, {1e3 * report['batch'] / step:,.0f} images/s, host {host:.2f} ms"
             figures[name] += f"{memory}, first steps {found['warm_up_seconds']:.1f} s"
-        if "bytes_per_step" in report:
+        if report.get("bytes_per_step"):
             floor = 1e3 * report["bytes_per_step"] / report["copy_bytes_per_second"]
             figures["memory floor"] = f"{floor:.2f} ms, step / floor {step / floor:.2f}"
         if "kinds_ms" in report:
@@ -215,12 +228,13 @@ def parallel_commands(check: Check) -> list[list[str]]:
 
 
 def parallel_figures(check: Check, log: str) -> dict[str, Any]:
-    report = json.loads(check.file("parallel_runs.json").read_text())
+    report = json.loads(check.read("parallel_runs.json"))
     figures = {}
     for name, rates in report["images_per_second"].items():
         count, mode = name.split()
         figures[f"{count} at once{', MPS' * (mode == 'mps')}"] = f"{statistics.median(rates):,.0f} images/s"
-    return {**figures, **({"MPS": report["no_mps"]} if report["no_mps"] else {})}
+    failed = {f"{name} failed": reason for name, reason in report["failed"].items()}
+    return {**figures, **failed, **({"MPS": report["no_mps"]} if report["no_mps"] else {})}
 
 
 # --- accuracy
@@ -257,8 +271,10 @@ def seeds_commands(check: Check) -> list[list[str]]:
 
 def run_figures(check: Check, name: str) -> dict[str, Any]:
     """Return accuracy and seconds of a run, finished or not; nothing where it has no epoch yet."""
-    file = check.file("runs") / name / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    try:
+        lines = [json.loads(line) for line in check.read(f"runs/{name}/metrics.jsonl").splitlines()]
+    except FileNotFoundError:
+        return {}
     if not lines:
         return {}
     last = lines[-1]
@@ -266,7 +282,7 @@ def run_figures(check: Check, name: str) -> dict[str, Any]:
         sum(line[key] for line in lines) for key in ("training_seconds", "warmup_seconds", "data_wait_seconds")
     )
     accuracy = f"{100 * last['test_accuracy']:.2f} % ({last['test_correct']} correct)"
-    if not is_cifar100(Dataset.open(data_of(check))) or data_of(check).name == "noise":
+    if not is_cifar100(Dataset.open(data_of(check))) or data_of(check) == noise(check):
         accuracy = "speed only (no CIFAR-100)"
     return {
         name: f"{accuracy} after {last['epoch']} epochs, {last['step']} steps; training {training:.1f} s, first steps "
@@ -280,11 +296,10 @@ def seeds_figures(check: Check, log: str) -> dict[str, Any]:
 
 def long_epochs(check: Check) -> int:
     """Return the epochs of the long recipe that fit into the time left at the measured speed, at most all of it."""
-    file = check.file(f"profile-{LONG_RECIPE}.json")
     speed = UNKNOWN_SPEED
-    if file.is_file():
-        report = json.loads(file.read_text())
-        speed = 1e3 * report["batch"] / statistics.median(list(report["turns"].values())[-1]["step_ms"])
+    with suppress(FileNotFoundError):
+        report = json.loads(check.read(f"profile-{LONG_RECIPE}.json"))
+        speed = 1e3 * report["batch"] / statistics.median(next(iter(report["turns"].values()))["step_ms"])
     images = len(Dataset.open(data_of(check)).splits["train"])
     fit = int((check.seconds_left() - START_SECONDS - ENDING_SECONDS) / (images / speed + EPOCH_SECONDS))
     return min(fit, resolve(LONG_RECIPE, []).epochs)
@@ -307,6 +322,12 @@ def phase(what: str, commands: Any, read: Any, limit_seconds: float, at_once: bo
     return Part(what, commands, read, limit_seconds, limit_seconds, at_once)
 
 
+def profile_phase(preset: str, limit_seconds: float) -> Part:
+    what = f"step of {preset}: kernel on and off, profile"
+    return phase(what, profile_commands(preset), profile_result(preset), limit_seconds)
+
+
+# The limits up to `seeds` fit into 15 minutes.
 PHASES = {
     "device": phase("devices of this machine, and measured peaks", device_commands, device_figures, 40),
     "prepare": phase("a prepared dataset", prepare_commands, prepare_result, 60),
@@ -315,13 +336,10 @@ PHASES = {
     ),
     "tests": phase("tests that need a GPU", test_commands, test_result, 160, at_once=True),
     "input": phase("images/s of the input pipeline", input_commands, input_figures, 45),
-    **{
-        f"step-{preset}": phase(
-            f"step of {preset}: kernel off and on, profile", profile_commands(preset), profile_result(preset), limit
-        )
-        for preset, limit in (("speedrun", 60), ("100ep", 70), ("300ep", 70))
-    },
+    "step-speedrun": profile_phase("speedrun", 60),
+    "step-100ep": profile_phase("100ep", 150),
     "seeds": phase(f"speedrun with {len(SEEDS)} seeds: accuracy and seconds", seeds_commands, seeds_figures, 260),
+    "step-300ep": profile_phase("300ep", 150),
     "step": phase("cost of a training step against a bare loop", baseline_commands, step_figures, 90),
     "modes": phase("modes of torch.compile", modes_commands, modes_figures, 90),
     "parallel": phase("several runs on the device at once", parallel_commands, parallel_figures, 150),

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from benchmarks.lib.loader_tasks import OURS, PADDING, Task, Unavailable
 from benchmarks.lib.timing import Look, Window, consume
-from common.errors import DatasetError, SettingsError
+from common.packages import is_installed
 from common.paths import PROJECT
 from config.settings import AugmentationSettings
 from dali_pipeline import Batches
@@ -79,18 +79,15 @@ class Ours(InProcess):
             augmentation = AugmentationSettings(crop_padding=PADDING, flip=0.5, **options)
         except TypeError as error:
             raise Unavailable(f"this version does not know these settings: {error}") from error
-        try:
-            self.batches = Batches(
-                dataset,
-                "train",
-                task.batch_size,
-                augmentation=augmentation,
-                device=task.device,
-                source=source,
-                num_threads=task.threads,
-            )
-        except (DatasetError, SettingsError, ImportError) as error:
-            raise Unavailable(str(error)) from error
+        self.batches = Batches(
+            dataset,
+            "train",
+            task.batch_size,
+            augmentation=augmentation,
+            device=task.device,
+            source=source,
+            num_threads=task.threads,
+        )
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches.epoch(number, 0, self.task.num_batches)
@@ -105,6 +102,7 @@ class PerSample(InProcess):
 
     def __init__(self, dataset: Dataset, task: Task, samples: TorchDataset):
         super().__init__(dataset, task)
+        need_psutil()
         sampler = RandomSampler(samples, num_samples=task.num_batches * task.batch_size)
         self.loader = DataLoader(
             samples,
@@ -183,6 +181,7 @@ class Ffcv:
     def __init__(self, dataset: Dataset, task: Task, python: str, channels_last: bool):
         if task.job != "crop":
             raise Unavailable("FFCV has no RandAugment")
+        need_psutil()
         if dataset.splits["train"].packed is None:
             raise Unavailable("the images are not packed")
         self._folder = tempfile.TemporaryDirectory(prefix="ffcv-")
@@ -241,6 +240,12 @@ class Ffcv:
         if "unavailable" in answer:
             raise Unavailable(answer["unavailable"])
         return answer
+
+
+def need_psutil() -> None:
+    """Raise Unavailable if the CPU time of worker processes cannot be read."""
+    if not is_installed("psutil"):
+        raise Unavailable("psutil, which reads the CPU time of worker processes, is not installed")
 
 
 def resident_pixels(dataset: Dataset) -> np.ndarray:

@@ -31,6 +31,7 @@ _ADA = "NVIDIA Ada architecture white paper v2.1 (2023), dense, fp32 accumulate"
 PEAKS = {
     "B200": Peak(2250, 1125, 75, "NVIDIA HGX B200 data sheet (2024), an eighth of the board's, dense"),
     "H200": Peak(989, 494, 67, _HOPPER),
+    "H200 NVL": Peak(835, 417, 60, _HOPPER),
     "H100": Peak(989, 494, 67, _HOPPER),
     "H100 PCIe": Peak(756, 378, 51, _HOPPER),
     "H100 NVL": Peak(835, 417, 60, _HOPPER),

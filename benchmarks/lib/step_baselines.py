@@ -223,18 +223,21 @@ class Timm(Bare):
 
     def step(self) -> Tensor:
         self.task = self.task or self.make_task()  # created late: the model is compiled after `prepare`
-        images, labels = self.batch()
-        with self.autocast():
-            result = self.task(images, labels)
-        loss = result["loss"]
-        loss.backward()
+        losses = []
+        for _ in range(self.sizes.accumulation):
+            images, labels = self.batch()
+            with self.autocast():
+                loss = self.task(images, labels)["loss"]
+            (loss / self.sizes.accumulation).backward()
+            losses.append(loss.detach())
         if self.clipping:
             self.clip(self.network.parameters(), value=self.clipping, mode="norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.meter.update(loss.item(), len(images))
+        mean = torch.stack(losses).mean()
+        self.meter.update(mean.item(), self.sizes.accumulation * len(images))
         self.scheduler.step()
-        return loss.detach()
+        return mean
 
     def parts(self, count: int) -> dict[str, float]:
         raise Unavailable("the loss is inside timm's task")

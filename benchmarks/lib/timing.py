@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from common.packages import is_installed
 from image_data.preparation.decoding import available_cores
 
 if TYPE_CHECKING:
@@ -80,11 +81,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def cpu_seconds() -> float:
-    """Return user plus system time so far: this process, its finished children and its living descendants."""
-    import psutil
+    """Return user plus system time so far: this process, its finished children and its living descendants.
 
+    Without psutil, living descendants do not count: a program that has any must check `is_installed("psutil")`.
+    """
     own = os.times()
     total = time.process_time() + own.children_user + own.children_system
+    if not is_installed("psutil"):
+        return total
+    import psutil
+
     for child in psutil.Process().children(recursive=True):
         try:
             used = child.cpu_times()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 from programs import run
 
+from benchmarks import checkpoint_cost
 from benchmarks.fault_matrix import as_table, difference, make_scene, may_mount, run_round, run_undisturbed
 from benchmarks.lib.faults import FAULTS
 from records.run_folder import RunFolder
@@ -80,6 +84,30 @@ def test_the_table_counts_what_was_lost():
         ]
     )
     assert "| 2 | 1 | 1 | 0 |" in table and "| 1 | 1 | 0 | 1 |" in table and table.endswith("| all | | 3 | 2 | 1 | 1 |")
+
+
+def test_no_checkpoint_is_still_being_written_when_a_turn_begins(tmp_path, monkeypatch):
+    events: list[str] = []
+
+    class Writer:
+        def __init__(self, *_):
+            pass
+
+        def take_snapshot(self, *_):
+            return SimpleNamespace(seconds=0.0)
+
+        def write(self, *_):
+            events.append("write")
+
+        def wait(self):
+            events.append("wait")
+
+    monkeypatch.setattr("training.checkpoint_writer.CheckpointWriter", Writer)
+    engine = SimpleNamespace(device=torch.device("cpu"), weights=None, train_batch=lambda stream: events.append("step"))
+    record = SimpleNamespace(folder=tmp_path, newest_checkpoint=lambda: tmp_path)
+    checkpoint_cost.measure(engine, None, record, Namespace(steps=1, rounds=2))
+    told = " ".join(events)
+    assert "write" in told and "write step" not in told
 
 
 def test_the_cost_of_checkpoints_is_measured_and_written(training, tmp_path):

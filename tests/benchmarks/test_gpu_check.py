@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
             ),
             "crashes": part("import os; os.abort()"),
             "disappoints": part("pass", disappoint),
+            "surprises": part("pass", lambda check, log: {"ms": 1e3 * None}),
             "last": part("print('still here')"),
         },
     )
@@ -71,6 +73,7 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
         "failed",
         "failed",
         "failed",
+        "failed",
         "passed",
     ]
     assert found["good"]["figures"] == {"said": "all well"} and found["last"]["figures"] == {"said": "still here"}
@@ -78,7 +81,7 @@ def test_a_part_that_fails_hangs_or_crashes_leaves_the_others_alone(monkeypatch,
     assert "exceeded its time limit" in found["hangs"]["words"] and "exit code -6" in found["crashes"]["words"]
     page, printed = (tmp_path / "check.md").read_text(), capsys.readouterr().out
     assert "3 %, expected 5 %" in page and "3 %, expected 5 %" in printed
-    assert "2 passed, 4 failed, 0 skipped" in printed
+    assert "2 passed, 5 failed, 0 skipped" in printed
 
 
 def test_a_part_that_is_cut_off_keeps_its_figures(monkeypatch, tmp_path):
@@ -251,6 +254,82 @@ def test_the_tests_that_a_part_runs_exist(name, quick, num_gpus, tmp_path):
     assert chosen and all(any(word in line for line in lines) for word in chosen), command
 
 
+def check_after(tmp_path: Path, **facts) -> Check:
+    """Return a check of a GPU that begins after the files in its output folder were written."""
+    facts = {"num_gpus": 1, "quick": False, "data_dir": None, "archive": None, **facts}
+    return Check(tmp_path, began=time.time() + 10, **facts)
+
+
+def test_results_of_an_earlier_check_do_not_count(shapes, tmp_path):
+    """Each part that reads a file: it reports nothing, or that the file was not written."""
+    (tmp_path / "runs/speedrun-seed0").mkdir(parents=True)
+    (tmp_path / "runs/speedrun-seed0/metrics.jsonl").write_text('{"epoch": 1}\n')
+    for name in ("device", "kernel", "parts", "input_pipeline", "profile-100ep", "training_step", "compile_modes"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"batch": 1, "turns": {"on": {"step_ms": [1e6]}}}))
+    check = check_after(tmp_path, data_dir=shapes, end_at=time.monotonic() + 600)
+    for name in ("device", "kernel", "input", "step-100ep", "step", "modes", "parallel", "parts"):
+        with pytest.raises(FileNotFoundError, match="was not written"):
+            PHASES[name].read(check, "")
+    assert PHASES["seeds"].read(check, "") == {}
+    assert phases.long_epochs(check) > 1  # planned with the speed of the earlier check, there would be none
+
+
+def test_a_check_replaces_the_report_of_an_earlier_one_at_once(monkeypatch, tmp_path):
+    (tmp_path / "check.json").write_text('{"parts": ["earlier"]}')
+    (tmp_path / "old.json").write_text("7")
+    os.utime(tmp_path / "old.json", (1, 1))
+    seen = []
+    parts = {
+        "old": part("pass", lambda check, log: {"read": check.read("old.json")}),
+        "new": part(
+            f"open({str(tmp_path / 'new.json')!r}, 'w').write('8')",
+            lambda check, log: (
+                seen.append(json.loads(check.read("check.json"))["parts"]) or {"read": check.read("new.json")}
+            ),
+        ),
+    }
+    code, report = check_with(monkeypatch, tmp_path, parts)
+    assert [entry["figures"] for entry in report["parts"]] == [{}, {"read": "8"}]
+    assert "old.json was not written" in report["parts"][0]["words"] and [one["name"] for one in seen[0]] == ["old"]
+
+
+def test_a_relative_path_of_an_archive_refers_to_the_current_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--archive", "one.zip"])
+    assert "--archive one.zip does not exist; check the path" in capsys.readouterr().err
+    Path("one.zip").touch()
+    check = gpu_check.make_check(gpu_check.parse_arguments(["--archive", "one.zip"]), 0.0)
+    assert check.archive == tmp_path / "one.zip"
+
+
+@pytest.mark.parametrize("known", [PARTS, PHASES], ids=["parts", "phases"])
+def test_another_archive_is_prepared_again(shapes, tmp_path, known):
+    archives = [tmp_path / "a" / "one.zip", tmp_path / "b" / "other.zip"]
+    for archive in archives:
+        archive.parent.mkdir()
+        archive.write_bytes(b"12")
+    check = check_after(tmp_path, archive=archives[0])
+    [command] = known["prepare"].commands(check)
+    assert command[command.index("--archive") + 1] == str(archives[0]) and "--force" not in command
+    shutil.copytree(shapes, check.data)
+    (check.data / "prepared_from.json").write_text(json.dumps({"archive": "one.zip", "bytes": 2}))
+    with pytest.raises(Skipped, match="one.zip is already prepared"):
+        known["prepare"].commands(check)
+    [command] = known["prepare"].commands(check_after(tmp_path, archive=archives[1]))
+    assert command[command.index("--archive") + 1] == str(archives[1]) and command[-1] == "--force"
+
+
+def test_a_rehearsal_or_a_plain_check_leaves_the_timed_check_its_own_images(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.PROJECT", tmp_path / "empty")
+    small, large = check_after(tmp_path, small=True), check_after(tmp_path)
+    shutil.copytree(shapes, large.data)
+    for check, images in ((small, "2000"), (large, "50000")):
+        [command] = phases.prepare_commands(check)
+        assert command[-1] == images
+        shutil.copytree(shapes, command[2])
+
+
 # --- timed phases -------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +371,11 @@ def test_a_rehearsal_trains_without_dali_and_deepspeed(tmp_path, monkeypatch):
     assert code == 0 and problems(report) == {}, report
     [(name, found)] = report["parts"][-1]["figures"].items()
     assert name == "long-100ep" and "speed only (no CIFAR-100) after 1 epochs, 3 steps" in found
-    assert report["small"] and report["parts"][1]["figures"] == {"dataset": "noise", "train": "2,000", "test": "400"}
+    assert report["small"] and report["parts"][1]["figures"] == {
+        "dataset": "noise-2000",
+        "train": "2,000",
+        "test": "400",
+    }
 
 
 @pytest.mark.slow
@@ -309,6 +392,9 @@ def test_the_phases_come_in_order_of_value():
     order = list(PHASES)
     assert order[:2] == ["device", "prepare"] and order[-1] == "long"
     assert order.index("tests") < order.index("input") < order.index("step-speedrun") < order.index("seeds")
+    assert sum(PHASES[name].limit_seconds for name in order[: order.index("seeds") + 1]) < 15 * 60
+    assert min(PHASES[f"step-{preset}"].limit_seconds for preset in ("100ep", "300ep")) >= 150
+    assert phases.START_SECONDS > 60  # compiling 100ep took as long on an H100
 
 
 @pytest.mark.parametrize(
@@ -325,13 +411,22 @@ def test_invalid_flags_of_a_timed_check_are_rejected(arguments, message, capsys)
     assert message in capsys.readouterr().err
 
 
+def test_a_memory_floor_that_was_not_counted_is_left_out(shapes, tmp_path):
+    turn = {"step_ms": [10], "host_ms": [1], "memory_bytes": None, "warm_up_seconds": 2}
+    report = {"batch": 100, "turns": {"on": turn}, "bytes_per_step": None, "copy_bytes_per_second": 1e9}
+    (tmp_path / "profile-100ep.json").write_text(json.dumps(report))
+    figures = PHASES["step-100ep"].read(Check(tmp_path, 1, False, shapes, None), "")
+    assert list(figures) == ["on"] and "10.00 ms per step, 10,000 images/s" in figures["on"]
+
+
 def test_the_long_recipe_gets_the_epochs_that_fit(shapes, tmp_path):
     """At the speed of its profile: 1,000 images/s, and overhead per epoch and per run."""
     images = len(Dataset.open(shapes).splits["train"])
     (tmp_path / "profile-100ep.json").write_text(
         json.dumps({"batch": 100, "turns": {"on": {"step_ms": [90, 100, 110]}}})
     )
-    for seconds, epochs in ((60.5, 0), (60 + 5.5 * (images / 1000 + 0.9), 5)):
+    overhead = phases.START_SECONDS + phases.ENDING_SECONDS
+    for seconds, epochs in ((overhead + 0.5, 0), (overhead + 5.5 * (images / 1000 + 0.9), 5)):
         check = Check(tmp_path, 1, False, shapes, None, end_at=time.monotonic() + seconds)
         assert max(0, phases.long_epochs(check)) == epochs
     assert "--epochs 5" in " ".join(phases.long_commands(check)[0])
@@ -365,7 +460,31 @@ def test_the_script_installs_nothing_for_a_timed_check(tmp_path):
         [copy, "--minutes", "1"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "has no PyTorch, NumPy and Pillow. Set PYTHON=" in done.stderr
+    assert "lacks PyTorch, NumPy, Pillow, safetensors or tqdm. Set PYTHON=" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
+def test_a_python_without_a_package_that_the_parts_import_is_not_used(tmp_path, monkeypatch, package):
+    monkeypatch.setenv("PYTHONPATH", blocked(tmp_path / "blocked", package))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    done = subprocess.run(
+        [shutil.copy(PROJECT / "gpu_check.sh", tmp_path), "--small"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "lacks PyTorch, NumPy, Pillow, safetensors or tqdm" in done.stderr
+
+
+@pytest.mark.parametrize(("deepspeed", "strategy"), [(False, ["--strategy", "ddp"]), (True, ["--fresh"])])
+def test_the_training_part_installs_no_missing_package(shapes, tmp_path, monkeypatch, deepspeed, strategy):
+    """The launcher would, and is used only where nothing is missing."""
+    check = Check(tmp_path, 1, False, shapes, None)
+    assert PARTS["train"].commands(check)[0][1] == str(PROJECT / "launch_local_train.sh")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.is_installed", lambda package: deepspeed)
+    command = PARTS["train"].commands(check)[0]
+    assert command[:2] == [str(python), str(PROJECT / "train.py")] and command[-len(strategy) :] == strategy
 
 
 @pytest.mark.slow

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import input_pipeline
+from benchmarks.lib import noise_dataset
+from benchmarks.lib.gpu_check_parts import Check, input_figures
 from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS
 from benchmarks.lib.loaders import loaders
-from benchmarks.lib.timing import alternate, ratios, spread
+from benchmarks.lib.timing import Window, alternate, ratios, spread
 from image_data.preparation.prepare import prepare
 
 PROGRAM = Path(input_pipeline.__file__)
@@ -166,6 +168,46 @@ def test_unknown_names_are_rejected(arguments, message, capsys):
 def test_a_batch_larger_than_the_dataset_is_rejected(drawn, capsys):
     assert input_pipeline.main(["--data-dir", str(drawn), "--device", "cpu"]) == 1
     assert "fewer than one batch of 512" in capsys.readouterr().err
+
+
+class Stub:
+    """Stands for a loader; ends the measurement in its second turn."""
+
+    versions: dict[str, str] = {}
+
+    def __init__(self):
+        self.turns = 0
+
+    def warm_up(self) -> tuple[Window, float, float]:
+        return Window(8, 8, 1.0), 0.0, 1.0
+
+    def turn(self, epochs: int) -> Window:
+        self.turns += 1
+        if self.turns == 2:
+            raise TimeoutError
+        return Window(8, 8, 1.0)
+
+
+@pytest.mark.parametrize("missing", ["torchvision", "psutil"])
+def test_a_loader_without_its_package_or_files_is_skipped(drawn, tmp_path, monkeypatch, missing):
+    noise_dataset.write(tmp_path, 100)  # packed, without files
+    monkeypatch.setitem(sys.modules, missing, None)
+    file = tmp_path / "report.json"
+    for folder, skipped in ((drawn, "memory"), (tmp_path, "imagefolder")):
+        words = ["--data-dir", folder, "--loaders", f"{skipped},whole_batch", "--batch-size", 16, "--json", file]
+        words += ["--jobs", "crop", "--device", "cpu", "--rounds", 1, "--turn-seconds", 0.01]
+        assert input_pipeline.main(list(map(str, words))) == 0
+        found = json.loads(file.read_text())["jobs"]["crop"]
+        assert list(found["loaders"]) == ["whole_batch"] and found["skipped"][skipped]
+
+
+def test_finished_turns_are_on_the_disk(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.lib.loaders.loaders", lambda python: {"tensor": lambda *_: Stub()})
+    file = tmp_path / "input_pipeline.json"
+    words = ["--data-dir", drawn, "--loaders", "tensor", "--batch-size", 16, "--device", "cpu", "--json", file]
+    with pytest.raises(TimeoutError):
+        input_pipeline.run(input_pipeline.parse_arguments(list(map(str, words))))
+    assert input_figures(Check(tmp_path, 0, False, drawn, None), "") == {"crop, tensor": "8 images/s"}
 
 
 def test_turns_alternate_and_ratios_are_taken_by_round():

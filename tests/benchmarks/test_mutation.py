@@ -217,3 +217,15 @@ def test_the_report_counts_and_a_survivor_is_explained(tmp_path, capsys):
     ) and "reason" not in kept
     with pytest.raises(UserError, match="holds seed 0"):
         mutation.Report(tmp_path, seed=1, sample_size=9)
+
+
+@pytest.mark.parametrize(("size", "left"), [(2, 0), (1, 0), (5, 3)])
+def test_the_report_counts_a_sample_of_another_size(tmp_path, size, left):
+    report = mutation.Report(tmp_path, seed=0, sample_size=2)
+    drawn = list(itertools.islice(sample({"models/a.py": SOURCE}, seed=0), 5))
+    for mutant in drawn[:2]:
+        report.add(mutant, "-a\n+b", Verdict(KILLED, "tests/a.py::test_b", 0, 3), "abc", 1.0)
+    again = mutation.Report(tmp_path, seed=0, sample_size=200)  # the default of --explain, which draws nothing
+    assert "Of the sample of 2, 0 have not been tested." in again.markdown()
+    again.left(drawn[:size], None)
+    assert f"Of the sample of {max(2, size)}, {left} have not been tested." in again.markdown()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import parallel_runs
+from benchmarks.lib.gpu_check_parts import Check
+from benchmarks.lib.gpu_check_phases import parallel_figures
 from benchmarks.parallel_runs import rows, turn, why_no_mps
 from common.errors import RunError
 from config.settings import resolve
@@ -82,9 +84,32 @@ def test_a_real_process_trains_the_preset(monkeypatch, tiny):
 
 
 def test_the_table_has_ratios_to_one_run():
-    report = {"images_per_second": {"1 alone": [100.0, 110.0], "2 alone": [150.0, 165.0], "2 mps": [200.0, 220.0]}}
+    rates = {"1 alone": [100.0, 110.0], "2 alone": [150.0, 165.0], "2 mps": [200.0, 220.0]}
+    report = {"images_per_second": rates, "failed": {"4 mps": "no memory left"}}
     assert rows(json.loads(json.dumps(report)))[1:] == [
         ["1", "off", "105 (100 .. 110)", "105", "1.00"],
         ["2", "off", "158 (150 .. 165)", "79", "1.50"],
         ["2", "on", "210 (200 .. 220)", "105", "2.00"],
+        ["4", "on", "failed: no memory left", "", ""],
     ]
+
+
+@pytest.mark.parametrize("error", [RunError("no memory left"), OSError("no memory left")], ids=["process", "MPS"])
+def test_a_failed_turn_is_reported_and_the_finished_ones_are_kept(tmp_path, error):
+    """The report is on the disk before each turn; a number of processes that failed has no further turns."""
+    options, seen = Namespace(json=tmp_path / "report.json", rounds=2), []
+
+    def good() -> float:
+        seen.append(json.loads(options.json.read_text()) if options.json.exists() else {})
+        return 100.0
+
+    def bad() -> float:
+        raise error
+
+    report: dict = {"images_per_second": {}, "failed": {}}
+    parallel_runs.measure({"1 alone": good, "4 mps": bad, "8 mps": good}, options, report)
+    assert seen[1] == {"images_per_second": {"1 alone": [100.0]}, "failed": {"4 mps": "no memory left"}}
+    assert report["images_per_second"] == {"1 alone": [100.0, 100.0], "8 mps": [100.0, 100.0]}
+    (tmp_path / "parallel_runs.json").write_text(json.dumps({**report, "no_mps": None}))
+    figures = parallel_figures(Check(tmp_path, 1, False, None, None), "")
+    assert figures["1 at once"] == "100 images/s" and figures["4 mps failed"] == "no memory left"

@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks import training_step
 from benchmarks.lib import memory_floor, step_report
+from benchmarks.lib.gpu_check_parts import Check, step_figures
 from benchmarks.lib.peak_flops import PEAKS, data_sheet, measured_flops
 from benchmarks.lib.step_breakdown import PARTS, Marks
 from benchmarks.lib.workload import Subject
@@ -227,6 +228,20 @@ def test_one_system_at_a_time_gives_the_same_rows(shapes, tiny, context, tmp_pat
     assert len(found["ddp"]["time_ratio"]) == 2
 
 
+def test_the_systems_measured_so_far_are_on_the_disk(shapes, tiny, tmp_path, monkeypatch):
+    def measure_group(systems, context):
+        if systems[0].name == "bare":
+            raise TimeoutError
+        return [{"label": "ddp", "left_out": None, "images_per_second": [90.0, 100.0, 110.0]}]
+
+    monkeypatch.setattr(training_step, "measure_group", measure_group)
+    file = tmp_path / "training_step.json"
+    words = ["--data-dir", shapes, "--preset", tiny, "--strategies", "ddp", "--turns", "sequential", "--json", file]
+    with pytest.raises(TimeoutError):
+        training_step.run(training_step.parse_arguments(list(map(str, words))), None)
+    assert step_figures(Check(tmp_path, 0, False, shapes, None), "") == {"ddp": "100 images/s"}
+
+
 def test_baselines_use_channels_last_and_the_compile_mode(shapes, tiny, monkeypatch):
     """As our engines do, so that the comparison is about the loop."""
     from benchmarks.lib import step_baselines
@@ -249,6 +264,24 @@ def test_baselines_use_channels_last_and_the_compile_mode(shapes, tiny, monkeypa
     assert images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     assert seen == {"mode": "max-autotune"}
     loop.feed.batches.close()
+
+
+def test_timm_accumulates_gradients_as_the_bare_loop_does(shapes, tiny, monkeypatch):
+    from benchmarks.lib import step_baselines
+
+    overrides = ["gradient_accumulation_steps=2", "optimizer.type=AdamW", "model.dropout=0.0", "bf16.enabled=false"]
+    settings = resolve(str(tiny), overrides, strategy="ddp")
+    monkeypatch.setattr(step_baselines.process_group, "init_process_group", lambda: torch.device("cpu"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    request = {"processes": 1, "source": "tensor", "synthetic": False, "compile": "off"}
+    losses = {}
+    for form in (step_baselines.Bare, step_baselines.Timm):
+        loop = form(Subject(settings, shapes), request)
+        assert loop.sizes.accumulation == 2
+        losses[form] = torch.stack(loop.steps(3)).tolist()
+        loop.feed.batches.close()
+    assert losses[step_baselines.Timm] == pytest.approx(losses[step_baselines.Bare], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +321,7 @@ def test_an_unknown_setting_is_named(shapes, capsys):
     ("name", "entry"),
     [
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA A100-SXM4-80GB", "A100"),

@@ -6,6 +6,7 @@ Run: python -m pytest tests/training/test_utilization.py
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,6 +38,16 @@ def test_samples_are_plausible_and_a_resumed_run_continues_their_clock(tmp_path)
     assert both[: len(first)] == first
     seconds = [line["seconds"] for line in both]
     assert seconds == sorted(seconds) and seconds[-1] < first[-1]["seconds"] + 30
+
+
+def test_without_psutil_there_are_no_samples(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psutil", None)  # an import of it fails
+    failures: list = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    sampler = Sampler(tmp_path)
+    sampler.start()
+    sampler.stop()
+    assert not failures and not list(tmp_path.iterdir())
 
 
 def test_samples_that_cannot_be_written_end_no_run(tmp_path):
