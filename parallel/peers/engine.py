@@ -99,7 +99,7 @@ class Engine(zero.Engine):
             self.meeting.most_steps = self.schedule.total
             self.meeting.most_outer_steps = -(-self.schedule.total // self.local_steps)
             try:
-                self.meeting.open(agreement(facts, self.num_parameters))
+                self.meeting.open(agreement(facts, self.num_parameters), resumed=self.step > 0)
             except (RunError, SettingsError) as error:
                 problem = str(error)
         self._raise(self.broadcast_object(problem))
