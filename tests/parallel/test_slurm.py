@@ -130,6 +130,12 @@ def test_a_requeued_job_does_not_start_over(tmp_path, restarts, is_fresh):
     assert ("[--fresh]" in done.stdout) == is_fresh
 
 
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (75, True), (143, True)])
+def test_a_job_that_was_stopped_is_requeued_also_if_it_had_not_begun_to_train(tmp_path, code, is_requeued):
+    done = ranks(tmp_path, CODE=str(code))
+    assert done.returncode == code and ("scontrol requeue 7" in done.stdout) == is_requeued, done.stderr
+
+
 # --- a real Slurm -------------------------------------------------------------------------------------------------
 
 CONF = """
