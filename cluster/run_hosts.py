@@ -144,19 +144,21 @@ def main() -> int:
         return 128 + signal.SIGINT
     if not report.can_start or args.check:
         return 0 if report.can_start else EXIT_PREFLIGHT
-    stop = Stop()
+    stop, folder = Stop(), ""
     for left in range(args.restarts, -1, -1):
         if stop.requested:
             return 128 + stop.number
         outcome = Job(plan(report, arguments, environment, train.runs_dir, limits), stop).run()
         show_failure(outcome)
+        folder = outcome.folder = outcome.folder or folder
         if outcome.code in (0, EXIT_STOPPED) or stop.requested or outcome.refused or not left:
             break
         regrouped = regroup(outcome, what, hosts, stop, limits.rejoin)
         if regrouped is None:
             break
         report = regrouped
-        arguments = [word for word in arguments if word != "--fresh"]
+        if folder:  # it is fresh now
+            arguments = [word for word in arguments if word != "--fresh"]
         if ranks_of(report.hosts) != ranks_of(outcome.hosts) and INEXACT not in arguments:
             say(f"The number of ranks changes, so batch statistics (BatchNorm) differ from before: adding {INEXACT}.")
             arguments = [*arguments, INEXACT]
@@ -272,9 +274,16 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
         if ranks != ranks_of(outcome.hosts):
             names = ", ".join(host.name for host in hosts)
             say(f"Resuming with {ranks} rank{'' if ranks == 1 else 's'} on {names}; the global batch stays {total}.")
-    if outcome.folder and hosts[0] != outcome.hosts[0] and not exists(hosts[0], f"{outcome.folder}/run.json"):
+    first = outcome.hosts[0].name
+    if hosts[0].name != first and not outcome.folder:
         say(
-            f"error: only {outcome.hosts[0].name} had the run folder; {hosts[0].name} does not have {outcome.folder}. "
+            f"error: the run folder may be on {first} alone, because the start failed before training began. "
+            "If the run is new, or its folder is on a shared disk, start again without that host."
+        )
+        return None
+    if hosts[0].name != first and not exists(hosts[0], f"{outcome.folder}/run.json"):
+        say(
+            f"error: only {first} had the run folder; {hosts[0].name} does not have {outcome.folder}. "
             "Put run folders on a shared disk (--runs-dir) to resume without the first host."
         )
         return None

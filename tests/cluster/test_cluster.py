@@ -22,9 +22,10 @@ from launching import AWKWARD, fake, run
 from programs import run_ranks
 
 from cluster import agent, failure_cause, run_hosts
+from cluster.host_checks import Problem
 from cluster.hostfile import HostfileError, parse
-from cluster.job import Job, Limits, Plan
-from cluster.preflight import Rendezvous
+from cluster.job import Job, Limits, Outcome, Plan
+from cluster.preflight import Rendezvous, Report
 from cluster.remote import Host
 from common.paths import PROJECT
 from parallel.process_group import limit_waits
@@ -341,6 +342,32 @@ def test_hosts_of_which_one_stopped_and_saved_give_75_and_a_failure_beats_it(cod
     job._sweep = lambda: None
     outcome = job._outcome()
     assert outcome.code == expected and bool(outcome.cause) == (expected not in (0, 75))
+
+
+# --- a restart ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def regroup(monkeypatch):
+    """Call `run_hosts.regroup` after a start on HOSTS; `lost` names the host that the preflight misses from now on."""
+
+    def call(outcome: Outcome, lost: str = "") -> Report | None:
+        def inspect(hosts, what):
+            problems = [Problem(host.name, "does not answer", "check it") for host in hosts if host.name == lost]
+            return Report(hosts, [], problems, "", True, None)
+
+        monkeypatch.setattr(run_hosts.preflight, "inspect", inspect)
+        return run_hosts.regroup(outcome, {}, HOSTS, SimpleNamespace(requested=False), 0.1)
+
+    return call
+
+
+def test_without_the_first_host_nothing_is_started_while_the_run_folder_is_unknown(regroup, monkeypatch, capsys):
+    assert regroup(Outcome(1, HOSTS), lost="node1") is None
+    assert "error: the run folder may be on node1 alone, because the start failed" in capsys.readouterr().err
+    assert regroup(Outcome(1, HOSTS), lost="node2").hosts == HOSTS[:1]
+    monkeypatch.setattr(run_hosts, "exists", lambda host, path: path == "/shared/big/run.json")
+    assert regroup(Outcome(1, HOSTS, folder="/shared/big"), lost="node1").hosts == HOSTS[1:]
 
 
 # --- ranks that hang ----------------------------------------------------------------------------------------------
