@@ -30,17 +30,17 @@ from common.paths import PROJECT
 
 LAST_WORDS_SECONDS = 3  # between the first failure and the end of the other ranks, which may report its cause
 KILL_SECONDS = 15  # until an agent has ended its ranks
-SAVE_SECONDS = 120  # after a signal
 LEAVE_SECONDS = 60  # between the first host that finishes and the last
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits in seconds, from the variables SILENCE_SECONDS, GRACE_SECONDS and REJOIN_SECONDS."""
+    """Time limits in seconds, from the variables SILENCE_SECONDS, GRACE_SECONDS, REJOIN_SECONDS and SAVE_SECONDS."""
 
     silence: float = 20  # without a heartbeat, or of a suspended rank, until the other side counts as dead
     grace: float = 20  # for ranks to save after the launcher is lost
     rejoin: float = 30  # for a lost host to come back before a restart
+    save: float = 600  # for ranks to save after a signal, which may come during an evaluation or a compilation
 
     @classmethod
     def of(cls, environment: Any) -> Limits:
@@ -276,13 +276,16 @@ class Job:
         """Forward a signal, end the other hosts after a failure, and give up hosts that do not end."""
         if self.stop.requested and not self.stopped_at:
             self.stopped_at = now
-            say("Stopping: training saves its state first (press Ctrl-C again to end it without saving).")
+            say(
+                "Stopping: training saves its state first; that may take "
+                f"{self.plan.limits.save:g} s (press Ctrl-C again to end it without saving)."
+            )
             self._send_all("stop")
         due = (
             self.failed_at
             and now - self.failed_at > LAST_WORDS_SECONDS
             or self.stopped_at
-            and now - self.stopped_at > SAVE_SECONDS
+            and now - self.stopped_at > self.plan.limits.save
             or self.done_at
             and now - self.done_at > LEAVE_SECONDS
             or self.stop.now

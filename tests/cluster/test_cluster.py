@@ -198,6 +198,7 @@ def test_time_limits_come_from_variables():
     assert Limits.of({}) == Limits(20, 20, 30) and Limits.of({"GRACE_SECONDS": "2.5", "REJOIN_SECONDS": ""}) == Limits(
         20, 2.5, 30
     )
+    assert Limits.of({"SAVE_SECONDS": "90"}).save == 90
     for wrong in ("soon", "0", "-1", "inf"):
         with pytest.raises(ValueError, match=f"SILENCE_SECONDS must be a number of seconds above 0, not '{wrong}'"):
             Limits.of({"SILENCE_SECONDS": wrong})
@@ -342,6 +343,16 @@ def test_hosts_of_which_one_stopped_and_saved_give_75_and_a_failure_beats_it(cod
     job._sweep = lambda: None
     outcome = job._outcome()
     assert outcome.code == expected and bool(outcome.cause) == (expected not in (0, 75))
+
+
+def test_ranks_that_do_not_save_in_time_are_ended():
+    job, sent = Job.__new__(Job), []  # without its agents, which would be started over SSH
+    job.plan, job.stop = SimpleNamespace(limits=Limits(save=5)), SimpleNamespace(requested=True, now=False)
+    job.agents = [SimpleNamespace(is_running=True, send=sent.append)]
+    job.failed_at = job.killed_at = job.stopped_at = job.done_at = 0.0
+    for now in (100.0, 104.0, 106.0):
+        job._drive(now)
+    assert sent == ["stop", "kill"] and job.killed_at == 106.0
 
 
 # --- a restart ----------------------------------------------------------------------------------------------------
