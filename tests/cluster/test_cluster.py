@@ -276,6 +276,8 @@ class Ended:
 
 
 ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
+SHM = ["error in process 1: /dev/shm is full or too small for NCCL; in a container start it with --shm-size=8g"]
+NOT_JOINED = ["error: process 0 of 2 could not join the others at 10.0.0.1:2: wrong"]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +312,19 @@ ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
             [(0, 0)],
             1,
             "node2: rank 1 was suspended",
+        ),
+        # A sentence of train.py is an error of its own, even if it names NCCL, unless the rank could not join others.
+        (
+            [Ended(HOSTS[0], 247, {0: []}), Ended(HOSTS[1], 1, {1: SHM})],
+            [(0, 0), (1, 1)],
+            1,
+            "rank 1 on node2 failed first",
+        ),
+        (
+            [Ended(HOSTS[0], 1, {0: NOT_JOINED}), Ended(HOSTS[1], 1, {1: SHM})],
+            [(0, 0), (1, 1)],
+            1,
+            "rank 1 on node2 failed first",
         ),
         # Ranks that died before they were seen: those that were ordered to end are not the cause.
         (
