@@ -18,6 +18,8 @@ ECHO = re.compile(
 )
 SENTENCE = re.compile(r"error\b|\S+\.py: error: ")  # of train.py, for what the user can fix
 NOT_JOINED = "could not join the others"  # train.py's sentence of a rank that waited for another one in vain
+# Sentences before training that another start may not meet; the others are errors in the command line.
+TRANSIENT = re.compile(f"{NOT_JOINED}|cannot listen on|is in use|can be reached any more")
 
 
 def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, list[str]]:
@@ -59,6 +61,11 @@ def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, lis
         return blame(failed[0])
     agent = next(agent for agent in agents if agent.end["code"] not in (0, EXIT_STOPPED))
     return EXIT_FAILED, f"{agent.host.name} failed", agent.end["launcher"]
+
+
+def is_refusal(lines: list[str], has_begun: bool) -> bool:
+    """Whether another start would end the same way: training did not begin, because train.py rejected the command."""
+    return not has_begun and bool(lines) and bool(SENTENCE.match(lines[0])) and not TRANSIENT.search(lines[0])
 
 
 def is_echo(error: list[str]) -> bool:

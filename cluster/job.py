@@ -316,7 +316,7 @@ class Job:
             outcome.code = max(codes)
             return outcome
         outcome.code, outcome.cause, outcome.lines = failure_cause.cause(self.agents, self.gone)
-        outcome.refused = bool(outcome.lines) and bool(failure_cause.SENTENCE.match(outcome.lines[0]))
+        outcome.refused = failure_cause.is_refusal(outcome.lines, has_begun=bool(self.folder))
         return outcome
 
     def _sweep(self) -> None:

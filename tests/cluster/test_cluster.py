@@ -360,6 +360,26 @@ def test_hosts_of_which_one_stopped_and_saved_give_75_and_a_failure_beats_it(cod
     assert outcome.code == expected and bool(outcome.cause) == (expected not in (0, 75))
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "refused"),
+    [
+        ("error: unknown strategy 'zeor'", "", True),
+        ("train.py: error: no such flag", "", True),
+        ("error: out of memory; choose a smaller --micro-batch or a smaller network", "/runs/big", False),
+        (NOT_JOINED[0], "", False),
+        ("error: cannot listen on MASTER_ADDR=node1, MASTER_PORT=29500: Address already in use", "", False),
+        ("error: no other peer of the run at 10.0.0.1:2 can be reached any more. Start this one", "", False),
+        ("ValueError: mine", "", False),
+    ],
+)
+def test_only_errors_in_the_command_line_are_not_retried(line, folder, refused, tmp_path):
+    job = Job.__new__(Job)  # without its agents, which would be started over SSH
+    job.plan = SimpleNamespace(hosts=HOSTS[:1], runs=tmp_path)
+    job.agents, job.gone, job.name = [Ended(HOSTS[0], 1, {0: [line]})], [(0, 0)], "job"
+    job.folder, job.batch, job._sweep = folder, None, lambda: None
+    assert job._outcome().refused == refused
+
+
 def test_ranks_that_do_not_save_in_time_are_ended():
     job, sent = Job.__new__(Job), []  # without its agents, which would be started over SSH
     job.plan, job.stop = SimpleNamespace(limits=Limits(save=5)), SimpleNamespace(requested=True, now=False)
