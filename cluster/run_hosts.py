@@ -250,11 +250,7 @@ def ranks_of(hosts: list[Host]) -> int:
 
 def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop: Stop, seconds: float) -> Report | None:
     """Choose hosts of the hostfile that pass the preflight in time. None if no restart is possible."""
-    deadline = time.monotonic() + seconds
-    report = preflight.inspect(all_hosts, what)
-    while not report.can_start and not stop.requested and time.monotonic() < deadline:
-        time.sleep(2)
-        report = preflight.inspect(all_hosts, what)
+    report = inspect_in_time(all_hosts, what, stop, seconds)
     bad = {problem.host for problem in report.problems if not problem.warning}
     hosts = [host for host in all_hosts if host.name not in bad]
     for problem in report.problems:
@@ -287,8 +283,23 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
             "Put run folders on a shared disk (--runs-dir) to resume without the first host."
         )
         return None
-    report = preflight.inspect(hosts, what) if hosts != report.hosts else report
-    return report if report.can_start else None
+    report = inspect_in_time(hosts, what, stop, seconds) if hosts != report.hosts else report
+    if report.can_start:
+        return report
+    for problem in report.problems:
+        if not problem.warning:
+            say(f"error: {problem}")
+    return None
+
+
+def inspect_in_time(hosts: list[Host], what: dict[str, Any], stop: Stop, seconds: float) -> Report:
+    """Repeat the preflight until the hosts pass it, the time is over, or the user stops the launcher."""
+    deadline = time.monotonic() + seconds
+    while True:
+        report = preflight.inspect(hosts, what)
+        if report.can_start or stop.requested or time.monotonic() > deadline:
+            return report
+        time.sleep(2)
 
 
 def fit(hosts: list[Host], total: int, accumulation: int, shards: int, ranks_before: int) -> list[Host]:

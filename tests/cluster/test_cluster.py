@@ -395,14 +395,22 @@ def test_ranks_that_do_not_save_in_time_are_ended():
 
 @pytest.fixture
 def regroup(monkeypatch):
-    """Call `run_hosts.regroup` after a start on HOSTS; `lost` names the host that the preflight misses from now on."""
+    """Call `run_hosts.regroup` after a start on HOSTS.
 
-    def call(outcome: Outcome, lost: str = "") -> Report | None:
+    `lost` names the host that the preflight misses from now on; `closed` is how often it finds node1 alone unfit.
+    """
+
+    def call(outcome: Outcome, lost: str = "", closed: int = 0) -> Report | None:
         def inspect(hosts, what):
+            nonlocal closed
+            if hosts == HOSTS[:1] and closed:
+                closed -= 1
+                return Report(hosts, [], [Problem("node1", "has no free port", "choose another")], "", True, None)
             problems = [Problem(host.name, "does not answer", "check it") for host in hosts if host.name == lost]
             return Report(hosts, [], problems, "", True, None)
 
         monkeypatch.setattr(run_hosts.preflight, "inspect", inspect)
+        monkeypatch.setattr(run_hosts.time, "sleep", lambda seconds: None)
         return run_hosts.regroup(outcome, {}, HOSTS, SimpleNamespace(requested=False), 0.1)
 
     return call
@@ -414,6 +422,13 @@ def test_without_the_first_host_nothing_is_started_while_the_run_folder_is_unkno
     assert regroup(Outcome(1, HOSTS), lost="node2").hosts == HOSTS[:1]
     monkeypatch.setattr(run_hosts, "exists", lambda host, path: path == "/shared/big/run.json")
     assert regroup(Outcome(1, HOSTS, folder="/shared/big"), lost="node1").hosts == HOSTS[1:]
+
+
+def test_the_remaining_hosts_get_time_to_pass_the_preflight_and_their_problems_are_shown(regroup, capsys):
+    assert regroup(Outcome(1, HOSTS), lost="node2", closed=1).hosts == HOSTS[:1]
+    assert "error" not in capsys.readouterr().err
+    assert regroup(Outcome(1, HOSTS), lost="node2", closed=10**9) is None
+    assert "error: node1 has no free port.\n    Fix: choose another\n" in capsys.readouterr().err
 
 
 # --- ranks that hang ----------------------------------------------------------------------------------------------
