@@ -4,6 +4,7 @@
 #   NUM_PROCS=2            number of processes (default: one per GPU; on the CPU see training/cpu_processes.py)
 #   CUDA_VISIBLE_DEVICES=  GPUs to use; empty: none         DS_ACCELERATOR=cpu  use the CPU even if there are GPUs
 #   MASTER_PORT=29500      port where the processes meet (default: a free port)
+#   SAVE_SECONDS=600       time for the processes to save after Ctrl-C or SIGTERM (default: 600)
 #   DRY_RUN=1              print the command; run and install nothing
 # Relative paths among the arguments refer to the current folder; the script does not change it.
 set -euo pipefail
@@ -42,6 +43,9 @@ elif [ ${#devices[@]} -eq 0 ]; then
 fi
 [[ $num_procs =~ ^[1-9][0-9]*$ ]] || { say "error: NUM_PROCS must be a whole number of at least 1, not '$num_procs'."; exit 2; }
 
+save_seconds=${SAVE_SECONDS:-600}
+[[ $save_seconds =~ ^[1-9][0-9]*$ ]] || { say "error: SAVE_SECONDS must be a whole number of at least 1, not '$save_seconds'."; exit 2; }
+
 environment=()
 if [ ${#devices[@]} -eq 0 ]; then
     mapfile -t devices < <(seq 0 $((num_procs - 1)))
@@ -71,11 +75,11 @@ fi
 # 3. Run it, and forward signals. The launcher gets its own process group, so that a Ctrl-C in the terminal reaches this
 # script alone, and the ranks exactly once. A signal goes to the ranks, not to the launcher: the launcher would stop one
 # rank after the other and kill each after 30 s, but they need to save together. It exits when they have exited.
-stopped_at=0 signal=0 seconds_to_save=120
+stopped_at=0 signal=0
 stop() {
     if ((signal == 0)); then
         signal=$1 stopped_at=$SECONDS
-        say "Stopping: training saves its state first, if it has begun (a second Ctrl-C ends it at once)."
+        say "Stopping: training saves its state first, if it has begun; that may take $save_seconds s (a second Ctrl-C ends it at once)."
         local pid children=() ranks=()
         read -ra children 2>/dev/null <"/proc/$launcher/task/$launcher/children" || true
         for pid in "${children[@]}"; do
@@ -99,7 +103,7 @@ trap 'stop 15' TERM
 code=0
 wait "$launcher" || code=$?    # a signal interrupts this wait
 while kill -0 "$launcher" 2>/dev/null; do
-    if ((signal && SECONDS - stopped_at > seconds_to_save)); then kill -TERM "$launcher" 2>/dev/null || true; fi
+    if ((signal && SECONDS - stopped_at > save_seconds)); then kill -TERM "$launcher" 2>/dev/null || true; fi
     sleep 0.2 || true
 done
 if ((signal)); then

@@ -16,7 +16,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from common.display import protect_streams
-from common.errors import EXIT_INTERRUPTED, EXIT_NOTHING_DONE, EXIT_STOPPED, RunError, RunFinishedError, UserError
+from common.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_NOTHING_DONE,
+    EXIT_STOPPED,
+    RunError,
+    RunFinishedError,
+    StoppedError,
+    UserError,
+)
 from common.output_files import disk_problem
 from config.command_line import reports_errors, run_cli
 from config.settings import resolve
@@ -153,6 +161,9 @@ def run() -> int:
     protect_streams()
     try:
         return main()
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_STOPPED
     except UserError as error:
         if reports_errors():
             where = "" if rank in ("", "0") else f" in process {rank}"

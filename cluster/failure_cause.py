@@ -10,13 +10,16 @@ import re
 from typing import Any
 
 EXIT_FAILED, EXIT_LOST_HOST, EXIT_STOPPED = 1, 69, 75
-# Error messages of a rank that lost the connection to another one.
+# In the traceback of a rank that lost the connection to another one.
 ECHO = re.compile(
     r"connection (closed|reset|refused)|timed? ?out|broken pipe|gloo|nccl|tcpstore|Dist(Network|Backend|Store)|"
     r"no route|unreachable",
     re.IGNORECASE,
 )
-REFUSED = re.compile(r"error\b|\S+\.py: error: ")  # by train.py before training: another start would end the same way
+SENTENCE = re.compile(r"error\b|\S+\.py: error: ")  # of train.py, for what the user can fix
+NOT_JOINED = "could not join the others"  # train.py's sentence of a rank that waited for another one in vain
+# Sentences before training that another start may not meet; the others are errors in the command line.
+TRANSIENT = re.compile(f"{NOT_JOINED}|cannot listen on|is in use|can be reached any more")
 
 
 def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, list[str]]:
@@ -41,7 +44,7 @@ def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, lis
         return shell_code(agent.end["code"]), f"rank {key[1]} on {agent.host.name} failed first{words}", lines
 
     for key in failed:
-        if reports[key]["error"] and not ECHO.search("\n".join(reports[key]["error"])):
+        if reports[key]["error"] and not is_echo(reports[key]["error"]):
             return blame(key)
     for agent in agents:
         if agent.lost:
@@ -58,6 +61,18 @@ def cause(agents: list[Any], gone: list[tuple[int, int]]) -> tuple[int, str, lis
         return blame(failed[0])
     agent = next(agent for agent in agents if agent.end["code"] not in (0, EXIT_STOPPED))
     return EXIT_FAILED, f"{agent.host.name} failed", agent.end["launcher"]
+
+
+def is_refusal(lines: list[str], has_begun: bool) -> bool:
+    """Whether another start would end the same way: training did not begin, because train.py rejected the command."""
+    return not has_begun and bool(lines) and bool(SENTENCE.match(lines[0])) and not TRANSIENT.search(lines[0])
+
+
+def is_echo(error: list[str]) -> bool:
+    """Whether a rank's error only follows from the end of another rank."""
+    if SENTENCE.match(error[0]):
+        return NOT_JOINED in error[0]
+    return bool(ECHO.search("\n".join(error)))
 
 
 def shell_code(code: int) -> int:

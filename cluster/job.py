@@ -25,23 +25,22 @@ from cluster.agent import MARK
 from cluster.failure_cause import EXIT_STOPPED
 from cluster.preflight import Rendezvous
 from cluster.remote import Host, say
+from common.launch_facts import launch_facts_in
 from common.paths import PROJECT
 
 LAST_WORDS_SECONDS = 3  # between the first failure and the end of the other ranks, which may report its cause
 KILL_SECONDS = 15  # until an agent has ended its ranks
-SAVE_SECONDS = 120  # after a signal
 LEAVE_SECONDS = 60  # between the first host that finishes and the last
-# train.py's line of batch sizes: global batch, accumulation steps, processes. Words between the numbers may change.
-BATCH = re.compile(r"\bbatch +([\d,]+) = [\d,]+[^x;]*x +([\d,]+)[^x;]*x +([\d,]+) +process")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits in seconds, from the variables SILENCE_SECONDS, GRACE_SECONDS and REJOIN_SECONDS."""
+    """Time limits in seconds, from the variables SILENCE_SECONDS, GRACE_SECONDS, REJOIN_SECONDS and SAVE_SECONDS."""
 
     silence: float = 20  # without a heartbeat, or of a suspended rank, until the other side counts as dead
     grace: float = 20  # for ranks to save after the launcher is lost
     rejoin: float = 30  # for a lost host to come back before a restart
+    save: float = 600  # for ranks to save after a signal, which may come during an evaluation or a compilation
 
     @classmethod
     def of(cls, environment: Any) -> Limits:
@@ -161,7 +160,10 @@ class Agent:
 
 @dataclass
 class Outcome:
-    """How a start ended. `batch` is (global batch, accumulation steps, processes); `cause` and `lines` are printed."""
+    """How a start ended; `cause` and `lines` are printed.
+
+    `folder` of the run and `batch` (global batch, accumulation steps, shards) are unknown until training begins.
+    """
 
     code: int
     hosts: list[Host]
@@ -242,8 +244,10 @@ class Job:
             if agent.is_running:
                 self._lose(agent, "closed the connection")
         elif message["event"] == "line":
-            print(message["text"], flush=True)
-            self._learn(message["text"])
+            if facts := launch_facts_in(message["text"]):
+                self._learn(*facts)
+            else:
+                print(message["text"], flush=True)
         elif message["event"] == "gone":
             self.gone.append((index, message["rank"]))
         elif message["event"] == "end":
@@ -253,15 +257,11 @@ class Job:
             else:
                 self.failed_at = self.failed_at or time.monotonic()
 
-    def _learn(self, line: str) -> None:
-        """Read the run folder and the batch sizes from what the first rank prints."""
-        if line.startswith("run       ") and not self.folder:
-            self.folder = os.path.abspath(line[10:].strip())
-            for agent in self.agents:
-                agent.send(f"logs {self.folder}/logs/{self.name}/{agent.host.machine}")
-        if found := BATCH.search(line):
-            batch, accumulation, processes = (int(text.replace(",", "")) for text in found.groups())
-            self.batch = batch, accumulation, processes
+    def _learn(self, folder: str, batch: tuple[int, int, int]) -> None:
+        """Record the facts of the run, and let the agents move their logs into its folder."""
+        self.folder, self.batch = folder, batch
+        for agent in self.agents:
+            agent.send(f"logs {folder}/logs/{self.name}/{agent.host.machine}")
 
     def _lose(self, agent: Agent, how: str) -> None:
         agent.lost = how
@@ -276,13 +276,16 @@ class Job:
         """Forward a signal, end the other hosts after a failure, and give up hosts that do not end."""
         if self.stop.requested and not self.stopped_at:
             self.stopped_at = now
-            say("Stopping: training saves its state first (press Ctrl-C again to end it without saving).")
+            say(
+                "Stopping: training saves its state first; that may take "
+                f"{self.plan.limits.save:g} s (press Ctrl-C again to end it without saving)."
+            )
             self._send_all("stop")
         due = (
             self.failed_at
             and now - self.failed_at > LAST_WORDS_SECONDS
             or self.stopped_at
-            and now - self.stopped_at > SAVE_SECONDS
+            and now - self.stopped_at > self.plan.limits.save
             or self.done_at
             and now - self.done_at > LEAVE_SECONDS
             or self.stop.now
@@ -313,7 +316,7 @@ class Job:
             outcome.code = max(codes)
             return outcome
         outcome.code, outcome.cause, outcome.lines = failure_cause.cause(self.agents, self.gone)
-        outcome.refused = bool(outcome.lines) and bool(failure_cause.REFUSED.match(outcome.lines[0]))
+        outcome.refused = failure_cause.is_refusal(outcome.lines, has_begun=bool(self.folder))
         return outcome
 
     def _sweep(self) -> None:

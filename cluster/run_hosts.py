@@ -144,19 +144,21 @@ def main() -> int:
         return 128 + signal.SIGINT
     if not report.can_start or args.check:
         return 0 if report.can_start else EXIT_PREFLIGHT
-    stop = Stop()
+    stop, folder = Stop(), ""
     for left in range(args.restarts, -1, -1):
         if stop.requested:
             return 128 + stop.number
         outcome = Job(plan(report, arguments, environment, train.runs_dir, limits), stop).run()
         show_failure(outcome)
+        folder = outcome.folder = outcome.folder or folder
         if outcome.code in (0, EXIT_STOPPED) or stop.requested or outcome.refused or not left:
             break
         regrouped = regroup(outcome, what, hosts, stop, limits.rejoin)
         if regrouped is None:
             break
         report = regrouped
-        arguments = [word for word in arguments if word != "--fresh"]
+        if folder:  # it is fresh now
+            arguments = [word for word in arguments if word != "--fresh"]
         if ranks_of(report.hosts) != ranks_of(outcome.hosts) and INEXACT not in arguments:
             say(f"The number of ranks changes, so batch statistics (BatchNorm) differ from before: adding {INEXACT}.")
             arguments = [*arguments, INEXACT]
@@ -248,11 +250,7 @@ def ranks_of(hosts: list[Host]) -> int:
 
 def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop: Stop, seconds: float) -> Report | None:
     """Choose hosts of the hostfile that pass the preflight in time. None if no restart is possible."""
-    deadline = time.monotonic() + seconds
-    report = preflight.inspect(all_hosts, what)
-    while not report.can_start and not stop.requested and time.monotonic() < deadline:
-        time.sleep(2)
-        report = preflight.inspect(all_hosts, what)
+    report = inspect_in_time(all_hosts, what, stop, seconds)
     bad = {problem.host for problem in report.problems if not problem.warning}
     hosts = [host for host in all_hosts if host.name not in bad]
     for problem in report.problems:
@@ -272,14 +270,36 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
         if ranks != ranks_of(outcome.hosts):
             names = ", ".join(host.name for host in hosts)
             say(f"Resuming with {ranks} rank{'' if ranks == 1 else 's'} on {names}; the global batch stays {total}.")
-    if outcome.folder and hosts[0] != outcome.hosts[0] and not exists(hosts[0], f"{outcome.folder}/run.json"):
+    first = outcome.hosts[0].name
+    if hosts[0].name != first and not outcome.folder:
         say(
-            f"error: only {outcome.hosts[0].name} had the run folder; {hosts[0].name} does not have {outcome.folder}. "
+            f"error: the run folder may be on {first} alone, because the start failed before training began. "
+            "If the run is new, or its folder is on a shared disk, start again without that host."
+        )
+        return None
+    if hosts[0].name != first and not exists(hosts[0], f"{outcome.folder}/run.json"):
+        say(
+            f"error: only {first} had the run folder; {hosts[0].name} does not have {outcome.folder}. "
             "Put run folders on a shared disk (--runs-dir) to resume without the first host."
         )
         return None
-    report = preflight.inspect(hosts, what) if hosts != report.hosts else report
-    return report if report.can_start else None
+    report = inspect_in_time(hosts, what, stop, seconds) if hosts != report.hosts else report
+    if report.can_start:
+        return report
+    for problem in report.problems:
+        if not problem.warning:
+            say(f"error: {problem}")
+    return None
+
+
+def inspect_in_time(hosts: list[Host], what: dict[str, Any], stop: Stop, seconds: float) -> Report:
+    """Repeat the preflight until the hosts pass it, the time is over, or the user stops the launcher."""
+    deadline = time.monotonic() + seconds
+    while True:
+        report = preflight.inspect(hosts, what)
+        if report.can_start or stop.requested or time.monotonic() > deadline:
+            return report
+        time.sleep(2)
 
 
 def fit(hosts: list[Host], total: int, accumulation: int, shards: int, ranks_before: int) -> list[Host]:

@@ -40,6 +40,10 @@ class RunFinishedError(RunError):
     """A run that has nothing left to train; its folder is unchanged."""
 
 
+class StoppedError(RunError):
+    """A signal asked to stop before there was anything to save: the same command starts or resumes the run."""
+
+
 class DatasetError(UserError):
     """A dataset that cannot be used; the message names the file and the fix."""
 

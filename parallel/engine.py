@@ -124,6 +124,10 @@ class Engine(WeightAveraging, Collectives, ABC):
     def begin(self, facts: dict[str, Any]) -> None:  # noqa: B027 (most strategies need no preparation)
         """Prepare the first step, after a saved state was loaded; `facts` is the content of run.json. Collective."""
 
+    def is_exchange_pending(self) -> bool:
+        """Return whether the last step still lacks its exchange with other peers: the run was stopped before it."""
+        return False
+
     @classmethod
     def num_shards(cls, settings: Settings, world_size: int) -> int:
         """Return the number of parts of a global batch when `world_size` processes train."""

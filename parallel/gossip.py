@@ -35,7 +35,7 @@ class Engine(MultiWorkerEngine):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.topology, self.order = self.settings.parallel.topology, self.settings.parallel.gossip_order
-        self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), process_group.num_local()))
+        self.groups = join_groups(rounds_of(self.topology, dist.get_world_size(), num_per_machine()))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         window = self.settings.parallel.moment_steps
@@ -76,6 +76,12 @@ class Engine(MultiWorkerEngine):
     def describe(self) -> str:
         workers = dist.get_world_size()
         return f"{workers} worker{'s' if workers > 1 else ''} on the graph {self.topology}, {super().describe()}"
+
+
+def num_per_machine() -> int:
+    """Return the number of processes of every machine, 0 where it differs; the same on all processes. Collective."""
+    counts = set(process_group.all_gather_objects(process_group.num_local()))
+    return counts.pop() if len(counts) == 1 else 0
 
 
 def join_groups(rounds: list[Round]) -> list[dist.ProcessGroup]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.errors import RunError, SettingsError, UserError
+from common.errors import RunError, SettingsError, StoppedError, UserError
 from common.memory import keep_freed_memory
 from common.stop_signal import stop_requested
 from parallel.plain_objects import gather_values
@@ -104,7 +104,8 @@ def init_process_group(timeout_seconds: float = 600) -> torch.device:
 
     Raises:
         SettingsError: the environment of a launcher is incomplete.
-        RunError: a signal asked to stop while this process waited, or the other processes did not come in time.
+        StoppedError: a signal asked to stop while this process waited.
+        RunError: the other processes did not come in time.
     """
     device = pick_device()
     if "RANK" not in os.environ:
@@ -161,7 +162,7 @@ def _join_in_thread(device: torch.device, timeout_seconds: float) -> None:
     while thread.is_alive():
         thread.join(LOOK_SECONDS)
         if stop_requested() and thread.is_alive():
-            raise RunError(f"stopped while process {rank} of {world_size} waited for the others at {meeting}")
+            raise StoppedError(f"stopped while process {rank} of {world_size} waited for the others at {meeting}")
         if not said and thread.is_alive() and time.monotonic() - began > SAY_SECONDS:
             said = True
             LOGGER.warning(

@@ -2,7 +2,8 @@
 
 A topology is a period of rounds. A round divides the workers into groups; every group takes the mean of its members.
 So each round's mixing matrix is symmetric and doubly stochastic for any number of workers: it keeps the mean of all
-workers, as convergence proofs require (arXiv 1705.09056).
+workers, as convergence proofs require (arXiv 1705.09056). `per_machine` is the number of workers on every machine,
+0 where the machines differ.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ def alternating_exponential_ring(workers: int, per_machine: int) -> list[Round]:
     Raises:
         SettingsError: the machines are not equal, or their number is not a power of two.
     """
-    machines = workers // per_machine
-    if workers % per_machine or machines < 2 or machines & (machines - 1):
+    machines = workers // per_machine if per_machine and workers % per_machine == 0 else 0
+    if machines < 2 or machines & (machines - 1):
         raise SettingsError(
             "parallel.topology=alternating_exponential_ring needs 2, 4, 8, ... machines with equal numbers of "
             "processes, "
-            f"not {workers} processes with {per_machine} on this machine; ring and one_peer_exponential take any number"
+            f"not {workers} processes with {per_machine or 'different numbers'} per machine; "
+            "ring and one_peer_exponential take any number"
         )
     alone = [list(range(m * per_machine, (m + 1) * per_machine)) for m in range(machines)]
     rounds = []

@@ -122,18 +122,19 @@ class RunFolder:
         return Progress(**values)
 
     def is_finished(self) -> bool:
-        """Whether no step was left when the newest checkpoint was saved."""
+        """Whether nothing was left to do when the newest checkpoint was saved."""
         newest = self.newest_checkpoint()
         if newest is None:
             return False
         facts = self.facts()
         is_estimate = facts.get("max_minutes") and "plan" not in facts
-        if not is_estimate and int(newest.name.removeprefix("step-")) >= facts["total_steps"]:
-            return True
+        has_all_steps = not is_estimate and int(newest.name.removeprefix("step-")) >= facts["total_steps"]
         try:
-            return self.read_progress(newest).finished  # early stopping
+            progress = self.read_progress(newest)
         except (OSError, ValueError, TypeError):
-            return False  # damaged: the next start sets it aside
+            return has_all_steps  # damaged: if steps are left, the next start sets it aside
+        # After all steps a peer may still lack the last exchange; then its last epoch has not ended.
+        return progress.finished or (has_all_steps and not progress.step_in_epoch)
 
     # --- one process at a time -------------------------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ def test_gpus_that_are_hidden_are_not_used(repo, variables):
         ({"NUM_PROCS": "0"}, "at least 1, not '0'"),
         ({"NUM_PROCS": "two"}, "at least 1, not 'two'"),
         ({"CUDA_VISIBLE_DEVICES": "0,5"}, "names the GPU 5"),
+        ({"SAVE_SECONDS": "soon"}, "SAVE_SECONDS must be a whole number of at least 1, not 'soon'"),
     ],
 )
 def test_impossible_requests_are_refused(repo, variables, sentence):
@@ -166,6 +167,30 @@ def test_stopping_lets_every_rank_save_once_and_leaves_none(repo, tmp_path, how)
     assert not any(psutil.pid_exists(rank) for rank in ranks)
     if terminal is not None:
         os.close(terminal)
+
+
+SAVING_FOREVER = """
+import os, pathlib, signal, time
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+pathlib.Path(os.environ["STUB_OUT"], "started" + os.environ["RANK"]).write_text(f"[{os.getpid()}]")
+while len(signals) < 2:
+    time.sleep(0.05)
+"""
+
+
+def test_processes_that_do_not_save_in_time_are_ended(repo, tmp_path):
+    (repo / "train.py").write_text(SAVING_FOREVER)
+    script = subprocess.Popen(
+        [str(repo / "launch_local_train.sh")],
+        env=environment(repo, NUM_PROCS="2", SAVE_SECONDS="1"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ranks = rank_pids(tmp_path)
+    script.terminate()
+    assert "that may take 1 s" in script.communicate(timeout=100)[1] and script.returncode != 0
+    assert not any(psutil.pid_exists(rank) for rank in ranks)
 
 
 @pytest.mark.parametrize("victim", ["script", "launcher"])

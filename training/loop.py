@@ -106,9 +106,11 @@ class Loop:
             resumes = "resumes" if step else "starts"
             self.console.say(f"stopped before step {step + 1:,}; the same command {resumes} the run", QUIET)
             return False
-        while not (self.engine.step == self.total_steps or self.progress.finished):
+        while not self.progress.finished:
             stopping = self._train(stop_at)
             self._sync_progress_with_engine()
+            if self.engine.step == self.total_steps and self.engine.is_exchange_pending():
+                return self._stop()  # the weights are not yet those of the run
             is_evaluated = self._is_evaluation_due()
             at_boundary = is_evaluated or self._ends_epoch()
             if is_evaluated:
@@ -118,18 +120,18 @@ class Loop:
             if not self.writer.has_saved_now() and (not at_boundary or self.engine.any(self.writer.is_due())):
                 self._save_checkpoint()
             # Checked again: the signal may have come during the evaluation.
-            if (stopping or self.engine.any(self.stop.requested)) and not (
-                self.engine.step == self.total_steps or self.progress.finished
-            ):
-                if not self.writer.has_saved_now():
-                    self._save_checkpoint()
-                self.writer.wait()
-                self.console.say(
-                    f"stopped after step {self.engine.step:,} and saved; the same command resumes the run", QUIET
-                )
-                return False
+            if (stopping or self.engine.any(self.stop.requested)) and not self.progress.finished:
+                return self._stop()
         self.writer.wait()
         return True
+
+    def _stop(self) -> bool:
+        """Save what is not saved yet, and return that the run is not finished. Collective."""
+        if not self.writer.has_saved_now():
+            self._save_checkpoint()
+        self.writer.wait()
+        self.console.say(f"stopped after step {self.engine.step:,} and saved; the same command resumes the run", QUIET)
+        return False
 
     def _ends_epoch(self) -> bool:
         return self.progress.step_in_epoch == self.steps_per_epoch or self.engine.step == self.total_steps

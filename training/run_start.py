@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import RunError
+from common.launch_facts import print_launch_facts
 from common.paths import near_path
 from dali_pipeline import Batches, Synthetic
 from parallel.engine import Engine
@@ -87,6 +88,9 @@ def start_run(
         folder_of_run = record.folder if record else None
         profile = StepProfile(folder_of_run, logging.profile, engine.first_steps, engine.device, console.say)
         until_it_trains.pop_all()
+    if record:
+        sizes = engine.batch_sizes
+        print_launch_facts(record.folder, (sizes.total, sizes.accumulation, sizes.shards))
     return StartedRun(progress, writer, tracking, record, profile)
 
 

@@ -12,25 +12,30 @@ if ((${SLURM_GPUS_ON_NODE:-1} > ${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS:-1}})); 
     say "Note: fewer tasks than the $SLURM_GPUS_ON_NODE GPUs per node; each task uses one GPU: add --ntasks-per-node=$SLURM_GPUS_ON_NODE"
 fi
 
-# train JOB ARGUMENTS...: run the ranks; if they were stopped and have saved (exit code 75), requeue JOB.
+# train JOB ARGUMENTS...: run the ranks; if they were stopped, and have saved if training had begun, requeue JOB.
 train() {
-    local job=$1 log=runs/slurm-$1-rank follower code=0
+    local job=$1 log=runs/slurm-$1-rank follower code=0 word words=()
     shift
+    # A requeued job resumes: --fresh counts for its first start alone.
+    for word in "$@"; do
+        if [ "$word" != --fresh ] || ((${SLURM_RESTART_COUNT:-0} == 0)); then words+=("$word"); fi
+    done
     # Show the first rank's output here as well.
     touch "$log-0.log"
     tail -n 0 -F "$log-0.log" &
     follower=$!
     # --wait: after the first rank has ended, the others have 30 s. --kill-on-bad-exit would kill ranks that exit with 75 a
     # moment after the first, and srun would report the signal instead.
-    srun --kill-on-bad-exit=0 --wait=30 --open-mode=append --output="$log-%t.log" "$PYTHON" -u train.py "$@" || code=$?
+    srun --kill-on-bad-exit=0 --wait=30 --open-mode=append --output="$log-%t.log" "$PYTHON" -u train.py "${words[@]}" || code=$?
     sleep 1.5
     kill "$follower"
     requeue_if_stopped "$code" "$job"
-    if [ "$code" != 0 ] && [ "$code" != 75 ]; then grep -m1 -A15 -E '^(Traceback|error)' "$log"-*.log || true; fi
+    case $code in 0 | 75 | 143) ;; *) grep -m1 -A15 -E '^(Traceback|error)' "$log"-*.log || true ;; esac
     exit "$code"
 }
 
-# scancel ends the batch script as well, so a canceled job never gets here.
+# 143: SIGTERM came while a rank was still loading PyTorch. scancel ends the batch script as well, so a canceled job never
+# gets here.
 requeue_if_stopped() {
-    if [ "$1" = 75 ]; then scontrol requeue "$2"; fi
+    if [ "$1" = 75 ] || [ "$1" = 143 ]; then scontrol requeue "$2"; fi
 }

@@ -99,7 +99,7 @@ class Engine(zero.Engine):
             self.meeting.most_steps = self.schedule.total
             self.meeting.most_outer_steps = -(-self.schedule.total // self.local_steps)
             try:
-                self.meeting.open(agreement(facts, self.num_parameters))
+                self.meeting.open(agreement(facts, self.num_parameters), resumed=self.step > 0)
             except (RunError, SettingsError) as error:
                 problem = str(error)
         self._raise(self.broadcast_object(problem))
@@ -110,16 +110,19 @@ class Engine(zero.Engine):
             self.say(f"          {join_command(facts, self.meeting.endpoint.text)}")
             if self.meeting.join:
                 self.say("peers     waiting for the others' next exchange")
-        if self.meeting.join or self.alone >= self.local_steps:  # the latter: it was stopped while it waited
+        if self.meeting.join or self.is_exchange_pending():
             self._exchange(joining=self.meeting.join is not None)
         self.began = time.monotonic()
+
+    def is_exchange_pending(self) -> bool:
+        return self.alone > 0 and (self.step % self.local_steps == 0 or self.step == self.schedule.total)
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
         self.meeting.touch(FIRST_STEPS_SECONDS if self.made < self.first_steps else 0.0)
         loss = super().train_batch(batches)
         self.made += 1
         self.alone += 1
-        if self.step % self.local_steps == 0 or self.step == self.schedule.total:
+        if self.is_exchange_pending():
             self._exchange()
         return loss
 

@@ -88,11 +88,15 @@ class PeerGroup:
         self._reported: set[str] = set()
         self._touched = time.monotonic()
         self._exchanging = False
+        self._heard_at = 0.0  # when this peer's own lighthouse has the heartbeats of all others
 
     # --- joining and leaving ---------------------------------------------------------------------------------------
 
-    def open(self, facts: dict[str, Any]) -> None:
+    def open(self, facts: dict[str, Any], resumed: bool = False) -> None:
         """Listen, and check that this peer's facts equal those of the run that it joins.
+
+        Args:
+            resumed: whether this peer has trained before, so that others may send heartbeats to its lighthouse.
 
         Raises:
             RunError: nobody answers, or the port is in use.
@@ -103,6 +107,8 @@ class PeerGroup:
         self.endpoint = Endpoint(
             self.address, self.port, fixed=self.join is None, patience_seconds=self.patience_seconds
         )
+        if resumed and self.join is None:
+            self._heard_at = time.monotonic() + heartbeat.BEAT_SECONDS + heartbeat.SILENT_SECONDS
         self.since = time.time()
         self.device = dist.ProcessGroupGloo.create_device(hostname=self.address)
         self.preferred_endpoint = endpoints[0] if endpoints else self.endpoint.text
@@ -186,6 +192,8 @@ class PeerGroup:
         self._exchanging = True
         own = self._announce(state)
         state = replace(state, share=own.share)
+        # Before that, a restarted first peer would exchange alone, lead by its count, and discard the others' steps.
+        time.sleep(max(0.0, self._heard_at - time.monotonic()))
         try:
             while True:
                 own = replace(own, unreachable=self.failures.still_unreachable())

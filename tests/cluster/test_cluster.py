@@ -22,9 +22,10 @@ from launching import AWKWARD, fake, run
 from programs import run_ranks
 
 from cluster import agent, failure_cause, run_hosts
+from cluster.host_checks import Problem
 from cluster.hostfile import HostfileError, parse
-from cluster.job import Job, Limits, Plan
-from cluster.preflight import Rendezvous
+from cluster.job import Job, Limits, Outcome, Plan
+from cluster.preflight import Rendezvous, Report
 from cluster.remote import Host
 from common.paths import PROJECT
 from parallel.process_group import limit_waits
@@ -197,6 +198,7 @@ def test_time_limits_come_from_variables():
     assert Limits.of({}) == Limits(20, 20, 30) and Limits.of({"GRACE_SECONDS": "2.5", "REJOIN_SECONDS": ""}) == Limits(
         20, 2.5, 30
     )
+    assert Limits.of({"SAVE_SECONDS": "90"}).save == 90
     for wrong in ("soon", "0", "-1", "inf"):
         with pytest.raises(ValueError, match=f"SILENCE_SECONDS must be a number of seconds above 0, not '{wrong}'"):
             Limits.of({"SILENCE_SECONDS": wrong})
@@ -274,6 +276,8 @@ class Ended:
 
 
 ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
+SHM = ["error in process 1: /dev/shm is full or too small for NCCL; in a container start it with --shm-size=8g"]
+NOT_JOINED = ["error: process 0 of 2 could not join the others at 10.0.0.1:2: wrong"]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +313,19 @@ ECHO = ["RuntimeError: [gloo] Connection closed by peer [10.0.0.1]:1"]
             1,
             "node2: rank 1 was suspended",
         ),
+        # A sentence of train.py is an error of its own, even if it names NCCL, unless the rank could not join others.
+        (
+            [Ended(HOSTS[0], 247, {0: []}), Ended(HOSTS[1], 1, {1: SHM})],
+            [(0, 0), (1, 1)],
+            1,
+            "rank 1 on node2 failed first",
+        ),
+        (
+            [Ended(HOSTS[0], 1, {0: NOT_JOINED}), Ended(HOSTS[1], 1, {1: SHM})],
+            [(0, 0), (1, 1)],
+            1,
+            "rank 1 on node2 failed first",
+        ),
         # Ranks that died before they were seen: those that were ordered to end are not the cause.
         (
             [Ended(HOSTS[0], -9, {0: []}, reason="told to"), Ended(HOSTS[1], 247, {1: []})],
@@ -341,6 +358,77 @@ def test_hosts_of_which_one_stopped_and_saved_give_75_and_a_failure_beats_it(cod
     job._sweep = lambda: None
     outcome = job._outcome()
     assert outcome.code == expected and bool(outcome.cause) == (expected not in (0, 75))
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "refused"),
+    [
+        ("error: unknown strategy 'zeor'", "", True),
+        ("train.py: error: no such flag", "", True),
+        ("error: out of memory; choose a smaller --micro-batch or a smaller network", "/runs/big", False),
+        (NOT_JOINED[0], "", False),
+        ("error: cannot listen on MASTER_ADDR=node1, MASTER_PORT=29500: Address already in use", "", False),
+        ("error: no other peer of the run at 10.0.0.1:2 can be reached any more. Start this one", "", False),
+        ("ValueError: mine", "", False),
+    ],
+)
+def test_only_errors_in_the_command_line_are_not_retried(line, folder, refused, tmp_path):
+    job = Job.__new__(Job)  # without its agents, which would be started over SSH
+    job.plan = SimpleNamespace(hosts=HOSTS[:1], runs=tmp_path)
+    job.agents, job.gone, job.name = [Ended(HOSTS[0], 1, {0: [line]})], [(0, 0)], "job"
+    job.folder, job.batch, job._sweep = folder, None, lambda: None
+    assert job._outcome().refused == refused
+
+
+def test_ranks_that_do_not_save_in_time_are_ended():
+    job, sent = Job.__new__(Job), []  # without its agents, which would be started over SSH
+    job.plan, job.stop = SimpleNamespace(limits=Limits(save=5)), SimpleNamespace(requested=True, now=False)
+    job.agents = [SimpleNamespace(is_running=True, send=sent.append)]
+    job.failed_at = job.killed_at = job.stopped_at = job.done_at = 0.0
+    for now in (100.0, 104.0, 106.0):
+        job._drive(now)
+    assert sent == ["stop", "kill"] and job.killed_at == 106.0
+
+
+# --- a restart ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def regroup(monkeypatch):
+    """Call `run_hosts.regroup` after a start on HOSTS.
+
+    `lost` names the host that the preflight misses from now on; `closed` is how often it finds node1 alone unfit.
+    """
+
+    def call(outcome: Outcome, lost: str = "", closed: int = 0) -> Report | None:
+        def inspect(hosts, what):
+            nonlocal closed
+            if hosts == HOSTS[:1] and closed:
+                closed -= 1
+                return Report(hosts, [], [Problem("node1", "has no free port", "choose another")], "", True, None)
+            problems = [Problem(host.name, "does not answer", "check it") for host in hosts if host.name == lost]
+            return Report(hosts, [], problems, "", True, None)
+
+        monkeypatch.setattr(run_hosts.preflight, "inspect", inspect)
+        monkeypatch.setattr(run_hosts.time, "sleep", lambda seconds: None)
+        return run_hosts.regroup(outcome, {}, HOSTS, SimpleNamespace(requested=False), 0.1)
+
+    return call
+
+
+def test_without_the_first_host_nothing_is_started_while_the_run_folder_is_unknown(regroup, monkeypatch, capsys):
+    assert regroup(Outcome(1, HOSTS), lost="node1") is None
+    assert "error: the run folder may be on node1 alone, because the start failed" in capsys.readouterr().err
+    assert regroup(Outcome(1, HOSTS), lost="node2").hosts == HOSTS[:1]
+    monkeypatch.setattr(run_hosts, "exists", lambda host, path: path == "/shared/big/run.json")
+    assert regroup(Outcome(1, HOSTS, folder="/shared/big"), lost="node1").hosts == HOSTS[1:]
+
+
+def test_the_remaining_hosts_get_time_to_pass_the_preflight_and_their_problems_are_shown(regroup, capsys):
+    assert regroup(Outcome(1, HOSTS), lost="node2", closed=1).hosts == HOSTS[:1]
+    assert "error" not in capsys.readouterr().err
+    assert regroup(Outcome(1, HOSTS), lost="node2", closed=10**9) is None
+    assert "error: node1 has no free port.\n    Fix: choose another\n" in capsys.readouterr().err
 
 
 # --- ranks that hang ----------------------------------------------------------------------------------------------

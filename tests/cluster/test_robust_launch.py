@@ -20,18 +20,20 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from launching import environment
-from programs import free_port
+from programs import free_port, run
 
 from benchmarks.lib.forked_programs import Program
 from cluster import host_checks, preflight, probe, remote, sync
-from cluster.job import BATCH, Agent, message_in
+from cluster.job import Agent, Job, message_in
 from cluster.remote import Host
 from cluster.screen import QueuedStream
+from common.launch_facts import launch_facts_in
 from common.paths import PROJECT
 from parallel import plain_objects, process_group, rank_store
 
@@ -146,17 +148,22 @@ def test_an_answer_is_found_between_the_lines_of_a_login_script():
     assert remote.answer_in("probe: loading modules", "probe.py") == {}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "batch     1,024 = 64 x 2 accumulated x 8 processes; 48 steps an epoch",
-        "global batch 1024 = 64 per process x 2 accumulation steps x 8 processes",
-        "batch     global batch 1024 = 64 per process x 2 accumulation steps x 8 processes; 48 steps per epoch",
-        "batch     1024 = 64 per process x 2 accumulation steps x 8 processes",
-    ],
-)
-def test_the_line_of_batch_sizes_is_read(line):
-    assert [int(text.replace(",", "")) for text in BATCH.search(line).groups()] == [1024, 2, 8]
+def test_facts_of_the_run_are_learned_and_not_shown(capsys):
+    agents = [SimpleNamespace(host=Host("node1", 2), heard=0.0, send=lambda words: sent.append(words))]
+    job, sent = Job.__new__(Job), []  # without its agents, which would be started over SSH
+    job.agents, job.name, job.folder, job.batch = agents, "job", "", None
+    for text in ("epoch 1/2", 'facts for the launcher: ["/shared/runs/big", [1024, 2, 8]]'):
+        job._handle(0, {"event": "line", "text": text})
+    assert (job.folder, job.batch) == ("/shared/runs/big", (1024, 2, 8))
+    assert sent == ["logs /shared/runs/big/logs/job/node1"] and capsys.readouterr().out == "epoch 1/2\n"
+
+
+def test_train_py_prints_the_facts_for_the_launcher_alone_and_also_with_quiet(training, runs):
+    words = (*training, "--quiet", "--max-steps", 1, "--name")
+    lines = run("train.py", *words, "facts", CLUSTER_JOB="job:0").out.splitlines()
+    folder, batch = next(facts for facts in map(launch_facts_in, lines) if facts)
+    assert folder == str(runs / "facts") and batch[0] == batch[1] * batch[2] * 64
+    assert not any(map(launch_facts_in, run("train.py", *words, "no-facts").out.splitlines()))
 
 
 # --- hosts and ports ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.lib.forked_programs import Program, start
 from parallel.peers import endpoint
+from parallel.peers.heartbeat import Heartbeat
 from parallel.peers.membership import ring_bytes
 from parallel.peers.rendezvous import PeerGroup
 from parallel.strategies import engine_class
@@ -271,3 +272,22 @@ def test_a_peer_that_waits_to_join_can_be_stopped(training):
     assert done.code == STOPPED and "Traceback" not in done.err
     first.send(signal.SIGTERM)
     assert first.end().code == STOPPED
+
+
+def test_a_peer_that_is_stopped_before_the_last_exchange_exchanges_and_finishes_after_a_resume(training, runs):
+    """The other peer is alive, but does not finish its steps while the test runs."""
+    long = ("--set", "parallel.local_steps=100000", "--epochs", "10")
+    words = (training, "peer-last", "--host-peers", f"{HERE}:{free_pair()}", *long)
+    first = peer(*words)
+    other = Heartbeat(listens_at(first), "other", lambda: True)
+    other.start()
+    first.wait_for("epoch  9/10")
+    time.sleep(5)  # for the four steps of the last epoch
+    first.send(signal.SIGTERM)
+    done = first.end()
+    other.ended.set()
+    assert done.code == STOPPED and "stopped while waiting for an exchange" in done.out, done.text
+    assert [line["epoch"] for line in RunFolder(runs / "peer-last").metrics()] == list(range(1, 10))
+    _check(peer(*words).end(), 0)
+    last = RunFolder(runs / "peer-last").metrics()[-1]
+    assert last["epoch"] == 10 and last["outer_steps"] == 1 and RunFolder(runs / "peer-last").is_finished()

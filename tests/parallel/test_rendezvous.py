@@ -60,6 +60,7 @@ def circle(quick):
         port: int | None = None,
         facts: dict | None = None,
         patience: float = 5.0,
+        resumed: bool = False,
     ) -> list[PeerGroup]:
         for _ in range(count):
             first = join or (opened[0] if opened and port is None else None)
@@ -71,7 +72,7 @@ def circle(quick):
                 patience,
                 say=lambda text: None,
             )
-            meeting.open(facts or {"seed": 0})
+            meeting.open(facts or {"seed": 0}, resumed)
             opened.append(meeting)
         return opened[-count:]
 
@@ -199,6 +200,24 @@ def test_exchanges_outlive_the_first_peer_and_return_to_its_lighthouse_when_it_i
     outcomes = exchange([*others, late, back], standings)
     assert all(len(outcome.members) == 4 and torch.equal(outcome.mean, torch.full((5,), 3.0)) for outcome in outcomes)
     assert all(peer._meeting_endpoint() == back.endpoint.text for peer in (*others, late, back))
+
+
+def test_a_first_peer_that_is_restarted_hears_the_others_before_it_exchanges(circle, monkeypatch):
+    """The heartbeat of the other peer reaches the new lighthouse a second after it listens."""
+    peers = circle(2)
+    home = peers[0].endpoint
+    exchange(peers, [standing(1.0), standing(3.0)])
+    peers[0].close()
+    peers[1].beats[home.text].ended.set()
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 5.0)
+    (back,) = circle(1, port=home.port, resumed=True)
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(back.exchange, standing(2.0, count=4))
+        time.sleep(0.8)
+        peers[1].beats[home.text] = heartbeat.Heartbeat(home.text, peers[1].id, lambda: True)
+        peers[1].beats[home.text].start()
+        outcomes = [peers[1].exchange(standing(4.0, count=4)), pending.result(LIMIT_SECONDS)]
+    assert all(len(outcome.members) == 2 and torch.equal(outcome.mean, torch.full((5,), 3.0)) for outcome in outcomes)
 
 
 def test_a_lighthouse_that_ends_after_it_was_asked_is_left(circle):

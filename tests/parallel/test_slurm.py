@@ -101,6 +101,41 @@ def test_batch_scripts_save_before_the_time_limit_and_are_requeued(path):
     assert "scontrol requeue" in (path.parent / "ranks.sh").read_text()
 
 
+RANKS = """
+say() { :; }
+nvidia-smi() { :; }
+scontrol() { echo "scontrol $*"; }
+srun() { printf "[%s]" "$@"; return "$CODE"; }
+sleep() { :; }
+. cluster/slurm/ranks.sh
+train 7 --fresh --name 'a b'
+"""
+
+
+def ranks(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Source ranks.sh in a folder whose setup does nothing, with programs of Slurm that print their arguments."""
+    (folder / "cluster").symlink_to(PROJECT / "cluster")
+    (folder / "environment").mkdir()
+    (folder / "environment/setup.sh").touch()
+    variables = {"PATH": os.environ["PATH"], "PYTHON": "python", "CODE": "0", **environment}
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", RANKS], cwd=folder, env=variables, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(("restarts", "is_fresh"), [({}, True), ({"SLURM_RESTART_COUNT": "1"}, False)])
+def test_a_requeued_job_does_not_start_over(tmp_path, restarts, is_fresh):
+    done = ranks(tmp_path, **restarts)
+    assert done.returncode == 0 and "[--name][a b]" in done.stdout, done.stderr
+    assert ("[--fresh]" in done.stdout) == is_fresh
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (75, True), (143, True)])
+def test_a_job_that_was_stopped_is_requeued_also_if_it_had_not_begun_to_train(tmp_path, code, is_requeued):
+    done = ranks(tmp_path, CODE=str(code))
+    assert done.returncode == code and ("scontrol requeue 7" in done.stdout) == is_requeued, done.stderr
+
+
 # --- a real Slurm -------------------------------------------------------------------------------------------------
 
 CONF = """

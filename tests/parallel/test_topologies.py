@@ -49,10 +49,34 @@ def test_the_known_graphs():
     ]
 
 
-@pytest.mark.parametrize(("workers", "per_machine"), [(4, 4), (6, 2), (5, 2)])
+@pytest.mark.parametrize(("workers", "per_machine"), [(4, 4), (6, 2), (5, 2), (4, 0)])
 def test_alternating_rings_need_a_power_of_two_of_machines(workers, per_machine):
     with pytest.raises(SettingsError, match="needs 2, 4, 8, ... machines"):
         rounds_of("alternating_exponential_ring", workers, per_machine)
+
+
+def job_on_unequal_machines() -> None:
+    import torch.distributed as dist
+
+    from parallel import process_group
+    from parallel.gossip import num_per_machine
+
+    process_group.init_process_group()
+    assert num_per_machine() == 0
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_processes_of_unequal_machines_make_the_same_rounds():
+    """Three on one machine and one on another: by its own number, only the latter would find four equal machines."""
+    meeting = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    local = [("3", "0"), ("3", "1"), ("3", "2"), ("1", "0")]
+    ranks = [
+        Program(job_on_unequal_machines, (), {**meeting, "RANK": str(i), "LOCAL_RANK": own, "LOCAL_WORLD_SIZE": count})
+        for i, (count, own) in enumerate(local)
+    ]
+    for done in [rank.end() for rank in ranks]:
+        _check(done, 0)
 
 
 def job_mixing(out: str) -> None:

@@ -295,20 +295,3 @@ def test_a_console_whose_reader_is_gone_says_nothing_and_raises_nothing(monkeypa
     shown.result(LINE, 10, "runs/mine/report.html")
     monkeypatch.setattr(sys, "stdout", None)  # as after `train.py >&-`
     Console().epoch(LINE, ["test"], 10)
-
-
-@pytest.mark.parametrize(("accumulation", "shards"), [(1, 1), (2, 4)])
-def test_the_batch_line_is_understood_by_the_cluster_launcher(out, accumulation, shards):
-    from types import SimpleNamespace
-
-    from cluster.job import BATCH
-    from config.settings import Settings
-
-    sizes = SimpleNamespace(total=64 * accumulation * shards, micro=64, accumulation=accumulation, shards=shards)
-    engine = SimpleNamespace(batch_sizes=sizes, num_parameters=1, step=0, describe=lambda: "fp32")
-    dataset = {"folder": "data/x", "classes": ["a"], "num_images": {"train": 1}}
-    facts = {"dataset": dataset, "settings": Settings().as_dict(), "source": "tensor", "device": "CPU"}
-    facts |= {"steps_per_epoch": 1, "total_steps": 2}
-    Console(out=out).print_run("runs/mine", facts, 32, engine)
-    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("batch ")]
-    assert tuple(map(int, BATCH.search(line).groups())) == (sizes.total, accumulation, shards)
