@@ -26,6 +26,7 @@ from image_data.dataset import DEFAULT, Dataset
 from model import TABLES, build_model, dimensions
 from models.cost import count_parameters
 from models.parts import UnusablePart, make_part
+from models.registration import check_registered
 from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer
 from parallel.process_group import pick_device
@@ -141,6 +142,7 @@ def _try_forward(
         try:
             with torch.random.fork_rng(), device, torch.no_grad():
                 module = make()
+                check_registered(label, module)
                 found = module(torch.zeros(shape))
         except UnusablePart as error:
             problem = error

@@ -145,6 +145,58 @@ def test_a_part_that_does_not_fit_is_one_sentence(own, setting, name, sentence):
         check(settings_with(setting, f"{own}:{name}"))
 
 
+HIDDEN = """\
+import torch
+from torch import nn
+
+class Part(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.linear = nn.Linear(dims.width, dims.width)
+        {line}
+
+    def forward(self, x):
+        return self.linear(x)
+
+class Nested(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.inner = Part(dims)
+
+    def forward(self, x):
+        return self.inner(x)
+
+def network(settings, num_classes, image_side):
+    return [nn.Flatten(), Part(settings), nn.Linear(settings.width, num_classes)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("self.ls = [nn.Linear(2, 2)]", "self.ls of Part holds modules in a list, .*; use nn.ModuleList$"),
+        ("self.ls = 1, (nn.ReLU(),)", "self.ls of Part holds modules in a tuple, .*; use nn.ModuleList$"),
+        ("self.ls = {'a': [nn.ReLU()]}", "self.ls of Part holds modules in a dict, .*; use nn.ModuleDict$"),
+        ("self.ls = [nn.Parameter(torch.ones(2))]", "holds parameters in a list, .*; use nn.ParameterList$"),
+        ("self.w = torch.ones(2, requires_grad=True)", "self.w of Part holds a tensor .*; use nn.Parameter$"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [("model.feed_forward", "Part"), ("model.attention", "Nested"), ("model.architecture", "network")],
+)
+def test_modules_and_parameters_that_are_not_registered_are_refused(tmp_path, setting, name, line, sentence):
+    (tmp_path / "own.py").write_text(HIDDEN.replace("{line}", line))
+    with pytest.raises(SettingsError, match=f"{setting}=.*own.py:{name}: .*{sentence}"):
+        check(settings_with(setting, f"{tmp_path}/own.py:{name}"))
+
+
+def test_a_list_may_name_registered_modules_and_hold_plain_values(tmp_path):
+    line = "self.same, self.sizes, self.constant = [self.linear, self.linear.weight], [1, 2], [torch.ones(2)]"
+    (tmp_path / "own.py").write_text(HIDDEN.replace("{line}", line))
+    check(settings_with("model.feed_forward", f"{tmp_path}/own.py:Part"))
+
+
 def test_an_optimizer_whose_first_step_makes_weights_infinite_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\ndef far(groups, lr: float = 3e38):\n    return torch.optim.SGD(groups, lr=lr)\n"
