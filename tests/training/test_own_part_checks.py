@@ -79,6 +79,14 @@ class Failing(Linear):
     def forward(self, x):
         return self.linear(x @ x)
 
+class Double(Linear):
+    def forward(self, x):
+        return self.linear(x).double()
+
+class Labels(Linear):
+    def forward(self, x):
+        return self.linear(x).long()
+
 class ReadsValues(Linear):
     def forward(self, x):
         return x + float(x.sum())
@@ -130,6 +138,8 @@ def test_a_part_is_a_class_a_function_or_a_factory_and_may_need_real_values(own,
             "Failing",
             r"a forward pass .* failed: RuntimeError: .* \(own.py, line 23\); it must map",
         ),
+        ("model.feed_forward", "Double", r"own.py:Double \(.*\): it returned float64 for a float32 input; end "),
+        ("model.attention", "Labels", "it returned int64 for a float32 input; end its forward with"),
         ("model.position", "no_module", "must return a torch.nn.Module, not int"),
         ("model.pooling", "Linear", r"became \(2, 16, 16\), expected \(2, 16\); it must map tokens \(B, T, C\) to one"),
         ("model.block", "no_module", "argument dims has no default and is none of branch, attention, feed_forward"),
