@@ -86,7 +86,7 @@ def check_own_parts(settings: Settings, num_classes: int, image_side: int | None
             attempt(settings)
         except UserError as error:
             raise _named(setting, name, str(error)) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _named(setting, name, describe(error, own)) from error
     return warnings
 
@@ -144,13 +144,13 @@ def _try_forward(
     def check(module: nn.Module, found: Any) -> None:
         _check_result(f"{label}{_line_of(module, own)}", module, found, shape, expected, meaning)
 
-    def failed(problem: Exception) -> SettingsError:
+    def failed(problem: BaseException) -> SettingsError:
         return SettingsError(
             f"{label}: a forward pass with an input of shape {shape} failed: {describe(problem, own)}; "
             f"it must map {meaning}"
         )
 
-    problem: Exception | None = None
+    problem: BaseException | None = None
     for device in (torch.device("meta"), pick_device()):
         try:
             with torch.random.fork_rng(), device, torch.no_grad():
@@ -161,7 +161,7 @@ def _try_forward(
             problem = error
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001 (whatever a user's code raises)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a user's code raises)
             problem = error
         else:
             break
@@ -177,7 +177,7 @@ def _try_forward(
         return warnings_of(f"{label}{_line_of(module, own)}", make, shape, check)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if pick_device().type != "cpu":
             return []  # it may have a kernel for GPUs alone
         raise failed(error) from error

@@ -15,6 +15,7 @@ from model import TABLES, build_model
 from parallel.strategies import engine_class
 from tools.describe_model import describe_model
 from training.own_part_checks import check_before_data, check_own_parts
+from training.run_setup import check_parts
 
 REGISTRIES = [path for path, declared in declared_settings().items() if declared.table]
 EXAMPLES = {setting: (name, code) for setting, name, code in own_part_examples()}
@@ -351,6 +352,48 @@ def test_warnings_are_printed_by_model_py(mistakes, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["model.py", *words])
     describe_model()
     assert capsys.readouterr().err.startswith(f"warning: model.feed_forward={mistakes}:Detached")
+
+
+EXITS = """\
+import sys
+from torch import nn
+
+def leave(*args, **kwargs):
+    sys.exit(0)
+
+class Forward(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+
+    def forward(self, x):
+        leave()
+
+class OnCPU(Forward):
+    def forward(self, x):
+        return x if x.is_meta else leave()
+
+def leave_with(groups, lr: float = 0.1):
+    leave()
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        *((setting, "leave") for setting in REGISTRIES if setting not in ("strategy", "optimizer.type")),
+        ("model.feed_forward", "Forward"),
+        ("model.position", "OnCPU"),
+        ("optimizer.type", "leave_with"),
+    ],
+)
+def test_a_part_that_ends_the_process_is_one_sentence(tmp_path, setting, name):
+    (tmp_path / "own.py").write_text(EXITS)
+    settings = settings_with(setting, f"{tmp_path}/own.py:{name}")
+    check_parts(settings)
+    with pytest.raises(
+        SettingsError, match=rf"{setting.split('.')[-1]}=.*own.py:{name}.*SystemExit: 0 \(own.py, line 5"
+    ):
+        check(settings)
 
 
 def test_an_optimizer_whose_first_step_makes_weights_infinite_is_refused(tmp_path):
