@@ -91,7 +91,8 @@ def main() -> int:
     prepared = find_or_prepare(args.data_dir, args.dataset, args.archive, args.skip_broken)
     data = open_dataset(prepared, args.stage_to, args.source, args.hold_out, settings.image_side)
     num_classes = len(data.dataset.classes)
-    check_own_parts(settings, num_classes, data.side)
+    for text in check_own_parts(settings, num_classes, data.side):
+        console.print_field("warning", text)
     choose_resizing(settings, args.set, engine_type.resizing_refusal, num_classes, data.side, console)
     build = network_builder(settings.model, num_classes, data.side, args.init_weights, console)
     micro_batch = MicroBatch(engine_type, settings, build, data.dataset, args.source, data.side)

@@ -51,14 +51,15 @@ class VariantCost(Cost):
 
 
 def check_own_parts_of(experiment: Experiment, data_dir: Path | None) -> None:
-    """Run the user-defined parts of every variant once, before the dataset is fetched.
+    """Run the user-defined parts of every variant once, before the dataset is fetched; print warnings.
 
     Raises:
         SettingsError: a part cannot be used; the message names the variant, the file and the line.
     """
     for variant in experiment.variants:
         try:
-            check_before_data(variant.settings, data_dir, experiment.dataset)
+            for text in check_before_data(variant.settings, data_dir, experiment.dataset):
+                print(f"warning: variant '{variant.name}': {text}")
         except SettingsError as error:
             raise SettingsError(f"variant '{variant.name}': {error}") from None
 

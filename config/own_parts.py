@@ -2,7 +2,8 @@
 
     --set model.feed_forward=~/ideas/mine.py:SquaredReLU
 
-A typed path is relative to the current folder of the command, in a preset or an experiment to the folder of that file.
+A typed path is relative to the current folder of the command, or else to the project, so that a printed setting can be
+typed anywhere. In a preset or an experiment it is relative to the folder of that file alone.
 Settings hold it in one form, relative to the project where the file is inside it and absolute elsewhere, so that the
 same part is the same setting from every folder. `find_entry` looks up a name in a registry, or loads such a part;
 `config/own_modules.py` imports the file. Nothing here imports PyTorch; a user's file usually does.
@@ -124,12 +125,12 @@ def override_without_folder(word: str) -> str:
 
 
 def _existing(text: str, folder: Path | None, source: str) -> OwnPart:
-    part = OwnPart.parse(text, [*([folder] if folder else []), Path.cwd(), PROJECT])
+    part = OwnPart.parse(text, [folder] if folder else [Path.cwd(), PROJECT])
     assert part is not None
     if not part.file.is_file():
         raise SettingsError(
             f"{source}{text}: there is no file {part.file}; give its path from "
-            f"{'this file' if folder else 'the current folder'}, from ~ or from /"
+            f"{'the folder of this file' if folder else 'the current folder'}, from ~ or from /"
         )
     return part
 

@@ -69,7 +69,7 @@ def make_part(
         part = entry(dims, **checked)
     except SettingsError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnusablePart(
             f"{kind}={name}: making it failed: {describe(error, own)}; it is called with the Dimensions of the "
             "network and its options"

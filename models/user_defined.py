@@ -77,7 +77,7 @@ def _call(label: str, name: str, entry: Callable[..., Any], values: dict[str, An
         return call_by_name(label, entry, **values)
     except SettingsError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnusablePart(f"{label}: making it failed: {describe(error, own)}") from error
 
 

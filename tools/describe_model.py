@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from config.command_line import Parser, add_settings, at_least_one
 from config.settings import resolve
 
@@ -36,7 +38,8 @@ def describe_model() -> None:
         list_parts()
         return
     settings = resolve(args.preset, args.set)
-    check_own_parts(settings, args.classes, args.image_side)
+    for text in check_own_parts(settings, args.classes, args.image_side):
+        print(f"warning: {text}", file=sys.stderr)
     model = build_model(settings.model, args.classes, args.image_side)
     if args.groups:
         from optim.optimizers import describe_groups

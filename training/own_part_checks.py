@@ -1,7 +1,8 @@
 """Runs every user-defined part of a run once, so that a wrong one ends in a sentence before any data is fetched.
 
 Parts of the network get one forward pass of two images on the meta device, which computes shapes alone. A part that
-reads values, or uses a kernel of its own, has no result there, and gets the pass on the device that trains.
+reads values, or uses a kernel of its own, has no result there, and gets the pass on the device that trains. A small
+pass on the CPU follows (own_part_pass.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +28,29 @@ from image_data.dataset import DEFAULT, Dataset
 from model import TABLES, build_model, dimensions
 from models.cost import count_parameters
 from models.parts import UnusablePart, make_part
+from models.registration import check_registered
 from optim.lr_schedule import Schedule
 from optim.optimizers import build_optimizer
 from parallel.process_group import pick_device
 from parallel.topologies import rounds_of
+from training.own_part_pass import is_small, warnings_of
 
 IMAGES = 2  # in the forward pass: BatchNorm needs more than one
 STEPS = 100  # of the schedule that is tried
 DOWNLOADED = {"cifar100": (100, 32), "cifar10": (10, 32)}  # classes and image side of datasets before they are fetched
 
 
-def check_before_data(settings: Settings, data_dir: Path | None, dataset: str | None) -> None:
+def check_before_data(settings: Settings, data_dir: Path | None, dataset: str | None) -> list[str]:
     """Check the user-defined parts with the sizes of the dataset, as far as they are known before it is prepared.
+
+    Returns:
+        Warnings, one sentence each.
 
     Raises:
         SettingsError: a part cannot be used; the message names it, the file and the line.
     """
     if not own_parts_of(settings.as_dict()):
-        return
+        return []
     folder = data_dir or DATA / (dataset or DEFAULT)
     if Dataset.is_prepared(folder):
         opened = Dataset.open(folder)
@@ -53,19 +60,18 @@ def check_before_data(settings: Settings, data_dir: Path | None, dataset: str | 
     side = settings.image_side or sizes[1]
     if side is None and settings.model.architecture == "vit":
         side = 8 * settings.model.patch  # the dataset decides; the ViT takes any multiple of the patch
-    check_own_parts(settings, sizes[0], side)
+    return check_own_parts(settings, sizes[0], side)
 
 
-def check_own_parts(settings: Settings, num_classes: int, image_side: int | None) -> None:
-    """Run every user-defined part once. An `image_side` of None leaves the network out.
+def check_own_parts(settings: Settings, num_classes: int, image_side: int | None) -> list[str]:
+    """Run every user-defined part once and return warnings. An `image_side` of None leaves the network out.
 
     Raises:
         SettingsError: as `check_before_data`.
     """
     if not own_parts_of(settings.as_dict()):
-        return
-    if image_side is not None:
-        _check_network(settings, num_classes, image_side)
+        return []
+    warnings = [] if image_side is None else _check_network(settings, num_classes, image_side)
     for setting, name, attempt in (
         ("optimizer.type", settings.engine["optimizer"]["type"], _try_optimizer),
         ("schedule.shape", settings.schedule.shape, _try_schedule),
@@ -80,8 +86,9 @@ def check_own_parts(settings: Settings, num_classes: int, image_side: int | None
             attempt(settings)
         except UserError as error:
             raise _named(setting, name, str(error)) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _named(setting, name, describe(error, own)) from error
+    return warnings
 
 
 def _named(setting: str, name: str, text: str) -> SettingsError:
@@ -91,21 +98,22 @@ def _named(setting: str, name: str, text: str) -> SettingsError:
 # --- the network ----------------------------------------------------------------------------------------------------
 
 
-def _check_network(settings: Settings, num_classes: int, image_side: int) -> None:
+def _check_network(settings: Settings, num_classes: int, image_side: int) -> list[str]:
     model = settings.model
     if not own_parts_of(vars(model)):
-        return
+        return []
     images, scores = (IMAGES, 3, image_side, image_side), (IMAGES, num_classes)
+    meaning = "images (B, 3, S, S) to class scores (B, K)"
+    build = partial(build_model, model, num_classes, image_side)
     own = OwnPart.parse(model.architecture)
     if own is not None:
-        label, meaning = f"model.architecture={model.architecture}", "images (B, 3, S, S) to class scores (B, K)"
-        _try_forward(label, own, lambda: build_model(model, num_classes, image_side), images, scores, meaning)
-        return
+        return _try_forward(f"model.architecture={model.architecture}", own, build, images, scores, meaning)
     if model.architecture != "vit":
-        return  # it does not use parts; `build_layers` says so
+        return []  # it does not use parts; `build_layers` says so
     dims = dimensions(model, num_classes, image_side)
     tokens = (IMAGES, dims.num_tokens, dims.width)
-    for kind, shape, expected, meaning in (
+    warnings = []
+    for kind, shape, expected, maps in (
         ("patch_embedding", images, (IMAGES, dims.grid**2, dims.width), "images (B, 3, S, S) to tokens (B, T, C)"),
         ("position", tokens, tokens, "tokens (B, T, C) to tokens of the same shape"),
         ("attention", tokens, tokens, "tokens (B, T, C) to tokens of the same shape"),
@@ -114,17 +122,12 @@ def _check_network(settings: Settings, num_classes: int, image_side: int) -> Non
     ):
         name = getattr(model, kind)
         if own := OwnPart.parse(name):
-            make = _maker(kind, name, dims, getattr(model, f"{kind}_options"))
-            _try_forward(f"model.{kind}={name}", own, make, shape, expected, meaning)
+            make = partial(make_part, TABLES[kind], kind, name, dims, getattr(model, f"{kind}_options"))
+            warnings += _try_forward(f"model.{kind}={name}", own, make, shape, expected, maps)
     first = next((kind for kind in ("block", *TABLES) if own_parts_of(getattr(model, kind))), "feed_forward")
     own = next(iter(own_parts_of(vars(model))))
     label = f"model.{first}={getattr(model, first)}, in the whole network"
-    meaning = "images (B, 3, S, S) to class scores (B, K)"
-    _try_forward(label, own, lambda: build_model(model, num_classes, image_side), images, scores, meaning)
-
-
-def _maker(kind: str, name: str, dims: Any, options: dict[str, Any]) -> Callable[[], nn.Module]:
-    return lambda: make_part(TABLES[kind], kind, name, dims, options)
+    return warnings + _try_forward(label, own, build, images, scores, meaning, only_shapes=first != "block")
 
 
 def _try_forward(
@@ -134,30 +137,50 @@ def _try_forward(
     shape: tuple[int, ...],
     expected: tuple[int, ...],
     meaning: str,
-) -> None:
-    """Make a module and call it once. Raises SettingsError where it fails or returns another shape."""
-    problem: Exception | None = None
+    only_shapes: bool = False,
+) -> list[str]:
+    """Make a module and call it; return warnings. Raises SettingsError where it fails or its result does not fit."""
+
+    def check(module: nn.Module, found: Any) -> None:
+        _check_result(f"{label}{_line_of(module, own)}", module, found, shape, expected, meaning)
+
+    def failed(problem: BaseException) -> SettingsError:
+        return SettingsError(
+            f"{label}: a forward pass with an input of shape {shape} failed: {describe(problem, own)}; "
+            f"it must map {meaning}"
+        )
+
+    problem: BaseException | None = None
     for device in (torch.device("meta"), pick_device()):
         try:
             with torch.random.fork_rng(), device, torch.no_grad():
                 module = make()
+                check_registered(label, module)
                 found = module(torch.zeros(shape))
         except UnusablePart as error:
             problem = error
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001 (whatever a user's code raises)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a user's code raises)
             problem = error
         else:
-            _check_result(f"{label}{_line_of(module, own)}", module, found, shape, expected, meaning)
-            return
-    if isinstance(problem, UnusablePart):
-        raise problem
-    assert problem is not None  # every device had one
-    raise SettingsError(
-        f"{label}: a forward pass with an input of shape {shape} failed: {describe(problem, own)}; "
-        f"it must map {meaning}"
-    ) from problem
+            break
+    else:
+        assert problem is not None  # every device had one
+        if isinstance(problem, UnusablePart):
+            raise problem
+        raise failed(problem) from problem
+    check(module, found)
+    if only_shapes or not is_small(count_parameters(module), shape):
+        return []
+    try:
+        return warnings_of(f"{label}{_line_of(module, own)}", make, shape, check)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if pick_device().type != "cpu":
+            return []  # it may have a kernel for GPUs alone
+        raise failed(error) from error
 
 
 def _line_of(module: nn.Module, own: OwnPart) -> str:
@@ -177,8 +200,9 @@ def _check_result(
             f"{label}: an input of shape {shape} became {tuple(found.shape)}, expected {expected}; "
             f"it must map {meaning}"
         )
-    if not found.is_floating_point():
-        raise SettingsError(f"{label}: it must return floating-point numbers, not {found.dtype}")
+    if found.dtype != torch.float32:
+        dtype = str(found.dtype).removeprefix("torch.")
+        raise SettingsError(f"{label}: it returned {dtype} for a float32 input; end its forward with .to(x.dtype)")
     if expected[1:] != shape[1:] and len(expected) == 2 and shape[1] == 3 and not count_parameters(module):
         raise SettingsError(f"{label}: the network has no trainable parameters")
 

@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import SettingsError
 from common.paths import PROJECT
+from comparison.experiment_file import read as read_experiment
 from config.own_modules import files_of, import_file
 from config.own_parts import OwnPart, load
 from config.settings import resolve
@@ -46,6 +47,21 @@ def test_a_preset_names_files_next_to_it(tmp_path, monkeypatch):
     (tmp_path / "own.toml").write_text('model.feed_forward = "mine.py:Part"\n')
     monkeypatch.chdir("/")
     assert resolve(str(tmp_path / "own.toml"), []).model.feed_forward == f"{tmp_path}/mine.py:Part"
+
+
+def test_a_preset_and_an_experiment_name_no_files_of_other_folders(tmp_path, monkeypatch):
+    write(tmp_path, mine="def Part(dims): ...\n")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", "models/feed_forward.py"):
+        file = inner / "own.toml"
+        file.write_text(f'model.feed_forward = "{name}:Part"\n')
+        missing = f"own.toml: {name}:Part: there is no file {inner}/{name}; give its path from the folder of this file"
+        with pytest.raises(SettingsError, match=missing):
+            resolve(str(file), [])
+        with pytest.raises(SettingsError, match=missing):
+            read_experiment(file)
 
 
 def test_files_of_one_name_and_their_neighbors_are_independent(tmp_path):

@@ -102,6 +102,29 @@ def test_an_experiment_compares_parts_of_one_file_and_of_files_of_one_name(ask, 
     assert code == 1 and "variant 'other': " in err and "ZeroDivisionError: division by zero (helper.py, line 1)" in err
 
 
+def test_runs_and_experiments_print_the_warnings_of_a_part_and_continue(training, ask, tmp_path):
+    for folder in ("a", "b"):
+        (write_part(tmp_path / folder, 1.0) / "mine.py").write_text(
+            PART.replace("self.maps(x)", "self.maps(x).detach()")
+        )
+    text = "no gradient reaches the parameters 'maps.0.weight', "
+    words = [
+        *training,
+        "--name",
+        "warned",
+        "--max-steps",
+        "1",
+        "--set",
+        f"model.feed_forward={tmp_path}/a/mine.py:Part",
+    ]
+    said = programs.run("train.py", *words).text
+    assert said.count(text) == 1 and f"warning   model.feed_forward={tmp_path}/a/mine.py:Part" in said
+    common = 'question = "Which part?"\npreset = "tiny.toml"\nsteps = 6\nseeds = 2\n'
+    code, out, err = ask(common + VARIANTS, "--dry-run")
+    assert code == 0, err
+    assert out.count(text) == 3 and "warning: variant 'larger': model.feed_forward=" in out
+
+
 def test_equal_files_have_equal_digests_on_every_machine(tmp_path):
     here, there = (
         {"model": {"feed_forward": f"{write_part(tmp_path / name, 1.0)}/mine.py:Part"}} for name in ("a", "b")

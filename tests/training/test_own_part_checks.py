@@ -13,7 +13,9 @@ from common.errors import SettingsError
 from config.settings import Settings, declared_settings, resolve
 from model import TABLES, build_model
 from parallel.strategies import engine_class
+from tools.describe_model import describe_model
 from training.own_part_checks import check_before_data, check_own_parts
+from training.run_setup import check_parts
 
 REGISTRIES = [path for path, declared in declared_settings().items() if declared.table]
 EXAMPLES = {setting: (name, code) for setting, name, code in own_part_examples()}
@@ -25,9 +27,9 @@ def settings_with(setting: str, reference: str, *more: str) -> Settings:
     return resolve(None, [f"{setting}={reference}", *small, *more])
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings) -> list[str]:
     engine_class(settings.strategy)
-    check_own_parts(settings, 10, 16)
+    return check_own_parts(settings, 10, 16)
 
 
 def test_every_registry_has_an_example_in_the_documentation():
@@ -48,7 +50,7 @@ def test_every_registry_takes_a_part_of_a_file(setting, tmp_path, monkeypatch):
         tree = tree[key]
     assert tree == f"{folder}/my-part.py:{name}"
     assert Settings.from_dict(settings.as_dict()) == settings
-    check(settings)
+    assert check(settings) == []
     (folder / "my-part.py").write_text(f"def {name}(*args, **kwargs):\n    raise ValueError('on purpose')\n")
     with pytest.raises(SettingsError, match=r"on purpose \(my-part.py, line 2\)|must be a subclass of Engine|lr"):
         check(settings_with(setting, f"my-part.py:{name}"))
@@ -78,6 +80,14 @@ class Shorter(Linear):
 class Failing(Linear):
     def forward(self, x):
         return self.linear(x @ x)
+
+class Double(Linear):
+    def forward(self, x):
+        return self.linear(x).double()
+
+class Labels(Linear):
+    def forward(self, x):
+        return self.linear(x).long()
 
 class ReadsValues(Linear):
     def forward(self, x):
@@ -130,6 +140,8 @@ def test_a_part_is_a_class_a_function_or_a_factory_and_may_need_real_values(own,
             "Failing",
             r"a forward pass .* failed: RuntimeError: .* \(own.py, line 23\); it must map",
         ),
+        ("model.feed_forward", "Double", r"own.py:Double \(.*\): it returned float64 for a float32 input; end "),
+        ("model.attention", "Labels", "it returned int64 for a float32 input; end its forward with"),
         ("model.position", "no_module", "must return a torch.nn.Module, not int"),
         ("model.pooling", "Linear", r"became \(2, 16, 16\), expected \(2, 16\); it must map tokens \(B, T, C\) to one"),
         ("model.block", "no_module", "argument dims has no default and is none of branch, attention, feed_forward"),
@@ -143,6 +155,245 @@ def test_a_part_is_a_class_a_function_or_a_factory_and_may_need_real_values(own,
 def test_a_part_that_does_not_fit_is_one_sentence(own, setting, name, sentence):
     with pytest.raises(SettingsError, match=sentence):
         check(settings_with(setting, f"{own}:{name}"))
+
+
+HIDDEN = """\
+import torch
+from torch import nn
+
+class Part(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.linear = nn.Linear(dims.width, dims.width)
+        {line}
+
+    def forward(self, x):
+        return self.linear(x)
+
+class Nested(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.inner = Part(dims)
+
+    def forward(self, x):
+        return self.inner(x)
+
+def network(settings, num_classes, image_side):
+    return [nn.Flatten(), Part(settings), nn.Linear(settings.width, num_classes)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("self.ls = [nn.Linear(2, 2)]", "self.ls of Part holds modules in a list, .*; use nn.ModuleList$"),
+        ("self.ls = 1, (nn.ReLU(),)", "self.ls of Part holds modules in a tuple, .*; use nn.ModuleList$"),
+        ("self.ls = {'a': [nn.ReLU()]}", "self.ls of Part holds modules in a dict, .*; use nn.ModuleDict$"),
+        ("self.ls = [nn.Parameter(torch.ones(2))]", "holds parameters in a list, .*; use nn.ParameterList$"),
+        ("self.w = torch.ones(2, requires_grad=True)", "self.w of Part holds a tensor .*; use nn.Parameter$"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [("model.feed_forward", "Part"), ("model.attention", "Nested"), ("model.architecture", "network")],
+)
+def test_modules_and_parameters_that_are_not_registered_are_refused(tmp_path, setting, name, line, sentence):
+    (tmp_path / "own.py").write_text(HIDDEN.replace("{line}", line))
+    with pytest.raises(SettingsError, match=f"{setting}=.*own.py:{name}: .*{sentence}"):
+        check(settings_with(setting, f"{tmp_path}/own.py:{name}"))
+
+
+def test_a_list_may_name_registered_modules_and_hold_plain_values(tmp_path):
+    line = "self.same, self.sizes, self.constant = [self.linear, self.linear.weight], [1, 2], [torch.ones(2)]"
+    (tmp_path / "own.py").write_text(HIDDEN.replace("{line}", line))
+    check(settings_with("model.feed_forward", f"{tmp_path}/own.py:Part"))
+
+
+MISTAKES = """\
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.linear = nn.Linear(dims.width, dims.width)
+
+    def forward(self, x):
+        return self.linear(x)
+
+class InPlace(Linear):
+    def forward(self, x):
+        return self.linear(x.add_(1))
+
+class DividesByZero(Linear):
+    def forward(self, x):
+        return self.linear(x) / 0 * 0
+
+class Detached(Linear):
+    def forward(self, x):
+        return self.linear(x).detach()
+
+class Frozen(Detached):
+    def __init__(self, dims):
+        super().__init__(dims)
+        self.requires_grad_(False)
+
+class Unused(Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.linear.weight)
+
+class MixesImages(Linear):
+    def forward(self, x):
+        return self.linear(x).mean(0, keepdim=True).expand_as(x)
+
+class BatchNorm(Linear):
+    def __init__(self, dims):
+        super().__init__(dims)
+        self.norm = nn.BatchNorm1d(dims.num_tokens)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+class Noisy(Linear):
+    def forward(self, x):
+        return self.linear(x) + torch.randn_like(x)
+
+class TupleInEvaluation(Linear):
+    def forward(self, x):
+        return self.linear(x) if self.training else (self.linear(x), x)
+
+class NoBackward(Linear):
+    def forward(self, x):
+        y = self.linear(x).exp()
+        y.clone().add_(y.mul_(2))
+        return y
+
+class OnlyOnGPU(Linear):
+    def forward(self, x):
+        if x.device.type == "cpu":
+            raise RuntimeError("no kernel for the CPU")
+        return self.linear(x)
+
+class Net(MixesImages):
+    def __init__(self, num_classes, image_side, hidden: int = 8):
+        nn.Module.__init__(self)
+        self.hidden = nn.Linear(3 * image_side**2, hidden)
+        self.linear = nn.Linear(hidden, num_classes)
+
+    def forward(self, images):
+        scores = self.linear(self.hidden(images.flatten(1)))
+        return scores - scores.mean(0)
+
+def block(branch, attention, feed_forward):
+    attention()
+    unused = branch(feed_forward())
+    unused.forward = lambda x: x
+    return {"attention": branch(attention()), "unused": unused}
+"""
+
+
+@pytest.fixture
+def mistakes(tmp_path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(MISTAKES)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("InPlace", r"own.py:InPlace \(forward in line 13\): it changes its input in place; replace x.add_\(1\)"),
+        ("DividesByZero", "its result has NaN or infinite values for normally distributed inputs"),
+        ("TupleInEvaluation", "it must return one tensor, not tuple"),
+        ("NoBackward", "failed: RuntimeError: one of the variables needed for gradient computation has been modified"),
+        ("OnlyOnGPU", r"failed: RuntimeError: no kernel for the CPU \(own.py, line 6\d\); it must map tokens"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["feed_forward", "attention", "position"])
+def test_a_real_pass_refuses_what_shapes_do_not_show(mistakes, kind, name, sentence):
+    with pytest.raises(SettingsError, match=f"model.{kind}=.*{sentence}"):
+        check(settings_with(f"model.{kind}", f"{mistakes}:{name}"))
+
+
+def test_a_part_that_needs_a_gpu_gets_no_pass_on_the_cpu(mistakes, monkeypatch):
+    monkeypatch.setattr("training.own_part_checks.pick_device", lambda: torch.device("cuda"))
+    assert check(settings_with("model.feed_forward", f"{mistakes}:OnlyOnGPU")) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "sentence"),
+    [
+        ("model.feed_forward", "Detached", "no gradient reaches the parameters 'linear.weight', 'linear.bias'; use"),
+        ("model.attention", "Unused", "no gradient reaches the parameters 'linear.bias'; use them"),
+        ("model.position", "MixesImages", "the result of an image depends on the other images of its batch"),
+        ("model.architecture", "Net", "the result of an image depends on the other images of its batch"),
+        ("model.block", "block", "in the whole network: no gradient reaches the parameters '1.unused.norm.weight', "),
+    ],
+)
+def test_a_real_pass_warns_of_what_may_be_meant(mistakes, setting, name, sentence):
+    (warning,) = check(settings_with(setting, f"{mistakes}:{name}"))
+    assert warning.startswith(f"{setting}={mistakes}:{name}") and sentence in warning
+
+
+@pytest.mark.parametrize("name", ["Linear", "Frozen", "BatchNorm", "Noisy"])
+def test_a_real_pass_accepts_frozen_parameters_batch_norm_and_noise(mistakes, name):
+    before = torch.get_rng_state()
+    assert check(settings_with("model.feed_forward", f"{mistakes}:{name}")) == []
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_large_network_gets_no_real_pass(mistakes):
+    size = "model.architecture_options.hidden=200000"
+    assert check(settings_with("model.architecture", f"{mistakes}:Net", size)) == []
+
+
+def test_warnings_are_printed_by_model_py(mistakes, monkeypatch, capsys):
+    words = ["--set", f"model.feed_forward={mistakes}:Detached", "--set", "model.depth=1"]
+    monkeypatch.setattr("sys.argv", ["model.py", *words])
+    describe_model()
+    assert capsys.readouterr().err.startswith(f"warning: model.feed_forward={mistakes}:Detached")
+
+
+EXITS = """\
+import sys
+from torch import nn
+
+def leave(*args, **kwargs):
+    sys.exit(0)
+
+class Forward(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+
+    def forward(self, x):
+        leave()
+
+class OnCPU(Forward):
+    def forward(self, x):
+        return x if x.is_meta else leave()
+
+def leave_with(groups, lr: float = 0.1):
+    leave()
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        *((setting, "leave") for setting in REGISTRIES if setting not in ("strategy", "optimizer.type")),
+        ("model.feed_forward", "Forward"),
+        ("model.position", "OnCPU"),
+        ("optimizer.type", "leave_with"),
+    ],
+)
+def test_a_part_that_ends_the_process_is_one_sentence(tmp_path, setting, name):
+    (tmp_path / "own.py").write_text(EXITS)
+    settings = settings_with(setting, f"{tmp_path}/own.py:{name}")
+    check_parts(settings)
+    with pytest.raises(
+        SettingsError, match=rf"{setting.split('.')[-1]}=.*own.py:{name}.*SystemExit: 0 \(own.py, line 5"
+    ):
+        check(settings)
 
 
 def test_an_optimizer_whose_first_step_makes_weights_infinite_is_refused(tmp_path):
