@@ -46,7 +46,12 @@ USED = {
 
 def main() -> int:
     args = parse_arguments()
-    runs = [TrainedModel.open(find_run(name, args.runs_dir)) for name in args.runs or [None]]
+    runs = [TrainedModel.open(find_run(name, args.runs_dir, args.weights)) for name in args.runs or [None]]
+    if not args.runs and os.environ.get("RANK", "0") in ("", "0"):
+        print(  # the CSV of --predict stays alone on stdout
+            f"run       {near_path(runs[0].record.folder)} (the newest)",
+            file=sys.stderr if args.predict else sys.stdout,
+        )
     if args.predict:
         return predict_images(runs[0], args)
     if args.export:

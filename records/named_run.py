@@ -6,18 +6,21 @@ import difflib
 from pathlib import Path
 
 from common.errors import RunError
-from records.run_folder import newest_run
+from records.run_folder import METRICS, newest_run
 
 
-def find_run(name: Path | None, runs: Path) -> Path:
+def find_run(name: Path | None, runs: Path, needed: str = METRICS) -> Path:
     """Return the folder of a run: the path itself, `runs/<name>`, or the newest run where `name` is None.
+
+    Args:
+        needed: file of the run folder that the newest run should have.
 
     Raises:
         RunError: there is no such run, but one of a similar name, or `name` is None and there is no run at all.
     """
     runs = runs.expanduser()
     if name is None:
-        return newest_run(runs)
+        return newest_run(runs, needed)
     folder = name.expanduser()
     candidates = [folder, runs / folder]  # an absolute path stays itself
     for candidate in candidates:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from programs import clean_environment, launch, run
 from safetensors.torch import load_file, save_file
 from small_runs import TEST_PER_CLASS
@@ -123,9 +124,19 @@ def test_without_a_run_it_takes_the_newest(trained, report):
     past = time.time() - 3600
     for file in older.iterdir():
         os.utime(file, (past, past))
-    run("evaluate.py", "--runs-dir", trained.folder.parent)
-    assert not list(older.glob("evaluation*"))
+    (older / "evaluation_test.json").write_text("{}")  # evaluated after the newer one was trained
+    failed = RunFolder(trained.folder.with_name("failed"))
+    failed.create(trained.facts())  # a start that failed later still
+    done = run("evaluate.py", "--runs-dir", trained.folder.parent)
+    assert done.out.startswith(f"run       {trained.folder} (the newest)\n")
     assert_same_report(trained.folder / "evaluation_test.json", report[1])
+
+
+def test_the_predictions_of_the_newest_run_stay_alone_on_stdout(trained, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "black.png")
+    done = run("evaluate.py", "--runs-dir", trained.folder.parent, "--predict", tmp_path / "images")
+    assert done.out.startswith("path,") and f"run       {trained.folder} (the newest)\n" in done.err
 
 
 def test_a_run_is_found_by_its_name(trained, report):
