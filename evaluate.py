@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
 from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, summarize
 from inference.trained_model import WEIGHTS, TrainedModel
-from records.named_run import find_run
+from records.named_run import existing_run, find_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -284,7 +285,9 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("data_dir", "json", "output"):
         if getattr(args, name):
             setattr(args, name, getattr(args, name).expanduser())
-    args.predict = args.predict and [path.expanduser() for path in args.predict]
+    if args.predict:
+        args.predict = [path.expanduser() for path in args.predict]
+        check_images(args.predict, args.runs_dir)
     for name in ("soup", "ensemble"):
         if getattr(args, name) and task == "an evaluation":
             raise SettingsError(f"--{name} needs at least two runs: python evaluate.py runs/a runs/b --{name}")
@@ -296,6 +299,17 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("json", "output"):
         if getattr(args, name):
             check_output_file(getattr(args, name), f"--{name}")
+
+
+def check_images(paths: list[Path], runs: Path) -> None:
+    """Raise SettingsError for a run among the images of --predict, which takes every word that follows it."""
+    for path in paths:
+        run = existing_run(path, runs.expanduser())
+        if run == path or run and not path.exists():
+            images = shlex.join(str(other) for other in paths if other != path) or "IMAGE"
+            raise SettingsError(
+                f"{path} is a run folder; write python evaluate.py {shlex.quote(str(path))} --predict {images}"
+            )
 
 
 if __name__ == "__main__":

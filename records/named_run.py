@@ -22,13 +22,17 @@ def find_run(name: Path | None, runs: Path, needed: str = METRICS) -> Path:
     if name is None:
         return newest_run(runs, needed)
     folder = name.expanduser()
-    candidates = [folder, runs / folder]  # an absolute path stays itself
-    for candidate in candidates:
-        if (candidate / "run.json").is_file():
-            return candidate
+    if found := existing_run(folder, runs):
+        return found
     if not folder.exists():
         known = sorted(path.parent.name for path in runs.glob("*/run.json"))
         near = difflib.get_close_matches(folder.name, known, n=1)
         if near:
             raise RunError(f"there is no run '{name}'. Did you mean {runs / near[0]}?")
     return folder
+
+
+def existing_run(folder: Path, runs: Path) -> Path | None:
+    """Return `folder` or `runs/<folder>`, the first that is a run folder; None where neither is."""
+    candidates = [folder, runs / folder]  # an absolute path stays itself
+    return next((candidate for candidate in candidates if (candidate / "run.json").is_file()), None)

@@ -390,6 +390,12 @@ def test_an_option_that_does_not_apply_is_rejected(trained, arguments, sentence)
     assert sentence in refusal(trained, *arguments)
 
 
+def test_a_run_after_predict_is_not_taken_for_images(trained, tmp_path):
+    for name in (trained.folder, trained.folder.name):
+        done = run("evaluate.py", "--runs-dir", trained.folder.parent, "--predict", "my cat.png", name, code=1)
+        assert done.err == (f"error: {name} is a run folder; write python evaluate.py {name} --predict 'my cat.png'\n")
+
+
 def test_missing_weights_are_answered_with_the_existing_ones(trained):
     shutil.copy(trained.folder / "weights.safetensors", trained.folder / "best.safetensors")
     sentence = refusal(trained, "--weights", "bets.safetensors")
