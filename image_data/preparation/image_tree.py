@@ -106,6 +106,12 @@ def list_tree(root: Path, test_fraction: float | None = None, name: str = "") ->
     else:
         by_class = _split_by_name(_images_without_splits(root, name, warnings), test_fraction, name)
     classes = sorted(by_class["train"])
+    if len(classes) == 1:
+        layout = _layout(name) if test_fraction is None else f"{name}/<class>/*.png"
+        raise PrepareError(
+            f"only one class ({listed(classes)}) in {name}; a classifier needs two. "
+            f"If the class folders lie one level higher or lower, name that folder. Expected {layout}"
+        )
     label_of = {class_name: label for label, class_name in enumerate(classes)}
     pairs = {
         split: sorted((path, label_of[class_name]) for class_name, paths in found.items() for path in paths)

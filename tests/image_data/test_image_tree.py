@@ -116,6 +116,21 @@ def test_classes_in_one_split_only_are_an_error(tree, capsys):
     assert "only in train: 'fox'" in message and "only in test: 'owl'" in message
 
 
+@pytest.mark.parametrize("fraction", [(), ("--test-fraction", 0.3)])
+def test_a_single_class_is_an_error(tmp_path, capsys, fraction):
+    """A root one level too low would otherwise give a network that is always right."""
+    for name in ("0.png", "1.png"):
+        for split in () if fraction else ("train", "test"):
+            save(tmp_path / split / "cat" / name, noise(len(split)))
+        save(tmp_path / ("cat" if fraction else "train/cat") / name, noise(int(name[0])))
+    message = refusal(capsys, "--root", tmp_path, *fraction)
+    assert (
+        f"only one class ('cat') in {tmp_path}; a classifier needs two. If the class folders lie one level" in message
+    )
+    assert message.endswith("/<class>/*.png")
+    assert not (tmp_path / "dataset.json").exists()
+
+
 def test_no_images_names_the_layout(tmp_path, capsys):
     assert "holds no train folder, so 0 images were found" in refusal(capsys, "--root", tmp_path)
     for split in ("train", "test"):
