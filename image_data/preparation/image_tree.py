@@ -14,7 +14,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from common.errors import DatasetError
@@ -113,6 +113,11 @@ def list_tree(root: Path, test_fraction: float | None = None, name: str = "") ->
             f"If the class folders lie one level higher or lower, name that folder. Expected {layout}"
         )
     label_of = {class_name: label for label, class_name in enumerate(classes)}
+    if nested := [name for name in classes if any(str(above) in label_of for above in PurePosixPath(name).parents)]:
+        warnings.append(
+            f"class folders that lie inside another class folder are separate classes: {listed(nested)}. "
+            "To make them one class, move their images up"
+        )
     pairs = {
         split: sorted((path, label_of[class_name]) for class_name, paths in found.items() for path in paths)
         for split, found in by_class.items()

@@ -209,6 +209,19 @@ def test_links_to_one_class_folder_are_both_kept_in_any_order_of_the_disk(tree, 
     assert any("classes 'cat', 'kitten' are links to one folder" in warning for warning in found.warnings)
 
 
+def test_a_folder_inside_a_class_folder_is_named_as_a_separate_class(tree):
+    assert not list_tree(tree).warnings
+    for split in ("train", "test"):
+        for name in ("cat/kitten", "wild/fox"):
+            save(tree / split / name / "0.png", noise(1))
+    found = list_tree(tree)
+    assert found.classes == ["big dog", "cat", "cat/kitten", "wild/fox"]
+    assert found.warnings == [
+        "class folders that lie inside another class folder are separate classes: 'cat/kitten'. "
+        "To make them one class, move their images up"
+    ]
+
+
 def test_hidden_folders_are_skipped(tree):
     save(tree / "train/.thumbs/a.png", noise(1))
     save(tree / "train/cat/@eaDir/a.png", noise(2))
