@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.display import printable
 from common.errors import RunError, SettingsError
-from common.output_files import check_output_file, check_output_folder
+from common.output_files import check_output_file, check_output_folder, check_picture_suffix
 from common.paths import RESULTS, RUNS, near_path
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
@@ -103,8 +103,7 @@ def compare(runs: list[RunData], path: Path) -> None:
     from reports.curves import several
     from reports.style import save
 
-    if path.suffix not in (".png", ".svg"):
-        raise SettingsError(f"--out of several runs ends in .png or .svg, not '{path.suffix}'")
+    check_picture_suffix(path, "--out of several runs")
     check_output_file(path, "--out")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):

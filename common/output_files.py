@@ -19,6 +19,12 @@ def check_output_file(path: Path, option: str) -> None:
     check_output_folder(path.parent, f"{option} {path}")
 
 
+def check_picture_suffix(path: Path, option: str) -> None:
+    """Raise SettingsError where the file of an option is no picture."""
+    if path.suffix not in (".png", ".svg"):
+        raise SettingsError(f"{option} ends in .png or .svg, not '{path.suffix}'")
+
+
 def check_output_folder(folder: Path, what: str) -> None:
     """Raise SettingsError where a folder does not exist or is not writable. `what` names the option that needs it."""
     if not folder.is_dir():
