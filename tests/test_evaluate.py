@@ -325,6 +325,16 @@ def test_a_dataset_of_other_classes(trained, shapes, tmp_path):
     )
 
 
+def test_a_dataset_that_was_moved(trained, tmp_path):
+    facts = trained.facts()
+    trained.create(facts | {"dataset": facts["dataset"] | {"folder": str(tmp_path / "my pets")}})
+    assert refusal(trained) == (
+        f"error: {tmp_path}/my pets, the dataset of the training, is not prepared. If it was moved, add "
+        f"--data-dir NEW_PLACE. Otherwise run: python prepare_dataset.py --data-dir '{tmp_path}/my pets' "
+        "--archive FILE (or --root DIR, or --dataset NAME)\n"
+    )
+
+
 def test_another_dataset_is_normalized_as_in_training(shapes, tmp_path):
     other = shutil.copytree(shapes, tmp_path / "other")
     description = json.loads((other / "dataset.json").read_text())

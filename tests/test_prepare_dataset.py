@@ -26,7 +26,7 @@ from trees import WRITTEN, noise, refusal, save, tree_files, written
 from common.errors import DatasetError
 from common.paths import PROJECT
 from dali_pipeline import Batches
-from image_data.dataset import KNOWN, Dataset
+from image_data.dataset import KNOWN, Dataset, prepare_again
 from image_data.preparation import prepare as prepare_module
 from image_data.preparation import source as source_module
 from image_data.preparation.downloads import CIFAR100_SHA256, SOURCES
@@ -35,6 +35,7 @@ from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.jpeg_traces import looks_like_jpeg
 from image_data.preparation.prepare import find_or_prepare, prepare
 from image_data.preparation.source import Source
+from image_data.readers import FileReader
 from prepare_dataset import main
 
 REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "data" / "cifar100.zip"))
@@ -160,6 +161,23 @@ def test_the_command_that_prepares_a_missing_dataset_names_its_source(tree, tmp_
         with pytest.raises(DatasetError) as error:
             Dataset.open(folder)
         assert str(error.value).endswith(command)
+
+
+def test_the_command_that_prepares_a_dataset_again_is_complete(tree, zipped, tmp_path):
+    """Each was refused before, since --force alone does not find these sources."""
+    out = tmp_path / "my pets"
+    for sources, options in (
+        ({"archive": zipped}, f"--archive PATH/{zipped.name}"),
+        ({"root": tree}, f"--root {tree}"),
+        ({"root": tree / "train", "test_fraction": 0.4}, f"--root {tree}/train --test-fraction 0.4"),
+    ):
+        prepare(out, **sources, force=True)
+        assert prepare_again(out) == f"python prepare_dataset.py --data-dir '{out}' {options} --force"
+    reader = FileReader([tree / "gone.png"], 1, out)
+    shutil.move(tree, tmp_path / "elsewhere")
+    again = f"prepare_dataset.py --data-dir '{out}' --root NEW_PLACE --test-fraction 0.4 --force"
+    with pytest.raises(DatasetError, match=f"Restore the file, or run: python {again}"):
+        reader.read(np.array([0]))
 
 
 def test_a_dataset_is_prepared_where_train_py_looks_for_it(tmp_path, monkeypatch):

@@ -19,12 +19,11 @@ from typing import NamedTuple
 
 from common.errors import DatasetError
 from common.text import listed
-from image_data.dataset import LIST_FILES
+from image_data.dataset import LIST_FILES, PREPARED_FROM
 from image_data.image_file import SUFFIXES
 
 TEST_NAMES = ("test", "val", "validation")
 SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
-PREPARED_FROM = "prepared_from.json"  # next to dataset.json: the archive or dataset that it was made from
 # What preparing writes: not part of a tree of class folders without splits, if the dataset is prepared in place.
 WRITTEN = frozenset({"dataset.json", "labels.txt", "packed", PREPARED_FROM, *LIST_FILES.values()})
 

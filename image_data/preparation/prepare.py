@@ -16,12 +16,12 @@ from pathlib import Path
 
 from common.errors import DatasetError
 from common.paths import DATA, near_path
-from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
+from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, PREPARED_FROM, Dataset
 from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.archives import unpack
 from image_data.preparation.decoding import SplitFacts, available_cores, mean_and_std
 from image_data.preparation.downloads import fill
-from image_data.preparation.image_tree import PREPARED_FROM, PrepareError, Tree, list_tree
+from image_data.preparation.image_tree import PrepareError, Tree, list_tree
 from image_data.preparation.source import OURS, Source, is_copy_of, refuse_another_source
 from image_data.preparation.survey import Options, Survey, extremes, survey_images
 

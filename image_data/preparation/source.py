@@ -15,8 +15,8 @@ from pathlib import Path
 
 from common.errors import DatasetError
 from common.paths import DATA, near_path
-from image_data.dataset import DEFAULT, KNOWN, Dataset
-from image_data.preparation.image_tree import PREPARED_FROM, PrepareError
+from image_data.dataset import DEFAULT, KNOWN, PREPARED_FROM, Dataset
+from image_data.preparation.image_tree import PrepareError
 
 OURS = ".unpacked"  # an empty file that marks <data-dir>/images as written by prepare_dataset.py, which may replace it
 

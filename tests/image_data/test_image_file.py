@@ -100,7 +100,7 @@ def test_orientations_are_applied_in_every_format(tmp_path, file_format, orienta
     file.write_bytes(encode(stored(pixels, orientation), file_format, orientation, **LOSSLESS[file_format]))
     assert np.array_equal(decode_image(file)[0], pixels)
     assert upright_size(file) == (12, 20)
-    assert np.array_equal(FileReader([file], 1).sizes(np.array([0])), [[12, 20]])
+    assert np.array_equal(FileReader([file], 1, tmp_path).sizes(np.array([0])), [[12, 20]])
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "16 bits" in name])
