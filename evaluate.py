@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from common.errors import RunError, SettingsError
 from common.files import write_atomically
 from common.output_files import check_output_file
 from common.paths import RUNS, near_path
+from common.text import python_command
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
 from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, summarize
@@ -306,9 +306,9 @@ def check_images(paths: list[Path], runs: Path) -> None:
     for path in paths:
         run = existing_run(path, runs.expanduser())
         if run == path or run and not path.exists():
-            images = shlex.join(str(other) for other in paths if other != path) or "IMAGE"
+            images = [other for other in paths if other != path] or [Path("IMAGE")]
             raise SettingsError(
-                f"{path} is a run folder; write python evaluate.py {shlex.quote(str(path))} --predict {images}"
+                f"{path} is a run folder; write {python_command('evaluate.py', path, '--predict', *images)}"
             )
 
 

@@ -24,9 +24,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def quoted(word: object) -> str:
+    """Return a word of a command as the user types it: quoted if it has a space or another special letter."""
+    return shlex.quote(str(word))
+
+
 def python_command(*words: object) -> str:
-    """Return a command that the user can type as it is: names with spaces are quoted."""
-    return shlex.join(["python", *map(str, words)])
+    """Return a command of the project as the user types it."""
+    return " ".join(["python", *map(quoted, words)])
 
 
 def last_error(log: str) -> str | None:

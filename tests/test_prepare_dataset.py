@@ -180,6 +180,13 @@ def test_the_command_that_prepares_a_dataset_again_is_complete(tree, zipped, tmp
         reader.read(np.array([0]))
 
 
+def test_the_command_that_replaces_another_source_is_quoted(tree, zipped, tmp_path):
+    prepare(tmp_path / "my pets", root=tree)
+    again = f"--data-dir '{tmp_path}/my pets' --archive '{tmp_path}/my pets.zip' --force"
+    with pytest.raises(DatasetError, match=f"python prepare_dataset.py {again}"):
+        find_or_prepare(tmp_path / "my pets", None, zipped.rename(tmp_path / "my pets.zip"))
+
+
 def test_a_dataset_is_prepared_where_train_py_looks_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source, name in ((Source("shapes", None, None), "shapes"), (Source(None, Path("pets.zip"), None), "pets")):
@@ -255,8 +262,9 @@ def test_a_read_only_tree_is_prepared_elsewhere(tree, capsys, monkeypatch):
 
     monkeypatch.setattr("image_data.preparation.prepare._locked", read_only)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    message = refusal(capsys, "--root", tree)
-    assert "read-only" in message and f"python prepare_dataset.py --root {tree} --data-dir NEW" in message
+    spaced = tree.rename(tree.with_name("my tree"))
+    message = refusal(capsys, "--root", spaced)
+    assert "read-only" in message and f"python prepare_dataset.py --root '{spaced}' --data-dir NEW" in message
 
 
 def test_a_full_shared_memory_costs_workers_only(tree, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.errors import DatasetError
 from common.paths import DATA, near_path
+from common.text import python_command
 from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, PREPARED_FROM, Dataset
 from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.archives import unpack
@@ -155,7 +156,8 @@ def _explain(error: OSError, folder: Path, source: Source) -> str:
         return f"cannot prepare {folder} ({what}). Free disk space, or choose another --data-dir"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not os.access(folder, os.W_OK):
         tree = source.root or (folder if os.path.isdir(folder / "train") else None)
-        fix = f"Run: python prepare_dataset.py --root {tree} --data-dir NEW" if tree else "Choose another --data-dir"
+        again = tree and python_command("prepare_dataset.py", "--root", tree, "--data-dir", "NEW")
+        fix = f"Run: {again}" if again else "Choose another --data-dir"
         return f"cannot prepare {folder} ({what}), because it is read-only. {fix}"
     return f"cannot prepare {folder} ({what}). Check permissions and free space, or choose another --data-dir"
 

@@ -158,15 +158,15 @@ def test_bzip2_and_lzma_are_unpacked(tree, tmp_path, method):
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
-        (b"7z\xbc\xaf\x27\x1c", "7-Zip"),
+        (b"7z\xbc\xaf\x27\x1c", "7-Zip archive, which is not supported. Unpack it (7z x '"),
         (b"Rar!\x1a\x07", "RAR"),
         (b"\x28\xb5\x2f\xfd", "Zstandard"),
         (b"PK\x03\x04", "beginning of a zip"),
     ],
 )
 def test_other_kinds_of_archives_are_named(tmp_path, capsys, start, kind):
-    (tmp_path / "x.zip").write_bytes(start + bytes(1000))
-    message = refusal(capsys, "--archive", tmp_path / "x.zip", "--data-dir", tmp_path / "out")
+    (tmp_path / "my x.zip").write_bytes(start + bytes(1000))
+    message = refusal(capsys, "--archive", tmp_path / "my x.zip", "--data-dir", tmp_path / "out")
     assert kind in message and "--root" in message
 
 
