@@ -30,6 +30,7 @@ from config.settings import Settings
 from records.named_run import find_run
 from records.own_part_files import kept_settings
 from records.run_data import RunData
+from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from image_data.dataset import Dataset
@@ -47,7 +48,7 @@ def main() -> None:
     runs = [RunData.read(find_run(name, args.runs_dir)) for name in args.runs or [None]]
     for run in runs:
         if not run.metrics:
-            raise RunError(f"{run.folder} has no finished epoch yet")
+            raise RunFolder(run.folder).no_epoch()
     if len(runs) > 1:
         compare(runs, args.out or args.runs_dir / "compare.png")
         return

@@ -26,6 +26,7 @@ from typing import IO, Any
 from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RUNS, near_path
+from common.text import python_command
 
 METRICS = "metrics.jsonl"
 ASIDE = ".old-"  # and a number: the name of a folder that was renamed to make room
@@ -135,6 +136,13 @@ class RunFolder:
             return self.read_progress(newest).finished  # early stopping
         except (OSError, ValueError, TypeError):
             return False  # damaged: the next start sets it aside
+
+    def no_epoch(self) -> RunError:
+        """Return the error for a run without a finished epoch, with the command that continues it."""
+        return RunError(
+            f"{near_path(self.folder)} has no finished epoch yet. Wait if it is training, or continue it: "
+            f"{python_command(*self.facts()['command'])}"
+        )
 
     # --- one process at a time -------------------------------------------------------------------------------------
 

@@ -267,7 +267,14 @@ def refusal(record: RunFolder, *arguments) -> str:
 
 def test_missing_weights(trained):
     (trained.folder / "weights.safetensors").unlink()
-    assert "weights.safetensors does not exist; the run has not finished an epoch yet" in refusal(trained)
+    fix = "restore it, or train the run again with --fresh"
+    assert refusal(trained) == f"error: {trained.folder}/weights.safetensors does not exist; {fix}\n"
+    (trained.folder / "metrics.jsonl").unlink()
+    trained.create(trained.facts() | {"command": ["train.py", "--name", "a b"]})
+    assert refusal(trained) == (
+        f"error: {trained.folder} has no finished epoch yet. Wait if it is training, or continue it: "
+        "python train.py --name 'a b'\n"
+    )
 
 
 def test_truncated_weights(trained):
