@@ -105,6 +105,8 @@ class Dataset:
     def open(cls, folder: str | Path) -> Dataset:
         """Read a prepared dataset. Raises DatasetError if it is missing, unreadable or inconsistent."""
         folder = Path(folder)
+        if folder.is_file():
+            raise DatasetError(f"{folder} is a file, not a folder. Give --data-dir the folder of a prepared dataset")
         if not cls.is_prepared(folder):
             raise DatasetError(
                 f"{folder} holds no prepared dataset (dataset.json is missing). Run: {prepare_first(folder)}"

@@ -7,6 +7,7 @@ pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive, if i
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -16,6 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +207,39 @@ def test_a_damaged_description_is_one_sentence_and_force_restores_it(tree, capsy
     assert (tree / "dataset.json").read_bytes() == intact
 
 
+def test_a_preparation_that_fails_removes_what_it_created(tree, zipped, tmp_path, capsys):
+    (tmp_path / "bad.zip").write_bytes(zipped.read_bytes()[:-500])
+    refusal(capsys, "--archive", tmp_path / "bad.zip", "--data-dir", tmp_path / "new/pets")
+    assert not (tmp_path / "new").exists()
+    shutil.rmtree(tree / "test")
+    before = sorted(tree.rglob("*"))
+    refusal(capsys, "--root", tree)
+    assert sorted(tree.rglob("*")) == before
+
+
+def test_a_process_that_waits_for_one_that_fails_locks_anew(tmp_path):
+    """The first removes the lock that the second waits for; a third must then wait for the second."""
+    folder, waiting, inside, done = tmp_path / "new", threading.Event(), threading.Event(), threading.Event()
+
+    def second():
+        waiting.set()
+        with prepare_module._created_and_locked(folder):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=second)
+    with pytest.raises(PrepareError), prepare_module._created_and_locked(folder):
+        thread.start()
+        waiting.wait(10)
+        time.sleep(0.2)  # until it waits for the lock
+        raise PrepareError
+    assert inside.wait(10)
+    with open(folder / ".prepare.lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    done.set()
+    thread.join()
+
+
 def test_force_that_fails_keeps_what_was_prepared(zipped, tmp_path):
     prepare(tmp_path / "out", archive=zipped)
     before = written(tmp_path / "out")
@@ -260,7 +296,7 @@ def test_a_read_only_tree_is_prepared_elsewhere(tree, capsys, monkeypatch):
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(tree / ".prepare.lock"))
 
-    monkeypatch.setattr("image_data.preparation.prepare._locked", read_only)
+    monkeypatch.setattr("image_data.preparation.prepare._created_and_locked", read_only)
     monkeypatch.setattr(os, "access", lambda *_: False)
     spaced = tree.rename(tree.with_name("my tree"))
     message = refusal(capsys, "--root", spaced)
@@ -318,7 +354,11 @@ def test_misuse_is_one_sentence(tmp_path, capsys):
         capsys, "--archive", tmp_path, "--data-dir", tmp_path / "new"
     )
     (tmp_path / "file").touch()
-    assert "cannot prepare" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / "file" / "under")
+    for folder in (tmp_path / "file", tmp_path / "file" / "under"):
+        message = refusal(capsys, "--dataset", "shapes", "--data-dir", folder)
+        assert message == f"error: {tmp_path}/file is a file, not a folder. Choose another --data-dir"
+    with pytest.raises(DatasetError, match="file is a file, not a folder. Give --data-dir the folder of a prepared"):
+        Dataset.open(tmp_path / "file")
     assert "File name too long" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / ("x" * 300))
     assert "--unpack-limit-gib must be > 0" in refusal(capsys, "--unpack-limit-gib", 0, "--data-dir", tmp_path)
     assert "--max-megapixels must be >= 0, got nan" in refusal(

@@ -240,6 +240,11 @@ def _root_of_tree(archive: Path, members: list[Member]) -> tuple[str, ...]:
     """Return the folder that contains train/, nearest to the top of the archive."""
     roots = {member.parts[: member.parts.index("train")] for member in members if "train" in member.parts[:-1]}
     if not roots:
+        folders = sorted({part for member in members for part in member.parts[:-1]})
+        if wrong := next((part for part in folders if part.lower() == "train"), None):
+            raise PrepareError(
+                f"{archive} holds no train/ folder, but {wrong}/. Unpack it, rename {wrong} to train and use --root"
+            )
         raise PrepareError(
             f"{archive} holds no train/ folder. Expected train/<class>/*.png and test/<class>/*.png, "
             "or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz. "

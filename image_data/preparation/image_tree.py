@@ -140,14 +140,14 @@ def _split_folders(root: Path, name: str, warnings: list[str]) -> dict[str, str]
         raise PrepareError(f"{name} is not a folder. Expected {_layout(name)}")
     if not (root / "train").is_dir():
         inner = sorted(child for child in root.iterdir() if (child / "train").is_dir())
-        hint = f"Did you mean {inner[0]}?" if inner else f"Expected {_layout(name)}"
+        hint = f"Did you mean {inner[0]}?" if inner else _renames(root) or f"Expected {_layout(name)}"
         if not inner and any(map(_holds_images, root.iterdir())):
             hint += ". To split class folders into train and test, add --test-fraction 0.2 to prepare_dataset.py"
         raise PrepareError(f"{name} holds no train folder, so 0 images were found. {hint}")
     present = [folder for folder in TEST_NAMES if (root / folder).is_dir()]
     if not present:
         raise PrepareError(
-            f"{name} holds no test folder (nor val, nor validation). Expected {_layout(name)}. "
+            f"{name} holds no test folder (nor val, nor validation). {_renames(root) or f'Expected {_layout(name)}'}. "
             "To take the test split from train, add --test-fraction 0.2 to prepare_dataset.py"
         )
     if present[0] != "test":
@@ -155,6 +155,13 @@ def _split_folders(root: Path, name: str, warnings: list[str]) -> dict[str, str]
     if present[1:]:
         warnings.append(f"'{present[0]}' is the test split: {listed(present[1:])} is ignored")
     return {"train": "train", "test": present[0]}
+
+
+def _renames(root: Path) -> str:
+    """Return how to rename folders whose names differ from those of splits by case only; empty if there is none."""
+    due = ("train", *TEST_NAMES)
+    wrong = sorted(path.name for path in root.iterdir() if path.name not in due and path.name.lower() in due)
+    return f"Rename {' and '.join(f'{name} to {name.lower()}' for name in wrong)}" if wrong else ""
 
 
 def _holds_images(folder: Path) -> bool:

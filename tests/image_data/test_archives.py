@@ -78,7 +78,7 @@ def test_a_damaged_archive_leaves_nothing(zipped, tmp_path, capsys):
     assert "is damaged or cut short" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     zipped.write_bytes(damaged[:1000])
     assert "is the beginning of a zip archive" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".prepare.lock"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_works(zipped, tmp_path):
@@ -168,6 +168,13 @@ def test_other_kinds_of_archives_are_named(tmp_path, capsys, start, kind):
     (tmp_path / "my x.zip").write_bytes(start + bytes(1000))
     message = refusal(capsys, "--archive", tmp_path / "my x.zip", "--data-dir", tmp_path / "out")
     assert kind in message and "--root" in message
+
+
+def test_a_train_folder_that_differs_by_case_is_named(tree, tmp_path, capsys):
+    (tree / "train").rename(tree / "Train")
+    archive = zip_of(tree, tmp_path / "x.zip")
+    message = refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
+    assert "holds no train/ folder, but Train/. Unpack it, rename Train to train and use --root" in message
 
 
 def test_the_last_part_of_a_split_zip_is_named(tree, tmp_path, capsys):

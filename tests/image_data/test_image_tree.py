@@ -116,6 +116,14 @@ def test_classes_in_one_split_only_are_an_error(tree, capsys):
     assert "only in train: 'fox'" in message and "only in test: 'owl'" in message
 
 
+def test_folders_of_splits_that_differ_by_case_are_named(tree, capsys):
+    (tree / "test").rename(tree / "Test")
+    assert "holds no test folder (nor val, nor validation). Rename Test to test. " in refusal(capsys, "--root", tree)
+    (tree / "train").rename(tree / "TRAIN")
+    message = refusal(capsys, "--root", tree)
+    assert message.endswith("so 0 images were found. Rename TRAIN to train and Test to test")
+
+
 @pytest.mark.parametrize("fraction", [(), ("--test-fraction", 0.3)])
 def test_a_single_class_is_an_error(tmp_path, capsys, fraction):
     """A root one level too low would otherwise give a network that is always right."""
