@@ -244,7 +244,7 @@ def make_reader(
 ) -> FileReader | PackedReader:
     """Return the reader of a source; `padding` is the padding of a random crop in pixels."""
     if source == "files":
-        return FileReader([dataset.root / path for path in split.paths], num_threads)
+        return FileReader([dataset.root / path for path in split.paths], num_threads, dataset.folder)
     if source == "tensor":
         return PaddedPackedReader(split.pixels(), split.rows, device, padding)
     return PackedReader(split.pixels(), split.rows, device)

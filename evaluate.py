@@ -25,11 +25,12 @@ from common.errors import RunError, SettingsError
 from common.files import write_atomically
 from common.output_files import check_output_file
 from common.paths import RUNS, near_path
+from common.text import python_command
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
 from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, summarize
 from inference.trained_model import WEIGHTS, TrainedModel
-from records.named_run import find_run
+from records.named_run import existing_run, find_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,12 @@ USED = {
 
 def main() -> int:
     args = parse_arguments()
-    runs = [TrainedModel.open(find_run(name, args.runs_dir)) for name in args.runs or [None]]
+    runs = [TrainedModel.open(find_run(name, args.runs_dir, args.weights)) for name in args.runs or [None]]
+    if not args.runs and os.environ.get("RANK", "0") in ("", "0"):
+        print(  # the CSV of --predict stays alone on stdout
+            f"run       {near_path(runs[0].record.folder)} (the newest)",
+            file=sys.stderr if args.predict else sys.stdout,
+        )
     if args.predict:
         return predict_images(runs[0], args)
     if args.export:
@@ -279,7 +285,9 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("data_dir", "json", "output"):
         if getattr(args, name):
             setattr(args, name, getattr(args, name).expanduser())
-    args.predict = args.predict and [path.expanduser() for path in args.predict]
+    if args.predict:
+        args.predict = [path.expanduser() for path in args.predict]
+        check_images(args.predict, args.runs_dir)
     for name in ("soup", "ensemble"):
         if getattr(args, name) and task == "an evaluation":
             raise SettingsError(f"--{name} needs at least two runs: python evaluate.py runs/a runs/b --{name}")
@@ -291,6 +299,17 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("json", "output"):
         if getattr(args, name):
             check_output_file(getattr(args, name), f"--{name}")
+
+
+def check_images(paths: list[Path], runs: Path) -> None:
+    """Raise SettingsError for a run among the images of --predict, which takes every word that follows it."""
+    for path in paths:
+        run = existing_run(path, runs.expanduser())
+        if run == path or run and not path.exists():
+            images = [other for other in paths if other != path] or [Path("IMAGE")]
+            raise SettingsError(
+                f"{path} is a run folder; write {python_command('evaluate.py', path, '--predict', *images)}"
+            )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.display import printable
 from common.errors import RunError, SettingsError
-from common.output_files import check_output_file, check_output_folder
+from common.output_files import check_output_file, check_output_folder, check_picture_suffix
 from common.paths import RESULTS, RUNS, near_path
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
@@ -30,6 +30,7 @@ from config.settings import Settings
 from records.named_run import find_run
 from records.own_part_files import kept_settings
 from records.run_data import RunData
+from records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from image_data.dataset import Dataset
@@ -47,7 +48,7 @@ def main() -> None:
     runs = [RunData.read(find_run(name, args.runs_dir)) for name in args.runs or [None]]
     for run in runs:
         if not run.metrics:
-            raise RunError(f"{run.folder} has no finished epoch yet")
+            raise RunFolder(run.folder).no_epoch()
     if len(runs) > 1:
         compare(runs, args.out or args.runs_dir / "compare.png")
         return
@@ -103,8 +104,7 @@ def compare(runs: list[RunData], path: Path) -> None:
     from reports.curves import several
     from reports.style import save
 
-    if path.suffix not in (".png", ".svg"):
-        raise SettingsError(f"--out of several runs ends in .png or .svg, not '{path.suffix}'")
+    check_picture_suffix(path, "--out of several runs")
     check_output_file(path, "--out")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):

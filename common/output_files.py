@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from common.errors import SettingsError
+from common.text import quoted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -15,14 +16,20 @@ LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 def check_output_file(path: Path, option: str) -> None:
     """Raise SettingsError where the file of an option cannot be written: no such folder, a folder itself, read-only."""
     if path.is_dir():
-        raise SettingsError(f"{option} {path} is a folder. Name a file, for example {option} {path / 'NAME'}")
+        raise SettingsError(f"{option} {path} is a folder. Name a file, for example {option} {quoted(path / 'NAME')}")
     check_output_folder(path.parent, f"{option} {path}")
+
+
+def check_picture_suffix(path: Path, option: str) -> None:
+    """Raise SettingsError where the file of an option is no picture."""
+    if path.suffix not in (".png", ".svg"):
+        raise SettingsError(f"{option} ends in .png or .svg, not '{path.suffix}'")
 
 
 def check_output_folder(folder: Path, what: str) -> None:
     """Raise SettingsError where a folder does not exist or is not writable. `what` names the option that needs it."""
     if not folder.is_dir():
-        raise SettingsError(f"{what}: the folder {folder} does not exist. Create it: mkdir -p {folder}")
+        raise SettingsError(f"{what}: the folder {folder} does not exist. Create it: mkdir -p {quoted(folder)}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SettingsError(f"{what}: the folder {folder} is not writable. Choose another one")
 

@@ -1,8 +1,9 @@
-"""Formatting of durations and names for the screen, and the last error of a log."""
+"""Formatting of durations and names for the screen, commands to type, and the last error of a log."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 
 # What torch.distributed puts before each line of a traceback, and a line that names an error.
@@ -21,6 +22,16 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def quoted(word: object) -> str:
+    """Return a word of a command as the user types it: quoted if it has a space or another special letter."""
+    return shlex.quote(str(word))
+
+
+def python_command(*words: object) -> str:
+    """Return a command of the project as the user types it."""
+    return " ".join(["python", *map(quoted, words)])
 
 
 def last_error(log: str) -> str | None:

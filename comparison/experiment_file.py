@@ -52,13 +52,14 @@ from comparison.experiment_keys import DEFAULTS, OWN, check_facts, read_budget
 from comparison.tuning import Tuning, read_tuning
 from config.command_line import run_name
 from config.own_parts import is_own_part, with_absolute_paths
-from config.settings import resolve
+from config.settings import Settings, check_keys, resolve
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+VARIANT_KEYS = ("name", "idea", "match")  # of a variant; every other key is a setting
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -97,6 +98,8 @@ def read(
         at_size = _rename_arms(path, _table(path, f"[sizes.{size}]", sizes[size]), f"[sizes.{size}.arms]")
         name += f"-{size}"
     _check_name(path, name)
+    check_keys(path.name, tree, OWN)
+    check_keys(f"{path.name}: [sizes.{size}]", at_size, OWN)
     for key in ("question", "sizes"):
         if key in at_size:
             raise SettingsError(f"{path.name}: [sizes.{size}] cannot have its own {key}; set {key} for the whole file")
@@ -259,20 +262,39 @@ def _read_variant(
     match = at_size.get("match", variant.get("match"))
     if match is not None and match != "none":
         raise SettingsError(f'{where}: match must be "none" here; set match = "parameters" for the whole file')
-    own = {key: value for key, value in variant.items() if key not in ("name", "idea", "match")}
+    own = {key: value for key, value in variant.items() if key not in VARIANT_KEYS}
     at_size = {key: value for key, value in at_size.items() if key != "match"}
     for key in (*own, *at_size):
         if key in OWN:
             raise SettingsError(f"{where}: {key} is the same for all variants; set it for the whole file")
+    check_keys(where, variant, VARIANT_KEYS)
+    check_keys(f"{where}, this size", at_size, ["match"])
     overrides = common + _flatten(own) + _flatten(at_size)
     try:
-        settings = resolve(preset, overrides)
+        settings = resolve_quietly(preset, overrides)
+    except SettingsError as error:
+        raise SettingsError(f"{path.name if _fails_alike(error, preset, common) else where}: {error}") from None
+    return Variant(variant["name"], variant["idea"], overrides, settings, match is None)
+
+
+def resolve_quietly(preset: str, overrides: list[str]) -> Settings:
+    """Return the settings; the SettingsError of a wrong one does not name `--set`, which the user did not write."""
+    try:
+        return resolve(preset, overrides)
     except SettingsError as error:
         message = str(error)
         for text in overrides:
             message = message.replace(f"--set {text}: ", "")
-        raise SettingsError(f"{where}: {message}") from None
-    return Variant(variant["name"], variant["idea"], overrides, settings, match is None)
+        raise SettingsError(message) from None
+
+
+def _fails_alike(problem: SettingsError, preset: str, common: list[str]) -> bool:
+    """Return whether what all variants share has this problem without any variant."""
+    try:
+        resolve_quietly(preset, common)
+    except SettingsError as error:
+        return str(error) == str(problem)
+    return False
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[str]:

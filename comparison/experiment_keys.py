@@ -42,29 +42,38 @@ def read_budget(path: Path, tree: dict[str, Any], at_size: dict[str, Any]) -> tu
     number = (int, float) if kind == "seconds" else int
     if isinstance(amount, bool) or not isinstance(amount, number) or not 0 < amount < 1e12:
         expected = "number" if kind == "seconds" else "whole number"
-        raise SettingsError(f"{path.name}: {kind} must be a {expected} above 0, not {amount!r}")
+        raise SettingsError(f"{path.name}: {kind} must be a {expected} above 0{_unquoted(amount)}, not {amount!r}")
     return kind, amount
+
+
+def _unquoted(value: Any) -> str:
+    """Return how to write a number that was written as a text."""
+    return " without quotes" if isinstance(value, str) else ""
 
 
 def check_facts(path: Path, facts: dict[str, Any], final: bool) -> None:
     """Raise SettingsError for a value that cannot be used; the message names the file and the key."""
     for key, kinds in (
-        ("question", str),
-        ("preset", str),
-        ("dataset", str),
-        ("seeds", int),
+        ("question", (str,)),
+        ("preset", (str,)),
+        ("dataset", (str,)),
+        ("seeds", (int,)),
         ("hold_out", (int, float)),
-        ("match", str),
+        ("match", (str,)),
         ("margin", (int, float, type(None))),
-        ("until", str),
+        ("until", (str,)),
         ("max_seeds", (int, type(None))),
         ("max_runs", (int, type(None))),
         ("max_hours", (int, float, type(None))),
         ("evaluate_every", (str, type(None))),
     ):
-        if not isinstance(facts.get(key), kinds) or isinstance(facts[key], bool):
-            problem = f"{key} cannot be {facts[key]!r}" if key in facts else f'{key} is missing; add {key} = "..."'
-            raise SettingsError(f"{path.name}: {problem}")
+        if key not in facts:
+            raise SettingsError(f'{path.name}: {key} is missing; add {key} = "..."')
+        value = facts[key]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            number = "a number" if float in kinds else "a whole number"
+            expected = "a text in quotes" if str in kinds else number + _unquoted(value)
+            raise SettingsError(f"{path.name}: {key} must be {expected}, not {value!r}")
     if not 1 <= facts["seeds"] <= MOST_SEEDS:
         raise SettingsError(f"{path.name}: seeds must lie between 1 and {MOST_SEEDS}, not {facts['seeds']}")
     if not 0 <= facts["hold_out"] < 1 or (facts["hold_out"] == 0 and not final):

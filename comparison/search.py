@@ -35,11 +35,11 @@ from typing import Any
 
 from common.errors import SettingsError, unknown
 from comparison.experiment import Experiment, Variant
-from comparison.experiment_file import NAME
+from comparison.experiment_file import NAME, resolve_quietly
 from comparison.search_space import Choice, Range, is_number, is_whole, read_space
 from comparison.tuning import FIRST_SEED
 from config.differences import leaves
-from config.settings import Settings, resolve
+from config.settings import check_keys
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -92,7 +92,7 @@ class Search:
     def variant(self, name: str, values: Mapping[str, Any]) -> Variant:
         """Return the variant of one trial. Raises SettingsError where the values do not fit together."""
         overrides = [*self.experiment.variants[0].overrides, *as_overrides(values)]
-        return Variant(name, describe(values), overrides, _resolve(self.experiment.preset, overrides))
+        return Variant(name, describe(values), overrides, resolve_quietly(self.experiment.preset, overrides))
 
     def definition(self) -> dict[str, Any]:
         """Return what must not change while the trials of one study are made; their number may."""
@@ -130,6 +130,7 @@ def read_search(path: Path, overrides: list[str]) -> Search:
     for key, reason in NOT_HERE.items():
         if key in tree:
             raise SettingsError(f"{where}: {key} does not go with [search]: {reason}")
+    check_keys(where, tree, [*FILE_KEYS, *BUDGETS, "search"])
     facts = {key: tree.get(key, default) for key, default in FILE_KEYS.items()}
     for key in ("question", "preset", "dataset"):
         if not isinstance(facts[key], str):
@@ -158,7 +159,7 @@ def read_search(path: Path, overrides: list[str]) -> Search:
     if preset.endswith(".toml"):  # a file next to this one, or an absolute path
         preset = str((path.parent / preset).resolve())
     try:
-        settings = _resolve(preset, base)
+        settings = resolve_quietly(preset, base)
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from None
     one = Variant("search", facts["question"], base, settings)
@@ -230,16 +231,6 @@ def describe(values: Mapping[str, Any]) -> str:
     """Return the values of a trial in one line: `model.depth = 3, optimizer.params.lr = 0.00123`."""
     texts = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values.values())
     return ", ".join(f"{path} = {text}" for path, text in zip(values, texts, strict=True))
-
-
-def _resolve(preset: str, overrides: list[str]) -> Settings:
-    try:
-        return resolve(preset, overrides)
-    except SettingsError as error:
-        message = str(error)
-        for text in overrides:
-            message = message.replace(f"--set {text}: ", "")
-        raise SettingsError(message) from None
 
 
 def _check_search(where: str, table: Any) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import SettingsError, unknown
+from config.settings import declared_settings
 
 Number = int | float
+OTHER_NAMES = {"min": "low", "max": "high"}  # what other projects call the ends of a range
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,24 @@ class Choice:
 
 def read_space(where: str, tree: dict[str, Any]) -> dict[str, Range | Choice]:
     """Return path -> possible values. Raises SettingsError, which begins with `where` and names the path."""
-    return {path: _values(f"{where} {path}", value) for path, value in _flat_space(tree).items()}
+    single = {path for path in declared_settings() if not path.endswith("_options")}
+    return {path: _values(f"{where} {path}", value) for path, value in _flat_space(tree, single).items()}
 
 
-def _flat_space(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return path -> what stands there: a list of values, or a table with `low` and `high`."""
+def _flat_space(tree: dict[str, Any], single: set[str], prefix: str = "") -> dict[str, Any]:
+    """Return path -> what stands there: a list of values, or a table with `low` and `high`.
+
+    Args:
+        single: paths of settings that are no groups: a table there is a range, whatever its keys are.
+    """
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        is_range = isinstance(value, dict) and ("low" in value or "high" in value)
-        if isinstance(value, dict) and not is_range:
-            found |= _flat_space(value, f"{prefix}{key}.")
+        path = f"{prefix}{key}"
+        is_range = path.removeprefix("engine.") in single
+        if isinstance(value, dict) and not (is_range or "low" in value or "high" in value):
+            found |= _flat_space(value, single, f"{path}.")
         else:
-            found[f"{prefix}{key}"] = value
+            found[path] = value
     return found
 
 
@@ -96,6 +104,8 @@ def _values(where: str, value: Any) -> Range | Choice:
     if not isinstance(value, dict):
         raise SettingsError(f"{where} must be a list of values or {{ low = ..., high = ... }}, not {value!r}")
     for key in value:
+        if key in OTHER_NAMES:
+            raise SettingsError(f"{where}: unknown key '{key}'; did you mean '{OTHER_NAMES[key]}'?")
         if key not in ("low", "high", "step", "log"):
             raise SettingsError(f"{where}: " + unknown("key", key, ["low", "high", "step", "log"]))
     numbers = [value.get("low"), value.get("high")] + ([value["step"]] if "step" in value else [])

@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,15 @@ def check_values(settings: Settings) -> None:
             raise SettingsError(problem)
 
 
+def check_keys(where: str, tree: dict[str, Any], own: Iterable[str]) -> None:
+    """Raise SettingsError for a key at the top of a tree that is neither a setting nor one of the tree's `own` keys."""
+    settings = Settings(engine=_read_engine_file())
+    known = {*own, *_top_keys(settings)}
+    for key, value in tree.items():
+        if key not in known:
+            raise SettingsError(f"{where}: " + _unknown_key("key", key, value, settings, list(own)))
+
+
 def preset_names() -> list[str]:
     """The presets that come with the project."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
@@ -233,7 +243,16 @@ def _merge(settings: Settings, tree: dict[str, Any], source: str = "") -> None:
         elif key in settings.engine:
             _merge(settings, {"engine": {key: value}}, source)
         else:
-            meant = meant_path(key, paths_of(settings.as_dict())) if not isinstance(value, dict) else None
-            if meant:
-                raise SettingsError(f"{source}unknown setting '{key}'; did you mean '{meant}'?")
-            raise SettingsError(source + unknown("setting", key, sorted(known | set(settings.engine))))
+            raise SettingsError(source + _unknown_key("setting", key, value, settings, []))
+
+
+def _unknown_key(kind: str, key: str, value: Any, settings: Settings, own: list[str]) -> str:
+    """Return the sentence for a key that is neither the top of a setting's path nor one of `own`."""
+    meant = meant_path(key, paths_of(settings.as_dict())) if not isinstance(value, dict) else None
+    if meant:
+        return f"unknown {kind} '{key}'; did you mean '{meant}'?"
+    return unknown(kind, key, [*own, *_top_keys(settings)])
+
+
+def _top_keys(settings: Settings) -> set[str]:
+    return {f.name for f in fields(Settings)} | set(settings.engine)

@@ -21,12 +21,15 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import DatasetError
+from common.text import python_command
 
 FORMAT = 1
+PREPARED_FROM = "prepared_from.json"  # next to dataset.json: the archive, dataset or root that it was made from
 LIST_FILES = {"train": "training_file_list.txt", "test": "test_file_list.txt"}
 KNOWN = ("cifar100", "cifar10", "shapes")  # datasets that prepare_dataset.py can make by name
 DEFAULT = KNOWN[0]  # dataset of a command that names none
@@ -70,7 +73,7 @@ class Split:
             return np.load(self.packed, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             again = prepare_again(self.packed.parent.parent)
-            raise DatasetError(f"{self.packed} is damaged ({error}). {again}") from None
+            raise DatasetError(f"{self.packed} is damaged ({error}). Run: {again}") from None
 
     def take(self, keep: np.ndarray) -> Split:
         """Select the images at the positions `keep` (int64), in that order."""
@@ -102,10 +105,11 @@ class Dataset:
     def open(cls, folder: str | Path) -> Dataset:
         """Read a prepared dataset. Raises DatasetError if it is missing, unreadable or inconsistent."""
         folder = Path(folder)
+        if folder.is_file():
+            raise DatasetError(f"{folder} is a file, not a folder. Give --data-dir the folder of a prepared dataset")
         if not cls.is_prepared(folder):
             raise DatasetError(
-                f"{folder} holds no prepared dataset (dataset.json is missing). "
-                f"Run: python prepare_dataset.py --data-dir {folder}{_missing_source(folder)}"
+                f"{folder} holds no prepared dataset (dataset.json is missing). Run: {prepare_first(folder)}"
             )
         try:
             facts = json.loads((folder / "dataset.json").read_text())
@@ -117,11 +121,11 @@ class Dataset:
                 raise DatasetError(f"the lists in {folder} do not match its dataset.json")
             red, green, blue = (value or 1.0 for value in facts["std"])
         except DatasetError as error:
-            raise DatasetError(f"{error}. {prepare_again(folder)}") from None
+            raise DatasetError(f"{error}. Run: {prepare_again(folder)}") from None
         except PermissionError as error:
             raise DatasetError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions") from None
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"{folder} is damaged ({error}). {prepare_again(folder)}") from error
+            raise DatasetError(f"{folder} is damaged ({error}). Run: {prepare_again(folder)}") from error
         return cls(
             folder=folder,
             root=folder / facts["root"],
@@ -170,16 +174,40 @@ class Dataset:
         return replace(self, splits={**self.splits, **splits})
 
 
-def prepare_again(folder: Path) -> str:
-    """Return the sentence with the command that prepares `folder` again."""
-    return f"Run: python prepare_dataset.py --data-dir {folder} --force"
-
-
-def _missing_source(folder: Path) -> str:
-    """Return the option that names the source of a folder that is not prepared; empty if it holds an image tree."""
+def prepare_first(folder: Path) -> str:
+    """Return the command that prepares a folder; its source is left to the user if it cannot be known."""
+    command = python_command("prepare_dataset.py", "--data-dir", folder)
     if (folder / "train").is_dir():
-        return ""
-    return f" --dataset {folder.name}" if folder.name in KNOWN else " --archive FILE (or --root DIR, or --dataset NAME)"
+        return command
+    known = folder.name in KNOWN
+    return (
+        f"{command} --dataset {folder.name}"
+        if known
+        else f"{command} --archive FILE (or --root DIR, or --dataset NAME)"
+    )
+
+
+def prepare_again(folder: Path) -> str:
+    """Return the command that prepares `folder` again from the source that it records."""
+    made_from, facts = (_read_object(folder / name) for name in (PREPARED_FROM, "dataset.json"))
+    options: list[object] = []
+    if "archive" in made_from:
+        options += ["--archive", f"PATH/{made_from['archive']}"]
+    elif "root" in made_from and not (folder / "train").is_dir():
+        root = Path(os.path.normpath(folder / facts.get("root", ".")))
+        options += ["--root", root if root.is_dir() else "NEW_PLACE"]
+    if "test_fraction" in facts:
+        options += ["--test-fraction", facts["test_fraction"]]
+    return python_command("prepare_dataset.py", "--data-dir", folder, *options, "--force")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read_split(folder: Path, name: str, is_packed: bool) -> Split:

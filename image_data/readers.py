@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DatasetError
+from image_data.dataset import prepare_again
 from image_data.image_file import as_dali_input, decode_image, reason, upright_size
 
 UNKNOWN, AS_STORED, AS_PNG = range(3)  # the form in which DALI gets a file
@@ -67,10 +68,14 @@ class PaddedPackedReader(PackedReader):
 
 
 class FileReader:
-    """Reads encoded files with a few threads, in a form that DALI decodes to Pillow's pixels (see `image_file`)."""
+    """Reads encoded files with a few threads, in a form that DALI decodes to Pillow's pixels (see `image_file`).
 
-    def __init__(self, paths: list[Path], num_threads: int):
-        self.paths = paths
+    Args:
+        dataset_folder: the prepared dataset that lists the files, for messages.
+    """
+
+    def __init__(self, paths: list[Path], num_threads: int, dataset_folder: Path):
+        self.paths, self.dataset_folder = paths, dataset_folder
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="files")
         # Learned at the first read of each file: reading headers in every epoch would cost more than it saves.
         self._form = np.zeros(len(paths), dtype=np.int8)
@@ -115,5 +120,5 @@ class FileReader:
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others
             raise DatasetError(
                 f"{self.paths[position]} cannot be read ({reason(error)}). "
-                "Restore the file, or run prepare_dataset.py --data-dir DIR --force"
+                f"Restore the file, or run: {prepare_again(self.dataset_folder)}"
             ) from None

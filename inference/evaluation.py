@@ -45,10 +45,17 @@ def open_dataset(trained: TrainedModel, folder: Path | None) -> Dataset:
     Raises:
         DatasetError: it does not exist, or its classes or its image size differ from those of the training.
     """
-    from image_data.dataset import Dataset
+    from common.errors import DatasetError
+    from image_data.dataset import Dataset, prepare_first
 
     facts = trained.facts["dataset"]
-    dataset = Dataset.open(folder or PROJECT / facts["folder"])
+    place = folder or PROJECT / facts["folder"]
+    if folder is None and not Dataset.is_prepared(place):
+        raise DatasetError(
+            f"{place}, the dataset of the training, is not prepared. If it was moved, add --data-dir NEW_PLACE. "
+            f"Otherwise run: {prepare_first(place)}"
+        )
+    dataset = Dataset.open(place)
     check_same_classes(dataset.classes, trained.classes)
     return normalize_as_trained(dataset, facts)
 

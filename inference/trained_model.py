@@ -83,10 +83,10 @@ class TrainedModel:
         path = self.record.folder / weights
         if not path.is_file():
             there = sorted(file.name for file in self.record.folder.glob("*.safetensors"))
-            raise RunError(
-                f"{path} does not exist; "
-                + (unknown("weights", weights, there) if there else "the run has not finished an epoch yet")
-            )
+            if not there and not self.record.metrics():
+                raise self.record.no_epoch()
+            fix = unknown("weights", weights, there) if there else "restore it, or train the run again with --fresh"
+            raise RunError(f"{path} does not exist; {fix}")
         return load_model(path, self.settings, self.facts, device, precision)
 
     @property

@@ -19,6 +19,7 @@ from typing import Any
 
 from common.files import write_atomically
 from common.paths import PROJECT
+from common.text import quoted
 
 CODE_DIFF = "code.diff"  # in a run folder: the imported files against the commit
 MOST_BYTES = 1_000_000  # of code.diff
@@ -92,7 +93,7 @@ def _why(message: str, project: Path) -> str:
     if "dubious ownership" in message or "unsafe repository" in message:
         return (
             f"git refuses {project}, which belongs to another user; "
-            f"run: git config --global --add safe.directory {project}"
+            f"run: git config --global --add safe.directory {quoted(project)}"
         )
     if "not a git repository" in message:
         return "the project is not a git repository"

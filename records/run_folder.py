@@ -26,7 +26,9 @@ from typing import IO, Any
 from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RUNS, near_path
+from common.text import python_command
 
+METRICS = "metrics.jsonl"
 ASIDE = ".old-"  # and a number: the name of a folder that was renamed to make room
 NO_LOCKS = (
     errno.ENOSYS,
@@ -97,7 +99,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line that was cut short is skipped."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         lines = path.read_text().split("\n") if path.is_file() else []
         return [json.loads(line) for line in lines[:-1] if line]
 
@@ -107,7 +109,7 @@ class RunFolder:
 
     def write_metrics(self, text: str) -> None:
         """Replace metrics.jsonl, as when a resumed run returns to the lines of its checkpoint."""
-        write_atomically(self.folder / "metrics.jsonl", text)
+        write_atomically(self.folder / METRICS, text)
         self.metrics_text = text
 
     def newest_checkpoint(self) -> Path | None:
@@ -135,6 +137,13 @@ class RunFolder:
             return has_all_steps  # damaged: if steps are left, the next start sets it aside
         # After all steps a peer may still lack the last exchange; then its last epoch has not ended.
         return progress.finished or (has_all_steps and not progress.step_in_epoch)
+
+    def no_epoch(self) -> RunError:
+        """Return the error for a run without a finished epoch, with the command that continues it."""
+        return RunError(
+            f"{near_path(self.folder)} has no finished epoch yet. Wait if it is training, or continue it: "
+            f"{python_command(*self.facts()['command'])}"
+        )
 
     # --- one process at a time -------------------------------------------------------------------------------------
 
@@ -172,9 +181,22 @@ class RunFolder:
             self._lock = None
 
 
-def newest_run(runs: Path) -> Path:
-    """Return the most recently written run folder in `runs`. Raises RunError when there is none."""
+def newest_run(runs: Path, needed: str) -> Path:
+    """Return the run folder in `runs` that was trained last; one without the file `needed` only if no other is there.
+
+    Raises:
+        RunError: there is no run.
+    """
     found = [path.parent for path in runs.glob("*/run.json")]
     if not found:
         raise RunError(f"there is no run in {runs} yet; start one with ./launch_local_train.sh")
-    return max(found, key=lambda folder: max(file.stat().st_mtime for file in folder.glob("*.json*")))
+    return max(found, key=lambda folder: (_has_content(folder / needed), _trained_at(folder)))
+
+
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
+
+
+def _trained_at(folder: Path) -> float:
+    """Return when training last wrote a result, or run.json where it has none; evaluations write other files."""
+    return max((folder / name).stat().st_mtime for name in ("run.json", METRICS) if (folder / name).is_file())

@@ -106,7 +106,15 @@ def test_a_planned_run_asks_for_the_resizing_of_its_preset_so_that_no_variant_tr
             COMMON + VARIANTS.replace("model.feed_forward =", "model.feedforward ="),
             "gates.toml, variant 'gated': unknown setting 'model.feedforward'",
         ),
-        (COMMON + "model.widht = 3\n" + VARIANTS, "variant 'plain': unknown setting 'model.widht'"),
+        (COMMON + "model.widht = 3\n" + VARIANTS, "error: gates.toml: unknown setting 'model.widht'"),
+        ("seedz = 3\n" + COMMON + VARIANTS, "error: gates.toml: unknown key 'seedz'; did you mean 'seeds'?"),
+        ("lr = 3\n" + COMMON + VARIANTS, "gates.toml: unknown key 'lr'; did you mean 'optimizer.params.lr'?"),
+        (COMMON + VARIANTS + 'idae = "x"\n', "variant 'gated': unknown key 'idae'; did you mean 'idea'?"),
+        (COMMON + VARIANTS + "[sizes.small]\nseedz = 3\n", "[sizes.small]: unknown key 'seedz'; did you mean 'seeds'?"),
+        (
+            COMMON + VARIANTS + "[sizes.small]\nvariants.gated.mach = 'none'\n",
+            "variant 'gated', this size: unknown key 'mach'; did you mean 'match'?",
+        ),
         (
             COMMON + VARIANTS.replace("32", '"32"'),
             "variant 'gated': feed_forward=geglu: option hidden must be of type int",
@@ -127,7 +135,7 @@ def test_a_planned_run_asks_for_the_resizing_of_its_preset_so_that_no_variant_tr
         (COMMON + "hold_out = 0.0\n" + VARIANTS, "hold_out=0 leaves no validation split to compare variants on"),
         (COMMON.replace("seeds = 2", "seeds = 0") + VARIANTS, "seeds must lie between 1 and 1000, not 0"),
         (COMMON.replace("tiny.toml", "tinny") + VARIANTS, "unknown preset 'tinny'"),
-        (COMMON + 'schedule.shape = "cosin"\n' + VARIANTS, "variant 'plain': unknown schedule.shape 'cosin'"),
+        (COMMON + 'schedule.shape = "cosin"\n' + VARIANTS, "error: gates.toml: unknown schedule.shape 'cosin'"),
         (COMMON + "train_batch_size = 512\n" + VARIANTS, "train_batch_size=512 is more than the 270 training images"),
         (
             COMMON + VARIANTS + "[sizes.small]\nvariants.gatd.model.width = 3\n",
@@ -145,7 +153,10 @@ def test_a_planned_run_asks_for_the_resizing_of_its_preset_so_that_no_variant_tr
         (COMMON + 'match = "seconds"\n' + VARIANTS, 'match = "seconds" is a budget; use seconds = N'),
         (COMMON + VARIANTS + 'match = "flops"\n', "variant 'gated': match must be \"none\" here"),
         (COMMON + "margin = -1\n" + VARIANTS, "margin must be a number of points between 0 and 100, not -1"),
-        (COMMON + 'margin = "1"\n' + VARIANTS, "margin cannot be '1'"),
+        (COMMON + 'margin = "1"\n' + VARIANTS, "margin must be a number without quotes, not '1'"),
+        ('max_runs = "9"\n' + COMMON + VARIANTS, "max_runs must be a whole number without quotes, not '9'"),
+        ("evaluate_every = 3\n" + COMMON + VARIANTS, "evaluate_every must be a text in quotes, not 3"),
+        (COMMON.replace("6", '"6"') + VARIANTS, "steps must be a whole number above 0 without quotes, not '6'"),
         (COMMON.replace('question = "Is a gate better?"', "") + VARIANTS, "question is missing"),
     ],
 )

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_dali_pipeline.py
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +15,14 @@ from PIL import Image
 
 import dali_pipeline
 from common.errors import DatasetError, SettingsError
+from config.command_line import run_cli
 from config.settings import AugmentationSettings
 from dali_pipeline import Batches, choose_source
 from image_data.augmentation import epoch_order
 from image_data.batch_plan import BatchIndex
 from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
-from tools.preview_augmentation import preview
+from tools.preview_augmentation import main, preview
 
 SOURCES = ("resident", "files", "tensor")
 HEAVY = AugmentationSettings(policy="rand_augment", erasing=0.5, mixup=0.8, cutmix=1.0)
@@ -259,6 +261,19 @@ def test_the_preview_shows_the_original_and_its_augmentations(dataset):
     )
     assert grid.shape == (5, 3, 32, 32, 3)
     assert np.array_equal(grid[:, 1], grid[:, 0][:, :, ::-1]) and np.array_equal(grid[:, 2], grid[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("grid.txt", "--preview ends in .png or .svg, not '.txt'"),
+        ("grid", "--preview ends in .png or .svg, not ''"),
+        ("no/grid.png", "--preview no/grid.png: the folder no does not exist. Create it: mkdir -p no"),
+    ],
+)
+def test_a_preview_that_cannot_be_written_is_rejected_before_the_work(file, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dali_pipeline.py", "--preview", file, "--data-dir", "/nowhere"])
+    assert run_cli(main) == 1 and capsys.readouterr().err == f"error: {sentence}\n"
 
 
 def test_erased_boxes_are_the_same_on_every_source(dataset):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from programs import clean_environment, launch, run
 from safetensors.torch import load_file, save_file
 from small_runs import TEST_PER_CLASS
@@ -123,9 +124,19 @@ def test_without_a_run_it_takes_the_newest(trained, report):
     past = time.time() - 3600
     for file in older.iterdir():
         os.utime(file, (past, past))
-    run("evaluate.py", "--runs-dir", trained.folder.parent)
-    assert not list(older.glob("evaluation*"))
+    (older / "evaluation_test.json").write_text("{}")  # evaluated after the newer one was trained
+    failed = RunFolder(trained.folder.with_name("failed"))
+    failed.create(trained.facts())  # a start that failed later still
+    done = run("evaluate.py", "--runs-dir", trained.folder.parent)
+    assert done.out.startswith(f"run       {trained.folder} (the newest)\n")
     assert_same_report(trained.folder / "evaluation_test.json", report[1])
+
+
+def test_the_predictions_of_the_newest_run_stay_alone_on_stdout(trained, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "black.png")
+    done = run("evaluate.py", "--runs-dir", trained.folder.parent, "--predict", tmp_path / "images")
+    assert done.out.startswith("path,") and f"run       {trained.folder} (the newest)\n" in done.err
 
 
 def test_a_run_is_found_by_its_name(trained, report):
@@ -256,7 +267,14 @@ def refusal(record: RunFolder, *arguments) -> str:
 
 def test_missing_weights(trained):
     (trained.folder / "weights.safetensors").unlink()
-    assert "weights.safetensors does not exist; the run has not finished an epoch yet" in refusal(trained)
+    fix = "restore it, or train the run again with --fresh"
+    assert refusal(trained) == f"error: {trained.folder}/weights.safetensors does not exist; {fix}\n"
+    (trained.folder / "metrics.jsonl").unlink()
+    trained.create(trained.facts() | {"command": ["train.py", "--name", "a b"]})
+    assert refusal(trained) == (
+        f"error: {trained.folder} has no finished epoch yet. Wait if it is training, or continue it: "
+        "python train.py --name 'a b'\n"
+    )
 
 
 def test_truncated_weights(trained):
@@ -311,6 +329,16 @@ def test_a_dataset_of_other_classes(trained, shapes, tmp_path):
     (other / "labels.txt").write_text("\n".join(["oval" if name == "circle" else name for name in names]) + "\n")
     assert "the dataset's classes are not the run's ('oval' instead of 'circle')" in refusal(
         trained, "--data-dir", other
+    )
+
+
+def test_a_dataset_that_was_moved(trained, tmp_path):
+    facts = trained.facts()
+    trained.create(facts | {"dataset": facts["dataset"] | {"folder": str(tmp_path / "my pets")}})
+    assert refusal(trained) == (
+        f"error: {tmp_path}/my pets, the dataset of the training, is not prepared. If it was moved, add "
+        f"--data-dir NEW_PLACE. Otherwise run: python prepare_dataset.py --data-dir '{tmp_path}/my pets' "
+        "--archive FILE (or --root DIR, or --dataset NAME)\n"
     )
 
 
@@ -377,6 +405,12 @@ def test_invalid_arguments(trained, arguments, sentence):
 )
 def test_an_option_that_does_not_apply_is_rejected(trained, arguments, sentence):
     assert sentence in refusal(trained, *arguments)
+
+
+def test_a_run_after_predict_is_not_taken_for_images(trained, tmp_path):
+    for name in (trained.folder, trained.folder.name):
+        done = run("evaluate.py", "--runs-dir", trained.folder.parent, "--predict", "my cat.png", name, code=1)
+        assert done.err == (f"error: {name} is a run folder; write python evaluate.py {name} --predict 'my cat.png'\n")
 
 
 def test_missing_weights_are_answered_with_the_existing_ones(trained):

@@ -7,6 +7,7 @@ pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive, if i
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -16,6 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from trees import WRITTEN, noise, refusal, save, tree_files, written
 from common.errors import DatasetError
 from common.paths import PROJECT
 from dali_pipeline import Batches
-from image_data.dataset import KNOWN, Dataset
+from image_data.dataset import KNOWN, Dataset, prepare_again
 from image_data.preparation import prepare as prepare_module
 from image_data.preparation import source as source_module
 from image_data.preparation.downloads import CIFAR100_SHA256, SOURCES
@@ -35,6 +38,7 @@ from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.jpeg_traces import looks_like_jpeg
 from image_data.preparation.prepare import find_or_prepare, prepare
 from image_data.preparation.source import Source
+from image_data.readers import FileReader
 from prepare_dataset import main
 
 REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "data" / "cifar100.zip"))
@@ -162,6 +166,30 @@ def test_the_command_that_prepares_a_missing_dataset_names_its_source(tree, tmp_
         assert str(error.value).endswith(command)
 
 
+def test_the_command_that_prepares_a_dataset_again_is_complete(tree, zipped, tmp_path):
+    """Each was refused before, since --force alone does not find these sources."""
+    out = tmp_path / "my pets"
+    for sources, options in (
+        ({"archive": zipped}, f"--archive PATH/{zipped.name}"),
+        ({"root": tree}, f"--root {tree}"),
+        ({"root": tree / "train", "test_fraction": 0.4}, f"--root {tree}/train --test-fraction 0.4"),
+    ):
+        prepare(out, **sources, force=True)
+        assert prepare_again(out) == f"python prepare_dataset.py --data-dir '{out}' {options} --force"
+    reader = FileReader([tree / "gone.png"], 1, out)
+    shutil.move(tree, tmp_path / "elsewhere")
+    again = f"prepare_dataset.py --data-dir '{out}' --root NEW_PLACE --test-fraction 0.4 --force"
+    with pytest.raises(DatasetError, match=f"Restore the file, or run: python {again}"):
+        reader.read(np.array([0]))
+
+
+def test_the_command_that_replaces_another_source_is_quoted(tree, zipped, tmp_path):
+    prepare(tmp_path / "my pets", root=tree)
+    again = f"--data-dir '{tmp_path}/my pets' --archive '{tmp_path}/my pets.zip' --force"
+    with pytest.raises(DatasetError, match=f"python prepare_dataset.py {again}"):
+        find_or_prepare(tmp_path / "my pets", None, zipped.rename(tmp_path / "my pets.zip"))
+
+
 def test_a_dataset_is_prepared_where_train_py_looks_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source, name in ((Source("shapes", None, None), "shapes"), (Source(None, Path("pets.zip"), None), "pets")):
@@ -177,6 +205,39 @@ def test_a_damaged_description_is_one_sentence_and_force_restores_it(tree, capsy
     assert f"{tree} is damaged" in message and f"Run: python prepare_dataset.py --data-dir {tree} --force" in message
     assert main(["--data-dir", str(tree), "--force"]) == 0
     assert (tree / "dataset.json").read_bytes() == intact
+
+
+def test_a_preparation_that_fails_removes_what_it_created(tree, zipped, tmp_path, capsys):
+    (tmp_path / "bad.zip").write_bytes(zipped.read_bytes()[:-500])
+    refusal(capsys, "--archive", tmp_path / "bad.zip", "--data-dir", tmp_path / "new/pets")
+    assert not (tmp_path / "new").exists()
+    shutil.rmtree(tree / "test")
+    before = sorted(tree.rglob("*"))
+    refusal(capsys, "--root", tree)
+    assert sorted(tree.rglob("*")) == before
+
+
+def test_a_process_that_waits_for_one_that_fails_locks_anew(tmp_path):
+    """The first removes the lock that the second waits for; a third must then wait for the second."""
+    folder, waiting, inside, done = tmp_path / "new", threading.Event(), threading.Event(), threading.Event()
+
+    def second():
+        waiting.set()
+        with prepare_module._created_and_locked(folder):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=second)
+    with pytest.raises(PrepareError), prepare_module._created_and_locked(folder):
+        thread.start()
+        waiting.wait(10)
+        time.sleep(0.2)  # until it waits for the lock
+        raise PrepareError
+    assert inside.wait(10)
+    with open(folder / ".prepare.lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    done.set()
+    thread.join()
 
 
 def test_force_that_fails_keeps_what_was_prepared(zipped, tmp_path):
@@ -235,10 +296,11 @@ def test_a_read_only_tree_is_prepared_elsewhere(tree, capsys, monkeypatch):
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(tree / ".prepare.lock"))
 
-    monkeypatch.setattr("image_data.preparation.prepare._locked", read_only)
+    monkeypatch.setattr("image_data.preparation.prepare._created_and_locked", read_only)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    message = refusal(capsys, "--root", tree)
-    assert "read-only" in message and f"python prepare_dataset.py --root {tree} --data-dir NEW" in message
+    spaced = tree.rename(tree.with_name("my tree"))
+    message = refusal(capsys, "--root", spaced)
+    assert "read-only" in message and f"python prepare_dataset.py --root '{spaced}' --data-dir NEW" in message
 
 
 def test_a_full_shared_memory_costs_workers_only(tree, capsys, monkeypatch):
@@ -292,7 +354,11 @@ def test_misuse_is_one_sentence(tmp_path, capsys):
         capsys, "--archive", tmp_path, "--data-dir", tmp_path / "new"
     )
     (tmp_path / "file").touch()
-    assert "cannot prepare" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / "file" / "under")
+    for folder in (tmp_path / "file", tmp_path / "file" / "under"):
+        message = refusal(capsys, "--dataset", "shapes", "--data-dir", folder)
+        assert message == f"error: {tmp_path}/file is a file, not a folder. Choose another --data-dir"
+    with pytest.raises(DatasetError, match="file is a file, not a folder. Give --data-dir the folder of a prepared"):
+        Dataset.open(tmp_path / "file")
     assert "File name too long" in refusal(capsys, "--dataset", "shapes", "--data-dir", tmp_path / ("x" * 300))
     assert "--unpack-limit-gib must be > 0" in refusal(capsys, "--unpack-limit-gib", 0, "--data-dir", tmp_path)
     assert "--max-megapixels must be >= 0, got nan" in refusal(

@@ -98,7 +98,10 @@ def test_what_cannot_be_reported_is_rejected_by_name(copied, tmp_path):
     assert "is not a run folder" in run_script("report.py", tmp_path, code=1).err
     empty = RunFolder(tmp_path / "empty")
     empty.create(copied.facts())
-    assert run_script("report.py", empty.folder, code=1).err == f"error: {empty.folder} has no finished epoch yet\n"
+    said = run_script("report.py", empty.folder, code=1).err
+    assert said.startswith(
+        f"error: {empty.folder} has no finished epoch yet. Wait if it is training, or continue it: p"
+    )
     assert (
         "--out of one run is a folder, not 'a.png'"
         in run_script("report.py", copied.folder, "--out", "a.png", code=1).err

@@ -14,7 +14,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RESULTS, RUNS
 from config.command_line import Parser, run_cli
@@ -27,7 +26,7 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
     """Return the content of the file. Raises RunError for a folder without a run or without a finished epoch."""
     facts, metrics = record.facts(), record.metrics()
     if not metrics:
-        raise RunError(f"{record.folder} has no finished epoch yet")
+        raise record.no_epoch()
     words = [override_without_folder(word) for word in facts["command"]]
     facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
     facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.output_files import check_output_file, check_picture_suffix
 from common.paths import DATA
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one
@@ -23,8 +23,8 @@ from image_data.dataset import Dataset
 
 def main() -> None:
     args = parse_arguments()
-    if not args.preview.parent.is_dir():
-        raise UserError(f"--preview {args.preview}: the folder {args.preview.parent} does not exist. Create it first")
+    check_picture_suffix(args.preview, "--preview")
+    check_output_file(args.preview, "--preview")
     settings = resolve(args.preset, args.set)
     dataset = Dataset.open(args.data_dir)
     from reports.images import image_grid

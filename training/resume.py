@@ -12,6 +12,7 @@ from typing import Any
 from common.errors import EXIT_NOTHING_DONE, RunError, RunFinishedError
 from common.files import gigabytes, room_left, write_atomically
 from common.paths import near_path
+from common.text import python_command, quoted
 from config.differences import differences
 from image_data.dataset import Dataset
 from parallel.engine import Engine
@@ -233,9 +234,8 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
         if name and changed and finished and all(text.startswith(BUDGET) for text in changed):
             raise RunFinishedError(
                 f"{where} is finished; its schedule ended with it ({'; '.join(changed)}). To train longer, "
-                "start from its "
-                f"weights: --name {record.folder.name}-longer --init-weights {where}/weights.safetensors; "
-                "or --fresh to start over"
+                f"start from its weights: --name {quoted(f'{record.folder.name}-longer')} "
+                f"--init-weights {quoted(f'{where}/weights.safetensors')}; or --fresh to start over"
             )
         if name and changed:
             raise RunError(
@@ -244,7 +244,7 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
             )
         if name:
             raise RunFinishedError(
-                f"{where} is finished; evaluate it with python evaluate.py {where}, choose another --name, "
+                f"{where} is finished; evaluate it with {python_command('evaluate.py', where)}, choose another --name, "
                 "or --fresh to start over"
             )
         number += 1

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from common.progress import progress
-from common.text import listed
+from common.text import listed, quoted
 from image_data.image_file import SUFFIXES
 from image_data.preparation.cifar_batches import BATCHES, Member, write_batches
 from image_data.preparation.image_tree import TEST_NAMES, PrepareError, is_hidden
@@ -135,7 +135,9 @@ def _why_not_an_archive(archive: Path) -> str:
         start = file.read(8)
     for mark, (kind, command) in OTHER_ARCHIVES.items():
         if start.startswith(mark):
-            return f"{archive} is {kind}, which is not supported. Unpack it ({command} {archive}) and use --root"
+            return (
+                f"{archive} is {kind}, which is not supported. Unpack it ({command} {quoted(archive)}) and use --root"
+            )
     if start.startswith(b"PK"):
         return (
             f"{archive} is the beginning of a zip archive: the download is incomplete, or this is one part of a split "
@@ -156,7 +158,7 @@ def _refuse_split_zip(archive: Path) -> None:
     if at >= 0 and disk not in (0, 0xFFFF):  # 0xFFFF: zip64, where zipfile checks it
         raise PrepareError(
             f"{archive} is the last of {disk + 1} parts of a split archive. "
-            f"Unpack all parts (7z x {archive}) and use --root"
+            f"Unpack all parts (7z x {quoted(archive)}) and use --root"
         )
 
 
@@ -166,13 +168,13 @@ def _refuse_unreadable(archive: Path, infos: list[zipfile.ZipInfo]) -> None:
         if info.flag_bits & IS_ENCRYPTED:
             raise PrepareError(
                 f"{archive} is encrypted ('{info.filename}'). "
-                f"Unpack it with its password (7z x {archive}) and use --root"
+                f"Unpack it with its password (7z x {quoted(archive)}) and use --root"
             )
         if info.compress_type not in READABLE_METHODS:
             method = METHOD_NAMES.get(info.compress_type, f"method {info.compress_type}")
             raise PrepareError(
                 f"{archive} is compressed with {method} ('{info.filename}'), which is not supported. "
-                f"Unpack it (7z x {archive}) and use --root"
+                f"Unpack it (7z x {quoted(archive)}) and use --root"
             )
 
 
@@ -238,6 +240,11 @@ def _root_of_tree(archive: Path, members: list[Member]) -> tuple[str, ...]:
     """Return the folder that contains train/, nearest to the top of the archive."""
     roots = {member.parts[: member.parts.index("train")] for member in members if "train" in member.parts[:-1]}
     if not roots:
+        folders = sorted({part for member in members for part in member.parts[:-1]})
+        if wrong := next((part for part in folders if part.lower() == "train"), None):
+            raise PrepareError(
+                f"{archive} holds no train/ folder, but {wrong}/. Unpack it, rename {wrong} to train and use --root"
+            )
         raise PrepareError(
             f"{archive} holds no train/ folder. Expected train/<class>/*.png and test/<class>/*.png, "
             "or an original cifar-10-python.tar.gz or cifar-100-python.tar.gz. "

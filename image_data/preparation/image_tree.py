@@ -14,17 +14,16 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from common.errors import DatasetError
 from common.text import listed
-from image_data.dataset import LIST_FILES
+from image_data.dataset import LIST_FILES, PREPARED_FROM
 from image_data.image_file import SUFFIXES
 
 TEST_NAMES = ("test", "val", "validation")
 SYSTEM_FILES = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
-PREPARED_FROM = "prepared_from.json"  # next to dataset.json: the archive or dataset that it was made from
 # What preparing writes: not part of a tree of class folders without splits, if the dataset is prepared in place.
 WRITTEN = frozenset({"dataset.json", "labels.txt", "packed", PREPARED_FROM, *LIST_FILES.values()})
 
@@ -106,7 +105,18 @@ def list_tree(root: Path, test_fraction: float | None = None, name: str = "") ->
     else:
         by_class = _split_by_name(_images_without_splits(root, name, warnings), test_fraction, name)
     classes = sorted(by_class["train"])
+    if len(classes) == 1:
+        layout = _layout(name) if test_fraction is None else f"{name}/<class>/*.png"
+        raise PrepareError(
+            f"only one class ({listed(classes)}) in {name}; a classifier needs two. "
+            f"If the class folders lie one level higher or lower, name that folder. Expected {layout}"
+        )
     label_of = {class_name: label for label, class_name in enumerate(classes)}
+    if nested := [name for name in classes if any(str(above) in label_of for above in PurePosixPath(name).parents)]:
+        warnings.append(
+            f"class folders that lie inside another class folder are separate classes: {listed(nested)}. "
+            "To make them one class, move their images up"
+        )
     pairs = {
         split: sorted((path, label_of[class_name]) for class_name, paths in found.items() for path in paths)
         for split, found in by_class.items()
@@ -130,14 +140,14 @@ def _split_folders(root: Path, name: str, warnings: list[str]) -> dict[str, str]
         raise PrepareError(f"{name} is not a folder. Expected {_layout(name)}")
     if not (root / "train").is_dir():
         inner = sorted(child for child in root.iterdir() if (child / "train").is_dir())
-        hint = f"Did you mean {inner[0]}?" if inner else f"Expected {_layout(name)}"
+        hint = f"Did you mean {inner[0]}?" if inner else _renames(root) or f"Expected {_layout(name)}"
         if not inner and any(map(_holds_images, root.iterdir())):
             hint += ". To split class folders into train and test, add --test-fraction 0.2 to prepare_dataset.py"
         raise PrepareError(f"{name} holds no train folder, so 0 images were found. {hint}")
     present = [folder for folder in TEST_NAMES if (root / folder).is_dir()]
     if not present:
         raise PrepareError(
-            f"{name} holds no test folder (nor val, nor validation). Expected {_layout(name)}. "
+            f"{name} holds no test folder (nor val, nor validation). {_renames(root) or f'Expected {_layout(name)}'}. "
             "To take the test split from train, add --test-fraction 0.2 to prepare_dataset.py"
         )
     if present[0] != "test":
@@ -145,6 +155,13 @@ def _split_folders(root: Path, name: str, warnings: list[str]) -> dict[str, str]
     if present[1:]:
         warnings.append(f"'{present[0]}' is the test split: {listed(present[1:])} is ignored")
     return {"train": "train", "test": present[0]}
+
+
+def _renames(root: Path) -> str:
+    """Return how to rename folders whose names differ from those of splits by case only; empty if there is none."""
+    due = ("train", *TEST_NAMES)
+    wrong = sorted(path.name for path in root.iterdir() if path.name not in due and path.name.lower() in due)
+    return f"Rename {' and '.join(f'{name} to {name.lower()}' for name in wrong)}" if wrong else ""
 
 
 def _holds_images(folder: Path) -> bool:

@@ -11,17 +11,18 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from common.errors import DatasetError
 from common.paths import DATA, near_path
-from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, Dataset
+from common.text import python_command
+from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, PREPARED_FROM, Dataset
 from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.archives import unpack
 from image_data.preparation.decoding import SplitFacts, available_cores, mean_and_std
 from image_data.preparation.downloads import fill
-from image_data.preparation.image_tree import PREPARED_FROM, PrepareError, Tree, list_tree
+from image_data.preparation.image_tree import PrepareError, Tree, list_tree
 from image_data.preparation.source import OURS, Source, is_copy_of, refuse_another_source
 from image_data.preparation.survey import Options, Survey, extremes, survey_images
 
@@ -94,8 +95,8 @@ def prepare(
                 if path is not None and not exists(path):
                     wrong = other if os.path.exists(path) else "does not exist. Check the path"
                     raise PrepareError(f"{option} {path} {wrong}")
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            _refuse_file(folder)
+            with _created_and_locked(folder):
                 if not Dataset.is_prepared(folder) or force:
                     _make(folder, source.completed(folder), options)
                     ready = Dataset.open(folder)
@@ -155,7 +156,8 @@ def _explain(error: OSError, folder: Path, source: Source) -> str:
         return f"cannot prepare {folder} ({what}). Free disk space, or choose another --data-dir"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not os.access(folder, os.W_OK):
         tree = source.root or (folder if os.path.isdir(folder / "train") else None)
-        fix = f"Run: python prepare_dataset.py --root {tree} --data-dir NEW" if tree else "Choose another --data-dir"
+        again = tree and python_command("prepare_dataset.py", "--root", tree, "--data-dir", "NEW")
+        fix = f"Run: {again}" if again else "Choose another --data-dir"
         return f"cannot prepare {folder} ({what}), because it is read-only. {fix}"
     return f"cannot prepare {folder} ({what}). Check permissions and free space, or choose another --data-dir"
 
@@ -278,10 +280,37 @@ def _describe(ready: Dataset) -> str:
     )
 
 
+def _refuse_file(folder: Path) -> None:
+    """Raise PrepareError if a folder cannot exist, because it or one above it is a file."""
+    for path in (folder, *folder.parents):
+        if os.path.exists(path):
+            if not os.path.isdir(path):
+                raise PrepareError(f"{path} is a file, not a folder. Choose another --data-dir")
+            return
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder: of several ranks or jobs that start at once, one prepares, and the others wait."""
-    with open(folder / ".prepare.lock", "w") as file:
-        with suppress(OSError):  # some network file systems do not support locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _created_and_locked(folder: Path) -> Iterator[None]:
+    """Create and lock a folder: of several ranks or jobs that start at once, one prepares, and the others wait.
+
+    After an error, the lock and the folders that were created are removed; a folder that holds something else is kept.
+    """
+    lock = folder / ".prepare.lock"
+    with ExitStack() as stack:
+        while True:
+            created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(lock, "w"))
+            with suppress(OSError):  # some network file systems do not support locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Else the process that held the lock has failed and removed it.
+            if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                break
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                lock.unlink()
+                for path in created:
+                    path.rmdir()
+            raise

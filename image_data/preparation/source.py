@@ -15,8 +15,9 @@ from pathlib import Path
 
 from common.errors import DatasetError
 from common.paths import DATA, near_path
-from image_data.dataset import DEFAULT, KNOWN, Dataset
-from image_data.preparation.image_tree import PREPARED_FROM, PrepareError
+from common.text import python_command
+from image_data.dataset import DEFAULT, KNOWN, PREPARED_FROM, Dataset
+from image_data.preparation.image_tree import PrepareError
 
 OURS = ".unpacked"  # an empty file that marks <data-dir>/images as written by prepare_dataset.py, which may replace it
 
@@ -94,7 +95,7 @@ def refuse_another_source(folder: Path, dataset: str | None, archive: Path | Non
         raise DatasetError(
             f"--archive {archive} does not exist. Check the path, or omit it: {folder} is already prepared"
         )
-    again = f"python prepare_dataset.py --data-dir {folder} {option} {given} --force"
+    again = python_command("prepare_dataset.py", "--data-dir", folder, option, given, "--force")
     made_from = recorded(folder)
     if not made_from:  # prepared by a version that did not record it
         print(

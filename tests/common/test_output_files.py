@@ -9,7 +9,7 @@ import pytest
 
 from common import output_files
 from common.errors import SettingsError
-from common.output_files import check_new_folder, disk_problem
+from common.output_files import check_new_folder, check_output_file, disk_problem
 from config.command_line import run_cli
 
 
@@ -35,6 +35,14 @@ def test_a_full_or_read_only_place_is_named(number, path, sentence, capsys):
             run_cli(main)
     else:
         assert run_cli(main) == 1 and capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+def test_the_command_that_creates_a_folder_is_quoted(tmp_path):
+    with pytest.raises(SettingsError, match=f"Create it: mkdir -p '{tmp_path}/my folder'"):
+        check_output_file(tmp_path / "my folder" / "a.json", "--json")
+    (tmp_path / "my folder").mkdir()
+    with pytest.raises(SettingsError, match=f"for example --json '{tmp_path}/my folder/NAME'"):
+        check_output_file(tmp_path / "my folder", "--json")
 
 
 def test_a_folder_that_cannot_be_created_is_refused_before_the_work(tmp_path, monkeypatch):

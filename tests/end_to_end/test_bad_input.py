@@ -181,7 +181,7 @@ OLD = {  # these concern an existing run
     ),
     "a missing image": Case(
         ["--name", "new", "--data-dir", "{place}/no-image", "--source", "files"],
-        "(No such file or directory). Restore the file, or run prepare_dataset.py --data-dir DIR --force",
+        "(No such file or directory). Restore the file, or run: python prepare_dataset.py --data-dir ",
     ),
     "another architecture": Case(["--name", "other-network"], "the checkpoint holds another network: "),
     "other classes": Case(["--name", "other-classes"], "3.classify.weight is (9, 32), here (10, 32)"),

@@ -78,7 +78,7 @@ def test_a_damaged_archive_leaves_nothing(zipped, tmp_path, capsys):
     assert "is damaged or cut short" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     zipped.write_bytes(damaged[:1000])
     assert "is the beginning of a zip archive" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".prepare.lock"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_works(zipped, tmp_path):
@@ -158,16 +158,23 @@ def test_bzip2_and_lzma_are_unpacked(tree, tmp_path, method):
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
-        (b"7z\xbc\xaf\x27\x1c", "7-Zip"),
+        (b"7z\xbc\xaf\x27\x1c", "7-Zip archive, which is not supported. Unpack it (7z x '"),
         (b"Rar!\x1a\x07", "RAR"),
         (b"\x28\xb5\x2f\xfd", "Zstandard"),
         (b"PK\x03\x04", "beginning of a zip"),
     ],
 )
 def test_other_kinds_of_archives_are_named(tmp_path, capsys, start, kind):
-    (tmp_path / "x.zip").write_bytes(start + bytes(1000))
-    message = refusal(capsys, "--archive", tmp_path / "x.zip", "--data-dir", tmp_path / "out")
+    (tmp_path / "my x.zip").write_bytes(start + bytes(1000))
+    message = refusal(capsys, "--archive", tmp_path / "my x.zip", "--data-dir", tmp_path / "out")
     assert kind in message and "--root" in message
+
+
+def test_a_train_folder_that_differs_by_case_is_named(tree, tmp_path, capsys):
+    (tree / "train").rename(tree / "Train")
+    archive = zip_of(tree, tmp_path / "x.zip")
+    message = refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
+    assert "holds no train/ folder, but Train/. Unpack it, rename Train to train and use --root" in message
 
 
 def test_the_last_part_of_a_split_zip_is_named(tree, tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_orientations_are_applied_in_every_format(tmp_path, file_format, orienta
     file.write_bytes(encode(stored(pixels, orientation), file_format, orientation, **LOSSLESS[file_format]))
     assert np.array_equal(decode_image(file)[0], pixels)
     assert upright_size(file) == (12, 20)
-    assert np.array_equal(FileReader([file], 1).sizes(np.array([0])), [[12, 20]])
+    assert np.array_equal(FileReader([file], 1, tmp_path).sizes(np.array([0])), [[12, 20]])
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "16 bits" in name])
@@ -124,7 +124,7 @@ def everything(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("formats")
     for split in ("train", "test"):
         for i, content in enumerate(FILES.values()):
-            path = root / split / "thing" / f"{i:03}.png"
+            path = root / split / f"class {2 * i // len(FILES)}" / f"{i:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     return root
@@ -158,9 +158,11 @@ def test_the_fingerprint_depends_on_the_pixels_only(tmp_path):
         for orientation in (1, 6, 7):
             root = tmp_path / f"{name}{orientation}"
             for i, split in enumerate(("train", "test")):
-                path = root / split / "thing" / "a.png"
-                path.parent.mkdir(parents=True)
-                path.write_bytes(encode(stored(picture(seed=i), orientation), name, orientation, **options))
+                for j, class_name in enumerate(("cat", "dog")):
+                    path = root / split / class_name / "a.png"
+                    path.parent.mkdir(parents=True)
+                    pixels = picture(seed=2 * i + j)
+                    path.write_bytes(encode(stored(pixels, orientation), name, orientation, **options))
             found.add(prepare(root=root, workers=1).fingerprint)
     assert len(found) == 1
 
@@ -172,7 +174,7 @@ def test_resized_crops_are_those_of_the_upright_image(tmp_path):
         root = tmp_path / str(orientation)
         for split in ("train", "test"):
             for i in range(4):
-                path = root / split / "thing" / f"{i}.png"
+                path = root / split / f"class {i // 2}" / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(encode(stored(picture(40, 30 + 20 * i, i), orientation), "PNG", orientation))
         dataset = prepare(root=root, workers=1)

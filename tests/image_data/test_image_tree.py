@@ -116,6 +116,29 @@ def test_classes_in_one_split_only_are_an_error(tree, capsys):
     assert "only in train: 'fox'" in message and "only in test: 'owl'" in message
 
 
+def test_folders_of_splits_that_differ_by_case_are_named(tree, capsys):
+    (tree / "test").rename(tree / "Test")
+    assert "holds no test folder (nor val, nor validation). Rename Test to test. " in refusal(capsys, "--root", tree)
+    (tree / "train").rename(tree / "TRAIN")
+    message = refusal(capsys, "--root", tree)
+    assert message.endswith("so 0 images were found. Rename TRAIN to train and Test to test")
+
+
+@pytest.mark.parametrize("fraction", [(), ("--test-fraction", 0.3)])
+def test_a_single_class_is_an_error(tmp_path, capsys, fraction):
+    """A root one level too low would otherwise give a network that is always right."""
+    for name in ("0.png", "1.png"):
+        for split in () if fraction else ("train", "test"):
+            save(tmp_path / split / "cat" / name, noise(len(split)))
+        save(tmp_path / ("cat" if fraction else "train/cat") / name, noise(int(name[0])))
+    message = refusal(capsys, "--root", tmp_path, *fraction)
+    assert (
+        f"only one class ('cat') in {tmp_path}; a classifier needs two. If the class folders lie one level" in message
+    )
+    assert message.endswith("/<class>/*.png")
+    assert not (tmp_path / "dataset.json").exists()
+
+
 def test_no_images_names_the_layout(tmp_path, capsys):
     assert "holds no train folder, so 0 images were found" in refusal(capsys, "--root", tmp_path)
     for split in ("train", "test"):
@@ -192,6 +215,19 @@ def test_links_to_one_class_folder_are_both_kept_in_any_order_of_the_disk(tree, 
     assert found.classes == ["big dog", "cat", "kitten"] and found.labels["train"] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert found.paths["train"] == sorted(found.paths["train"])
     assert any("classes 'cat', 'kitten' are links to one folder" in warning for warning in found.warnings)
+
+
+def test_a_folder_inside_a_class_folder_is_named_as_a_separate_class(tree):
+    assert not list_tree(tree).warnings
+    for split in ("train", "test"):
+        for name in ("cat/kitten", "wild/fox"):
+            save(tree / split / name / "0.png", noise(1))
+    found = list_tree(tree)
+    assert found.classes == ["big dog", "cat", "cat/kitten", "wild/fox"]
+    assert found.warnings == [
+        "class folders that lie inside another class folder are separate classes: 'cat/kitten'. "
+        "To make them one class, move their images up"
+    ]
 
 
 def test_hidden_folders_are_skipped(tree):

@@ -15,5 +15,5 @@ def test_sizes_are_those_after_exif_orientation(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
-    sizes = FileReader([tmp_path / "a.jpg"], num_threads=1).sizes(np.array([0]))
+    sizes = FileReader([tmp_path / "a.jpg"], 1, tmp_path).sizes(np.array([0]))
     assert sizes.tolist() == ([[8, 4]] if orientation >= 5 else [[4, 8]])

@@ -153,9 +153,10 @@ def test_a_folder_without_images_is_refused(trained, tmp_path):
 def test_images_reach_the_network_as_in_evaluation(tmp_path, sizes, image_side):
     for i, split in enumerate(("train", "train", "test")):
         for j, (height, width) in enumerate(sizes):
-            path = tmp_path / split / "thing" / f"{i}{j}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            photograph(height, width, seed=10 * i + j).save(path)
+            for k, name in enumerate(("cat", "dog")):
+                path = tmp_path / split / name / f"{i}{j}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                photograph(height, width, seed=100 * k + 10 * i + j).save(path)
     dataset = prepare(root=tmp_path, workers=1)
     facts = {
         "settings": {"image_side": image_side},

@@ -23,7 +23,7 @@ def test_paths_of_the_machine_are_cut_and_numbers_kept(tmp_path):
             "dataset": {"folder": "data/x", "classes": ["a"], "fingerprint": "sha256:1"},
         }
     )
-    with pytest.raises(RunError, match="no finished epoch"):
+    with pytest.raises(RunError, match="no finished epoch yet. .* continue it: python train.py --archive"):
         kept(record)
     record.append_metrics({"epoch": 1, "test_correct": 7})
     (record.folder / "evaluation_test.json").write_text(

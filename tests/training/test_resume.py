@@ -16,8 +16,10 @@ from programs import run, run_ranks
 from small_runs import EPOCHS, RESIZING, STEPS_PER_EPOCH, STOPPED, assert_same_as, checkpoints, copy_of, results
 
 from benchmarks.lib.forked_programs import Program, run_script, start
+from common.errors import RunFinishedError
 from records.checkpoint_store import read_facts
 from records.run_folder import RunFolder
+from training.resume import choose_folder
 from training.resume_conditions import CHANGES
 
 LAST = f"step-{EPOCHS * STEPS_PER_EPOCH:08d}"
@@ -289,6 +291,17 @@ def test_two_processes_resume_with_the_same_bits_and_one_process_with_a_note(tra
     )
     assert "other dropout masks" in said and "micro-batch size: 32 before, 64 now" in said
     assert results(alone)[0] == results(stopped)[0] and len(results(alone)) == 2
+
+
+def test_the_commands_for_a_finished_run_can_be_typed_as_they_are(unbroken, tmp_path):
+    """The folder of the runs and the name have a space."""
+    record = copy_of(unbroken, tmp_path / "my runs" / "a b")
+    for changes, command in (
+        ({}, f"python evaluate.py '{record.folder}'"),
+        ({"max_steps": 100}, f"--name 'a b-longer' --init-weights '{record.folder}/weights.safetensors'"),
+    ):
+        with pytest.raises(RunFinishedError, match=command):
+            choose_folder(record.folder.parent, "a b", False, record.facts() | changes)
 
 
 def test_a_second_run_into_one_folder_is_rejected_and_a_kill_releases_it(training, runs):
