@@ -33,7 +33,7 @@ REFUSED = {  # strategy and settings: text in the message
     (
         "gossip",
         ("parallel.topology=alternating_exponential_ring",),
-    ): "needs 2, 4, 8, ... machines .* not 2 processes with 2 on this machine",
+    ): "needs 2, 4, 8, ... machines .* not 2 processes with 2 per machine",
     ("gossip", ("parallel.moment_steps=2", "optimizer.type=SGD")): "parallel.moment_steps=2 needs Adam's moments",
     ("gossip", ("parallel.moment_steps=0",)): "parallel.moment_steps must be >= 1, got 0",
     ("local", ("parallel.local_steps=0",)): "parallel.local_steps must be >= 1, got 0",
