@@ -160,7 +160,7 @@ def check_parts(settings: Settings) -> None:
         pass  # on the meta device; `check_own_parts` has made it on a real one
     except SettingsError:
         raise
-    except (Exception, SystemExit):  # noqa: BLE001, S110 (a part that cannot be built on the meta device is checked when it is built)
+    except (Exception, SystemExit):  # noqa: BLE001, S110 (not on the meta device: checked when it is built)
         pass
 
 
