@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from scipy import stats
 
-from comparison.significance import ALPHA, CONFIRMED, Difference, compare, power_of
+from comparison.significance import ALPHA, power_of
+from comparison.verdicts import CONFIRMED, Difference, compare
 
 LEAST_POWER = 0.1
 DECIDED = (*CONFIRMED, "equivalent")

@@ -7,7 +7,7 @@ import pytest
 from comparisons import COMMON, VARIANTS, report
 
 from comparison.sequential import DECIDED, LEAST_POWER, Look, evaluate, is_hopeless, plan_looks
-from comparison.significance import CONFIRMED, Difference
+from comparison.verdicts import CONFIRMED, Difference
 
 ROUNDS = COMMON.replace("seeds = 2", 'seeds = 6\nuntil = "decided"\nmax_seeds = 18')
 
