@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.lib.gpu_check_parts import FIRST, PARTS, Check, NotReached, Part, Skipped
+from benchmarks.lib.check import Check, NotReached, Part, Skipped
+from benchmarks.lib.gpu_check_parts import FIRST, PARTS
 from benchmarks.lib.gpu_check_phases import PHASES
 from benchmarks.lib.options import origin
 from common.errors import unknown

@@ -15,17 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.check import Check, Part, Skipped, program
 from benchmarks.lib.gpu_check_parts import (
     PYTEST,
-    Check,
-    Part,
-    Skipped,
     device_commands,
     device_figures,
     input_figures,
     is_cifar100,
     output,
-    program,
     step_figures,
 )
 from benchmarks.lib.gpu_check_parts import prepare_commands as prepare_images

@@ -21,7 +21,8 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.lib import gpu_check_phases as phases
-from benchmarks.lib.gpu_check_parts import CIFAR100_ACCURACY, PARTS, Check, NotReached, Part, Skipped, train_figures
+from benchmarks.lib.check import Check, NotReached, Part, Skipped
+from benchmarks.lib.gpu_check_parts import CIFAR100_ACCURACY, PARTS, train_figures
 from benchmarks.lib.gpu_check_phases import PHASES
 from common.paths import PROJECT
 from image_data.dataset import Dataset
@@ -321,7 +322,7 @@ def test_another_archive_is_prepared_again(shapes, tmp_path, known):
 
 
 def test_a_rehearsal_or_a_plain_check_leaves_the_timed_check_its_own_images(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.lib.gpu_check_parts.PROJECT", tmp_path / "empty")
+    monkeypatch.setattr("benchmarks.lib.check.PROJECT", tmp_path / "empty")
     small, large = check_after(tmp_path, small=True), check_after(tmp_path)
     shutil.copytree(shapes, large.data)
     for check, images in ((small, "2000"), (large, "50000")):

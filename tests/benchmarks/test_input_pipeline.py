@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks import input_pipeline
 from benchmarks.lib import noise_dataset
-from benchmarks.lib.gpu_check_parts import Check, input_figures
+from benchmarks.lib.check import Check
+from benchmarks.lib.gpu_check_parts import input_figures
 from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS
 from benchmarks.lib.loaders import loaders
 from benchmarks.lib.timing import Window, alternate, ratios, spread

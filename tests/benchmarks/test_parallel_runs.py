@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import parallel_runs
-from benchmarks.lib.gpu_check_parts import Check
+from benchmarks.lib.check import Check
 from benchmarks.lib.gpu_check_phases import parallel_figures
 from benchmarks.parallel_runs import rows, turn, why_no_mps
 from common.errors import RunError

@@ -18,7 +18,8 @@ from torch import nn
 
 from benchmarks import training_step
 from benchmarks.lib import memory_floor, step_report
-from benchmarks.lib.gpu_check_parts import Check, step_figures
+from benchmarks.lib.check import Check
+from benchmarks.lib.gpu_check_parts import step_figures
 from benchmarks.lib.peak_flops import PEAKS, data_sheet, measured_flops
 from benchmarks.lib.step_breakdown import PARTS, Marks
 from benchmarks.lib.workload import Subject
