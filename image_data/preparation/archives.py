@@ -9,7 +9,6 @@ build only lists, dicts and byte arrays.
 
 from __future__ import annotations
 
-import gzip
 import lzma
 import os
 import re
@@ -35,10 +34,11 @@ DAMAGE = (
     tarfile.TarError,
     zlib.error,
     lzma.LZMAError,
-    gzip.BadGzipFile,
     EOFError,
     RuntimeError,
     NotImplementedError,
+    UnicodeDecodeError,  # of a name in the directory of a zip
+    OSError,  # if it has no number, see `_is_of_the_system`
 )
 # Python's zipfile reads these methods; numbers and names from APPNOTE.TXT, section 4.4.5.
 READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
@@ -78,6 +78,8 @@ def unpack(archive: Path, target: Path, limit_gib: float | None = None, needs_sp
             else:
                 _unpack_tree(archive, members, target, needs_splits)
     except DAMAGE as error:
+        if _is_of_the_system(error):
+            raise
         raise PrepareError(f"{archive} is damaged or cut short ({error}). Delete it and download it again") from None
 
 
@@ -96,7 +98,14 @@ def check_zip(archive: Path) -> None:
             if bad := file.testzip():
                 raise PrepareError(f"{archive} is damaged at '{bad}'")
     except DAMAGE as error:
+        if _is_of_the_system(error):
+            raise
         raise PrepareError(f"{archive} is damaged or cut short ({error})") from None
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether an error is one of a disk; gzip and bz2 raise an OSError without a number for damaged data."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 @contextmanager
@@ -125,7 +134,9 @@ def _members(archive: Path, limit_gib: float | None) -> Iterator[list[Member]]:
     elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as file:
             entries = ((info.name, _tar_kind(info), info.size, partial(file.extractfile, info)) for info in file)
-            yield _safe(archive, entries, limit_gib)
+            members = _safe(archive, entries, limit_gib)
+            _check_end(file)
+            yield members
     else:
         raise PrepareError(_why_not_an_archive(archive))
 
@@ -197,6 +208,24 @@ def _zip_names(archive: Path, infos: list[zipfile.ZipInfo]) -> list[str]:
             file=sys.stderr,
         )
     return names
+
+
+def _check_end(file: tarfile.TarFile) -> None:
+    """Raise ReadError unless only zeros follow the members of a tar, at least one block of them.
+
+    Without an error, tarfile ends its listing at a damaged header, at a hole and where the file is cut. Reading to the
+    end also compares the checksum of a compressed tar.
+    """
+    stream = file.fileobj
+    assert stream is not None
+    stream.seek(file.offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if not block:
+        raise tarfile.ReadError("the mark of its end is missing")
+    while block:
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"there is no header of a file at byte {file.offset}")
+        block = stream.read(1 << 20)
 
 
 def _tar_kind(info: tarfile.TarInfo) -> str:

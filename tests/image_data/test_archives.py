@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import os
 import pickle
 import signal
@@ -79,6 +82,55 @@ def test_a_damaged_archive_leaves_nothing(zipped, tmp_path, capsys):
     zipped.write_bytes(damaged[:1000])
     assert "is the beginning of a zip archive" in refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize("how", ["before a header", "in a header", "flipped bit", "hole", "before its end"])
+def test_a_damaged_tar_is_not_taken_for_one_with_fewer_images(tree, tmp_path, capsys, kind, how):
+    """tarfile ends its listing at each of these places without an error."""
+    plain, archive = tmp_path / "plain.tar", tmp_path / f"pets.{kind}"
+    with tarfile.open(plain, "w") as file:
+        file.add(tree, "pets")
+    with tarfile.open(plain) as file:
+        last, end = file.getmembers()[-1].offset, file.offset
+    data = bytearray(plain.read_bytes())
+    if how == "flipped bit":
+        data[last + 3] ^= 1
+    elif how == "hole":
+        data[last : last + 512] = bytes(512)
+    else:
+        del data[{"before a header": last, "in a header": last + 100, "before its end": end}[how] :]
+    compress = {"tar": bytes, "tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}[kind]
+    archive.write_bytes(compress(bytes(data)))
+    assert "is damaged or cut short" in refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_every_byte_of_a_compressed_tar_is_checked(tree, tmp_path, capsys, kind):
+    with tarfile.open(tmp_path / "pets.tar", f"w:{kind}") as file:  # type: ignore[call-overload]
+        file.add(tree, "pets")
+    intact = (tmp_path / "pets.tar").read_bytes()
+    for damaged in (intact[: len(intact) // 2], intact[: len(intact) // 2] + b"x" + intact[len(intact) // 2 + 1 :]):
+        (tmp_path / "pets.tar").write_bytes(damaged)
+        message = refusal(capsys, "--archive", tmp_path / "pets.tar", "--data-dir", tmp_path / "out")
+        assert "is damaged or cut short" in message or kind == "bz2" and "or it is cut short" in message  # one block
+
+
+def test_damaged_data_of_bzip2_are_damage(tree, tmp_path, capsys):
+    archive = zip_of(tree, tmp_path / "pets.zip", zipfile.ZIP_BZIP2)
+    damaged = bytearray(archive.read_bytes())
+    damaged[damaged.index(b"BZh") + 30] ^= 255
+    archive.write_bytes(damaged)
+    assert "is damaged or cut short" in refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
+
+
+def test_a_damaged_name_in_a_zip_is_damage(tmp_path, capsys):
+    archive = tmp_path / "pets.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("pets/train/b\u00e4r/1.png", b"")
+    archive.write_bytes(archive.read_bytes().replace("\u00e4".encode(), b"\xc3\xff"))
+    assert "is damaged or cut short" in refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_works(zipped, tmp_path):
