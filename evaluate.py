@@ -156,19 +156,19 @@ def export_network(trained: TrainedModel, args: argparse.Namespace) -> int:
     """Write the network in the format of --export."""
     from common.errors import DatasetError
     from inference.model_card import write_card
-    from inference.onnx_export import export
+    from inference.onnx_export import export, pixels_to_check
     from reports.evaluation import write_optional
 
     output = args.output or trained.record.folder / f"model.{args.export}"
     if not args.output and not os.access(trained.record.folder, os.W_OK):
         raise SettingsError(f"the folder {trained.record.folder} is not writable. Name a file with --output model.onnx")
     try:
-        dataset = open_dataset(trained, args.data_dir)
+        checked = pixels_to_check(trained, open_dataset(trained, args.data_dir))
     except DatasetError:
         if args.data_dir:
             raise
-        dataset = None  # the export needs no dataset; the check then uses noise
-    export(trained, args.weights, output, dataset)
+        checked = pixels_to_check(trained, None)  # the export needs no dataset
+    export(trained, args.weights, output, *checked)
     if write_optional(trained.record.folder, lambda: write_card(trained.record)):
         print(f"model card with instructions: {near_path(trained.record.folder / 'README.md')}")
     return 0

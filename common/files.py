@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -17,14 +18,24 @@ from common.paths import near_path
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader sees the old or the new content, never a part of it, even after a power loss.
 
+    A link is kept, and the file that it leads to is replaced. A device or a pipe is written as it is.
+
     Raises:
         RunError: the file cannot be written; its old content is unchanged.
     """
-    temporary = path.with_name(path.name + ".unfinished")
+    if path.exists() and not path.is_file():
+        try:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        except OSError as error:
+            raise RunError(f"{near_path(path)} could not be written ({error.strerror})") from error
+        return
+    target = Path(os.path.realpath(path))
+    # Host and process: two processes may write the same file, also through a shared file system.
+    temporary = target.with_name(f"{target.name}.{platform.node()}-{os.getpid()}.unfinished")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         flush_to_disk(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()

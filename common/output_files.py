@@ -17,7 +17,11 @@ def check_output_file(path: Path, option: str) -> None:
     """Raise SettingsError where the file of an option cannot be written: no such folder, a folder itself, read-only."""
     if path.is_dir():
         raise SettingsError(f"{option} {path} is a folder. Name a file, for example {option} {quoted(path / 'NAME')}")
-    check_output_folder(path.parent, f"{option} {path}")
+    if path.exists() and not path.is_file():  # a device or a pipe, which is written as it is
+        if not os.access(path, os.W_OK):
+            raise SettingsError(f"{option} {path} is not writable. Choose another file")
+        return
+    check_output_folder(Path(os.path.realpath(path)).parent, f"{option} {path}")
 
 
 def check_picture_suffix(path: Path, option: str) -> None:

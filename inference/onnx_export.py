@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import RunError
+from common.errors import DatasetError, RunError
+from common.files import write_atomically
 from image_data.dataset import Dataset
-from inference.predict_images import fit, read_image
+from image_data.image_file import decode_image
+from image_data.image_file import reason as image_problem
+from inference.predict_images import fit
 from inference.trained_model import TrainedModel
 
 NUM_CHECKED = 500  # images, evenly spaced in the test split
@@ -46,11 +49,12 @@ class FromPixels(nn.Module):
         return self.network((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
 
 
-def export(trained: TrainedModel, weights: str, output: Path, dataset: Dataset | None) -> None:
-    """Write `output` and print its difference from PyTorch, on test images of `dataset` or, without one, on noise.
+def export(trained: TrainedModel, weights: str, output: Path, pixels: np.ndarray, what: str) -> None:
+    """Write `output` and print its difference from PyTorch on `pixels`, uint8 (B, S, S, 3), which `what` names.
 
     Raises:
-        RunError: the network has an operation without ONNX form, is too large, or gives other results in ONNX Runtime.
+        RunError: the network has an operation without ONNX form, is too large, or gives other results in ONNX Runtime;
+            or `output` cannot be written.
     """
     network = FromPixels(trained.network(weights), trained).eval()
     if sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()) > MAX_BYTES:
@@ -59,17 +63,10 @@ def export(trained: TrainedModel, weights: str, output: Path, dataset: Dataset |
     for part in (program.model, program.model.graph, *program.model.graph.all_nodes()):
         part.metadata_props.clear()  # source locations: half of a small file, and paths of this machine
     program.model.metadata_props.update({**trained.metadata, "run": trained.name, "weights": weights})
-    temporary = output.with_name(output.name + ".unfinished")
-    try:
-        program.save(temporary, external_data=False)
-        difference = compare(network, temporary, *pixels_to_check(trained, dataset))
-        temporary.replace(output)
-    except OSError as error:
-        raise RunError(f"{output} cannot be written ({error.strerror}). Choose another file with --output") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    content = program.model_proto.SerializeToString()
+    difference = compare(network, content, pixels, what)
+    write_atomically(output, content)
+    print(f"wrote {output} ({len(content) / 1e6:.1f} MB)")
     side, num_classes = trained.side, len(trained.classes)
     print(f"  images uint8 (B, {side}, {side}, 3) -> scores float32 (B, {num_classes}), any batch size B")
     print(f"  {difference}", flush=True)
@@ -120,24 +117,40 @@ def quiet() -> Iterator[None]:
 
 
 def pixels_to_check(trained: TrainedModel, dataset: Dataset | None) -> tuple[np.ndarray, str]:
-    """Return pixels uint8 (B, S, S, 3) and a phrase that names them."""
+    """Return pixels uint8 (B, S, S, 3) and a phrase that names them: test images or, without a dataset, noise.
+
+    Raises:
+        DatasetError: an image cannot be read.
+    """
     if dataset is None:
         shape = (32, trained.side, trained.side, 3)
-        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), "images of noise (no dataset found)"
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        return noise, "images of noise (no test images found)"
     test = dataset.splits["test"]
     chosen = test.take(np.linspace(0, len(test) - 1, min(NUM_CHECKED, len(test))).astype(np.int64))
     if test.packed is not None:
         images = list(chosen.pixels()[chosen.rows])
     else:
-        images = [read_image(dataset.root / path) for path in chosen.paths]
+        images = [_read(dataset.root / path) for path in chosen.paths]
     return np.stack([fit(image, trained) for image in images]), "test images"
 
 
-def compare(network: nn.Module, path: Path, pixels: np.ndarray, what: str) -> str:
-    """Run both on the same pixels and return a sentence about the difference. Raises RunError beyond TOLERANCE."""
+def _read(path: Path) -> np.ndarray:
+    try:
+        return decode_image(path, max_megapixels=None)[0]  # any size, as in training
+    except Exception as error:  # see `decode_image`
+        raise DatasetError(f"{path} cannot be read ({image_problem(error)}). Check the folder of the dataset") from None
+
+
+def compare(network: nn.Module, content: bytes, pixels: np.ndarray, what: str) -> str:
+    """Run the network and its ONNX file on the same pixels and return a sentence about the difference.
+
+    Raises:
+        RunError: the scores differ by more than TOLERANCE.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         ours = np.concatenate(
             [network(torch.from_numpy(part)).numpy() for part in np.array_split(pixels, -(-len(pixels) // 100))]

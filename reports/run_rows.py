@@ -281,7 +281,7 @@ def _share(points: float | None) -> float | None:
 
 def _read_other(row: Row, folder: Path) -> None:
     files = sorted(os.listdir(folder))
-    unfinished = "run.json.unfinished" in files or "lock" in files
+    unfinished = "lock" in files or any(file.startswith("run.json.") for file in files)
     row.note = "run.json is missing: a run that has not started" if unfinished else "not a run folder: no run.json"
     if not files:
         row.note = "empty folder"

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,9 +137,25 @@ def with_part(trained: TrainedModel, part: nn.Module) -> TrainedModel:
 )
 def test_a_network_that_does_not_export_is_one_sentence_and_no_file(exported, tmp_path, capfd, part, sentence):
     with pytest.raises(RunError) as refusal:
-        onnx_export.export(with_part(exported[1], part), "weights.safetensors", tmp_path / "model.onnx", None)
+        checked = onnx_export.pixels_to_check(exported[1], None)
+        onnx_export.export(with_part(exported[1], part), "weights.safetensors", tmp_path / "model.onnx", *checked)
     assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
+
+
+def test_a_test_image_that_is_missing_is_named_and_not_the_output(exported, shapes, tmp_path, monkeypatch):
+    folder = shutil.copytree(shapes, tmp_path / "moved")
+    facts = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**facts, "packed": False, "root": "elsewhere"}))
+    given, output = exported[1], tmp_path / "model.onnx"
+    done = run("evaluate.py", given.record.folder, "--export", "onnx", "--output", output, "--data-dir", folder, code=1)
+    assert f"{folder}/elsewhere/test/" in done.err and "cannot be read (No such file" in done.err
+
+    checked = []
+    monkeypatch.setattr(onnx_export, "export", lambda trained, weights, output, pixels, what: checked.append(what))
+    trained = TrainedModel(given.record, {**given.facts, "dataset": {**given.facts["dataset"], "folder": str(folder)}})
+    args = Namespace(export="onnx", output=output, data_dir=None, weights="weights.safetensors")
+    assert evaluate.export_network(trained, args) == 0 and checked == ["images of noise (no test images found)"]
 
 
 TINY = ModelSettings(patch=4, width=16, depth=1, heads=2, head_size=8, feed_forward_options={}, dropout=0.0)
@@ -146,15 +163,15 @@ TINY = ModelSettings(patch=4, width=16, depth=1, heads=2, head_size=8, feed_forw
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in TABLES.items() for name in table])
-def test_every_entry_of_every_table_exports(kind, name, tmp_path, exported):
+def test_every_entry_of_every_table_exports(kind, name, exported):
     side = 16 if kind != "architecture" else 128 if "iformer" in name else 32
     settings = (
         replace(TINY, **{kind: name}) if kind != "architecture" or name == "vit" else ModelSettings(architecture=name)
     )
     network = onnx_export.FromPixels(build_model(settings, 5, side), exported[1]).eval()
-    onnx_export.to_onnx(network, side).save(tmp_path / "model.onnx", external_data=False)
+    content = onnx_export.to_onnx(network, side).model_proto.SerializeToString()
     pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
-    assert "top-1 equal on 3 of 3" in onnx_export.compare(network, tmp_path / "model.onnx", pixels, "images of noise")
+    assert "top-1 equal on 3 of 3" in onnx_export.compare(network, content, pixels, "images of noise")
 
 
 # --- the model card -----------------------------------------------------------------------------------------------

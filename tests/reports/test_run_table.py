@@ -121,6 +121,7 @@ BROKEN = {
     "groups are numbers": ({"run.json": '{"settings": 1, "dataset": [], "versions": 2}'}, "run.json has no settings"),
     "settings are texts": ({"run.json": '{"settings": {"a": "b"}, "steps_per_epoch": "x"}'}, "no epoch finished yet"),
     "not UTF-8": ({"run.json": b"\xff\xfe{}"}, "damaged: UnicodeDecodeError"),
+    "being created": ({"run.json.node7-4711.unfinished": ""}, "run.json is missing: a run that has not started"),
     "not started": ({"run.json.unfinished": "", "lock": ""}, "run.json is missing: a run that has not started"),
     "foreign": ({"notes.txt": "mine"}, "not a run folder: no run.json"),
     "empty": ({}, "empty folder"),
