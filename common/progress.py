@@ -11,13 +11,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from common.stop_signal import end_if_stopped
+
 Item = TypeVar("Item")
 
 
 def progress(
     items: Iterable[Item], total: int, what: str, weigh: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Yield `items` and show on stderr how much of `total` is done; `weigh` returns the units of one item."""
+    """Yield `items` and show on stderr how much of `total` is done; `weigh` returns the units of one item.
+
+    Raises:
+        StoppedError: a signal asked this process to stop; what the caller has begun is to be removed as after an error.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -25,8 +31,11 @@ def progress(
             for item in items:
                 yield item
                 bar.update(weigh(item))
+                end_if_stopped(what)
         return
     started = time.perf_counter()
     print(f"{what}: {total} ...", file=sys.stderr, flush=True)
-    yield from items
+    for item in items:
+        yield item
+        end_if_stopped(what)
     print(f"{what}: {total} done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)

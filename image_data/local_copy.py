@@ -6,7 +6,6 @@ copy resumes, and it counts as complete only when dataset.json, written last, ex
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from common.errors import DatasetError
 from common.progress import progress
+from common.stop_signal import lock_when_free
 from image_data.dataset import LIST_FILES, Dataset
 
 COPY_THREADS = 16  # small files are limited by latency, not by bandwidth
@@ -34,7 +34,7 @@ def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_when_free(lock, f"waiting for the process that copies the dataset to {folder}")
             if not Dataset.is_prepared(folder):
                 _copy(dataset, folder, files)
     except OSError as error:
@@ -69,8 +69,11 @@ def _copy(dataset: Dataset, folder: Path, files: bool) -> None:
     for parent in {copy.parent for _, copy in missing}:
         parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(COPY_THREADS) as pool:
-        for _ in progress(pool.map(_copy_one, missing), total=len(missing), what="staging"):
-            pass
+        try:
+            for _ in progress(pool.map(_copy_one, missing), total=len(missing), what="staging"):
+                pass
+        finally:  # an error or a stop does not wait for the files that are left
+            pool.shutdown(cancel_futures=True)
     facts = json.loads((dataset.folder / "dataset.json").read_text())
     (folder / "dataset.json.unfinished").write_text(json.dumps({**facts, "root": "images" if files else "."}))
     (folder / "dataset.json.unfinished").rename(folder / "dataset.json")

@@ -14,6 +14,7 @@ from launching import STUB, fake
 from small_runs import TEST_PER_CLASS, TINY, TRAIN_PER_CLASS
 
 from common.paths import PROJECT
+from common.stop_signal import StopSignal
 from image_data.preparation.prepare import prepare
 from records.run_folder import RunFolder
 
@@ -115,9 +116,10 @@ def zipped(tree, tmp_path) -> Path:
 
 @pytest.fixture
 def signals():
-    """Restore the signal handlers that StopSignal replaces."""
+    """Restore the signal handlers that StopSignal replaces, and forget what was asked."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
+    StopSignal.newest = None
     for number, handler in kept.items():
         signal.signal(number, handler)
 

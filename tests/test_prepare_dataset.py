@@ -26,10 +26,12 @@ import pytest
 from PIL import Image
 from trees import WRITTEN, noise, refusal, save, tree_files, written
 
-from common.errors import DatasetError
+from common.errors import DatasetError, StoppedError
 from common.paths import PROJECT
+from common.stop_signal import StopSignal
 from dali_pipeline import Batches
 from image_data.dataset import KNOWN, Dataset, prepare_again
+from image_data.preparation import decoding, drawn_shapes
 from image_data.preparation import prepare as prepare_module
 from image_data.preparation import source as source_module
 from image_data.preparation.downloads import CIFAR100_SHA256, SOURCES
@@ -238,6 +240,52 @@ def test_a_process_that_waits_for_one_that_fails_locks_anew(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     done.set()
     thread.join()
+
+
+@pytest.mark.parametrize("source", ["root", "archive", "dataset"])
+def test_a_stop_ends_a_preparation_soon_and_removes_what_it_created(
+    tree, zipped, tmp_path, monkeypatch, signals, source
+):
+    StopSignal()
+    begun = []
+
+    def slow(*args, **options):
+        begun.append(args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    module, name, what, given = {
+        "root": (decoding, "decode_image", "decoding train images", tree),
+        "archive": (shutil, "copyfileobj", "unpacking", zipped),
+        "dataset": (drawn_shapes, "draw", "drawing shapes", "shapes"),
+    }[source]
+    original = getattr(module, name)
+    monkeypatch.setattr(decoding, "CHUNK", 1)
+    monkeypatch.setattr(module, name, slow)
+    with pytest.raises(StoppedError, match=f"stopped while {what}; the same command starts again"):
+        prepare(tmp_path / "out", **{source: given}, workers=1)
+    assert len(begun) <= 2 and not (tmp_path / "out").exists()
+
+
+def test_a_stop_ends_the_wait_for_another_process_that_prepares(tmp_path, signals):
+    StopSignal()
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".prepare.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(StoppedError, match="stopped while waiting for the process that prepares"):
+            prepare(tmp_path / "out", dataset="shapes")
+    assert (tmp_path / "out" / ".prepare.lock").exists()  # the other process holds it
+
+
+def test_a_stop_ends_a_download_that_cannot_ask(tmp_path, monkeypatch, signals):
+    import gdown
+
+    StopSignal()
+    monkeypatch.setattr(gdown, "download", lambda **_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(30))
+    with pytest.raises(StoppedError, match=r"stopped while downloading cifar100.zip"):
+        prepare(tmp_path / "out", dataset="cifar100")
+    assert not (tmp_path / "out").exists() and not StopSignal.newest.ends_at_once
 
 
 def test_force_that_fails_keeps_what_was_prepared(zipped, tmp_path):

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from common.progress import progress
+from common.stop_signal import end_if_stopped
 from common.text import listed, quoted
 from image_data.image_file import SUFFIXES
 from image_data.preparation.cifar_batches import BATCHES, Member, write_batches
@@ -240,6 +241,7 @@ def _safe(archive: Path, entries: Iterable[tuple[str, str, int, Callable]], limi
     default = max(ALWAYS_ALLOWED_GIB, MAX_RATIO * os.path.getsize(archive) / 2**30)
     limit = default if limit_gib is None else limit_gib
     for raw_name, kind, size, opener in entries:
+        end_if_stopped(f"reading {archive}")
         total += size
         if total > limit * 2**30:  # checked member by member: to list a compressed tar is to unpack it
             reason = f"{MAX_RATIO} times its size" if limit > ALWAYS_ALLOWED_GIB else "allowed for a small archive"

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from common.errors import UserError
 from common.progress import progress
 from common.text import listed
 from image_data.preparation.image_tree import PrepareError
@@ -49,7 +50,7 @@ def write_batches(archive: Path, members: list[Member], folder: str, target: Pat
                 rows = list(zip(pixels, batch[label_key], batch["filenames"], strict=True))
                 _write_images(progress(rows, len(rows), f"writing {split} images of {name}"), classes, target / split)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, PrepareError):
+        if isinstance(error, UserError):
             raise
         raise PrepareError(
             f"{archive} is damaged: {folder} does not hold the data of CIFAR ({error!r}). Download it again"

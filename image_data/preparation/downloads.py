@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from common.errors import StoppedError
 from common.progress import progress
+from common.stop_signal import stopped_at_once
 from image_data.preparation.archives import check_zip, unpack
 from image_data.preparation.image_tree import PrepareError
 
@@ -60,6 +62,8 @@ def cifar100(target: Path, downloads: Path) -> None:
     if not archive.exists() and not original.exists():
         try:
             _from_drive(CIFAR100_DRIVE_ID, archive)
+        except StoppedError:
+            raise
         except Exception as error:  # gdown raises its own errors, those of requests, and OSError
             reason = error if isinstance(error, PrepareError) else type(error).__name__
             print(
@@ -90,6 +94,8 @@ def shapes(target: Path, downloads: Path, **options: int) -> None:
         from image_data.preparation.drawn_shapes import draw_shapes  # late: only it draws, with Pillow
 
         draw_shapes(target, **options)
+    except StoppedError:
+        raise
     except (TypeError, ValueError) as error:
         raise PrepareError(
             f"cannot draw shapes: {error}. The options are side, train_per_class and test_per_class"
@@ -104,14 +110,15 @@ def _from_drive(drive_id: str, archive: Path) -> None:
 
     unchecked = archive.with_name(archive.name + ".unchecked")
     # Without cookies: gdown keeps them in the home folder, which may be read-only.
-    gdown.download(
-        id=drive_id,
-        output=str(unchecked),
-        resume=True,
-        quiet=not sys.stderr.isatty(),
-        timeout=TIMEOUT_SECONDS,
-        use_cookies=False,
-    )
+    with stopped_at_once(f"downloading {archive.name}"):
+        gdown.download(
+            id=drive_id,
+            output=str(unchecked),
+            resume=True,
+            quiet=not sys.stderr.isatty(),
+            timeout=TIMEOUT_SECONDS,
+            use_cookies=False,
+        )
     try:
         check_zip(unchecked)  # a better message than a wrong checksum: Drive may answer with a page of HTML
         _verify(unchecked, hashlib.sha256, CIFAR100_SHA256)

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from common.errors import DatasetError
+from common.stop_signal import end_if_stopped
 from common.text import listed
 from image_data.dataset import LIST_FILES, PREPARED_FROM
 from image_data.image_file import SUFFIXES
@@ -69,6 +70,7 @@ def walk_images(top: Path, skip: frozenset[str] = frozenset()) -> Iterator[Image
     """
     real_paths: dict[str, tuple[str, ...]] = {}  # of each folder and of the folders above it, to detect loops
     for folder, subfolders, files in os.walk(top, onerror=_raise, followlinks=True):
+        end_if_stopped(f"listing {top}")
         real, above = os.path.realpath(folder), real_paths.get(os.path.dirname(folder), ())
         if real in above:
             subfolders.clear()

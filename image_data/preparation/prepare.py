@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from common.errors import DatasetError
 from common.paths import DATA, near_path
+from common.stop_signal import end_if_stopped, lock_when_free
 from common.text import python_command
 from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, PREPARED_FROM, Dataset
 from image_data.image_file import MAX_MEGAPIXELS
@@ -298,11 +298,12 @@ def _created_and_locked(folder: Path) -> Iterator[None]:
     lock = folder / ".prepare.lock"
     with ExitStack() as stack:
         while True:
+            end_if_stopped(f"preparing {folder}")
             created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(lock, "w"))
             with suppress(OSError):  # some network file systems do not support locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock_when_free(file, f"waiting for the process that prepares {folder}")
             # Else the process that held the lock has failed and removed it.
             if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                 break

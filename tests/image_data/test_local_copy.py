@@ -5,7 +5,10 @@ Run: python -m pytest tests/image_data/test_local_copy.py
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import DatasetError
+from common.errors import DatasetError, StoppedError
+from common.stop_signal import StopSignal
 from config.settings import AugmentationSettings
 from dali_pipeline import Batches, Synthetic
+from image_data import local_copy
 from image_data.dataset import Dataset
 from image_data.local_copy import stage
 
@@ -58,6 +63,23 @@ def test_the_processes_of_a_host_make_one_copy(dataset, tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         staged = list(pool.map(lambda _: stage(dataset, tmp_path, files=False), range(4)))
     assert len({s.folder for s in staged}) == 1 and len(copied) == len(set(copied)) == 5
+
+
+def test_a_stop_ends_the_copy_soon(dataset, tmp_path, monkeypatch, signals):
+    StopSignal()
+    copied, original = [], shutil.copyfile
+
+    def slow(source, copy):
+        copied.append(copy)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return original(source, copy)
+
+    monkeypatch.setattr(local_copy, "COPY_THREADS", 1)
+    monkeypatch.setattr(local_copy.shutil, "copyfile", slow)
+    with pytest.raises(StoppedError, match="stopped while staging; the same command starts again"):
+        stage(dataset, tmp_path, files=True)
+    assert len(copied) <= 3
 
 
 def test_errors_of_staging_name_the_cause(dataset, tmp_path, monkeypatch):
