@@ -35,8 +35,9 @@ if [ "${DS_ACCELERATOR:-}" != cpu ]; then
 fi
 num_procs=${NUM_PROCS:-${#devices[@]}}
 if [ -z "${NUM_PROCS:-}" ] && [ ${#devices[@]} -eq 0 ]; then
-    choose='from training.cpu_processes import main; main()'
-    read -r num_procs why < <(PYTHONPATH=$here "$PYTHON" -c "$choose" "$@" 2>/dev/null || echo "1 one process")
+    # With -c, Python would import the config.py or common/ of the current folder before those of the project.
+    choose='import sys; sys.path[0] = sys.argv.pop(1); from training.cpu_processes import main; main()'
+    read -r num_procs why < <("$PYTHON" -c "$choose" "$here" "$@" 2>/dev/null || echo "1 one process")
     say "No GPU found: training on the CPU, $why (NUM_PROCS chooses another number)."
 elif [ ${#devices[@]} -eq 0 ]; then
     say "No GPU found: training on the CPU."
@@ -75,7 +76,14 @@ fi
 # 3. Run it, and forward signals. The launcher gets its own process group, so that a Ctrl-C in the terminal reaches this
 # script alone, and the ranks exactly once. A signal goes to the ranks, not to the launcher: the launcher would stop one
 # rank after the other and kill each after 30 s, but they need to save together. It exits when they have exited.
-stopped_at=0 signal=0
+stopped_at=0 signal=0 killed=""
+# End the launcher and the ranks at once; they share its process group. SIGTERM would not do: the launcher passes it on to
+# the ranks, waits 30 s for each, and starts anew at the next one.
+end_all() {
+    [ -n "$killed" ] || say "$1"
+    killed=1
+    kill -KILL -- "-$launcher" 2>/dev/null || true
+}
 stop() {
     if ((signal == 0)); then
         signal=$1 stopped_at=$SECONDS
@@ -87,7 +95,7 @@ stop() {
         done
         kill -TERM "${ranks[@]:-$launcher}" 2>/dev/null || true
     elif ((SECONDS - stopped_at >= 2)); then    # not the second signal that `timeout` sends to the whole group
-        kill -TERM "$launcher" 2>/dev/null || true
+        end_all "Ending the processes at once."
     fi
 }
 # setpriv: if this script is killed, the kernel sends SIGTERM to the launcher, which then ends the ranks.
@@ -103,7 +111,9 @@ trap 'stop 15' TERM
 code=0
 wait "$launcher" || code=$?    # a signal interrupts this wait
 while kill -0 "$launcher" 2>/dev/null; do
-    if ((signal && SECONDS - stopped_at > save_seconds)); then kill -TERM "$launcher" 2>/dev/null || true; fi
+    if ((signal && SECONDS - stopped_at > save_seconds)); then
+        end_all "The processes have not saved within $save_seconds s: ending them."
+    fi
     sleep 0.2 || true
 done
 if ((signal)); then
@@ -114,7 +124,7 @@ if ((signal)); then
     if ((code == 0 || code == 241)); then code=$((128 + signal)); fi
 fi
 # A killed launcher leaves its ranks behind; one that exited normally has left none.
-if kill -TERM -- "-$launcher" 2>/dev/null; then
+if [ -z "$killed" ] && kill -TERM -- "-$launcher" 2>/dev/null; then
     say "The launcher was killed: ending the ranks that it left."
     for ((tenths = 0; tenths < 300; tenths++)); do
         kill -0 -- "-$launcher" 2>/dev/null || break

@@ -8,7 +8,8 @@
 
 environment_root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 
-say() { printf '%s\n' "$*" >&2; }
+# In a subshell, and never an error: a terminal that is closed, or a pipe without a reader, must not end the script.
+say() { (printf '%s\n' "$*" >&2) || true; }
 
 # Print a free port, under 32768, so that no outgoing connection takes it before the ranks meet there.
 free_port() {

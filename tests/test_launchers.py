@@ -52,6 +52,18 @@ def test_arguments_and_folder_reach_train_py_unharmed(repo, tmp_path):
     assert not list(tmp_path.rglob("owned"))
 
 
+def test_the_number_of_processes_does_not_depend_on_the_current_folder(repo, tmp_path):
+    """A config.py of the user is not run."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("config", "common", "training"):
+        (elsewhere / f"{name}.py").write_text("open('owned', 'w')\nraise SystemExit\n")
+    (repo / "training").mkdir()
+    (repo / "training" / "cpu_processes.py").write_text("import sys\ndef main(): print(3, 'because of', *sys.argv[1:])")
+    said = run(repo, "launch_local_train.sh", "--seed", "1", cwd=elsewhere, DRY_RUN="1").stderr
+    assert "training on the CPU, because of --seed 1 (NUM_PROCS" in said and not (elsewhere / "owned").exists()
+
+
 def test_cpu_processes_share_the_cores(repo):
     words = dry_run(repo, NUM_PROCS="2")
     assert world(words) == ["0", "1"]
@@ -171,26 +183,49 @@ def test_stopping_lets_every_rank_save_once_and_leaves_none(repo, tmp_path, how)
 
 SAVING_FOREVER = """
 import os, pathlib, signal, time
-signals = []
-signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+signal.signal(signal.SIGTERM, lambda *_: None)
 pathlib.Path(os.environ["STUB_OUT"], "started" + os.environ["RANK"]).write_text(f"[{os.getpid()}]")
-while len(signals) < 2:
+while True:
     time.sleep(0.05)
 """
 
 
-def test_processes_that_do_not_save_in_time_are_ended(repo, tmp_path):
+def is_running(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("how", ["time", "second signal"])
+def test_processes_that_do_not_save_in_time_are_ended(repo, tmp_path, how):
+    """Also where they are deaf to SIGTERM, as a rank is that waits in NCCL or for a disk."""
     (repo / "train.py").write_text(SAVING_FOREVER)
     script = subprocess.Popen(
         [str(repo / "launch_local_train.sh")],
-        env=environment(repo, NUM_PROCS="2", SAVE_SECONDS="1"),
+        env=environment(repo, NUM_PROCS="2", SAVE_SECONDS="1" if how == "time" else "600"),
         stderr=subprocess.PIPE,
         text=True,
     )
     ranks = rank_pids(tmp_path)
     script.terminate()
-    assert "that may take 1 s" in script.communicate(timeout=100)[1] and script.returncode != 0
-    assert not any(psutil.pid_exists(rank) for rank in ranks)
+    if how == "second signal":
+        time.sleep(3)
+        script.send_signal(signal.SIGINT)
+    said = script.communicate(timeout=8)[1]
+    assert script.returncode == 128 + signal.SIGKILL
+    assert ("have not saved within 1 s" if how == "time" else "Ending the processes at once") in said
+    wait_until(lambda: not any(map(is_running, ranks)), 2)
+
+
+def test_a_stop_lets_the_ranks_save_after_the_reader_of_the_output_is_gone(repo, tmp_path):
+    script = subprocess.Popen(
+        [str(repo / "launch_local_train.sh")],
+        env=environment(repo, NUM_PROCS="2", STUB_SECONDS="60"),
+        stderr=subprocess.PIPE,
+    )
+    rank_pids(tmp_path)
+    script.stderr.close()
+    script.terminate()
+    assert script.wait(60) == 75
+    assert [(tmp_path / f"ended{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
 @pytest.mark.parametrize("victim", ["script", "launcher"])
