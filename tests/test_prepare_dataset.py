@@ -30,7 +30,7 @@ from common.errors import DatasetError, StoppedError
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from dali_pipeline import Batches
-from image_data.dataset import KNOWN, Dataset, prepare_again
+from image_data.dataset import KNOWN, PREPARED_FROM, Dataset, prepare_again
 from image_data.preparation import decoding, drawn_shapes
 from image_data.preparation import prepare as prepare_module
 from image_data.preparation import source as source_module
@@ -240,6 +240,21 @@ def test_a_process_that_waits_for_one_that_fails_locks_anew(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     done.set()
     thread.join()
+
+
+def test_the_record_of_the_source_is_that_of_the_data_after_an_interruption(tree, zipped, tmp_path, monkeypatch):
+    prepare(tmp_path / "out", archive=zipped)
+    before = {**written(tmp_path / "out"), "record": (tmp_path / "out" / PREPARED_FROM).read_bytes()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_fingerprint", interrupted)
+        prepare(tmp_path / "out", archive=shutil.copy(zipped, tmp_path / "other.zip"), force=True)
+    assert before == {**written(tmp_path / "out"), "record": (tmp_path / "out" / PREPARED_FROM).read_bytes()}
+    prepare(tmp_path / "out", archive=tmp_path / "other.zip", force=True)
+    assert json.loads((tmp_path / "out" / PREPARED_FROM).read_text())["archive"] == "other.zip"
 
 
 @pytest.mark.parametrize("source", ["root", "archive", "dataset"])

@@ -178,8 +178,7 @@ def _make(folder: Path, source: Source, options: Options) -> None:
         survey = survey_images(tree, partial, options)
         for warning in (*tree.warnings, *survey.warnings):
             print(f"warning: {_printable(warning)}", file=sys.stderr)
-        (folder / PREPARED_FROM).write_text(json.dumps(source.record()) + "\n")
-        _write(folder, partial, tree, survey, options)
+        _write(folder, partial, tree, survey, options, source.record())
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -205,8 +204,10 @@ def _find_images(folder: Path, partial: Path, source: Source, options: Options) 
     return images
 
 
-def _write(folder: Path, partial: Path, tree: Tree, survey: Survey, options: Options) -> None:
-    """Move everything into `folder`.
+def _write(
+    folder: Path, partial: Path, tree: Tree, survey: Survey, options: Options, made_from: dict[str, str | int]
+) -> None:
+    """Move everything into `folder`, with the record of the source that it was made from.
 
     dataset.json is removed first and written last, so that it never describes files of another preparation.
     """
@@ -237,10 +238,11 @@ def _write(folder: Path, partial: Path, tree: Tree, survey: Survey, options: Opt
         LIST_FILES[split]: "".join(f"{path}\t{label}\n" for path, label in rows) for split, rows in listings.items()
     }
     texts["dataset.json"] = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    for name, text in texts.items():
+    for name, text in {**texts, PREPARED_FROM: json.dumps(made_from) + "\n"}.items():
         (partial / name).write_bytes(text.encode())
 
     (folder / "dataset.json").unlink(missing_ok=True)
+    os.replace(partial / PREPARED_FROM, folder / PREPARED_FROM)  # first: an end from here on is prepared again from it
     if tree.root == fresh:
         if (folder / "images").exists():
             os.replace(folder / "images", partial / "replaced")
