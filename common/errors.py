@@ -48,6 +48,12 @@ class DatasetError(UserError):
     """A dataset that cannot be used; the message names the file and the fix."""
 
 
+def reason_of(error: Exception) -> str:
+    """Return why an optional file or a tracker failed, for a warning: the system's words, or the error's own."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+
+
 def print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print one sentence for a package that is not installed, and the traceback of any other error."""
     package = (getattr(error, "name", None) or "").partition(".")[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.display import printable
+from common.errors import reason_of
 from common.files import write_atomically
 from inference.trained_model import TrainedModel
 
@@ -95,7 +96,5 @@ def write_optional(folder: Path, *writers: Callable[[], object]) -> bool:
         except Exception as error:  # a picture or a card is never worth the result
             failed.append(error)
     if failed:
-        cause = failed[0].__cause__ if isinstance(failed[0].__cause__, OSError) else failed[0]
-        reason = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
-        print(f"warning: not everything was written to {folder}: {reason}", file=sys.stderr)
+        print(f"warning: not everything was written to {folder}: {reason_of(failed[0])}", file=sys.stderr)
     return not failed

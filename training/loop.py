@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 
-from common.errors import RunError
+from common.errors import RunError, reason_of
 from common.paths import near_path
 from common.stop_signal import StopSignal
 from dali_pipeline import Batches, Synthetic
@@ -92,7 +92,10 @@ class Loop:
         if finished and self.record and self.record.metrics():
             page = "/report.html" if self.tracking.reports else ""
             self.console.result(self.record.metrics()[-1], self.steps_per_epoch, self._where() + page)
-            write_card(self.record)
+            try:
+                write_card(self.record)
+            except Exception as error:  # the run is finished, and evaluate.py writes the card again
+                self.console.say(f"warning: README.md was not written ({reason_of(error)})", QUIET)
         self.writer.wait()  # the others wait here as long as for a checkpoint: trackers may upload for minutes
         return finished
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from common.display import printable
 from config.differences import changed_settings
 from training.tracker import Tracker, numbers_of
 
@@ -101,10 +102,11 @@ def hyperparameters(facts: dict[str, Any]) -> dict[str, bool | float | str]:
     """Return preset, seed and the settings that differ from the defaults, as TensorBoard takes them."""
     values = {"preset": Path(facts["preset"]).stem, "seed": facts["seed"]}
     values |= {path.removeprefix("engine."): value for path, value, _ in changed_settings(facts["settings"])}
-    return {
+    values = {
         name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
         for name, value in values.items()
     }
+    return {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def started_without_groups(folder: Path) -> bool:
@@ -130,4 +132,4 @@ def as_markdown(value: Any) -> str:
         text = " ".join(value)
     else:
         text = value if isinstance(value, str) else json.dumps(value, indent=2)
-    return "\n".join("    " + row for row in text.splitlines())
+    return "\n".join("    " + printable(row) for row in text.splitlines())

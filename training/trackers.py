@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import SettingsError
+from common.errors import SettingsError, reason_of
 from common.files import read_lines, write_atomically
 from records.run_data import RunData
 from training.console import QUIET, Console
@@ -137,9 +137,7 @@ class Tracking:
                 event(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
-                cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-                reason = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
-                self.say(f"warning: {type(tracker).__name__} is disabled ({reason}); training continues")
+                self.say(disabled(type(tracker).__name__, error))
         self._seconds += time.perf_counter() - began
 
     def first_batch(self, pixels: Callable[[], np.ndarray]) -> None:
@@ -189,6 +187,11 @@ class Tracking:
         self._notify(lambda tracker: tracker.close(failed=error is not None))
 
 
+def disabled(name: str, error: Exception) -> str:
+    """Return the warning about a tracker that failed."""
+    return f"warning: {name} is disabled ({reason_of(error)}); training continues"
+
+
 def start_tracking(
     folder: Path,
     facts: dict[str, Any],
@@ -214,7 +217,10 @@ def start_tracking(
     began = time.perf_counter()
     trackers: list[Tracker] = [StepLosses(folder, step)]
     if tensorboard:
-        trackers.append(TensorBoard(folder, facts, step))
+        try:
+            trackers.append(TensorBoard(folder, facts, step))
+        except Exception as error:  # event files are never worth the run
+            screen.say(disabled("TensorBoard", error))
     if wandb is not None:
         trackers.append(WeightsAndBiases(folder, facts, step, wandb or None, screen.level == QUIET, group))
     if mlflow is not None:

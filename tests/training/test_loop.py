@@ -5,6 +5,7 @@ What it trains is in tests/test_train.py and test_resume.py.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from common.errors import RunError
 from parallel import process_group
 from records.checkpoint_store import Interval
 from records.run_folder import RunFolder
+from training import loop
 from training.checkpoint_writer import CheckpointWriter
 from training.loop import Loop
 from training.trackers import Tracking
@@ -46,6 +48,25 @@ def end_a_run_whose_tracker_uploads_for_long():
 
 def test_a_tracker_that_uploads_for_long_does_not_fail_a_finished_run():
     run_ranks(2, end_a_run_whose_tracker_uploads_for_long)
+
+
+def test_a_finished_run_does_not_fail_because_of_its_model_card(monkeypatch, tmp_path):
+    def full(record):
+        raise RunError("README.md could not be written") from OSError(errno.ENOSPC, "No space left on device")
+
+    said = []
+    monkeypatch.setattr(loop, "write_card", full)
+    ending = Loop.__new__(Loop)
+    ending.engine, ending.total_steps, ending.steps_per_epoch = SimpleNamespace(step=4), 4, 4
+    ending.record = SimpleNamespace(folder=tmp_path, metrics=lambda: [{}])
+    ending.console = SimpleNamespace(
+        clock=SimpleNamespace(start=lambda *_: None), result=lambda *_: None, say=lambda text, level: said.append(text)
+    )
+    ending.profile, ending.writer = SimpleNamespace(close=lambda: None), SimpleNamespace(wait=lambda: None)
+    ending.tracking = Tracking([])
+    monkeypatch.setattr(Loop, "_run", lambda self, stop_at: True)
+    assert ending.run()
+    assert said == ["warning: README.md was not written (No space left on device)"]
 
 
 def train_with_first_steps(count: int, words: list[str]) -> None:

@@ -23,10 +23,11 @@ from common.errors import RunError, SettingsError
 from common.files import read_lines
 from records.run_folder import RunFolder
 from training import trackers
+from training.console import Console
 from training.experiment_trackers import MLflow, WeightsAndBiases
 from training.tensorboard_tracker import CHARTS, TensorBoard, hyperparameters, tag_of
 from training.tracker import Tracker, numbers_of
-from training.trackers import RunIndex, StepLosses, Tracking, check_trackers
+from training.trackers import RunIndex, StepLosses, Tracking, check_trackers, start_tracking
 
 FACTS = {
     "settings": {"epochs": 3},
@@ -37,6 +38,7 @@ FACTS = {
     "seed": 0,
     "dataset": {"name": "shapes"},
     "device": "CPU",
+    "total_steps": 100,
 }
 
 
@@ -102,6 +104,22 @@ def test_a_resumed_run_of_an_earlier_version_keeps_its_tags(tmp_path):
     resumed.epoch({"step": 8, "train_loss": 1.0})
     resumed.close(failed=False)
     assert scalars(tmp_path) == {"train_loss": [(4, 2.0), (8, 1.0)]}
+
+
+def test_tensorboard_takes_a_path_that_is_not_utf8(tmp_path):
+    """The command and the preset may name one; it ended the run at its start."""
+    facts = {**FACTS, "command": ["train.py", "--data-dir", "caf\udce9"], "preset": "caf\udce9.toml"}
+    TensorBoard(tmp_path, facts, step=0).close(failed=False)
+    (text,) = events(tmp_path).Tensors("command/text_summary")
+    assert "--data-dir caf\ufffd" in text.tensor_proto.string_val[0].decode()
+
+
+def test_a_tensorboard_that_cannot_start_is_a_warning(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file in its place")
+    tracking = start_tracking(tmp_path, FACTS, 0, True, None, False, Console(out=sys.stdout))
+    tracking.__exit__(None, None, None)
+    assert "warning: TensorBoard is disabled (" in capsys.readouterr().out
+    assert not any(isinstance(tracker, TensorBoard) for tracker in tracking.trackers)
 
 
 def test_tensorboard_shows_the_first_batch_and_the_settings(unbroken, shapes):
