@@ -84,7 +84,7 @@ def read_rows(runs: Path, results: Path | None = RESULTS) -> list[Row]:
 def index_of(run: Path) -> Path:
     """Return the folder of runs that a run folder belongs to: a run of a comparison lies one folder deeper."""
     folder = run.resolve()
-    return RUNS if RUNS in folder.parents else folder.parent
+    return RUNS if RUNS.resolve() in folder.parents else folder.parent
 
 
 def page(rows: list[Row], runs: Path, folder: Path) -> str:

@@ -72,6 +72,7 @@ def replace_file(path: Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    path = Path(os.path.realpath(path))  # a link is kept
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")

@@ -94,6 +94,10 @@ def test_a_run_of_a_comparison_belongs_to_the_page_of_all_runs(tmp_path, monkeyp
     monkeypatch.setattr(index, "RUNS", tmp_path / "runs")
     assert index_of(tmp_path / "runs" / "pairs-small" / "mlp-seed0") == tmp_path / "runs"
     assert index_of(tmp_path / "elsewhere" / "mine") == tmp_path / "elsewhere"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "disk")
+    monkeypatch.setattr(index, "RUNS", tmp_path / "linked")
+    assert index_of(tmp_path / "linked" / "pairs-small" / "mlp-seed0") == tmp_path / "linked"
 
 
 def test_the_command_writes_the_page_and_prints_the_list(page, tmp_path):
