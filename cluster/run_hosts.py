@@ -200,7 +200,7 @@ def sent(environment: Any) -> dict[str, str]:
 def deepspeed_env() -> dict[str, str]:
     """Variables from DeepSpeed's file .deepspeed_env (NAME=VALUE per line), in the home or current folder."""
     found = {}
-    for path in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
+    for path in (Path(os.path.expanduser("~/.deepspeed_env")), Path(".deepspeed_env")):
         for line in path.read_text().splitlines() if path.is_file() else []:
             name, equals, value = line.strip().partition("=")
             if equals and not name.startswith("#"):

@@ -6,6 +6,7 @@ on. Only the tensors are used: the network comes from `model.architecture`.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from common.errors import SettingsError
@@ -32,7 +33,7 @@ def local_file(source: str) -> Path:
         SettingsError: there is no such file, model or repository, or no network.
     """
     if not is_name(source):
-        path = Path(source)
+        path = Path(os.path.expanduser(source))  # shells leave ~ alone in --init-weights=~/w.safetensors
         if not path.is_file():
             raise SettingsError(f"--init-weights {source}: there is no such file; check the path")
         return path

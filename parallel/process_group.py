@@ -41,7 +41,7 @@ def check_environment() -> None:
         value = os.environ.get(name, "0")
         if not (value.isascii() and value.isdecimal()):
             raise SettingsError(f"{name}={value!r} is not a number; unset it, or start with ./launch_local_train.sh")
-    if not re.fullmatch(r"\d*\.?\d*", os.environ.get("HANG_SECONDS", "")):
+    if not re.fullmatch(r"(\d+(\.\d*)?|\.\d+)?", os.environ.get("HANG_SECONDS", "")):
         raise SettingsError(f"HANG_SECONDS={os.environ['HANG_SECONDS']} is not a number of seconds; unset it")
     if "RANK" not in os.environ:
         given_size = os.environ.get("WORLD_SIZE", "1")

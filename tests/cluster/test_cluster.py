@@ -11,6 +11,7 @@ import ast
 import base64
 import json
 import os
+import pwd
 import re
 import subprocess
 from datetime import timedelta
@@ -221,6 +222,9 @@ def test_only_variables_that_matter_to_training_are_sent(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / ".deepspeed_env").write_text("# mine\n\nNCCL_DEBUG=INFO\nA=b c=d\nword\n")
+    assert run_hosts.deepspeed_env() == {"NCCL_DEBUG": "INFO", "A": "b c=d"}
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user of a container that has no name
     assert run_hosts.deepspeed_env() == {"NCCL_DEBUG": "INFO", "A": "b c=d"}
 
 

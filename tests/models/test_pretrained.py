@@ -27,6 +27,13 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_a_file_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    """Shells leave ~ alone in --init-weights=~/w.safetensors."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.safetensors").touch()
+    assert local_file("~/w.safetensors") == tmp_path / "w.safetensors"
+
+
 def put(cache: Path, repository: str, name: str, tensors: dict) -> None:
     """Put a file where a download would have put it."""
     folder = cache / f"models--{repository.replace('/', '--')}"

@@ -76,6 +76,7 @@ def test_deterministic_kernels_are_used_and_an_operation_without_one_fails():
             {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             "RANK=2 must be below WORLD_SIZE=2",
         ),
+        ({"HANG_SECONDS": "."}, "HANG_SECONDS=. is not a number of seconds"),
         ({"HANG_SECONDS": "soon"}, "HANG_SECONDS=soon is not a number of seconds"),
     ],
 )
