@@ -13,6 +13,11 @@ PRESETS = PROJECT / "presets"
 DS_CONFIG = PROJECT / "ds_config.json"
 
 
+def name_of(folder: str | os.PathLike[str]) -> str:
+    """Return the name of a folder, also of `.` and `..`; a link has its own name."""
+    return os.path.basename(os.path.abspath(folder))
+
+
 def near_path(path: str | os.PathLike[str]) -> str:
     """Return a path for the screen: relative to the current folder if it lies inside, else absolute."""
     here = os.path.relpath(path)

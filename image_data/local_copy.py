@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.errors import DatasetError
+from common.paths import name_of
 from common.progress import progress
 from common.stop_signal import lock_when_free
 from image_data.dataset import LIST_FILES, Dataset
@@ -30,7 +31,7 @@ def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
         DatasetError: the disk is too small or read-only, or a file cannot be copied.
     """
     digest = dataset.fingerprint.removeprefix("sha256:")[:16]
-    folder = Path(os.path.expanduser(target)) / f"{dataset.folder.name}-{digest}{'-files' if files else ''}"
+    folder = Path(os.path.expanduser(target)) / f"{name_of(dataset.folder)}-{digest}{'-files' if files else ''}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.output_files import check_output_file, check_picture_suffix
-from common.paths import DATA
+from common.paths import DATA, name_of
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one
 from config.settings import AugmentationSettings, preset_names, resolve
@@ -33,7 +33,7 @@ def main() -> None:
     grid = preview(
         dataset, settings.augmentation, settings.image_side, args.images, args.epochs, args.seed, args.source
     )
-    save(image_grid(grid, f"{args.data_dir.name}: original, then {args.epochs} augmentations"), args.preview)
+    save(image_grid(grid, f"{name_of(args.data_dir)}: original, then {args.epochs} augmentations"), args.preview)
     print(f"wrote {args.preview}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.machine import cpu_name
-from common.paths import PROJECT
+from common.paths import PROJECT, name_of
 from image_data.dataset import Dataset
 from parallel.engine import Engine
 from records.own_part_files import copies_of, own_files
@@ -58,7 +58,7 @@ def facts_of(
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         **asdict(options),
         "dataset": {
-            "name": folder.name,
+            "name": name_of(folder),
             "folder": os.path.relpath(folder.resolve(), PROJECT),
             "fingerprint": dataset.fingerprint,
             "classes": dataset.classes,
