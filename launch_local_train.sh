@@ -78,7 +78,7 @@ fi
 # rank after the other and kill each after 30 s, but they need to save together. It exits when they have exited.
 stopped_at=0 signal=0 killed=""
 # End the launcher and the ranks at once; they share its process group. SIGTERM would not do: the launcher passes it on to
-# the ranks, waits 30 s for each, and starts anew at the next one.
+# the ranks, waits 30 s for each, and starts over at the next one.
 end_all() {
     [ -n "$killed" ] || say "$1"
     killed=1
