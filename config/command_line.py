@@ -32,10 +32,10 @@ from config.settings import preset_names
 SHARED_ERROR_SECONDS = 5.0  # DeepSpeed's launcher looks once a second whether a process has failed
 MAX_NAME_BYTES = 200  # file systems allow 255; ".old-1" and the like are appended
 ELSEWHERE = {  # options of other projects that neither an option nor a setting replaces
-    "--device": "training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
+    "--device": "training uses the GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
     "--resume": "starting the same command again resumes the run; --fresh starts over",
-    "--gpus": "every GPU is used; CUDA_VISIBLE_DEVICES chooses some of them",
-    "--gpu": "every GPU is used; CUDA_VISIBLE_DEVICES chooses some of them",
+    "--gpus": "./launch_local_train.sh uses every GPU, train.py alone one; CUDA_VISIBLE_DEVICES chooses",
+    "--gpu": "./launch_local_train.sh uses every GPU, train.py alone one; CUDA_VISIBLE_DEVICES chooses",
     "--output": "--runs-dir and --name choose the run folder",
     "--output-dir": "--runs-dir and --name choose the run folder",
     "--out": "--runs-dir and --name choose the run folder",

@@ -26,7 +26,7 @@ from typing import IO, Any
 from common.errors import RunError
 from common.files import write_atomically
 from common.paths import RUNS, near_path
-from common.text import python_command
+from common.text import python_command, quoted
 
 METRICS = "metrics.jsonl"
 ASIDE = ".old-"  # and a number: the name of a folder that was renamed to make room
@@ -140,9 +140,12 @@ class RunFolder:
 
     def no_epoch(self) -> RunError:
         """Return the error for a run without a finished epoch, with the command that continues it."""
+        facts = self.facts()
+        command = python_command(*facts["command"])
+        if facts.get("num_processes", 1) > 1:  # train.py alone is one process
+            command = " ".join(["./launch_local_train.sh", *map(quoted, facts["command"][1:])])
         return RunError(
-            f"{near_path(self.folder)} has no finished epoch yet. Wait if it is training, or continue it: "
-            f"{python_command(*self.facts()['command'])}"
+            f"{near_path(self.folder)} has no finished epoch yet. Wait if it is training, or continue it: {command}"
         )
 
     # --- one process at a time -------------------------------------------------------------------------------------

@@ -275,6 +275,8 @@ def test_missing_weights(trained):
         f"error: {trained.folder} has no finished epoch yet. Wait if it is training, or continue it: "
         "python train.py --name 'a b'\n"
     )
+    trained.create(trained.facts() | {"num_processes": 2})
+    assert refusal(trained).endswith("or continue it: ./launch_local_train.sh --name 'a b'\n")
 
 
 def test_truncated_weights(trained):

@@ -103,7 +103,11 @@ def _add_data_options(parser: Parser) -> None:
         help="dataset to prepare and train on (default: cifar100)",
     )
     data.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: data/<dataset>)"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the prepared dataset, or an image tree {train,test}/<class>/*.png, which is prepared in place "
+        "(default: data/<dataset>)",
     )
     data.add_argument(
         "--archive", type=Path, metavar="FILE", help="prepare the dataset from this zip or tar (default: download)"
@@ -253,7 +257,10 @@ def _add_run_options(parser: Parser) -> None:
         help="random seed for initialization, data order and augmentation (default: 0)",
     )
     run.add_argument(
-        "--name", type=run_name, help="name of the run folder runs/<name> (default: made from preset, dataset and seed)"
+        "--name",
+        type=run_name,
+        help="name of the run folder runs/<name> (default: made from preset, dataset and seed; -2, -3, ... is appended "
+        "where a finished or different run has that name)",
     )
     run.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="folder of all runs (default: runs)")
     run.add_argument(

@@ -19,6 +19,7 @@ MUST_MATCH = ("settings", "seed", "max_steps", "max_minutes", "hold_out", "patie
 # ... except how the work is distributed: the state is the same (an engine that cannot load another's state rejects it).
 MAY_DIFFER = (
     "settings.strategy",
+    "settings.compile",
     "settings.parallel.stages",
     "settings.parallel.partition",
     "settings.parallel.patience_seconds",

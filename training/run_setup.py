@@ -132,7 +132,9 @@ def check_settings(
         local_file(init_weights)  # downloads named weights
     if Path(preset).stem == "finetune" and init_weights is None:
         console.print_field(
-            "warning", "the preset finetune starts from random weights; add --init-weights FILE to fine-tune"
+            "warning",
+            "the preset finetune starts from random weights; to fine-tune, add "
+            "--init-weights timm:vit_base_patch32_224",
         )
 
 
