@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PARTS = ("kernel", "depthwise", "attention", "stem", "optimizer")
 GRIDS = ((1024, 768, 8), (512, 768, 16), (512, 1024, 16))  # batch, hidden channels, side: speedrun, 300ep, 100ep
 HEADS = ((1024, 4, 64, 64), (512, 3, 256, 64), (512, 4, 256, 64))  # batch, heads, tokens, head size of the same
+REPEATS = 20  # timed on a GPU
 TINY_GRIDS, TINY_HEADS = ((2, 16, 3),), ((2, 2, 8, 8),)
 TINY = ["model.width=32", "model.depth=1", "model.feed_forward_options.hidden=32"]
 TINY += ["model.patch_embedding_options.first=8"]
@@ -62,7 +63,7 @@ class Bench:
             print(f"{name:72} {ms:9.3f} ms{bandwidth}", flush=True)
         self.write()
 
-    def _median(self, run: Callable[[], Any], repeats: int = 20) -> float:
+    def _median(self, run: Callable[[], Any]) -> float:
         import torch
 
         for _ in range(4 if self.gpu else 1):
@@ -72,7 +73,7 @@ class Bench:
             run()
             return 1e3 * (time.perf_counter() - began)
         times = []
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             run()

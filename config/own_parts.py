@@ -212,10 +212,10 @@ def call_by_name(setting: str, entry: Callable[..., Any], **values: Any) -> Any:
     return entry(**{name: value for name, value in values.items() if takes_any or name in named})
 
 
-def default_arguments(entry: Callable[..., Any], skipped: int = 1) -> dict[str, Any]:
-    """Return the arguments with a default that settings can hold, after the first `skipped`; tuples become lists."""
+def default_arguments(entry: Callable[..., Any]) -> dict[str, Any]:
+    """Return the arguments with a default that settings can hold, after the first one; tuples become lists."""
     found = {}
-    for parameter in list(inspect.signature(entry).parameters.values())[skipped:]:
+    for parameter in list(inspect.signature(entry).parameters.values())[1:]:
         value = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         try:
             json.dumps(value)

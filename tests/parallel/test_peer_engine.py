@@ -16,7 +16,7 @@ import pytest
 import torch
 from peers import facts_for, free_pair
 from programs import _check
-from reference import BATCH, SAVED_AT, STEPS, data, largest_difference, make_engine, network, settings_for, train
+from reference import BATCH, SAVED_AT, STEPS, data, largest_difference, make_engine, network, save, settings_for, train
 from torch.nn import functional as F
 
 from benchmarks.lib.forked_programs import Program, start
@@ -77,7 +77,7 @@ def job_alone(out: str, port: int) -> None:
         folder = Path(out, f"stage-{stage}")
         folder.mkdir()
         losses = train(engine, SAVED_AT)
-        engine.save(folder)
+        save(engine, folder)
         losses += train(engine)
         results[stage] = {
             "losses": losses,
