@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
@@ -57,6 +58,21 @@ def make_engine_of(make, settings):
 
     torch.set_num_threads(1)
     return make(lambda: network(settings), settings, Schedule(settings.schedule, 20), 3)
+
+
+def test_a_peer_that_failed_does_not_wait_for_the_other_processes(monkeypatch):
+    from parallel import process_group
+    from parallel.peers.engine import Engine
+
+    left: list[str] = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(process_group, "destroy_process_group", lambda: left.append("process group"))
+    engine = Engine.__new__(Engine)
+    engine.is_main, engine.meeting = True, SimpleNamespace(close=lambda: left.append("meeting"))
+    engine.close(failed=True)
+    assert left == ["meeting"]
+    engine.close()
+    assert left == ["meeting", "meeting", "process group"]
 
 
 def averaging_settings(*overrides: str):
