@@ -282,11 +282,7 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     task = "several runs" if len(args.runs) > 1 and one_run == "an evaluation" else one_run
     if len(args.runs) > 1 and task == one_run:
         raise SettingsError(f"{task} takes one run, not {len(args.runs)}")
-    for name in ("data_dir", "json", "output"):
-        if getattr(args, name):
-            setattr(args, name, getattr(args, name).expanduser())
     if args.predict:
-        args.predict = [path.expanduser() for path in args.predict]
         check_images(args.predict, args.runs_dir)
     for name in ("soup", "ensemble"):
         if getattr(args, name) and task == "an evaluation":
@@ -304,7 +300,7 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
 def check_images(paths: list[Path], runs: Path) -> None:
     """Raise SettingsError for a run among the images of --predict, which takes every word that follows it."""
     for path in paths:
-        run = existing_run(path, runs.expanduser())
+        run = existing_run(path, runs)
         if run == path or run and not path.exists():
             images = [other for other in paths if other != path] or [Path("IMAGE")]
             raise SettingsError(

@@ -262,9 +262,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     check_combination(parser, args)
-    for name in ("out", "data_dir", "runs_dir", "results_dir"):
-        if getattr(args, name):
-            setattr(args, name, getattr(args, name).expanduser())
     return args
 
 

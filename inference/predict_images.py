@@ -51,13 +51,8 @@ def predict(
         The number of files that could not be read.
 
     Raises:
-        RunError: there are no images, or the folder of `output` does not exist.
+        RunError: there are no images, or `output` cannot be written.
     """
-    names, output = [_expand(name) for name in names], output and _expand(output)
-    if output is not None and not output.parent.is_dir():
-        raise RunError(f"--output {output}: the folder {output.parent} does not exist. Create it first")
-    if output is not None and output.is_dir():
-        raise RunError(f"--output {output} is a folder. Give the name of a file")
     paths = find_images(names)
     as_table = output is not None or any(name.is_dir() for name in names)
     results = predictions(trained, network, paths, batch_size, autocast)
@@ -165,11 +160,6 @@ def _cell(text: str | Path) -> str:
     """Return a CSV cell that a spreadsheet does not run as a formula: a leading apostrophe marks it as text."""
     text = printable(text)
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text
-
-
-def _expand(path: Path) -> Path:
-    """Replace a leading ~ by the home folder: shells leave it alone in --output=~/found.csv."""
-    return Path(os.path.expanduser(path))
 
 
 def table(rows: list[tuple[Path, Predictions]], shown: int) -> str:

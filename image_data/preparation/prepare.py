@@ -125,7 +125,6 @@ def find_or_prepare(
         DatasetError: `data_dir` holds neither a prepared dataset nor a tree, and no source is given; or it was prepared
             from another archive or dataset than the one given.
     """
-    data_dir, archive = _expand(data_dir), _expand(archive)
     folder = data_dir or DATA / (dataset or DEFAULT)
     if not Dataset.is_prepared(folder):
         if archive and not data_dir and not dataset and not is_copy_of(DEFAULT, archive.name):
@@ -145,7 +144,7 @@ def find_or_prepare(
 
 
 def _expand(path: str | Path | None) -> Path | None:
-    """Replace a leading ~ by the home folder: shells leave it alone in --data-dir=~/data."""
+    """Return the path, whose ~ is the home folder also where another program calls `prepare`."""
     return None if path is None else Path(os.path.expanduser(path))
 
 
