@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from common.display import escaped
 from common.errors import DatasetError
 from common.paths import DATA, near_path
 from common.text import python_command
@@ -176,7 +177,7 @@ def _make(folder: Path, source: Source, options: Options) -> None:
             )
         survey = survey_images(tree, partial, options)
         for warning in (*tree.warnings, *survey.warnings):
-            print(f"warning: {_printable(warning)}", file=sys.stderr)
+            print(f"warning: {escaped(warning)}", file=sys.stderr)
         (folder / PREPARED_FROM).write_text(json.dumps(source.record()) + "\n")
         _write(folder, partial, tree, survey, options)
     finally:
@@ -260,12 +261,6 @@ def _fingerprint(classes: list[str], listings: dict[str, list[tuple[str, int]]],
         for (path, label), pixels in zip(rows, facts[split].digests, strict=True):
             digest.update(f"{split}\t{path}\t{label}\n".encode() + pixels)
     return f"sha256:{digest.hexdigest()}"
-
-
-def _printable(text: str) -> str:
-    """Escape control characters and bytes that are not UTF-8, which file names may contain."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _describe(ready: Dataset) -> str:
