@@ -41,6 +41,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return all complete checkpoints in a folder `state/`, oldest first; complete ones may still be damaged."""
+    return sorted(folder.glob("step-*"))
+
+
 @dataclass(frozen=True)
 class Interval:
     """Interval between checkpoints or evaluations: optimizer steps, seconds, and epochs whose ends count."""
@@ -84,7 +89,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return all complete checkpoints, oldest first; complete ones may still be damaged."""
-        return sorted(self.folder.glob("step-*"))
+        return checkpoints_in(self.folder)
 
     # --- writing --------------------------------------------------------------------------------------------------
 
