@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.options import keep, origin, some_of
 from common.machine import visible_gpus
+from common.text import type_and_first_line
 from config.command_line import Parser, run_cli
 from config.settings import resolve
 
@@ -55,7 +56,7 @@ class Bench:
         try:
             ms = self._median(run)
         except Exception as error:  # of a kernel or of the compiler: whatever it is, the other parts continue
-            self.report["problems"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            self.report["problems"][name] = type_and_first_line(error)[:160]
             print(f"{name:72} {self.report['problems'][name]}", flush=True)
         else:
             self.report["ms"][name] = ms
@@ -304,7 +305,7 @@ def measure(options: argparse.Namespace) -> int:
         try:
             MEASUREMENTS[name](bench)
         except Exception as error:  # such as a module that this version lacks: the other parts continue
-            bench.report["problems"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            bench.report["problems"][name] = type_and_first_line(error)
             print(f"{name}: {bench.report['problems'][name]}", flush=True)
     bench.write()
     return int(not bench.report["ms"])

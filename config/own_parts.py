@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from common.errors import SettingsError, unknown
 from common.paths import PROJECT
+from common.text import type_and_first_line
 from config.own_modules import import_file
 
 Entry = TypeVar("Entry")
@@ -180,8 +181,7 @@ def load(part: OwnPart) -> Any:
 
 def describe(error: BaseException, part: OwnPart) -> str:
     """Return an error raised by a user's code in one line, with the innermost file and line of that code."""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    text = type_and_first_line(error)
     if isinstance(error, SyntaxError) and error.filename:
         return f"SyntaxError: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     folder = f"{part.file.parent}{os.sep}"

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.text import type_and_first_line
+
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 kernels: Any = None  # without custom operators or without Triton only the PyTorch path exists
 if HAS_CUSTOM_OPS:
@@ -88,9 +90,7 @@ def trouble(device: torch.device) -> str | None:
     except torch.cuda.OutOfMemoryError:  # by its name in every version
         raise
     except Exception as error:  # any error of Triton or the compilers that it calls
-        text = (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-        )
+        text = type_and_first_line(error)
         LOGGER.warning("kernel    off: Triton does not work on this machine (%s)", text)
         return text
     return None
