@@ -58,11 +58,9 @@ def kind_of(name: str) -> str:
 
 
 def choices() -> dict[str, Any]:
-    """Return what to do before a turn, by name: switch the kernel of conv_mlp, where this version has one."""
-    try:
-        from models import depthwise_kernel
-    except ImportError:
-        return {"as it is": lambda: None}
+    """Return what to do before a turn, by name: switch the kernel of conv_mlp."""
+    from models import depthwise_kernel
+
     return {
         "kernel on": lambda: depthwise_kernel.set_enabled(True),
         "kernel off": lambda: depthwise_kernel.set_enabled(False),

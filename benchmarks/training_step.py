@@ -36,8 +36,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import step_report
-from benchmarks.lib.measured_system import System, note
-from benchmarks.lib.options import add_data, add_reports, add_settings, keep, origin, some_of
+from benchmarks.lib.measured_system import System
+from benchmarks.lib.options import add_data, add_reports, add_settings, keep, note, origin, some_of
 from benchmarks.lib.peak_flops import measured_flops, peak_flops
 from benchmarks.lib.process_groups import device_environment
 from benchmarks.lib.timing import alternate, machine
