@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common.errors import SettingsError
-from common.files import gigabytes
+from common.files import bytes_text
 from common.stop_signal import StopSignal
 from config.catalog import check_names
 from config.settings import ModelSettings, Settings, preset_names
@@ -152,8 +152,8 @@ def check_parts(settings: Settings) -> None:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if BYTES_PER_PARAMETER * count > memory:
                 raise SettingsError(
-                    f"the network has {count:,} parameters, which need {gigabytes(BYTES_PER_PARAMETER * count)}, and "
-                    f"this machine has {gigabytes(memory)} of memory; choose a smaller model.width or model.depth"
+                    f"the network has {count:,} parameters, which need {bytes_text(BYTES_PER_PARAMETER * count)}, and "
+                    f"this machine has {bytes_text(memory)} of memory; choose a smaller model.width or model.depth"
                 )
             build_optimizer(settings.engine["optimizer"], model, fused=False)
     except UnusablePart:
