@@ -66,15 +66,7 @@ def prepare(
     """
     if (archive is not None) + (root is not None) + (dataset is not None) > 1:
         raise PrepareError("give only one of --dataset, --archive and --root")
-    if workers is not None and not 1 <= workers <= MAX_WORKERS:
-        raise PrepareError(f"--workers must lie between 1 and {MAX_WORKERS}, got {workers}")
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
-    for name, value in (("--pack-limit-gib", pack_limit_gib), ("--max-megapixels", max_megapixels)):
-        if not value >= 0:
-            raise PrepareError(f"{name} must be >= 0, got {value}")
-    if unpack_limit_gib is not None and not unpack_limit_gib > 0:
-        raise PrepareError(f"--unpack-limit-gib must be > 0, got {unpack_limit_gib}")
+    _check_numbers(workers, pack_limit_gib, test_fraction, max_megapixels, unpack_limit_gib)
     started = time.perf_counter()
     source = Source(dataset, _expand(archive), _expand(root))
     folder = _expand(data_dir) or source.default_folder()
@@ -113,6 +105,25 @@ def prepare(
             + (f"\n  '{given}' was not read; add --force to prepare again from it" if given else "")
         )
     return ready
+
+
+def _check_numbers(
+    workers: int | None,
+    pack_limit_gib: float,
+    test_fraction: float | None,
+    max_megapixels: float,
+    unpack_limit_gib: float | None,
+) -> None:
+    """Raise PrepareError for an option of `prepare` that is out of its range."""
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise PrepareError(f"--workers must lie between 1 and {MAX_WORKERS}, got {workers}")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
+    for name, value in (("--pack-limit-gib", pack_limit_gib), ("--max-megapixels", max_megapixels)):
+        if not value >= 0:
+            raise PrepareError(f"{name} must be >= 0, got {value}")
+    if unpack_limit_gib is not None and not unpack_limit_gib > 0:
+        raise PrepareError(f"--unpack-limit-gib must be > 0, got {unpack_limit_gib}")
 
 
 def find_or_prepare(
