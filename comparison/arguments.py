@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -79,9 +78,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_tracker_options(parser)
     args = parser.parse_args()
-    for name in ("experiment", "data_dir", "runs_dir", "results_dir"):
-        if path := getattr(args, name):
-            setattr(args, name, Path(os.path.expanduser(path)))
     if args.shard and args.report_only:
         parser.error("--report-only reports on all runs; leave out --shard")
     if args.dry_run and args.report_only:

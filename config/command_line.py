@@ -249,8 +249,8 @@ def autocomplete(parser: argparse.ArgumentParser) -> None:
     argcomplete.autocomplete(parser)
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the options --preset and --set."""
+def add_settings(parser: argparse.ArgumentParser, example: str = "model.width=192") -> None:
+    """Add the options --preset and --set, with a setting that fits the script as the example in the help."""
     parser.add_argument(
         "--preset",
         metavar="NAME",
@@ -261,5 +261,5 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH=VALUE",
-        help="override one setting, for example model.width=192; repeat for more",
+        help=f"override one setting, for example {example}; repeat for more",
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
         DatasetError: the disk is too small or read-only, or a file cannot be copied.
     """
     digest = dataset.fingerprint.removeprefix("sha256:")[:16]
-    folder = Path(os.path.expanduser(target)) / f"{dataset.folder.name}-{digest}{'-files' if files else ''}"
+    folder = target / f"{dataset.folder.name}-{digest}{'-files' if files else ''}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import RunError
+from common.text import first_line
 from image_data.dataset import Dataset
 from inference.predict_images import fit, read_image
 from inference.trained_model import TrainedModel
@@ -104,7 +105,7 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     operation = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
-    return f"PyTorch's operation {operation[1]} has no ONNX form" if operation else str(error).strip().splitlines()[0]
+    return f"PyTorch's operation {operation[1]} has no ONNX form" if operation else first_line(error)
 
 
 @contextmanager

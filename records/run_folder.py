@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import RunError
-from common.files import write_atomically
+from common.files import read_lines, write_atomically
 from common.paths import RUNS, near_path
 from common.text import python_command, quoted
+from records.checkpoint_store import checkpoints_in, step_of
 
 METRICS = "metrics.jsonl"
 ASIDE = ".old-"  # and a number: the name of a folder that was renamed to make room
@@ -99,9 +100,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line that was cut short is skipped."""
-        path = self.folder / METRICS
-        lines = path.read_text().split("\n") if path.is_file() else []
-        return [json.loads(line) for line in lines[:-1] if line]
+        return read_lines(self.folder / METRICS)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append a line; a reader never sees a part of it."""
@@ -114,7 +113,7 @@ class RunFolder:
 
     def newest_checkpoint(self) -> Path | None:
         """Return the folder of the newest checkpoint; `Checkpoints.newest_intact` also verifies it."""
-        found = sorted((self.folder / "state").glob("step-*"))
+        found = checkpoints_in(self.folder / "state")
         return found[-1] if found else None
 
     @staticmethod
@@ -130,7 +129,7 @@ class RunFolder:
             return False
         facts = self.facts()
         is_estimate = facts.get("max_minutes") and "plan" not in facts
-        has_all_steps = not is_estimate and int(newest.name.removeprefix("step-")) >= facts["total_steps"]
+        has_all_steps = not is_estimate and step_of(newest) >= facts["total_steps"]
         try:
             progress = self.read_progress(newest)
         except (OSError, ValueError, TypeError):

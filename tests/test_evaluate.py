@@ -381,7 +381,7 @@ def test_a_dataset_that_is_gone(trained, tmp_path):
 
 
 def test_a_split_that_the_run_does_not_have(trained):
-    assert "has no validation split. Evaluate it with --split test" in refusal(trained, "--split", "validation")
+    assert "has no validation split. Use --split test" in refusal(trained, "--split", "validation")
 
 
 @pytest.mark.parametrize(

@@ -68,21 +68,27 @@ def options_of(args: argparse.Namespace, preset: str) -> tuple[RunOptions, Folde
 
     return (
         RunOptions(
-            preset,
-            args.seed,
-            args.max_steps,
-            args.hold_out,
-            args.patience,
-            args.init_weights and recorded_name(args.init_weights),
-            args.synthetic,
-            args.deterministic,
-            str(args.evaluate_every),
-            args.max_minutes,
-            args.only_shortens,
+            preset=preset,
+            seed=args.seed,
+            max_steps=args.max_steps,
+            hold_out=args.hold_out,
+            patience=args.patience,
+            init_weights=args.init_weights and recorded_name(args.init_weights),
+            synthetic=args.synthetic,
+            deterministic=args.deterministic,
+            evaluate_every=str(args.evaluate_every),
+            max_minutes=args.max_minutes,
+            only_shortens=args.only_shortens,
         ),
         FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume),
         LoggingOptions(
-            args.checkpoint_every, args.tensorboard, args.wandb, args.report, args.mlflow, args.group, args.profile
+            checkpoint_every=args.checkpoint_every,
+            tensorboard=args.tensorboard,
+            wandb=args.wandb,
+            report=args.report,
+            mlflow=args.mlflow,
+            group=args.group,
+            profile=args.profile,
         ),
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_NOTHING_DONE, RunError, RunFinishedError
-from common.files import gigabytes, room_left, write_atomically
+from common.files import bytes_text, room_left, write_atomically
 from common.paths import near_path
 from common.text import python_command, quoted
 from config.differences import differences
@@ -179,8 +179,8 @@ def check_room(folder: Path, needed: int, options: FolderOptions) -> None:
     left = room_left(folder)
     if left < needed:
         raise RunError(
-            f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of "
-            f"{near_path(options.runs_dir)} has {gigabytes(left)} left; free some space, choose another "
+            f"the run needs about {bytes_text(needed)} for its checkpoints and weights, and the disk of "
+            f"{near_path(options.runs_dir)} has {bytes_text(left)} left; free some space, choose another "
             "--runs-dir, "
             f"or keep fewer than --keep-checkpoints {options.keep_checkpoints}"
         )
