@@ -65,7 +65,7 @@ def main() -> int:
 
         check_own_parts_of(experiment, args.data_dir)
     data = (
-        data_of_runs(runs, args.data_dir)
+        data_of_runs(experiment, runs, args.data_dir)
         if args.report_only
         else dataset_facts(experiment, args.data_dir, args.dry_run)
     )
@@ -206,7 +206,7 @@ def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Na
             is_planned = (one.name, seed) in tasks or not (experiment.max_seeds or experiment.tuning)
             if is_planned and (one.name, seed) not in finished:
                 task = tasks.get((one.name, seed))
-                missing.setdefault(one.run_name(seed), (task and task.divergence()) or "is not finished")
+                missing.setdefault(one.run_name(seed), task.why_missing() if task else "was not run")
     missing |= tuned.undecided if tuned else {}
     check_one_source(results, tuned.tasks if tuned else [])
     for name, reason in missing.items():

@@ -52,7 +52,7 @@ from comparison.experiment_keys import DEFAULTS, OWN, check_facts, read_budget
 from comparison.tuning import Tuning, read_tuning
 from config.command_line import run_name
 from config.own_parts import is_own_part, with_absolute_paths
-from config.settings import Settings, check_keys, resolve
+from config.settings import Settings, check_keys, combine, resolve
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,7 +108,7 @@ def read(
     if seeds is not None:
         facts["seeds"] = seeds
     check_facts(path, facts, final)
-    common = _flatten(_settings(tree)) + _flatten(_settings(at_size)) + overrides
+    common = [_flatten(_settings(tree)), _flatten(_settings(at_size)), overrides]
     preset = facts["preset"]
     if preset.endswith(".toml"):  # a file next to this one, or an absolute path
         preset = str((path.parent / preset).resolve())
@@ -232,7 +232,9 @@ def _paths_by_variant(tree: dict[str, Any], at_size: dict[str, Any]) -> dict[str
     return found
 
 
-def _read_variants(path: Path, variants: Any, at_size: dict[str, Any], preset: str, common: list[str]) -> list[Variant]:
+def _read_variants(
+    path: Path, variants: Any, at_size: dict[str, Any], preset: str, common: list[list[str]]
+) -> list[Variant]:
     if not isinstance(variants, list) or len(variants) < 2:
         raise SettingsError(f"{path.name}: a comparison needs at least two [[variants]]")
     names: list[str] = []
@@ -254,8 +256,9 @@ def _read_variants(path: Path, variants: Any, at_size: dict[str, Any], preset: s
 
 
 def _read_variant(
-    path: Path, variant: dict[str, Any], at_size: dict[str, Any], preset: str, common: list[str]
+    path: Path, variant: dict[str, Any], at_size: dict[str, Any], preset: str, common: list[list[str]]
 ) -> Variant:
+    """Read one variant. `common` are the overrides for all variants, a list for each of their sources."""
     where = f"{path.name}, variant '{variant['name']}'"
     if not isinstance(variant.get("idea"), str):
         raise SettingsError(f'{where}: state the idea in one sentence (idea = "...")')
@@ -269,12 +272,19 @@ def _read_variant(
             raise SettingsError(f"{where}: {key} is the same for all variants; set it for the whole file")
     check_keys(where, variant, VARIANT_KEYS)
     check_keys(f"{where}, this size", at_size, ["match"])
-    overrides = common + _flatten(own) + _flatten(at_size)
+    overrides: list[str] = []
+    left_out: list[str] = []
+    for source in (*common, _flatten(own), _flatten(at_size)):
+        overrides, discarded = combine(preset, overrides, source)
+        left_out += discarded
     try:
         settings = resolve_quietly(preset, overrides)
     except SettingsError as error:
-        raise SettingsError(f"{path.name if _fails_alike(error, preset, common) else where}: {error}") from None
-    return Variant(variant["name"], variant["idea"], overrides, settings, match is None)
+        shared = [text for source in common for text in source]
+        raise SettingsError(f"{path.name if _fails_alike(error, preset, shared) else where}: {error}") from None
+    return Variant(
+        variant["name"], variant["idea"], overrides, settings, match is None, left_out=tuple(dict.fromkeys(left_out))
+    )
 
 
 def resolve_quietly(preset: str, overrides: list[str]) -> Settings:

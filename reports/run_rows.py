@@ -24,8 +24,8 @@ POINTS = 50  # of a curve: more are not distinguishable in a chart that overlays
 DATE = "%Y-%m-%d %H:%M"
 MAX_TEXT = 200  # characters of a value
 FACTS = (  # of run.json, under their own names
-    *("preset", "seed", "device", "precision", "num_parameters", "num_processes", "hold_out", "max_steps", "max_minutes"),
-    *("patience", "init_weights", "synthetic", "deterministic", "commit", "uncommitted_changes"),
+    *("preset", "seed", "device", "precision", "num_parameters", "num_processes", "hold_out", "max_steps"),
+    *("max_minutes", "patience", "init_weights", "synthetic", "deterministic", "commit", "uncommitted_changes"),
 )
 CURVES = (  # of metrics.jsonl
     *("test_accuracy", "validation_accuracy", "train_loss", "test_loss", "validation_loss"),

@@ -217,7 +217,7 @@ def test_hours_that_are_used_up_end_the_runs_and_are_reported(ask, trained, tmp_
     assert ask(TUNED)[0] == 0
     trained.started.clear()
     code, out, err = ask("max_hours = 1e-9\n" + TUNED, "--seeds", "3")
-    assert code == 1 and not trained.started and "missing: plain-seed2: is not finished" in err
+    assert code == 1 and not trained.started and "missing: plain-seed2: was not run" in err
     assert report(tmp_path)[1]["results"]["validation"][0]["n"] == 2
 
 
