@@ -60,6 +60,7 @@ else:
     import tomli as tomllib
 
 VARIANT_KEYS = ("name", "idea", "match")  # of a variant; every other key is a setting
+PROSE = ("question", "idea", "name")  # texts that may mention a file without meaning a part in it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -160,8 +161,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _with_absolute_paths(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
     """Return the tree with user-defined parts that train.py finds from another folder; see config/own_parts.py."""
+
+    def absolute(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: value if key in PROSE else absolute(value) for key, value in tree.items()}
+        return [absolute(one) for one in tree] if isinstance(tree, list) else with_absolute_paths(tree, path.parent)
+
     try:
-        return with_absolute_paths(tree, path.parent)
+        return absolute(tree)
     except SettingsError as error:
         raise SettingsError(f"{path.name}: {error}") from None
 

@@ -8,6 +8,7 @@ from comparison.experiment import Experiment, Variant
 from comparison.run_costs import RunCost, spent
 from comparison.tuning import DIVERGED, Search, Tuning, mean
 from comparison.tuning_runs import Tuned, tuning_of
+from config.own_parts import without_folders
 
 
 def plan_lines(experiment: Experiment, tuning_cost: RunCost, comparison_cost: RunCost) -> list[str]:
@@ -53,8 +54,11 @@ def _notes(experiment: Experiment, tuning: Tuning) -> list[str]:
 
 
 def shared_values(variant: Variant, tuning: Tuning) -> dict[str, Any]:
-    """Return the file's own values of the tuned settings for a variant; None for an option that it does not set."""
-    settings = variant.settings.as_dict()
+    """Return the file's own values of the tuned settings for a variant; None for an option that it does not set.
+
+    A user-defined part is without its folder, as in `Tuning.values`.
+    """
+    settings = without_folders(variant.settings.as_dict())
     return {key: _at(settings if key.split(".")[0] in settings else settings["engine"], key) for key in tuning.keys}
 
 

@@ -135,15 +135,51 @@ def test_the_test_split_appears_with_final_only(ask, invented, tmp_path):
     assert data["results"]["test"][0]["mean"] == pytest.approx(12.3456) and data["final"]
 
 
+PART = """from torch import nn
+class Same(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.map = nn.Linear(dims.width, dims.width)
+    def forward(self, x):
+        return self.map(x)
+"""
+
+
+def check_no_path(folder, *paths) -> None:
+    for path in folder.glob("report.*"):
+        text = path.read_text()
+        assert not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text)
+        assert not [path for path in paths if str(path) in text]
+
+
+def test_a_report_contains_no_path_of_this_machine_with_own_parts_that_are_tuned_or_set(ask, invented, tmp_path):
+    (tmp_path / "mine.py").write_text(PART)
+    variants = VARIANTS.replace("A gate.", "mine.py:Same").replace(
+        'model.feed_forward = "geglu"\nmodel.feed_forward_options.hidden = 32', "model.depth = 1"
+    )
+    tune = '[tune]\n"model.feed_forward" = ["mlp", "mine.py:Same"]\n'
+    attention = ["--set", f'model.attention="{tmp_path}/mine.py:Same"']
+    code, out, err = ask(COMMON + tune + variants.replace("The reference.", "As mine.py:Same."), *attention)
+    assert code == 0, err
+    text, data = report(tmp_path)
+    check_no_path(tmp_path / "results" / "gates", tmp_path)
+    assert "--set model.attention=mine.py:Same" in data["command"] and data["arms"]["gated"]["idea"] == "mine.py:Same"
+    assert data["tuning"]["candidates"][1] == {"model.feed_forward": "mine.py:Same"}
+    assert any(name.startswith("tuning-plain-feed_forward=mine.py_Same-at-") for name in invented.started)
+    assert "| plain | mlp |" in text and "is not among the candidates" not in out
+    # a part with a bug, and two parts of one name, end everything before the data are fetched
+    (tmp_path / "mine.py").write_text(PART.replace("dims.width, dims.width", "dims.breadth, 1"))
+    code, _, err = ask(COMMON + tune + variants, "--data-dir", str(tmp_path / "not-there"))
+    assert code == 1 and "tune: variant 'plain' with feed_forward mine.py_Same: " in err and "breadth" in err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.py").write_text(PART)
+    err = ask(COMMON + tune.replace('"mlp"', '"other/mine.py:Same"') + variants)[2]
+    assert "two candidates would both be called feed_forward=mine.py_Same" in err
+
+
 def test_a_report_contains_no_path_of_this_machine(ask, invented, tmp_path, shapes):
     ask()
-    for path in (tmp_path / "results" / "gates").glob("report.*"):
-        text = path.read_text()
-        assert (
-            not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text)
-            and str(tmp_path) not in text
-            and str(shapes) not in text
-        )
+    check_no_path(tmp_path / "results" / "gates", tmp_path, shapes)
     assert (
         without_paths("no /a/b/c.toml, see https://x.org/a/b and 3/4 of runs/a")
         == "no c.toml, see https://x.org/a/b and 3/4 of runs/a"
