@@ -187,9 +187,10 @@ def tuning_picture(facts: dict[str, Any], tuning: Tuning) -> dict[str, dict[str,
     for name, one in facts["variants"].items():
         curves = {}
         for rung, plan in zip(one["rungs"], tuning.rungs(), strict=False):
-            values = {row["candidate"]: [v for v in row["by_seed"].values() if v is not None] for row in rung}
+            values = {row["candidate"]: list(row["by_seed"].values()) for row in rung if not row["diverged"]}
             curves[f"{100 * plan.share:g} % of the budget"] = {i: found for i, found in values.items() if found}
+        diverged = [row["candidate"] for rung in one["rungs"] for row in rung if row["diverged"]]
         chosen = next((i for i in range(len(tuning.candidates)) if tuning.values(i) == one["chosen"]), None)
         shared = next((i for i in range(len(tuning.candidates)) if tuning.values(i) == one["shared"]), None)
-        pictures[name] = {"rungs": curves, "chosen": chosen, "shared": shared}
+        pictures[name] = {"rungs": curves, "diverged": diverged, "chosen": chosen, "shared": shared}
     return pictures

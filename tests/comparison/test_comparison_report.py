@@ -28,6 +28,8 @@ from comparison.planned_run import PlannedRun
 from image_data.dataset import Dataset
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder
+from reports.style import BLACK, short_names
+from reports.variants import accuracy_against
 
 # --- content of a report ------------------------------------------------------------------------------------------
 
@@ -82,6 +84,34 @@ def test_equal_variants_are_reported_as_equal(ask, invented, tmp_path):
     ask()
     text, data = report(tmp_path)
     assert "compared over all runs: equal." in text and "\\*" not in text
+
+
+def test_without_runs_of_the_first_variant_no_other_takes_its_place(ask, invented, tmp_path, monkeypatch):
+    invented.fails["plain"] = "error: out of memory"
+    drawn = {}
+    monkeypatch.setattr(comparison.report, "save", lambda figure, path: drawn.update({path.stem: figure}))
+    third = '[[variants]]\nname = "third"\nidea = "Less."\nmodel.depth = 1\n'
+    assert ask(COMMON + VARIANTS + third)[0] == 1
+    text, data = report(tmp_path)
+    assert "Runs were not compared: the first variant has no finished run" in text
+    assert "compared over all runs" not in text
+    assert [axes.get_title() for axes in drawn["curves"].axes] == ["gated", "third *"]
+    for name in ("accuracy", "costs", "curves", "curves-by-cost"):
+        colors = {line.get_color() for axes in drawn[name].axes for line in axes.lines}
+        assert colors and BLACK not in colors, name
+
+
+def test_pictures_show_many_variants_with_long_names(tmp_path):
+    names = [f"{'long-' * 18}{i:02}" for i in range(60)] + ["a" * 50 + "b" + "c" * 49, "a" * 50 + "d" + "c" * 49]
+    shown = short_names([names[0] + " *", *names]).values()
+    assert len(set(shown)) == len(names) + 1 and max(map(len, shown)) <= 30 and next(iter(shown)).endswith(" *")
+    costs = {name: {"accuracy": [50.0 + i], "parameters": i} for i, name in enumerate(names)}
+    figure = accuracy_against(costs, names[0], "Which?", "accuracy (%)")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == list(short_names(names).values())
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.y0 >= 0 and figure.axes[0].get_position().width > 0.3
 
 
 def test_the_numbers_of_a_report(ask, invented, tmp_path, monkeypatch):
