@@ -37,7 +37,7 @@ from comparison.search import is_search
 from comparison.tracker_options import tracker_words, with_trackers
 from comparison.warm_process import launch
 from config.command_line import run_cli
-from config.own_parts import own_parts_of
+from config.own_parts import override_without_folder, own_parts_of
 
 if TYPE_CHECKING:
     from comparison.tuning_runs import Tuned
@@ -60,12 +60,13 @@ def main() -> int:
         if not args.report_only:
             check_new_folder(args.runs_dir, "--runs-dir")
     runs = args.runs_dir.resolve() / experiment.name
-    if any(own_parts_of(variant.settings.as_dict()) for variant in experiment.variants) and not args.report_only:
+    tuned = [list(values) for values in experiment.tuning.candidates] if experiment.tuning else []
+    if own_parts_of([*(variant.settings.as_dict() for variant in experiment.variants), tuned]) and not args.report_only:
         from comparison.variant_costs import check_own_parts_of
 
         check_own_parts_of(experiment, args.data_dir)
     data = (
-        data_of_runs(runs, args.data_dir)
+        data_of_runs(experiment, runs, args.data_dir)
         if args.report_only
         else dataset_facts(experiment, args.data_dir, args.dry_run)
     )
@@ -206,7 +207,7 @@ def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Na
             is_planned = (one.name, seed) in tasks or not (experiment.max_seeds or experiment.tuning)
             if is_planned and (one.name, seed) not in finished:
                 task = tasks.get((one.name, seed))
-                missing.setdefault(one.run_name(seed), (task and task.divergence()) or "is not finished")
+                missing.setdefault(one.run_name(seed), task.why_missing() if task else "was not run")
     missing |= tuned.undecided if tuned else {}
     check_one_source(results, tuned.tasks if tuned else [])
     for name, reason in missing.items():
@@ -250,7 +251,7 @@ def command(args: argparse.Namespace) -> str:
     for flag in ("size", "seeds"):
         if getattr(args, flag) is not None:
             words += [f"--{flag}", str(getattr(args, flag))]
-    words += [word for text in args.set for word in ("--set", text)]
+    words += [word for text in args.set for word in ("--set", override_without_folder(text))]
     return shlex.join(words + (["--final"] if args.final else []))
 
 

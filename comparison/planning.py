@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from common.stop_signal import StopSignal
 from comparison.experiment import Experiment, Variant
 from comparison.planned_run import PlannedRun
 from comparison.time_budget import calibrate
-from records.run_folder import RunFolder
+from records.run_folder import ASIDE, RunFolder
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,37 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     )
 
 
-def data_of_runs(runs: Path, data_dir: Path | None) -> Data:
+def data_of_runs(experiment: Experiment, runs: Path, data_dir: Path | None) -> Data:
     """Return the same facts from the existing runs, since a report needs no dataset.
 
+    A run with the validation split and of a variant of the experiment is preferred. Folders that were renamed aside are
+    passed over, and damaged ones.
+
     Raises:
-        RunError: there is no run.
+        RunError: there is no such run.
     """
+    names = "|".join(re.escape(variant.name) for variant in experiment.variants)
+    present = re.compile(rf"((tuning|calibration)-)?({names})-.*")
+    found: list[tuple[tuple[bool, bool], Data]] = []
     for path in sorted(runs.glob("*/run.json")):
-        facts = RunFolder(path.parent).facts()["dataset"]
-        folder = (data_dir or PROJECT / facts["folder"]).resolve()
-        return Data(
-            folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"]
-        )
-    raise RunError(f"{near_path(runs)} has no run to report on; leave out --report-only")
+        name = path.parent.name
+        if re.search(rf"{re.escape(ASIDE)}\d+$", name):
+            continue
+        with suppress(RunError, KeyError, TypeError):
+            facts = RunFolder(path.parent).facts()
+            of_data = facts["dataset"]
+            data = Data(
+                (data_dir or PROJECT / of_data["folder"]).resolve(),
+                of_data["num_images"]["train"],
+                len(of_data["classes"]),
+                of_data["image_side"] or 0,
+                of_data["fingerprint"],
+            )
+            rank = (facts.get("hold_out") != (experiment.hold_out or None), not present.fullmatch(name))
+            found.append((rank, data))
+    if not found:
+        raise RunError(f"{near_path(runs)} has no run to report on; leave out --report-only")
+    return min(found, key=lambda one: one[0])[1]
 
 
 Steps = Mapping[str, "int | None"]  # variant -> optimizer steps of a run; None where the budget is in epochs

@@ -113,10 +113,12 @@ def _plan(experiment: Experiment, report: dict[str, Any]) -> list[str]:
 
 def _equality(experiment: Experiment, report: dict[str, Any]) -> list[str]:
     size = "FLOPs" if experiment.match == "flops" else "parameters"
-    checked = (
-        f"Dataset, validation split, budget, source code, device, versions, {size} (within 1 %) and the optimizer of "
-        "each part were compared over all runs"
-    )
+    planned = f"{size} (within 1 %) and the optimizer of each part"
+    checked = f"Dataset, validation split, budget, source code, device, versions, {planned} were compared over all runs"
+    if not _has_reference(report["results"]):
+        checked = f"Runs were not compared: the first variant has no finished run. By the plan, {planned} were compared"
+    if report.get("shared") and not _has_reference(report["shared"]["results"]):
+        checked = f"With the shared value, the first variant has no finished run, so runs were not compared. {checked}"
     unequal = [f"- **{name}**{MARK}: {line}" for name, variant in report["arms"].items() for line in variant["unequal"]]
     shared = report["shared"]["arms"] if report.get("shared") else {}
     unequal += [
@@ -128,6 +130,11 @@ def _equality(experiment: Experiment, report: dict[str, Any]) -> list[str]:
     if not unequal:
         return [f"{checked}: equal."]
     return [f"{checked}. Not equal to the first variant, and marked {MARK} above:", "", *unequal]
+
+
+def _has_reference(results: dict[str, list[dict[str, Any]]]) -> bool:
+    """Whether the first variant, which all others are compared with, has a finished run."""
+    return all(rows[0]["n"] > 0 for rows in results.values())
 
 
 def _variants(experiment: Experiment) -> list[str]:
@@ -170,7 +177,8 @@ def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -
     lines.append("FLOPs: forward pass of one image, matrix products and convolutions only; a multiply-add counts as 2.")
     for split in splits:
         evaluated = report["evaluated"][split]
-        means = [value for row in report["results"][split] for value in row["by_seed"].values()]
+        rows = [*report["results"][split], *report.get("shared", {}).get("results", {}).get(split, [])]
+        means = [value for row in rows for value in row["by_seed"].values()]
         share = float(np.mean(means)) / 100
         error = 100 * np.sqrt(share * (1 - share) / evaluated)
         lines.append(

@@ -121,7 +121,8 @@ def without_folders(tree: Any) -> Any:
 
 def override_without_folder(word: str) -> str:
     """Return a word of a command line for publication, such as model.attention=/home/me/mine.py:Part."""
-    setting, equals, value = word.partition("=")
+    setting, equals, text = word.partition("=")
+    value = text.strip().strip('"')
     return f"{setting}={Path(value).name}" if equals and is_own_part(value) else word
 
 

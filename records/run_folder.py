@@ -73,7 +73,10 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """Return the content of run.json. Raises RunError where it is missing or unreadable."""
         try:
-            return json.loads((self.folder / "run.json").read_text())
+            facts = json.loads((self.folder / "run.json").read_text())
+            if not isinstance(facts, dict):
+                raise ValueError("it is not a JSON object")
+            return facts
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.folder} is not a run folder (no run.json); runs are in {RUNS.name}/<name>") from None
         except ValueError as error:

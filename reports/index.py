@@ -22,7 +22,7 @@ from common.errors import RunError
 from common.paths import PROJECT, RESULTS, RUNS, near_path
 from reports.run_list import summary
 from reports.run_rows import CURVES, RUN, Row
-from reports.run_table import BASE, read_table, replace_file, varied_columns
+from reports.run_table import BASE, intact_runs, read_table, replace_file, varied_columns
 from reports.style import COLORS
 
 INDEX = "index.html"
@@ -156,8 +156,12 @@ def _type_of(key: str, rows: list[Row]) -> str:
 
 def _constants(rows: list[Row], varied: list[str]) -> dict[str, Any]:
     """Return the values that all runs share."""
-    found = {key: value for row in rows if row.kind == RUN for key, value in row.values.items()}
-    return {key: value for key, value in sorted(found.items()) if key not in varied}
+    first, *others = intact_runs(rows) or [{}]
+    return {
+        key: value
+        for key, value in sorted(first.items())
+        if key not in varied and all(key in values for values in others)
+    }
 
 
 def _row(row: Row, keys: list[str], runs: Path, folder: Path) -> dict[str, Any]:

@@ -190,6 +190,15 @@ def test_an_override_beats_the_file_and_its_size_and_a_variant_beats_all(tmp_pat
     assert [variant.settings.model.width for variant in read(file, "small", None, overrides).variants] == [144, 48]
 
 
+def test_options_of_the_file_for_a_part_that_a_variant_replaces_are_named(ask, invented, tmp_path):
+    text = COMMON + "model.feed_forward_options.hidden = 64\n" + VARIANTS.replace("options.hidden = 32", "options = {}")
+    code, out, _ = ask(text.replace("model.feed_forward_options = {}\n", ""), "--dry-run")
+    assert code == 0 and "'gated' names another part" in out and ": model.feed_forward_options.hidden=64\n" in out
+    plain, gated = read(tmp_path / "gates.toml").variants
+    assert plain.settings.model.feed_forward_options == {"hidden": 64} and plain.left_out == ()
+    assert gated.settings.model.feed_forward_options == {}
+
+
 def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypatch):
     class Broken(nn.Module):
         """Loses half of the channels."""
@@ -302,6 +311,39 @@ def test_runs_of_other_settings_are_refused_or_set_aside(ask, invented, tmp_path
         sorted(invented.started) == ["gated-seed0", "gated-seed1"]
         and (tmp_path / "runs" / "gates" / "gated-seed0.old-1").is_dir()
     )
+
+
+def test_a_report_says_why_a_run_is_missing_and_reads_the_dataset_from_the_right_run(ask, invented, tmp_path):
+    assert ask()[0] == 0
+    runs = tmp_path / "runs" / "gates"
+    for name in ("a-removed-seed0", "gated-seed0.old-1"):  # with another validation split, so fewer images
+        record = RunFolder(runs / name)
+        facts = RunFolder(runs / "gated-seed0").facts()
+        facts["dataset"] |= {"num_images": {"train": 100}, "fingerprint": "other"}
+        record.create(facts | {"hold_out": 0.5})
+    (runs / "a-damaged").mkdir()
+    (runs / "a-damaged" / "run.json").write_text("{")
+    assert ask(COMMON.replace("steps = 6", "epochs = 1") + VARIANTS, "--dry-run")[0] == 0
+    code, _, err = ask(COMMON + VARIANTS, "--report-only")
+    assert code == 0 and not err, err
+    (runs / "gated-seed0" / "run.json").write_text("[]")
+    _, _, err = ask(COMMON + VARIANTS.replace("32", "40"), "--report-only", "--seeds", "3")
+    assert "missing: plain-seed2: was not run\n" in err and "gated-seed0: its folder holds a run of other" in err
+    assert (
+        "missing: gated-seed1: its folder holds a run of other settings (settings.model.feed_forward_options.hidden "
+        "was 32, is 40)\n" in err
+    )
+
+
+def test_a_run_with_damaged_settings_is_not_this_run(tmp_path):
+    task = PlannedRun("one", tmp_path / "one", [], {"settings": {"epochs": 1}, "fingerprint": "f"})
+    for facts, text in (
+        ({"settings": {"model": 3}, "dataset": {"fingerprint": "f"}}, "settings.epochs was None, is 1"),
+        ({"settings": None, "dataset": {"fingerprint": "f"}}, "settings was None"),
+        ({"settings": {}, "dataset": None}, "its run.json is damaged"),
+    ):
+        RunFolder(task.folder).create(facts)
+        assert text in task.state()
 
 
 def test_a_failing_variant_does_not_end_the_others_and_is_reported(ask, invented, tmp_path):

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.errors import SettingsError
 from common.machine import cpu_name
-from config.settings import Settings
 from parallel.engine import Engine
 
 # What must be the same for a run to resume ...
@@ -100,13 +98,3 @@ def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple
             f"{change.words}: {old[key]} before, {new[key]} now ({change.why})"
         )
     return accepted, refused
-
-
-def comparable(facts: dict[str, Any], key: str) -> Any:
-    """Return a fact of run.json for comparison; a run older than a setting had that setting's default."""
-    if key == "settings":
-        try:
-            return Settings.from_dict(facts["settings"]).as_dict()
-        except (SettingsError, TypeError, KeyError):
-            pass
-    return facts.get(key)

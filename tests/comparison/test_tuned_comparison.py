@@ -12,7 +12,8 @@ from common.paths import PROJECT
 from comparison.experiment_file import read
 from comparison.run_budget import RunBudget
 from comparison.significance import seeds_needed
-from comparison.tuning import FIRST_SEED
+from comparison.tuning import FIRST_SEED, Tuning
+from comparison.tuning_report import tuning_picture
 from records.run_folder import RunFolder
 from reports.style import save
 from reports.tuning import candidate_accuracy
@@ -90,12 +91,30 @@ def test_the_eight_ideas_are_tuned_on_the_cpu_with_seeds_that_can_confirm():
 
 
 def test_the_picture_of_tuning_shows_diverged_and_missing_candidates(tmp_path):
+    rungs = {f"{share} %": {0: [20.0, 21.0], 1: [30.0]} for share in (5, 10, 25, 50, 100)}
     variants = {
-        "plain": {"rungs": {"25 %": {0: [20.0, 21.0], 1: [30.0]}, "100 %": {1: [50.0]}}, "chosen": 1, "shared": 0},
-        "gated": {"rungs": {}, "chosen": None, "shared": None},
+        "plain": {"rungs": rungs, "diverged": [2], "chosen": 1, "shared": 0},
+        "gated": {"rungs": {}, "diverged": [], "chosen": None, "shared": None},
     }
-    save(candidate_accuracy(variants, ["lr 0.001", "lr 0.003"], "Tuning", "accuracy (%)"), tmp_path / "tuning.png")
+    names = ["lr 0.001", "lr 0.003", "lr 10"]
+    figure = candidate_accuracy(variants, names, "Tuning", "accuracy (%)")
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert len({tuple(line.get_color()) for line in lines}) == len(rungs)
+    assert "diverged" in [text.get_text() for text in figure.legends[0].get_texts()]
+    save(figure, tmp_path / "tuning.png")
     assert (tmp_path / "tuning.png").stat().st_size > 5000
+
+
+def test_a_candidate_that_diverged_with_one_seed_is_not_drawn_as_the_other(tmp_path):
+    rows = [
+        {"candidate": 0, "diverged": False, "by_seed": {"0": 20.0, "1": 21.0}},
+        {"candidate": 1, "diverged": True, "by_seed": {"0": 90.0, "1": None}},
+    ]
+    tuning = Tuning(("optimizer.params.lr",), ((1e-3,), (10.0,)), shares=(1.0,))
+    facts = {"variants": {"plain": {"rungs": [rows], "chosen": None, "shared": {"optimizer.params.lr": 1e-3}}}}
+    assert tuning_picture(facts, tuning) == {
+        "plain": {"rungs": {"100 % of the budget": {0: [20.0, 21.0]}}, "diverged": [1], "chosen": None, "shared": 0}
+    }
 
 
 def test_a_dry_run_shows_the_tuning_and_its_cost_and_runs_nothing(ask, trained, tmp_path):
@@ -138,6 +157,24 @@ def test_a_candidate_that_diverges_is_out_and_is_not_run_again(ask, trained, tmp
         assert "| diverged (25 %) |" in text and json.dumps(data, allow_nan=False)
         trained.started.clear()
         assert ask(TUNED)[0] == 0 and not trained.started
+
+
+def test_the_shared_comparison_is_reported_where_no_candidate_survived(ask, trained, tmp_path):
+    def diverging(task, environment):
+        if "tuning-" in task.name:
+            write_run(task, 0.9, 1000.0, {}, done=False)
+            trained.fails[task.name] = "error: the loss is nan at optimizer step 1; the last checkpoint is unchanged."
+        return trained(task, environment)
+
+    import compare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "launch", diverging)
+        assert ask(TUNED)[0] == 1
+    text, data = report(tmp_path)
+    assert data["dataset"]["name"] == "shapes" and data["commits"] == ["abc"] and data["hardware"]["devices"] == ["CPU"]
+    assert "No run is finished." not in text and "Runs were not compared: the first variant has no finished run" in text
+    assert "standard error about" in text and "nan points" not in text
 
 
 def test_tuning_and_comparison_of_a_variant_have_one_source(ask, trained, monkeypatch, tmp_path):
@@ -217,7 +254,7 @@ def test_hours_that_are_used_up_end_the_runs_and_are_reported(ask, trained, tmp_
     assert ask(TUNED)[0] == 0
     trained.started.clear()
     code, out, err = ask("max_hours = 1e-9\n" + TUNED, "--seeds", "3")
-    assert code == 1 and not trained.started and "missing: plain-seed2: is not finished" in err
+    assert code == 1 and not trained.started and "missing: plain-seed2: was not run" in err
     assert report(tmp_path)[1]["results"]["validation"][0]["n"] == 2
 
 
