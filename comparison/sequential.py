@@ -73,7 +73,7 @@ def evaluate(
             break
         active, made = ready[1:], look.number
         now = {name: {seed: accuracies[name][seed] for seed in seeds} for name in [first, *active]}
-        for name, one in compare(now, first, margin, planned, look.alpha).items():
+        for name, one in compare(now, first, margin, planned, look.alpha, looks[-1].alpha).items():
             note = f" (look {look.number} of {len(looks)}, level {look.alpha:.2g})"
             if one.verdict not in DECIDED and one.verdict != "identical":
                 if look.number == len(looks) or not is_hopeless(one, looks[-1], margin, planned):
