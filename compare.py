@@ -115,7 +115,7 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
     from comparison.tuning_runs import tune
 
     slots = device_slots(None if args.parallel == "auto" else args.parallel)
-    budget = RunBudget(experiment, runs, stop, len(slots))
+    budget = RunBudget(experiment, runs, stop)
     start = launch_cold if args.cold else launch
     known: dict[str, PlannedRun] = {}  # of tuning and of the comparison, which have one source for each variant
 
@@ -131,9 +131,7 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
         at_once = slots
         if args.parallel == "auto":
             at_once = device_slots(fastest_count(tasks, budget, start))
-            budget.at_once = len(at_once)
-        with budget:
-            return run_all(with_trackers(tasks, args, experiment.name), at_once, budget, start)
+        return run_all(with_trackers(tasks, args, experiment.name), at_once, budget, start, budget.set_active)
 
     steps, failures = steps_by_variant(experiment, data, runs, run)
     done = Done([], None, failures)
