@@ -52,8 +52,8 @@ def tuning_of(experiment: Experiment) -> Tuning:
 
 
 def changes_network(tuning: Tuning) -> bool:
-    """Return whether candidates may differ in their networks, or in the optimizers of their parts."""
-    return any(key.startswith(("model.", "optimizer.type", "image_side")) for key in tuning.keys)
+    """Return whether candidates may differ in their networks, their image sides, or the optimizers of their parts."""
+    return any(key.startswith(("model.", "optimizer.type", "image_side", "resizing.")) for key in tuning.keys)
 
 
 def check_candidates_fit(experiment: Experiment, num_classes: int, image_side: int) -> None:
