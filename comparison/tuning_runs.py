@@ -207,8 +207,7 @@ def planned_tuning(experiment: Experiment, data: Data, steps: Steps, speeds: Spe
     for variant in experiment.variants:
         for rung in tuning.rungs():
             one = planned_run(experiment, variant, data, steps.get(variant.name), rung.share, speeds)
-            for _ in range(rung.candidates * tuning.num_seeds):
-                total += one
+            total += one * (rung.candidates * tuning.num_seeds)
     return total
 
 
@@ -216,8 +215,8 @@ def planned_comparison(experiment: Experiment, data: Data, steps: Steps, speeds:
     """Return the cost of all variants with all seeds once."""
     total = RunCost()
     for variant in experiment.variants:
-        for _ in range(experiment.max_seeds or experiment.seeds):
-            total += planned_run(experiment, variant, data, steps.get(variant.name), 1.0, speeds)
+        one = planned_run(experiment, variant, data, steps.get(variant.name), 1.0, speeds)
+        total += one * (experiment.max_seeds or experiment.seeds)
     return total
 
 

@@ -109,6 +109,15 @@ def test_a_dry_run_shows_the_tuning_and_its_cost_and_runs_nothing(ask, trained, 
     assert "hours are known after the first run" in out and out.count(": new") == 12 and "tuned     " not in out
 
 
+def test_the_note_on_two_values_names_numbers_only(ask, trained):
+    grid = '[tune]\n"optimizer.params.lr" = [1e-3, 3e-3, 1e-2]\nchannels_last = [true, false]\n'
+    out = ask(COMMON + grid + VARIANTS, "--dry-run")[1]
+    assert "channels_last true" in out and "at the edge of the grid" not in out
+    out = ask(COMMON + grid + "schedule.warmup_fraction = [0.1, 0.2]\n" + VARIANTS, "--dry-run")[1]
+    assert "note: schedule.warmup_fraction has two values, so each is at the edge" in out
+    assert "channels_last has two values" not in out
+
+
 def test_tuning_that_is_stopped_resumes_and_chooses_the_same(ask, trained, tmp_path):
     trained.fails[f"tuning-gated-lr=0.003-at-0.25-seed{FIRST_SEED}"] = "torch.OutOfMemoryError: 3 GiB"
     code, _, err = ask(TUNED)
