@@ -31,7 +31,7 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     """Return the facts of the experiment's dataset, which is prepared first if necessary (not for a dry run).
 
     Args:
-        data_dir: folder of the prepared dataset; None is data/<dataset>.
+        data_dir: folder of the prepared dataset, or an image tree that is prepared in place; None is data/<dataset>.
     """
     from image_data.dataset import Dataset  # not with the file, so that compare.py --help answers at once
     from image_data.preparation.prepare import prepare
@@ -43,7 +43,7 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
             print(f"note: {near_path(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
             num_train = round(50_000 * (1 - experiment.hold_out))
             return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
-        prepare(folder, dataset=experiment.dataset)
+        prepare(folder, dataset=dataset_to_prepare(experiment, data_dir))
     if data_dir is None:
         refuse_another_source(folder, experiment.dataset, None)
     dataset = Dataset.open(folder)
@@ -52,6 +52,12 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     return Data(
         folder, len(dataset.splits["train"]), len(dataset.classes), dataset.image_side or 0, dataset.fingerprint
     )
+
+
+def dataset_to_prepare(experiment: Experiment, data_dir: Path | None) -> str | None:
+    """Return the name of the experiment's dataset; None where `data_dir` is an image tree, as train.py takes it."""
+    is_tree = data_dir is not None and (data_dir / "train").is_dir()
+    return None if is_tree else experiment.dataset
 
 
 def data_of_runs(runs: Path, data_dir: Path | None) -> Data:
@@ -146,14 +152,16 @@ def share(
 ) -> dict[tuple[str, int], PlannedRun]:
     """Return the runs of shard I of N; None is all of them.
 
-    Runs are dealt seed by seed, so that all shards have nearly the same number. The deal starts one variant later with
-    each seed; otherwise one machine could make all runs of a variant, and speeds are compared as well.
+    Runs are dealt seed by seed, so that the shards differ by at most one run. A variant's runs with a seed and the next
+    one are on two shards, since one machine must not make all of its runs: speeds are compared as well. Where the
+    number of shards divides that of the variants, the deal therefore starts one variant later with each seed.
     """
     number, count = shard or (1, 1)
     variants = [variant.name for variant in experiment.variants]
+    turn = 0 if len(variants) % count else 1
 
     def place(variant: str, seed: int) -> int:
-        return seed * len(variants) + (variants.index(variant) + seed) % len(variants)
+        return seed * len(variants) + (variants.index(variant) + turn * seed) % len(variants)
 
     return {key: task for key, task in tasks.items() if place(*key) % count == number - 1}
 

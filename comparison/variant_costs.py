@@ -10,6 +10,7 @@ from torch import nn
 
 from common.errors import SettingsError
 from comparison.experiment import Experiment, Variant
+from comparison.planning import dataset_to_prepare
 from config.own_parts import find_entry
 from config.settings import Settings
 from image_data.augmentation import check
@@ -56,9 +57,10 @@ def check_own_parts_of(experiment: Experiment, data_dir: Path | None) -> None:
     Raises:
         SettingsError: a part cannot be used; the message names the variant, the file and the line.
     """
+    dataset = dataset_to_prepare(experiment, data_dir)
     for variant in experiment.variants:
         try:
-            for text in check_before_data(variant.settings, data_dir, experiment.dataset):
+            for text in check_before_data(variant.settings, data_dir, dataset):
                 print(f"warning: variant '{variant.name}': {text}")
         except SettingsError as error:
             raise SettingsError(f"variant '{variant.name}': {error}") from None
