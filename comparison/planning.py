@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import RunError, SettingsError
 from common.paths import DATA, PROJECT, near_path
 from common.stop_signal import StopSignal
-from comparison.experiment import Experiment, Variant
+from comparison.experiment import Experiment, Variant, dataset_to_prepare
 from comparison.planned_run import PlannedRun
 from comparison.time_budget import calibrate
 from records.run_folder import RunFolder
@@ -52,12 +52,6 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     return Data(
         folder, len(dataset.splits["train"]), len(dataset.classes), dataset.image_side or 0, dataset.fingerprint
     )
-
-
-def dataset_to_prepare(experiment: Experiment, data_dir: Path | None) -> str | None:
-    """Return the name of the experiment's dataset; None where `data_dir` is an image tree, as train.py takes it."""
-    is_tree = data_dir is not None and (data_dir / "train").is_dir()
-    return None if is_tree else experiment.dataset
 
 
 def data_of_runs(runs: Path, data_dir: Path | None) -> Data:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from common.errors import SettingsError
-from comparison.experiment import Experiment, Variant
-from comparison.planning import dataset_to_prepare
+from comparison.experiment import Experiment, Variant, dataset_to_prepare
 from config.own_parts import find_entry
 from config.settings import Settings
 from image_data.augmentation import check
