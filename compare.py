@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, RunError, SettingsError
+from common.machine import visible_gpus
 from common.output_files import check_new_folder
 from common.paths import PROJECT, near_path
 from common.stop_signal import StopSignal
@@ -55,6 +56,7 @@ def main() -> int:
         return run_search(args, start, command(args), trackers)
     experiment = read(args.experiment, args.size, args.seeds, args.set, args.final)
     check_shard(experiment, args.shard)
+    check_parallel(experiment, args.parallel)
     if not args.dry_run:
         check_new_folder(args.results_dir, "--results-dir")
         if not args.report_only:
@@ -116,7 +118,7 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
     from comparison.tuning_runs import tune
 
     slots = device_slots(None if args.parallel == "auto" else args.parallel)
-    budget = RunBudget(experiment, runs, stop, len(slots))
+    budget = RunBudget(experiment, runs, stop)
     start = launch_cold if args.cold else launch
     known: dict[str, PlannedRun] = {}  # of tuning and of the comparison, which have one source for each variant
 
@@ -127,14 +129,12 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
 
     def run(tasks: list[PlannedRun]) -> dict[str, str]:
         check(tasks)
-        if args.dry_run or args.report_only or not budget.allows(tasks):
+        if not tasks or args.dry_run or args.report_only or not budget.allows(tasks):
             return {}
         at_once = slots
         if args.parallel == "auto":
             at_once = device_slots(fastest_count(tasks, budget, start))
-            budget.at_once = len(at_once)
-        with budget:
-            return run_all(with_trackers(tasks, args, experiment.name), at_once, budget, start)
+        return run_all(with_trackers(tasks, args, experiment.name), at_once, budget, start, budget.set_active)
 
     steps, failures = steps_by_variant(experiment, data, runs, run)
     done = Done([], None, failures)
@@ -181,6 +181,17 @@ def check_shard(experiment: Experiment, shard: tuple[int, int] | None) -> None:
         raise SettingsError('until = "decided" needs the results of all runs after each round; leave out --shard')
     if shard and experiment.tuning:
         raise SettingsError("tune needs the results of all runs after each rung; leave out --shard")
+
+
+def check_parallel(experiment: Experiment, parallel: int | str | None) -> None:
+    """Raise SettingsError for a budget in seconds whose runs would share a device; `parallel` is that of --parallel."""
+    if experiment.budget != "seconds" or parallel in (None, 1):
+        return
+    if isinstance(parallel, str) or parallel > max(1, len(visible_gpus())):
+        raise SettingsError(
+            "a budget in seconds needs runs that do not share a device, since the speed of each would depend on how "
+            "many others are running; leave out --parallel"
+        )
 
 
 def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Namespace) -> int:

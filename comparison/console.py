@@ -56,9 +56,8 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], data: Data, run
     spread = spread_of(experiment, runs_dir, results_dir)
     print(f"power     {statement(experiment, spread)}")
     if spread is None:
-        print(
-            "note: no earlier run shows the spread between seeds; a pilot with --seeds 2 does, and its runs are reused"
-        )
+        pilot = "" if experiment.max_seeds else "; a pilot with --seeds 2 does, and its runs are reused"
+        print(f"note: no earlier run shows the spread between seeds{pilot}")
     commit, _, problem = commit_of_project()
     if commit is None:
         print(f"note: the commit of this project is unknown: {problem}")

@@ -16,6 +16,7 @@ from comparison.power import spread_of_pairs, statement
 from comparison.report_text import markdown
 from comparison.results import SPLITS, Run, VariantResult
 from comparison.sequential import evaluate, plan_looks
+from comparison.significance import ALPHA
 from comparison.tuning_report import tuning_picture
 from comparison.verdicts import CONFIRMED, Difference, compare
 from config.own_parts import without_folders
@@ -82,7 +83,8 @@ def _compare(experiment: Experiment, results: list[VariantResult], split: str, e
     if experiment.max_seeds and experiment.round_seeds and split == exploring:
         looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
         return evaluate(accuracies, first, looks, experiment.margin, planned).differences
-    return compare(accuracies, first, experiment.margin, planned)
+    last_alpha = ALPHA if experiment.max_seeds else None  # all looks together; the advice is about max_seeds
+    return compare(accuracies, first, experiment.margin, planned, last_alpha=last_alpha)
 
 
 def _draw(

@@ -24,8 +24,7 @@ def plan_lines(experiment: Experiment, tuning_cost: RunCost, comparison_cost: Ru
     lines += [f"note: {text}" for text in _notes(experiment, tuning)]
     times = 2 if tuning.report_shared else 1
     what = "comparison twice (tuned, and the shared value for all)" if times == 2 else "comparison (tuned)"
-    both = comparison_cost if times == 1 else comparison_cost + comparison_cost
-    lines.append(f"cost      tuning at most {tuning_cost}; {what} at most {both}")
+    lines.append(f"cost      tuning at most {tuning_cost}; {what} at most {comparison_cost * times}")
     if tuning_cost.hours is None:
         lines.append("note: hours are known after the first run of this preset")
     return lines
@@ -44,7 +43,8 @@ def _notes(experiment: Experiment, tuning: Tuning) -> list[str]:
     texts = []
     for i, key in enumerate(tuning.keys):
         values = {str(one[i]) for one in tuning.candidates}
-        if len(values) == 2 and tuning.at_edge(0):
+        is_edge = any(text.startswith(f"{key} = ") for text in tuning.at_edge(0))  # numbers have one, names have none
+        if len(values) == 2 and is_edge:
             texts.append(f"{key} has two values, so each is at the edge of the grid; three or more show a maximum")
     if tuning.report_shared and (shared := shared_values(experiment.variants[0], tuning)) not in [
         tuning.values(i) for i in range(len(tuning.candidates))

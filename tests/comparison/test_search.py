@@ -339,7 +339,7 @@ def test_a_stopped_and_a_killed_search_resume(find, training, monkeypatch, tmp_p
     training.on_poll = kill
     with pytest.raises(SystemExit):
         find(text)
-    monkeypatch.setattr("comparison.search_study._is_alive", lambda process: False)  # it was this process
+    monkeypatch.setattr("comparison.search_study.is_alive", lambda process: False)  # it was this process
     training.started.clear()
     training.on_poll = lambda run: None
     facts = RunFolder(tmp_path / "runs" / "gates" / "trial-0000")

@@ -10,7 +10,9 @@ from comparisons import COMMON, VARIANTS, report, write_run
 
 from common.paths import PROJECT
 from comparison.experiment_file import read
+from comparison.planned_run import PlannedRun
 from comparison.run_budget import RunBudget
+from comparison.run_queue import run_all
 from comparison.significance import seeds_needed
 from comparison.tuning import FIRST_SEED, Tuning
 from comparison.tuning_report import tuning_picture
@@ -124,6 +126,15 @@ def test_a_dry_run_shows_the_tuning_and_its_cost_and_runs_nothing(ask, trained, 
     assert "rungs (eta 2): 3 candidates for 25 % of the budget, the best 2 for 100 %, the best one is chosen" in out
     assert "cost      tuning at most 20 runs, 4,608 images; comparison (tuned) at most 4 runs, 1,536 images" in out
     assert "hours are known after the first run" in out and out.count(": new") == 12 and "tuned     " not in out
+
+
+def test_the_note_on_two_values_names_numbers_only(ask, trained):
+    grid = '[tune]\n"optimizer.params.lr" = [1e-3, 3e-3, 1e-2]\nchannels_last = [true, false]\n'
+    out = ask(COMMON + grid + VARIANTS, "--dry-run")[1]
+    assert "channels_last true" in out and "at the edge of the grid" not in out
+    out = ask(COMMON + grid + "schedule.warmup_fraction = [0.1, 0.2]\n" + VARIANTS, "--dry-run")[1]
+    assert "note: schedule.warmup_fraction has two values, so each is at the edge" in out
+    assert "channels_last has two values" not in out
 
 
 def test_tuning_that_is_stopped_resumes_and_chooses_the_same(ask, trained, tmp_path):
@@ -275,17 +286,32 @@ def test_the_runs_that_measure_the_speed_count(ask, trained):
     assert "max_runs = 4 is less than the 8 runs planned (4 to measure the speed and 4 to compare)" in err
 
 
-def test_the_hours_of_runs_at_once_are_added(tmp_path):
+def test_the_hours_of_active_runs_are_added_and_idle_slots_cost_nothing(tmp_path, monkeypatch):
+    """Five runs of one hour, four at once: 5 hours, although four slots are there for 2 hours."""
+
     class Signal:
         number = 0
 
     class Limits:
-        max_runs, max_hours = None, 1.0
+        max_runs, max_hours = None, 5.5
+
+    class Hour:
+        def __init__(self):
+            self.began = now[0]
+
+        def poll(self):
+            return 0 if now[0] >= self.began + 3600 else None
+
+        def terminate(self):
+            raise AssertionError("no run should be stopped")
 
     now = [0.0]
-    budget = RunBudget(Limits, tmp_path, Signal, at_once=2, clock=lambda: now[0])  # type: ignore[arg-type]
-    with budget:
-        now[0] = 1799.0
-        assert budget.number == 0
-        now[0] = 1801.0
-        assert budget.number == -1 and "max_hours = 1" in budget.problem
+    budget = RunBudget(Limits, tmp_path, Signal, clock=lambda: now[0])  # type: ignore[arg-type]
+    monkeypatch.setattr("comparison.run_queue.time.sleep", lambda _: now.__setitem__(0, now[0] + 60))
+    monkeypatch.setattr("comparison.run_queue._problem", lambda *_: None)
+    tasks = [PlannedRun(f"run{i}", tmp_path / f"run{i}", [], {}) for i in range(5)]
+    assert run_all(tasks, [{}] * 4, budget, lambda *_: Hour(), budget.set_active) == {}
+    assert budget.number == 0 and budget.seconds == pytest.approx(5 * 3600)
+    budget.set_active(2)
+    now[0] += 901.0
+    assert budget.number == -1 and "max_hours = 5.5" in budget.problem
