@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import EXIT_STOPPED, RunError, SettingsError
+from common.machine import visible_gpus
 from common.output_files import check_new_folder
 from common.paths import PROJECT, near_path
 from common.stop_signal import StopSignal
@@ -37,7 +38,7 @@ from comparison.search import is_search
 from comparison.tracker_options import tracker_words, with_trackers
 from comparison.warm_process import launch
 from config.command_line import run_cli
-from config.own_parts import own_parts_of
+from config.own_parts import override_without_folder, own_parts_of
 
 if TYPE_CHECKING:
     from comparison.tuning_runs import Tuned
@@ -55,17 +56,19 @@ def main() -> int:
         return run_search(args, start, command(args), trackers)
     experiment = read(args.experiment, args.size, args.seeds, args.set, args.final)
     check_shard(experiment, args.shard)
+    check_parallel(experiment, args.parallel)
     if not args.dry_run:
         check_new_folder(args.results_dir, "--results-dir")
         if not args.report_only:
             check_new_folder(args.runs_dir, "--runs-dir")
     runs = args.runs_dir.resolve() / experiment.name
-    if any(own_parts_of(variant.settings.as_dict()) for variant in experiment.variants) and not args.report_only:
+    tuned = [list(values) for values in experiment.tuning.candidates] if experiment.tuning else []
+    if own_parts_of([*(variant.settings.as_dict() for variant in experiment.variants), tuned]) and not args.report_only:
         from comparison.variant_costs import check_own_parts_of
 
         check_own_parts_of(experiment, args.data_dir)
     data = (
-        data_of_runs(runs, args.data_dir)
+        data_of_runs(experiment, runs, args.data_dir)
         if args.report_only
         else dataset_facts(experiment, args.data_dir, args.dry_run)
     )
@@ -115,7 +118,7 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
     from comparison.tuning_runs import tune
 
     slots = device_slots(None if args.parallel == "auto" else args.parallel)
-    budget = RunBudget(experiment, runs, stop, len(slots))
+    budget = RunBudget(experiment, runs, stop)
     start = launch_cold if args.cold else launch
     known: dict[str, PlannedRun] = {}  # of tuning and of the comparison, which have one source for each variant
 
@@ -126,14 +129,12 @@ def make_runs(experiment: Experiment, data: Data, runs: Path, stop: StopSignal, 
 
     def run(tasks: list[PlannedRun]) -> dict[str, str]:
         check(tasks)
-        if args.dry_run or args.report_only or not budget.allows(tasks):
+        if not tasks or args.dry_run or args.report_only or not budget.allows(tasks):
             return {}
         at_once = slots
         if args.parallel == "auto":
             at_once = device_slots(fastest_count(tasks, budget, start))
-            budget.at_once = len(at_once)
-        with budget:
-            return run_all(with_trackers(tasks, args, experiment.name), at_once, budget, start)
+        return run_all(with_trackers(tasks, args, experiment.name), at_once, budget, start, budget.set_active)
 
     steps, failures = steps_by_variant(experiment, data, runs, run)
     done = Done([], None, failures)
@@ -182,6 +183,17 @@ def check_shard(experiment: Experiment, shard: tuple[int, int] | None) -> None:
         raise SettingsError("tune needs the results of all runs after each rung; leave out --shard")
 
 
+def check_parallel(experiment: Experiment, parallel: int | str | None) -> None:
+    """Raise SettingsError for a budget in seconds whose runs would share a device; `parallel` is that of --parallel."""
+    if experiment.budget != "seconds" or parallel in (None, 1):
+        return
+    if isinstance(parallel, str) or parallel > max(1, len(visible_gpus())):
+        raise SettingsError(
+            "a budget in seconds needs runs that do not share a device, since the speed of each would depend on how "
+            "many others are running; leave out --parallel"
+        )
+
+
 def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Namespace) -> int:
     """Write the report and print its answers. Returns the exit code: 1 if runs are missing from it.
 
@@ -206,7 +218,7 @@ def report(done: Done, counted: list[VariantCost], data: Data, args: argparse.Na
             is_planned = (one.name, seed) in tasks or not (experiment.max_seeds or experiment.tuning)
             if is_planned and (one.name, seed) not in finished:
                 task = tasks.get((one.name, seed))
-                missing.setdefault(one.run_name(seed), (task and task.divergence()) or "is not finished")
+                missing.setdefault(one.run_name(seed), task.why_missing() if task else "was not run")
     missing |= tuned.undecided if tuned else {}
     check_one_source(results, tuned.tasks if tuned else [])
     for name, reason in missing.items():
@@ -250,7 +262,7 @@ def command(args: argparse.Namespace) -> str:
     for flag in ("size", "seeds"):
         if getattr(args, flag) is not None:
             words += [f"--{flag}", str(getattr(args, flag))]
-    words += [word for text in args.set for word in ("--set", text)]
+    words += [word for text in args.set for word in ("--set", override_without_folder(text))]
     return shlex.join(words + (["--final"] if args.final else []))
 
 

@@ -21,14 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import RunError, SettingsError
+from common.errors import DatasetError, SettingsError
 from common.files import write_atomically
 from common.output_files import check_output_file
 from common.paths import RUNS, near_path
 from common.text import python_command
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
-from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, summarize
+from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, open_split, summarize
 from inference.trained_model import WEIGHTS, TrainedModel
 from records.named_run import existing_run, find_run
 
@@ -124,13 +124,9 @@ def split_of(trained: TrainedModel, args: argparse.Namespace) -> Iterator[tuple[
     from parallel.process_group import destroy_process_group, init_process_group
 
     facts = trained.facts
-    dataset = open_dataset(trained, args.data_dir)
+    dataset = open_split(trained, args.split, args.data_dir)
     device = init_process_group()
     rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if args.split == "validation":
-        if not facts["hold_out"]:
-            raise RunError(f"{trained.record.folder} has no validation split. Evaluate it with --split test")
-        dataset = dataset.hold_out(facts["hold_out"])
     if rank == 0 and dataset.fingerprint != facts["dataset"]["fingerprint"]:
         print("warning: this is not the dataset of the training (its fingerprint differs)", file=sys.stderr)
     source = dict(device=device, source=args.source, image_side=facts["settings"]["image_side"])
@@ -154,7 +150,6 @@ def predict_images(trained: TrainedModel, args: argparse.Namespace) -> int:
 
 def export_network(trained: TrainedModel, args: argparse.Namespace) -> int:
     """Write the network in the format of --export."""
-    from common.errors import DatasetError
     from inference.model_card import write_card
     from inference.onnx_export import export, pixels_to_check
     from reports.evaluation import write_optional
@@ -282,11 +277,7 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     task = "several runs" if len(args.runs) > 1 and one_run == "an evaluation" else one_run
     if len(args.runs) > 1 and task == one_run:
         raise SettingsError(f"{task} takes one run, not {len(args.runs)}")
-    for name in ("data_dir", "json", "output"):
-        if getattr(args, name):
-            setattr(args, name, getattr(args, name).expanduser())
     if args.predict:
-        args.predict = [path.expanduser() for path in args.predict]
         check_images(args.predict, args.runs_dir)
     for name in ("soup", "ensemble"):
         if getattr(args, name) and task == "an evaluation":
@@ -304,7 +295,7 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
 def check_images(paths: list[Path], runs: Path) -> None:
     """Raise SettingsError for a run among the images of --predict, which takes every word that follows it."""
     for path in paths:
-        run = existing_run(path, runs.expanduser())
+        run = existing_run(path, runs)
         if run == path or run and not path.exists():
             images = [other for other in paths if other != path] or [Path("IMAGE")]
             raise SettingsError(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.display import printable
-from common.errors import RunError, SettingsError
+from common.errors import DatasetError, RunError, SettingsError
 from common.output_files import check_output_file, check_output_folder, check_picture_suffix
 from common.paths import RESULTS, RUNS, near_path
 from config.catalog import SOURCES
@@ -116,8 +116,8 @@ def compare(runs: list[RunData], path: Path) -> None:
 
 def analyze(run: RunData, args: argparse.Namespace) -> SplitAnalysis | None:
     """Run the network on a split. Returns None, with a warning, where the dataset or the weights are missing."""
-    from common.errors import DatasetError
     from dali_pipeline import Batches
+    from inference.evaluation import open_split
     from inference.trained_model import TrainedModel
     from parallel.process_group import pick_device
     from reports.pictures import SplitAnalysis
@@ -146,16 +146,6 @@ def analyze(run: RunData, args: argparse.Namespace) -> SplitAnalysis | None:
         attention_of(run, model, dataset, split, source),
         found.calibration(),
     )
-
-
-def open_split(trained: Any, split: str, data_dir: Path | None) -> Dataset:
-    """Return the dataset with that split, normalized as in training. Raises DatasetError or RunError."""
-    from inference.evaluation import open_dataset
-
-    dataset, hold_out = open_dataset(trained, data_dir), trained.facts["hold_out"]
-    if split == "validation" and not hold_out:
-        raise RunError(f"{trained.record.folder} has no validation split. Use --split test")
-    return dataset.hold_out(hold_out) if split == "validation" else dataset
 
 
 def attention_of(
@@ -262,9 +252,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     check_combination(parser, args)
-    for name in ("out", "data_dir", "runs_dir", "results_dir"):
-        if getattr(args, name):
-            setattr(args, name, getattr(args, name).expanduser())
     return args
 
 

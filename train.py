@@ -51,7 +51,6 @@ def main() -> int:
     from optim.lr_schedule import Schedule
     from parallel.compile import FIRST_STEPS_SECONDS
     from parallel.engine import Engine
-    from parallel.peers.link_cost import lines_of_cost
     from parallel.peers.setup import meeting_of
     from parallel.process_group import limit_waits, pick_device
     from parallel.strategies import engine_class
@@ -67,6 +66,7 @@ def main() -> int:
         limit_default_run,
         network_builder,
         open_dataset,
+        set_engine_options,
         start_process,
     )
     from training.run_start import start_run
@@ -114,14 +114,9 @@ def main() -> int:
             training, splits = make_batches(
                 data.dataset, settings, shard, micro, seed, engine.device, args.source, args.synthetic, closing
             )
-            if args.skip_bad_steps:
-                engine.skip_bad_steps()
-            if args.log_gradients:
-                engine.log_gradients()
-            if args.link_gbps:
-                steps = settings.parallel.local_steps
-                lines = lines_of_cost(engine.num_parameters, steps, args.link_gbps, args.step_seconds)
-                console.say("\n".join(lines))
+            set_engine_options(
+                engine, args.skip_bad_steps, args.log_gradients, args.link_gbps, args.step_seconds, console
+            )
             # 5. The run: a new folder or a checkpoint to resume, then steps, epochs, evaluation and checkpoints
             started = start_run(engine, options, folder, logging, data, training, steps_per_epoch, total_steps, console)
             limit_waits(FIRST_STEPS_SECONDS if engine.first_steps else 0.0)

@@ -13,6 +13,7 @@ minutes, or one epoch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -89,7 +90,7 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
     from training.checkpoint_writer import CheckpointWriter
 
     saver = CheckpointWriter(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
-    stream = endless(training)
+    stream = itertools.chain.from_iterable(map(training.epoch, itertools.count()))
     waited: list[float] = []
 
     def turn(saves: bool) -> float:
@@ -120,14 +121,6 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
     written = [write_alone() for _ in range(args.rounds)]
     size = sum(file.stat().st_size for file in record.newest_checkpoint().iterdir())
     return {"plain": turns["plain"], "saving": turns["saving"], "waited": waited, "written": written, "bytes": size}
-
-
-def endless(training: Batches):
-    """Yield training batches epoch after epoch."""
-    epoch = 0
-    while True:
-        yield from training.epoch(epoch)
-        epoch += 1
 
 
 def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from benchmarks.lib.options import keep, some_of
 from benchmarks.lib.timing import machine
 from config.command_line import Parser, at_least_one, run_cli
 from image_data.preparation.prepare import prepare
-from records.checkpoint_store import UNFINISHED
+from records.checkpoint_store import UNFINISHED, step_of
 from records.provenance import commit_text, provenance
 from records.run_folder import RunFolder
 
@@ -97,7 +97,7 @@ def run_round(
         lost = difference(now.record, undisturbed) if done.code == 0 else done.text
         if lost is None:
             shutil.rmtree(folder)
-        return Outcome(fault, seed, int(newest.name.removeprefix("step-")) if newest else 0, half_written, lost)
+        return Outcome(fault, seed, step_of(newest) if newest else 0, half_written, lost)
     return Outcome(fault, seed, 0, False, f"the fault came too late {MOST_STARTS} times")
 
 

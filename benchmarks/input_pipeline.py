@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import input_report
 from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS, Task, Unavailable
-from benchmarks.lib.options import add_data, add_reports, keep, origin, some_of
+from benchmarks.lib.options import add_data, add_reports, keep, note, origin, some_of
 from benchmarks.lib.timing import SETTLE_SECONDS, alternate, cpu_seconds, machine, ratios
 from common.errors import DatasetError, UserError
 from common.machine import visible_gpus
@@ -135,10 +135,6 @@ def unlike(job: dict[str, Any]) -> list[str]:
         for name, output in outputs.items()
         if any(abs(a - b) > TOLERANCE for a, b in zip(output, first, strict=True))
     ]
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

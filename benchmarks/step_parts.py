@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.options import keep, origin, some_of
 from common.machine import visible_gpus
+from common.text import type_and_first_line
 from config.command_line import Parser, run_cli
 from config.settings import resolve
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 PARTS = ("kernel", "depthwise", "attention", "stem", "optimizer")
 GRIDS = ((1024, 768, 8), (512, 768, 16), (512, 1024, 16))  # batch, hidden channels, side: speedrun, 300ep, 100ep
 HEADS = ((1024, 4, 64, 64), (512, 3, 256, 64), (512, 4, 256, 64))  # batch, heads, tokens, head size of the same
+REPEATS = 20  # timed on a GPU
 TINY_GRIDS, TINY_HEADS = ((2, 16, 3),), ((2, 2, 8, 8),)
 TINY = ["model.width=32", "model.depth=1", "model.feed_forward_options.hidden=32"]
 TINY += ["model.patch_embedding_options.first=8"]
@@ -54,7 +56,7 @@ class Bench:
         try:
             ms = self._median(run)
         except Exception as error:  # of a kernel or of the compiler: whatever it is, the other parts continue
-            self.report["problems"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            self.report["problems"][name] = type_and_first_line(error)[:160]
             print(f"{name:72} {self.report['problems'][name]}", flush=True)
         else:
             self.report["ms"][name] = ms
@@ -62,7 +64,7 @@ class Bench:
             print(f"{name:72} {ms:9.3f} ms{bandwidth}", flush=True)
         self.write()
 
-    def _median(self, run: Callable[[], Any], repeats: int = 20) -> float:
+    def _median(self, run: Callable[[], Any]) -> float:
         import torch
 
         for _ in range(4 if self.gpu else 1):
@@ -72,7 +74,7 @@ class Bench:
             run()
             return 1e3 * (time.perf_counter() - began)
         times = []
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             run()
@@ -303,7 +305,7 @@ def measure(options: argparse.Namespace) -> int:
         try:
             MEASUREMENTS[name](bench)
         except Exception as error:  # such as a module that this version lacks: the other parts continue
-            bench.report["problems"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            bench.report["problems"][name] = type_and_first_line(error)
             print(f"{name}: {bench.report['problems'][name]}", flush=True)
     bench.write()
     return int(not bench.report["ms"])

@@ -32,6 +32,7 @@ from benchmarks.lib import tables
 from benchmarks.lib.options import add_data, add_settings, keep, origin, step_settings
 from benchmarks.lib.timing import alternate, machine, spread, synchronize
 from common.machine import visible_gpus
+from common.text import type_and_first_line
 from config.command_line import Parser, at_least_one, run_cli
 
 # Kind of a kernel: the first pattern that its name matches.
@@ -57,11 +58,9 @@ def kind_of(name: str) -> str:
 
 
 def choices() -> dict[str, Any]:
-    """Return what to do before a turn, by name: switch the kernel of conv_mlp, where this version has one."""
-    try:
-        from models import depthwise_kernel
-    except ImportError:
-        return {"as it is": lambda: None}
+    """Return what to do before a turn, by name: switch the kernel of conv_mlp."""
+    from models import depthwise_kernel
+
     return {
         "kernel on": lambda: depthwise_kernel.set_enabled(True),
         "kernel off": lambda: depthwise_kernel.set_enabled(False),
@@ -114,7 +113,7 @@ def memory_floor_bytes(work: Any) -> tuple[int | None, str]:
     try:
         one = pass_bytes(subject.build, images, bool(chosen["bf16"]["enabled"]), engine.device)
     except Exception as error:  # fake tensors do not support every operation that a network may use
-        return None, f"memory floor not counted: {type(error).__name__}: {error}".splitlines()[0]
+        return None, f"memory floor not counted: {type_and_first_line(error)}"
     return sizes.accumulation * one + optimizer_bytes(engine.num_parameters, chosen["optimizer"]["type"]), ""
 
 

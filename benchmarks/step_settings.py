@@ -34,6 +34,7 @@ from benchmarks.step_profile import (
     write,
 )
 from common.machine import visible_gpus
+from common.text import type_and_first_line
 from config.command_line import Parser, run_cli
 
 BASELINE = "baseline"
@@ -61,7 +62,7 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         except Exception as error:  # of any of the settings; the other variants are worth their time
             if name == BASELINE:
                 raise
-            found["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            found["failed"] = type_and_first_line(error)
             works.pop(name, None)
             continue
         if found["memory_bytes"]:

@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import strategy_report
 from benchmarks.lib.link_model import Link
-from benchmarks.lib.options import add_data, add_settings, keep, origin, several, some_of, step_settings
+from benchmarks.lib.options import add_data, add_settings, keep, note, origin, several, some_of, step_settings
 from benchmarks.lib.process_groups import Failed, Fresh, Start, device_environment, run_group
 from benchmarks.lib.timing import alternate, machine, ratios
 from common.errors import DatasetError, SettingsError
@@ -249,10 +249,6 @@ def run(options: argparse.Namespace, start: Start = Fresh) -> dict[str, Any]:
     }
     report["projection"] = strategy_report.projection(table, options.hosts, options.links)
     return report
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -36,13 +36,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import step_report
-from benchmarks.lib.measured_system import System, note
-from benchmarks.lib.options import add_data, add_reports, add_settings, keep, origin, some_of
+from benchmarks.lib.measured_system import System
+from benchmarks.lib.options import add_data, add_reports, add_settings, keep, note, origin, some_of
 from benchmarks.lib.peak_flops import measured_flops, peak_flops
 from benchmarks.lib.process_groups import device_environment
 from benchmarks.lib.timing import alternate, machine
 from common.errors import DatasetError
 from common.machine import visible_gpus
+from common.text import type_and_first_line
 from config.catalog import table_names
 from config.command_line import Parser, at_least_one, run_cli
 from image_data.dataset import Dataset
@@ -193,7 +194,7 @@ def memory_traffic(systems: list[System], device: Any) -> dict[str, Any]:
             update = optimizer_bytes(count_parameters(subject.build()), settings.engine["optimizer"]["type"])
             counted[precision] = passes + update // processes
         except Exception as error:  # fake tensors do not support every operation that a network may use
-            counted[precision], problem = None, f"{type(error).__name__}: {error}".splitlines()[0]
+            counted[precision], problem = None, type_and_first_line(error)
     return {"copy_bytes_per_second": copy_bandwidth(device), "bytes_per_step": counted, "problem": problem}
 
 

@@ -32,6 +32,7 @@ from cluster.simulated_hosts import Hosts, read, wait_until  # noqa: E402
 from common.errors import RunError  # noqa: E402
 from common.paths import PROJECT  # noqa: E402
 from config.command_line import Parser, run_cli  # noqa: E402
+from records.checkpoint_store import step_of  # noqa: E402
 
 START_SECONDS, END_SECONDS = 180, 180  # upper limits, for a busy machine
 OTHER_LAUNCHERS = {  # module and options
@@ -57,7 +58,7 @@ class Trial:
     run: Path
 
     def newest(self) -> int:
-        return max((int(path.name.removeprefix("step-")) for path in self.run.glob("state/step-*")), default=0)
+        return max(map(step_of, self.run.glob("state/step-*")), default=0)
 
     def send(self, number: signal.Signals, script: str) -> None:
         """Send a signal to the process on the second host that runs this script of the project."""

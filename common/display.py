@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 REPLACEMENT = "\ufffd"
@@ -22,6 +23,15 @@ BIDI_CONTROLS = {*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # t
 def printable(text: str) -> str:
     """Return the text with a replacement character for each control character and each byte that is not UTF-8."""
     return "".join(REPLACEMENT if _is_unsafe(character) else character for character in text)
+
+
+def escaped(text: str | Path) -> str:
+    """Return the text with an escape for each control character and each byte that is not UTF-8, so that none is lost.
+
+    It is for file names, which a user then finds by the escape; `printable` is for pages and pictures.
+    """
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _is_unsafe(character: str) -> bool:

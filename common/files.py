@@ -72,7 +72,7 @@ def room_left(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def gigabytes(count: int) -> str:
+def bytes_text(count: int) -> str:
     """Format a number of bytes as MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 

@@ -1,4 +1,4 @@
-"""The CPU and the GPUs of this machine, without loading PyTorch."""
+"""The CPU, the GPUs and the processes of this machine, without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def cpu_name() -> str:
     except OSError:
         lines = []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def is_alive(process: int) -> bool:
+    """Return whether a process with this number exists, whoever started it."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True

@@ -15,6 +15,12 @@ def is_installed(package: str) -> bool:
         return False
 
 
+def require(package: str, what: str) -> None:
+    """Raise SettingsError where `what`, such as --wandb, needs a package that is not installed."""
+    if not is_installed(package):
+        raise SettingsError(f"{what} needs the package {package}, which is not installed: pip install {package}")
+
+
 def check_torch(what: str, version: tuple[int, int]) -> None:
     """Raise SettingsError where `what`, such as --log-gradients, needs a newer PyTorch than the installed one."""
     import torch

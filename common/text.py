@@ -1,4 +1,4 @@
-"""Formatting of durations and names for the screen, commands to type, and the last error of a log."""
+"""Formatting of durations, names and errors for the screen, commands to type, and the last error of a log."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def last_error(log: str) -> str | None:
     lines = [line for line in lines if not line.startswith("Training failed")]
     errors = [line for line in lines if ERROR.match(line)]
     return without_paths((errors or lines)[-1]) if lines else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def type_and_first_line(error: BaseException) -> str:
+    """Return `ValueError: the first line of its message`, or the name of the type alone where it has none."""
+    name, line = type(error).__name__, first_line(error)
+    return line if line == name else f"{name}: {line}"
 
 
 def without_paths(text: str) -> str:

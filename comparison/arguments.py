@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -23,12 +22,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("experiment", type=Path, help="experiment file, such as experiments/pairs.toml")
     asked = parser.add_argument_group("experiment")
-    asked.add_argument("--size", help="size defined in the file: small or full in experiments/ (default: small)")
+    asked.add_argument(
+        "--size",
+        help="size defined in the file, such as small or full (default: small if the file has it, else the file "
+        "without a size)",
+    )
     asked.add_argument(
         "--seeds",
         type=at_least_one,
         metavar="N",
-        help="number of seeds; existing runs are reused (default: the number in the file)",
+        help='number of seeds, with until = "decided" per round; existing runs are reused (default: the number in the '
+        "file)",
     )
     asked.add_argument(
         "--set",
@@ -69,7 +73,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     where = parser.add_argument_group("folders")
     where.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: data/<dataset>)"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the prepared dataset, or an image tree {train,test}/<class>/*.png, which is prepared in place "
+        "(default: data/<dataset>)",
     )
     where.add_argument(
         "--runs-dir", type=Path, default=RUNS, metavar="DIR", help="folder for run folders (default: runs)"
@@ -79,9 +87,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_tracker_options(parser)
     args = parser.parse_args()
-    for name in ("experiment", "data_dir", "runs_dir", "results_dir"):
-        if path := getattr(args, name):
-            setattr(args, name, Path(os.path.expanduser(path)))
     if args.shard and args.report_only:
         parser.error("--report-only reports on all runs; leave out --shard")
     if args.dry_run and args.report_only:

@@ -41,6 +41,12 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], data: Data, run
             f"{mark} {variant.name:{width}}  {cost.parameters:>12,} parameters  {cost.flops / 1e6:>9,.1f} MFLOPs  "
             f"{variant.idea}"
         )
+    for variant in experiment.variants:
+        if variant.left_out:
+            print(
+                f"note: variant '{variant.name}' names another part, so settings of the former one do not apply to it: "
+                f"{', '.join(variant.left_out)}"
+            )
     for name, texts in unequal.items():
         for text in texts:
             print(f"warning: {name} is not equal to {experiment.variants[0].name}: {text}")
@@ -50,9 +56,8 @@ def print_plan(experiment: Experiment, costs: list[VariantCost], data: Data, run
     spread = spread_of(experiment, runs_dir, results_dir)
     print(f"power     {statement(experiment, spread)}")
     if spread is None:
-        print(
-            "note: no earlier run shows the spread between seeds; a pilot with --seeds 2 does, and its runs are reused"
-        )
+        pilot = "" if experiment.max_seeds else "; a pilot with --seeds 2 does, and its runs are reused"
+        print(f"note: no earlier run shows the spread between seeds{pilot}")
     commit, _, problem = commit_of_project()
     if commit is None:
         print(f"note: the commit of this project is unknown: {problem}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.errors import SettingsError
 from comparison.tuning import Tuning
-from config.settings import Settings, resolve
+from config.settings import Settings, combine, resolve
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Variant:
     settings: Settings
     is_matched: bool = True  # False where the variant says match = "none"
     run_prefix: str = ""  # of the names of its run folders; empty: its name
+    left_out: tuple[str, ...] = ()  # overrides of the whole file for a part that the variant replaces
 
     def run_name(self, seed: int) -> str:
         """Return the name of its run folder with a seed."""
@@ -50,16 +52,28 @@ class Experiment:
     @property
     def budget_text(self) -> str:
         """The budget of a run, for the screen and reports: 10 epochs, 1 epoch."""
-        return f"{self.budget_amount:g} {self.budget.removesuffix('s') if self.budget_amount == 1 else self.budget}"
+        return f"{self.budget_number} {self.budget.removesuffix('s') if self.budget_amount == 1 else self.budget}"
+
+    @property
+    def budget_number(self) -> str:
+        """The amount of the budget with all its digits, as an experiment file states it."""
+        whole = int(self.budget_amount)
+        return str(whole if whole == self.budget_amount else self.budget_amount)
 
     def tasks(self) -> list[tuple[Variant, int]]:
         """Return every variant with every seed."""
         return [(variant, seed) for variant in self.variants for seed in range(self.seeds)]
 
 
+def dataset_to_prepare(experiment: Experiment, data_dir: Path | None) -> str | None:
+    """Return the name of the experiment's dataset; None where `data_dir` is an image tree, as train.py takes it."""
+    is_tree = data_dir is not None and (data_dir / "train").is_dir()
+    return None if is_tree else experiment.dataset
+
+
 def with_candidate(variant: Variant, preset: str, tuning: Tuning, candidate: int) -> Variant:
     """Return a variant with a candidate's values, and run folders of their own unless these are its values already."""
-    overrides = [*variant.overrides, *tuning.overrides(candidate)]
+    overrides, _ = combine(preset, variant.overrides, tuning.overrides(candidate))
     settings = resolve(preset, overrides)
     if settings == variant.settings:
         return variant

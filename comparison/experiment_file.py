@@ -52,7 +52,7 @@ from comparison.experiment_keys import DEFAULTS, OWN, check_facts, read_budget
 from comparison.tuning import Tuning, read_tuning
 from config.command_line import run_name
 from config.own_parts import is_own_part, with_absolute_paths
-from config.settings import Settings, check_keys, resolve
+from config.settings import Settings, check_keys, combine, resolve
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,6 +60,7 @@ else:
     import tomli as tomllib
 
 VARIANT_KEYS = ("name", "idea", "match")  # of a variant; every other key is a setting
+PROSE = ("question", "idea", "name")  # texts that may mention a file without meaning a part in it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -108,7 +109,7 @@ def read(
     if seeds is not None:
         facts["seeds"] = seeds
     check_facts(path, facts, final)
-    common = _flatten(_settings(tree)) + _flatten(_settings(at_size)) + overrides
+    common = [_flatten(_settings(tree)), _flatten(_settings(at_size)), overrides]
     preset = facts["preset"]
     if preset.endswith(".toml"):  # a file next to this one, or an absolute path
         preset = str((path.parent / preset).resolve())
@@ -160,8 +161,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _with_absolute_paths(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
     """Return the tree with user-defined parts that train.py finds from another folder; see config/own_parts.py."""
+
+    def absolute(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: value if key in PROSE else absolute(value) for key, value in tree.items()}
+        return [absolute(one) for one in tree] if isinstance(tree, list) else with_absolute_paths(tree, path.parent)
+
     try:
-        return with_absolute_paths(tree, path.parent)
+        return absolute(tree)
     except SettingsError as error:
         raise SettingsError(f"{path.name}: {error}") from None
 
@@ -232,7 +239,9 @@ def _paths_by_variant(tree: dict[str, Any], at_size: dict[str, Any]) -> dict[str
     return found
 
 
-def _read_variants(path: Path, variants: Any, at_size: dict[str, Any], preset: str, common: list[str]) -> list[Variant]:
+def _read_variants(
+    path: Path, variants: Any, at_size: dict[str, Any], preset: str, common: list[list[str]]
+) -> list[Variant]:
     if not isinstance(variants, list) or len(variants) < 2:
         raise SettingsError(f"{path.name}: a comparison needs at least two [[variants]]")
     names: list[str] = []
@@ -254,8 +263,9 @@ def _read_variants(path: Path, variants: Any, at_size: dict[str, Any], preset: s
 
 
 def _read_variant(
-    path: Path, variant: dict[str, Any], at_size: dict[str, Any], preset: str, common: list[str]
+    path: Path, variant: dict[str, Any], at_size: dict[str, Any], preset: str, common: list[list[str]]
 ) -> Variant:
+    """Read one variant. `common` are the overrides for all variants, a list for each of their sources."""
     where = f"{path.name}, variant '{variant['name']}'"
     if not isinstance(variant.get("idea"), str):
         raise SettingsError(f'{where}: state the idea in one sentence (idea = "...")')
@@ -269,12 +279,19 @@ def _read_variant(
             raise SettingsError(f"{where}: {key} is the same for all variants; set it for the whole file")
     check_keys(where, variant, VARIANT_KEYS)
     check_keys(f"{where}, this size", at_size, ["match"])
-    overrides = common + _flatten(own) + _flatten(at_size)
+    overrides: list[str] = []
+    left_out: list[str] = []
+    for source in (*common, _flatten(own), _flatten(at_size)):
+        overrides, discarded = combine(preset, overrides, source)
+        left_out += discarded
     try:
         settings = resolve_quietly(preset, overrides)
     except SettingsError as error:
-        raise SettingsError(f"{path.name if _fails_alike(error, preset, common) else where}: {error}") from None
-    return Variant(variant["name"], variant["idea"], overrides, settings, match is None)
+        shared = [text for source in common for text in source]
+        raise SettingsError(f"{path.name if _fails_alike(error, preset, shared) else where}: {error}") from None
+    return Variant(
+        variant["name"], variant["idea"], overrides, settings, match is None, left_out=tuple(dict.fromkeys(left_out))
+    )
 
 
 def resolve_quietly(preset: str, overrides: list[str]) -> Settings:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import SettingsError
+from common.errors import RunError
 from common.text import last_error
-from config.differences import differences
-from config.settings import Settings, resolve
+from config.differences import comparable, differences
+from config.settings import resolve
 from records.run_folder import RunFolder
 
 NON_FINITE = re.compile(r"^error: the (loss|gradient's norm) is (nan|-?inf)\b")  # training/non_finite.py
@@ -32,13 +32,23 @@ class PlannedRun:
         record = RunFolder(self.folder)
         if not record.exists:
             return "new"
-        facts = record.facts()
+        try:
+            facts = record.facts()
+            facts["fingerprint"] = facts.get("dataset", {}).get("fingerprint")
+        except (RunError, AttributeError):
+            return "its run.json is damaged"
         changed = [
-            text for key, value in self.expected.items() for text in differences(_comparable(key, facts), value, key)
+            text for key, value in self.expected.items() for text in differences(comparable(facts, key), value, key)
         ]
         if changed:
             return "; ".join(changed)
         return "finished" if record.is_finished() else "unfinished"
+
+    def why_missing(self) -> str:
+        """Return why a report cannot use the run, which is not finished."""
+        state = self.state()
+        reasons = {"new": "was not run", "unfinished": self.divergence() or "is not finished"}
+        return reasons.get(state) or f"its folder holds a run of other settings ({state})"
 
     def has_diverged(self) -> bool:
         """Whether an unfinished run ended because its loss became NaN or infinite, so that it is not run again."""
@@ -72,14 +82,3 @@ class PlannedRun:
     def log(self) -> Path:
         """Output of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
-
-
-def _comparable(key: str, facts: dict[str, Any]) -> Any:
-    if key == "fingerprint":
-        return facts["dataset"]["fingerprint"]
-    if key == "settings":  # a run from before a setting existed used that setting's default
-        try:
-            return Settings.from_dict(facts["settings"]).as_dict()
-        except SettingsError:
-            pass
-    return facts[key]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import RunError, SettingsError
 from common.paths import DATA, PROJECT, near_path
 from common.stop_signal import StopSignal
-from comparison.experiment import Experiment, Variant
+from comparison.experiment import Experiment, Variant, dataset_to_prepare
 from comparison.planned_run import PlannedRun
 from comparison.time_budget import calibrate
-from records.run_folder import RunFolder
+from records.run_folder import ASIDE, RunFolder
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     """Return the facts of the experiment's dataset, which is prepared first if necessary (not for a dry run).
 
     Args:
-        data_dir: folder of the prepared dataset; None is data/<dataset>.
+        data_dir: folder of the prepared dataset, or an image tree that is prepared in place; None is data/<dataset>.
     """
     from image_data.dataset import Dataset  # not with the file, so that compare.py --help answers at once
     from image_data.preparation.prepare import prepare
@@ -43,7 +45,7 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
             print(f"note: {near_path(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
             num_train = round(50_000 * (1 - experiment.hold_out))
             return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
-        prepare(folder, dataset=experiment.dataset)
+        prepare(folder, dataset=dataset_to_prepare(experiment, data_dir))
     if data_dir is None:
         refuse_another_source(folder, experiment.dataset, None)
     dataset = Dataset.open(folder)
@@ -54,19 +56,37 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
     )
 
 
-def data_of_runs(runs: Path, data_dir: Path | None) -> Data:
+def data_of_runs(experiment: Experiment, runs: Path, data_dir: Path | None) -> Data:
     """Return the same facts from the existing runs, since a report needs no dataset.
 
+    A run with the validation split and of a variant of the experiment is preferred. Folders that were renamed aside are
+    passed over, and damaged ones.
+
     Raises:
-        RunError: there is no run.
+        RunError: there is no such run.
     """
+    names = "|".join(re.escape(variant.name) for variant in experiment.variants)
+    present = re.compile(rf"((tuning|calibration)-)?({names})-.*")
+    found: list[tuple[tuple[bool, bool], Data]] = []
     for path in sorted(runs.glob("*/run.json")):
-        facts = RunFolder(path.parent).facts()["dataset"]
-        folder = (data_dir or PROJECT / facts["folder"]).resolve()
-        return Data(
-            folder, facts["num_images"]["train"], len(facts["classes"]), facts["image_side"] or 0, facts["fingerprint"]
-        )
-    raise RunError(f"{near_path(runs)} has no run to report on; leave out --report-only")
+        name = path.parent.name
+        if re.search(rf"{re.escape(ASIDE)}\d+$", name):
+            continue
+        with suppress(RunError, KeyError, TypeError):
+            facts = RunFolder(path.parent).facts()
+            of_data = facts["dataset"]
+            data = Data(
+                (data_dir or PROJECT / of_data["folder"]).resolve(),
+                of_data["num_images"]["train"],
+                len(of_data["classes"]),
+                of_data["image_side"] or 0,
+                of_data["fingerprint"],
+            )
+            rank = (facts.get("hold_out") != (experiment.hold_out or None), not present.fullmatch(name))
+            found.append((rank, data))
+    if not found:
+        raise RunError(f"{near_path(runs)} has no run to report on; leave out --report-only")
+    return min(found, key=lambda one: one[0])[1]
 
 
 Steps = Mapping[str, "int | None"]  # variant -> optimizer steps of a run; None where the budget is in epochs
@@ -146,14 +166,16 @@ def share(
 ) -> dict[tuple[str, int], PlannedRun]:
     """Return the runs of shard I of N; None is all of them.
 
-    Runs are dealt seed by seed, so that all shards have nearly the same number. The deal starts one variant later with
-    each seed; otherwise one machine could make all runs of a variant, and speeds are compared as well.
+    Runs are dealt seed by seed, so that the shards differ by at most one run. A variant's runs with a seed and the next
+    one are on two shards, since one machine must not make all of its runs: speeds are compared as well. Where the
+    number of shards divides that of the variants, the deal therefore starts one variant later with each seed.
     """
     number, count = shard or (1, 1)
     variants = [variant.name for variant in experiment.variants]
+    turn = 0 if len(variants) % count else 1
 
     def place(variant: str, seed: int) -> int:
-        return seed * len(variants) + (variants.index(variant) + seed) % len(variants)
+        return seed * len(variants) + (variants.index(variant) + turn * seed) % len(variants)
 
     return {key: task for key, task in tasks.items() if place(*key) % count == number - 1}
 

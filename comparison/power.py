@@ -48,6 +48,8 @@ def statement(experiment: Experiment, spread: Spread | None) -> str:
     effect = detectable_effect(seeds, comparisons, alpha)
     if effect is None:
         needed = seeds_needed(comparisons, alpha)
+        if needed is None or needed <= seeds:  # so many looks that even the last one is too strict
+            advice = "Use larger rounds, with more seeds each"
         return (
             f"{count_seeds(seeds)} cannot confirm any difference: p stays at or above "
             f"{min(1.0, comparisons * least_p(seeds)):.2g} ({tests}), and {alpha:.2g} is needed. "

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from common.files import write_atomically
-from common.text import without_paths
+from common.text import shorten, without_paths
 from comparison.experiment import Experiment
 from comparison.power import spread_of_pairs, statement
 from comparison.report_text import markdown
 from comparison.results import SPLITS, Run, VariantResult
 from comparison.sequential import evaluate, plan_looks
+from comparison.significance import ALPHA
 from comparison.tuning_report import tuning_picture
 from comparison.verdicts import CONFIRMED, Difference, compare
 from config.own_parts import without_folders
@@ -48,7 +49,7 @@ def write(
     compared = {split: _compare(experiment, results, split, exploring) for split in splits}
     spread = spread_of_pairs({one.name: one.accuracies(splits[-1]) for one in results}, "this report")
     report = {
-        **_facts(experiment, results, missing, final, command),
+        **_facts(experiment, results, missing, final, command, shared[1] if shared else []),
         "power": statement(experiment, spread),
         "results": _rows(results, compared),
         **({"tuning": tuning} if tuning else {}),
@@ -82,7 +83,8 @@ def _compare(experiment: Experiment, results: list[VariantResult], split: str, e
     if experiment.max_seeds and experiment.round_seeds and split == exploring:
         looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
         return evaluate(accuracies, first, looks, experiment.margin, planned).differences
-    return compare(accuracies, first, experiment.margin, planned)
+    last_alpha = ALPHA if experiment.max_seeds else None  # all looks together; the advice is about max_seeds
+    return compare(accuracies, first, experiment.margin, planned, last_alpha=last_alpha)
 
 
 def _draw(
@@ -96,17 +98,18 @@ def _draw(
     """Write the pictures. Variants that were not treated like the first one carry an asterisk."""
     with_runs = [variant for variant in results if variant.runs]
     labels = _labels(results)
+    first, question = labels[results[0].name], experiment.question
     label = f"accuracy on the {SPLITS[split]} (%)"
     _draw_differences(experiment, results, split, compared, folder / "differences.png")
     accuracies = {labels[one.name]: list(one.accuracies(split).values()) for one in with_runs}
-    save(variant_accuracy(accuracies, experiment.question, label), folder / "accuracy.png")
+    save(variant_accuracy(accuracies, first, question, label), folder / "accuracy.png")
     costs = {labels[one.name]: _costs_of(one, split) for one in with_runs}
-    save(accuracy_against(costs, experiment.question, label), folder / "costs.png")
+    save(accuracy_against(costs, first, question, label), folder / "costs.png")
     curves = {labels[one.name]: _curves(one, exploring) for one in with_runs}
     curve_label = f"accuracy on the {SPLITS[exploring]} (%)"
-    save(variant_curves(curves, experiment.question, curve_label), folder / "curves.png")
+    save(variant_curves(curves, first, question, curve_label), folder / "curves.png")
     by_cost = {labels[one.name]: _curves_by_cost(one, exploring) for one in with_runs}
-    save(curves_by_cost(by_cost, experiment.question, curve_label), folder / "curves-by-cost.png")
+    save(curves_by_cost(by_cost, first, question, curve_label), folder / "curves-by-cost.png")
 
 
 def _labels(results: list[VariantResult]) -> dict[str, str]:
@@ -133,7 +136,7 @@ def _draw_differences(
         }
         for name, one in compared.items()
     }
-    reference = f"difference to {results[0].name} on the {SPLITS[split]} (points, paired by seed)"
+    reference = f"difference to {shorten(results[0].name, 40)} on the {SPLITS[split]} (points, paired by seed)"
     save(paired_differences(forest, f"{experiment.question}{note}", reference, experiment.margin), path)
 
 
@@ -145,9 +148,14 @@ def _variant_facts(results: list[VariantResult]) -> dict[str, Any]:
 
 
 def _facts(
-    experiment: Experiment, results: list[VariantResult], missing: dict[str, str], final: bool, command: str
+    experiment: Experiment,
+    results: list[VariantResult],
+    missing: dict[str, str],
+    final: bool,
+    command: str,
+    shared: list[VariantResult],
 ) -> dict[str, Any]:
-    runs = [run for variant in results for run in variant.runs]
+    runs = [run for variant in [*results, *shared] for run in variant.runs]
     of_run = runs[0].facts if runs else {}
     return {
         "question": experiment.question,

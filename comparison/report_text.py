@@ -11,7 +11,7 @@ from comparison.experiment import Experiment
 from comparison.power import count_seeds
 from comparison.results import SPLITS
 from comparison.sequential import plan_looks
-from comparison.significance import ALPHA, seeds_needed
+from comparison.significance import ALPHA, EXACT_SEEDS, RESAMPLES, can_confirm, seeds_needed
 from comparison.tuning_report import tuning_markdown
 from config.differences import differences
 from config.own_parts import without_folders
@@ -113,10 +113,12 @@ def _plan(experiment: Experiment, report: dict[str, Any]) -> list[str]:
 
 def _equality(experiment: Experiment, report: dict[str, Any]) -> list[str]:
     size = "FLOPs" if experiment.match == "flops" else "parameters"
-    checked = (
-        f"Dataset, validation split, budget, source code, device, versions, {size} (within 1 %) and the optimizer of "
-        "each part were compared over all runs"
-    )
+    planned = f"{size} (within 1 %) and the optimizer of each part"
+    checked = f"Dataset, validation split, budget, source code, device, versions, {planned} were compared over all runs"
+    if not _has_reference(report["results"]):
+        checked = f"Runs were not compared: the first variant has no finished run. By the plan, {planned} were compared"
+    if report.get("shared") and not _has_reference(report["shared"]["results"]):
+        checked = f"With the shared value, the first variant has no finished run, so runs were not compared. {checked}"
     unequal = [f"- **{name}**{MARK}: {line}" for name, variant in report["arms"].items() for line in variant["unequal"]]
     shared = report["shared"]["arms"] if report.get("shared") else {}
     unequal += [
@@ -128,6 +130,11 @@ def _equality(experiment: Experiment, report: dict[str, Any]) -> list[str]:
     if not unequal:
         return [f"{checked}: equal."]
     return [f"{checked}. Not equal to the first variant, and marked {MARK} above:", "", *unequal]
+
+
+def _has_reference(results: dict[str, list[dict[str, Any]]]) -> bool:
+    """Whether the first variant, which all others are compared with, has a finished run."""
+    return all(rows[0]["n"] > 0 for rows in results.values())
 
 
 def _variants(experiment: Experiment) -> list[str]:
@@ -142,6 +149,15 @@ def _variants(experiment: Experiment) -> list[str]:
     return lines
 
 
+def _sign_flip(experiment: Experiment) -> str:
+    if (experiment.max_seeds or experiment.seeds) <= EXACT_SEEDS:
+        return "exact sign-flip test"
+    return (
+        f"sign-flip test (exact up to {EXACT_SEEDS} seeds; with more, {RESAMPLES:,} random sign patterns and "
+        f"p of at least {1 / (RESAMPLES + 1):g})"
+    )
+
+
 def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -> list[str]:
     if not report["samples"]:
         return ["No run is finished."]
@@ -150,14 +166,15 @@ def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -
     looks, level, fewest = [], f"p < {ALPHA:g}", seeds_needed(comparisons)
     if experiment.max_seeds and experiment.round_seeds:
         looks, level = plan_looks(experiment.round_seeds, experiment.max_seeds), "p below the level of a look"
-        fewest = seeds_needed(comparisons, max(look.alpha for look in looks))
+        fewest = next((look.seeds for look in looks if can_confirm(look.seeds, comparisons, look.alpha)), None)
     lines = [
         "Accuracy is that of the last epoch, never that of the best one. Differences are paired by seed. The interval "
         "is that of the paired t test, and not corrected for the number of variants. d is the mean difference divided "
         "by the standard deviation of the differences.",
-        f"A difference is confirmed when the paired t test and the exact sign-flip test both give {level} after "
-        f"{correction} correction for the {comparisons} planned comparison{'s' * (comparisons > 1)}. That takes at "
-        f"least {count_seeds(fewest)}. Preliminary: the interval excludes 0, but there are fewer seeds.",
+        f"A difference is confirmed when the paired t test and the {_sign_flip(experiment)} both give {level} after "
+        f"{correction} correction for the {comparisons} planned comparison{'s' * (comparisons > 1)}. "
+        f"{f'That takes at least {count_seeds(fewest)}' if fewest else 'No look can reach its level'}. Preliminary: "
+        "the interval excludes 0, but p cannot be that small with so few seeds.",
     ]
     if looks:
         levels = ", ".join(f"{look.alpha:.2g} after {look.seeds} seeds" for look in looks)
@@ -170,7 +187,8 @@ def _limits(experiment: Experiment, report: dict[str, Any], splits: list[str]) -
     lines.append("FLOPs: forward pass of one image, matrix products and convolutions only; a multiply-add counts as 2.")
     for split in splits:
         evaluated = report["evaluated"][split]
-        means = [value for row in report["results"][split] for value in row["by_seed"].values()]
+        rows = [*report["results"][split], *report.get("shared", {}).get("results", {}).get(split, [])]
+        means = [value for row in rows for value in row["by_seed"].values()]
         share = float(np.mean(means)) / 100
         error = 100 * np.sqrt(share * (1 - share) / evaluated)
         lines.append(

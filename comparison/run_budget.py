@@ -20,23 +20,18 @@ class RunBudget:
     """Ends the runs of a comparison like a signal, once its hours are used up.
 
     Args:
-        folder: of the run folders. What they have cost counts, whichever start of compare.py made them.
-        at_once: runs at once; the hours of all of them are added.
+        folder: of the run folders. What they have cost counts, whichever start of compare.py made them: as recorded,
+            so without the start-up of these runs.
         clock: seconds.
     """
 
     def __init__(
-        self,
-        experiment: Experiment,
-        folder: Path,
-        stop: StopSignal,
-        at_once: int,
-        clock: Callable[[], float] = time.monotonic,
+        self, experiment: Experiment, folder: Path, stop: StopSignal, clock: Callable[[], float] = time.monotonic
     ):
         self.max_runs, self.max_hours = experiment.max_runs, experiment.max_hours
-        self.folder, self.stop, self.at_once, self.clock = folder, stop, at_once, clock
-        self.seconds = 3600 * sum(_hours(path.parent) for path in self._existing())
-        self.began: float | None = None  # while runs are made
+        self.folder, self.stop, self.clock = folder, stop, clock
+        self.seconds = 3600 * sum(_hours(path.parent) for path in self._existing())  # until `since`
+        self.active, self.since = 0, clock()
         self.problem = ""  # which limit was reached
 
     @property
@@ -54,18 +49,14 @@ class RunBudget:
             self.problem = f"max_runs = {self.max_runs} leaves no room for {new} more runs next to {existing}"
         return not self.number
 
-    def __enter__(self) -> RunBudget:
-        self.began = self.clock()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.began is not None
-        self.seconds += self.at_once * (self.clock() - self.began)
-        self.began = None
+    def set_active(self, count: int) -> None:
+        """Take note that so many runs are active from now on; the hours of all of them are added."""
+        now = self.clock()
+        self.seconds += self.active * (now - self.since)
+        self.active, self.since = count, now
 
     def _hours_used(self) -> float:
-        running = 0.0 if self.began is None else self.at_once * (self.clock() - self.began)
-        return (self.seconds + running) / 3600
+        return (self.seconds + self.active * (self.clock() - self.since)) / 3600
 
     def _existing(self) -> list[Path]:
         return list(self.folder.glob("*/run.json"))

@@ -30,6 +30,10 @@ class RunCost:
         hours = None if self.hours is None or other.hours is None else self.hours + other.hours
         return RunCost(self.runs + other.runs, images, hours)
 
+    def __mul__(self, count: int) -> RunCost:
+        images = None if self.images is None else count * self.images
+        return RunCost(count * self.runs, images, None if self.hours is None else count * self.hours)
+
     def __str__(self) -> str:
         parts = [f"{self.runs:,} run{'s' * (self.runs != 1)}"]
         if self.images is not None:

@@ -134,6 +134,7 @@ def run_all(
     environments: list[dict[str, str]],
     stop: StopRequest,
     start: Callable[[PlannedRun, dict[str, str]], Any],
+    set_active: Callable[[int], None] = lambda count: None,
 ) -> dict[str, str]:
     """Run what is not finished, as many at once as there are environments, and print progress.
 
@@ -142,6 +143,7 @@ def run_all(
 
     Args:
         start: starts a run; its result has `poll()` and `terminate()` as subprocess.Popen.
+        set_active: is told several times a second, and at the end, how many runs are active.
 
     Returns:
         Run name -> reason, for runs that failed.
@@ -179,6 +181,7 @@ def run_all(
                     progress.say(f"stopping: {len(running)} run(s) save first (a second Ctrl-C does not wait)")
                     for _, child in running.values():
                         child.terminate()
+                set_active(len(running))
                 progress.tick()
                 time.sleep(POLL_SECONDS)
         except BaseException:

@@ -39,7 +39,7 @@ from comparison.experiment_file import NAME, resolve_quietly
 from comparison.search_space import Choice, Range, is_number, is_whole, read_space
 from comparison.tuning import FIRST_SEED
 from config.differences import leaves
-from config.settings import check_keys
+from config.settings import check_keys, combine
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,7 +91,7 @@ class Search:
 
     def variant(self, name: str, values: Mapping[str, Any]) -> Variant:
         """Return the variant of one trial. Raises SettingsError where the values do not fit together."""
-        overrides = [*self.experiment.variants[0].overrides, *as_overrides(values)]
+        overrides, _ = combine(self.experiment.preset, self.experiment.variants[0].overrides, as_overrides(values))
         return Variant(name, describe(values), overrides, resolve_quietly(self.experiment.preset, overrides))
 
     def definition(self) -> dict[str, Any]:
@@ -150,7 +150,8 @@ def read_search(path: Path, overrides: list[str]) -> Search:
         key = text.partition("=")[0].strip()
         if key.split(".")[0] in (*FILE_KEYS, *BUDGETS, *NOT_HERE):
             raise SettingsError(f"--set {text} has no effect on a search; set {key} in the experiment file")
-    base = (as_overrides(dict(leaves(fixed))) if fixed else []) + overrides
+    own = as_overrides(dict(leaves(fixed))) if fixed else []
+    base = own + overrides
     set_already = {text.partition("=")[0].strip().removeprefix("engine.") for text in base}
     for name in found["space"]:
         if name.removeprefix("engine.") in set_already:
@@ -159,6 +160,7 @@ def read_search(path: Path, overrides: list[str]) -> Search:
     if preset.endswith(".toml"):  # a file next to this one, or an absolute path
         preset = str((path.parent / preset).resolve())
     try:
+        base, _ = combine(preset, own, overrides)
         settings = resolve_quietly(preset, base)
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from None

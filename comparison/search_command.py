@@ -18,6 +18,9 @@ from comparison.planned_run import PlannedRun
 from comparison.planning import Data, data_of_runs, dataset_facts
 from comparison.run_queue import device_slots
 from comparison.search import Search, as_overrides, check_space, describe, read_search
+from config.differences import leaves
+from config.own_parts import without_folders
+from config.settings import as_typed
 from records.provenance import commit_of_project, versions
 
 COMPARED_SEEDS = 6  # of the comparison that the report suggests: the fewest that can confirm a difference
@@ -41,7 +44,7 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
     search = read_search(args.experiment, args.set)
     runs = args.runs_dir.resolve() / search.experiment.name
     data = (
-        data_of_runs(runs, args.data_dir)
+        data_of_runs(search.experiment, runs, args.data_dir)
         if args.report_only
         else dataset_facts(search.experiment, args.data_dir, args.dry_run)
     )
@@ -60,7 +63,7 @@ def run_search(args: argparse.Namespace, start: Start, command: str, extra: tupl
         return 0
     if args.report_only and not exists:
         raise RunError(f"{near_path(runs)} has no study to report on; leave out --report-only")
-    study = open_study(search, runs, args.redo_changed and not args.dry_run)
+    study = open_study(search, runs, args.redo_changed and not (args.dry_run or args.report_only))
     trials = [facts_of(trial) for trial in trials_of(search, study)]
     print(f"study     {near_path(runs / STUDY)}: {summary(search, trials)}")
     if args.dry_run:
@@ -192,7 +195,7 @@ def write_report(search: Search, trials: list[dict[str, Any]], folder: Path, com
     facts = {
         "question": one.question,
         "command": command,
-        "search": search.definition() | {"trials": search.trials, "sampler": search.sampler},
+        "search": without_folders(search.definition()) | {"trials": search.trials, "sampler": search.sampler},
         "commit_of_report": commit_of_project()[0],
         "versions": versions(),
         "trials": rows,
@@ -246,11 +249,23 @@ def comparison_file(search: Search, best: dict[str, Any]) -> list[str]:
     lines = [f'question = "Is the best trial of {one.name} better than its preset?"', f"preset = {json.dumps(preset)}"]
     lines += [
         f"dataset = {json.dumps(one.dataset)}",
-        f"{one.budget} = {one.budget_amount:g}",
+        f"{one.budget} = {one.budget_number}",
         f"seeds = {COMPARED_SEEDS}",
+        f"hold_out = {one.hold_out}",
     ]
-    lines += [f"hold_out = {one.hold_out:g}"]
-    lines += [text.replace("=", " = ", 1) for text in one.variants[0].overrides]
+    lines += toml_lines(one.variants[0].overrides)
     lines += ["", "[[variants]]", 'name = "preset"', 'idea = "The settings that the search started from."']
     lines += ["", "[[variants]]", 'name = "best"', f"idea = {json.dumps('The best values: ' + best['trial'] + '.')}"]
-    return lines + [text.replace("=", " = ", 1) for text in as_overrides(best["values"])]
+    return lines + toml_lines(as_overrides(best["values"]))
+
+
+def toml_lines(overrides: list[str]) -> list[str]:
+    """Return overrides as lines of an experiment file, each setting once: the last one wins.
+
+    A user-defined part is named without its folder, as everywhere in a report.
+    """
+    given: dict[str, Any] = {}
+    for text in overrides:
+        path, _, value = text.partition("=")
+        given |= dict(leaves(as_typed(value), path.strip().removeprefix("engine.")))
+    return [f"{path} = {json.dumps(without_folders(value), ensure_ascii=False)}" for path, value in given.items()]

@@ -7,7 +7,6 @@ trials it works on, so that others resume those of a process that was killed.
 from __future__ import annotations
 
 import fcntl
-import os
 import socket
 import time
 import warnings
@@ -19,6 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import RunError
+from common.machine import is_alive
 from common.paths import near_path
 from comparison.search import Search
 from records.run_folder import ASIDE
@@ -122,15 +122,5 @@ def has_owner(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get(OWNER, "")
     host, _, number = owner.rpartition(" ")
     if host == socket.gethostname():
-        return _is_alive(int(number))
+        return is_alive(int(number))
     return bool(owner) and time.time() - trial.user_attrs.get(ALIVE, 0.0) < STALE_SECONDS
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -3,8 +3,9 @@
 After each round (a look) the variants are tested at a part of the error rate of 5 %. The parts are increments of the
 O'Brien-Fleming-type spending function of Lan and DeMets (Biometrika 70, 1983), and add up to 5 %. Hence all claims of
 all looks together are wrong in at most 5 of 100 comparisons, whatever the test (union bound). A decided variant gets no
-further seeds. A variant is dropped as hopeless when even the largest number of seeds would decide it with a probability
-below 10 %, given its current effect. One whose runs failed is left out of the looks, and nothing is claimed of it.
+further seeds, nor does one that is identical to the first with at least 3 seeds. A variant is dropped as hopeless when
+even the largest number of seeds would decide it with a probability below 10 %, given its current effect. One whose runs
+failed is left out of the looks, and nothing is claimed of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from comparison.significance import ALPHA, power_of
 from comparison.verdicts import CONFIRMED, Difference, compare
 
 LEAST_POWER = 0.1
+LEAST_SEEDS_IDENTICAL = 3  # below this, the same number of correct images may be chance, not a change without effect
 DECIDED = (*CONFIRMED, "equivalent")
 
 
@@ -73,9 +75,10 @@ def evaluate(
             break
         active, made = ready[1:], look.number
         now = {name: {seed: accuracies[name][seed] for seed in seeds} for name in [first, *active]}
-        for name, one in compare(now, first, margin, planned, look.alpha).items():
+        for name, one in compare(now, first, margin, planned, look.alpha, looks[-1].alpha).items():
             note = f" (look {look.number} of {len(looks)}, level {look.alpha:.2g})"
-            if one.verdict not in DECIDED and one.verdict != "identical":
+            is_identical = one.verdict == "identical" and one.seeds >= LEAST_SEEDS_IDENTICAL
+            if one.verdict not in DECIDED and not is_identical:
                 if look.number == len(looks) or not is_hopeless(one, looks[-1], margin, planned):
                     found[name] = replace(one, sentence=one.sentence + note)
                     continue

@@ -3,8 +3,9 @@
 Differences are in points (percent), one for each seed: the accuracy of a variant minus that of the first variant.
 
     interval     95 %, paired t. It is not corrected for the number of comparisons.
-    p            two tests, both two-sided: paired t, and the exact sign-flip test. The sign-flip p is the share of all
-                 2^n ways to sign the differences whose mean is at least as far from 0. It cannot go below 2 / 2^n.
+    p            two tests, both two-sided: paired t, and the sign-flip test. The sign-flip p is the share of all
+                 2^n ways to sign the differences whose mean is at least as far from 0. It cannot go below 2 / 2^n, nor
+                 below 1 / 100,000 with more than 40 seeds, where random sign patterns take the place of all 2^n.
     d            standardized effect: mean difference / standard deviation of the differences (Cohen's d_z).
     TOST         two one-sided t tests against a margin that the experiment names: small p for differences within it.
 
@@ -26,6 +27,7 @@ RESAMPLES = 99_999
 MOST_SEEDS = 2000  # end of the search for a number of seeds
 FINE_PATTERNS = 25  # sign patterns that may reject: with more, the sign-flip test has the power of the t test
 SIMULATED_SUMS = 2**22  # of differences, for the power with few seeds: 4,000 comparisons of 10 seeds, 500 of 13
+SIMULATED_SEEDS = 20  # at most: the simulation holds all 2^n sums of a comparison
 
 
 # --- tests and intervals --------------------------------------------------------------------------------------------
@@ -60,8 +62,11 @@ def _signed_sums(differences: list[float]) -> np.ndarray:
 
 
 def least_p(num_seeds: int) -> float:
-    """Return the smallest p of the sign-flip test: only the observed signs and all of them flipped are as extreme."""
-    return min(1.0, 2.0 ** (1 - num_seeds))
+    """Return the smallest p of the sign-flip test: only the observed signs and all of them flipped are as extreme.
+
+    It is larger above EXACT_SEEDS than just below, since the observed signs are one of the patterns that are drawn.
+    """
+    return 1 / (RESAMPLES + 1) if num_seeds > EXACT_SEEDS else min(1.0, 2.0 ** (1 - num_seeds))
 
 
 def paired_t_p(differences: list[float]) -> float:
@@ -121,17 +126,25 @@ def bonferroni(p_values: list[float], num_comparisons: int) -> list[float]:
 # --- power ----------------------------------------------------------------------------------------------------------
 
 
-def seeds_needed(num_comparisons: int, alpha: float = ALPHA) -> int:
-    """Return the fewest seeds with which a difference can be confirmed, however large it is."""
-    return next(n for n in range(2, 1100) if num_comparisons * least_p(n) < alpha)
+def can_confirm(num_seeds: int, num_comparisons: int, alpha: float = ALPHA) -> bool:
+    """Return whether these seeds can confirm a difference, however large it is."""
+    return num_seeds >= 2 and num_comparisons * least_p(num_seeds) < alpha
+
+
+def seeds_needed(num_comparisons: int, alpha: float = ALPHA) -> int | None:
+    """Return the fewest seeds with which a difference can be confirmed, however large it is.
+
+    None: no number of seeds can, because alpha is 0 or below what the sign-flip test resolves.
+    """
+    return next((n for n in range(2, EXACT_SEEDS + 1) if can_confirm(n, num_comparisons, alpha)), None)
 
 
 def power_of(effect: float, num_seeds: int, num_comparisons: int, alpha: float = ALPHA) -> float:
     """Return the power of both tests for a true d_z, at the strictest level that the correction asks for."""
-    if num_seeds < seeds_needed(num_comparisons, alpha):
+    if not can_confirm(num_seeds, num_comparisons, alpha):
         return 0.0
     level = alpha / num_comparisons
-    if level < FINE_PATTERNS * least_p(num_seeds):
+    if num_seeds <= SIMULATED_SEEDS and level < FINE_PATTERNS * least_p(num_seeds):
         return float(np.mean(_least_effects(num_seeds, level) < abs(effect)))
     power = float(stats.nct.sf(_critical_t(level, num_seeds - 1), num_seeds - 1, abs(effect) * math.sqrt(num_seeds)))
     return 1.0 if math.isnan(power) else power  # scipy's noncentral t returns NaN far beyond power 1
@@ -164,7 +177,7 @@ def _subset_sums(values: np.ndarray) -> np.ndarray:
 
 def detectable_effect(num_seeds: int, num_comparisons: int, alpha: float = ALPHA) -> float | None:
     """Return the smallest d_z that is confirmed with 80 % power; None where these seeds can confirm nothing."""
-    if num_seeds < seeds_needed(num_comparisons, alpha):
+    if not can_confirm(num_seeds, num_comparisons, alpha):
         return None
     low, high = 0.0, 20.0
     for _ in range(40):
@@ -174,11 +187,15 @@ def detectable_effect(num_seeds: int, num_comparisons: int, alpha: float = ALPHA
 
 
 def seeds_for(effect: float | None, num_comparisons: int, alpha: float = ALPHA) -> int | None:
-    """Return the seeds that confirm a true d_z with 80 % power; None where that takes more than MOST_SEEDS."""
-    low = seeds_needed(num_comparisons, alpha)
-    if effect is None or power_of(effect, MOST_SEEDS, num_comparisons, alpha) < POWER:
+    """Return the seeds that confirm a true d_z with 80 % power; None where that takes more than MOST_SEEDS.
+
+    Levels that random sign patterns cannot reach allow EXACT_SEEDS at most.
+    """
+    low, high = seeds_needed(num_comparisons, alpha), MOST_SEEDS
+    if not can_confirm(MOST_SEEDS, num_comparisons, alpha):
+        high = EXACT_SEEDS
+    if effect is None or low is None or power_of(effect, high, num_comparisons, alpha) < POWER:
         return None
-    high = MOST_SEEDS
     while low < high:
         middle = (low + high) // 2
         enough = power_of(effect, middle, num_comparisons, alpha) >= POWER

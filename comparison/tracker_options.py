@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from importlib.util import find_spec
 
-from common.errors import SettingsError
+from common.packages import require
 from comparison.planned_run import PlannedRun
 from config.command_line import Parser
 
@@ -37,10 +36,7 @@ def tracker_words(args: argparse.Namespace, group: str) -> tuple[str, ...]:
         project = getattr(args, package)
         if project is None:
             continue
-        if find_spec(package) is None:
-            raise SettingsError(
-                f"--{package} needs the package {package}, which is not installed: pip install {package}"
-            )
+        require(package, f"--{package}")
         words += [f"--{package}", project] if project else [f"--{package}"]
     return (*words, "--group", group) if words else ()
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import SettingsError, unknown
+from config.own_parts import without_folders
 
 FIRST_SEED = 1_000_000  # of tuning; a comparison has seeds from 0 to at most MOST_SEEDS - 1 of experiment_keys.py
 LEAST_SEEDS, MOST_SEEDS = 2, 100
@@ -77,8 +78,8 @@ class Tuning:
         return [f"{key}={json.dumps(value)}" for key, value in zip(self.keys, self.candidates[candidate], strict=True)]
 
     def values(self, candidate: int) -> dict[str, Any]:
-        """Return a candidate as path -> value."""
-        return dict(zip(self.keys, self.candidates[candidate], strict=True))
+        """Return a candidate as path -> value, as it is published: a user-defined part without its folder."""
+        return dict(zip(self.keys, without_folders(list(self.candidates[candidate])), strict=True))
 
     def name_of(self, candidate: int) -> str:
         """Return a candidate as a part of a folder name, such as `lr=0.005`. It depends on the values alone."""
@@ -91,7 +92,8 @@ class Tuning:
     def _words(self, candidate: int) -> list[tuple[str, str]]:
         last = [key.rpartition(".")[2] for key in self.keys]
         names = last if len(set(last)) == len(last) else self.keys
-        texts = [re.sub(r"[^A-Za-z0-9.+-]+", "_", json.dumps(value)).strip("_") for value in self.candidates[candidate]]
+        values = without_folders(list(self.candidates[candidate]))
+        texts = [re.sub(r"[^A-Za-z0-9.+-]+", "_", json.dumps(value)).strip("_") for value in values]
         return list(zip(names, texts, strict=True))
 
     def at_edge(self, candidate: int) -> list[str]:
@@ -191,7 +193,14 @@ def read_tuning(where: str, table: Any) -> Tuning:
     for i, one in enumerate(candidates):
         if _exactly(one) in map(_exactly, candidates[:i]):
             raise SettingsError(f"{where}: tune.candidates names {dict(zip(keys, one, strict=True))} twice; remove one")
-    return Tuning(keys, candidates, *_read_options(where, table))
+    found = Tuning(keys, candidates, *_read_options(where, table))
+    names = [found.name_of(i) for i in range(len(candidates))]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise SettingsError(
+            f"{where}: tune: two candidates would both be called {twice}, also in the names of their run folders; "
+            "rename a file or a class"
+        )
+    return found
 
 
 def _flatten(where: str, tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from comparison.experiment import Experiment, Variant
 from comparison.run_costs import RunCost, spent
 from comparison.tuning import DIVERGED, Search, Tuning, mean
 from comparison.tuning_runs import Tuned, tuning_of
+from config.own_parts import without_folders
 
 
 def plan_lines(experiment: Experiment, tuning_cost: RunCost, comparison_cost: RunCost) -> list[str]:
@@ -23,8 +24,7 @@ def plan_lines(experiment: Experiment, tuning_cost: RunCost, comparison_cost: Ru
     lines += [f"note: {text}" for text in _notes(experiment, tuning)]
     times = 2 if tuning.report_shared else 1
     what = "comparison twice (tuned, and the shared value for all)" if times == 2 else "comparison (tuned)"
-    both = comparison_cost if times == 1 else comparison_cost + comparison_cost
-    lines.append(f"cost      tuning at most {tuning_cost}; {what} at most {both}")
+    lines.append(f"cost      tuning at most {tuning_cost}; {what} at most {comparison_cost * times}")
     if tuning_cost.hours is None:
         lines.append("note: hours are known after the first run of this preset")
     return lines
@@ -43,7 +43,8 @@ def _notes(experiment: Experiment, tuning: Tuning) -> list[str]:
     texts = []
     for i, key in enumerate(tuning.keys):
         values = {str(one[i]) for one in tuning.candidates}
-        if len(values) == 2 and tuning.at_edge(0):
+        is_edge = any(text.startswith(f"{key} = ") for text in tuning.at_edge(0))  # numbers have one, names have none
+        if len(values) == 2 and is_edge:
             texts.append(f"{key} has two values, so each is at the edge of the grid; three or more show a maximum")
     if tuning.report_shared and (shared := shared_values(experiment.variants[0], tuning)) not in [
         tuning.values(i) for i in range(len(tuning.candidates))
@@ -53,8 +54,11 @@ def _notes(experiment: Experiment, tuning: Tuning) -> list[str]:
 
 
 def shared_values(variant: Variant, tuning: Tuning) -> dict[str, Any]:
-    """Return the file's own values of the tuned settings for a variant; None for an option that it does not set."""
-    settings = variant.settings.as_dict()
+    """Return the file's own values of the tuned settings for a variant; None for an option that it does not set.
+
+    A user-defined part is without its folder, as in `Tuning.values`.
+    """
+    settings = without_folders(variant.settings.as_dict())
     return {key: _at(settings if key.split(".")[0] in settings else settings["engine"], key) for key in tuning.keys}
 
 
@@ -183,9 +187,10 @@ def tuning_picture(facts: dict[str, Any], tuning: Tuning) -> dict[str, dict[str,
     for name, one in facts["variants"].items():
         curves = {}
         for rung, plan in zip(one["rungs"], tuning.rungs(), strict=False):
-            values = {row["candidate"]: [v for v in row["by_seed"].values() if v is not None] for row in rung}
+            values = {row["candidate"]: list(row["by_seed"].values()) for row in rung if not row["diverged"]}
             curves[f"{100 * plan.share:g} % of the budget"] = {i: found for i, found in values.items() if found}
+        diverged = [row["candidate"] for rung in one["rungs"] for row in rung if row["diverged"]]
         chosen = next((i for i in range(len(tuning.candidates)) if tuning.values(i) == one["chosen"]), None)
         shared = next((i for i in range(len(tuning.candidates)) if tuning.values(i) == one["shared"]), None)
-        pictures[name] = {"rungs": curves, "chosen": chosen, "shared": shared}
+        pictures[name] = {"rungs": curves, "diverged": diverged, "chosen": chosen, "shared": shared}
     return pictures

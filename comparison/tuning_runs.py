@@ -52,8 +52,8 @@ def tuning_of(experiment: Experiment) -> Tuning:
 
 
 def changes_network(tuning: Tuning) -> bool:
-    """Return whether candidates may differ in their networks, or in the optimizers of their parts."""
-    return any(key.startswith(("model.", "optimizer.type", "image_side")) for key in tuning.keys)
+    """Return whether candidates may differ in their networks, their image sides, or the optimizers of their parts."""
+    return any(key.startswith(("model.", "optimizer.type", "image_side", "resizing.")) for key in tuning.keys)
 
 
 def check_candidates_fit(experiment: Experiment, num_classes: int, image_side: int) -> None:
@@ -207,8 +207,7 @@ def planned_tuning(experiment: Experiment, data: Data, steps: Steps, speeds: Spe
     for variant in experiment.variants:
         for rung in tuning.rungs():
             one = planned_run(experiment, variant, data, steps.get(variant.name), rung.share, speeds)
-            for _ in range(rung.candidates * tuning.num_seeds):
-                total += one
+            total += one * (rung.candidates * tuning.num_seeds)
     return total
 
 
@@ -216,8 +215,8 @@ def planned_comparison(experiment: Experiment, data: Data, steps: Steps, speeds:
     """Return the cost of all variants with all seeds once."""
     total = RunCost()
     for variant in experiment.variants:
-        for _ in range(experiment.max_seeds or experiment.seeds):
-            total += planned_run(experiment, variant, data, steps.get(variant.name), 1.0, speeds)
+        one = planned_run(experiment, variant, data, steps.get(variant.name), 1.0, speeds)
+        total += one * (experiment.max_seeds or experiment.seeds)
     return total
 
 

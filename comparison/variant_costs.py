@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from common.errors import SettingsError
-from comparison.experiment import Experiment, Variant
-from config.own_parts import find_entry
+from comparison.experiment import Experiment, Variant, dataset_to_prepare, with_candidate
+from config.own_parts import find_entry, own_parts_of
 from config.settings import Settings
 from image_data.augmentation import check
 from model import build_model
@@ -51,17 +51,25 @@ class VariantCost(Cost):
 
 
 def check_own_parts_of(experiment: Experiment, data_dir: Path | None) -> None:
-    """Run the user-defined parts of every variant once, before the dataset is fetched; print warnings.
+    """Run the user-defined parts of variants and tuned values once, before the dataset is fetched; print warnings.
 
     Raises:
         SettingsError: a part cannot be used; the message names the variant, the file and the line.
     """
-    for variant in experiment.variants:
+    dataset = dataset_to_prepare(experiment, data_dir)
+    where = {f"variant '{variant.name}'": variant.settings for variant in experiment.variants}
+    if tuning := experiment.tuning:
+        first = experiment.variants[0]
+        for i, values in enumerate(tuning.candidates):
+            if own_parts_of(list(values)):
+                one = with_candidate(first, experiment.preset, tuning, i)
+                where[f"tune: variant '{first.name}' with {tuning.describe(i)}"] = one.settings
+    for name, settings in where.items():
         try:
-            for text in check_before_data(variant.settings, data_dir, experiment.dataset):
-                print(f"warning: variant '{variant.name}': {text}")
+            for text in check_before_data(settings, data_dir, dataset):
+                print(f"warning: {name}: {text}")
         except SettingsError as error:
-            raise SettingsError(f"variant '{variant.name}': {error}") from None
+            raise SettingsError(f"{name}: {error}") from None
 
 
 def costs(experiment: Experiment, num_classes: int, image_side: int) -> list[VariantCost]:

@@ -19,6 +19,7 @@ import numpy as np
 from comparison.significance import (
     ALPHA,
     bonferroni,
+    can_confirm,
     half_interval,
     holm,
     paired_t_p,
@@ -63,6 +64,7 @@ def compare(
     margin: float | None = None,
     planned: int | None = None,
     alpha: float | None = ALPHA,
+    last_alpha: float | None = None,
 ) -> dict[str, Difference]:
     """Compare every other variant with `first`; variants that share no seed with it are left out.
 
@@ -71,6 +73,8 @@ def compare(
         margin: points within which a difference does not matter; None makes no claim of equivalence.
         planned: number of comparisons that were planned; by default that of the other variants in `accuracies`.
         alpha: error rate of all claims together; None: nothing is tested, because runs are missing.
+        last_alpha: with seeds in rounds, the error rate of the last look. The advice on the number of seeds holds for
+            it, since the level of an early look is too strict for any sensible number.
     """
     correct = bonferroni if margin else holm
     planned = planned or max(1, len(accuracies) - 1)
@@ -84,7 +88,7 @@ def compare(
     t_tests = correct([paired_t_p(one) if len(one) > 1 else 1.0 for one in values], planned)
     equivalences = correct([tost_p(one, margin) if margin and len(one) > 1 else 1.0 for one in values], planned)
     return {
-        variant: verdict_for(by_seed, flip, t_test, equivalent, planned, margin, alpha)
+        variant: verdict_for(by_seed, flip, t_test, equivalent, planned, margin, alpha, last_alpha)
         for (variant, by_seed), flip, t_test, equivalent in zip(
             paired.items(), flips, t_tests, equivalences, strict=True
         )
@@ -99,11 +103,13 @@ def verdict_for(
     planned: int,
     margin: float | None,
     alpha: float | None = ALPHA,
+    last_alpha: float | None = None,
 ) -> Difference:
     """Return the verdict on one variant and the sentence that states it: the effect first, then how to read it.
 
     Args:
         alpha: None makes no claim, because runs are missing.
+        last_alpha: as for `compare`.
     """
     differences = list(by_seed.values())
     n, mean, half, effect = len(differences), float(np.mean(differences)), None, None
@@ -149,17 +155,27 @@ def verdict_for(
         return difference(CONFIRMED[mean < 0], numbers, small)
     if is_equivalent:
         return difference("equivalent", numbers, f" within ±{margin:g} points ({_p(p_equivalent)})")
-    needed = seeds_needed(planned, alpha)
-    if excludes_zero and n < needed:
+    advised = alpha if last_alpha is None else last_alpha
+    if excludes_zero and not can_confirm(n, planned, alpha):
         return difference(
-            "preliminary", numbers, f". Not confirmed: that needs at least {needed} seeds (--seeds {needed})"
+            "preliminary",
+            numbers,
+            f". Not confirmed: that needs {_needed(n, planned, advised, last_alpha is not None)}",
         )
-    seeds = seeds_for(effect, planned, alpha)
+    seeds = seeds_for(effect, planned, advised)
     what = "confirm a difference of this size with 80 % power"
     advice = (
         f". About {max(seeds, n + 1)} seeds would {what}" if seeds else f". No feasible number of seeds would {what}"
     )
     return difference("inconclusive", numbers, advice)
+
+
+def _needed(n: int, planned: int, alpha: float, is_in_rounds: bool) -> str:
+    """What it takes to confirm anything, for n seeds that cannot. --seeds would change the size of the rounds."""
+    needed = seeds_needed(planned, alpha)
+    if needed is None or needed <= n:
+        return "a later look or larger rounds"
+    return f"at least {needed} seeds ({f'max_seeds = {needed} or more' if is_in_rounds else f'--seeds {needed}'})"
 
 
 def _p(p: float) -> str:

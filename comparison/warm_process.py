@@ -20,6 +20,7 @@ import tempfile
 from functools import cache
 from typing import Any
 
+from common.machine import is_alive
 from common.paths import PROJECT
 from common.text import last_error
 from comparison.planned_run import PlannedRun
@@ -232,7 +233,7 @@ class WarmRun:
         if self.code is None and self.server.refusal:
             if self.pid is None:
                 return self._start_cold(self.server.refusal)
-            if not _is_alive(self.pid):  # the server was killed, and the kernel has told the run to save
+            if not is_alive(self.pid):  # the server was killed, and the kernel has told the run to save
                 self.code = -signal.SIGTERM
         if self.code is not None and self.code < 0:
             self._explain(-self.code)
@@ -246,7 +247,7 @@ class WarmRun:
             self.cold.terminate()
         elif not self.server.has_ended():
             self.server.request({"run": self.number, "signal": int(number)})
-        elif self.pid is not None and _is_alive(self.pid):
+        elif self.pid is not None and is_alive(self.pid):
             os.kill(self.pid, number)
 
     def _start_cold(self, reason: str) -> int | None:
@@ -264,11 +265,3 @@ class WarmRun:
         why = "; the system may have run out of memory" if number == signal.SIGKILL else ""
         with self.task.log.open("a") as log:
             log.write(f"\nerror: the process of this run was ended by {name}{why}\n")
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True

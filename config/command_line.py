@@ -32,10 +32,10 @@ from config.settings import preset_names
 SHARED_ERROR_SECONDS = 5.0  # DeepSpeed's launcher looks once a second whether a process has failed
 MAX_NAME_BYTES = 200  # file systems allow 255; ".old-1" and the like are appended
 ELSEWHERE = {  # options of other projects that neither an option nor a setting replaces
-    "--device": "training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
+    "--device": "training uses the GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
     "--resume": "starting the same command again resumes the run; --fresh starts over",
-    "--gpus": "every GPU is used; CUDA_VISIBLE_DEVICES chooses some of them",
-    "--gpu": "every GPU is used; CUDA_VISIBLE_DEVICES chooses some of them",
+    "--gpus": "./launch_local_train.sh uses every GPU, train.py alone one; CUDA_VISIBLE_DEVICES chooses",
+    "--gpu": "./launch_local_train.sh uses every GPU, train.py alone one; CUDA_VISIBLE_DEVICES chooses",
     "--output": "--runs-dir and --name choose the run folder",
     "--output-dir": "--runs-dir and --name choose the run folder",
     "--out": "--runs-dir and --name choose the run folder",
@@ -249,8 +249,8 @@ def autocomplete(parser: argparse.ArgumentParser) -> None:
     argcomplete.autocomplete(parser)
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the options --preset and --set."""
+def add_settings(parser: argparse.ArgumentParser, example: str = "model.width=192") -> None:
+    """Add the options --preset and --set, with a setting that fits the script as the example in the help."""
     parser.add_argument(
         "--preset",
         metavar="NAME",
@@ -261,5 +261,5 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH=VALUE",
-        help="override one setting, for example model.width=192; repeat for more",
+        help=f"override one setting, for example {example}; repeat for more",
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from config.settings import resolve
+from common.errors import SettingsError
+from config.settings import Settings, resolve
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -18,6 +19,19 @@ def changed_settings(settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return what differs from the defaults: path, value, default (None for a setting without a default)."""
     defaults = dict(leaves(resolve(None, []).as_dict()))
     return [(path, value, defaults.get(path)) for path, value in leaves(settings) if value != defaults.get(path)]
+
+
+def comparable(facts: dict[str, Any], key: str) -> Any:
+    """Return a fact of run.json for comparison; a run older than a setting had that setting's default.
+
+    Settings that this version cannot read are returned as they are, None where there are none.
+    """
+    if key == "settings":
+        try:
+            return Settings.from_dict(facts["settings"]).as_dict()
+        except (SettingsError, TypeError, KeyError, AttributeError):
+            pass
+    return facts.get(key)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -90,7 +90,9 @@ def neighbors(folder: Path, module: str, names: Sequence[str] = ()) -> list[Path
 
 def _names_of_the_project() -> set[str]:
     packages = {path.parent.name for path in PROJECT.glob("*/__init__.py")}
-    return packages | {"benchmarks", "cluster", "tests", "tools", "model", "dali_pipeline", "train", "evaluate"}
+    folders = {"benchmarks", "cluster", "environment", "tests"}
+    files = {"model", "dali_pipeline", "train", "evaluate", "compare", "report", "prepare_dataset"}
+    return packages | folders | files
 
 
 # --- the import system ----------------------------------------------------------------------------------------------

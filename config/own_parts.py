@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from common.errors import SettingsError, unknown
 from common.paths import PROJECT
+from common.text import type_and_first_line
 from config.own_modules import import_file
 
 Entry = TypeVar("Entry")
@@ -120,7 +121,8 @@ def without_folders(tree: Any) -> Any:
 
 def override_without_folder(word: str) -> str:
     """Return a word of a command line for publication, such as model.attention=/home/me/mine.py:Part."""
-    setting, equals, value = word.partition("=")
+    setting, equals, text = word.partition("=")
+    value = text.strip().strip('"')
     return f"{setting}={Path(value).name}" if equals and is_own_part(value) else word
 
 
@@ -180,8 +182,7 @@ def load(part: OwnPart) -> Any:
 
 def describe(error: BaseException, part: OwnPart) -> str:
     """Return an error raised by a user's code in one line, with the innermost file and line of that code."""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    text = type_and_first_line(error)
     if isinstance(error, SyntaxError) and error.filename:
         return f"SyntaxError: {error.msg} ({Path(error.filename).name}, line {error.lineno})"
     folder = f"{part.file.parent}{os.sep}"
@@ -212,10 +213,10 @@ def call_by_name(setting: str, entry: Callable[..., Any], **values: Any) -> Any:
     return entry(**{name: value for name, value in values.items() if takes_any or name in named})
 
 
-def default_arguments(entry: Callable[..., Any], skipped: int = 1) -> dict[str, Any]:
-    """Return the arguments with a default that settings can hold, after the first `skipped`; tuples become lists."""
+def default_arguments(entry: Callable[..., Any]) -> dict[str, Any]:
+    """Return the arguments with a default that settings can hold, after the first one; tuples become lists."""
     found = {}
-    for parameter in list(inspect.signature(entry).parameters.values())[skipped:]:
+    for parameter in list(inspect.signature(entry).parameters.values())[1:]:
         value = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         try:
             json.dumps(value)

@@ -10,9 +10,10 @@ flags of `train.py`. A preset (`presets/<name>.toml`) overrides any of them, `--
     --set augmentation.crop_padding=2 --set schedule.warmup_fraction=0.1
     --set model.attention=path/to/mine.py:Attention     (a user-defined part, config/own_parts.py)
 
-A path that does not exist, a value of another type and a value out of range are errors that name the setting. Another
-`optimizer.type` starts from its own parameters (`config/optimizer_defaults.py`), and another `schedule.shape` drops the
-preset's values that it does not use. Nothing here imports PyTorch.
+The order of a part's name and its options has no meaning. A path that does not exist, a value of another type and a
+value out of range are errors that name the setting. Another `optimizer.type` starts from its own parameters
+(`config/optimizer_defaults.py`), and another `schedule.shape` drops the preset's values that it does not use. Nothing
+here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
 
     Args:
         preset: name of a file in `presets/`, or a path to such a file; None for the defaults alone.
-        overrides: texts `path=value`.
+        overrides: texts `path=value`. Of the same path, the last one wins; otherwise their order has no meaning.
         run_facts: fields of Settings given as flags (epochs, strategy); None means not given.
 
     Raises:
@@ -123,13 +124,11 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
     if preset is not None:
         tree, folder = _read_preset(preset)
         _merge(settings, as_settings_hold_them(tree, folder, f"preset {preset}: "))
-    # These come first wherever they stand, so that what was given before them is not lost.
-    first = ("optimizer.type", "schedule.shape")
-    for override in sorted(overrides, key=lambda text: not text.strip().removeprefix("engine.").startswith(first)):
+    for override in sorted(overrides, key=_rank):
         path, equals, text = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: write it as path=value, for example optimizer.params.lr=3e-4")
-        given: Any = _parse(text)
+        given: Any = as_typed(text)
         for key in reversed(path.strip().split(".")):
             given = {key: given}
         _merge(settings, as_settings_hold_them(given, source="--set "), source=f"--set {override}: ")
@@ -138,6 +137,45 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
             setattr(settings, name, as_settings_hold_them(value))
     check_values(settings)
     return settings
+
+
+def _path_of(override: str) -> str:
+    return override.partition("=")[0].strip().removeprefix("engine.")
+
+
+def _rank(override: str) -> int:
+    """Return 0 for what others depend on, 1 for names of parts and all other settings, 2 for options of parts.
+
+    Applied in this order, nothing is lost that was given before the name that would discard it.
+    """
+    path = _path_of(override)
+    return 0 if path in ("optimizer.type", "schedule.shape", "model.architecture") else 1 + ("_options" in path)
+
+
+def combine(preset: str, base: list[str], more: list[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides of two sources as one list for `resolve`, and those of `base` that it leaves out.
+
+    Another part in `more` discards the options that `base` has for the former one, as it discards those of the preset.
+    Another architecture discards all that `base` says about the network.
+    """
+    parts = {f"model.{f.name.removesuffix('_options')}" for f in fields(ModelSettings) if f.name.endswith("_options")}
+    named = [[text for text in texts if _path_of(text) in parts | {"model"}] for texts in (base, more)]
+    if not named[1]:
+        return [*base, *more], []
+    try:
+        before, after = resolve(preset, named[0]).model, resolve(preset, named[0] + named[1]).model
+    except SettingsError:  # `resolve` of the whole list will say what is wrong
+        return [*base, *more], []
+
+    def is_discarded(override: str) -> bool:
+        group, _, key = _path_of(override).partition(".")
+        if group != "model" or not key or key == "architecture":
+            return False
+        part, options, _ = key.partition("_options")
+        is_other = bool(options) and getattr(before, part, None) != getattr(after, part, None)
+        return is_other or before.architecture != after.architecture
+
+    return [text for text in base if not is_discarded(text)] + more, [text for text in base if is_discarded(text)]
 
 
 def check_values(settings: Settings) -> None:
@@ -216,7 +254,7 @@ def _read_preset(preset: str) -> tuple[dict[str, Any], Path]:
         raise SettingsError(f"preset {path} cannot be read: {error.strerror}") from error
 
 
-def _parse(text: str) -> Any:
+def as_typed(text: str) -> Any:
     """Read a value as typed: JSON where it parses (numbers, true, lists, "quoted"), otherwise the text itself."""
     try:
         return json.loads(text)

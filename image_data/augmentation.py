@@ -90,10 +90,6 @@ class Augmentation:
         if s.brightness or s.contrast or s.saturation:
             self.policies.append((JITTER, ColorJitter(s.brightness, s.contrast, s.saturation)))
 
-    @property
-    def num_operations(self) -> int:
-        return len(self.plan(0, 0, 1).operations)
-
     def plan(
         self, epoch: int, start: int, count: int, sizes: np.ndarray | None = None, images: np.ndarray | None = None
     ) -> AugmentationPlan:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.text import first_line
+
 if TYPE_CHECKING:
     from PIL import Image, ImageFile
 
@@ -132,7 +134,7 @@ def reason(error: Exception) -> str:
     """Return in a few words why an image cannot be decoded."""
     if isinstance(error, pillow().UnidentifiedImageError):
         return "not an image"
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _check_size(image: Image.Image, max_megapixels: float | None) -> None:

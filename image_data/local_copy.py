@@ -7,7 +7,6 @@ copy resumes, and it counts as complete only when dataset.json, written last, ex
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,7 @@ def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
         DatasetError: the disk is too small or read-only, or a file cannot be copied.
     """
     digest = dataset.fingerprint.removeprefix("sha256:")[:16]
-    folder = Path(os.path.expanduser(target)) / f"{name_of(dataset.folder)}-{digest}{'-files' if files else ''}"
+    folder = target / f"{name_of(dataset.folder)}-{digest}{'-files' if files else ''}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:

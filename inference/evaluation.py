@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.errors import DatasetError, RunError
 from common.paths import PROJECT
 from inference.trained_model import TrainedModel
 
@@ -45,7 +46,6 @@ def open_dataset(trained: TrainedModel, folder: Path | None) -> Dataset:
     Raises:
         DatasetError: it does not exist, or its classes or its image size differ from those of the training.
     """
-    from common.errors import DatasetError
     from image_data.dataset import Dataset, prepare_first
 
     facts = trained.facts["dataset"]
@@ -58,6 +58,21 @@ def open_dataset(trained: TrainedModel, folder: Path | None) -> Dataset:
     dataset = Dataset.open(place)
     check_same_classes(dataset.classes, trained.classes)
     return normalize_as_trained(dataset, facts)
+
+
+def open_split(trained: TrainedModel, split: str, folder: Path | None) -> Dataset:
+    """Return the dataset as `open_dataset` does, with its validation split if `split` is "validation".
+
+    Raises:
+        DatasetError: as `open_dataset`.
+        RunError: the run has no validation split.
+    """
+    dataset, hold_out = open_dataset(trained, folder), trained.facts["hold_out"]
+    if split != "validation":
+        return dataset
+    if not hold_out:
+        raise RunError(f"{trained.record.folder} has no validation split. Use --split test")
+    return dataset.hold_out(hold_out)
 
 
 def evaluate(
@@ -162,8 +177,6 @@ def describe(result: SplitResult, classes: list[str]) -> dict[str, Any]:
 
 def check_same_classes(found: list[str], trained: list[str]) -> None:
     """Raise DatasetError for a dataset whose labels mean other classes than in training."""
-    from common.errors import DatasetError
-
     if found != trained:
         difference = next(
             (f"{a!r} instead of {b!r}" for a, b in zip(found, trained, strict=False) if a != b),
@@ -176,10 +189,6 @@ def check_same_classes(found: list[str], trained: list[str]) -> None:
 
 def normalize_as_trained(dataset: Any, trained: dict[str, Any]) -> Any:
     """Return the dataset with the mean and std of the training. Raises DatasetError for another image size."""
-    from dataclasses import replace
-
-    from common.errors import DatasetError
-
     if dataset.image_side != trained["image_side"]:
         found, due = (
             f"{side} pixels" if side else "several sizes" for side in (dataset.image_side, trained["image_side"])

@@ -18,6 +18,7 @@ from common.text import epochs_text, precision_text
 from config.differences import changed_settings
 from config.own_parts import override_without_folder, without_folders
 from inference.trained_model import WEIGHTS, TrainedModel
+from records.provenance import commit_text
 from records.run_folder import RunFolder
 
 CHOSEN = {
@@ -163,12 +164,11 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     trained_steps = metrics[-1]["step"] if metrics else 0
     epochs = epochs_text(trained_steps, facts["steps_per_epoch"])
     steps = f"{trained_steps:,} of {facts['total_steps']:,} steps"
-    changes = ", with uncommitted changes" if facts["commit"] and facts["uncommitted_changes"] else ""
     lines = {
         "command": code_span(
             shlex.join(["python", *(strip_folder(override_without_folder(word)) for word in facts["command"])])
         ),
-        "commit": (facts["commit"] or "not recorded")[:12] + changes,
+        "commit": commit_text(facts, 12),
         "data": f"{escape_markdown(dataset['name'])}: {images} images; {dataset['fingerprint']}",
         "length": f"{steps} of {engine['train_batch_size']} images ({epochs}), seed {facts['seed']}, "
         f"{seconds:,.0f} s of training",

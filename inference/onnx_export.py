@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common.errors import DatasetError, RunError
 from common.files import write_atomically
+from common.text import first_line
 from image_data.dataset import Dataset
 from image_data.image_file import decode_image
 from image_data.image_file import reason as image_problem
@@ -101,7 +102,7 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     operation = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error))
-    return f"PyTorch's operation {operation[1]} has no ONNX form" if operation else str(error).strip().splitlines()[0]
+    return f"PyTorch's operation {operation[1]} has no ONNX form" if operation else first_line(error)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
+from common.display import escaped
 from common.errors import RunError
 from common.files import write_atomically
 from common.progress import progress
@@ -51,13 +51,8 @@ def predict(
         The number of files that could not be read.
 
     Raises:
-        RunError: there are no images, or the folder of `output` does not exist.
+        RunError: there are no images, or `output` cannot be written.
     """
-    names, output = [_expand(name) for name in names], output and _expand(output)
-    if output is not None and not output.parent.is_dir():
-        raise RunError(f"--output {output}: the folder {output.parent} does not exist. Create it first")
-    if output is not None and output.is_dir():
-        raise RunError(f"--output {output} is a folder. Give the name of a file")
     paths = find_images(names)
     as_table = output is not None or any(name.is_dir() for name in names)
     results = predictions(trained, network, paths, batch_size, autocast)
@@ -65,12 +60,12 @@ def predict(
     for path, found in progress(results, len(paths), "images") if as_table else results:
         if isinstance(found, str):
             num_unreadable += 1
-            print(f"error: {printable(path)} cannot be read ({found}); skipped", file=sys.stderr)
+            print(f"error: {escaped(path)} cannot be read ({found}); skipped", file=sys.stderr)
         elif as_table:
             rows.append((path, found))
         else:
-            lines = (f"  {100 * probability:6.2f}%  {printable(name)}" for name, probability in found)
-            print(for_screen("\n".join([printable(path), *lines])), flush=True)
+            lines = (f"  {100 * probability:6.2f}%  {escaped(name)}" for name, probability in found)
+            print(for_screen("\n".join([escaped(path), *lines])), flush=True)
     if as_table:
         text = table(rows, min(TOP_CLASSES, len(trained.classes)))
         if output is None:
@@ -78,7 +73,7 @@ def predict(
         else:
             write_atomically(output, text)
             skipped = f", {num_unreadable} could not be read" if num_unreadable else ""
-            print(for_screen(f"wrote {printable(output)}: {len(rows)} images{skipped}"))
+            print(for_screen(f"wrote {escaped(output)}: {len(rows)} images{skipped}"))
     return num_unreadable
 
 
@@ -149,12 +144,6 @@ def find_images(names: list[Path]) -> list[Path]:
     return list(found)
 
 
-def printable(text: str | Path) -> str:
-    """Escape control characters and bytes that are not UTF-8, which file names may contain."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
 def for_screen(text: str) -> str:
     """Escape what the encoding of the screen does not have."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -163,13 +152,8 @@ def for_screen(text: str) -> str:
 
 def _cell(text: str | Path) -> str:
     """Return a CSV cell that a spreadsheet does not run as a formula: a leading apostrophe marks it as text."""
-    text = printable(text)
+    text = escaped(text)
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text
-
-
-def _expand(path: Path) -> Path:
-    """Replace a leading ~ by the home folder: shells leave it alone in --output=~/found.csv."""
-    return Path(os.path.expanduser(path))
 
 
 def table(rows: list[tuple[Path, Predictions]], shown: int) -> str:

@@ -9,6 +9,7 @@ initialization is usually at chance level. An ensemble works for any runs, and c
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from common.errors import RunError
@@ -53,8 +54,6 @@ def average_weights(networks: list[nn.Module], runs: list[TrainedModel]) -> tupl
     Raises:
         RunError: the networks do not have the same tensors.
     """
-    import copy
-
     import torch
 
     states = [network.state_dict() for network in networks]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import RunError, unknown
+from common.text import first_line
 from config.own_parts import without_folders
 from config.settings import Settings
 from image_data.augmentation import CENTER_CROP
@@ -135,9 +136,7 @@ def load_model(weights: Path, settings: Settings, facts: dict[str, Any], device:
     try:
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(
-            f"{weights} is damaged or holds the weights of another network: {str(error).splitlines()[0]}"
-        ) from None
+        raise RunError(f"{weights} is damaged or holds the weights of another network: {first_line(error)}") from None
     if precision == "bf16":  # as in training: buffers, such as BatchNorm's statistics, stay in fp32
         normalize_in_fp32(model)
         for parameter in model.parameters():

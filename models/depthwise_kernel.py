@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.text import type_and_first_line
+
 HAS_CUSTOM_OPS = hasattr(torch.library, "custom_op")
 kernels: Any = None  # without custom operators or without Triton only the PyTorch path exists
 if HAS_CUSTOM_OPS:
@@ -45,10 +47,10 @@ def set_enabled(enabled: bool) -> None:
     _enabled = enabled
 
 
-def usable(x: Tensor) -> bool:
-    """Return whether the kernel is used for tokens x: on a GPU with Triton."""
-    on_device = x.device.type == "cuda" and torch.version.hip is None or INTERPRETED and x.device.type == "cpu"
-    return _enabled and kernels is not None and on_device and x.dtype in DTYPES
+def is_chosen(x: Tensor) -> bool:
+    """Return whether a network calls `conv_gelu` for tokens x: on an NVIDIA GPU with Triton, unless it is disabled."""
+    is_nvidia_or_cpu = x.device.type != "cuda" or torch.version.hip is None
+    return _enabled and is_nvidia_or_cpu and _has_kernel_for(x)
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
@@ -88,18 +90,21 @@ def trouble(device: torch.device) -> str | None:
     except torch.cuda.OutOfMemoryError:  # by its name in every version
         raise
     except Exception as error:  # any error of Triton or the compilers that it calls
-        text = (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-        )
+        text = type_and_first_line(error)
         LOGGER.warning("kernel    off: Triton does not work on this machine (%s)", text)
         return text
     return None
 
 
-def runs_on(x: Tensor) -> bool:
-    """Return whether the kernel runs on x; otherwise PyTorch operations do."""
-    possible = x.device.type == "cuda" or INTERPRETED and x.device.type == "cpu"
-    return kernels is not None and possible and x.dtype in DTYPES and x.numel() > 0 and trouble(x.device) is None
+def can_run(x: Tensor) -> bool:
+    """Return whether `conv_gelu` runs the kernel on x; it computes with PyTorch operations otherwise."""
+    return _has_kernel_for(x) and x.numel() > 0 and trouble(x.device) is None
+
+
+def _has_kernel_for(x: Tensor) -> bool:
+    """Return whether there is a kernel for the device and the dtype of x, be it broken on this machine."""
+    on_device = x.device.type == "cuda" or INTERPRETED and x.device.type == "cpu"
+    return kernels is not None and on_device and x.dtype in DTYPES
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int) -> Tensor:
@@ -110,7 +115,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix: int
         weight: (F, 1, 3, 3).
         bias: (F,).
     """
-    if runs_on(x):
+    if can_run(x):
         return kernels.run_forward(x.contiguous(), weight.contiguous(), bias.contiguous(), grid, num_prefix)
     return plain(x, weight.to(x.dtype), bias.to(x.dtype), grid, num_prefix).contiguous()
 
@@ -121,7 +126,7 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, grid: int, num_prefix
 
 def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, grid: int, num_prefix: int) -> list[Tensor]:
     """Return the gradients of x, weight and bias."""
-    if runs_on(x):
+    if can_run(x):
         return kernels.run_backward(
             x.contiguous(), weight.contiguous(), bias.contiguous(), dy.to(x.dtype).contiguous(), grid, num_prefix
         )

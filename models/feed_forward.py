@@ -109,7 +109,7 @@ class DepthwiseResidual(nn.Conv2d):
 
     def forward(self, x: Tensor, grid: int, num_prefix: int) -> Tensor:  # type: ignore[override]
         assert self.bias is not None
-        if depthwise_kernel.usable(x):
+        if depthwise_kernel.is_chosen(x):
             return depthwise_kernel.conv_gelu(x, self.weight, self.bias, grid, num_prefix)
         return depthwise_kernel.plain(x, self.weight, self.bias, grid, num_prefix)
 

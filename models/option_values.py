@@ -6,6 +6,7 @@ The range of an option is known to its part alone, so a value is judged once bui
 from __future__ import annotations
 
 from common.errors import SettingsError
+from common.text import first_line
 from config.settings import ModelSettings
 
 LARGEST = 10**6  # channels, kernels, depths; more is a typing mistake
@@ -22,5 +23,4 @@ def blame_options(settings: ModelSettings, error: Exception) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not smallest <= value <= LARGEST
     ]
     if odd:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SettingsError(f"the network cannot be built with {' and '.join(odd)}: {reason}") from error
+        raise SettingsError(f"the network cannot be built with {' and '.join(odd)}: {first_line(error)}") from error

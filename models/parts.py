@@ -83,9 +83,9 @@ class UnusablePart(SettingsError):
     """A user-defined part that cannot be made, or that does not compute what its place in the network needs."""
 
 
-def part_options(part: Callable[..., Any], skipped: int = 1) -> dict[str, Any]:
-    """Return the options of a part with their defaults: every argument of its constructor after the first `skipped`."""
-    return {p.name: p.default for p in _option_parameters(part, skipped) if p.kind is not p.VAR_KEYWORD}
+def part_options(part: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options of a part with their defaults: every argument of its constructor after the first one."""
+    return {p.name: p.default for p in _option_parameters(part, skipped=1) if p.kind is not p.VAR_KEYWORD}
 
 
 def check_options(

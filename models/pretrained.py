@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from common.errors import SettingsError
+from common.text import first_line
 from models.published.timm_models import hub_repository
 
 TIMM, HUB = "timm:", "hf:"
@@ -70,8 +71,9 @@ def download(repository: str, source: str) -> Path:
                 "check the name, as in hf:timm/vit_base_patch32_224.augreg_in21k_ft_in1k"
             ) from error
         except (errors.HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise SettingsError(f"--init-weights {source} cannot be downloaded ({reason[0]}); try again") from error
+            raise SettingsError(
+                f"--init-weights {source} cannot be downloaded ({first_line(error)}); try again"
+            ) from error
     if is_offline:
         problem, cure = "the Hugging Face Hub cannot be reached", "with a network"
         if constants.HF_HUB_OFFLINE:

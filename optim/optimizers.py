@@ -145,8 +145,7 @@ def describe_groups(config: dict[str, Any], model: nn.Module) -> str:
     )
 
 
-# --- optimizers that average the weights
-# ----------------------------------------------------------------------------------------
+# --- optimizers that average the weights ------------------------------------------------------------------------------
 
 
 def averaged_weights(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> list[Tensor] | None:

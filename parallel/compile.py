@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from common.errors import SettingsError, unknown
+from common.text import type_and_first_line
 
 # It warns about an unused CUDA toolkit on a machine without a GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -77,9 +78,7 @@ def trouble_with(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # of any of the compilers behind torch.compile
-        return (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-        )
+        return type_and_first_line(error)
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import SettingsError
@@ -297,16 +297,6 @@ class Engine(WeightAveraging, Collectives, ABC):
         """Return the content of `engine.json`, which `load` needs."""
         facts = {"step": self.step, "kind": self.checkpoint_kind, "processes": dist.get_world_size()}
         return {**facts, "plan": self.schedule.plan_facts()} if self.schedule.plan else facts
-
-    def save(self, folder: Path) -> None:
-        """Write what `load` reads into an existing folder; runs use `training/checkpoint_writer.py` instead.
-
-        Collective.
-        """
-        state = self.gather_state()
-        if state is not None:
-            save_file(state, folder / "state.safetensors")
-            (folder / "engine.json").write_text(json.dumps(self.state_facts()))
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint, made by any number of processes unless the strategy rejects that. Collective.

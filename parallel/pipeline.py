@@ -130,7 +130,7 @@ class Engine(zero.Engine):
     def skip_bad_steps(self) -> None:
         engine.Engine.skip_bad_steps(self)
 
-    def forward(self, images: Tensor) -> Tensor | None:  # type: ignore[override]  # as contract.Engine
+    def forward(self, images: Tensor) -> Tensor | None:  # type: ignore[override]  # as engine.Engine
         self._expect(images)
         no_labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         self.engine.total_loss = None  # otherwise it adds these scores to the last step's loss
@@ -154,8 +154,7 @@ class Engine(zero.Engine):
         layers = " + ".join(str(stop - start) for start, stop in zip(self.cuts, self.cuts[1:], strict=False))
         return f"{self.num_stages} stages of {layers} layers x {self.data_shard[1]} replicas, ZeRO {super().describe()}"
 
-    # --- the state: each stage has that of its own layers
-    # -----------------------------------------------------------------
+    # --- the state: each stage has that of its own layers -------------------------------------------------------------
 
     def gather_state(self) -> dict[str, Tensor] | None:
         return self._joined(gather(self.network(), self.parts, self.averages(), keep=self.data_shard[0] == 0))

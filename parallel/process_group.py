@@ -18,6 +18,7 @@ import torch.distributed as dist
 from common.errors import RunError, SettingsError, StoppedError, UserError
 from common.memory import keep_freed_memory
 from common.stop_signal import stop_requested
+from common.text import first_line
 from parallel.plain_objects import gather_values
 from parallel.rank_store import LOOPBACK, make_store
 
@@ -172,9 +173,8 @@ def _join_in_thread(device: torch.device, timeout_seconds: float) -> None:
     if failures:
         error = failures[0]  # of PyTorch's store, or of the port, unless it is ours
         if isinstance(error, (RuntimeError, OSError, ValueError, OverflowError)) and not isinstance(error, UserError):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(
-                f"process {rank} of {world_size} could not join the others at {meeting}: {reason}. "
+                f"process {rank} of {world_size} could not join the others at {meeting}: {first_line(error)}. "
                 "Start all processes with a free MASTER_PORT, or unset RANK and WORLD_SIZE to train with one"
             ) from error
         raise error

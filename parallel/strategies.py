@@ -10,7 +10,6 @@ import torch
 from common.errors import SettingsError
 from common.packages import check_torch, is_installed
 from config.own_parts import find_entry, is_own_part
-from parallel.batch_sizes import EvalCounts
 from parallel.engine import Engine
 
 STRATEGIES: dict[str, object] = {
@@ -35,8 +34,6 @@ PEER_MODULES = {
     "local": "parallel.peers.engine"
 }  # also available as separate jobs that exchange weights over a network
 WITH_DEEPSPEED = ("zero", "pipeline")
-
-__all__ = ["STRATEGIES", "EvalCounts", "Engine", "engine_class"]
 
 
 def engine_class(name: str, peers: bool = False) -> type[Engine]:

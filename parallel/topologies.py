@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from common.errors import SettingsError
 from config.own_parts import find_entry, is_own_part
 
@@ -92,13 +89,3 @@ def rounds_of(name: str, workers: int, per_machine: int) -> list[Round]:
                 f"got {groups}"
             )
     return rounds
-
-
-def mixing_matrix(groups: Round) -> Tensor:
-    """Return the mixing matrix of a round: (workers, workers), float64."""
-    workers = sum(len(group) for group in groups)
-    matrix = torch.zeros(workers, workers, dtype=torch.float64)
-    for group in groups:
-        for i in group:
-            matrix[i, group] = 1 / len(group)
-    return matrix

@@ -84,8 +84,7 @@ class TorchEngine(engine.Engine):
         """Return this process's part of a full tensor, sharded like `like`, on its device. Collective."""
         return value.to(like.device, like.dtype, copy=True)
 
-    # --- the Engine interface
-    # -------------------------------------------------------------------------------------------
+    # --- the Engine interface -----------------------------------------------------------------------------------------
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
         self.spread_model.train()

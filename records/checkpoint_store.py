@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunError
-from common.files import flush_to_disk, gigabytes, room_left, sha256_of
+from common.files import bytes_text, flush_to_disk, room_left, sha256_of
 
 STATE, ENGINE, PROGRESS, SUMS = "state.safetensors", "engine.json", "progress.json", "SHA256SUMS"
 UNFINISHED, REPLACED, DAMAGED = "unfinished-", "replaced-", "damaged-"
@@ -39,6 +39,11 @@ def step_name(step: int) -> str:
 def step_of(folder: Path) -> int:
     """Inverse of `step_name`."""
     return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return all complete checkpoints in a folder `state/`, oldest first; complete ones may still be damaged."""
+    return sorted(folder.glob("step-*"))
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return all complete checkpoints, oldest first; complete ones may still be damaged."""
-        return sorted(self.folder.glob("step-*"))
+        return checkpoints_in(self.folder)
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -135,7 +140,7 @@ class Checkpoints:
             r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error)
         )
         if getattr(error, "errno", None) in NO_ROOM or "No space left" in text or "File too large" in text:
-            return f"{text}: {gigabytes(room_left(self.folder))} are free in {self.folder.parent.name}/"
+            return f"{text}: {bytes_text(room_left(self.folder))} are free in {self.folder.parent.name}/"
         return text
 
     def _what_is_left(self) -> str:
@@ -186,8 +191,7 @@ def read_facts(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / name).read_text())
 
 
-# --- checksums
-# ---------------------------------------------------------------------------------------------------------
+# --- checksums --------------------------------------------------------------------------------------------------------
 
 
 def verify_written(folder: Path, tensors: dict[str, Any], texts: dict[str, str]) -> None:
@@ -245,8 +249,7 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-# --- disk space
-# ---------------------------------------------------------------------------------------------------------
+# --- disk space -------------------------------------------------------------------------------------------------------
 
 
 def disk_space_needed(num_values: int, keep: int) -> int:

@@ -18,18 +18,16 @@ def find_run(name: Path | None, runs: Path, needed: str = METRICS) -> Path:
     Raises:
         RunError: there is no such run, but one of a similar name, or `name` is None and there is no run at all.
     """
-    runs = runs.expanduser()
     if name is None:
         return newest_run(runs, needed)
-    folder = name.expanduser()
-    if found := existing_run(folder, runs):
+    if found := existing_run(name, runs):
         return found
-    if not folder.exists():
+    if not name.exists():
         known = sorted(path.parent.name for path in runs.glob("*/run.json"))
-        near = difflib.get_close_matches(folder.name, known, n=1)
+        near = difflib.get_close_matches(name.name, known, n=1)
         if near:
             raise RunError(f"there is no run '{name}'. Did you mean {runs / near[0]}?")
-    return folder
+    return name
 
 
 def existing_run(folder: Path, runs: Path) -> Path | None:

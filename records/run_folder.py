@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import RunError
-from common.files import write_atomically
+from common.files import read_lines, write_atomically
 from common.paths import RUNS, near_path
-from common.text import python_command
+from common.text import python_command, quoted
+from records.checkpoint_store import checkpoints_in, step_of
 
 METRICS = "metrics.jsonl"
 ASIDE = ".old-"  # and a number: the name of a folder that was renamed to make room
@@ -72,7 +73,10 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """Return the content of run.json. Raises RunError where it is missing or unreadable."""
         try:
-            return json.loads((self.folder / "run.json").read_text())
+            facts = json.loads((self.folder / "run.json").read_text())
+            if not isinstance(facts, dict):
+                raise ValueError("it is not a JSON object")
+            return facts
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.folder} is not a run folder (no run.json); runs are in {RUNS.name}/<name>") from None
         except ValueError as error:
@@ -99,9 +103,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line that was cut short is skipped."""
-        path = self.folder / METRICS
-        lines = path.read_text().split("\n") if path.is_file() else []
-        return [json.loads(line) for line in lines[:-1] if line]
+        return read_lines(self.folder / METRICS)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append a line; a reader never sees a part of it."""
@@ -114,7 +116,7 @@ class RunFolder:
 
     def newest_checkpoint(self) -> Path | None:
         """Return the folder of the newest checkpoint; `Checkpoints.newest_intact` also verifies it."""
-        found = sorted((self.folder / "state").glob("step-*"))
+        found = checkpoints_in(self.folder / "state")
         return found[-1] if found else None
 
     @staticmethod
@@ -130,7 +132,7 @@ class RunFolder:
             return False
         facts = self.facts()
         is_estimate = facts.get("max_minutes") and "plan" not in facts
-        has_all_steps = not is_estimate and int(newest.name.removeprefix("step-")) >= facts["total_steps"]
+        has_all_steps = not is_estimate and step_of(newest) >= facts["total_steps"]
         try:
             progress = self.read_progress(newest)
         except (OSError, ValueError, TypeError):
@@ -140,9 +142,12 @@ class RunFolder:
 
     def no_epoch(self) -> RunError:
         """Return the error for a run without a finished epoch, with the command that continues it."""
+        facts = self.facts()
+        command = python_command(*facts["command"])
+        if facts.get("num_processes", 1) > 1:  # train.py alone is one process
+            command = " ".join(["./launch_local_train.sh", *map(quoted, facts["command"][1:])])
         return RunError(
-            f"{near_path(self.folder)} has no finished epoch yet. Wait if it is training, or continue it: "
-            f"{python_command(*self.facts()['command'])}"
+            f"{near_path(self.folder)} has no finished epoch yet. Wait if it is training, or continue it: {command}"
         )
 
     # --- one process at a time -------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from common.display import printable
 from common.errors import RunError
 from common.paths import PROJECT, RESULTS, RUNS, near_path
 from reports.run_list import summary
-from reports.run_rows import COMPARISON, CURVES, OTHER, RUN, Row
-from reports.run_table import BASE, read_table, replace_file, varied_columns
+from reports.run_rows import CURVES, RUN, Row
+from reports.run_table import BASE, intact_runs, read_table, replace_file, varied_columns
 from reports.style import COLORS
 
 INDEX = "index.html"
@@ -43,13 +43,13 @@ COMPRESSION = 4  # of gzip: a higher level takes twice the time for a twentieth 
 
 @dataclass(frozen=True)
 class Index:
-    """The page that was written, and the numbers of its rows by kind."""
+    """The page that was written, and the numbers of its rows in words."""
 
     path: Path
-    counts: dict[str, int]
+    summary: str
 
     def __str__(self) -> str:
-        return f"{near_path(self.path)} ({summary(self.counts)})"
+        return f"{near_path(self.path)} ({self.summary})"
 
 
 def write_index(runs: Path, results: Path | None = RESULTS, out: Path | None = None) -> Index:
@@ -70,7 +70,7 @@ def write_index(runs: Path, results: Path | None = RESULTS, out: Path | None = N
         raise RunError(
             f"{path} cannot be written ({error.strerror}). Write the page elsewhere: --out FILE.html"
         ) from error
-    return Index(path, {kind: sum(row.kind == kind for row in rows) for kind in (RUN, COMPARISON, OTHER)})
+    return Index(path, summary(rows))
 
 
 def read_rows(runs: Path, results: Path | None = RESULTS) -> list[Row]:
@@ -100,7 +100,7 @@ def page(rows: list[Row], runs: Path, folder: Path) -> str:
     own = {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in ("index.css", "index.js", "charts.js")}
     return environment.get_template("index.html.j2").render(
         title=f"Runs in {printable(runs.resolve().name)}",
-        summary=summary({kind: sum(row.kind == kind for row in rows) for kind in (RUN, COMPARISON, OTHER)}),
+        summary=summary(rows),
         nonce=secrets.token_urlsafe(16),
         styles=[libraries["datatables_css"], STYLE.read_text(encoding="utf-8"), own["index.css"]],
         plotly=for_script(libraries["plotly"]),
@@ -156,8 +156,12 @@ def _type_of(key: str, rows: list[Row]) -> str:
 
 def _constants(rows: list[Row], varied: list[str]) -> dict[str, Any]:
     """Return the values that all runs share."""
-    found = {key: value for row in rows if row.kind == RUN for key, value in row.values.items()}
-    return {key: value for key, value in sorted(found.items()) if key not in varied}
+    first, *others = intact_runs(rows) or [{}]
+    return {
+        key: value
+        for key, value in sorted(first.items())
+        if key not in varied and all(key in values for values in others)
+    }
 
 
 def _row(row: Row, keys: list[str], runs: Path, folder: Path) -> dict[str, Any]:

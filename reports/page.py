@@ -20,6 +20,7 @@ from common.files import write_atomically
 from common.paths import PROJECT
 from common.text import duration, epochs_text, precision_text
 from config.differences import changed_settings, leaves
+from records.provenance import commit_text
 from records.run_data import RunData
 from reports.pictures import Picture, SplitAnalysis, pictures_of
 from reports.style import embed
@@ -207,10 +208,9 @@ def _classes(run: RunData, analysis: SplitAnalysis) -> str:
 
 def _provenance(run: RunData) -> str:
     facts, data = run.facts, run.facts["dataset"]
-    changes = ", with uncommitted changes" if facts["commit"] and facts["uncommitted_changes"] else ""
     counts = ", ".join(f"{count:,} {name}" for name, count in data["num_images"].items())
     rows = [
-        ["commit", (facts["commit"] or "not recorded") + changes],
+        ["commit", commit_text(facts)],
         ["seed", str(facts["seed"])],
         ["dataset", f"{data['name']}, {data['fingerprint']}, {counts}"],
         ["device", f"{facts['num_processes']} x {facts['device']}, {precision_text(facts['precision'])}"],

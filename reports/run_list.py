@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import unicodedata
+from collections import Counter
 from typing import Any
 
 from common.display import printable
@@ -39,15 +40,14 @@ def list_text(rows: list[Row], sort: str | None, where: list[str], reverse: bool
     conditions = [condition(text, columns, rows) for text in where]
     chosen = ordered([row for row in rows if all(one.holds(row) for one in conditions)], key, reverse)
     lines = _table(chosen, _shown(chosen, key, conditions))
-    counts = {kind: sum(row.kind == kind for row in chosen) for kind in (RUN, COMPARISON, OTHER)}
     total = f", of {len(rows):,} rows" if len(chosen) < len(rows) else ""
-    return "\n".join([*lines, f"{summary(counts)}{total}"])
+    return "\n".join([*lines, f"{summary(chosen)}{total}"])
 
 
-def summary(counts: dict[str, int]) -> str:
+def summary(rows: list[Row]) -> str:
     """Return the numbers of runs, comparisons and other folders in words."""
-    words = {RUN: "run", COMPARISON: "comparison", OTHER: "other folder"}
-    shown = [f"{counts[kind]:,} {word}{'s' * (counts[kind] != 1)}" for kind, word in words.items() if counts.get(kind)]
+    words, counts = {RUN: "run", COMPARISON: "comparison", OTHER: "other folder"}, Counter(row.kind for row in rows)
+    shown = [f"{counts[kind]:,} {word}{'s' * (counts[kind] != 1)}" for kind, word in words.items() if counts[kind]]
     return ", ".join(shown) or "no run"
 
 

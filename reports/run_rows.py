@@ -24,14 +24,16 @@ POINTS = 50  # of a curve: more are not distinguishable in a chart that overlays
 DATE = "%Y-%m-%d %H:%M"
 MAX_TEXT = 200  # characters of a value
 FACTS = (  # of run.json, under their own names
-    *("preset", "seed", "device", "precision", "num_parameters", "num_processes", "hold_out", "max_steps", "patience"),
-    *("init_weights", "synthetic", "deterministic", "commit", "uncommitted_changes"),
+    *("preset", "seed", "device", "precision", "num_parameters", "num_processes", "hold_out", "max_steps"),
+    *("max_minutes", "patience", "init_weights", "synthetic", "deterministic", "commit", "uncommitted_changes"),
 )
 CURVES = (  # of metrics.jsonl
     *("test_accuracy", "validation_accuracy", "train_loss", "test_loss", "validation_loss"),
     *("test_raw_accuracy", "validation_raw_accuracy", "learning_rate", "images_per_second"),
 )
-SAME_SETTING = ("hold_out", "max_steps", "patience", "init_weights", "synthetic", "precision")
+SAME_SETTING = (
+    *("hold_out", "max_steps", "max_minutes", "only_shortens", "patience", "init_weights", "synthetic", "precision"),
+)
 SUMS = ("training_seconds",)  # of all epochs; every other number of metrics.jsonl is that of the last epoch
 FILES = ("run.json", "metrics.jsonl", "steps.jsonl", "evaluation_test.json", "report.html")  # that a row is read from
 

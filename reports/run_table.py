@@ -19,7 +19,7 @@ import numpy as np
 
 from reports.run_rows import COMPARISON, FILES, OTHER, RUN, Row, default_settings, read_row
 
-VERSION = 1  # of the cache; a change of what a row holds needs another number
+VERSION = 2  # of the cache; a change of what a row holds needs another number
 CACHE = ".index-cache.json"
 DEPTH = 3  # runs/<name>, runs/<comparison>/<name>, and one more
 MOST_FOLDERS = 10_000  # without a run that are looked into: --runs-dir may be a home folder
@@ -225,11 +225,22 @@ def columns_of(rows: list[Row]) -> list[str]:
     return first + [key for key in present if key not in {*first, *last}] + last
 
 
+def intact_runs(rows: list[Row]) -> list[dict[str, Any]]:
+    """Return the values of every run whose settings are known: a damaged folder lacks everything."""
+    return [row.values for row in rows if row.kind == RUN and row.setting]
+
+
 def varied_columns(rows: list[Row]) -> list[str]:
-    """Return the columns whose value is not the same in every run or comparison."""
-    of_runs = [row.values for row in rows if row.kind != OTHER]
+    """Return the columns whose value is not the same in every run or comparison.
+
+    A setting that some runs lack differs between runs: an option of a part, or a limit such as max_steps.
+    """
     found: dict[str, set[Any]] = defaultdict(set)
-    for values in of_runs:
-        for key, value in values.items():
+    for row in rows:
+        for key, value in row.values.items() if row.kind != OTHER else ():
             found[key].add(value)
+    runs = intact_runs(rows)
+    for key, values in found.items():
+        if 0 < sum(key in run for run in runs) < len(runs):
+            values.add(None)
     return [key for key in columns_of(rows) if len(found[key]) > (0 if key in BASE + RESULTS else 1)]

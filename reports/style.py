@@ -11,12 +11,13 @@ import logging
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import RunError
-from common.text import listed
+from common.text import listed, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,9 +135,23 @@ def _fonts_for(missing: set[int]) -> tuple[list[str], set[int]]:
     return families, missing
 
 
-def set_title(figure: Figure, title: str) -> None:
-    """Set a title that may be a long sentence, wrapped to the width of the figure."""
-    figure.suptitle("\n".join(textwrap.wrap(title, int(11 * figure.get_figwidth()))), fontsize=11)
+def short_names(names: Iterable[str], length: int = 28) -> dict[str, str]:
+    """Return name -> how a picture shows it: at most `length` letters, a mark " *" besides, and no two alike."""
+    shown: dict[str, str] = {}
+    for name in names:
+        bare, mark, _ = name.partition(" *")
+        text, number = shorten(bare, length), 1
+        while text + mark in shown.values():
+            number += 1
+            text = f"{shorten(bare, length - 4)} ({number})"
+        shown[name] = text + mark
+    return shown
+
+
+def set_title(figure: Figure, title: str, right: float = 0.0) -> None:
+    """Set a title that may be a long sentence, wrapped to the width of the figure without `right` inches of legend."""
+    width = figure.get_figwidth() - right
+    figure.suptitle("\n".join(textwrap.wrap(title, int(11 * width))), fontsize=11, x=width / 2 / figure.get_figwidth())
 
 
 def finish(axes: Any, **labels: Any) -> None:

@@ -1,17 +1,25 @@
-"""Pictures of a comparison (compare.py): paired differences, accuracy of every seed, accuracy against cost, curves."""
+"""Pictures of a comparison (compare.py): paired differences, accuracy of every seed, accuracy against cost, curves.
+
+`first` is the name of the variant that all others are compared with. It is black; without finished runs it is left out,
+and no other variant takes its place.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.style import AMBER, BLACK, BLUE, GRAY, GREEN, ORANGE, PURPLE, SKY, make_figure, set_title
+from reports.style import AMBER, BLACK, BLUE, GRAY, GREEN, ORANGE, PURPLE, SKY, make_figure, set_title, short_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNITS = {"parameters": "parameters (millions)"}
+LEGEND_LINE = 0.2  # inches of one name in a legend, upward
+LEGEND_LETTER = 0.07  # inches of one letter in a legend, sideways
 
 
 def paired_differences(
@@ -46,7 +54,7 @@ def paired_differences(
             fontsize=8,
             annotation_clip=False,
         )
-    axes.set_yticks(range(len(differences)), list(differences))
+    axes.set_yticks(range(len(differences)), list(short_names(differences).values()), fontsize=9)
     axes.set(
         xlabel=f"{label}\ndiamond: mean, bar: 95 % interval, ticks: seeds", ylim=(max(1, len(differences)) - 0.5, -0.5)
     )
@@ -56,14 +64,14 @@ def paired_differences(
     return figure
 
 
-def variant_accuracy(accuracies: dict[str, list[float]], title: str, label: str) -> Figure:
+def variant_accuracy(accuracies: dict[str, list[float]], first: str, title: str, label: str) -> Figure:
     """Plot every seed's accuracy as a dot next to mean and standard deviation, one row per variant.
 
     The mean of the first variant is a vertical line.
     """
-    figure, ((axes,),) = make_figure(8, 1.4 + 0.42 * len(accuracies))
-    for row, values in enumerate(accuracies.values()):
-        color = BLACK if row == 0 else BLUE
+    figure, ((axes,),) = make_figure(8, 1.4 + 0.42 * max(1, len(accuracies)))
+    for row, (name, values) in enumerate(accuracies.items()):
+        color = BLACK if name == first else BLUE
         offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
         axes.plot(values, row + 0.15 + offsets, ls="", marker="o", ms=5, color=color, alpha=0.5, mew=0)
         axes.errorbar(
@@ -75,25 +83,28 @@ def variant_accuracy(accuracies: dict[str, list[float]], title: str, label: str)
             ms=5,
             capsize=3,
         )
-    if accuracies:
-        axes.axvline(np.mean(next(iter(accuracies.values()))), color=BLACK, lw=0.8, ls=":", zorder=0)
-    axes.set_yticks(range(len(accuracies)), list(accuracies))
-    axes.set(xlabel=f"{label}; dots: seeds, diamonds: mean ± sd", ylim=(len(accuracies) - 0.5, -0.5))
+    if first in accuracies:
+        axes.axvline(np.mean(accuracies[first]), color=BLACK, lw=0.8, ls=":", zorder=0)
+    axes.set_yticks(range(len(accuracies)), list(short_names(accuracies).values()), fontsize=9)
+    axes.set(xlabel=f"{label}; dots: seeds, diamonds: mean ± sd", ylim=(max(1, len(accuracies)) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     set_title(figure, title)
     return figure
 
 
-def accuracy_against(variants: dict[str, dict[str, Any]], title: str, label: str) -> Figure:
+def accuracy_against(variants: dict[str, dict[str, Any]], first: str, title: str, label: str) -> Figure:
     """Plot mean accuracy (± sd) against each cost, one panel per cost.
 
     Args:
         variants: variant -> {"accuracy": one value per seed, and each cost by its name}.
     """
     costs = [cost for cost in next(iter(variants.values()), {"accuracy": [], "cost": 0}) if cost != "accuracy"]
-    figure, panels = make_figure(4 * len(costs) + 2, 4.2, 1, len(costs), sharey=True)
+    names, styles = short_names(variants), _styles(variants, first)
+    legend, height = _legend_width(names), max(4.2, 1 + LEGEND_LINE * len(variants))
+    figure, panels = make_figure(4 * len(costs) + legend, height, 1, len(costs), sharey=True)
     for axes, cost in zip(panels[0], costs, strict=True):
-        for (name, variant), (color, marker) in zip(variants.items(), _styles(), strict=False):
+        for name, variant in variants.items():
+            color, marker = styles[name]
             sd = np.std(variant["accuracy"], ddof=1) if len(variant["accuracy"]) > 1 else None
             axes.errorbar(
                 variant[cost],
@@ -104,7 +115,7 @@ def accuracy_against(variants: dict[str, dict[str, Any]], title: str, label: str
                 ms=8,
                 ls="",
                 lw=1,
-                label=name,
+                label=names[name],
                 mec="white",
             )
         low, high = (limit((one[cost] for one in variants.values()), default=1.0) for limit in (min, max))
@@ -113,42 +124,47 @@ def accuracy_against(variants: dict[str, dict[str, Any]], title: str, label: str
         axes.grid(alpha=0.3)
     panels[0, 0].set(ylabel=label)
     if variants:
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    set_title(figure, title)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    set_title(figure, title, legend)
     return figure
 
 
-def variant_curves(curves: dict[str, tuple[list[float], list[list[float]]]], title: str, label: str) -> Figure:
+def variant_curves(
+    curves: dict[str, tuple[list[float], list[list[float]]]], first: str, title: str, label: str
+) -> Figure:
     """Plot accuracy over epochs, one panel per variant: mean ± sd over seeds, with the first variant in black.
 
     Args:
         curves: variant -> epochs, and the accuracies at them, one list per seed.
     """
-    others = list(curves.items())[1:] or list(curves.items())
+    others = [name for name in curves if name != first] or list(curves)
+    names = short_names(curves)
     columns = min(4, max(1, len(others)))
     rows = max(1, -(-len(others) // columns))
     figure, panels = make_figure(max(5.5, 3.2 * columns), 2.7 * rows + 1, rows, columns, sharex=True, sharey=True)
     for axes in panels.flat[len(others) :]:
         axes.set_axis_off()
-    for axes, (name, curve) in zip(panels.flat, others, strict=False):
-        first = next(iter(curves))
-        for variant, (epochs, values), color in ((first, curves[first], BLACK), (name, curve, BLUE)):
+    for axes, name in zip(panels.flat, others, strict=False):
+        for variant, color in ((first, BLACK), (name, BLUE)):
+            if variant not in curves:
+                continue
+            epochs, values = curves[variant]
             mean = np.mean(values, axis=0)
             sd = np.std(values, axis=0, ddof=1) if len(values) > 1 else 0.0
-            axes.plot(epochs, mean, color=color, label=variant, marker="." if len(epochs) < 20 else "")
+            axes.plot(epochs, mean, color=color, label=names[variant], marker="." if len(epochs) < 20 else "")
             axes.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(names[name], fontsize=10)
         axes.grid(alpha=0.3)
         axes.tick_params(labelbottom=True)
-    if others:
-        panels[0, 0].legend([panels[0, 0].lines[0]], [first], frameon=False, fontsize=9)
+    if first in curves:
+        panels[0, 0].legend([panels[0, 0].lines[0]], [names[first]], frameon=False, fontsize=8)
     figure.supxlabel("epoch", fontsize=10)
     figure.supylabel(label, fontsize=10)
     set_title(figure, title)
     return figure
 
 
-def curves_by_cost(variants: dict[str, dict[str, Any]], title: str, label: str) -> Figure:
+def curves_by_cost(variants: dict[str, dict[str, Any]], first: str, title: str, label: str) -> Figure:
     """Plot accuracy over what training has cost, all variants in one panel per cost: mean and ± sd over seeds.
 
     Args:
@@ -157,27 +173,33 @@ def curves_by_cost(variants: dict[str, dict[str, Any]], title: str, label: str) 
     costs = [cost for cost in next(iter(variants.values()), {}) if cost != "accuracy"] or ["cost"]
     columns = min(2, len(costs))
     rows = -(-len(costs) // columns)
-    figure, panels = make_figure(4.2 * columns + 2, 3 * rows + 1, rows, columns, sharey=True)
+    names, styles = short_names(variants), _styles(variants, first)
+    legend, height = _legend_width(names), max(3 * rows, LEGEND_LINE * len(variants)) + 1
+    figure, panels = make_figure(4.2 * columns + legend, height, rows, columns, sharey=True)
     for axes, cost in zip(panels.flat, costs, strict=False):
-        for (name, variant), (color, marker) in zip(variants.items(), _styles(), strict=False):
+        for name, variant in variants.items():
+            color, marker = styles[name]
             values = variant["accuracy"]
             mean = np.mean(values, axis=0)
             sd = np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
-            axes.plot(
-                variant[cost], mean, color=color, label=name, lw=1.3, marker=marker if len(mean) < 20 else "", ms=4
-            )
+            marker = marker if len(mean) < 20 else ""
+            axes.plot(variant[cost], mean, color=color, label=names[name], lw=1.3, marker=marker, ms=4)
             axes.fill_between(variant[cost], mean - sd, mean + sd, color=color, alpha=0.15, lw=0)
         axes.set(xlabel=cost)
         axes.grid(alpha=0.3)
     if variants:
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     figure.supylabel(label, fontsize=10)
-    set_title(figure, title)
+    set_title(figure, title, legend)
     return figure
 
 
-def _styles() -> list[tuple[str, str]]:
-    """A color and a marker for each variant; the first is black."""
-    return [(BLACK, "D")] + [
-        (color, marker) for marker in "os^vP" for color in (BLUE, ORANGE, GREEN, SKY, PURPLE, AMBER)
-    ]
+def _legend_width(names: dict[str, str]) -> float:
+    return max(2.0, 0.6 + LEGEND_LETTER * max(map(len, names.values()), default=0))
+
+
+def _styles(names: Iterable[str], first: str) -> dict[str, tuple[str, str]]:
+    """Return name -> color and marker. Only the first variant is black; after 54 others, both are used again."""
+    colors = (BLUE, ORANGE, GREEN, SKY, PURPLE, AMBER)
+    styles = itertools.cycle([(color, marker) for marker in "os^vPX<>p" for color in colors])
+    return {name: (BLACK, "D") if name == first else next(styles) for name in names}

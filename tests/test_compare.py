@@ -23,11 +23,12 @@ from comparison.planned_run import PlannedRun
 from comparison.planning import Data, make_task
 from comparison.run_queue import run_all
 from comparison.significance import seeds_needed
-from comparison.time_budget import steps_for
+from comparison.time_budget import COMPILING, steps_for
 from comparison.variant_costs import cost_of, costs
 from config.settings import ResizingSettings
 from image_data.preparation.prepare import prepare
 from models import feed_forward as feedforward
+from parallel.compile import CPU_IMAGES, FIRST_STEPS
 from records.run_folder import RunFolder
 
 EXPERIMENTS = sorted((PROJECT / "experiments").glob("*.toml"))
@@ -190,6 +191,15 @@ def test_an_override_beats_the_file_and_its_size_and_a_variant_beats_all(tmp_pat
     assert [variant.settings.model.width for variant in read(file, "small", None, overrides).variants] == [144, 48]
 
 
+def test_options_of_the_file_for_a_part_that_a_variant_replaces_are_named(ask, invented, tmp_path):
+    text = COMMON + "model.feed_forward_options.hidden = 64\n" + VARIANTS.replace("options.hidden = 32", "options = {}")
+    code, out, _ = ask(text.replace("model.feed_forward_options = {}\n", ""), "--dry-run")
+    assert code == 0 and "'gated' names another part" in out and ": model.feed_forward_options.hidden=64\n" in out
+    plain, gated = read(tmp_path / "gates.toml").variants
+    assert plain.settings.model.feed_forward_options == {"hidden": 64} and plain.left_out == ()
+    assert gated.settings.model.feed_forward_options == {}
+
+
 def test_a_part_with_a_bug_is_found_before_anything_runs(ask, invented, monkeypatch):
     class Broken(nn.Module):
         """Loses half of the channels."""
@@ -302,6 +312,39 @@ def test_runs_of_other_settings_are_refused_or_set_aside(ask, invented, tmp_path
         sorted(invented.started) == ["gated-seed0", "gated-seed1"]
         and (tmp_path / "runs" / "gates" / "gated-seed0.old-1").is_dir()
     )
+
+
+def test_a_report_says_why_a_run_is_missing_and_reads_the_dataset_from_the_right_run(ask, invented, tmp_path):
+    assert ask()[0] == 0
+    runs = tmp_path / "runs" / "gates"
+    for name in ("a-removed-seed0", "gated-seed0.old-1"):  # with another validation split, so fewer images
+        record = RunFolder(runs / name)
+        facts = RunFolder(runs / "gated-seed0").facts()
+        facts["dataset"] |= {"num_images": {"train": 100}, "fingerprint": "other"}
+        record.create(facts | {"hold_out": 0.5})
+    (runs / "a-damaged").mkdir()
+    (runs / "a-damaged" / "run.json").write_text("{")
+    assert ask(COMMON.replace("steps = 6", "epochs = 1") + VARIANTS, "--dry-run")[0] == 0
+    code, _, err = ask(COMMON + VARIANTS, "--report-only")
+    assert code == 0 and not err, err
+    (runs / "gated-seed0" / "run.json").write_text("[]")
+    _, _, err = ask(COMMON + VARIANTS.replace("32", "40"), "--report-only", "--seeds", "3")
+    assert "missing: plain-seed2: was not run\n" in err and "gated-seed0: its folder holds a run of other" in err
+    assert (
+        "missing: gated-seed1: its folder holds a run of other settings (settings.model.feed_forward_options.hidden "
+        "was 32, is 40)\n" in err
+    )
+
+
+def test_a_run_with_damaged_settings_is_not_this_run(tmp_path):
+    task = PlannedRun("one", tmp_path / "one", [], {"settings": {"epochs": 1}, "fingerprint": "f"})
+    for facts, text in (
+        ({"settings": {"model": 3}, "dataset": {"fingerprint": "f"}}, "settings.epochs was None, is 1"),
+        ({"settings": None, "dataset": {"fingerprint": "f"}}, "settings was None"),
+        ({"settings": {}, "dataset": None}, "its run.json is damaged"),
+    ):
+        RunFolder(task.folder).create(facts)
+        assert text in task.state()
 
 
 def test_a_failing_variant_does_not_end_the_others_and_is_reported(ask, invented, tmp_path):
@@ -479,6 +522,45 @@ def test_a_budget_in_seconds_becomes_steps_for_each_variant(ask, invented, tmp_p
     text, data = report(tmp_path)
     assert all(variant["unequal"] == [] for variant in data["arms"].values()) and "60 seconds" in text
     assert ask(COMMON.replace("steps = 6", "seconds = 60") + VARIANTS, "--report-only")[0] == 0
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_a_budget_in_seconds_is_measured_compiled_where_long_runs_are_compiled(
+    ask, invented, monkeypatch, tmp_path, has_compiler
+):
+    """In bf16 on a CPU, 60 s at 4,000 images/s are more than CPU_IMAGES, at 2,000 they are less."""
+
+    def start(task, environment):
+        is_compiled = task.expected["settings"]["compile"] == "on"
+        if is_compiled and not has_compiler:
+            invented.fails[task.name] = "error: compile=on: torch.compile does not work on this machine"
+        invented.facts[task.name] = {"precision": "bf16"}
+        invented.speed = {"gated": 2000.0, "plain": 4000.0}
+        if task.name == "calibration-plain-compiled":
+            invented.speed = {"plain": 8000.0}
+        return invented(task, environment)
+
+    monkeypatch.setattr(compare, "launch", start)
+    assert COMPILING[0] == FIRST_STEPS["on"] and 60 * 2000 < CPU_IMAGES < 59 * 4000
+    text = COMMON.replace("steps = 6", "seconds = 60") + VARIANTS
+    assert ask(text)[0] == 0
+    measured = {name for name in invented.started if "calibration" in name and "short" not in name}
+    assert measured == {"calibration-gated-long", "calibration-plain-long", "calibration-plain-compiled"}
+    steps = RunFolder(tmp_path / "runs" / "gates" / "plain-seed0").facts()["max_steps"]
+    assert (steps > 1.2 * 60 * 4000 / 64) is has_compiler
+    invented.started.clear()
+    assert ask(text)[0] == 0 and not invented.started
+
+
+def test_a_budget_in_seconds_is_refused_where_runs_share_a_device(ask, invented, monkeypatch):
+    text = COMMON.replace("steps = 6", "seconds = 60") + VARIANTS
+    for parallel in ("auto", "2"):
+        code, _, err = ask(text, "--parallel", parallel)
+        assert code == 1 and not invented.started and "leave out --parallel" in err
+    assert ask(text, "--parallel", "1", "--dry-run")[0] == 0
+    monkeypatch.setattr(compare, "visible_gpus", lambda: ["0", "1"])
+    assert ask(text, "--parallel", "2", "--dry-run")[0] == 0
+    assert ask(text, "--parallel", "3", "--dry-run")[0] == 1
 
 
 def test_a_budget_in_seconds_that_was_missed_is_named(ask, invented, monkeypatch, tmp_path):

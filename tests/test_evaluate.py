@@ -275,6 +275,8 @@ def test_missing_weights(trained):
         f"error: {trained.folder} has no finished epoch yet. Wait if it is training, or continue it: "
         "python train.py --name 'a b'\n"
     )
+    trained.create(trained.facts() | {"num_processes": 2})
+    assert refusal(trained).endswith("or continue it: ./launch_local_train.sh --name 'a b'\n")
 
 
 def test_truncated_weights(trained):
@@ -379,7 +381,7 @@ def test_a_dataset_that_is_gone(trained, tmp_path):
 
 
 def test_a_split_that_the_run_does_not_have(trained):
-    assert "has no validation split. Evaluate it with --split test" in refusal(trained, "--split", "validation")
+    assert "has no validation split. Use --split test" in refusal(trained, "--split", "validation")
 
 
 @pytest.mark.parametrize(

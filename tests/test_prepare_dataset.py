@@ -352,7 +352,7 @@ def test_a_tilde_is_the_home_folder(tree, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--root=~/tree", "--data-dir=~/out"]) == 0
     assert (tmp_path / "out/dataset.json").is_file() and not (tmp_path / "~").exists()
-    assert find_or_prepare(Path("~/out"), None, None) == tmp_path / "out"
+    assert prepare("~/out").folder == tmp_path / "out"
 
 
 def test_a_read_only_tree_is_prepared_elsewhere(tree, capsys, monkeypatch):

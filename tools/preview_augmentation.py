@@ -15,8 +15,8 @@ import numpy as np
 from common.output_files import check_output_file, check_picture_suffix
 from common.paths import DATA, name_of
 from config.catalog import SOURCES
-from config.command_line import Parser, at_least_one
-from config.settings import AugmentationSettings, preset_names, resolve
+from config.command_line import Parser, add_settings, at_least_one
+from config.settings import AugmentationSettings, resolve
 from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
 
@@ -53,18 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="prepared dataset (default: data/cifar100)",
     )
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help=f"preset to start from: {', '.join(preset_names())}, or a .toml file (default: none)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="setting to override, such as augmentation.flip=0; repeat for more",
-    )
+    add_settings(parser, example="augmentation.flip=0")
     parser.add_argument(
         "--source",
         default="auto",

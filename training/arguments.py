@@ -68,21 +68,27 @@ def options_of(args: argparse.Namespace, preset: str) -> tuple[RunOptions, Folde
 
     return (
         RunOptions(
-            preset,
-            args.seed,
-            args.max_steps,
-            args.hold_out,
-            args.patience,
-            args.init_weights and recorded_name(args.init_weights),
-            args.synthetic,
-            args.deterministic,
-            str(args.evaluate_every),
-            args.max_minutes,
-            args.only_shortens,
+            preset=preset,
+            seed=args.seed,
+            max_steps=args.max_steps,
+            hold_out=args.hold_out,
+            patience=args.patience,
+            init_weights=args.init_weights and recorded_name(args.init_weights),
+            synthetic=args.synthetic,
+            deterministic=args.deterministic,
+            evaluate_every=str(args.evaluate_every),
+            max_minutes=args.max_minutes,
+            only_shortens=args.only_shortens,
         ),
         FolderOptions(args.runs_dir, args.name, args.fresh, args.keep_checkpoints, args.allow_inexact_resume),
         LoggingOptions(
-            args.checkpoint_every, args.tensorboard, args.wandb, args.report, args.mlflow, args.group, args.profile
+            checkpoint_every=args.checkpoint_every,
+            tensorboard=args.tensorboard,
+            wandb=args.wandb,
+            report=args.report,
+            mlflow=args.mlflow,
+            group=args.group,
+            profile=args.profile,
         ),
     )
 
@@ -103,7 +109,11 @@ def _add_data_options(parser: Parser) -> None:
         help="dataset to prepare and train on (default: cifar100)",
     )
     data.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: data/<dataset>)"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the prepared dataset, or an image tree {train,test}/<class>/*.png, which is prepared in place "
+        "(default: data/<dataset>)",
     )
     data.add_argument(
         "--archive", type=Path, metavar="FILE", help="prepare the dataset from this zip or tar (default: download)"
@@ -253,7 +263,10 @@ def _add_run_options(parser: Parser) -> None:
         help="random seed for initialization, data order and augmentation (default: 0)",
     )
     run.add_argument(
-        "--name", type=run_name, help="name of the run folder runs/<name> (default: made from preset, dataset and seed)"
+        "--name",
+        type=run_name,
+        help="name of the run folder runs/<name> (default: made from preset, dataset and seed; -2, -3, ... is appended "
+        "where a finished or different run has that name)",
     )
     run.add_argument("--runs-dir", type=Path, default=RUNS, metavar="DIR", help="folder of all runs (default: runs)")
     run.add_argument(

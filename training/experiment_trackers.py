@@ -18,6 +18,7 @@ import numpy as np
 
 from common.errors import RunError
 from common.files import write_atomically
+from common.text import first_line
 from config.differences import leaves
 from training.tracker import Tracker, numbers_of
 
@@ -58,8 +59,7 @@ class WeightsAndBiases(Tracker):
             )
         except wandb.errors.Error as error:
             raise RunError(
-                f"Weights & Biases reports '{str(error).splitlines()[0]}'. To log to this disk only, set "
-                "WANDB_MODE=offline"
+                f"Weights & Biases reports '{first_line(error)}'. To log to this disk only, set WANDB_MODE=offline"
             ) from error
         self.image = wandb.Image
 
@@ -116,9 +116,9 @@ class MLflow(Tracker):
             known = self.client.get_run(self.run_id).data.metrics
             self.logged = {name: self._last_step(name) if name in known else -1 for name in ("step_loss", "train_loss")}
         except (MlflowException, ImportError, OSError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(
-                f"MLflow reports '{first}'. Set MLFLOW_TRACKING_URI to a store that works, or leave out --mlflow"
+                f"MLflow reports '{first_line(error)}'. Set MLFLOW_TRACKING_URI to a store that works, "
+                "or leave out --mlflow"
             ) from error
 
     def _last_step(self, name: str) -> int:

@@ -226,7 +226,6 @@ class Loop:
         """Evaluate, write a line of metrics.jsonl, save a checkpoint at the end of an epoch, print. Collective."""
         engine, progress, ends_epoch = self.engine, self.progress, self._ends_epoch()
         found = self.evaluation.run(progress, is_last=engine.step == self.total_steps)
-        progress.best_accuracy, progress.best_step = found.best_accuracy, found.best_step
         is_last = found.ends_early or engine.step == self.total_steps
         saves = is_last or (ends_epoch and self.writer.is_due_after(progress.epoch + 1))
         line = epoch_line(engine, progress, found.results, self.tracking.take_seconds(), found.ends_early)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.errors import SettingsError, UserError
+from common.text import first_line
 from config.settings import ResizingSettings, Settings
 from model import build_model
 from parallel.progressive_resizing import ProgressiveResizing
@@ -63,7 +64,7 @@ def network_problem(settings: Settings, num_classes: int, side: int) -> str | No
             raise
         except Exception as error:  # noqa: BLE001 (whatever a part raises for a size that it was not built for)
             problem = error
-    text = str(problem).strip().partition("\n")[0] or type(problem).__name__
     return (
-        f"the network was built for images of {side} pixels and fails on the {small} pixels of the first steps ({text})"
+        f"the network was built for images of {side} pixels and fails on the {small} pixels of the first steps "
+        f"({first_line(problem)})"
     )

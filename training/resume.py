@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_NOTHING_DONE, RunError, RunFinishedError
-from common.files import gigabytes, room_left, write_atomically
+from common.files import bytes_text, room_left, write_atomically
 from common.paths import near_path
 from common.text import python_command, quoted
-from config.differences import differences
+from config.differences import comparable, differences
 from image_data.dataset import Dataset
 from parallel.engine import Engine
 from records.checkpoint_store import ENGINE, STATE, Checkpoints, disk_space_needed, find_damage, read_facts, step_of
@@ -21,7 +21,7 @@ from records.own_part_files import FOLDER as OWN_PARTS
 from records.own_part_files import keep_own_parts
 from records.provenance import changed_between, write_code_diff
 from records.run_folder import Progress, RunFolder
-from training.resume_conditions import MAY_DIFFER, MUST_MATCH, comparable, compare
+from training.resume_conditions import MAY_DIFFER, MUST_MATCH, compare
 
 BUDGET = ("settings.epochs ", "max_steps ", "max_minutes ")  # differences that only make a run longer or shorter
 
@@ -179,8 +179,8 @@ def check_room(folder: Path, needed: int, options: FolderOptions) -> None:
     left = room_left(folder)
     if left < needed:
         raise RunError(
-            f"the run needs about {gigabytes(needed)} for its checkpoints and weights, and the disk of "
-            f"{near_path(options.runs_dir)} has {gigabytes(left)} left; free some space, choose another "
+            f"the run needs about {bytes_text(needed)} for its checkpoints and weights, and the disk of "
+            f"{near_path(options.runs_dir)} has {bytes_text(left)} left; free some space, choose another "
             "--runs-dir, "
             f"or keep fewer than --keep-checkpoints {options.keep_checkpoints}"
         )

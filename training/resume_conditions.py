@@ -8,9 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.errors import SettingsError
 from common.machine import cpu_name
-from config.settings import Settings
 from parallel.engine import Engine
 
 # What must be the same for a run to resume ...
@@ -19,6 +17,7 @@ MUST_MATCH = ("settings", "seed", "max_steps", "max_minutes", "hold_out", "patie
 # ... except how the work is distributed: the state is the same (an engine that cannot load another's state rejects it).
 MAY_DIFFER = (
     "settings.strategy",
+    "settings.compile",
     "settings.parallel.stages",
     "settings.parallel.partition",
     "settings.parallel.patience_seconds",
@@ -99,13 +98,3 @@ def compare(old: dict[str, Any], new: dict[str, Any], batch_norm: bool) -> tuple
             f"{change.words}: {old[key]} before, {new[key]} now ({change.why})"
         )
     return accepted, refused
-
-
-def comparable(facts: dict[str, Any], key: str) -> Any:
-    """Return a fact of run.json for comparison; a run older than a setting had that setting's default."""
-    if key == "settings":
-        try:
-            return Settings.from_dict(facts["settings"]).as_dict()
-        except (SettingsError, TypeError, KeyError):
-            pass
-    return facts.get(key)

@@ -1,4 +1,4 @@
-"""The steps of train.py before a run starts: the process, the settings' checks, the dataset and the network."""
+"""The steps of train.py before a run starts: process, checks of the settings, dataset, network and engine options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common.errors import SettingsError
-from common.files import gigabytes
+from common.files import bytes_text
 from common.stop_signal import StopSignal
 from config.catalog import check_names
 from config.settings import ModelSettings, Settings, preset_names
@@ -28,6 +28,7 @@ from models.pretrained import local_file
 from optim import lr_schedule
 from optim.optimizers import build_optimizer
 from parallel.engine import Engine
+from parallel.peers.link_cost import lines_of_cost
 from parallel.precision import choose as choose_precision
 from parallel.precision import fast_bf16
 from parallel.process_group import check_environment, pick_device
@@ -132,7 +133,9 @@ def check_settings(
         local_file(init_weights)  # downloads named weights
     if Path(preset).stem == "finetune" and init_weights is None:
         console.print_field(
-            "warning", "the preset finetune starts from random weights; add --init-weights FILE to fine-tune"
+            "warning",
+            "the preset finetune starts from random weights; to fine-tune, add "
+            "--init-weights timm:vit_base_patch32_224",
         )
 
 
@@ -152,8 +155,8 @@ def check_parts(settings: Settings) -> None:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if BYTES_PER_PARAMETER * count > memory:
                 raise SettingsError(
-                    f"the network has {count:,} parameters, which need {gigabytes(BYTES_PER_PARAMETER * count)}, and "
-                    f"this machine has {gigabytes(memory)} of memory; choose a smaller model.width or model.depth"
+                    f"the network has {count:,} parameters, which need {bytes_text(BYTES_PER_PARAMETER * count)}, and "
+                    f"this machine has {bytes_text(memory)} of memory; choose a smaller model.width or model.depth"
                 )
             build_optimizer(settings.engine["optimizer"], model, fused=False)
     except UnusablePart:
@@ -196,3 +199,25 @@ def network_builder(
         return model
 
     return build
+
+
+def set_engine_options(
+    engine: Engine,
+    skip_bad_steps: bool,
+    log_gradients: bool,
+    link_gbps: float | None,
+    step_seconds: float | None,
+    console: Console,
+) -> None:
+    """Set what a new engine does besides training, and print what its exchanges cost over a link of `link_gbps`.
+
+    Raises:
+        SettingsError: the optimizer, the strategy or this PyTorch does not support an option.
+    """
+    if skip_bad_steps:
+        engine.skip_bad_steps()
+    if log_gradients:
+        engine.log_gradients()
+    if link_gbps:
+        steps = engine.settings.parallel.local_steps
+        console.say("\n".join(lines_of_cost(engine.num_parameters, steps, link_gbps, step_seconds)))

@@ -101,8 +101,17 @@ def _start_tracking(
     tracking, problem = Tracking([]), None
     if record:
         try:
-            names = logging.tensorboard, logging.wandb, logging.report, console, logging.mlflow, logging.group
-            tracking = start_tracking(record.folder, facts, engine.step, *names)
+            tracking = start_tracking(
+                record.folder,
+                facts,
+                engine.step,
+                console,
+                tensorboard=logging.tensorboard,
+                wandb=logging.wandb,
+                mlflow=logging.mlflow,
+                group=logging.group,
+                report=logging.report,
+            )
         except (RunError, OSError) as error:
             problem = str(error)
     raise_on_all_ranks(engine, problem)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from common.errors import SettingsError, reason_of
 from common.files import read_lines, write_atomically
+from common.packages import is_installed, require
 from records.run_data import RunData
 from training.console import QUIET, Console
 from training.experiment_trackers import MLflow, WeightsAndBiases
@@ -196,20 +196,21 @@ def start_tracking(
     folder: Path,
     facts: dict[str, Any],
     step: int,
+    screen: Console,
+    *,
     tensorboard: bool,
     wandb: str | None,
+    mlflow: str | None,
+    group: str | None,
     report: bool,
-    screen: Console,
-    mlflow: str | None = None,
-    group: str | None = None,
 ) -> Tracking:
     """Return the trackers of a run that continues after `step`; for the main process.
 
     Args:
         wandb: project at Weights & Biases, "" for the default project; None for no logging there.
-        report: whether to draw curves.png and report.html.
         mlflow: experiment of MLflow; None for no logging there.
         group: of the run at both.
+        report: whether to draw curves.png and report.html.
 
     Raises:
         RunError: Weights & Biases or MLflow cannot be used.
@@ -235,11 +236,9 @@ def start_tracking(
 def check_trackers(tensorboard: bool, wandb: str | None, mlflow: str | None = None) -> None:
     """Check before anything else that the needed packages are installed. Raises SettingsError."""
     for package, is_needed in (("wandb", wandb is not None), ("mlflow", mlflow is not None)):
-        if is_needed and find_spec(package) is None:
-            raise SettingsError(
-                f"--{package} needs the package {package}, which is not installed: pip install {package}"
-            )
-    if tensorboard and find_spec("tensorboard") is None:
+        if is_needed:
+            require(package, f"--{package}")
+    if tensorboard and not is_installed("tensorboard"):
         raise SettingsError(
             "the package tensorboard is not installed: pip install tensorboard, or add --no-tensorboard"
         )

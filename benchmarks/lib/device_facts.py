@@ -22,6 +22,8 @@ from config.command_line import Parser
 if TYPE_CHECKING:
     import torch
 
+COPY_BYTES = 2**28  # of one copy from the host to the device
+
 
 def gpu_facts() -> dict[str, Any]:
     """Return name, memory, versions and measured throughput of GPU 0."""
@@ -60,14 +62,12 @@ def driver() -> str:
         return "unknown"
 
 
-def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
+def copy_rate(device: torch.device) -> float:
     """Return bytes/s from pinned host memory to the device, the best of five copies."""
     import torch
 
-    source, target = (
-        torch.empty(num_bytes, dtype=torch.uint8).pin_memory(),
-        torch.empty(num_bytes, dtype=torch.uint8, device=device),
-    )
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     best = float("inf")
     for _ in range(5):
         torch.cuda.synchronize(device)
@@ -75,7 +75,7 @@ def copy_rate(device: torch.device, num_bytes: int = 2**28) -> float:
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return num_bytes / best
+    return COPY_BYTES / best
 
 
 def main() -> None:

@@ -79,8 +79,7 @@ def source() -> list[str]:
     return ["--source", "tensor"]
 
 
-# --- data and tests
-# -------------------------------------------------------------------------------------------------------
+# --- data and tests ---------------------------------------------------------------------------------------------------
 
 
 def prepare_commands(check: Check) -> list[list[str]]:
@@ -127,8 +126,7 @@ def test_result(check: Check, log: str) -> dict[str, Any]:
     return {**found, **({"failed tests": ", ".join(failed)} if failed else {})}
 
 
-# --- speeds
-# ---------------------------------------------------------------------------------------------------------------
+# --- speeds -----------------------------------------------------------------------------------------------------------
 
 
 def parts_commands(names: str, file: str) -> Any:
@@ -234,8 +232,7 @@ def parallel_figures(check: Check, log: str) -> dict[str, Any]:
     return {**figures, **failed, **({"MPS": report["no_mps"]} if report["no_mps"] else {})}
 
 
-# --- accuracy
-# -------------------------------------------------------------------------------------------------------------
+# --- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 def train(check: Check, name: str, preset: str, *words: object) -> list[str]:

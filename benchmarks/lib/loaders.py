@@ -75,10 +75,7 @@ class Ours(InProcess):
         options = (
             {} if task.job == "crop" else {"policy": "rand_augment", "rand_augment_ops": 2, "rand_augment_magnitude": 9}
         )
-        try:
-            augmentation = AugmentationSettings(crop_padding=PADDING, flip=0.5, **options)
-        except TypeError as error:
-            raise Unavailable(f"this version does not know these settings: {error}") from error
+        augmentation = AugmentationSettings(crop_padding=PADDING, flip=0.5, **options)
         self.batches = Batches(
             dataset,
             "train",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from typing import Any
 
 from benchmarks.lib import step_report
-from benchmarks.lib.options import step_settings
+from benchmarks.lib.options import note, step_settings
 from benchmarks.lib.process_groups import Failed, free_port
 from benchmarks.strategies import CASES, concerns
 from common.errors import SettingsError
@@ -132,7 +131,3 @@ class System:
                 child.kill()
                 child.join()
         self.children = []
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -7,11 +7,13 @@ parser.add_argument("--hosts", type=several(int), ...)         numbers separated
 settings = step_settings(options.preset, options.set)          the settings of a training step that is measured
 report = {**origin(), ...}                                     command, commit and versions of the measurement
 keep((options.json, text), (options.markdown, table))          the files that the user asked for
+note("round 1 of 3")                                           progress on stderr, beside the tables on stdout
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,3 +129,8 @@ def keep(*reports: tuple[Path | None, str]) -> None:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+
+
+def note(text: str) -> None:
+    """Print a line of progress at once; stdout is for the results."""
+    print(text, file=sys.stderr, flush=True)

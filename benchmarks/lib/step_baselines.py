@@ -10,9 +10,12 @@ All of them use channels_last and a torch.compile mode where the settings ask fo
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -287,10 +290,6 @@ class Lightning(Bare):
 
 def lightning_library() -> Any:
     """Return Lightning under either of the names that it is published under."""
-    import importlib
-    import logging
-    import warnings
-
     warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning")
     for name in ("lightning.pytorch", "pytorch_lightning"):
         try:

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from common.machine import cpu_name
 from common.packages import is_installed
 from image_data.preparation.decoding import available_cores
 
@@ -183,7 +183,7 @@ def machine(device: torch.device | None = None, packages: Sequence[str] = PACKAG
     """Return CPU, cores, GPU and versions of the machine; without a device, of its CPU."""
     versions = {package: version_of(package) for package in packages}
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": available_cores(),
         "gpu": _gpu_model(device) if device is not None and device.type == "cuda" else None,
         "versions": {
@@ -197,12 +197,3 @@ def _gpu_model(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()

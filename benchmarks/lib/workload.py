@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.timing import synchronize
-from common.errors import DatasetError
 from config.settings import Settings
 from dali_pipeline import Batches, Synthetic, side_of
 from image_data.dataset import Dataset
@@ -47,13 +46,8 @@ class Subject:
 
     def __init__(self, settings: Settings, data_dir: Path):
         self.settings, self.dataset = settings, Dataset.open(data_dir)
-        self.side, total = side_of(self.dataset, settings.image_side), settings.engine["train_batch_size"]
-        self.steps_per_epoch = len(self.dataset.splits["train"]) // total
-        if not self.steps_per_epoch:
-            raise DatasetError(
-                f"{len(self.dataset.splits['train'])} training images are fewer than one batch of "
-                f"train_batch_size={total}"
-            )
+        self.side = side_of(self.dataset, settings.image_side)
+        self.steps_per_epoch = self.dataset.steps_per_epoch(settings.engine["train_batch_size"])
 
     def build(self) -> nn.Module:
         """Return the untrained network."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from common.display import escaped
 from common.errors import DatasetError
 from common.paths import DATA, near_path
 from common.stop_signal import end_if_stopped, lock_when_free
@@ -65,15 +66,7 @@ def prepare(
     """
     if (archive is not None) + (root is not None) + (dataset is not None) > 1:
         raise PrepareError("give only one of --dataset, --archive and --root")
-    if workers is not None and not 1 <= workers <= MAX_WORKERS:
-        raise PrepareError(f"--workers must lie between 1 and {MAX_WORKERS}, got {workers}")
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
-    for name, value in (("--pack-limit-gib", pack_limit_gib), ("--max-megapixels", max_megapixels)):
-        if not value >= 0:
-            raise PrepareError(f"{name} must be >= 0, got {value}")
-    if unpack_limit_gib is not None and not unpack_limit_gib > 0:
-        raise PrepareError(f"--unpack-limit-gib must be > 0, got {unpack_limit_gib}")
+    _check_numbers(workers, pack_limit_gib, test_fraction, max_megapixels, unpack_limit_gib)
     started = time.perf_counter()
     source = Source(dataset, _expand(archive), _expand(root))
     folder = _expand(data_dir) or source.default_folder()
@@ -114,6 +107,25 @@ def prepare(
     return ready
 
 
+def _check_numbers(
+    workers: int | None,
+    pack_limit_gib: float,
+    test_fraction: float | None,
+    max_megapixels: float,
+    unpack_limit_gib: float | None,
+) -> None:
+    """Raise PrepareError for an option of `prepare` that is out of its range."""
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise PrepareError(f"--workers must lie between 1 and {MAX_WORKERS}, got {workers}")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
+    for name, value in (("--pack-limit-gib", pack_limit_gib), ("--max-megapixels", max_megapixels)):
+        if not value >= 0:
+            raise PrepareError(f"{name} must be >= 0, got {value}")
+    if unpack_limit_gib is not None and not unpack_limit_gib > 0:
+        raise PrepareError(f"--unpack-limit-gib must be > 0, got {unpack_limit_gib}")
+
+
 def find_or_prepare(
     data_dir: Path | None, dataset: str | None, archive: Path | None, skip_broken: bool = False
 ) -> Path:
@@ -125,7 +137,6 @@ def find_or_prepare(
         DatasetError: `data_dir` holds neither a prepared dataset nor a tree, and no source is given; or it was prepared
             from another archive or dataset than the one given.
     """
-    data_dir, archive = _expand(data_dir), _expand(archive)
     folder = data_dir or DATA / (dataset or DEFAULT)
     if not Dataset.is_prepared(folder):
         if archive and not data_dir and not dataset and not is_copy_of(DEFAULT, archive.name):
@@ -145,7 +156,7 @@ def find_or_prepare(
 
 
 def _expand(path: str | Path | None) -> Path | None:
-    """Replace a leading ~ by the home folder: shells leave it alone in --data-dir=~/data."""
+    """Return the path, whose ~ is the home folder also where another program calls `prepare`."""
     return None if path is None else Path(os.path.expanduser(path))
 
 
@@ -177,7 +188,7 @@ def _make(folder: Path, source: Source, options: Options) -> None:
             )
         survey = survey_images(tree, partial, options)
         for warning in (*tree.warnings, *survey.warnings):
-            print(f"warning: {_printable(warning)}", file=sys.stderr)
+            print(f"warning: {escaped(warning)}", file=sys.stderr)
         _write(folder, partial, tree, survey, options, source.record())
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -263,12 +274,6 @@ def _fingerprint(classes: list[str], listings: dict[str, list[tuple[str, int]]],
         for (path, label), pixels in zip(rows, facts[split].digests, strict=True):
             digest.update(f"{split}\t{path}\t{label}\n".encode() + pixels)
     return f"sha256:{digest.hexdigest()}"
-
-
-def _printable(text: str) -> str:
-    """Escape control characters and bytes that are not UTF-8, which file names may contain."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _describe(ready: Dataset) -> str:

@@ -88,7 +88,7 @@ class Engine(zero.Engine):
     def close(self, failed: bool = False) -> None:
         if self.is_main:
             self.meeting.close()
-        super().close()
+        super().close(failed)
 
     # --- training --------------------------------------------------------------------------------------------------
 

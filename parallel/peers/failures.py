@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -22,10 +21,10 @@ FAILURES = 2  # of a member, until it is left out
 
 
 class MemberFailures:
-    """The failures of other peers that the peer with this ID has seen; `connect` tests a path."""
+    """The failures of other peers that the peer with this ID has seen."""
 
-    def __init__(self, own_id: str, connect: Callable[[str, int], bool] | None = None):
-        self.id, self.connect = own_id, connect or can_connect
+    def __init__(self, own_id: str):
+        self.id, self.connect = own_id, can_connect
         self.counts: Counter[str] = Counter()  # since the last exchange that worked
         self.unreachable: dict[str, tuple[str, int] | None] = {}  # ID -> address to try again, None: never
 

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import RunError, SettingsError
+from common.text import first_line
 from config.differences import leaves
 from parallel.peers import failures, heartbeat
 from parallel.peers.averaging import Averaging
@@ -210,7 +211,7 @@ class PeerGroup:
                 try:
                     mean, worked, outer = self._average(state, members, name)
                 except (OSError, RuntimeError) as error:
-                    reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+                    reason = first_line(error)[:150]
                     self.say(f"peers     an exchange of {len(members)} failed ({reason}); trying again")
                     continue
                 self.failures.clear()

@@ -6,10 +6,11 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from common.display import LastingStream, code_block, code_span, escape_markdown, lasting, printable
+from common.display import LastingStream, code_block, code_span, escape_markdown, escaped, lasting, printable
 from common.paths import PROJECT
 
 
@@ -17,6 +18,12 @@ def test_control_characters_and_undecodable_bytes_are_replaced():
     assert printable("猫 $x_{$ é\u200d") == "猫 $x_{$ é\u200d"
     assert printable("a\x1b[31m\nb\u202ec") == "a\ufffd[31m\ufffdb\ufffdc"
     assert printable(os.fsdecode(b"caf\xe9")) == "caf\ufffd"
+
+
+def test_control_characters_and_undecodable_bytes_are_escaped():
+    assert escaped("猫 é") == "猫 é"
+    assert escaped("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
+    assert escaped(Path(os.fsdecode(b"in/caf\xe9"))) == "in/caf\\xe9"
 
 
 def test_markdown_shows_names_as_they_are():

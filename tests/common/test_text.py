@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.text import duration, epochs_text, precision_text
+from common.text import duration, epochs_text, first_line, precision_text, type_and_first_line
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,20 @@ def test_a_run_that_ends_within_an_epoch_has_a_fraction_of_one(steps, text):
 @pytest.mark.parametrize(("seconds", "text"), [(7.4, "7 s"), (99, "99 s"), (100, "2 min"), (7200, "2 h 00 min")])
 def test_durations_have_the_unit_that_is_read_at_a_glance(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("message", "line", "with_type"),
+    [
+        ("wrong\nmore", "wrong", "ValueError: wrong"),
+        ("\n  wrong", "wrong", "ValueError: wrong"),
+        ("", "ValueError", "ValueError"),
+        (" \n", "ValueError", "ValueError"),
+    ],
+)
+def test_an_error_is_told_by_its_first_line_or_by_its_type(message, line, with_type):
+    error = ValueError(message)
+    assert first_line(error) == line and type_and_first_line(error) == with_type
 
 
 def test_a_precision_is_told_as_on_the_screen_and_one_without_words_as_it_is():

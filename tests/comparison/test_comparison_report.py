@@ -28,6 +28,8 @@ from comparison.planned_run import PlannedRun
 from image_data.dataset import Dataset
 from models import feed_forward as feedforward
 from records.run_folder import RunFolder
+from reports.style import BLACK, short_names
+from reports.variants import accuracy_against
 
 # --- content of a report ------------------------------------------------------------------------------------------
 
@@ -84,6 +86,34 @@ def test_equal_variants_are_reported_as_equal(ask, invented, tmp_path):
     assert "compared over all runs: equal." in text and "\\*" not in text
 
 
+def test_without_runs_of_the_first_variant_no_other_takes_its_place(ask, invented, tmp_path, monkeypatch):
+    invented.fails["plain"] = "error: out of memory"
+    drawn = {}
+    monkeypatch.setattr(comparison.report, "save", lambda figure, path: drawn.update({path.stem: figure}))
+    third = '[[variants]]\nname = "third"\nidea = "Less."\nmodel.depth = 1\n'
+    assert ask(COMMON + VARIANTS + third)[0] == 1
+    text, data = report(tmp_path)
+    assert "Runs were not compared: the first variant has no finished run" in text
+    assert "compared over all runs" not in text
+    assert [axes.get_title() for axes in drawn["curves"].axes] == ["gated", "third *"]
+    for name in ("accuracy", "costs", "curves", "curves-by-cost"):
+        colors = {line.get_color() for axes in drawn[name].axes for line in axes.lines}
+        assert colors and BLACK not in colors, name
+
+
+def test_pictures_show_many_variants_with_long_names(tmp_path):
+    names = [f"{'long-' * 18}{i:02}" for i in range(60)] + ["a" * 50 + "b" + "c" * 49, "a" * 50 + "d" + "c" * 49]
+    shown = short_names([names[0] + " *", *names]).values()
+    assert len(set(shown)) == len(names) + 1 and max(map(len, shown)) <= 30 and next(iter(shown)).endswith(" *")
+    costs = {name: {"accuracy": [50.0 + i], "parameters": i} for i, name in enumerate(names)}
+    figure = accuracy_against(costs, names[0], "Which?", "accuracy (%)")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == list(short_names(names).values())
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.y0 >= 0 and figure.axes[0].get_position().width > 0.3
+
+
 def test_the_numbers_of_a_report(ask, invented, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison.report, "save", reports.style.save)  # its pictures are rendered
     for seed in range(6):
@@ -135,15 +165,51 @@ def test_the_test_split_appears_with_final_only(ask, invented, tmp_path):
     assert data["results"]["test"][0]["mean"] == pytest.approx(12.3456) and data["final"]
 
 
+PART = """from torch import nn
+class Same(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.map = nn.Linear(dims.width, dims.width)
+    def forward(self, x):
+        return self.map(x)
+"""
+
+
+def check_no_path(folder, *paths) -> None:
+    for path in folder.glob("report.*"):
+        text = path.read_text()
+        assert not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text)
+        assert not [path for path in paths if str(path) in text]
+
+
+def test_a_report_contains_no_path_of_this_machine_with_own_parts_that_are_tuned_or_set(ask, invented, tmp_path):
+    (tmp_path / "mine.py").write_text(PART)
+    variants = VARIANTS.replace("A gate.", "mine.py:Same").replace(
+        'model.feed_forward = "geglu"\nmodel.feed_forward_options.hidden = 32', "model.depth = 1"
+    )
+    tune = '[tune]\n"model.feed_forward" = ["mlp", "mine.py:Same"]\n'
+    attention = ["--set", f'model.attention="{tmp_path}/mine.py:Same"']
+    code, out, err = ask(COMMON + tune + variants.replace("The reference.", "As mine.py:Same."), *attention)
+    assert code == 0, err
+    text, data = report(tmp_path)
+    check_no_path(tmp_path / "results" / "gates", tmp_path)
+    assert "--set model.attention=mine.py:Same" in data["command"] and data["arms"]["gated"]["idea"] == "mine.py:Same"
+    assert data["tuning"]["candidates"][1] == {"model.feed_forward": "mine.py:Same"}
+    assert any(name.startswith("tuning-plain-feed_forward=mine.py_Same-at-") for name in invented.started)
+    assert "| plain | mlp |" in text and "is not among the candidates" not in out
+    # a part with a bug, and two parts of one name, end everything before the data are fetched
+    (tmp_path / "mine.py").write_text(PART.replace("dims.width, dims.width", "dims.breadth, 1"))
+    code, _, err = ask(COMMON + tune + variants, "--data-dir", str(tmp_path / "not-there"))
+    assert code == 1 and "tune: variant 'plain' with feed_forward mine.py_Same: " in err and "breadth" in err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.py").write_text(PART)
+    err = ask(COMMON + tune.replace('"mlp"', '"other/mine.py:Same"') + variants)[2]
+    assert "two candidates would both be called feed_forward=mine.py_Same" in err
+
+
 def test_a_report_contains_no_path_of_this_machine(ask, invented, tmp_path, shapes):
     ask()
-    for path in (tmp_path / "results" / "gates").glob("report.*"):
-        text = path.read_text()
-        assert (
-            not re.search(r"(?<![\w:/])/(home|tmp|work|root|usr|var|private)/", text)
-            and str(tmp_path) not in text
-            and str(shapes) not in text
-        )
+    check_no_path(tmp_path / "results" / "gates", tmp_path, shapes)
     assert (
         without_paths("no /a/b/c.toml, see https://x.org/a/b and 3/4 of runs/a")
         == "no c.toml, see https://x.org/a/b and 3/4 of runs/a"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from comparisons import COMMON, VARIANTS, write_run
@@ -42,6 +43,14 @@ def test_the_paired_differences_of_own_runs_come_first(experiment, tmp_path):
     text = statement(experiment, found)
     assert text.startswith(f"9 seeds detect a true difference of {detectable_effect(9, 1) * 0.25:.2f} points with 80 %")
     assert "1 comparison, Holm; sd of paired differences 0.25 points, from finished runs in runs/gates" in text
+
+
+def test_rounds_that_are_too_small_to_confirm_anything_are_named(experiment):
+    """The last of 1,000 looks has a level of 0.00011, and 1,000 seeds give p of at least 0.00001 per comparison."""
+    variants = [*experiment.variants, *experiment.variants[:1] * 11]
+    text = statement(replace(experiment, variants=variants, seeds=1, round_seeds=1, max_seeds=1000), None)
+    assert text.startswith("1000 seeds cannot confirm any difference: p stays at or above 0.00012 (12 comparisons")
+    assert text.endswith("Use larger rounds, with more seeds each")
 
 
 def test_the_last_report_comes_next(experiment, tmp_path):

@@ -21,7 +21,9 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 import compare
+from comparison.experiment_file import read
 from comparison.search import as_overrides, check_space, read_search
+from comparison.search_command import comparison_file
 from comparison.search_space import read_space
 from comparison.search_study import choose_sampler, has_owner
 from comparison.tuning import FIRST_SEED
@@ -241,8 +243,31 @@ def test_a_search_finds_the_learning_rate_and_keeps_pruned_runs(find, training, 
     changed = FILE.replace("high = 3 }", "high = 2 }").replace("trials = 6", "trials = 1")
     code, _, err = find(changed)
     assert code == 1 and "holds a search of another space; add --redo-changed" in err
+    for look in ("--report-only", "--dry-run"):  # only looked at: nothing is renamed
+        assert find(changed, "--redo-changed", look)[0] == 1 and not (tmp_path / "runs" / "gates.old-1").exists()
     assert find(changed, "--redo-changed")[0] == 0 and training.started == ["trial-0006", "trial-0000"]
     assert (tmp_path / "runs" / "gates.old-1" / "trial-0006").is_dir()
+
+
+def test_the_suggested_comparison_can_be_read(tmp_path, tiny):
+    text = FILE.replace(f"epochs = {EPOCHS}", "steps = 2000000\nmodel.width = 32").replace("trials = 6", "trials = 1")
+    words = [
+        "model.width=64",
+        "model.feed_forward_options.hidden=8",
+        "model.feed_forward=geglu",
+        "engine.bf16.enabled=auto",
+    ]
+    (tmp_path / "tiny.toml").write_text(tiny.read_text())
+    (tmp_path / "gates.toml").write_text(text)
+    search = read_search(tmp_path / "gates.toml", words)
+    lines = comparison_file(search, {"trial": "trial-0000", "values": {"optimizer.params.lr": 1e-5, "model.depth": 2}})
+    (tmp_path / "best.toml").write_text("\n".join(lines))
+    suggested = read(tmp_path / "best.toml")
+    start, best = suggested.variants
+    assert start.settings == search.experiment.variants[0].settings and suggested.budget_amount == 2000000
+    assert start.settings.model.width == 64 and start.settings.model.feed_forward_options == {"hidden": 8}
+    assert best.settings.model.depth == 2 and best.settings.engine["optimizer"]["params"]["lr"] == 1e-5
+    assert search.experiment.budget_text == "2000000 steps" and "\n".join(lines).count("model.width") == 1
 
 
 def test_a_trial_that_does_not_fit_the_data_has_failed_and_says_why(find, training, tmp_path):
@@ -314,7 +339,7 @@ def test_a_stopped_and_a_killed_search_resume(find, training, monkeypatch, tmp_p
     training.on_poll = kill
     with pytest.raises(SystemExit):
         find(text)
-    monkeypatch.setattr("comparison.search_study._is_alive", lambda process: False)  # it was this process
+    monkeypatch.setattr("comparison.search_study.is_alive", lambda process: False)  # it was this process
     training.started.clear()
     training.on_poll = lambda run: None
     facts = RunFolder(tmp_path / "runs" / "gates" / "trial-0000")

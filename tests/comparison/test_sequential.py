@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from comparisons import COMMON, VARIANTS, report
 
+from comparison import significance
 from comparison.sequential import DECIDED, LEAST_POWER, Look, evaluate, is_hopeless, plan_looks
 from comparison.verdicts import CONFIRMED, Difference
 
@@ -76,6 +77,37 @@ def test_a_variant_inside_the_margin_is_hopeless_if_the_test_of_equivalence_woul
     assert is_hopeless(one, Look(1, seeds, 0.05), margin, planned=1) is hopeless
 
 
+@pytest.mark.parametrize(("first", "most"), [(3, 30), (2, 800)])
+def test_the_advice_of_an_early_look_holds_for_the_last_one_and_is_quick(first, most, monkeypatch):
+    """The level of the first look is 5.7e-10 and 0: all subsets of the seeds that it asks for do not fit in memory."""
+
+    def limited(values):
+        assert len(values) <= 20
+        return subset_sums(values)
+
+    subset_sums = significance._subset_sums
+    monkeypatch.setattr(significance, "_subset_sums", limited)
+    accuracies = {"a": {0: 50.0, 1: 50.0, 2: 50.0}, "b": {0: 51.0, 1: 52.0, 2: 51.2}}
+    looks = plan_looks(first, most)
+    found = evaluate(accuracies, "a", looks, None, 1)
+    sentence = found.differences["b"].sentence
+    assert found.active == ["b"] and "--seeds" not in sentence
+    if most == 30:
+        needed = next(n for n in range(2, 30) if 2.0 ** (1 - n) < looks[-1].alpha)
+        assert f"Not confirmed: that needs at least {needed} seeds (max_seeds = {needed} or more)" in sentence
+    else:
+        assert looks[0].alpha == 0.0 and "seeds would confirm a difference of this size" in sentence
+
+
+def test_a_chance_tie_of_the_first_seeds_ends_no_variant():
+    looks = plan_looks(1, 6)
+    tie = {"a": {0: 50.0, 1: 51.0}, "b": {0: 50.0, 1: 51.0}}
+    assert evaluate(tie, "a", looks, None, 1).active == ["b"]
+    tie = {name: by_seed | {2: 52.0} for name, by_seed in tie.items()}
+    found = evaluate(tie, "a", looks, None, 1)
+    assert not found.active and found.differences["b"].verdict == "identical" and found.differences["b"].seeds == 3
+
+
 def test_compare_adds_seeds_until_decided(ask, invented, tmp_path):
     rng = np.random.default_rng(2)
     for seed in range(18):
@@ -124,7 +156,10 @@ def test_the_plan_and_the_report_state_the_levels_of_the_looks(ask, invented, tm
     assert "Use a larger max_seeds, at least" in out
     ask(ROUNDS + VARIANTS)
     text = report(tmp_path)[0]
-    assert "both give p below the level of a look after Holm" in text and "0.00069 after 6 seeds" in text
+    assert "exact sign-flip test both give p below the level of a look after Holm" in text
+    assert "0.00069 after 6 seeds" in text and "That takes at least 12 seeds" in text
+    ask(ROUNDS.replace("18", "60") + VARIANTS)
+    assert "sign-flip test (exact up to 40 seeds; with more, 99,999 random sign patterns" in report(tmp_path)[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from comparison.significance import (
+    EXACT_SEEDS,
     detectable_effect,
     half_interval,
     holm,
@@ -64,6 +65,7 @@ def test_p_values_are_those_of_scipy(differences):
 def test_the_smallest_sign_flip_p_belongs_to_differences_of_one_sign():
     assert [least_p(n) for n in (1, 2, 3, 5, 6)] == [1.0, 0.5, 0.25, 0.0625, 0.03125]
     assert all(sign_flip_p([0.5 + i for i in range(n)]) == least_p(n) for n in range(1, 25))
+    assert sign_flip_p([0.5 + i for i in range(41)]) == least_p(41) == 1e-5 > least_p(EXACT_SEEDS)
 
 
 def test_many_seeds_have_no_limit():
@@ -106,6 +108,14 @@ def test_power_is_that_of_both_tests_also_with_the_fewest_seeds(seeds, compariso
 
 def test_the_seeds_that_a_claim_needs_grow_with_the_comparisons():
     assert [seeds_needed(k) for k in (1, 2, 4, 10)] == [6, 7, 8, 9]
+    assert seeds_needed(1, 0.0) is None and seeds_for(3.0, 1, 0.0) is None and power_of(3.0, 30, 1, 0.0) == 0.0
+
+
+def test_no_number_of_seeds_above_40_reaches_a_level_below_that_of_the_random_patterns():
+    assert seeds_needed(1, 1e-9) == 31 and power_of(9.0, 40, 1, 1e-9) > 0.99
+    assert power_of(9.0, 41, 1, 1e-9) == 0.0 and detectable_effect(41, 1, 1e-9) is None
+    assert 31 <= seeds_for(9.0, 1, 1e-9) <= EXACT_SEEDS and seeds_for(0.5, 1, 1e-9) is None
+    assert seeds_for(0.5, 1, 1e-4) > EXACT_SEEDS
 
 
 def test_the_detectable_effect_is_the_one_that_has_80_percent_power():

@@ -10,9 +10,12 @@ from comparisons import COMMON, VARIANTS, report, write_run
 
 from common.paths import PROJECT
 from comparison.experiment_file import read
+from comparison.planned_run import PlannedRun
 from comparison.run_budget import RunBudget
+from comparison.run_queue import run_all
 from comparison.significance import seeds_needed
-from comparison.tuning import FIRST_SEED
+from comparison.tuning import FIRST_SEED, Tuning
+from comparison.tuning_report import tuning_picture
 from records.run_folder import RunFolder
 from reports.style import save
 from reports.tuning import candidate_accuracy
@@ -90,12 +93,30 @@ def test_the_eight_ideas_are_tuned_on_the_cpu_with_seeds_that_can_confirm():
 
 
 def test_the_picture_of_tuning_shows_diverged_and_missing_candidates(tmp_path):
+    rungs = {f"{share} %": {0: [20.0, 21.0], 1: [30.0]} for share in (5, 10, 25, 50, 100)}
     variants = {
-        "plain": {"rungs": {"25 %": {0: [20.0, 21.0], 1: [30.0]}, "100 %": {1: [50.0]}}, "chosen": 1, "shared": 0},
-        "gated": {"rungs": {}, "chosen": None, "shared": None},
+        "plain": {"rungs": rungs, "diverged": [2], "chosen": 1, "shared": 0},
+        "gated": {"rungs": {}, "diverged": [], "chosen": None, "shared": None},
     }
-    save(candidate_accuracy(variants, ["lr 0.001", "lr 0.003"], "Tuning", "accuracy (%)"), tmp_path / "tuning.png")
+    names = ["lr 0.001", "lr 0.003", "lr 10"]
+    figure = candidate_accuracy(variants, names, "Tuning", "accuracy (%)")
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert len({tuple(line.get_color()) for line in lines}) == len(rungs)
+    assert "diverged" in [text.get_text() for text in figure.legends[0].get_texts()]
+    save(figure, tmp_path / "tuning.png")
     assert (tmp_path / "tuning.png").stat().st_size > 5000
+
+
+def test_a_candidate_that_diverged_with_one_seed_is_not_drawn_as_the_other(tmp_path):
+    rows = [
+        {"candidate": 0, "diverged": False, "by_seed": {"0": 20.0, "1": 21.0}},
+        {"candidate": 1, "diverged": True, "by_seed": {"0": 90.0, "1": None}},
+    ]
+    tuning = Tuning(("optimizer.params.lr",), ((1e-3,), (10.0,)), shares=(1.0,))
+    facts = {"variants": {"plain": {"rungs": [rows], "chosen": None, "shared": {"optimizer.params.lr": 1e-3}}}}
+    assert tuning_picture(facts, tuning) == {
+        "plain": {"rungs": {"100 % of the budget": {0: [20.0, 21.0]}}, "diverged": [1], "chosen": None, "shared": 0}
+    }
 
 
 def test_a_dry_run_shows_the_tuning_and_its_cost_and_runs_nothing(ask, trained, tmp_path):
@@ -105,6 +126,15 @@ def test_a_dry_run_shows_the_tuning_and_its_cost_and_runs_nothing(ask, trained, 
     assert "rungs (eta 2): 3 candidates for 25 % of the budget, the best 2 for 100 %, the best one is chosen" in out
     assert "cost      tuning at most 20 runs, 4,608 images; comparison (tuned) at most 4 runs, 1,536 images" in out
     assert "hours are known after the first run" in out and out.count(": new") == 12 and "tuned     " not in out
+
+
+def test_the_note_on_two_values_names_numbers_only(ask, trained):
+    grid = '[tune]\n"optimizer.params.lr" = [1e-3, 3e-3, 1e-2]\nchannels_last = [true, false]\n'
+    out = ask(COMMON + grid + VARIANTS, "--dry-run")[1]
+    assert "channels_last true" in out and "at the edge of the grid" not in out
+    out = ask(COMMON + grid + "schedule.warmup_fraction = [0.1, 0.2]\n" + VARIANTS, "--dry-run")[1]
+    assert "note: schedule.warmup_fraction has two values, so each is at the edge" in out
+    assert "channels_last has two values" not in out
 
 
 def test_tuning_that_is_stopped_resumes_and_chooses_the_same(ask, trained, tmp_path):
@@ -138,6 +168,24 @@ def test_a_candidate_that_diverges_is_out_and_is_not_run_again(ask, trained, tmp
         assert "| diverged (25 %) |" in text and json.dumps(data, allow_nan=False)
         trained.started.clear()
         assert ask(TUNED)[0] == 0 and not trained.started
+
+
+def test_the_shared_comparison_is_reported_where_no_candidate_survived(ask, trained, tmp_path):
+    def diverging(task, environment):
+        if "tuning-" in task.name:
+            write_run(task, 0.9, 1000.0, {}, done=False)
+            trained.fails[task.name] = "error: the loss is nan at optimizer step 1; the last checkpoint is unchanged."
+        return trained(task, environment)
+
+    import compare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "launch", diverging)
+        assert ask(TUNED)[0] == 1
+    text, data = report(tmp_path)
+    assert data["dataset"]["name"] == "shapes" and data["commits"] == ["abc"] and data["hardware"]["devices"] == ["CPU"]
+    assert "No run is finished." not in text and "Runs were not compared: the first variant has no finished run" in text
+    assert "standard error about" in text and "nan points" not in text
 
 
 def test_tuning_and_comparison_of_a_variant_have_one_source(ask, trained, monkeypatch, tmp_path):
@@ -217,7 +265,7 @@ def test_hours_that_are_used_up_end_the_runs_and_are_reported(ask, trained, tmp_
     assert ask(TUNED)[0] == 0
     trained.started.clear()
     code, out, err = ask("max_hours = 1e-9\n" + TUNED, "--seeds", "3")
-    assert code == 1 and not trained.started and "missing: plain-seed2: is not finished" in err
+    assert code == 1 and not trained.started and "missing: plain-seed2: was not run" in err
     assert report(tmp_path)[1]["results"]["validation"][0]["n"] == 2
 
 
@@ -238,17 +286,32 @@ def test_the_runs_that_measure_the_speed_count(ask, trained):
     assert "max_runs = 4 is less than the 8 runs planned (4 to measure the speed and 4 to compare)" in err
 
 
-def test_the_hours_of_runs_at_once_are_added(tmp_path):
+def test_the_hours_of_active_runs_are_added_and_idle_slots_cost_nothing(tmp_path, monkeypatch):
+    """Five runs of one hour, four at once: 5 hours, although four slots are there for 2 hours."""
+
     class Signal:
         number = 0
 
     class Limits:
-        max_runs, max_hours = None, 1.0
+        max_runs, max_hours = None, 5.5
+
+    class Hour:
+        def __init__(self):
+            self.began = now[0]
+
+        def poll(self):
+            return 0 if now[0] >= self.began + 3600 else None
+
+        def terminate(self):
+            raise AssertionError("no run should be stopped")
 
     now = [0.0]
-    budget = RunBudget(Limits, tmp_path, Signal, at_once=2, clock=lambda: now[0])  # type: ignore[arg-type]
-    with budget:
-        now[0] = 1799.0
-        assert budget.number == 0
-        now[0] = 1801.0
-        assert budget.number == -1 and "max_hours = 1" in budget.problem
+    budget = RunBudget(Limits, tmp_path, Signal, clock=lambda: now[0])  # type: ignore[arg-type]
+    monkeypatch.setattr("comparison.run_queue.time.sleep", lambda _: now.__setitem__(0, now[0] + 60))
+    monkeypatch.setattr("comparison.run_queue._problem", lambda *_: None)
+    tasks = [PlannedRun(f"run{i}", tmp_path / f"run{i}", [], {}) for i in range(5)]
+    assert run_all(tasks, [{}] * 4, budget, lambda *_: Hour(), budget.set_active) == {}
+    assert budget.number == 0 and budget.seconds == pytest.approx(5 * 3600)
+    budget.set_active(2)
+    now[0] += 901.0
+    assert budget.number == -1 and "max_hours = 5.5" in budget.problem

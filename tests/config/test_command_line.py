@@ -126,7 +126,7 @@ for option in ("--epochs", "--set", "--split", "--data-dir"):
         ),
         (
             "--device cpu",
-            "unknown option --device: training uses every GPU, or the CPU without one; DS_ACCELERATOR=cpu "
+            "unknown option --device: training uses the GPU, or the CPU without one; DS_ACCELERATOR=cpu "
             "chooses the CPU",
         ),
         (

@@ -10,7 +10,7 @@ import pytest
 from common.errors import SettingsError
 from common.paths import PROJECT
 from comparison.experiment_file import read as read_experiment
-from config.own_modules import files_of, import_file
+from config.own_modules import files_of, import_file, neighbors
 from config.own_parts import OwnPart, load
 from config.settings import resolve
 
@@ -88,6 +88,13 @@ def test_a_neighbor_comes_before_the_project_and_the_project_is_found_without_on
     from models.parts import Dimensions
 
     assert module.Dimensions is Dimensions and module.N == 1
+
+
+def test_in_the_folder_of_the_project_its_own_modules_are_no_neighbors():
+    scripts = {path.stem for path in PROJECT.glob("*.py")}
+    assert {"train", "compare", "report"} <= scripts
+    for name in (*scripts, "benchmarks", "environment", "tools.list_settings", "models.parts"):
+        assert neighbors(PROJECT, name) == []
 
 
 def test_a_changed_file_or_neighbor_is_imported_again(tmp_path):

@@ -18,7 +18,7 @@ from config.catalog import check_names, table_names
 from config.optimizer_defaults import OPTIMIZER_PARAMS
 from config.schema import INTERVAL
 from config.setting_groups import ScheduleSettings
-from config.settings import Settings, declared_settings, preset_names, resolve
+from config.settings import Settings, combine, declared_settings, preset_names, resolve
 from optim import lr_schedule
 from optim.lr_schedule import SCHEDULES
 
@@ -161,6 +161,25 @@ def test_another_feed_forward_starts_from_its_own_defaults():
         resolve(None, ["model.feed_forward_options.hidden=64", "model.feed_forward=geglu"]).model.feed_forward_options
         == {}
     )
+
+
+def test_options_before_the_name_of_their_part_are_kept():
+    words = ["model.feed_forward_options.hidden=384", "model.depth=3", "model.feed_forward=geglu"]
+    for order in (words, words[::-1]):
+        found = resolve("cpu", order).model
+        assert (found.feed_forward, found.feed_forward_options, found.depth) == ("geglu", {"hidden": 384}, 3)
+    assert resolve("cpu", ["model.depth=3", "model.architecture=cct"]).model.depth == 3
+    assert resolve("cpu", ["model.depth=3", "model.architecture=cct", "model.depth=4"]).model.depth == 4
+
+
+def test_a_source_that_names_another_part_leaves_out_the_options_of_the_former():
+    base = ["model.feed_forward=geglu", "model.feed_forward_options.hidden=384", "model.depth=3"]
+    same = [*base, "model.feed_forward=geglu"]
+    assert combine("cpu", base, same[3:]) == (same, [])
+    kept, left_out = combine("cpu", base, ["model.feed_forward=mlp"])
+    assert left_out == [base[1]] and resolve("cpu", kept).model.feed_forward_options == {}
+    kept, left_out = combine("cpu", base, ["model.architecture=cct"])
+    assert left_out == base and resolve("cpu", kept).model == resolve("cpu", ["model.architecture=cct"]).model
 
 
 def test_another_optimizer_starts_from_its_own_parameters(preset):

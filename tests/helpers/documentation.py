@@ -40,6 +40,7 @@ RUN = (
 LAUNCHERS = ("./launch_local_train.sh", "./launch_distributed_train.sh", "sbatch")
 FOREIGN = (
     "torchrun",
+    ".",
     "source",
     "sudo",
     "apt-get",

@@ -7,6 +7,7 @@ A process group is started once for a list of cases, in forked processes; what t
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from unittest import mock
 import programs
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import SettingsError
@@ -163,6 +165,14 @@ def train(engine, until: int = STEPS, soft: bool = False) -> list[float]:
     return [engine.mean(engine.train_batch(stream)) for _ in range(engine.step, until)]
 
 
+def save(engine, folder: Path) -> None:
+    """Write what `Engine.load` reads into an existing folder, as checkpoints hold it. Collective."""
+    state = engine.gather_state()
+    if state is not None:
+        save_file(state, folder / "state.safetensors")
+        (folder / "engine.json").write_text(json.dumps(engine.state_facts()))
+
+
 def train_and_save(
     strategy: str,
     overrides: list[str],
@@ -175,7 +185,7 @@ def train_and_save(
     engine = make_engine(strategy, settings_for(*overrides), build)
     losses = train(engine, SAVED_AT, soft)
     folder.mkdir(parents=True, exist_ok=True)
-    engine.save(folder)
+    save(engine, folder)
     if look:
         counts_of(engine)
     losses += train(engine, soft=soft)

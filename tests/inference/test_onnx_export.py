@@ -234,7 +234,7 @@ def test_odd_names_do_not_break_the_card(unbroken, tmp_path):
     text = write_card(RunFolder(folder)).read_text()
     assert yaml.safe_load(text.split("---")[1])["datasets"] == ["my `data` | set"]
     assert r"\<img src=x\>, a\|b, \*c\*" in text and "\x1b" not in text and "``my `data` \\| set``" in text
-    assert "| commit | not recorded |" in text and r'# a\$x\_\{"\|\`\*b\*' in text
+    assert "| commit | unknown |" in text and r'# a\$x\_\{"\|\`\*b\*' in text
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "card", "exec")
     for line in re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines():

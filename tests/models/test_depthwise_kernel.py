@@ -222,7 +222,7 @@ def test_before_pytorch_2_4_which_has_no_custom_operators_the_network_uses_pytor
         settings = resolve("spt-lsa", ["model.feed_forward=conv_mlp", "model.feed_forward_options.hidden=16"])
         model = build_model(settings.model, 10, 32)
         model(torch.ones(2, 3, 32, 32)).sum().backward()
-        print(depthwise_kernel.usable(torch.ones(1)))
+        print(depthwise_kernel.is_chosen(torch.ones(1)))
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
@@ -239,10 +239,10 @@ def test_the_kernel_is_used_on_a_gpu_only_and_can_be_disabled(monkeypatch):
         (torch.float32, "cpu", False),
     ):
         x = type("Tokens", (), {"device": torch.device(device), "dtype": dtype})()
-        assert depthwise_kernel.usable(x) is expected
+        assert depthwise_kernel.is_chosen(x) is expected
     depthwise_kernel.set_enabled(False)
     try:
-        assert not depthwise_kernel.usable(
+        assert not depthwise_kernel.is_chosen(
             type("Tokens", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()
         )
     finally:

@@ -25,6 +25,7 @@ from reference import (
     make_engine,
     perform,
     plain_loop,
+    save,
     settings_for,
     train,
     train_and_save,
@@ -131,7 +132,7 @@ def really_compiled() -> dict[str, dict]:
         results[name] = {"losses": train(one, SAVED_AT)}
         if name == "dropout":
             with TemporaryDirectory() as folder:
-                one.save(Path(folder))
+                save(one, Path(folder))
                 results[name]["losses"] += train(one)
                 resumed = engine("on", True)
                 resumed.load(Path(folder))

@@ -21,6 +21,7 @@ from reference import (
     make_engine,
     perform,
     plain_loop,
+    save,
     settings_for,
     with_batch_norm,
 )
@@ -75,7 +76,7 @@ def restored() -> dict[str, dict]:
             stream = batches(engine)
             for _ in range(SAVED_AT):
                 engine.train_batch(stream)
-            engine.save(Path(place))
+            save(engine, Path(place))
             saved = engine.gather_state()
             engine.any(False)  # wait until the main process has written
             other = make_engine(strategy, settings_for(*EMA), with_batch_norm)

@@ -22,6 +22,7 @@ from reference import (
     network,
     perform,
     plain_loop,
+    save,
     settings_for,
     train,
     with_batch_norm,
@@ -72,7 +73,7 @@ def job(out: str) -> None:
         losses = train(engine, SAVED_AT)
         folder = Path(out, name)
         folder.mkdir(exist_ok=True)
-        engine.save(folder)
+        save(engine, folder)
         losses += train(engine)
         before, apart = engine.state_tensors(keep=True), engine.epoch_facts()
         results[name] = {

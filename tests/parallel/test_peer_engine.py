@@ -10,13 +10,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
 import torch
 from peers import facts_for, free_pair
 from programs import _check
-from reference import BATCH, SAVED_AT, STEPS, data, largest_difference, make_engine, network, settings_for, train
+from reference import BATCH, SAVED_AT, STEPS, data, largest_difference, make_engine, network, save, settings_for, train
 from torch.nn import functional as F
 
 from benchmarks.lib.forked_programs import Program, start
@@ -59,6 +60,21 @@ def make_engine_of(make, settings):
     return make(lambda: network(settings), settings, Schedule(settings.schedule, 20), 3)
 
 
+def test_a_peer_that_failed_does_not_wait_for_the_other_processes(monkeypatch):
+    from parallel import process_group
+    from parallel.peers.engine import Engine
+
+    left: list[str] = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(process_group, "destroy_process_group", lambda: left.append("process group"))
+    engine = Engine.__new__(Engine)
+    engine.is_main, engine.meeting = True, SimpleNamespace(close=lambda: left.append("meeting"))
+    engine.close(failed=True)
+    assert left == ["meeting"]
+    engine.close()
+    assert left == ["meeting", "meeting", "process group"]
+
+
 def averaging_settings(*overrides: str):
     settings = settings_for(*AVERAGING, *overrides)
     settings.engine["optimizer"]["params"] = {"lr": 0.05, "weight_decay": 0.05}
@@ -77,7 +93,7 @@ def job_alone(out: str, port: int) -> None:
         folder = Path(out, f"stage-{stage}")
         folder.mkdir()
         losses = train(engine, SAVED_AT)
-        engine.save(folder)
+        save(engine, folder)
         losses += train(engine)
         results[stage] = {
             "losses": losses,

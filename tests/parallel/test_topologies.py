@@ -7,10 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from programs import _check, free_port
+from torch import Tensor
 
 from benchmarks.lib.forked_programs import Program
 from common.errors import SettingsError
-from parallel.topologies import TOPOLOGIES, mixing_matrix, rounds_of
+from parallel.topologies import TOPOLOGIES, Round, rounds_of
+
+
+def mixing_matrix(groups: Round) -> Tensor:
+    """Return the mixing matrix of a round: (workers, workers), float64."""
+    workers = sum(len(group) for group in groups)
+    matrix = torch.zeros(workers, workers, dtype=torch.float64)
+    for group in groups:
+        for i in group:
+            matrix[i, group] = 1 / len(group)
+    return matrix
 
 
 def machines(name: str, workers: int) -> list[int]:

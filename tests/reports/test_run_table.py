@@ -17,6 +17,7 @@ from benchmarks.run_index import add_epoch
 from common.errors import SettingsError
 from config.settings import resolve
 from reports import run_table
+from reports.index import payload
 from reports.run_list import list_text
 from reports.run_query import condition, ordered
 from reports.run_rows import POINTS, Row, curves_of, read_row, settings_of
@@ -67,6 +68,28 @@ def test_seeds_of_one_setting_have_their_mean_and_spread(some):
     edit_facts(some / "pairs-small" / "mlp-seed1", code={"fingerprint": "sha256:another source"})
     rows = by_name(read_table(some))
     assert "seeds" not in rows["pairs-small/mlp-seed0"].values  # runs of two versions of the code have no mean
+
+
+def test_a_value_that_some_runs_lack_is_not_shared_by_all(tmp_path):
+    for name, max_steps, options in (("a", None, {}), ("b", 100, {"hidden": 512})):
+        add_run(tmp_path / name)
+        facts = json.loads((tmp_path / name / "run.json").read_text())
+        facts["settings"]["model"]["feed_forward_options"] = options
+        edit_facts(tmp_path / name, max_steps=max_steps, settings=facts["settings"])
+    add_run(tmp_path / "damaged")
+    (tmp_path / "damaged" / "run.json").write_text("{")
+    rows = read_table(tmp_path)
+    columns = {"model.feed_forward_options.hidden", "max_steps"}
+    assert columns <= set(varied_columns(rows)) and "model.depth" not in varied_columns(rows)
+    constant = payload(rows, tmp_path, tmp_path)["constant"]
+    assert not columns & constant.keys() and constant["model.depth"] == rows[0].values["model.depth"]
+
+
+def test_seeds_of_different_time_budgets_are_not_averaged(tmp_path):
+    for seed, minutes in enumerate((3, 20, 20)):
+        add_run(tmp_path / f"seed{seed}", seed)
+        edit_facts(tmp_path / f"seed{seed}", max_minutes=minutes)
+    assert [row.values.get("seeds") for row in read_table(tmp_path)] == [None, 2, 2]
 
 
 def test_only_changed_folders_are_read_again(some, monkeypatch):

@@ -253,7 +253,7 @@ def bf16_runs() -> dict[str, dict]:
         losses = reference.train(one, reference.SAVED_AT)
         folder.mkdir(exist_ok=True)
         dist.barrier()
-        one.save(folder)
+        reference.save(one, folder)
         losses += reference.train(one)
         dist.barrier()
         other = engine()

@@ -115,6 +115,14 @@ def strange(images, classes):
 def layers(settings, num_classes, image_side):
     return [nn.Flatten(), nn.Linear(3 * image_side**2, settings.width), nn.Linear(settings.width, num_classes)]
 
+class Fixed(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, images):
+        return images.flatten(1)[:, : self.num_classes]
+
 number = 3
 """
 
@@ -146,6 +154,7 @@ def test_a_part_is_a_class_a_function_or_a_factory_and_may_need_real_values(own,
         ("model.pooling", "Linear", r"became \(2, 16, 16\), expected \(2, 16\); it must map tokens \(B, T, C\) to one"),
         ("model.block", "no_module", "argument dims has no default and is none of branch, attention, feed_forward"),
         ("model.architecture", "strange", "images has no default and is none of settings, num_classes, image_side"),
+        ("model.architecture", "Fixed", "own.py:Fixed: the network has no trainable parameters"),
         ("model.architecture", "number", "own.py:number is a int; name a class or a function"),
         ("model.architecture", "Nett", "unknown part of own.py 'Nett'; did you mean 'Net'"),
         ("optimizer.type", "Net", "needs an argument lr with a default"),

@@ -16,7 +16,7 @@ from programs import run, run_ranks
 from small_runs import EPOCHS, RESIZING, STEPS_PER_EPOCH, STOPPED, assert_same_as, checkpoints, copy_of, results
 
 from benchmarks.lib.forked_programs import Program, run_script, start
-from common.errors import RunFinishedError
+from common.errors import RunError, RunFinishedError
 from records.checkpoint_store import read_facts
 from records.run_folder import RunFolder
 from training.resume import choose_folder
@@ -266,6 +266,18 @@ def test_resuming_under_other_conditions_is_rejected_with_the_reason_or_allowed_
     (change,) = record.facts()["changes"]
     assert change["after_step"] == 44 and len(change["what"]) == 2
     assert results(record)[:-1] == results(unbroken)[:-1] and len(results(record)) == EPOCHS
+
+
+def test_a_run_may_resume_with_another_form_of_compilation_but_not_in_another_named_precision(unbroken, runs):
+    record = copy_of(unbroken, runs / "elsewhere")
+    shutil.rmtree(record.folder / "state" / LAST)
+    facts = json.loads(json.dumps(record.facts()))
+    assert facts["settings"].get("compile", "auto") == "auto"
+    facts["settings"]["compile"] = "off"
+    assert choose_folder(runs, "elsewhere", False, facts)[0].folder == record.folder
+    facts["settings"]["engine"]["bf16"]["enabled"] = True
+    with pytest.raises(RunError, match="holds a run of other settings .*bf16.enabled"):
+        choose_folder(runs, "elsewhere", False, facts)
 
 
 def ranked(*words: str) -> None:

@@ -22,7 +22,6 @@ import torch
 from common.errors import RunError, SettingsError
 from common.files import read_lines
 from records.run_folder import RunFolder
-from training import trackers
 from training.console import Console
 from training.experiment_trackers import MLflow, WeightsAndBiases
 from training.tensorboard_tracker import CHARTS, TensorBoard, hyperparameters, tag_of
@@ -267,7 +266,7 @@ def test_weights_and_biases_that_cannot_be_used_is_one_sentence(service, tmp_pat
         match=r"^Weights & Biases reports 'No API key configured.'. To log to this disk only, set WANDB_MODE=offline$",
     ):
         WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         SettingsError, match="--wandb needs the package wandb, which is not installed: pip install wandb"
     ):

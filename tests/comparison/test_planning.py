@@ -1,0 +1,33 @@
+"""comparison/planning.py: how runs are divided into shards, and which images a folder gives."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from comparison.planning import dataset_facts, share
+
+
+@pytest.mark.parametrize("variants", range(2, 13))
+def test_shards_are_equal_and_none_makes_all_runs_of_a_variant(variants):
+    experiment: Any = SimpleNamespace(variants=[SimpleNamespace(name=f"v{i}") for i in range(variants)])
+    for count in range(2, 13):
+        for seeds in range(2, 6):
+            tasks: Any = {(one.name, seed): None for one in experiment.variants for seed in range(seeds)}
+            shards = [list(share(experiment, tasks, (i, count))) for i in range(1, count + 1)]
+            assert sorted(key for keys in shards for key in keys) == sorted(tasks)
+            sizes = [len(keys) for keys in shards]
+            assert max(sizes) - min(sizes) <= 1
+            for one in experiment.variants:
+                assert all(sum(name == one.name for name, _ in keys) < seeds for keys in shards), (count, seeds)
+
+
+def test_a_tree_of_the_users_own_images_is_prepared_in_place_and_not_replaced_by_the_dataset(tree):
+    experiment: Any = SimpleNamespace(dataset="cifar100", hold_out=0.0)
+    facts = dataset_facts(experiment, tree, is_dry_run=False)
+    assert facts.folder == tree and facts.num_classes == 2 and facts.num_train == 6 and facts.image_side == 16
+    assert json.loads((tree / "prepared_from.json").read_text()) == {"root": tree.name}
+    assert dataset_facts(experiment, tree, is_dry_run=False) == facts
