@@ -115,7 +115,8 @@ def test_tensorboard_takes_a_path_that_is_not_utf8(tmp_path):
 
 def test_a_tensorboard_that_cannot_start_is_a_warning(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file in its place")
-    tracking = start_tracking(tmp_path, FACTS, 0, True, None, False, Console(out=sys.stdout))
+    chosen = {"tensorboard": True, "wandb": None, "mlflow": None, "group": None, "report": False}
+    tracking = start_tracking(tmp_path, FACTS, 0, Console(out=sys.stdout), **chosen)
     tracking.__exit__(None, None, None)
     assert "warning: TensorBoard is disabled (" in capsys.readouterr().out
     assert not any(isinstance(tracker, TensorBoard) for tracker in tracking.trackers)
