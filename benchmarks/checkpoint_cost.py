@@ -90,7 +90,7 @@ def measure(engine: Any, training: Batches, record: RunFolder, args: argparse.Na
     from training.checkpoint_writer import CheckpointWriter
 
     saver = CheckpointWriter(engine, Interval(), {}, record, Checkpoints(record.folder / "state", 2))
-    stream = itertools.chain.from_iterable(map(training.epoch, itertools.count()))
+    stream = (batch for epoch in itertools.count() for batch in training.epoch(epoch))
     waited: list[float] = []
 
     def turn(saves: bool) -> float:

@@ -21,7 +21,8 @@ def check_output_file(path: Path, option: str) -> None:
         if not os.access(path, os.W_OK):
             raise SettingsError(f"{option} {path} is not writable. Choose another file")
         return
-    check_output_folder(Path(os.path.realpath(path)).parent, f"{option} {path}")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    check_output_folder(target.parent, f"{option} {path}")
 
 
 def check_picture_suffix(path: Path, option: str) -> None:

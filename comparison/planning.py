@@ -12,6 +12,7 @@ from pathlib import Path
 from common.errors import RunError, SettingsError
 from common.paths import DATA, PROJECT, near_path
 from common.stop_signal import StopSignal
+from common.text import python_command
 from comparison.experiment import Experiment, Variant, dataset_to_prepare
 from comparison.planned_run import PlannedRun
 from comparison.time_budget import calibrate
@@ -34,19 +35,30 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
 
     Args:
         data_dir: folder of the prepared dataset, or an image tree that is prepared in place; None is data/<dataset>.
+
+    Raises:
+        SettingsError: the experiment's dataset is neither known nor the name of a prepared folder.
+        DatasetError: the dataset cannot be prepared, or its folder was prepared from something else.
     """
-    from image_data.dataset import Dataset  # not with the file, so that compare.py --help answers at once
+    from image_data.dataset import KNOWN, Dataset  # not with the file, so that compare.py --help answers at once
     from image_data.preparation.prepare import prepare
     from image_data.preparation.source import refuse_another_source
 
     folder = (data_dir or DATA / experiment.dataset).resolve()
+    is_known = experiment.dataset in KNOWN
+    if not (is_known or data_dir or Dataset.is_prepared(folder)):
+        prepare_it = python_command("prepare_dataset.py", "--root", "DIR", "--data-dir", near_path(folder))
+        raise SettingsError(
+            f"dataset = '{experiment.dataset}' is none of {', '.join(KNOWN)}, and {near_path(folder)} is not prepared; "
+            f"prepare it: {prepare_it}"
+        )
     if not Dataset.is_prepared(folder):
         if is_dry_run:
             print(f"note: {near_path(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
             num_train = round(50_000 * (1 - experiment.hold_out))
             return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
         prepare(folder, dataset=dataset_to_prepare(experiment, data_dir))
-    if data_dir is None:
+    if data_dir is None and is_known:
         refuse_another_source(folder, experiment.dataset, None)
     dataset = Dataset.open(folder)
     if experiment.hold_out:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from common.errors import SettingsError
 from comparison.planning import dataset_facts, share
 
 
@@ -31,3 +32,12 @@ def test_a_tree_of_the_users_own_images_is_prepared_in_place_and_not_replaced_by
     assert facts.folder == tree and facts.num_classes == 2 and facts.num_train == 6 and facts.image_side == 16
     assert json.loads((tree / "prepared_from.json").read_text()) == {"root": tree.name}
     assert dataset_facts(experiment, tree, is_dry_run=False) == facts
+
+
+def test_a_dataset_may_be_the_name_of_a_prepared_folder_of_ones_own_images(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr("comparison.planning.DATA", tmp_path)
+    experiment: Any = SimpleNamespace(dataset="pets", hold_out=0.0)
+    with pytest.raises(SettingsError, match="'pets' is none of cifar100, .* and .*pets is not prepared; prepare it"):
+        dataset_facts(experiment, None, is_dry_run=True)
+    (tmp_path / "pets").symlink_to(shapes)
+    assert dataset_facts(experiment, None, is_dry_run=False).num_classes == 10
