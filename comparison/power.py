@@ -19,8 +19,8 @@ import numpy as np
 
 from common.errors import RunError
 from comparison.experiment import Experiment
+from comparison.paired_tests import ALPHA, detectable_effect, least_p, seeds_needed
 from comparison.sequential import plan_looks
-from comparison.significance import ALPHA, detectable_effect, least_p, seeds_needed
 from records.run_folder import RunFolder
 
 

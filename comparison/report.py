@@ -12,13 +12,13 @@ import numpy as np
 from common.files import write_atomically
 from common.text import shorten, without_paths
 from comparison.experiment import Experiment
+from comparison.paired_tests import ALPHA
 from comparison.power import spread_of_pairs, statement
 from comparison.report_text import markdown
 from comparison.results import SPLITS, Run, VariantResult
 from comparison.sequential import evaluate, plan_looks
-from comparison.significance import ALPHA
+from comparison.significance import CONFIRMED, Difference, compare
 from comparison.tuning_report import tuning_picture
-from comparison.verdicts import CONFIRMED, Difference, compare
 from config.own_parts import without_folders
 from records.provenance import commit_of_project, versions
 from reports.style import save

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from comparison.experiment import Experiment
+from comparison.paired_tests import ALPHA, EXACT_SEEDS, RESAMPLES, can_confirm, seeds_needed
 from comparison.power import count_seeds
 from comparison.results import SPLITS
 from comparison.sequential import plan_looks
-from comparison.significance import ALPHA, EXACT_SEEDS, RESAMPLES, can_confirm, seeds_needed
 from comparison.tuning_report import tuning_markdown
 from config.differences import differences
 from config.own_parts import without_folders

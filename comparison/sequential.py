@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from scipy import stats
 
-from comparison.significance import ALPHA, power_of
-from comparison.verdicts import CONFIRMED, Difference, compare
+from comparison.paired_tests import ALPHA, power_of
+from comparison.significance import CONFIRMED, Difference, compare
 
 LEAST_POWER = 0.1
 LEAST_SEEDS_IDENTICAL = 3  # below this, the same number of correct images may be chance, not a change without effect

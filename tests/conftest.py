@@ -162,9 +162,9 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
 @pytest.fixture
 def without_advice(monkeypatch):
     """Verdicts without the number of seeds that they advise, which takes most of the time of a simulation."""
-    from comparison import verdicts
+    from comparison import significance
 
-    monkeypatch.setattr(verdicts, "seeds_for", lambda *_: None)
+    monkeypatch.setattr(significance, "seeds_for", lambda *_: None)
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from common.text import last_error
 from comparison import planning
 from comparison.experiment_file import read
 from comparison.matching import match_sizes
+from comparison.paired_tests import seeds_needed
 from comparison.planned_run import PlannedRun
 from comparison.planning import Data, make_task
 from comparison.run_queue import run_all
-from comparison.significance import seeds_needed
 from comparison.time_budget import COMPILING, steps_for
 from comparison.variant_costs import cost_of, costs
 from config.settings import ResizingSettings

@@ -9,9 +9,9 @@ import pytest
 from comparisons import COMMON, VARIANTS, write_run
 
 from comparison.experiment_file import read
+from comparison.paired_tests import detectable_effect
 from comparison.planned_run import PlannedRun
 from comparison.power import Spread, spread_of, statement
-from comparison.significance import detectable_effect
 
 
 @pytest.fixture

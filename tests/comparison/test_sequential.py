@@ -8,7 +8,7 @@ from comparisons import COMMON, VARIANTS, report
 
 from comparison import significance
 from comparison.sequential import DECIDED, LEAST_POWER, Look, evaluate, is_hopeless, plan_looks
-from comparison.verdicts import CONFIRMED, Difference
+from comparison.significance import CONFIRMED, Difference
 
 ROUNDS = COMMON.replace("seeds = 2", 'seeds = 6\nuntil = "decided"\nmax_seeds = 18')
 

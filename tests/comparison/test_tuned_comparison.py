@@ -10,10 +10,10 @@ from comparisons import COMMON, VARIANTS, report, write_run
 
 from common.paths import PROJECT
 from comparison.experiment_file import read
+from comparison.paired_tests import seeds_needed
 from comparison.planned_run import PlannedRun
 from comparison.run_budget import RunBudget
 from comparison.run_queue import run_all
-from comparison.significance import seeds_needed
 from comparison.tuning import FIRST_SEED, Tuning
 from comparison.tuning_report import tuning_picture
 from records.run_folder import RunFolder
