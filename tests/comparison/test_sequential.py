@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from comparisons import COMMON, VARIANTS, report
 
-from comparison import significance
+from comparison import paired_tests
 from comparison.sequential import DECIDED, LEAST_POWER, Look, evaluate, is_hopeless, plan_looks
 from comparison.significance import CONFIRMED, Difference
 
@@ -85,8 +85,8 @@ def test_the_advice_of_an_early_look_holds_for_the_last_one_and_is_quick(first, 
         assert len(values) <= 20
         return subset_sums(values)
 
-    subset_sums = significance._subset_sums
-    monkeypatch.setattr(significance, "_subset_sums", limited)
+    subset_sums = paired_tests._subset_sums
+    monkeypatch.setattr(paired_tests, "_subset_sums", limited)
     accuracies = {"a": {0: 50.0, 1: 50.0, 2: 50.0}, "b": {0: 51.0, 1: 52.0, 2: 51.2}}
     looks = plan_looks(first, most)
     found = evaluate(accuracies, "a", looks, None, 1)
