@@ -1,12 +1,16 @@
-"""The CPU, the GPUs and the processes of this machine, without loading PyTorch."""
+"""The CPU, the GPUs, the processes and the ports of this machine, without loading PyTorch."""
 
 from __future__ import annotations
 
 import os
 import platform
+import random
 import re
+import socket
 import subprocess
 from pathlib import Path
+
+FIRST_PORT, NUM_PORTS = 20000, 12000  # below 32768, so that no outgoing connection uses them
 
 
 def visible_gpus() -> list[str]:
@@ -42,3 +46,18 @@ def is_alive(process: int) -> bool:
     except PermissionError:  # of another user
         pass
     return True
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing listens on, drawn below those of outgoing connections.
+
+    Between this answer and its use, nothing but such another draw can take it.
+    """
+    while True:
+        with socket.socket() as free:
+            port = FIRST_PORT + random.SystemRandom().randrange(NUM_PORTS)
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -11,16 +11,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from typing import Any
 
-from common.machine import is_alive
+from common.machine import free_port, is_alive
 from common.paths import PROJECT
 from common.text import last_error
 from comparison.planned_run import PlannedRun
@@ -50,7 +48,6 @@ DEEPSPEED = (
     "pkg_resources",
 )
 WITH_DEEPSPEED = ("zero", "pipeline")  # as parallel/strategies.py, which imports PyTorch
-FIRST_PORT, NUM_PORTS = 20000, 12000  # below the ports of outgoing connections
 LAUNCHED = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "NUM_PROCS")
 
 
@@ -111,18 +108,7 @@ def run_environment(environment: dict[str, str]) -> dict[str, str]:
     on_cpu = {"OMP_WAIT_POLICY": "passive"} if environment.get("DS_ACCELERATOR") == "cpu" else {}
     inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHED}
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    return {**on_cpu, **inherited, **ranks, "MASTER_PORT": str(_free_port()), **environment}
-
-
-def _free_port() -> int:
-    while True:
-        with socket.socket() as free:
-            port = FIRST_PORT + random.SystemRandom().randrange(NUM_PORTS)
-            try:
-                free.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+    return {**on_cpu, **inherited, **ranks, "MASTER_PORT": str(free_port()), **environment}
 
 
 class WarmProcess:

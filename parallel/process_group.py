@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import threading
 import time
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import RunError, SettingsError, StoppedError, UserError
+from common.machine import free_port
 from common.memory import keep_freed_memory
 from common.stop_signal import stop_requested
 from common.text import first_line
@@ -110,16 +110,13 @@ def init_process_group(timeout_seconds: float = 600) -> torch.device:
     """
     device = pick_device()
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         alone = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
         }
         os.environ.update(alone)
     if not dist.is_initialized():

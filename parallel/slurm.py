@@ -10,7 +10,7 @@ import re
 import socket
 from collections.abc import MutableMapping
 
-FIRST_PORT, NUM_PORTS = 20000, 12000  # below 32768, so that no outgoing connection uses it
+from common.machine import FIRST_PORT, NUM_PORTS
 
 
 def rank_environment(environment: MutableMapping[str, str] = os.environ) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 
 from benchmarks.lib import step_report
 from benchmarks.lib.options import note, step_settings
-from benchmarks.lib.process_groups import Failed, free_port
+from benchmarks.lib.process_groups import Failed
 from benchmarks.strategies import CASES, concerns
 from common.errors import SettingsError
+from common.machine import free_port
 from config.settings import Settings
 
 

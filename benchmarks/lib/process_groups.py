@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import DatasetError, SettingsError
+from common.machine import free_port
 from common.paths import PROJECT
 from common.text import last_error
 
@@ -173,10 +173,3 @@ def keep_to(threads: int, pin: bool) -> None:
     if pin:
         first = threads * int(os.environ["LOCAL_RANK"])
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[first : first + threads])
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing listens on at the moment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

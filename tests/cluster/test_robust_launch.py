@@ -26,7 +26,7 @@ import psutil
 import pytest
 import torch
 from launching import environment
-from programs import free_port, run
+from programs import run
 
 from benchmarks.lib.forked_programs import Program
 from cluster import host_checks, preflight, probe, remote, sync
@@ -34,6 +34,7 @@ from cluster.job import Agent, Job, message_in
 from cluster.remote import Host
 from cluster.screen import QueuedStream
 from common.launch_facts import launch_facts_in
+from common.machine import free_port
 from common.paths import PROJECT
 from parallel import plain_objects, process_group, rank_store
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import programs
 from small_runs import STOPPED
 
+from common.machine import free_port
 from inference.trained_model import TrainedModel
 from records.own_part_files import copies_of, with_digests
 from records.run_folder import RunFolder
@@ -52,7 +53,7 @@ def write_part(folder: Path, factor: float) -> Path:
 
 
 def two_processes(*words, code: int) -> str:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(programs.free_port())}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     meeting |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [programs.start("train.py", *words, **meeting, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
     done = [rank.end() for rank in ranks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+from common.machine import free_port
 from config.settings import resolve
 
 
@@ -26,10 +27,10 @@ def facts_for(*overrides: str) -> dict:
 def free_pair() -> int:
     """A free port whose successor is free as well."""
     while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
+        port = free_port()
+        with socket.socket() as two:
             try:
-                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
-                return one.getsockname()[1]
+                two.bind(("127.0.0.1", port + 1))
+                return port
             except OSError:
                 continue

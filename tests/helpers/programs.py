@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.forked_programs import ENVIRONMENT, LAUNCHED, LIMIT_SECONDS, Done, Program, start
+from common.machine import free_port
 from common.paths import PROJECT
 
 
@@ -109,12 +109,6 @@ def clean_environment() -> dict[str, str]:
 def _check(done: Done, code: int | None) -> Done:
     assert code is None or done.code == code, f"expected exit code {code}\n{done.text}"
     return done
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def on_gpu(*arguments: object) -> subprocess.CompletedProcess:

@@ -12,10 +12,11 @@ import time
 import psutil
 import pytest
 import torch
-from programs import free_port, run_ranks
+from programs import run_ranks
 
 from benchmarks.lib.forked_programs import Program
 from common.errors import EXIT_STOPPED, RunError, SettingsError
+from common.machine import free_port
 from common.stop_signal import StopSignal
 from parallel import process_group
 from training.determinism import make_deterministic

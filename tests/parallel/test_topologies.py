@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import _check, free_port
+from programs import _check
 from torch import Tensor
 
 from benchmarks.lib.forked_programs import Program
 from common.errors import SettingsError
+from common.machine import free_port
 from parallel.topologies import TOPOLOGIES, Round, rounds_of
 
 
