@@ -42,7 +42,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,7 @@ from comparison.tuning import Tuning, read_tuning
 from config.command_line import run_name
 from config.own_parts import is_own_part, with_absolute_paths
 from config.settings import Settings, check_keys, combine, resolve
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from config.toml_file import read_toml
 
 VARIANT_KEYS = ("name", "idea", "match")  # of a variant; every other key is a setting
 PROSE = ("question", "idea", "name")  # texts that may mention a file without meaning a part in it
@@ -84,26 +79,11 @@ def read(
     """
     overrides = [_with_absolute_path(text) for text in overrides or []]
     _check_overrides(overrides)
-    tree = _rename_arms(path, _with_absolute_paths(path, _read_toml(path)), "[[arms]]")
-    name = path.stem
-    sizes = _table(path, "[sizes]", tree.get("sizes", {}))
-    if size is None and "small" in sizes:
-        size = "small"
-    if size is not None and size not in sizes:
-        raise SettingsError(
-            f"{path.name}: "
-            + (unknown("size", size, list(sizes)) if sizes else "it has no table [sizes]; leave out --size")
-        )
-    at_size = {}
-    if size is not None:
-        at_size = _rename_arms(path, _table(path, f"[sizes.{size}]", sizes[size]), f"[sizes.{size}.arms]")
-        name += f"-{size}"
-    _check_name(path, name)
+    tree = _rename_arms(path, _with_absolute_paths(path, read_toml(path, str(path))), "[[arms]]")
     check_keys(path.name, tree, OWN)
-    check_keys(f"{path.name}: [sizes.{size}]", at_size, OWN)
-    for key in ("question", "sizes"):
-        if key in at_size:
-            raise SettingsError(f"{path.name}: [sizes.{size}] cannot have its own {key}; set {key} for the whole file")
+    size, at_size = _read_size(path, tree, size)
+    name = path.stem if size is None else f"{path.stem}-{size}"
+    _check_name(path, name)
     budget, amount = read_budget(path, tree, at_size)
     facts = DEFAULTS | _own(tree) | _own(at_size)
     if seeds is not None:
@@ -140,6 +120,26 @@ def read(
     )
 
 
+def _read_size(path: Path, tree: dict[str, Any], size: str | None) -> tuple[str | None, dict[str, Any]]:
+    """Return the name of the size, `small` where the file has it and none was asked for, and its table of overrides."""
+    sizes = _table(path, "[sizes]", tree.get("sizes", {}))
+    if size is None and "small" in sizes:
+        size = "small"
+    if size is None:
+        return None, {}
+    if size not in sizes:
+        raise SettingsError(
+            f"{path.name}: "
+            + (unknown("size", size, list(sizes)) if sizes else "it has no table [sizes]; leave out --size")
+        )
+    at_size = _rename_arms(path, _table(path, f"[sizes.{size}]", sizes[size]), f"[sizes.{size}.arms]")
+    check_keys(f"{path.name}: [sizes.{size}]", at_size, OWN)
+    for key in ("question", "sizes"):
+        if key in at_size:
+            raise SettingsError(f"{path.name}: [sizes.{size}] cannot have its own {key}; set {key} for the whole file")
+    return size, at_size
+
+
 def _check_name(path: Path, name: str) -> None:
     """Refuse a file such as `..toml`, whose name would be that of a folder above the runs and the results."""
     try:
@@ -148,15 +148,6 @@ def _check_name(path: Path, name: str) -> None:
         raise SettingsError(
             f"{path.name!r}: the name of an experiment {str(error).partition(';')[0]}; rename the file"
         ) from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise SettingsError(f"{path.name} is not valid TOML: {error}") from None
 
 
 def _with_absolute_paths(path: Path, tree: dict[str, Any]) -> dict[str, Any]:

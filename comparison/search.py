@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +39,7 @@ from comparison.search_space import Choice, Range, is_number, is_whole, read_spa
 from comparison.tuning import FIRST_SEED
 from config.differences import leaves
 from config.settings import check_keys, combine
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from config.toml_file import read_toml
 
 FILE_KEYS: dict[str, Any] = {"question": None, "preset": "cpu", "dataset": "cifar100", "hold_out": 0.1}
 BUDGETS = ("epochs", "steps")
@@ -111,8 +106,8 @@ class Search:
 def is_search(path: Path) -> bool:
     """Whether an experiment file has a table [search]; False for a file that cannot be read."""
     try:
-        return "search" in tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "search" in read_toml(path, str(path))
+    except SettingsError:
         return False
 
 
@@ -125,25 +120,10 @@ def read_search(path: Path, overrides: list[str]) -> Search:
     Raises:
         SettingsError: the file cannot be used; the message names the file and the key.
     """
-    tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    tree = read_toml(path, str(path))
     where = path.name
-    for key, reason in NOT_HERE.items():
-        if key in tree:
-            raise SettingsError(f"{where}: {key} does not go with [search]: {reason}")
-    check_keys(where, tree, [*FILE_KEYS, *BUDGETS, "search"])
-    facts = {key: tree.get(key, default) for key, default in FILE_KEYS.items()}
-    for key in ("question", "preset", "dataset"):
-        if not isinstance(facts[key], str):
-            raise SettingsError(f'{where}: {key} must be a text, such as {key} = "...", not {facts[key]!r}')
-    if not is_number(facts["hold_out"]) or not 0 < facts["hold_out"] < 1:
-        raise SettingsError(
-            f"{where}: hold_out must lie between 0 and 1, not {facts['hold_out']!r}: "
-            "the search maximizes the accuracy on the validation split"
-        )
-    budgets = [key for key in BUDGETS if key in tree]
-    if len(budgets) != 1 or not is_whole(tree[budgets[0]], 1, 10**12):
-        given = " and ".join(f"{key} = {tree[key]!r}" for key in budgets) or "none"
-        raise SettingsError(f"{where}: give exactly one budget, epochs = N or steps = N, N at least 1, not {given}")
+    facts = _check_facts(where, tree)
+    budget = _check_budget(where, tree)
     found = _check_search(where, tree["search"])
     fixed = {key: value for key, value in tree.items() if key not in (*FILE_KEYS, *BUDGETS, "search")}
     for text in overrides:
@@ -172,8 +152,8 @@ def read_search(path: Path, overrides: list[str]) -> Search:
         dataset=facts["dataset"],
         seeds=1,
         hold_out=float(facts["hold_out"]),
-        budget=budgets[0],
-        budget_amount=tree[budgets[0]],
+        budget=budget,
+        budget_amount=tree[budget],
         variants=[one],
     )
     if not NAME.fullmatch(path.stem):
@@ -233,6 +213,33 @@ def describe(values: Mapping[str, Any]) -> str:
     """Return the values of a trial in one line: `model.depth = 3, optimizer.params.lr = 0.00123`."""
     texts = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values.values())
     return ", ".join(f"{path} = {text}" for path, text in zip(values, texts, strict=True))
+
+
+def _check_facts(where: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of FILE_KEYS. Raises SettingsError for a wrong value or a key that a search does not have."""
+    for key, reason in NOT_HERE.items():
+        if key in tree:
+            raise SettingsError(f"{where}: {key} does not go with [search]: {reason}")
+    check_keys(where, tree, [*FILE_KEYS, *BUDGETS, "search"])
+    facts = {key: tree.get(key, default) for key, default in FILE_KEYS.items()}
+    for key in ("question", "preset", "dataset"):
+        if not isinstance(facts[key], str):
+            raise SettingsError(f'{where}: {key} must be a text, such as {key} = "...", not {facts[key]!r}')
+    if not is_number(facts["hold_out"]) or not 0 < facts["hold_out"] < 1:
+        raise SettingsError(
+            f"{where}: hold_out must lie between 0 and 1, not {facts['hold_out']!r}: "
+            "the search maximizes the accuracy on the validation split"
+        )
+    return facts
+
+
+def _check_budget(where: str, tree: dict[str, Any]) -> str:
+    """Return which of BUDGETS the file gives. Raises SettingsError unless it gives exactly one, at least 1."""
+    budgets = [key for key in BUDGETS if key in tree]
+    if len(budgets) != 1 or not is_whole(tree[budgets[0]], 1, 10**12):
+        given = " and ".join(f"{key} = {tree[key]!r}" for key in budgets) or "none"
+        raise SettingsError(f"{where}: give exactly one budget, epochs = N or steps = N, N at least 1, not {given}")
+    return budgets[0]
 
 
 def _check_search(where: str, table: Any) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -43,11 +42,7 @@ from config.setting_groups import (
     ResizingSettings,
     ScheduleSettings,
 )
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from config.toml_file import read_toml
 
 
 @dataclass
@@ -246,12 +241,7 @@ def _read_preset(preset: str) -> tuple[dict[str, Any], Path]:
         )
     if preset not in preset_names() and not preset.endswith(".toml"):
         raise SettingsError(unknown("preset", preset, preset_names()))
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), path.parent
-    except ValueError as error:
-        raise SettingsError(f"preset {path} is not valid TOML: {error}") from error
-    except OSError as error:
-        raise SettingsError(f"preset {path} cannot be read: {error.strerror}") from error
+    return read_toml(path, f"preset {path}"), path.parent
 
 
 def as_typed(text: str) -> Any:

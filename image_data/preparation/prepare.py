@@ -66,12 +66,11 @@ def prepare(
     """
     if (archive is not None) + (root is not None) + (dataset is not None) > 1:
         raise PrepareError("give only one of --dataset, --archive and --root")
-    _check_numbers(workers, pack_limit_gib, test_fraction, max_megapixels, unpack_limit_gib)
     started = time.perf_counter()
     source = Source(dataset, _expand(archive), _expand(root))
     folder = _expand(data_dir) or source.default_folder()
     options = Options(
-        workers or available_cores(),
+        min(available_cores(), MAX_WORKERS) if workers is None else workers,
         skip_broken,
         pack_limit_gib,
         test_fraction,
@@ -79,15 +78,10 @@ def prepare(
         unpack_limit_gib,
         shapes,
     )
+    _check_numbers(options)
     try:
         if not Dataset.is_prepared(folder) or force:
-            for option, path, exists, other in (
-                ("--archive", source.archive, os.path.isfile, "is not a file. For a folder of images use --root"),
-                ("--root", source.root, os.path.isdir, "is not a folder. For a zip or tar use --archive"),
-            ):
-                if path is not None and not exists(path):
-                    wrong = other if os.path.exists(path) else "does not exist. Check the path"
-                    raise PrepareError(f"{option} {path} {wrong}")
+            _check_exists(source)
             _refuse_file(folder)
             with _created_and_locked(folder):
                 if not Dataset.is_prepared(folder) or force:
@@ -107,23 +101,28 @@ def prepare(
     return ready
 
 
-def _check_numbers(
-    workers: int | None,
-    pack_limit_gib: float,
-    test_fraction: float | None,
-    max_megapixels: float,
-    unpack_limit_gib: float | None,
-) -> None:
-    """Raise PrepareError for an option of `prepare` that is out of its range."""
-    if workers is not None and not 1 <= workers <= MAX_WORKERS:
-        raise PrepareError(f"--workers must lie between 1 and {MAX_WORKERS}, got {workers}")
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {test_fraction}")
-    for name, value in (("--pack-limit-gib", pack_limit_gib), ("--max-megapixels", max_megapixels)):
+def _check_numbers(options: Options) -> None:
+    """Raise PrepareError for an option that is out of its range."""
+    if not 1 <= options.workers <= MAX_WORKERS:
+        raise PrepareError(f"--workers must lie between 1 and {MAX_WORKERS}, got {options.workers}")
+    if options.test_fraction is not None and not 0 < options.test_fraction < 1:
+        raise PrepareError(f"--test-fraction must lie between 0 and 1, got {options.test_fraction}")
+    for name, value in (("--pack-limit-gib", options.pack_limit_gib), ("--max-megapixels", options.max_megapixels)):
         if not value >= 0:
             raise PrepareError(f"{name} must be >= 0, got {value}")
-    if unpack_limit_gib is not None and not unpack_limit_gib > 0:
-        raise PrepareError(f"--unpack-limit-gib must be > 0, got {unpack_limit_gib}")
+    if options.unpack_limit_gib is not None and not options.unpack_limit_gib > 0:
+        raise PrepareError(f"--unpack-limit-gib must be > 0, got {options.unpack_limit_gib}")
+
+
+def _check_exists(source: Source) -> None:
+    """Raise PrepareError if the archive or the folder of images is not there, or is the other of the two."""
+    for option, path, exists, other in (
+        ("--archive", source.archive, os.path.isfile, "is not a file. For a folder of images use --root"),
+        ("--root", source.root, os.path.isdir, "is not a folder. For a zip or tar use --archive"),
+    ):
+        if path is not None and not exists(path):
+            wrong = other if os.path.exists(path) else "does not exist. Check the path"
+            raise PrepareError(f"{option} {path} {wrong}")
 
 
 def find_or_prepare(
