@@ -237,6 +237,11 @@ class Engine(contract.Engine):
                 "--skip-bad-steps needs zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed updates "
                 "without checking"
             )
+        if self.stage < 3 and not hasattr(stage_1_and_2, "is_invalid_grad_norm"):  # of before 0.17
+            raise SettingsError(
+                f"--skip-bad-steps does not work with DeepSpeed {deepspeed.__version__}: it updates without checking "
+                "the norm; choose --strategy ddp"
+            )
         self.keeper = BufferSnapshot(self.engine.module)
 
     def make_gradient_log(self) -> GradientLog:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from dali_pipeline import Batches
 from parallel.batch_sizes import EvalCounts
+from parallel.compile import FIRST_STEPS_SECONDS
 from parallel.engine import Engine
+from parallel.process_group import limit_waits
 from records.checkpoint_store import Interval
 from records.run_folder import Progress
 
@@ -58,6 +60,7 @@ class Evaluation:
         """
         self.engine, self.splits, self.steps_per_epoch = engine, splits, steps_per_epoch
         self.every, self.raw, self.patience = every, raw, patience
+        self._compiles = engine.compiled.in_evaluation  # in the first evaluation of this process
         self.set_next()
 
     def set_next(self) -> None:
@@ -98,7 +101,12 @@ class Evaluation:
     def _evaluate(self, split: str) -> dict[str, tuple[EvalCounts, float]]:
         """Evaluate a split with the EMA where there is one, and then also with the trained weights as `<split>_raw`."""
         results, also_raw = {}, self.engine.ema is not None and self.raw
+        if self._compiles:
+            limit_waits(FIRST_STEPS_SECONDS)
         for name, raw in [(split, False), *([(f"{split}_raw", True)] if also_raw else [])]:
             began = time.perf_counter()
             results[name] = self.engine.evaluate(self.splits[split].epoch(), raw=raw), time.perf_counter() - began
+        if self._compiles:
+            self._compiles = False
+            limit_waits()
         return results

@@ -21,6 +21,7 @@ from training.checkpoint_writer import Snapshot
 from training.console import QUIET, Console
 from training.epoch_metrics import epoch_line
 from training.evaluation import Evaluation
+from training.non_finite import NonFiniteLoss
 from training.run_start import StartedRun
 from training.step_log import StepLog
 from training.step_timer import StepTimer
@@ -84,10 +85,17 @@ class Loop:
 
         Raises:
             RunError: nothing is left to train.
+            NonFiniteLoss: a loss or a gradient became infinite or NaN. Other processes than the main one exit then.
         """
         self.console.clock.start(self.engine.step, self.total_steps)
-        with self.tracking:
-            finished = self._run(stop_at)
+        try:
+            with self.tracking:
+                finished = self._run(stop_at)
+        except NonFiniteLoss:
+            self.writer.wait()  # a launcher ends all processes soon after the first: the reason must be told by then
+            if self.engine.is_main:
+                raise
+            raise SystemExit(1) from None
         self.profile.close()
         if finished and self.record and self.record.metrics():
             page = "/report.html" if self.tracking.reports else ""
@@ -191,9 +199,7 @@ class Loop:
             self.steps.collect(progress)
             self.timer.stop(progress, self.profile.take_seconds())
         if engine.any(self.steps.has_failed()):
-            failure = self.steps.failure(progress)
-            self.writer.wait()
-            raise failure if engine.is_main else SystemExit(1)
+            raise self.steps.failure(progress)
         return stopping
 
     def _plan_steps(self, seconds: float) -> None:

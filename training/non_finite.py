@@ -25,7 +25,7 @@ HINT = "A lower optimizer.params.lr or a longer schedule.warmup_fraction usually
 
 
 class NonFiniteLoss(RunError):
-    """A loss or a gradient became infinite or NaN; the message names the step and its images."""
+    """A loss or a gradient became infinite or NaN, raised on all processes; the main process names step and images."""
 
 
 @dataclass(frozen=True)

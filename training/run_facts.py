@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from common.machine import cpu_name
 from common.paths import PROJECT, name_of
@@ -71,7 +72,7 @@ def facts_of(
         "processor": {"name": cpu_name(), "cores": len(os.sched_getaffinity(0))},
         "precision": engine.precision,
         "num_parameters": engine.num_parameters,
-        "num_processes": engine.data_shard[1],
+        "num_processes": dist.get_world_size(),
         "source": source,
         "batch": vars(engine.batch_sizes),
         "steps_per_epoch": steps_per_epoch,

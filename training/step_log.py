@@ -15,7 +15,6 @@ from dali_pipeline import Batches, Synthetic
 from parallel.engine import Engine
 from records.run_folder import Progress
 from training.non_finite import HINT, MAX_CONSECUTIVE_SKIPS, LossMonitor, NonFiniteLoss, check_finite, describe
-from training.resume import raise_on_all_ranks
 from training.trackers import Tracking
 
 
@@ -47,7 +46,7 @@ class StepLog:
             progress: before this step.
 
         Raises:
-            RunError: too many steps in a row were skipped.
+            NonFiniteLoss: too many steps in a row were skipped; on all processes.
         """
         engine, monitor, index = self.engine, self.monitor, progress.step_in_epoch
         if engine.norms and engine.is_main:
@@ -63,10 +62,9 @@ class StepLog:
         bad, images = describe(engine, problem, self.training, progress, self.folder)
         self.print_field("skipped", f"step {bad.step:,}: {bad.what}; {images}")
         if monitor.in_a_row == MAX_CONSECUTIVE_SKIPS:
-            raise_on_all_ranks(
-                engine,
+            raise NonFiniteLoss(
                 f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or a gradient that is not finite; "
-                f"the last checkpoint is unchanged. {HINT}",
+                f"the last checkpoint is unchanged. {HINT}"
             )
 
     def collect(self, progress: Progress) -> None:

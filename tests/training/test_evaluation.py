@@ -11,6 +11,7 @@ import pytest
 
 from records.checkpoint_store import Interval
 from records.run_folder import Progress
+from training import evaluation as module
 from training.evaluation import Evaluation
 
 
@@ -19,6 +20,7 @@ class Engine:
 
     def __init__(self, accuracies: list[float], step: int = 0, ema: object = None):
         self.accuracies, self.step, self.ema = list(accuracies), step, ema
+        self.compiled = SimpleNamespace(in_evaluation=False)
         self.evaluated: list[tuple[str, bool]] = []
 
     def evaluate(self, split: str, raw: bool):
@@ -51,6 +53,18 @@ def test_evaluations_are_due_at_multiples_of_the_interval_and_at_the_end(every, 
             found.append(step)
             evaluation.set_next()
     assert found == [step for step in due if step > start]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_other_processes_are_waited_for_longer_while_the_first_evaluation_compiles(monkeypatch, compiles):
+    waits = []
+    monkeypatch.setattr(module, "limit_waits", lambda at_least=0.0: waits.append(at_least))
+    engine = Engine([0.9, 0.9], step=4)
+    engine.compiled.in_evaluation = compiles
+    evaluation = Evaluation(engine, splits("test"), 4)
+    for _ in range(2):
+        evaluation.run(Progress(), is_last=False)
+    assert waits == ([module.FIRST_STEPS_SECONDS, 0.0] if compiles else [])
 
 
 def test_without_a_validation_split_the_test_split_selects_nothing():

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,30 +25,60 @@ from records.run_folder import RunFolder
 from training import loop
 from training.checkpoint_writer import CheckpointWriter
 from training.loop import Loop
+from training.non_finite import NonFiniteLoss
 from training.trackers import Tracking
 
 
-def end_a_run_whose_tracker_uploads_for_long():
-    """The main process closes its trackers for longer than the others may wait for one step."""
+def ending_run(close) -> Loop:
+    """A run of two processes at its last step; the tracker of the main process is closed by `close`."""
     os.environ["HANG_SECONDS"] = "1"
     process_group.init_process_group()
     process_group.control_group()
     process_group.limit_waits()
     is_main = os.environ["RANK"] == "0"
-    slow = SimpleNamespace(close=lambda failed: time.sleep(4))
+    slow = SimpleNamespace(close=close)
     ending = Loop.__new__(Loop)
-    ending.engine = SimpleNamespace(step=4, any=lambda value: any(process_group.all_gather_objects(value)))
+    ending.engine = SimpleNamespace(
+        step=4, is_main=is_main, any=lambda value: any(process_group.all_gather_objects(value))
+    )
     ending.total_steps, ending.record, ending.stop = 4, None, SimpleNamespace(requested=False)
     ending.progress, ending.profile = SimpleNamespace(finished=True, num_losses=4), SimpleNamespace(close=lambda: None)
     ending.console = SimpleNamespace(clock=SimpleNamespace(start=lambda *_: None))
     ending.writer = CheckpointWriter(ending.engine, Interval(), {}, None, None)
     ending.tracking = Tracking([slow] if is_main else [])
-    assert ending.run()
+    return ending
+
+
+def end_a_run_whose_tracker_uploads_for_long():
+    """The main process closes its trackers for longer than the others may wait for one step."""
+    assert ending_run(lambda failed: time.sleep(4)).run()
+    process_group.destroy_process_group()
+
+
+def fail_while_a_tracker_uploads(closed: str):
+    """A launcher ends the main process soon after another has ended, so that one ends last."""
+
+    def close(failed):
+        time.sleep(4)
+        Path(closed).touch()
+
+    def fail(stop_at):
+        raise NonFiniteLoss("the loss is nan")
+
+    ending = ending_run(close)
+    ending._run = fail
+    with pytest.raises(NonFiniteLoss if ending.engine.is_main else SystemExit):
+        ending.run()
+    assert Path(closed).is_file()
     process_group.destroy_process_group()
 
 
 def test_a_tracker_that_uploads_for_long_does_not_fail_a_finished_run():
     run_ranks(2, end_a_run_whose_tracker_uploads_for_long)
+
+
+def test_a_run_that_fails_on_all_processes_ends_once_its_trackers_are_closed(tmp_path):
+    run_ranks(2, fail_while_a_tracker_uploads, str(tmp_path / "closed"))
 
 
 def test_a_finished_run_does_not_fail_because_of_its_model_card(monkeypatch, tmp_path):

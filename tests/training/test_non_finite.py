@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file
 from small_runs import EPOCHS, STEPS_PER_EPOCH, STOPPED, checkpoints
 
 from benchmarks.lib.forked_programs import Program, run_script
-from common.errors import RunError
+from common.errors import RunError, SettingsError
 from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
 from records.checkpoint_store import Checkpoints, Interval
@@ -179,6 +179,16 @@ def test_the_images_of_a_bad_step_are_those_of_all_its_micro_batches_on_the_proc
 
 
 # --- in a run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_deepspeed_that_does_not_check_the_norm_cannot_skip(monkeypatch):
+    """As 0.16, the one of the environment for CUDA 11."""
+    from parallel import zero
+
+    monkeypatch.delattr(zero.stage_1_and_2, "is_invalid_grad_norm")
+    engine = SimpleNamespace(stage=1, refuse_own_count=lambda: None)
+    with pytest.raises(SettingsError, match="--skip-bad-steps does not work with DeepSpeed"):
+        zero.Engine.skip_bad_steps(engine)
 
 
 def poisoned_train(epoch: int, index: int, *words: str) -> None:
