@@ -368,6 +368,27 @@ def test_matrices_of_all_shapes_are_orthogonalized_each_for_itself():
     torch.testing.assert_close(together[1], muon.orthogonalize(tensors[1:2])[0])
 
 
+def test_muon_takes_a_kernel_of_one_dimension_as_one_matrix_and_a_stack_of_experts_as_several():
+    class Experts(nn.Module):
+        muon_matrices = {"stack"}
+
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.zeros(6, 4, 3))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 3, bias=False), Experts())
+    config = {"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.0}}
+    optimizer = build_optimizer(config, model, fused=False)
+    before, gradient = [parameter.detach().clone() for parameter in model.parameters()], torch.randn(6, 4, 3)
+    for parameter in model.parameters():
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    kernel, stack = (old - new.detach() for old, new in zip(before, model.parameters(), strict=True))
+    torch.testing.assert_close(kernel.flatten(1), muon.orthogonalize([gradient.flatten(1)])[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stack, torch.stack(muon.orthogonalize(list(gradient))), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["Lamb", "AdamWScheduleFree"])
 def test_what_an_optimizer_counts_for_a_group_follows_from_the_step(name):
     config = resolve(None, [f"optimizer.type={name}"]).engine["optimizer"]
