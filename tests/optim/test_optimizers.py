@@ -154,6 +154,10 @@ def test_the_optimizer_is_the_one_that_is_named_with_its_settings(name):
             {"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "momentum": 1.5}},
             "Muon rejects optimizer.params.*momentum=1.5",
         ),
+        (
+            {"type": "AdamWScheduleFree", "params": {**OPTIMIZER_PARAMS["AdamWScheduleFree"], "betas": [0.0, 0.999]}},
+            "AdamWScheduleFree needs a first number above 0 in optimizer.params.betas",
+        ),
     ],
 )
 def test_what_an_optimizer_does_not_take_is_refused(config, message):
