@@ -36,7 +36,7 @@ from config.settings import ModelSettings
 from models.activation_checkpointing import checkpoint_blocks
 from models.attention import ATTENTIONS
 from models.feed_forward import FEED_FORWARDS
-from models.layers import Architecture, DropPath, drop_path_rates, uses_settings
+from models.layers import Architecture, DropPath, check_fixed_patch, drop_path_rates, uses_settings
 from models.option_values import blame_options
 from models.parts import Dimensions, make_part
 from models.patch_embedding import PATCH_EMBEDDINGS
@@ -213,9 +213,11 @@ def sl_vit(settings: ModelSettings, num_classes: int, image_side: int) -> list[n
     - stochastic depth rises linearly over the blocks; the code uses 0.1 in all of them;
     - weight decay applies to matrices only, and not to the CLS token or positions; the code decays all parameters.
     """
+    patch = 4 if image_side <= 32 else 8
+    check_fixed_patch(settings, patch, image_side)
     published = ModelSettings(
         architecture=settings.architecture,
-        patch=4 if image_side <= 32 else 8,
+        patch=patch,
         width=192,
         depth=9,
         heads=12,

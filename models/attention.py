@@ -87,16 +87,28 @@ class LocalitySelfAttention(Attention):
 
     The logarithm of the temperature is trained, so that it stays positive. The authors' code trains the temperature
     itself, which AdamW changes sqrt(D) times as fast at the start, relative to its value.
+
+    Raises:
+        SettingsError: an image of one token, which has no other to attend to. A smaller image of such a network raises
+            ValueError in the forward pass.
     """
 
     others: Tensor
 
     def __init__(self, dims: Dimensions, qkv_std: float = 0.02):
         super().__init__(dims, qkv_std)
+        if dims.num_tokens < 2:
+            raise SettingsError(
+                f"attention=lsa: no token attends to itself, and an image of {dims.image_side} pixels is a single "
+                f"token at model.patch={dims.patch}. Choose a smaller model.patch, or another attention, for example "
+                "softmax"
+            )
         self.log_scale = nn.Parameter(torch.tensor([dims.head_size**-0.5]).log())
         self.register_buffer("others", ~torch.eye(dims.num_tokens, dtype=torch.bool), persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if q.shape[2] < 2:
+            raise ValueError("attention=lsa: no token attends to itself, and such a small image is a single token")
         # PyTorch 2.0 has no `scale` argument: undo its fixed scale, then apply the learned one.
         return super().attend(
             q * (self.log_scale.exp() * self.head_size**0.5), k, v, self.others[: q.shape[2], : q.shape[2]]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import SettingsError
 from config.settings import ModelSettings
 
 # settings, number of classes K, image side S -> layers
@@ -28,6 +29,15 @@ def uses_settings(*names: str) -> Callable[[Architecture], Architecture]:
         return build
 
     return mark
+
+
+def check_fixed_patch(settings: ModelSettings, patch: int, image_side: int) -> None:
+    """Raise SettingsError if the patch that an architecture fixes does not divide the image side."""
+    if image_side % patch:
+        raise SettingsError(
+            f"model.architecture={settings.architecture} has patches of {patch} pixels, which do not divide the "
+            f"image side {image_side}. Set a multiple: --set image_side={max(1, image_side // patch) * patch}"
+        )
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -51,7 +51,8 @@ class Unsharded(MatrixSharding):
 class Muon(torch.optim.Optimizer):
     """Muon for groups with `hidden` true, AdamW for the others.
 
-    Matrices of a group with `row_splits`, such as (C, C, C), are split into matrices of so many rows first.
+    Matrices of a group with `row_splits`, such as (C, C, C), are split into matrices of so many rows first. A tensor
+    of three dimensions is a stack of matrices; in a group with `is_conv1d` it is one kernel.
 
     Attributes:
         shardings: how the tensors of the hidden groups hold matrices, by tensor; a missing tensor is one whole matrix.
@@ -110,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         unsharded = [matrix for of_tensor in matrices for matrix in of_tensor]
         splits = group.get("row_splits")
         parts = [part for matrix in unsharded for part in (matrix.split(splits) if splits else (matrix,))]
-        made = iter(orthogonalize(parts, self.compiled, self.working_dtype))
+        made = iter(orthogonalize(parts, self.compiled, self.working_dtype, group.get("is_conv1d", False)))
         if splits:
             made = iter([torch.cat([next(made) for _ in splits]) for _ in unsharded])
         steps = [cut.part([next(made) for _ in of_tensor]) for cut, of_tensor in zip(cuts, matrices, strict=True)]
@@ -142,13 +143,16 @@ def all_plain(tensors: Sequence[Tensor]) -> bool:
     return all(type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda for tensor in tensors)
 
 
-def orthogonalize(tensors: list[Tensor], compiled: bool = False, dtype: torch.dtype | None = None) -> list[Tensor]:
+def orthogonalize(
+    tensors: list[Tensor], compiled: bool = False, dtype: torch.dtype | None = None, is_conv1d: bool = False
+) -> list[Tensor]:
     """Replace each matrix U S V^T by approximately U V^T, times 0.2 sqrt(max(rows, columns)).
 
-    A tensor (N, rows, columns) is N matrices; a kernel (out, in, k, k) is one matrix (out, in k k). Matrices of one
-    shape are iterated as a batch; tall ones are transposed. `dtype` as Muon's `working_dtype`.
+    A tensor (N, rows, columns) is N matrices; a kernel (out, in, k, k) is one matrix (out, in k k), and with
+    `is_conv1d` so is a kernel (out, in, k). Matrices of one shape are iterated as a batch; tall ones are transposed.
+    `dtype` as Muon's `working_dtype`.
     """
-    stacks = [tensor if tensor.ndim == 3 else tensor.flatten(1)[None] for tensor in tensors]
+    stacks = [tensor if tensor.ndim == 3 and not is_conv1d else tensor.flatten(1)[None] for tensor in tensors]
     tall = [stack.shape[1] > stack.shape[2] for stack in stacks]
     lying = [stack.mT if is_tall else stack for stack, is_tall in zip(stacks, tall, strict=True)]
     batches: dict[tuple, list[int]] = defaultdict(list)

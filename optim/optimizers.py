@@ -112,6 +112,11 @@ def build_optimizer(config: dict[str, Any], model: nn.Module, fused: bool) -> to
             raise SettingsError(f"optimizer.params.{key} must be at least 0, got {params[key]}")
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
+        if name in AVERAGES_WEIGHTS and params["betas"][0] == 0:  # see `averaged_weights`
+            raise SettingsError(
+                f"optimizer.type={name} needs a first number above 0 in optimizer.params.betas, got "
+                f"{list(params['betas'])}: with 0 the trained weights do not contain their average. Set it to 0.9"
+            )
     split_qkv = params.pop("split_qkv", False)  # only Muon has it
     groups = parameter_groups(model, params["lr"], params.get("weight_decay", 0.0), name == "Muon", split_qkv)
     try:

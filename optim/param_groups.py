@@ -24,7 +24,8 @@ def parameter_groups(
     `is_input_or_output_layer = False`. A module with matrices of its own names them in `muon_matrices`.
 
     With `split_rows`, hidden weights of modules with `row_splits` (queries, keys, values in one weight) have groups of
-    their own with the same `row_splits`. Weights may be sharded, so the numbers belong to the group.
+    their own with the same `row_splits`. Weights may be sharded, so the numbers belong to the group. Hidden kernels of
+    `nn.Conv1d` have groups with `is_conv1d`, because their shape could also be that of a stack of matrices.
     """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     grouped: set[int] = set()  # ids; several modules may share a parameter
@@ -37,7 +38,8 @@ def parameter_groups(
                 factor = getattr(module, "learning_rate_factors", {}).get(name, 1.0)
                 hidden = find_hidden and id(module) not in edges and _is_matrix(module, name)
                 splits = tuple(getattr(module, "row_splits", ())) if split_rows and hidden else ()
-                groups[hidden, weight_decay if decays else 0.0, factor, splits].append(parameter)
+                is_conv1d = hidden and isinstance(module, nn.Conv1d)
+                groups[hidden, weight_decay if decays else 0.0, factor, splits, is_conv1d].append(parameter)
     return [
         {
             "params": parameters,
@@ -46,8 +48,9 @@ def parameter_groups(
             "initial_lr": learning_rate * factor,
             **({"hidden": hidden} if find_hidden else {}),
             **({"row_splits": splits} if splits else {}),
+            **({"is_conv1d": True} if is_conv1d else {}),
         }
-        for (hidden, decay, factor, splits), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (hidden, decay, factor, splits, is_conv1d), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -22,9 +22,8 @@ def describe_model() -> None:
     parser.add_argument(
         "--image-side",
         type=at_least_one,
-        default=32,
         metavar="S",
-        help="pixels along one side of an image (default: 32)",
+        help="pixels along one side of an image (default: image_side of the settings, or else 32)",
     )
     parser.add_argument(
         "--groups", action="store_true", help="show the parameter groups: optimizer, learning rate, weight decay"
@@ -38,9 +37,10 @@ def describe_model() -> None:
         list_parts()
         return
     settings = resolve(args.preset, args.set)
-    for text in check_own_parts(settings, args.classes, args.image_side):
+    side = args.image_side or settings.image_side or 32
+    for text in check_own_parts(settings, args.classes, side):
         print(f"warning: {text}", file=sys.stderr)
-    model = build_model(settings.model, args.classes, args.image_side)
+    model = build_model(settings.model, args.classes, side)
     if args.groups:
         from optim.optimizers import describe_groups
 

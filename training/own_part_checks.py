@@ -104,10 +104,24 @@ def _check_network(settings: Settings, num_classes: int, image_side: int) -> lis
         return []
     images, scores = (IMAGES, 3, image_side, image_side), (IMAGES, num_classes)
     meaning = "images (B, 3, S, S) to class scores (B, K)"
-    build = partial(build_model, model, num_classes, image_side)
+    is_marked = True
+
+    def build() -> nn.Module:
+        nonlocal is_marked
+        network = build_model(model, num_classes, image_side)
+        is_marked = any(hasattr(module, "is_input_or_output_layer") for module in network.modules())
+        return network
+
     own = OwnPart.parse(model.architecture)
     if own is not None:
-        return _try_forward(f"model.architecture={model.architecture}", own, build, images, scores, meaning)
+        label = f"model.architecture={model.architecture}"
+        warnings = _try_forward(label, own, build, images, scores, meaning)
+        if settings.engine["optimizer"]["type"] == "Muon" and not is_marked:
+            warnings.append(
+                f"{label}: optimizer.type=Muon trains its first and last layer too, which AdamW should; set "
+                "is_input_or_output_layer = True on both"
+            )
+        return warnings
     if model.architecture != "vit":
         return []  # it does not use parts; `build_layers` says so
     dims = dimensions(model, num_classes, image_side)

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import SettingsError
 from config.settings import ModelSettings
 from models.attention import attend
-from models.layers import DropPath, drop_path_rates, init_linear, trunc_normal, uses_settings
+from models.layers import DropPath, check_fixed_patch, drop_path_rates, init_linear, trunc_normal, uses_settings
 
 DEPTH, HIDDEN_FACTOR, SQUEEZE = 12, 4, 4
 EPSILON = 1e-6  # of every LayerNorm, as in the authors' code
@@ -152,11 +151,7 @@ def dhvt(
     width: int, heads: int, patch: int, settings: ModelSettings, num_classes: int, image_side: int
 ) -> list[nn.Module]:
     """Return the layers of a DHVT of any size. Raises SettingsError if the patch does not divide the image side."""
-    if image_side % patch:
-        raise SettingsError(
-            f"model.architecture={settings.architecture} has patches of {patch} pixels, which do not divide the "
-            f"image side {image_side}. Set a multiple: --set image_side={max(1, image_side // patch) * patch}"
-        )
+    check_fixed_patch(settings, patch, image_side)
     layers = [
         OverlappingPatches(width, patch),
         *[Block(width, heads, image_side // patch, rate) for rate in drop_path_rates(settings.drop_path, DEPTH)],

@@ -71,6 +71,10 @@ def test_options_of_another_part_and_wrong_types_are_rejected(kind):
         ({"attention_options": {"qkv_std": math.nan}}, "qkv_std must be at least 0, got nan"),
         ({"attention": "qk_norm", "attention_options": {"norm": "rmss"}}, "did you mean 'rms'"),
         ({"attention": "head_tokens", "heads": 3}, "model.heads=3 does not divide model.width=16"),
+        (
+            {"attention": "lsa", "patch": 16, "pooling": "mean"},
+            "an image of 16 pixels is a single token at model.patch=16",
+        ),
         ({"position": "rotary", "head_size": 6}, "needs a multiple of 4 as model.head_size, got 6"),
         (
             {"position": "rotary", "block": "no_attention"},

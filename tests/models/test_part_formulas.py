@@ -19,6 +19,7 @@ from models.parts import make_part
 from models.patch_embedding import PATCH_EMBEDDINGS
 from models.pooling import POOLINGS
 from models.position import POSITIONS, Rotation
+from training.resizing_check import network_problem
 
 
 def test_shifted_patches_equal_the_pixels_of_five_shifted_images():
@@ -92,6 +93,16 @@ def test_softmax_and_lsa_equal_the_formula():
     torch.testing.assert_close(
         lsa(x)[0], plain_attention(lsa, x, math.exp(0.3) * 8**-0.5, diagonal=False), rtol=1e-4, atol=1e-6
     )
+
+
+def test_lsa_refuses_smaller_images_of_one_token():
+    """With no token to attend to, attention would be zero or NaN."""
+    lsa = LocalitySelfAttention(dimensions(num_prefix=0))
+    with pytest.raises(ValueError, match="attention=lsa: no token attends to itself"):
+        lsa(tokens(num_tokens=1))
+    settings = resolve(None, ["model.patch=8", "model.pooling=mean", "resizing.initial_scale=0.25"])
+    problem = network_problem(settings, 10, 32)
+    assert problem is not None and "fails on the 8 pixels of the first steps (" in problem and "lsa" in problem
 
 
 @pytest.mark.parametrize("kind", [Attention, LocalitySelfAttention, MultiQuery, NormedAttention, HeadTokens])

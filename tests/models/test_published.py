@@ -101,7 +101,13 @@ def test_other_image_sides(name):
 
 
 @pytest.mark.parametrize(
-    "name, side, part", [("dhvt-t-4", 30, "image side 30"), ("iformer-small", 40, "multiple of 16")]
+    "name, side, part",
+    [
+        ("dhvt-t-4", 30, "image side 30"),
+        ("iformer-small", 40, "multiple of 16"),
+        ("sl-vit", 36, "--set image_side=32"),
+        ("sl-vit", 30, "--set image_side=28"),
+    ],
 )
 def test_an_invalid_image_side_is_rejected(name, side, part):
     with pytest.raises(SettingsError, match=part) as caught:

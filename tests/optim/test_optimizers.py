@@ -154,6 +154,10 @@ def test_the_optimizer_is_the_one_that_is_named_with_its_settings(name):
             {"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "momentum": 1.5}},
             "Muon rejects optimizer.params.*momentum=1.5",
         ),
+        (
+            {"type": "AdamWScheduleFree", "params": {**OPTIMIZER_PARAMS["AdamWScheduleFree"], "betas": [0.0, 0.999]}},
+            "AdamWScheduleFree needs a first number above 0 in optimizer.params.betas",
+        ),
     ],
 )
 def test_what_an_optimizer_does_not_take_is_refused(config, message):
@@ -366,6 +370,27 @@ def test_matrices_of_all_shapes_are_orthogonalized_each_for_itself():
             assert 0.5 < singular.min() and singular.max() < 1.3
             assert torch.nn.functional.cosine_similarity(made.flatten(), (u @ v).flatten(), dim=0) > 0.97
     torch.testing.assert_close(together[1], muon.orthogonalize(tensors[1:2])[0])
+
+
+def test_muon_takes_a_kernel_of_one_dimension_as_one_matrix_and_a_stack_of_experts_as_several():
+    class Experts(nn.Module):
+        muon_matrices = {"stack"}
+
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.zeros(6, 4, 3))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 6, 3, bias=False), Experts())
+    config = {"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "lr": 1.0, "weight_decay": 0.0, "momentum": 0.0}}
+    optimizer = build_optimizer(config, model, fused=False)
+    before, gradient = [parameter.detach().clone() for parameter in model.parameters()], torch.randn(6, 4, 3)
+    for parameter in model.parameters():
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    kernel, stack = (old - new.detach() for old, new in zip(before, model.parameters(), strict=True))
+    torch.testing.assert_close(kernel.flatten(1), muon.orthogonalize([gradient.flatten(1)])[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stack, torch.stack(muon.orthogonalize(list(gradient))), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Lamb", "AdamWScheduleFree"])

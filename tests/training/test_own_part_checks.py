@@ -12,6 +12,7 @@ from documentation import own_part_examples
 from common.errors import SettingsError
 from config.settings import Settings, declared_settings, resolve
 from model import TABLES, build_model
+from optim.optimizers import build_optimizer
 from parallel.strategies import engine_class
 from tools.describe_model import describe_model
 from training.own_part_checks import check_before_data, check_own_parts
@@ -54,6 +55,23 @@ def test_every_registry_takes_a_part_of_a_file(setting, tmp_path, monkeypatch):
     (folder / "my-part.py").write_text(f"def {name}(*args, **kwargs):\n    raise ValueError('on purpose')\n")
     with pytest.raises(SettingsError, match=r"on purpose \(my-part.py, line 2\)|must be a subclass of Engine|lr"):
         check(settings_with(setting, f"my-part.py:{name}"))
+
+
+def test_muon_trains_neither_end_of_the_documented_network_and_a_network_without_marks_gets_a_warning(tmp_path):
+    name, code = EXAMPLES["model.architecture"]
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    settings = resolve("cpu-quick", [f"model.architecture={path}:{name}"])
+    assert check(settings) == []
+    model = build_model(settings.model, 10, 16)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(settings.engine["optimizer"], model, fused=False).param_groups
+    hidden = {names[id(parameter)] for group in groups if group["hidden"] for parameter in group["params"]}
+    assert hidden == {"0.features.3.weight", "0.features.6.weight"}
+    path.write_text(code.replace("is_input_or_output_layer", "unknown_mark"))
+    (warning,) = check(settings)
+    assert "optimizer.type=Muon trains its first and last layer too" in warning
+    assert check(resolve("cpu-quick", [f"model.architecture={path}:{name}", "optimizer.type=AdamW"])) == []
 
 
 PARTS = """\
