@@ -91,7 +91,7 @@ def _code(present: list, here: dict, on_cpu: bool) -> list[Problem]:
         )
         if missing or other:
             what = f"does not have {_first_few(missing)}" if missing else f"has other content in {_first_few(other)}"
-            problems.append(Problem(name, f"{what}, which the command line names", "copy it there, to the same path"))
+            problems.append(Problem(name, f"{what}, which the command line needs", "copy it there, to the same path"))
     return problems
 
 

@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from cluster import host_checks as checks
-from cluster import probe, remote
+from cluster import preflight, probe, remote
 from cluster.remote import Host, Unreachable
 from common.paths import PROJECT
 from image_data.preparation.prepare import prepare
@@ -195,6 +196,33 @@ def test_the_probe_names_images_that_lie_outside_the_data_folder_and_are_not_the
     prepare(tmp_path / "data", root=tree, force=True)
     shutil.rmtree(tree)
     assert missing() == []  # training reads the packed pixels
+
+
+def test_all_files_that_the_command_line_needs_are_compared(tmp_path, monkeypatch):
+    for folder in ("here", "home", "presets"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("import neighbor, torch\n")
+        (tmp_path / folder / "neighbor.py").touch()
+        (tmp_path / folder / "unused.py").touch()
+    (tmp_path / "presets/mine.toml").write_text('[model]\nattention = "mine.py:Attention"\n')
+    (tmp_path / "home/weights").write_bytes(b"\xff")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def given(*arguments: str) -> list[str]:
+        paths = preflight.request("python", tmp_path / "data", tmp_path / "runs", [*arguments])["given"]
+        return [str(Path(path).relative_to(tmp_path)) for path in paths]
+
+    for words in (
+        ["--set", "model.feed_forward=mine.py:F"],
+        ["--set=model.feed_forward=mine.py:F"],
+        ['x="mine.py:F.a"'],
+    ):
+        assert given(*words) == ["here/mine.py", "here/neighbor.py"]
+    assert given("--set", "model.feed_forward=~/mine.py:F") == ["home/mine.py", "home/neighbor.py"]
+    assert given("--preset=../presets/mine.toml") == ["presets/mine.py", "presets/mine.toml", "presets/neighbor.py"]
+    assert given("--init-weights=~/weights") == given("--init-weights", "~/weights") == ["home/weights"]
+    assert given("--set", "model.feed_forward=absent.py:F", "--name", "x" * 300) == []
 
 
 def test_answers_of_nvidia_smi_are_read():
