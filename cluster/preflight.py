@@ -205,7 +205,8 @@ def find_rendezvous(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[R
     for address in candidates:
         reached = [result["reached"][address] for result in results]
         if all("error" not in result for result in reached):
-            used = zip(hosts, answers, [address, *(result["here"] for result in reached)], strict=True)
+            first_address = reached[0]["there"]  # `address` may be a name: MASTER_ADDR=node1
+            used = zip(hosts, answers, [first_address, *(result["here"] for result in reached)], strict=True)
             return Rendezvous(
                 address, port, {host.name: name for host, answer, own in used if (name := interface_of(answer, own))}
             ), []

@@ -252,6 +252,14 @@ def test_a_connection_is_checked_and_measured():
         listener.wait()
 
 
+def test_a_master_address_that_is_a_name_leads_to_the_interface_of_the_first_host_too(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    answers = [{"addresses": [["eth0", "10.0.0.1"], ["lo", "127.0.0.1"]]}] * 2
+    found, problems = preflight.find_rendezvous([Host("localhost", 1), Host("127.0.0.1", 1)], answers)
+    assert found.address == "localhost" and found.interfaces == {"localhost": "lo", "127.0.0.1": "lo"}
+    assert problems == []
+
+
 # --- the documentation --------------------------------------------------------------------------------------------
 
 READS_ON = re.compile(r"(has|does|is|cannot|could|refuses|closes|gives|shows) ")  # after a host's name
