@@ -88,6 +88,7 @@ def test_hosts_that_agree_have_no_problem():
         ({"given": {"/my.toml": "8"}}, "other content in /my.toml", False),
         ({"environment": None}, "no usable Python environment", False),
         ({"environment.torch": "2.7.0"}, "other versions: torch 2.7.0 (node1: 2.11.0)", False),
+        ({"environment.python": "3.10.2"}, "has Python 3.10 (node1: 3.11)", False),
         ({"gpus": [GPU]}, "has 1 GPUs and 2 slots", False),
         ({"gpus": []}, "shows no GPU", False),
         ({"gpus": [GPU, {**GPU, "index": "1", "free": 12000}]}, "GPU 1: 12 of 138 GB free", True),

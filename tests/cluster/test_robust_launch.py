@@ -256,6 +256,14 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True)
 
 
+def test_sync_asks_for_the_python_version_of_this_machine(monkeypatch):
+    commands = []
+    monkeypatch.setattr(sync, "run", lambda host, words, *_: commands.append(words))
+    monkeypatch.delenv("DRIVER_CUDA", raising=False)
+    sync.create_environment(Host("localhost", 1), "/p", "/p/.venv/bin/python", "3.12.4")
+    assert commands == [["env", "PYTHON=/p/.venv/bin/python", "FIRST_PYTHON=python3.12", "/p/environment/setup.sh"]]
+
+
 @pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
 def test_sync_copies_what_links_out_of_the_data_folder_lead_to(tmp_path, monkeypatch):
     commands = []
