@@ -148,7 +148,8 @@ def create_environment(host: Host, project: str, python: str, version: str) -> N
 def copy(host: Host, folder: str, paths: list[str] | None = None, options: list[str] | None = None) -> None:
     """Copy a folder, or only `paths` in it, to the same path on a host."""
     run(host, remote.command(host.name, ["mkdir", "-p", "--", str(Path(folder))]), "could not create the folder")
-    words = ["rsync", "-a", "--partial", *(options or []), "-e", shlex.join(remote.SSH)]
+    # --protect-args: before 3.2.4, rsync let the shell there split the path at its spaces
+    words = ["rsync", "-a", "--partial", "--protect-args", *(options or []), "-e", shlex.join(remote.SSH)]
     if paths is not None:
         words += ["--from0", "--files-from=-"]
     words += ["--", f"{folder}/", f"{host.name}:{folder}/"]

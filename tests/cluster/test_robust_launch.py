@@ -280,6 +280,22 @@ def test_sync_copies_what_links_out_of_the_data_folder_lead_to(tmp_path, monkeyp
     assert (tmp_path / "there/train/hound").is_symlink()
 
 
+@pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
+def test_sync_copies_to_a_path_with_a_space_also_by_an_old_rsync(tmp_path, monkeypatch):
+    folder = tmp_path / "my project"
+    write(folder, "train.py")
+    ssh = tmp_path / "ssh"  # it joins its words, and the shell of the host, which has another disk, splits them
+    ssh.write_text('#!/bin/sh\nshift\ncd "${0%/*}"/there && exec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setattr(remote, "SSH", [str(ssh)])
+    monkeypatch.setattr(remote, "command", lambda name, words: ["true"])
+    monkeypatch.setenv("RSYNC_OLD_ARGS", "1")  # the default before 3.2.4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    sync.copy(Host("box", 1), "my project")
+    assert (tmp_path / "there/my project/train.py").is_file()
+
+
 @pytest.mark.parametrize("with_git", [True, False])
 def test_sync_copies_code_and_neither_runs_nor_private_files(tmp_path, with_git):
     write(tmp_path, "train.py", "a b/näme.css", "gone.py", ".env", "secret.pem", "runs/a/run.json", "results/r.json")
