@@ -153,9 +153,10 @@ def test_facts_of_the_run_are_learned_and_not_shown(capsys):
     agents = [SimpleNamespace(host=Host("node1", 2), heard=0.0, send=lambda words: sent.append(words))]
     job, sent = Job.__new__(Job), []  # without its agents, which would be started over SSH
     job.agents, job.name, job.folder, job.batch = agents, "job", "", None
+    job.plan = SimpleNamespace(hosts=[Host("node1", 8), Host("node2", 8)])
     for text in ("epoch 1/2", 'facts for the launcher: ["/shared/runs/big", [1024, 2, 8]]'):
         job._handle(0, {"event": "line", "text": text})
-    assert (job.folder, job.batch) == ("/shared/runs/big", (1024, 2, 8))
+    assert (job.folder, job.batch) == ("/shared/runs/big", (1024, 2, 2))  # 16 ranks in 8 shards
     assert sent == ["logs /shared/runs/big/logs/job/node1"] and capsys.readouterr().out == "epoch 1/2\n"
 
 
