@@ -227,8 +227,9 @@ def plan(report: Report, arguments: list[str], environment: dict[str, str], runs
 
 def show_commands(hosts: list[Host], arguments: list[str], environment: dict[str, str], runs: Path) -> None:
     """Print the command of each host, one line per host."""
+    python = os.environ.get("PYTHON") or sys.executable  # the .venv of the launcher may not be there yet
     rendezvous = Rendezvous(os.environ.get("MASTER_ADDR") or hosts[0].machine, master_port() or 29500, {})
-    would = Plan(hosts, rendezvous, sys.executable, str(PROJECT / "train.py"), arguments, environment, False, runs)
+    would = Plan(hosts, rendezvous, python, str(PROJECT / "train.py"), arguments, environment, False, runs)
     for i, host in enumerate(hosts):
         print(f"{host.name}: {shlex.join([*would.command(i), would.script, *arguments])}")
 

@@ -13,6 +13,7 @@ import json
 import os
 import pwd
 import re
+import shlex
 import subprocess
 import sys
 from datetime import timedelta
@@ -164,6 +165,14 @@ def test_dry_run_prints_the_command_of_each_host_with_every_argument_unchanged(c
         assert words[words.index(str(cluster / "train.py")) + 1 :] == AWKWARD
         (world,) = [word.split("=", 1)[1] for word in words if word.startswith("--world_info=")]
         assert json.loads(base64.urlsafe_b64decode(world)) == {"node1": [0, 1], "node2": [0, 1]}
+
+
+def test_dry_run_before_the_environment_exists_prints_its_interpreter(cluster):
+    fake(cluster, "python3", f'[ "$1" != - ] || exit 1\nexec {shlex.quote(sys.executable)} -S "$@"')  # no packages
+    result = run(cluster, LAUNCH, DRY_RUN="1", PYTHON="")
+    assert result.returncode == 0, result.stderr
+    assert [words[0] for words in commands(result.stdout).values()] == [str(cluster / ".venv/bin/python")] * 2
+    assert not (cluster / ".venv").exists()
 
 
 def test_hosts_that_do_not_answer_are_named_with_the_fix(cluster):
