@@ -205,6 +205,19 @@ def test_each_host_gets_its_own_interface_unless_one_was_named():
     assert make_plan(HOSTS, NCCL_SOCKET_IFNAME="ib0").order(0, "job")["environment"]["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
+def test_threads_of_ranks_on_a_cpu_do_not_spin_unless_asked_to(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+    def policy(on_cpu: bool, **environment: str) -> str | None:
+        ranks = agent.Ranks.__new__(agent.Ranks)  # without its processes
+        ranks.mark, ranks.slots = "CLUSTER_JOB=job:0", 2
+        order = {"environment": environment, "command": ["/venv/bin/python"], "on_cpu": on_cpu}
+        return ranks.environment(order).get("OMP_WAIT_POLICY")
+
+    assert policy(True) == "passive" and policy(False) is None
+    assert policy(True, OMP_WAIT_POLICY="active") == "active"
+
+
 def test_time_limits_come_from_variables():
     assert Limits.of({}) == Limits(20, 20, 30) and Limits.of({"GRACE_SECONDS": "2.5", "REJOIN_SECONDS": ""}) == Limits(
         20, 2.5, 30
