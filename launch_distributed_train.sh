@@ -25,6 +25,11 @@ python=$(command -v "${PYTHON:-python3}" || command -v python3) ||
 
 # 2. The Python environment of this machine; the hosts have theirs at the same path
 . "$here/environment/setup.sh"
+base=""
+if [ ! -x "$PYTHON" ]; then    # DRY_RUN made no .venv: another Python prints the commands that name its interpreter
+    choose_requirements && PYTHON=$python choose_base_python || exit 1
+    export PYTHON
+fi
 
 # 3. Start the hosts. With exec, a signal to this script reaches the program that ends the ranks on all machines.
-exec "$PYTHON" "$here/cluster/run_hosts.py" --hostfile "$hostfile" "$@"
+exec "${base:-$PYTHON}" "$here/cluster/run_hosts.py" --hostfile "$hostfile" "$@"

@@ -14,7 +14,7 @@ from cluster.remote import Host, Unreachable
 MIN_DISK_GB, MIN_SHM_GB = 5, 0.5
 MIN_FREE_SHARE = 0.9  # of a GPU's memory; less means that another program uses it
 MAX_SKEW_SECONDS = 5.0
-PACKAGES = ("python", "torch", "cuda", "deepspeed", "dali", "numpy")
+PACKAGES = ("torch", "cuda", "deepspeed", "dali", "numpy")
 COLUMNS = ("host", "code", "python", "torch", "deepspeed", "dali", "gpus", "data", "disk", "clock", "port")
 
 
@@ -91,7 +91,7 @@ def _code(present: list, here: dict, on_cpu: bool) -> list[Problem]:
         )
         if missing or other:
             what = f"does not have {_first_few(missing)}" if missing else f"has other content in {_first_few(other)}"
-            problems.append(Problem(name, f"{what}, which the command line names", "copy it there, to the same path"))
+            problems.append(Problem(name, f"{what}, which the command line needs", "copy it there, to the same path"))
     return problems
 
 
@@ -113,6 +113,11 @@ def _environment(present: list, here: dict, on_cpu: bool) -> list[Problem]:
     equipped = [(host, answer["environment"]) for host, answer in present if answer["environment"]]
     for host, found in equipped[1:]:
         first, wanted = equipped[0][0].name, equipped[0][1]
+        own, python = _version(found, "python"), _version(wanted, "python")
+        if own != python:  # packages may follow from it, and setup.sh keeps the Python of an existing environment
+            fix = f"install python{python} there, remove .venv, and run PYTHON=python{python} environment/setup.sh"
+            problems.append(Problem(host.name, f"has Python {own} ({first}: {python})", fix))
+            continue
         differ = [
             f"{name} {found.get(name, 'missing')} ({first}: {wanted.get(name, 'missing')})"
             for name in PACKAGES

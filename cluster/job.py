@@ -162,7 +162,8 @@ class Agent:
 class Outcome:
     """How a start ended; `cause` and `lines` are printed.
 
-    `folder` of the run and `batch` (global batch, accumulation steps, shards) are unknown until training begins.
+    `folder` of the run and `batch` (global batch, accumulation steps, ranks per shard) are unknown until training
+    begins.
     """
 
     code: int
@@ -259,7 +260,9 @@ class Job:
 
     def _learn(self, folder: str, batch: tuple[int, int, int]) -> None:
         """Record the facts of the run, and let the agents move their logs into its folder."""
-        self.folder, self.batch = folder, batch
+        total, accumulation, shards = batch
+        ranks = sum(host.slots for host in self.plan.hosts)
+        self.folder, self.batch = folder, (total, accumulation, max(1, ranks // shards))
         for agent in self.agents:
             agent.send(f"logs {folder}/logs/{self.name}/{agent.host.machine}")
 

@@ -17,7 +17,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,13 @@ from cluster import host_checks as checks  # noqa: E402
 from cluster import hostfile, remote, sync
 from cluster.host_checks import Answer, Problem  # noqa: E402
 from cluster.remote import Host, Unreachable, say  # noqa: E402
+from common.errors import SettingsError
 from common.paths import PROJECT
 from config.command_line import Parser, run_cli  # noqa: E402
+from config.own_modules import files_of
+from config.own_parts import OwnPart, own_parts_of
+from config.settings import as_typed
+from config.toml_file import read_toml
 
 EXIT_USAGE, EXIT_PREFLIGHT = 2, 3
 
@@ -85,16 +90,31 @@ def hosts_of(path: str) -> list[Host]:
 
 def request(python: str, data: Path, runs: Path, arguments: list[str]) -> dict[str, Any]:
     """The request for every host: the same paths everywhere."""
-    words = [word.split("=", 1)[-1] for word in arguments]
-    given = sorted({str(Path(word).absolute()) for word in words if word and len(word) < 4096 and Path(word).is_file()})
     return {
         "project": str(PROJECT),
         "python": python,
         "data": str(data.absolute()),
         "runs": str(runs.absolute()),
         "cwd": os.getcwd(),
-        "given": given,
+        "given": given_files(arguments),
     }
+
+
+def given_files(arguments: list[str]) -> list[str]:
+    """The files that train.py reads because of its arguments: those named, user-defined parts and what these import."""
+    found: set[str] = set()
+    parts: list[OwnPart] = []
+    for argument in arguments:
+        words = argument.split("=")
+        for text in ("=".join(words[i:]) for i in range(len(words))):  # such as --set=PATH=FILE.py:NAME
+            file = Path(os.path.abspath(os.path.expanduser(text)))
+            parts += own_parts_of(as_typed(text), (Path.cwd(), PROJECT))
+            if os.path.isfile(file):
+                found.add(str(file))
+                if file.suffix == ".toml":
+                    with suppress(SettingsError):  # train.py says why
+                        parts += own_parts_of(read_toml(file, text), (file.parent,))
+    return sorted(found | {str(file) for part in parts for file in files_of(part.file) if file.is_file()})
 
 
 def inspect(hosts: list[Host], what: dict[str, Any]) -> Report:
@@ -185,7 +205,8 @@ def find_rendezvous(hosts: list[Host], answers: list[dict[str, Any]]) -> tuple[R
     for address in candidates:
         reached = [result["reached"][address] for result in results]
         if all("error" not in result for result in reached):
-            used = zip(hosts, answers, [address, *(result["here"] for result in reached)], strict=True)
+            first_address = reached[0]["there"]  # `address` may be a name: MASTER_ADDR=node1
+            used = zip(hosts, answers, [first_address, *(result["here"] for result in reached)], strict=True)
             return Rendezvous(
                 address, port, {host.name: name for host, answer, own in used if (name := interface_of(answer, own))}
             ), []

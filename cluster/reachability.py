@@ -86,7 +86,7 @@ def reach(address, port, token, measure):
             connection.sendall(token.encode())
             if connection.recv(256).decode(errors="replace") != token:
                 return {"error": "another program answers there"}
-            facts = {"here": connection.getsockname()[0]}
+            facts = {"here": connection.getsockname()[0], "there": connection.getpeername()[0]}
             if not measure:
                 return facts
             times = []

@@ -144,16 +144,17 @@ def main() -> int:
         return 128 + signal.SIGINT
     if not report.can_start or args.check:
         return 0 if report.can_start else EXIT_PREFLIGHT
-    stop, folder = Stop(), ""
+    stop, folder, batch = Stop(), "", None
     for left in range(args.restarts, -1, -1):
         if stop.requested:
             return 128 + stop.number
         outcome = Job(plan(report, arguments, environment, train.runs_dir, limits), stop).run()
         show_failure(outcome)
-        folder = outcome.folder = outcome.folder or folder
+        folder = outcome.folder = outcome.folder or folder  # a start that failed early has learned neither
+        batch = outcome.batch = outcome.batch or batch
         if outcome.code in (0, EXIT_STOPPED) or stop.requested or outcome.refused or not left:
             break
-        regrouped = regroup(outcome, what, hosts, stop, limits.rejoin)
+        regrouped = regroup(outcome, what, hosts, stop, limits.rejoin, train.micro_batch)
         if regrouped is None:
             break
         report = regrouped
@@ -180,11 +181,12 @@ def look(hosts: list[Host], what: dict[str, Any], args: argparse.Namespace) -> R
 
 
 def paths_of(arguments: list[str]) -> argparse.Namespace:
-    """The data and runs folders that train.py will use, from its own flags."""
+    """The data and runs folders and the micro-batch size that train.py will use, from its own flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--dataset", default="cifar100")
     parser.add_argument("--runs-dir", type=Path, default=RUNS)
+    parser.add_argument("--micro-batch")
     found = parser.parse_known_args(arguments)[0]
     # Shells leave the ~ of --data-dir=~/data alone.
     found.data_dir = Path(os.path.expanduser(found.data_dir or DATA / found.dataset))
@@ -225,8 +227,9 @@ def plan(report: Report, arguments: list[str], environment: dict[str, str], runs
 
 def show_commands(hosts: list[Host], arguments: list[str], environment: dict[str, str], runs: Path) -> None:
     """Print the command of each host, one line per host."""
+    python = os.environ.get("PYTHON") or sys.executable  # the .venv of the launcher may not be there yet
     rendezvous = Rendezvous(os.environ.get("MASTER_ADDR") or hosts[0].machine, master_port() or 29500, {})
-    would = Plan(hosts, rendezvous, sys.executable, str(PROJECT / "train.py"), arguments, environment, False, runs)
+    would = Plan(hosts, rendezvous, python, str(PROJECT / "train.py"), arguments, environment, False, runs)
     for i, host in enumerate(hosts):
         print(f"{host.name}: {shlex.join([*would.command(i), would.script, *arguments])}")
 
@@ -248,7 +251,14 @@ def ranks_of(hosts: list[Host]) -> int:
     return sum(host.slots for host in hosts)
 
 
-def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop: Stop, seconds: float) -> Report | None:
+def regroup(
+    outcome: Outcome,
+    what: dict[str, Any],
+    all_hosts: list[Host],
+    stop: Stop,
+    seconds: float,
+    micro_batch: str | None = None,
+) -> Report | None:
     """Choose hosts of the hostfile that pass the preflight in time. None if no restart is possible."""
     report = inspect_in_time(all_hosts, what, stop, seconds)
     bad = {problem.host for problem in report.problems if not problem.warning}
@@ -261,8 +271,10 @@ def regroup(outcome: Outcome, what: dict[str, Any], all_hosts: list[Host], stop:
         return None
     ranks = ranks_of(hosts)
     if outcome.batch:
-        hosts = fit(hosts, *outcome.batch, ranks_of(outcome.hosts))
-        total = outcome.batch[0]
+        total, accumulation, ranks_per_shard = outcome.batch
+        # With --micro-batch, train.py chooses the accumulation steps anew.
+        divisor = accumulation if micro_batch is None else 1 if micro_batch == "auto" else int(micro_batch)
+        hosts = fit(hosts, total, divisor, ranks_per_shard)
         if not hosts:
             say(f"error: the global batch of {total} cannot be divided among the {ranks} remaining ranks.")
             return None
@@ -302,11 +314,14 @@ def inspect_in_time(hosts: list[Host], what: dict[str, Any], stop: Stop, seconds
         time.sleep(2)
 
 
-def fit(hosts: list[Host], total: int, accumulation: int, shards: int, ranks_before: int) -> list[Host]:
-    """Keep as many ranks as can divide the global batch evenly, starting with the first hosts."""
-    ranks_per_shard = max(1, ranks_before // shards)
-    ranks = sum(host.slots for host in hosts)
-    while ranks and (ranks % ranks_per_shard or total % (accumulation * (ranks // ranks_per_shard))):
+def fit(hosts: list[Host], total: int, divisor: int, ranks_per_shard: int) -> list[Host]:
+    """Keep as many ranks as can divide the global batch evenly, starting with the first hosts.
+
+    Args:
+        divisor: of a shard's part of the batch: accumulation steps, or images per micro-batch.
+    """
+    ranks = ranks_of(hosts)
+    while ranks and (ranks % ranks_per_shard or total % (divisor * (ranks // ranks_per_shard))):
         ranks -= 1
     kept = []
     for host in hosts:

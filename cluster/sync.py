@@ -68,7 +68,7 @@ def _fix_host(host: Host, answer: dict[str, Any], own: dict[str, Any], what: dic
         say(f"{host.name}: copying {what['data']}")
         copy_data(host, what["data"], what["runs"])
     if (own["environment"] or {}).keys() - (answer["environment"] or {}).keys():
-        create_environment(host, project, what["python"])
+        create_environment(host, project, what["python"], own["environment"]["python"])
 
 
 def files_to_copy(project: str, code: dict[str, str], runs: list[str]) -> list[str]:
@@ -124,8 +124,15 @@ def move_aside(host: Host, project: str, paths: list[str]) -> None:
     run(host, words, "could not move stale code files", "\0".join(paths))
 
 
-def create_environment(host: Host, project: str, python: str) -> None:
-    """Create the project's .venv on a host with environment/setup.sh. Raises Unreachable with the reason."""
+def create_environment(host: Host, project: str, python: str, version: str) -> None:
+    """Create the project's .venv on a host with environment/setup.sh.
+
+    Args:
+        python: the interpreter in .venv, and its `version`, of which the host's own Python should be if it has that.
+
+    Raises:
+        Unreachable: with the reason.
+    """
     if not python.startswith(f"{project}/.venv/"):
         raise Unreachable(
             f"has no interpreter {python}",
@@ -133,14 +140,16 @@ def create_environment(host: Host, project: str, python: str) -> None:
         )
     say(f"{host.name}: creating the Python environment (minutes)")
     driver = [f"DRIVER_CUDA={os.environ['DRIVER_CUDA']}"] if os.environ.get("DRIVER_CUDA") else []
-    words = ["env", f"PYTHON={python}", *driver, f"{project}/environment/setup.sh"]
+    first = f"FIRST_PYTHON=python{'.'.join(version.split('.')[:2])}"
+    words = ["env", f"PYTHON={python}", first, *driver, f"{project}/environment/setup.sh"]
     run(host, remote.command(host.name, words), "could not create the environment")
 
 
 def copy(host: Host, folder: str, paths: list[str] | None = None, options: list[str] | None = None) -> None:
     """Copy a folder, or only `paths` in it, to the same path on a host."""
     run(host, remote.command(host.name, ["mkdir", "-p", "--", str(Path(folder))]), "could not create the folder")
-    words = ["rsync", "-a", "--partial", *(options or []), "-e", shlex.join(remote.SSH)]
+    # --protect-args: before 3.2.4, rsync let the shell there split the path at its spaces
+    words = ["rsync", "-a", "--partial", "--protect-args", *(options or []), "-e", shlex.join(remote.SSH)]
     if paths is not None:
         words += ["--from0", "--files-from=-"]
     words += ["--", f"{folder}/", f"{host.name}:{folder}/"]

@@ -73,12 +73,12 @@ def map_own_parts(tree: Any, function: Callable[[str], str]) -> Any:
     return function(tree) if is_own_part(tree) else tree
 
 
-def own_parts_of(tree: Any) -> list[OwnPart]:
-    """Return the user-defined parts that a tree of settings names, each once."""
+def own_parts_of(tree: Any, folders: Iterable[Path] = (PROJECT,)) -> list[OwnPart]:
+    """Return the user-defined parts that a tree of settings names, each once; `folders` as in `OwnPart.parse`."""
     found: dict[OwnPart, None] = {}
 
     def keep(text: str) -> str:
-        part = OwnPart.parse(text)
+        part = OwnPart.parse(text, folders)
         assert part is not None  # map_own_parts passes references alone
         found[part] = None
         return text

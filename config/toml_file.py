@@ -8,11 +8,6 @@ from typing import Any
 
 from common.errors import SettingsError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 def read_toml(path: Path, name: str) -> dict[str, Any]:
     """Return the tree of a TOML file.
@@ -20,6 +15,11 @@ def read_toml(path: Path, name: str) -> dict[str, Any]:
     Raises:
         SettingsError: the file cannot be read or is not valid TOML; the message calls it `name`.
     """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # imported here, because launch_distributed_train.sh needs this module without packages
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -3,6 +3,7 @@
 # scripts do: PYTHON is then the interpreter, and PATH begins with its folder of programs (DeepSpeed looks for `ninja` there).
 #   PYTHON=/path/to/python  interpreter to check (default: python3)
 #   DRIVER_CUDA=12          choose the packages for a driver of this CUDA version ("none": no GPU)
+#   FIRST_PYTHON=python3.12 interpreter to make .venv with where it is installed (--sync names its own version)
 #   INSTALLER=pip           install with pip alone, not with uv, which takes half a minute where pip takes three
 #   DRY_RUN=1               print the choice, but install nothing
 
@@ -80,7 +81,7 @@ choose_requirements() {
 
 # Set `base` to an interpreter that the chosen packages support.
 choose_base_python() {
-    local candidate version candidates=(python3 python3.13 python3.12 python3.11 python3.10 python3.14)
+    local candidate version candidates=(${FIRST_PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10 python3.14)
     [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
     for candidate in "${candidates[@]}"; do
         version=$("$candidate" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || continue

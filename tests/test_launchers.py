@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -343,6 +344,19 @@ def test_environment_is_made_once_and_again_when_its_requirements_change(repo):
         file.write("# changed\n")
     assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert installs(repo) == ["requirements.txt"] * 2
+
+
+def test_the_environment_has_the_version_of_the_other_hosts_where_it_is_installed(repo):
+    fake_python(repo)
+    path = repo.parent / "bin/python3.12"
+    path.write_text((repo.parent / "bin/python3").read_text() + "# 3.12")
+    path.chmod(0o755)
+    own = str(repo / ".venv/bin/python")
+    for first, expected in (("python3.12", True), ("python3.99", False)):
+        shutil.rmtree(repo / ".venv", ignore_errors=True)
+        result = run(repo, "environment/setup.sh", PYTHON=own, FIRST_PYTHON=first)
+        assert result.returncode == 0, result.stderr
+        assert Path(own).read_text().endswith("# 3.12") == expected
 
 
 def test_python_may_be_a_relative_path_with_a_space(repo):

@@ -13,7 +13,9 @@ import json
 import os
 import pwd
 import re
+import shlex
 import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +167,14 @@ def test_dry_run_prints_the_command_of_each_host_with_every_argument_unchanged(c
         assert json.loads(base64.urlsafe_b64decode(world)) == {"node1": [0, 1], "node2": [0, 1]}
 
 
+def test_dry_run_before_the_environment_exists_prints_its_interpreter(cluster):
+    fake(cluster, "python3", f'[ "$1" != - ] || exit 1\nexec {shlex.quote(sys.executable)} -S "$@"')  # no packages
+    result = run(cluster, LAUNCH, DRY_RUN="1", PYTHON="")
+    assert result.returncode == 0, result.stderr
+    assert [words[0] for words in commands(result.stdout).values()] == [str(cluster / ".venv/bin/python")] * 2
+    assert not (cluster / ".venv").exists()
+
+
 def test_hosts_that_do_not_answer_are_named_with_the_fix(cluster):
     result = run(cluster, LAUNCH)
     assert result.returncode == 3
@@ -193,6 +203,19 @@ def test_each_host_gets_its_own_interface_unless_one_was_named():
     assert [order["environment"]["NCCL_SOCKET_IFNAME"] for order in orders] == ["=eth0", "=ens3"]
     assert orders[1]["logs"] == "/p/runs/.logs/job/node2" and orders[1]["command"][-2:] == ["--x", "a b"]
     assert make_plan(HOSTS, NCCL_SOCKET_IFNAME="ib0").order(0, "job")["environment"]["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+def test_threads_of_ranks_on_a_cpu_do_not_spin_unless_asked_to(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+    def policy(on_cpu: bool, **environment: str) -> str | None:
+        ranks = agent.Ranks.__new__(agent.Ranks)  # without its processes
+        ranks.mark, ranks.slots = "CLUSTER_JOB=job:0", 2
+        order = {"environment": environment, "command": ["/venv/bin/python"], "on_cpu": on_cpu}
+        return ranks.environment(order).get("OMP_WAIT_POLICY")
+
+    assert policy(True) == "passive" and policy(False) is None
+    assert policy(True, OMP_WAIT_POLICY="active") == "active"
 
 
 def test_time_limits_come_from_variables():
@@ -229,20 +252,20 @@ def test_only_variables_that_matter_to_training_are_sent(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "slots, batch, before, after",
+    "slots, batch, after",
     [
-        ([8, 8, 8], (1024, 1, 32), 32, [8, 8]),  # 24 ranks cannot divide 1024 images
-        ([8, 8, 8], (96, 2, 32), 32, [8, 8, 8]),
-        ([8, 8], (96, 1, 24), 24, [8, 8]),
-        ([2, 1], (64, 1, 4), 4, [2]),
-        ([4], (64, 1, 4), 8, [4]),  # two pipeline stages a replica: an even number of ranks
-        ([3], (64, 1, 4), 8, [2]),
-        ([1], (64, 1, 4), 8, []),
+        ([8, 8, 8], (1024, 1, 1), [8, 8]),  # 24 ranks cannot divide 1024 images
+        ([8, 8, 8], (96, 2, 1), [8, 8, 8]),
+        ([8, 8], (96, 1, 1), [8, 8]),
+        ([2, 1], (64, 1, 1), [2]),
+        ([4], (64, 1, 2), [4]),  # two pipeline stages a replica: an even number of ranks
+        ([3], (64, 1, 2), [2]),
+        ([1], (64, 1, 2), []),
     ],
 )
-def test_the_remaining_ranks_divide_the_same_global_batch(slots, batch, before, after):
+def test_the_remaining_ranks_divide_the_same_global_batch(slots, batch, after):
     hosts = [Host(f"node{i}", count) for i, count in enumerate(slots)]
-    assert [host.slots for host in run_hosts.fit(hosts, *batch, before)] == after
+    assert [host.slots for host in run_hosts.fit(hosts, *batch)] == after
 
 
 TRACE = 'starting\nTraceback (most recent call last):\n  File "x", line 1\n    y\nValueError: mine\nmore\n'
@@ -404,7 +427,9 @@ def regroup(monkeypatch):
     `lost` names the host that the preflight misses from now on; `closed` is how often it finds node1 alone unfit.
     """
 
-    def call(outcome: Outcome, lost: str = "", closed: int = 0) -> Report | None:
+    def call(
+        outcome: Outcome, lost: str = "", closed: int = 0, hosts: list[Host] = HOSTS, micro_batch: str | None = None
+    ) -> Report | None:
         def inspect(hosts, what):
             nonlocal closed
             if hosts == HOSTS[:1] and closed:
@@ -415,7 +440,7 @@ def regroup(monkeypatch):
 
         monkeypatch.setattr(run_hosts.preflight, "inspect", inspect)
         monkeypatch.setattr(run_hosts.time, "sleep", lambda seconds: None)
-        return run_hosts.regroup(outcome, {}, HOSTS, SimpleNamespace(requested=False), 0.1)
+        return run_hosts.regroup(outcome, {}, hosts, SimpleNamespace(requested=False), 0.1, micro_batch)
 
     return call
 
@@ -426,6 +451,35 @@ def test_without_the_first_host_nothing_is_started_while_the_run_folder_is_unkno
     assert regroup(Outcome(1, HOSTS), lost="node2").hosts == HOSTS[:1]
     monkeypatch.setattr(run_hosts, "exists", lambda host, path: path == "/shared/big/run.json")
     assert regroup(Outcome(1, HOSTS, folder="/shared/big"), lost="node1").hosts == HOSTS[1:]
+
+
+@pytest.mark.parametrize(("micro_batch", "ranks"), [(None, 2), ("8", 3), ("12", 2), ("auto", 3)])
+def test_a_restart_keeps_the_ranks_with_which_the_micro_batch_divides_the_global_batch(micro_batch, ranks, regroup):
+    hosts = [Host("node1", 2), Host("node2", 1)]
+    outcome = Outcome(1, [Host("node1", 4)], folder="/runs/a", batch=(96, 3, 1))
+    report = regroup(outcome, hosts=hosts, micro_batch=micro_batch)
+    assert run_hosts.ranks_of(report.hosts) == ranks
+
+
+def test_a_restart_knows_folder_and_batch_although_the_last_start_failed_early(monkeypatch):
+    outcomes = [
+        Outcome(1, HOSTS, folder="/runs/a", batch=(64, 1, 1), logs="/runs/a/logs"),
+        Outcome(1, HOSTS[:1], logs="/runs/.logs"),
+        Outcome(0, HOSTS),
+    ]
+    seen = []
+    report = Report(HOSTS, [], [], "", True, Rendezvous("10.0.0.1", 21000, {}))
+    monkeypatch.delenv("DRY_RUN", raising=False)
+    monkeypatch.setattr(sys, "argv", ["run_hosts.py", "--restarts", "2", "--micro-batch", "8"])
+    monkeypatch.setattr(run_hosts, "hosts_of", lambda path: HOSTS)
+    monkeypatch.setattr(run_hosts, "look", lambda *_: report)
+    monkeypatch.setattr(run_hosts, "Stop", lambda: SimpleNamespace(requested=False))
+    monkeypatch.setattr(run_hosts, "Job", lambda *_: SimpleNamespace(run=lambda: outcomes.pop(0)))
+    monkeypatch.setattr(
+        run_hosts, "regroup", lambda outcome, *rest: seen.append((outcome.folder, outcome.batch, rest[-1])) or report
+    )
+    assert run_hosts.main() == 0
+    assert seen == [("/runs/a", (64, 1, 1), "8")] * 2
 
 
 def test_the_remaining_hosts_get_time_to_pass_the_preflight_and_their_problems_are_shown(regroup, capsys):

@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from cluster import host_checks as checks
-from cluster import probe, remote
+from cluster import preflight, probe, remote
 from cluster.remote import Host, Unreachable
 from common.paths import PROJECT
 from image_data.preparation.prepare import prepare
@@ -87,6 +88,7 @@ def test_hosts_that_agree_have_no_problem():
         ({"given": {"/my.toml": "8"}}, "other content in /my.toml", False),
         ({"environment": None}, "no usable Python environment", False),
         ({"environment.torch": "2.7.0"}, "other versions: torch 2.7.0 (node1: 2.11.0)", False),
+        ({"environment.python": "3.10.2"}, "has Python 3.10 (node1: 3.11)", False),
         ({"gpus": [GPU]}, "has 1 GPUs and 2 slots", False),
         ({"gpus": []}, "shows no GPU", False),
         ({"gpus": [GPU, {**GPU, "index": "1", "free": 12000}]}, "GPU 1: 12 of 138 GB free", True),
@@ -197,6 +199,33 @@ def test_the_probe_names_images_that_lie_outside_the_data_folder_and_are_not_the
     assert missing() == []  # training reads the packed pixels
 
 
+def test_all_files_that_the_command_line_needs_are_compared(tmp_path, monkeypatch):
+    for folder in ("here", "home", "presets"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("import neighbor, torch\n")
+        (tmp_path / folder / "neighbor.py").touch()
+        (tmp_path / folder / "unused.py").touch()
+    (tmp_path / "presets/mine.toml").write_text('[model]\nattention = "mine.py:Attention"\n')
+    (tmp_path / "home/weights").write_bytes(b"\xff")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def given(*arguments: str) -> list[str]:
+        paths = preflight.request("python", tmp_path / "data", tmp_path / "runs", [*arguments])["given"]
+        return [str(Path(path).relative_to(tmp_path)) for path in paths]
+
+    for words in (
+        ["--set", "model.feed_forward=mine.py:F"],
+        ["--set=model.feed_forward=mine.py:F"],
+        ['x="mine.py:F.a"'],
+    ):
+        assert given(*words) == ["here/mine.py", "here/neighbor.py"]
+    assert given("--set", "model.feed_forward=~/mine.py:F") == ["home/mine.py", "home/neighbor.py"]
+    assert given("--preset=../presets/mine.toml") == ["presets/mine.py", "presets/mine.toml", "presets/neighbor.py"]
+    assert given("--init-weights=~/weights") == given("--init-weights", "~/weights") == ["home/weights"]
+    assert given("--set", "model.feed_forward=absent.py:F", "--name", "x" * 300) == []
+
+
 def test_answers_of_nvidia_smi_are_read():
     text = "0, NVIDIA H200, 143771, 143000, 580.65.06\n1, NVIDIA H200, [N/A], [N/A], 580.65.06\n"
     assert [(gpu["index"], gpu["total"]) for gpu in probe.gpus_of(text)] == [("0", 143771), ("1", None)]
@@ -222,6 +251,14 @@ def test_a_connection_is_checked_and_measured():
     finally:
         listener.kill()
         listener.wait()
+
+
+def test_a_master_address_that_is_a_name_leads_to_the_interface_of_the_first_host_too(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    answers = [{"addresses": [["eth0", "10.0.0.1"], ["lo", "127.0.0.1"]]}] * 2
+    found, problems = preflight.find_rendezvous([Host("localhost", 1), Host("127.0.0.1", 1)], answers)
+    assert found.address == "localhost" and found.interfaces == {"localhost": "lo", "127.0.0.1": "lo"}
+    assert problems == []
 
 
 # --- the documentation --------------------------------------------------------------------------------------------

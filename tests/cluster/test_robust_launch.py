@@ -153,9 +153,10 @@ def test_facts_of_the_run_are_learned_and_not_shown(capsys):
     agents = [SimpleNamespace(host=Host("node1", 2), heard=0.0, send=lambda words: sent.append(words))]
     job, sent = Job.__new__(Job), []  # without its agents, which would be started over SSH
     job.agents, job.name, job.folder, job.batch = agents, "job", "", None
+    job.plan = SimpleNamespace(hosts=[Host("node1", 8), Host("node2", 8)])
     for text in ("epoch 1/2", 'facts for the launcher: ["/shared/runs/big", [1024, 2, 8]]'):
         job._handle(0, {"event": "line", "text": text})
-    assert (job.folder, job.batch) == ("/shared/runs/big", (1024, 2, 8))
+    assert (job.folder, job.batch) == ("/shared/runs/big", (1024, 2, 2))  # 16 ranks in 8 shards
     assert sent == ["logs /shared/runs/big/logs/job/node1"] and capsys.readouterr().out == "epoch 1/2\n"
 
 
@@ -256,6 +257,14 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True)
 
 
+def test_sync_asks_for_the_python_version_of_this_machine(monkeypatch):
+    commands = []
+    monkeypatch.setattr(sync, "run", lambda host, words, *_: commands.append(words))
+    monkeypatch.delenv("DRIVER_CUDA", raising=False)
+    sync.create_environment(Host("localhost", 1), "/p", "/p/.venv/bin/python", "3.12.4")
+    assert commands == [["env", "PYTHON=/p/.venv/bin/python", "FIRST_PYTHON=python3.12", "/p/environment/setup.sh"]]
+
+
 @pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
 def test_sync_copies_what_links_out_of_the_data_folder_lead_to(tmp_path, monkeypatch):
     commands = []
@@ -270,6 +279,22 @@ def test_sync_copies_what_links_out_of_the_data_folder_lead_to(tmp_path, monkeyp
     subprocess.run([*options, f"{tmp_path}/data/", f"{tmp_path}/there/"], check=True)
     assert not (tmp_path / "there/train/cat").is_symlink() and (tmp_path / "there/train/cat/a.png").is_file()
     assert (tmp_path / "there/train/hound").is_symlink()
+
+
+@pytest.mark.skipif(not shutil.which("rsync"), reason="needs rsync")
+def test_sync_copies_to_a_path_with_a_space_also_by_an_old_rsync(tmp_path, monkeypatch):
+    folder = tmp_path / "my project"
+    write(folder, "train.py")
+    ssh = tmp_path / "ssh"  # it joins its words, and the shell of the host, which has another disk, splits them
+    ssh.write_text('#!/bin/sh\nshift\ncd "${0%/*}"/there && exec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setattr(remote, "SSH", [str(ssh)])
+    monkeypatch.setattr(remote, "command", lambda name, words: ["true"])
+    monkeypatch.setenv("RSYNC_OLD_ARGS", "1")  # the default before 3.2.4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    sync.copy(Host("box", 1), "my project")
+    assert (tmp_path / "there/my project/train.py").is_file()
 
 
 @pytest.mark.parametrize("with_git", [True, False])
