@@ -14,11 +14,14 @@ fi
 
 # train JOB ARGUMENTS...: run the ranks; if they were stopped, and have saved if training had begun, requeue JOB.
 train() {
-    local job=$1 log=runs/slurm-$1-rank follower code=0 word words=()
+    local job=$1 log=runs/slurm-$1-rank follower code=0 word words=() stop_at=""
+    export RUN_BEGUN=runs/slurm-$1-begun    # train.py makes this file once its run folder is ready
     shift
-    # A requeued job resumes: --fresh counts for its first start alone.
+    ((${SLURM_RESTART_COUNT:-0})) || rm -f "$RUN_BEGUN"    # of another job that had this number
+    # A requeued job resumes: --fresh counts until the job has begun its run.
     for word in "$@"; do
-        if [ "$word" != --fresh ] || ((${SLURM_RESTART_COUNT:-0} == 0)); then words+=("$word"); fi
+        if [ "$word" != --fresh ] || [ ! -e "$RUN_BEGUN" ]; then words+=("$word"); fi
+        case $word in --stop-at | --stop-at=*) stop_at=1 ;; esac
     done
     # Show the first rank's output here as well.
     touch "$log-0.log"
@@ -29,7 +32,8 @@ train() {
     srun --kill-on-bad-exit=0 --wait=30 --open-mode=append --output="$log-%t.log" "$PYTHON" -u train.py "${words[@]}" || code=$?
     sleep 1.5
     kill "$follower"
-    requeue_if_stopped "$code" "$job"
+    # With --stop-at, 75 also says that the step was reached, and a requeued job would train on to the end.
+    if [ -z "$stop_at" ] || [ "$code" != 75 ]; then requeue_if_stopped "$code" "$job"; fi
     case $code in 0 | 75 | 143) ;; *) grep -m1 -A15 -E '^(Traceback|error)' "$log"-*.log || true ;; esac
     exit "$code"
 }

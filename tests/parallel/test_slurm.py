@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from common.launch_facts import print_launch_facts
 from common.paths import PROJECT
 from parallel.slurm import expand_nodes, rank_environment
 
@@ -108,7 +109,7 @@ scontrol() { echo "scontrol $*"; }
 srun() { printf "[%s]" "$@"; return "$CODE"; }
 sleep() { :; }
 . cluster/slurm/ranks.sh
-train 7 --fresh --name 'a b'
+train 7 --fresh --name 'a b' $MORE
 """
 
 
@@ -117,22 +118,46 @@ def ranks(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     (folder / "cluster").symlink_to(PROJECT / "cluster")
     (folder / "environment").mkdir()
     (folder / "environment/setup.sh").touch()
-    variables = {"PATH": os.environ["PATH"], "PYTHON": "python", "CODE": "0", **environment}
+    variables = {"PATH": os.environ["PATH"], "PYTHON": "python", "CODE": "0", "MORE": "", **environment}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", RANKS], cwd=folder, env=variables, capture_output=True, text=True, timeout=60
     )
 
 
-@pytest.mark.parametrize(("restarts", "is_fresh"), [({}, True), ({"SLURM_RESTART_COUNT": "1"}, False)])
-def test_a_requeued_job_does_not_start_over(tmp_path, restarts, is_fresh):
-    done = ranks(tmp_path, **restarts)
+@pytest.mark.parametrize(
+    ("restarts", "has_begun", "is_fresh"), [("", True, True), ("1", True, False), ("1", False, True)]
+)
+def test_a_requeued_job_does_not_start_over_once_it_has_begun_its_run(tmp_path, restarts, has_begun, is_fresh):
+    begun = tmp_path / "runs/slurm-7-begun"
+    if has_begun:  # by this job, or before its first start by another of its number
+        begun.parent.mkdir()
+        begun.touch()
+    done = ranks(tmp_path, **({"SLURM_RESTART_COUNT": restarts} if restarts else {}))
     assert done.returncode == 0 and "[--name][a b]" in done.stdout, done.stderr
-    assert ("[--fresh]" in done.stdout) == is_fresh
+    assert ("[--fresh]" in done.stdout) == is_fresh and begun.exists() == (not is_fresh)
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (75, True), (143, True)])
-def test_a_job_that_was_stopped_is_requeued_also_if_it_had_not_begun_to_train(tmp_path, code, is_requeued):
-    done = ranks(tmp_path, CODE=str(code))
+def test_train_py_makes_the_file_that_says_that_the_run_has_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_BEGUN", str(tmp_path / "begun"))
+    print_launch_facts(tmp_path, (128, 1, 1))
+    assert (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "more", "is_requeued"),
+    [
+        (0, "", False),
+        (1, "", False),
+        (75, "", True),
+        (143, "", True),
+        (75, "--stop-at 9", False),
+        (75, "--stop-at=9", False),
+        (143, "--stop-at 9", True),
+    ],
+)
+def test_a_job_that_was_stopped_is_requeued_unless_its_last_step_was_given(tmp_path, code, more, is_requeued):
+    """Also a job that had not begun to train (143)."""
+    done = ranks(tmp_path, CODE=str(code), MORE=more)
     assert done.returncode == code and ("scontrol requeue 7" in done.stdout) == is_requeued, done.stderr
 
 
