@@ -328,7 +328,7 @@ def test_preempted_training_saves_is_requeued_and_finishes(slurm, project, tmp_p
     )
     wait_until(lambda: list(tmp_path.glob("runs/job/state/step-*")), LIMIT_SECONDS, out)
     preempt(slurm, [job], tmp_path, out)
-    assert "and saved; start the same run again" in out() and "resuming  after step" in out()
+    assert "and saved; the same command resumes the run" in out() and "resuming  after step" in out()
     assert (tmp_path / "runs/job/state/step-00000240").is_dir()
 
 
