@@ -106,9 +106,10 @@ RANKS = """
 say() { :; }
 nvidia-smi() { :; }
 scontrol() { echo "scontrol $*"; }
-srun() { printf "[%s]" "$@"; return "$CODE"; }
+srun() { printf "[%s]" "$@"; echo "threads ${OMP_NUM_THREADS-} ${OMP_WAIT_POLICY-}."; return "$CODE"; }
 sleep() { :; }
 . cluster/slurm/ranks.sh
+echo "sourced ${OMP_NUM_THREADS-}."
 train 7 --fresh --name 'a b' $MORE
 """
 
@@ -159,6 +160,21 @@ def test_a_job_that_was_stopped_is_requeued_unless_its_last_step_was_given(tmp_p
     """Also a job that had not begun to train (143)."""
     done = ranks(tmp_path, CODE=str(code), MORE=more)
     assert done.returncode == code and ("scontrol requeue 7" in done.stdout) == is_requeued, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, "1 passive"),
+        ({"SLURM_CPUS_PER_TASK": "16"}, "16 passive"),
+        ({"SLURM_CPUS_PER_TASK": "16", "OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "active"}, "4 active"),
+    ],
+)
+def test_a_task_on_cpus_has_a_thread_for_each_of_its_cores(tmp_path, given, threads):
+    done = ranks(tmp_path, **given)
+    assert f"threads {threads}." in done.stdout, done.stderr
+    assert ("[--cpus-per-task=16]" in done.stdout) == ("SLURM_CPUS_PER_TASK" in given)
+    assert f"sourced {given.get('OMP_NUM_THREADS', '')}." in done.stdout  # compare.py divides the cores itself
 
 
 # --- a real Slurm -------------------------------------------------------------------------------------------------
