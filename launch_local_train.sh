@@ -11,11 +11,15 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 . "$here/environment/setup.sh"
 
-case ${1:-} in -h | --help)
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    echo
-    exec "$PYTHON" "$here/train.py" --help ;;
-esac
+for word in "$@"; do
+    case $word in
+        -h | --help)
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+            echo
+            exec "$PYTHON" "$here/train.py" --help ;;
+        --list-settings) exec "$PYTHON" "$here/train.py" "$@" ;;    # without a launcher, so that it is printed once
+    esac
+done
 
 # 1. The devices, one process per device
 devices=()

@@ -53,6 +53,22 @@ def test_arguments_and_folder_reach_train_py_unharmed(repo, tmp_path):
     assert not list(tmp_path.rglob("owned"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "times"),
+    [
+        (["--preset", "cpu", "-h"], 1),
+        (["--help"], 1),
+        (["--list-settings", "--preset", "cpu-quick"], 1),
+        (["--set", "x=-h", "--name", "list-settings"], 2),  # these train
+    ],
+)
+def test_help_and_settings_are_printed_once(repo, arguments, times):
+    (repo / "train.py").write_text("import sys\nprint('heading', *sys.argv[1:], flush=True)\n")
+    result = run(repo, "launch_local_train.sh", *arguments, NUM_PROCS="2")
+    assert result.returncode == 0 and result.stdout.count("heading") == times, result.stderr
+    assert ("NUM_PROCS=2" in result.stdout) == bool({"-h", "--help"} & {*arguments})  # the launcher's own help
+
+
 def test_the_number_of_processes_does_not_depend_on_the_current_folder(repo, tmp_path):
     """A config.py of the user is not run."""
     elsewhere = tmp_path / "elsewhere"

@@ -54,7 +54,7 @@ class Engine(zero.Engine):
     def __init__(
         self, build: Callable[[], nn.Module], settings: Settings, schedule: Schedule, seed: int, meeting: PeerGroup
     ):
-        """As for `zero`; only the main process uses `meeting`.
+        """As for `zero`; only the main process connects to others by `meeting`, and all take its number.
 
         Raises:
             SettingsError: a combination of settings that would not train as requested.
@@ -62,6 +62,7 @@ class Engine(zero.Engine):
         check_outer(settings.parallel)
         super().__init__(build, settings, schedule, seed)
         self.meeting, self.local_steps = meeting, settings.parallel.local_steps
+        meeting.number = self.broadcast_object(meeting.number)  # the hosts of a peer train on one data order
         self.data_seed = data_seed(seed, meeting.number)
         self.outer_steps = 0
         self.alone = 0  # optimizer steps since the last outer step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 from hashlib import blake2b
@@ -51,6 +52,9 @@ def meeting_of(
 ) -> PeerGroup | None:
     """The PeerGroup for the flags of these names; None without any of them.
 
+    Only the main process of a peer connects to others. Its host alone needs an address for that: in the other processes
+    the PeerGroup has neither an address nor a number.
+
     Raises:
         SettingsError: flags that exclude one another, an address of another machine, or torchft is missing.
     """
@@ -61,6 +65,8 @@ def meeting_of(
     if host_peers and join:
         raise SettingsError("--host-peers starts a run of peers and --join enters one: give only one of them")
     coordination()
+    if os.environ.get("RANK", "0") != "0":
+        return PeerGroup("", 0, join, number=0, patience_seconds=patience_seconds)
     if host_peers:
         address, port = split_address(host_peers, "--host-peers")
         return PeerGroup(check_own(address, "--host-peers"), port, None, number=0, patience_seconds=patience_seconds)

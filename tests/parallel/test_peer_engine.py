@@ -25,6 +25,7 @@ from parallel.peers import endpoint
 from parallel.peers.heartbeat import Heartbeat
 from parallel.peers.membership import ring_bytes
 from parallel.peers.rendezvous import PeerGroup
+from parallel.peers.setup import data_seed
 from parallel.strategies import engine_class
 from records.run_folder import RunFolder
 
@@ -73,6 +74,19 @@ def test_a_peer_that_failed_does_not_wait_for_the_other_processes(monkeypatch):
     assert left == ["meeting"]
     engine.close()
     assert left == ["meeting", "meeting", "process group"]
+
+
+def job_of_two_hosts(out: str) -> None:
+    """A process whose own host would give the peer another number."""
+    rank = int(os.environ["RANK"])
+    engine = peer_engine(settings_for(*DILOCO), 0, number=7 + rank)
+    Path(out, f"seed-{rank}").write_text(f"{engine.data_seed} {engine.random_stream() - engine.data_shard[0]}")
+    engine.close()
+
+
+def test_all_processes_of_a_peer_have_the_data_order_of_the_main_process(tmp_path):
+    programs.run_ranks(2, job_of_two_hosts, str(tmp_path))
+    assert (tmp_path / "seed-0").read_text() == (tmp_path / "seed-1").read_text() == f"{data_seed(3, 7)} {4096 * 7}"
 
 
 def averaging_settings(*overrides: str):

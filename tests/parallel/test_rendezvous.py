@@ -453,6 +453,15 @@ def test_nothing_listens_on_a_public_address_without_consent(monkeypatch):
         meeting_of(**flags(join=HERE), patience_seconds=120.0)
 
 
+@pytest.mark.parametrize(
+    "given", [{"host_peers": "192.0.2.7"}, {"join": "no such name"}, {"join": HERE, "peer_address": "192.0.2.7"}]
+)
+def test_only_the_host_of_the_main_process_needs_an_address(monkeypatch, given):
+    monkeypatch.setenv("RANK", "1")
+    meeting = meeting_of(**flags(**given), patience_seconds=120.0)
+    assert bool(meeting.join) == ("join" in given)  # every process takes part in a join
+
+
 def test_peers_are_for_local_only():
     with pytest.raises(SettingsError, match="--host-peers and --join need --strategy local, not zero"):
         engine_class("zero", object())

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from common.launch_facts import print_launch_facts
 from common.paths import PROJECT
 from parallel.slurm import expand_nodes, rank_environment
 
@@ -105,10 +106,11 @@ RANKS = """
 say() { :; }
 nvidia-smi() { :; }
 scontrol() { echo "scontrol $*"; }
-srun() { printf "[%s]" "$@"; return "$CODE"; }
+srun() { printf "[%s]" "$@"; echo "threads ${OMP_NUM_THREADS-} ${OMP_WAIT_POLICY-}."; return "$CODE"; }
 sleep() { :; }
 . cluster/slurm/ranks.sh
-train 7 --fresh --name 'a b'
+echo "sourced ${OMP_NUM_THREADS-}."
+train 7 --fresh --name 'a b' $MORE
 """
 
 
@@ -117,23 +119,62 @@ def ranks(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     (folder / "cluster").symlink_to(PROJECT / "cluster")
     (folder / "environment").mkdir()
     (folder / "environment/setup.sh").touch()
-    variables = {"PATH": os.environ["PATH"], "PYTHON": "python", "CODE": "0", **environment}
+    variables = {"PATH": os.environ["PATH"], "PYTHON": "python", "CODE": "0", "MORE": "", **environment}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", RANKS], cwd=folder, env=variables, capture_output=True, text=True, timeout=60
     )
 
 
-@pytest.mark.parametrize(("restarts", "is_fresh"), [({}, True), ({"SLURM_RESTART_COUNT": "1"}, False)])
-def test_a_requeued_job_does_not_start_over(tmp_path, restarts, is_fresh):
-    done = ranks(tmp_path, **restarts)
+@pytest.mark.parametrize(
+    ("restarts", "has_begun", "is_fresh"), [("", True, True), ("1", True, False), ("1", False, True)]
+)
+def test_a_requeued_job_does_not_start_over_once_it_has_begun_its_run(tmp_path, restarts, has_begun, is_fresh):
+    begun = tmp_path / "runs/slurm-7-begun"
+    if has_begun:  # by this job, or before its first start by another of its number
+        begun.parent.mkdir()
+        begun.touch()
+    done = ranks(tmp_path, **({"SLURM_RESTART_COUNT": restarts} if restarts else {}))
     assert done.returncode == 0 and "[--name][a b]" in done.stdout, done.stderr
-    assert ("[--fresh]" in done.stdout) == is_fresh
+    assert ("[--fresh]" in done.stdout) == is_fresh and begun.exists() == (not is_fresh)
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (75, True), (143, True)])
-def test_a_job_that_was_stopped_is_requeued_also_if_it_had_not_begun_to_train(tmp_path, code, is_requeued):
-    done = ranks(tmp_path, CODE=str(code))
+def test_train_py_makes_the_file_that_says_that_the_run_has_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_BEGUN", str(tmp_path / "begun"))
+    print_launch_facts(tmp_path, (128, 1, 1))
+    assert (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "more", "is_requeued"),
+    [
+        (0, "", False),
+        (1, "", False),
+        (75, "", True),
+        (143, "", True),
+        (75, "--stop-at 9", False),
+        (75, "--stop-at=9", False),
+        (143, "--stop-at 9", True),
+    ],
+)
+def test_a_job_that_was_stopped_is_requeued_unless_its_last_step_was_given(tmp_path, code, more, is_requeued):
+    """Also a job that had not begun to train (143)."""
+    done = ranks(tmp_path, CODE=str(code), MORE=more)
     assert done.returncode == code and ("scontrol requeue 7" in done.stdout) == is_requeued, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, "1 passive"),
+        ({"SLURM_CPUS_PER_TASK": "16"}, "16 passive"),
+        ({"SLURM_CPUS_PER_TASK": "16", "OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "active"}, "4 active"),
+    ],
+)
+def test_a_task_on_cpus_has_a_thread_for_each_of_its_cores(tmp_path, given, threads):
+    done = ranks(tmp_path, **given)
+    assert f"threads {threads}." in done.stdout, done.stderr
+    assert ("[--cpus-per-task=16]" in done.stdout) == ("SLURM_CPUS_PER_TASK" in given)
+    assert f"sourced {given.get('OMP_NUM_THREADS', '')}." in done.stdout  # compare.py divides the cores itself
 
 
 # --- a real Slurm -------------------------------------------------------------------------------------------------
@@ -303,7 +344,7 @@ def test_preempted_training_saves_is_requeued_and_finishes(slurm, project, tmp_p
     )
     wait_until(lambda: list(tmp_path.glob("runs/job/state/step-*")), LIMIT_SECONDS, out)
     preempt(slurm, [job], tmp_path, out)
-    assert "and saved; start the same run again" in out() and "resuming  after step" in out()
+    assert "and saved; the same command resumes the run" in out() and "resuming  after step" in out()
     assert (tmp_path / "runs/job/state/step-00000240").is_dir()
 
 
