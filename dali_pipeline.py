@@ -44,7 +44,7 @@ from config.settings import AugmentationSettings, Settings
 from image_data.augmentation import Augmentation
 from image_data.batch_plan import BatchIndex, BatchPlanner, LoaderSpec, PlannedBatch
 from image_data.dataset import Dataset, Split, too_few
-from image_data.mixup import Mixer, erase
+from image_data.mixup import Mixer, check_partners, erase
 from image_data.readers import FileReader, PackedReader, PaddedPackedReader
 
 if TYPE_CHECKING:
@@ -221,6 +221,10 @@ def make_batches(
         batch_size: images per micro-batch of this process.
         synthetic: train on one fixed random batch.
         closing: stack that closes the batches.
+
+    Raises:
+        SettingsError: MixUp or CutMix with micro-batches of one image, which has no partner.
+        DatasetError: as `Batches`.
     """
     shard, num_shards = data_shard
     common: dict[str, Any] = dict(
@@ -231,6 +235,7 @@ def make_batches(
         source=source,
         image_side=settings.image_side,
     )
+    check_partners(settings.augmentation, batch_size)
     batches = {"train": Batches(dataset, "train", seed=seed, augmentation=settings.augmentation, **common)}
     batches |= {name: Batches(dataset, name, **common) for name in dataset.splits if name != "train"}
     for made in batches.values():

@@ -282,9 +282,7 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("soup", "ensemble"):
         if getattr(args, name) and task == "an evaluation":
             raise SettingsError(f"--{name} needs at least two runs: python evaluate.py runs/a runs/b --{name}")
-    for name, value in vars(args).items():
-        if name not in {"runs", "runs_dir", *USED[task]} and value != parser.get_default(name):
-            raise SettingsError(f"--{name.replace('_', '-')} does not apply to {task}. Leave it out")
+    parser.refuse_unused(args, {"runs", "runs_dir", *USED[task]}, task)
     if task == "several runs" and not (args.soup or args.ensemble):
         raise SettingsError("several runs need --soup, --ensemble or both. Name one run for its full report")
     for name in ("json", "output"):

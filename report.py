@@ -36,6 +36,14 @@ if TYPE_CHECKING:
     from image_data.dataset import Dataset
     from reports.pictures import SplitAnalysis
 
+# The options that each task uses besides `run` and `--runs-dir`; any other is rejected rather than ignored.
+USED = {
+    "the page of one run": {"out", "split", "weights", "data_dir", "batch_size", "source"},
+    "--quick": {"quick", "out"},
+    "several runs": {"out"},
+    "--index": {"index", "out", "results_dir"},
+    "--list": {"list", "sort", "reverse", "where", "results_dir"},
+}
 NUM_MISTAKES = 24
 NUM_ATTENTION = 5  # images with attention maps
 
@@ -256,7 +264,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_combination(parser: Parser, args: argparse.Namespace) -> None:
-    """End with a sentence where options exclude each other."""
+    """End with a sentence where options exclude each other. Raises SettingsError for one that does not apply."""
     if args.index and args.list:
         parser.error("--index and --list exclude each other; give one of them")
     if (args.index or args.list) and args.runs:
@@ -265,6 +273,9 @@ def check_combination(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--sort, --where and --reverse belong to --list; add --list")
     if args.list and args.out:
         parser.error("--list prints to the screen; leave out --out, or write a page with --index")
+    of_runs = "several runs" if len(args.runs) > 1 else "--quick" if args.quick else "the page of one run"
+    task = "--index" if args.index else "--list" if args.list else of_runs
+    parser.refuse_unused(args, {"runs", "runs_dir", *USED[task]}, task)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def main() -> int:
             evaluation = Evaluation(
                 engine, splits, steps_per_epoch, args.evaluate_every, not args.evaluate_ema_only, args.patience
             )
-            time_plan = time_plan_of(args.max_minutes, args.only_shortens, schedule, engine.resizing)
+            time_plan = time_plan_of(args.max_minutes, args.only_shortens, schedule, engine.resizing, data.side)
             loop = Loop(engine, training, evaluation, steps_per_epoch, started, time_plan, stop, console)
             return loop.run(stop_at=args.stop_at)
 

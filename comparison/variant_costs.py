@@ -24,6 +24,7 @@ from training.own_part_checks import check_before_data
 from training.resizing_check import check_resizing
 
 TOLERANCE = 0.01  # costs that differ by less count as equal
+SPLIT = " (q, k, v split)"  # by Muon, with optimizer.params.split_qkv
 ROLES = ("patches", "attention", "feed_forward")  # parts of a network whose optimizers are compared, by attribute name
 
 
@@ -34,7 +35,7 @@ class VariantCost(Cost):
     Attributes:
         initial_flops: as `flops`, of the smaller images of progressive resizing.
         initial_fraction: fraction of the steps that train on these; 0 where progressive resizing is off.
-        optimizers: role -> optimizers, such as "Muon" or "AdamW and Muon".
+        optimizers: role -> optimizers, such as "Muon", "AdamW and Muon" or "Muon (q, k, v split)".
     """
 
     optimizers: dict[str, str] = field(default_factory=dict)
@@ -118,17 +119,22 @@ def cost(settings: Settings, num_classes: int, image_side: int) -> VariantCost:
 def optimizers_of(settings: Settings, model: nn.Module) -> dict[str, str]:
     """Return the optimizers that train the matrices of each part: with Muon, some parameters get AdamW."""
     kind = settings.engine["optimizer"]["type"]
+    groups = build_optimizer(settings.engine["optimizer"], model, fused=False).param_groups
     trained_by = {
         id(parameter): "AdamW" if kind == "Muon" and not group["hidden"] else kind
-        for group in build_optimizer(settings.engine["optimizer"], model, fused=False).param_groups
+        for group in groups
         for parameter in group["params"]
     }
+    split = {id(parameter) for group in groups if group.get("row_splits") for parameter in group["params"]}
     found: dict[str, set[str]] = {}
+    with_split = set()  # roles; `split_qkv` splits the matrices of parts that have `row_splits`
     for name, parameter in model.named_parameters():
         role = next((part for part in name.split(".") if part in ROLES), None)
         if role and parameter.ndim >= 2 and id(parameter) in trained_by:
             found.setdefault(role, set()).add(trained_by[id(parameter)])
-    return {role: " and ".join(sorted(names)) for role, names in sorted(found.items())}
+            if id(parameter) in split:
+                with_split.add(role)
+    return {role: " and ".join(sorted(names)) + SPLIT * (role in with_split) for role, names in sorted(found.items())}
 
 
 def unequal_costs(experiment: Experiment, costs: list[VariantCost]) -> dict[str, list[str]]:
@@ -146,13 +152,13 @@ def unequal_costs(experiment: Experiment, costs: list[VariantCost]) -> dict[str,
         if abs(here / there - 1) > TOLERANCE:
             name = "FLOPs" if quantity == "flops" else quantity
             texts.append(f"{name}: {here:,} instead of {there:,} ({here / there:.2f} x)")
-        kinds = [settings.engine["optimizer"]["type"] for settings in (variant.settings, first.settings)]
-        if kinds[0] != kinds[1]:
-            continue  # another optimizer.type is the idea of the variant, and listed with its settings
+        # Another optimizer.type or split_qkv is the idea of the variant, and listed with its settings.
+        ours, theirs = (settings.engine["optimizer"] for settings in (variant.settings, first.settings))
+        if ours["type"] != theirs["type"]:
+            continue
+        ignored = SPLIT if ours["params"].get("split_qkv") != theirs["params"].get("split_qkv") else ""
         for role in sorted(cost.optimizers.keys() & reference.optimizers.keys()):
-            if cost.optimizers[role] != reference.optimizers[role]:
-                texts.append(
-                    f"{role} matrices are trained by {cost.optimizers[role]} instead of {reference.optimizers[role]} "
-                    "(not treated alike)"
-                )
+            one, other = (found_cost.optimizers[role].removesuffix(ignored) for found_cost in (cost, reference))
+            if one != other:
+                texts.append(f"{role} matrices are trained by {one} instead of {other} (not treated alike)")
     return found

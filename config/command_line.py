@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.display import protect_streams
-from common.errors import EXIT_INTERRUPTED, UserError
+from common.errors import EXIT_INTERRUPTED, SettingsError, UserError
 from common.output_files import disk_problem
 from common.stop_signal import stop_requested
 from config.catalog import names_of, setting_of, settings_like
@@ -141,6 +141,12 @@ class Parser(argparse.ArgumentParser):
         if reports_errors():
             print(f"error: {message} (all options: {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+    def refuse_unused(self, args: argparse.Namespace, used: set[str], task: str) -> None:
+        """Raise SettingsError for an option that was given another value than its default, and is not in `used`."""
+        for name, value in vars(args).items():
+            if name not in used and value != self.get_default(name):
+                raise SettingsError(f"--{name.replace('_', '-')} does not apply to {task}. Leave it out")
 
     def _not_understood(self, words: list[str]) -> str:
         """Return the sentence for words that no option takes."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import SettingsError
 from config.settings import AugmentationSettings
 from image_data.augmentation import MIXING, NOISE, random_stream
 
@@ -50,12 +51,28 @@ class Mixing:
     boxes: np.ndarray  # int32 (B, 4): y0, x0, y1, x1 of the partner's pixels under CutMix; all 0: no box
 
 
+def mixes(settings: AugmentationSettings) -> bool:
+    """Return whether MixUp or CutMix is on."""
+    return settings.mixup > 0 or settings.cutmix > 0
+
+
+def check_partners(settings: AugmentationSettings, micro_batch: int) -> None:
+    """Raise SettingsError where images are to be mixed, and those of a micro-batch have no partner."""
+    if micro_batch == 1 and mixes(settings):
+        raise SettingsError(
+            "MixUp and CutMix mix the images of a micro-batch, and a single image has no partner. Choose --micro-batch "
+            "2 or more, with a larger train_batch_size where it is needed, or --set augmentation.mixup=0 "
+            "--set augmentation.cutmix=0"
+        )
+
+
 class Mixer:
     """MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899) with one weight and one box per image.
 
-    The partner of image i is image B - 1 - i of the batch. The weight of the image itself is drawn from
-    Beta(alpha, alpha). CutMix replaces the rest by a box around a random point, with the proportions of the image. The
-    box is clipped to the image, and the label weight counts the clipped box.
+    The partner of image i is image B - 1 - i of the batch, so the middle image of an odd batch stays as it is. The
+    weight of the image itself is drawn from Beta(alpha, alpha). CutMix replaces the rest by a box around a random
+    point, with the proportions of the image. The box is clipped to the image, and the label weight counts the clipped
+    box.
     """
 
     def __init__(self, settings: AugmentationSettings, num_classes: int, side: int, seed: int):
@@ -63,7 +80,7 @@ class Mixer:
 
     @property
     def is_on(self) -> bool:
-        return self.settings.mixup > 0 or self.settings.cutmix > 0
+        return mixes(self.settings)
 
     def draw(self, epoch: int, start: int, count: int) -> Mixing:
         """Draw the mixing of `count` images from position `start` of an epoch."""

@@ -112,6 +112,21 @@ def test_what_cannot_be_reported_is_rejected_by_name(copied, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["runs/a", "runs/b", "--weights", "best.safetensors"], "--weights does not apply to several runs"),
+        (["runs/a", "runs/b", "--quick"], "--quick does not apply to several runs"),
+        (["--quick", "--split", "validation"], "--split does not apply to --quick"),
+        (["--index", "--data-dir", "X"], "--data-dir does not apply to --index"),
+        (["--list", "--batch-size", "8"], "--batch-size does not apply to --list"),
+        (["mine", "--results-dir", "X"], "--results-dir does not apply to the page of one run"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_rejected(words, sentence):
+    assert run_script("report.py", *words, code=1).err == f"error: {sentence}. Leave it out\n"
+
+
 def test_a_truncated_line_is_left_out(tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert (

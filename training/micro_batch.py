@@ -19,6 +19,7 @@ from torch import nn
 from common.errors import SettingsError
 from config.settings import Settings
 from image_data.dataset import Dataset
+from image_data.mixup import mixes
 from optim.optimizers import build_optimizer
 from parallel import process_group
 from parallel.engine import Engine
@@ -68,12 +69,17 @@ class MicroBatch:
             raise SettingsError(
                 "--micro-batch auto measures GPU memory, and there is no GPU here; give a number, or leave it out"
             )
-        possible = sizes(self.total, self.shards)
+        possible = self._possible()
         found = min(process_group.all_gather_objects(self._largest(possible)))
         free_memory()
         if not found:
-            raise SettingsError(no_room(1, possible, None))
+            raise SettingsError(no_room(possible[0], possible, None))
         return found
+
+    def _possible(self) -> list[int]:
+        """Return the sizes that may be chosen or advised: where images are mixed, one has no partner."""
+        possible = sizes(self.total, self.shards)
+        return possible[1:] or possible if mixes(self.settings.augmentation) else possible
 
     def _largest(self, possible: list[int]) -> int:
         """Return the largest size that fits on this process's GPU; 0 where not even the network and the data do."""
@@ -84,7 +90,7 @@ class MicroBatch:
 
     def advice(self) -> str:
         """Return the sentence for an out-of-memory error; call it when nothing holds the engine any more."""
-        possible = sizes(self.total, self.shards)
+        possible = self._possible()
         now = self.total // self.shards // self.settings.engine["gradient_accumulation_steps"]
         smaller = [size for size in possible if size < now]
         if not smaller:
@@ -108,7 +114,7 @@ def no_room(now: int, possible: list[int], found: int | None, tried: bool = True
     start = f"out of GPU memory with a micro-batch of {now} image{'s' * (now > 1)}"
     if found is None:
         return (
-            f"{start}{', and smaller ones do not fit either' * (now > 1)}; choose a smaller network, "
+            f"{start}{', and smaller ones do not fit either' * (now > possible[0])}; choose a smaller network, "
             "--set bf16.enabled=true, or --strategy fsdp with more GPUs"
         )
     fits = f"{found} fit" if tried else f"{found} is the next smaller size"

@@ -1,4 +1,4 @@
-"""Checks before a run starts that the network and the strategy take the smaller images of progressive resizing."""
+"""Checks before a run starts that progressive resizing has smaller images, which network and strategy take."""
 
 from __future__ import annotations
 
@@ -17,30 +17,46 @@ IMAGES = 2
 def choose_resizing(
     settings: Settings, overrides: list[str], refusal: str | None, num_classes: int, side: int, console: Console
 ) -> None:
-    """Turn the preset's resizing off and print why, where the strategy or the network cannot use it.
+    """Turn the preset's resizing off and print why, where it has no effect, or strategy or network cannot use it.
 
     Args:
         overrides: the texts of --set; what they ask for is checked and never turned off.
         refusal: why the strategy cannot use it; None where it can.
 
     Raises:
-        SettingsError: `overrides` ask for it, and the network has sizes that fit one side only.
+        SettingsError: `overrides` ask for it, and `check_resizing` refuses it.
     """
     if any(text.strip().startswith("resizing.") for text in overrides):
         return check_resizing(settings, num_classes, side)
     is_on = ProgressiveResizing(settings.resizing, settings.model.patch).is_on
-    if is_on and (problem := refusal or network_problem(settings, num_classes, side)):
+    if is_on and (
+        problem := refusal or rounding_problem(settings, side) or network_problem(settings, num_classes, side)
+    ):
         scale, settings.resizing = settings.resizing.initial_scale, ResizingSettings()
         console.print_field("resizing", f"off instead of the preset's initial_scale={scale:g}: {problem}")
 
 
 def check_resizing(settings: Settings, num_classes: int, side: int) -> None:
-    """Raise SettingsError where a part of the network has sizes that fit one side only."""
-    if problem := network_problem(settings, num_classes, side):
+    """Raise SettingsError where no image would be smaller, or a part of the network fits one side only."""
+    remedy = ""
+    if problem := rounding_problem(settings, side):
+        if smaller := (side - 1) // settings.model.patch * settings.model.patch:
+            remedy = f"--set resizing.initial_scale={smaller / side:.3g} ({smaller} pixels)"
+    elif problem := network_problem(settings, num_classes, side):
+        remedy = "components for any number of tokens"
+    if problem:
         raise SettingsError(
-            f"resizing.initial_scale={settings.resizing.initial_scale:g}: {problem}. Choose components for any number "
-            "of tokens, or --set resizing.initial_scale=1"
+            f"resizing.initial_scale={settings.resizing.initial_scale:g}: {problem}. Choose "
+            f"{remedy and f'{remedy}, or '}--set resizing.initial_scale=1"
         )
+
+
+def rounding_problem(settings: Settings, side: int) -> str | None:
+    """Return why no step would have smaller images than `side` pixels; None where some have, or resizing is off."""
+    resizing = ProgressiveResizing(settings.resizing, settings.model.patch)
+    if not resizing.is_on or resizing.initial_side(side) < side:
+        return None
+    return f"in whole patches of {resizing.patch} pixels, the side nearest to it is the full one of {side} pixels"
 
 
 def network_problem(settings: Settings, num_classes: int, side: int) -> str | None:

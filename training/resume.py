@@ -5,7 +5,7 @@ docs/resume.md lists what may change between a run and its resumption, and the e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from common.files import bytes_text, room_left, write_atomically
 from common.paths import near_path
 from common.text import python_command, quoted
 from config.differences import comparable, differences
+from config.settings import ResizingSettings
 from image_data.dataset import Dataset
 from parallel.engine import Engine
+from parallel.progressive_resizing import ProgressiveResizing
 from records.checkpoint_store import ENGINE, STATE, Checkpoints, disk_space_needed, find_damage, read_facts, step_of
 from records.own_part_files import FOLDER as OWN_PARTS
 from records.own_part_files import keep_own_parts
@@ -221,7 +223,7 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
         changed = [
             text
             for key in MUST_MATCH
-            for text in differences(comparable(old, key), comparable(facts, key), key)
+            for text in differences(trained_with(old, key), trained_with(facts, key), key)
             if not text.startswith(MAY_DIFFER)
         ]
         changed += differences(
@@ -248,6 +250,19 @@ def choose_folder(runs_dir: Path, name: str | None, fresh: bool, facts: dict[str
                 "or --fresh to start over"
             )
         number += 1
+
+
+def trained_with(facts: dict[str, Any], key: str) -> Any:
+    """Return a fact of run.json for comparison, without a resizing to the full side, which earlier commits recorded."""
+    fact = comparable(facts, key)
+    if key != "settings" or not {"resizing", "model", "image_side"} <= (fact or {}).keys():
+        return fact
+    scale, fraction = (fact["resizing"].get(name) for name in ("initial_scale", "fraction"))
+    side, patch = fact["image_side"] or facts["dataset"].get("image_side"), fact["model"].get("patch")
+    if not (scale and fraction and side and patch):
+        return fact
+    has_effect = ProgressiveResizing(ResizingSettings(scale, fraction), patch).initial_side(side) < side
+    return fact if has_effect else {**fact, "resizing": asdict(ResizingSettings())}
 
 
 def restore_facts(record: RunFolder) -> list[str]:

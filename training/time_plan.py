@@ -35,12 +35,14 @@ class TimePlan:
         schedule: of the run; its total is an estimate until `make` is called.
         budget: training time of the whole run, in seconds.
         resizing: of the run, whose later steps may have larger images and take longer.
+        side: side of the images in the last steps, in pixels.
         only_shortens: the estimate is also the largest number of steps.
     """
 
     schedule: Schedule
     budget: float
     resizing: ProgressiveResizing
+    side: int
     only_shortens: bool = False
     steps: int = 0  # since the start of this process
     seconds: float = 0.0  # of the timed ones among them
@@ -82,7 +84,7 @@ class TimePlan:
 
     def costs(self, step: int, seconds_per_step: float) -> StepCosts:
         """Return the costs of steps, from those before `step`: a full image costs more by the number of its pixels."""
-        share = self.resizing.pixel_share
+        share = self.resizing.pixel_share(self.side)
         if step <= self.resizing.num_steps(self.schedule.total):
             return StepCosts(seconds_per_step, seconds_per_step / share)
         return StepCosts(seconds_per_step * share, seconds_per_step)
@@ -94,12 +96,12 @@ class TimePlan:
 
 
 def time_plan_of(
-    max_minutes: float | None, only_shortens: bool, schedule: Schedule, resizing: ProgressiveResizing
+    max_minutes: float | None, only_shortens: bool, schedule: Schedule, resizing: ProgressiveResizing, side: int
 ) -> TimePlan | None:
     """Return what plans a run of this training time; None without a limit, and where a resumed run has its plan."""
     if not max_minutes or schedule.plan:
         return None
-    return TimePlan(schedule, SECONDS_PER_MINUTE * max_minutes, resizing, only_shortens)
+    return TimePlan(schedule, SECONDS_PER_MINUTE * max_minutes, resizing, side, only_shortens)
 
 
 def total_within(seconds: float, step: int, costs: StepCosts, resizing: ProgressiveResizing) -> int:

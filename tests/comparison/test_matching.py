@@ -108,3 +108,19 @@ def test_parts_that_another_optimizer_trains_are_marked(read_text):
     own_choice = COMMON + VARIANTS + 'optimizer.type = "Muon"\n'  # here the optimizer is the idea of the variant
     experiment = read_text(own_choice)
     assert unequal_costs(experiment, costs(experiment, 10, 32))["gated"] == []
+
+
+def test_an_attention_that_muon_does_not_split_is_marked(read_text, tmp_path):
+    """`split_qkv` has an effect on layers with `row_splits` only."""
+    (tmp_path / "mine.py").write_text(
+        "from models.attention import Attention\n\n\nclass Joint(Attention):\n"
+        "    def __init__(self, dims):\n        super().__init__(dims)\n        del self.qkv.row_splits\n"
+    )
+    own = UNSIZED.replace("model.feed_forward", "model.attention").replace('"geglu"', f'"{tmp_path}/mine.py:Joint"')
+    muon = 'optimizer.type = "Muon"\noptimizer.params.split_qkv = true\n'
+    sentence = "attention matrices are trained by Muon instead of Muon (q, k, v split) (not treated alike)"
+    own_choice = own + "optimizer.params.split_qkv = false\n"  # listed with the settings of the variant
+    texts = (muon + own, muon.replace("true", "false") + own, muon + own_choice)
+    for text, marks in zip((COMMON + text for text in texts), ([sentence], [], []), strict=True):
+        experiment = read_text(text)
+        assert unequal_costs(experiment, costs(experiment, 10, 32))["gated"] == marks

@@ -48,12 +48,21 @@ def test_the_first_steps_have_smaller_images_and_the_others_the_full_ones():
     expected = F.interpolate(images.float(), (24, 24), mode="bilinear", antialias=True).bfloat16()
     assert small.dtype == torch.bfloat16 and torch.equal(small, expected)
     assert resizing.resize(images, step=5, total_steps=10) is images
-    assert (resizing.num_steps(10), resizing.pixel_share) == (5, 0.5625)
+    assert (resizing.num_steps(10), resizing.pixel_share(32)) == (5, 0.5625)
+    assert resizing.pixel_share(28) == (20 / 28) ** 2  # of the rounded side, not of the scale
 
 
 @pytest.mark.parametrize(
     ("scale", "patch", "side", "expected"),
-    [(0.75, 4, 32, 24), (0.7, 4, 32, 24), (0.5, 16, 224, 112), (0.01, 4, 32, 4), (0.999, 8, 32, 32), (1.0, 5, 32, 32)],
+    [
+        (0.75, 4, 32, 24),
+        (0.7, 4, 32, 24),
+        (0.5, 16, 224, 112),
+        (0.01, 4, 32, 4),
+        (0.999, 8, 32, 32),
+        (1.0, 5, 32, 32),
+        (0.9, 16, 30, 30),  # never more than the full side
+    ],
 )
 def test_a_smaller_side_is_the_nearest_multiple_of_the_patch(scale, patch, side, expected):
     assert ProgressiveResizing(ResizingSettings(initial_scale=scale), patch).initial_side(side) == expected
@@ -63,7 +72,7 @@ def test_a_smaller_side_is_the_nearest_multiple_of_the_patch(scale, patch, side,
 def test_it_is_off_unless_asked_for(settings):
     resizing, images = ProgressiveResizing(settings, patch=4), torch.randn(2, 3, 8, 8)
     assert resizing.resize(images, step=0, total_steps=10) is images
-    assert (resizing.is_on, resizing.num_steps(10), resizing.pixel_share) == (False, 0, 1.0)
+    assert (resizing.is_on, resizing.num_steps(10), resizing.pixel_share(8)) == (False, 0, 1.0)
 
 
 # --- engines --------------------------------------------------------------------------------------------------------
@@ -126,6 +135,7 @@ def test_a_network_of_one_size_is_refused(architecture):
     [
         ("model.architecture=cct-7-3x1", None, "the network was built for images of 32 pixels and fails on the 24"),
         ("strategy=pipeline", Pipeline.resizing_refusal, "what DeepSpeed sends between stages has one shape"),
+        ("model.patch=16", None, "in whole patches of 16 pixels, the side nearest to it is the full one of 32 pixels"),
         ("model.feed_forward=geglu", None, None),
     ],
 )
@@ -143,6 +153,18 @@ def test_resizing_that_is_asked_for_is_not_turned_off():
     given = ["model.architecture=cct-7-3x1", "resizing.fraction=0.3"]
     with pytest.raises(SettingsError, match=r"resizing.initial_scale=0.75: the network was built .*scale=1$"):
         choose_resizing(resolve("cpu", given), given, None, 10, 32, Console(out=StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("patch", "works"),
+    [(16, r"--set resizing.initial_scale=0.5 \(16 pixels\), or --set resizing.initial_scale=1"),
+     (32, r"--set resizing.initial_scale=1")],
+)  # fmt: skip
+def test_a_scale_without_effect_is_refused_where_it_is_asked_for(patch, works):
+    given = [f"model.patch={patch}", "resizing.initial_scale=0.75"]
+    with pytest.raises(SettingsError, match=rf"^resizing.initial_scale=0.75: in whole patches .* Choose {works}$"):
+        choose_resizing(resolve("cpu", given), given, None, 10, 32, Console(out=StringIO()))
+    check_resizing(resolve("cpu", ["model.patch=16", "resizing.initial_scale=0.5"]), 10, 32)
 
 
 def test_train_py_records_that_the_resizing_of_the_preset_was_turned_off(shapes, tmp_path):

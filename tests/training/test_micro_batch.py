@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 from common.errors import SettingsError
 from config.settings import resolve
+from dali_pipeline import make_batches
+from image_data.mixup import check_partners
 from parallel import dp
 from parallel.engine import Engine
 from training import micro_batch
@@ -97,6 +100,14 @@ def test_the_advice_names_the_largest_size_that_fits(room, sentence):
     assert sentence in chosen.advice()
 
 
+def test_a_micro_batch_of_one_image_is_neither_chosen_nor_advised_where_images_are_mixed():
+    mixing = resolve("cpu", ["train_batch_size=64", "augmentation.mixup=0.8"])
+    mixing.engine["gradient_accumulation_steps"] = 32
+    assert MicroBatch(Engine, settings(), lambda: Hungry(1), dataset(), "auto", 8)._possible()[0] == 1
+    said = MicroBatch(Engine, mixing, lambda: Hungry(1), dataset(), "auto", 8).advice()
+    assert said.startswith("out of GPU memory with a micro-batch of 2 images; choose a smaller network")
+
+
 class NoRoom:
     """A trial on a GPU where not even the network fits."""
 
@@ -152,3 +163,11 @@ def test_auto_uses_the_smallest_size_over_all_gpus(monkeypatch):
     assert "16 images per micro-batch" in chosen.choose("auto")
     assert chosen.settings.engine["gradient_accumulation_steps"] == 4
     assert chosen.choose("8") == "" and chosen.settings.engine["gradient_accumulation_steps"] == 8
+
+
+def test_mixing_in_micro_batches_of_one_image_is_refused():
+    mixing = resolve("cpu", ["augmentation.cutmix=1"])
+    with pytest.raises(SettingsError, match="a single image has no partner. Choose --micro-batch 2 or more"):
+        make_batches(dataset(), mixing, (0, 1), 1, 0, torch.device("cpu"), "tensor", False, ExitStack())
+    check_partners(mixing.augmentation, 2)
+    check_partners(settings().augmentation, 1)

@@ -280,6 +280,18 @@ def test_a_run_may_resume_with_another_form_of_compilation_but_not_in_another_na
         choose_folder(runs, "elsewhere", False, facts)
 
 
+def test_a_run_resumes_without_the_resizing_that_had_no_effect(unbroken, runs):
+    """Earlier commits trained with it on full images, and recorded it; this one turns it off before the run starts."""
+    record = copy_of(unbroken, runs / "rounded")
+    shutil.rmtree(record.folder / "state" / LAST)
+    facts = record.facts()
+    record.create(facts | {"settings": {**facts["settings"], "resizing": {"initial_scale": 0.9, "fraction": 0.5}}})
+    assert choose_folder(runs, "rounded", False, facts)[0].folder == record.folder
+    record.create(facts | {"settings": {**facts["settings"], "resizing": {"initial_scale": 0.5, "fraction": 0.5}}})
+    with pytest.raises(RunError, match="holds a run of other settings .*initial_scale"):
+        choose_folder(runs, "rounded", False, facts)
+
+
 def ranked(*words: str) -> None:
     """Run train.py in one of several processes, which may exit with 0 or 75."""
     try:

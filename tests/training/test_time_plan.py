@@ -19,6 +19,7 @@ from training.time_plan import StepCosts, TimePlan, seconds_left, total_within
 
 OFF = ProgressiveResizing(ResizingSettings(), patch=4)
 HALF = ProgressiveResizing(ResizingSettings(initial_scale=0.5, fraction=0.25), patch=4)  # a quarter of the pixels
+SIDE = 32
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def steps_until_due(plan: TimePlan, clock: list[float], seconds: float, first: f
 @pytest.mark.parametrize(("seconds", "after"), [(0.5, 2 + 24), (3.0, 2 + 10)])
 def test_the_plan_is_due_after_two_percent_of_the_time_but_at_least_ten_steps(clock, seconds, after):
     schedule = Schedule(ScheduleSettings(), total_steps=5000)
-    plan = TimePlan(schedule, 600.0, OFF)
+    plan = TimePlan(schedule, 600.0, OFF, SIDE)
     assert steps_until_due(plan, clock, seconds, first=30.0) == after  # the slow first steps are not timed
     assert plan.seconds_per_step() == pytest.approx(seconds)
     spent = 60.0 + (after - 2) * seconds
@@ -50,14 +51,14 @@ def test_the_plan_is_due_after_two_percent_of_the_time_but_at_least_ten_steps(cl
 
 
 def test_a_limit_beside_epochs_or_steps_only_shortens_a_run():
-    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=100), 60.0, OFF, only_shortens=True)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=100), 60.0, OFF, SIDE, only_shortens=True)
     assert plan.make(10, 10.0, StepCosts(0.5, 0.5)) == Plan(10, 100, 100)  # 110 steps fit
     assert plan.make(10, 10.0, StepCosts(1.0, 1.0)) == Plan(10, 100, 60)
     assert plan.make(10, 70.0, StepCosts(1.0, 1.0)) == Plan(10, 100, 10)  # already spent
 
 
 def test_a_plan_knows_that_later_images_are_larger():
-    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=1000), 100.0, HALF)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=1000), 100.0, HALF, SIDE)
     costs = plan.costs(10, 1.0)  # of small steps: the estimate has 250 of them
     assert costs == StepCosts(1.0, 4.0)
     made = plan.make(10, 10.0, costs)
@@ -68,19 +69,19 @@ def test_a_plan_knows_that_later_images_are_larger():
 
 def test_a_plan_is_due_before_the_images_grow(clock):
     """Later, a plan with more steps would shrink them again, and count the steps until then at the wrong cost."""
-    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=400), 28_800.0, HALF)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=400), 28_800.0, HALF, SIDE)
     assert steps_until_due(plan, clock, 0.5) == 100  # a quarter of the estimate, long before 2 % of the time
     costs = plan.costs(100, plan.seconds_per_step())
     total = plan.make(100, 50.0, costs).total_steps
     assert HALF.num_steps(total) > 100  # all later small steps follow at once
     assert 50.0 + seconds_left(total, 100, costs, HALF) == pytest.approx(28_800, abs=2.0)
-    early = TimePlan(Schedule(ScheduleSettings(), total_steps=4), 600.0, HALF)
+    early = TimePlan(Schedule(ScheduleSettings(), total_steps=4), 600.0, HALF, SIDE)
     assert steps_until_due(early, clock, 0.5) == 1 and early.seconds_per_step() == 0.0  # of an untimed step
 
 
 def test_a_run_that_resumes_without_a_plan_where_its_images_have_grown_keeps_to_its_budget():
     """Checkpoints of earlier commits may have no plan there."""
-    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=400), 28_800.0, HALF)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=400), 28_800.0, HALF, SIDE)
     costs = plan.costs(120, 0.5)
     assert costs == StepCosts(0.125, 0.5)
     total = plan.make(120, 60.0, costs).total_steps
@@ -88,16 +89,22 @@ def test_a_run_that_resumes_without_a_plan_where_its_images_have_grown_keeps_to_
     assert 60.0 + small * 0.125 + (total - 120 - small) * 0.5 == pytest.approx(28_800, abs=1.0)
 
 
+def test_a_plan_counts_the_pixels_of_the_rounded_side():
+    three_quarters = ProgressiveResizing(ResizingSettings(initial_scale=0.75, fraction=0.5), patch=4)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=100), 60.0, three_quarters, side=28)
+    assert plan.costs(10, 1.0) == StepCosts(1.0, pytest.approx(1.96))  # 20 x 20 of 28 x 28 pixels
+
+
 @pytest.mark.parametrize("resizing", [OFF, HALF])
 @pytest.mark.parametrize(("total", "step"), [(1000, 20), (1000, 600), (400, 99)])
 def test_the_plan_and_its_seconds_are_inverse(resizing, total, step):
-    costs = StepCosts(0.5 * resizing.pixel_share, 0.5)
+    costs = StepCosts(0.5 * resizing.pixel_share(SIDE), 0.5)
     seconds = seconds_left(total, step, costs, resizing)
     assert total_within(seconds, step, costs, resizing) == total
 
 
 def test_a_pause_is_not_timed_and_the_plan_comes_before_the_estimate_ends(clock):
-    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=6), 600.0, OFF)
+    plan = TimePlan(Schedule(ScheduleSettings(), total_steps=6), 600.0, OFF, SIDE)
     plan.start()
     for step in (1, 2, 3, 4):
         clock[0] += 1.0
