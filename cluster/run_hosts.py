@@ -272,7 +272,7 @@ def regroup(
     ranks = ranks_of(hosts)
     if outcome.batch:
         total, accumulation, ranks_per_shard = outcome.batch
-        # With --micro-batch, train.py chooses the accumulation steps anew.
+        # With --micro-batch, train.py chooses the accumulation steps itself.
         divisor = accumulation if micro_batch is None else 1 if micro_batch == "auto" else int(micro_batch)
         hosts = fit(hosts, total, divisor, ranks_per_shard)
         if not hosts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 from common.machine import free_port
 from config.settings import resolve
@@ -34,3 +35,19 @@ def free_pair() -> int:
                 return port
             except OSError:
                 continue
+
+
+def wait_for_pair(port: int, seconds: float = 20.0) -> None:
+    """Wait until nothing listens on a port and its successor: torchft's lighthouse closes its own in the background."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as one, socket.socket() as two:
+            try:
+                for i, probe in enumerate((one, two)):
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", port + i))
+                    probe.listen()
+                return
+            except OSError:
+                time.sleep(0.05)
+    raise AssertionError(f"port {port} or {port + 1} is still in use after {seconds:g} s")

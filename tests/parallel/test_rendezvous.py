@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import programs
 import pytest
 import torch
-from peers import facts_for, free_pair
+from peers import facts_for, free_pair, wait_for_pair
 
 from common.errors import RunError, SettingsError
 from config.differences import leaves
@@ -62,6 +62,8 @@ def circle(quick):
         patience: float = 5.0,
         resumed: bool = False,
     ) -> list[PeerGroup]:
+        if port is not None:
+            wait_for_pair(port)
         for _ in range(count):
             first = join or (opened[0] if opened and port is None else None)
             meeting = PeerGroup(
