@@ -62,8 +62,6 @@ def circle(quick):
         patience: float = 5.0,
         resumed: bool = False,
     ) -> list[PeerGroup]:
-        if port is not None:
-            wait_for_pair(port)
         for _ in range(count):
             first = join or (opened[0] if opened and port is None else None)
             meeting = PeerGroup(
@@ -191,6 +189,7 @@ def test_exchanges_outlive_the_first_peer_and_return_to_its_lighthouse_when_it_i
     assert all(torch.equal(outcome.mean, torch.full((5,), 2.0)) and len(outcome.members) == 2 for outcome in outcomes)
     (late,) = circle(1, join=others[1])  # any of them can be joined
     assert late._meeting_endpoint() == others[0].endpoint.text
+    wait_for_pair(home)
     (back,) = circle(1, port=home)
     time.sleep(0.5)
     standings = [
@@ -212,6 +211,7 @@ def test_a_first_peer_that_is_restarted_hears_the_others_before_it_exchanges(cir
     peers[0].close()
     peers[1].beats[home.text].ended.set()
     monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 5.0)
+    wait_for_pair(home.port)
     (back,) = circle(1, port=home.port, resumed=True)
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(back.exchange, standing(2.0, count=4))
