@@ -34,6 +34,7 @@ from image_data.dataset import KNOWN, PREPARED_FROM, Dataset, prepare_again
 from image_data.preparation import decoding, drawn_shapes
 from image_data.preparation import prepare as prepare_module
 from image_data.preparation import source as source_module
+from image_data.preparation.decoding import CHUNK, decoder, useful_workers
 from image_data.preparation.downloads import CIFAR100_SHA256, SOURCES
 from image_data.preparation.drawn_shapes import SHAPES
 from image_data.preparation.image_tree import PrepareError
@@ -371,8 +372,23 @@ def test_a_full_shared_memory_costs_workers_only(tree, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("image_data.preparation.decoding.ProcessPoolExecutor", full)
+    monkeypatch.setattr("image_data.preparation.decoding.CHUNK", 1)
     assert len(prepare(root=tree, workers=2).splits["train"]) == 6
     assert "warning: decoding in one process, because /dev/shm is not usable" in capsys.readouterr().err
+
+
+def test_only_as_many_processes_are_started_as_there_are_chunks_of_a_split():
+    assert useful_workers(8, [CHUNK, 1]) == 1  # decoded in this process: the splits come one after the other
+    assert [useful_workers(8, [1, n * CHUNK + 1]) for n in (1, 2, 100)] == [2, 3, 8]
+
+
+def test_decoding_processes_are_new_and_ctrl_c_does_not_reach_them():
+    """A fork of a program with threads may crash."""
+    forked = "'pytest' in __import__('sys').modules"
+    blocked = "2 in __import__('signal').pthread_sigmask(0, [])"
+    with decoder(2) as decode:
+        assert list(decode(eval, [forked, blocked] * 2)) == [False, True] * 2
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_tree_that_lies_in_the_data_dir_needs_no_download(tree, capsys):

@@ -17,9 +17,8 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -72,7 +71,7 @@ def decoder(workers: int) -> Iterator[Callable]:
         return
     with pool:
         try:
-            yield pool.map
+            yield partial(_map_without_interrupts, pool)
         except BrokenProcessPool:
             raise PrepareError("a decoding process was killed (out of memory?). Try again with --workers 1") from None
         finally:
@@ -80,17 +79,31 @@ def decoder(workers: int) -> Iterator[Callable]:
 
 
 def _process_pool(workers: int) -> ProcessPoolExecutor | None:
-    """Start worker processes. Returns None, with a warning, where the system offers no semaphores."""
-    # Forking is fast and does not import the caller's script again; workers use only Pillow and NumPy.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    """Create a pool of worker processes. Returns None, with a warning, where the system offers no semaphores."""
+    # New processes instead of forks: a fork of a program with threads, such as those of PyTorch, may crash.
+    context = multiprocessing.get_context("spawn")
     try:
-        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
+        return ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
     except OSError as error:  # semaphores need /dev/shm, which may be full, read-only or missing
         print(
             f"warning: decoding in one process, because /dev/shm is not usable ({error.strerror or error})",
             file=sys.stderr,
         )
         return None
+
+
+def _map_without_interrupts(pool: ProcessPoolExecutor, function: Callable, items: Sequence) -> Iterator:
+    """Call `pool.map`, which starts the processes. They inherit that Ctrl-C is blocked: the parent handles it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.map(function, items)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def useful_workers(workers: int, counts: Iterable[int]) -> int:
+    """Return how many of `workers` processes can share the decoding of splits with `counts` images, one by one."""
+    return min(workers, max(math.ceil(count / CHUNK) for count in counts))
 
 
 def decode_split(
@@ -155,16 +168,16 @@ def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def _start_worker(parent: int) -> None:
-    """Ignore Ctrl-C, which the parent handles, and exit when the parent is gone: it may have been killed."""
+def _exit_with_parent() -> None:
+    """Exit this worker when its parent is gone: it may have been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+    def wait() -> None:
+        parent.join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _decode_chunk(root: str, side: int | None, max_megapixels: float, chunk: tuple[int, list[str]]) -> SplitFacts:

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.text import listed
 from image_data.image_file import TOO_LARGE, decode_image
-from image_data.preparation.decoding import SplitFacts, decode_split, decoder, first_side, mean_and_std
+from image_data.preparation.decoding import SplitFacts, decode_split, decoder, first_side, mean_and_std, useful_workers
 from image_data.preparation.image_tree import PrepareError, Tree
 from image_data.preparation.jpeg_traces import CIFAR_SIDE, jpeg_warning, looks_like_jpeg
 
@@ -47,7 +47,7 @@ def survey_images(tree: Tree, partial: Path, options: Options) -> Survey:
     if packed:
         packed.mkdir()
     facts = {}
-    with decoder(options.workers) as decode:
+    with decoder(useful_workers(options.workers, map(len, tree.paths.values()))) as decode:
         for split, paths in tree.paths.items():
             file, what = packed and packed / f"{split}.npy", f"decoding {split} images"
             facts[split] = decode_split(decode, tree.root, paths, side, file, what, options.max_megapixels)
