@@ -151,37 +151,35 @@ def test_tuning_that_is_stopped_resumes_and_chooses_the_same(ask, trained, tmp_p
     assert report(tmp_path)[1]["tuning"]["variants"]["gated"]["chosen"] == {"optimizer.params.lr": 0.001}
 
 
-def test_a_candidate_that_diverges_is_out_and_is_not_run_again(ask, trained, tmp_path):
-    def diverging(task, environment):
-        if "lr=0.01" not in task.name:
+@pytest.fixture
+def diverging(trained, monkeypatch):
+    """Call it with a part of a name: runs with it diverge at their first step."""
+
+    def diverge(part: str) -> None:
+        def launch(task, environment):
+            if part in task.name:
+                write_run(task, 0.9, 1000.0, {}, done=False)
+                message = "error: the loss is nan at optimizer step 1; the last checkpoint is unchanged."
+                trained.fails[task.name] = message
             return trained(task, environment)
-        write_run(task, 0.9, 1000.0, {}, done=False)
-        trained.fails[task.name] = "error: the loss is nan at optimizer step 1; the last checkpoint is unchanged."
-        return trained(task, environment)
 
-    import compare
+        monkeypatch.setattr("compare.launch", launch)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "launch", diverging)
-        assert ask(TUNED)[0] == 0
-        text, data = report(tmp_path)
-        assert "| diverged (25 %) |" in text and json.dumps(data, allow_nan=False)
-        trained.started.clear()
-        assert ask(TUNED)[0] == 0 and not trained.started
+    return diverge
 
 
-def test_the_shared_comparison_is_reported_where_no_candidate_survived(ask, trained, tmp_path):
-    def diverging(task, environment):
-        if "tuning-" in task.name:
-            write_run(task, 0.9, 1000.0, {}, done=False)
-            trained.fails[task.name] = "error: the loss is nan at optimizer step 1; the last checkpoint is unchanged."
-        return trained(task, environment)
+def test_a_candidate_that_diverges_is_out_and_is_not_run_again(ask, trained, diverging, tmp_path):
+    diverging("lr=0.01")
+    assert ask(TUNED)[0] == 0
+    text, data = report(tmp_path)
+    assert "| diverged (25 %) |" in text and json.dumps(data, allow_nan=False)
+    trained.started.clear()
+    assert ask(TUNED)[0] == 0 and not trained.started
 
-    import compare
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "launch", diverging)
-        assert ask(TUNED)[0] == 1
+def test_the_shared_comparison_is_reported_where_no_candidate_survived(ask, diverging, tmp_path):
+    diverging("tuning-")
+    assert ask(TUNED)[0] == 1
     text, data = report(tmp_path)
     assert data["dataset"]["name"] == "shapes" and data["commits"] == ["abc"] and data["hardware"]["devices"] == ["CPU"]
     assert "No run is finished." not in text and "Runs were not compared: the first variant has no finished run" in text
