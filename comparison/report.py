@@ -80,11 +80,17 @@ def _compare(experiment: Experiment, results: list[VariantResult], split: str, e
     """Compare on one split. With seeds in rounds, each variant's verdict is that of the look that decided it."""
     accuracies = {variant.name: variant.accuracies(split) for variant in results}
     first, planned = results[0].name, len(experiment.variants) - 1
-    if experiment.max_seeds and experiment.round_seeds and split == exploring:
-        looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
-        return evaluate(accuracies, first, looks, experiment.margin, planned).differences
-    last_alpha = ALPHA if experiment.max_seeds else None  # all looks together; the advice is about max_seeds
-    return compare(accuracies, first, experiment.margin, planned, last_alpha=last_alpha)
+    if experiment.max_seeds:
+        if experiment.round_seeds and split == exploring:
+            looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
+            return evaluate(accuracies, first, looks, experiment.margin, planned).differences
+        return compare(accuracies, first, experiment.margin, planned, last_alpha=ALPHA)  # the advice is on max_seeds
+    # A claim needs all seeds: those whose runs failed or came last are no random choice.
+    complete = {name: found for name, found in accuracies.items() if found.keys() >= set(range(experiment.seeds))}
+    tested = compare(complete, first, experiment.margin, planned) if first in complete else {}
+    others = {name: found for name, found in accuracies.items() if name not in tested}
+    found = tested | compare(others, first, experiment.margin, planned, alpha=None)
+    return {name: found[name] for name in accuracies if name in found}
 
 
 def _draw(

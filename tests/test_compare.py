@@ -359,6 +359,22 @@ def test_a_failing_variant_does_not_end_the_others_and_is_reported(ask, invented
     assert ask()[0] == 0 and report(tmp_path)[1]["missing"] == {}
 
 
+def test_nothing_is_claimed_of_a_variant_some_of_whose_runs_failed(ask, invented, tmp_path):
+    """Those that diverged are no random choice, so the other seeds do not speak for them."""
+    third = '[[variants]]\nname = "third"\nidea = "Another gate."\nmodel.feed_forward = "swiglu"\n'
+    for seed in range(10):
+        better = {f"gated-seed{seed}": 0.9, f"third-seed{seed}": 0.9}
+        invented.accuracy |= {f"plain-seed{seed}": 0.5 + seed / 1000, **better}
+    invented.fails["gated-seed9"] = "error: the loss is nan at optimizer step 3"
+    assert ask(COMMON.replace("seeds = 2", "seeds = 10") + VARIANTS + third)[0] == 1
+    _, gated, third = [one.get("difference") for one in report(tmp_path)[1]["results"]["validation"]]
+    assert gated["verdict"] == "inconclusive" and "Not tested, because runs are missing" in gated["sentence"]
+    assert third["verdict"] == "confirmed better"
+    invented.fails.clear()
+    assert ask(COMMON.replace("seeds = 2", "seeds = 10") + VARIANTS)[0] == 0
+    assert report(tmp_path)[1]["results"]["validation"][1]["difference"]["verdict"] == "confirmed better"
+
+
 def test_a_run_that_diverged_is_not_repeated_until_its_source_changes(ask, invented, monkeypatch, tmp_path):
     """An edit after the divergence does not mix two versions of the source: without --redo-changed nothing is run."""
 

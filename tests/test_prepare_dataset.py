@@ -468,6 +468,31 @@ def test_a_pipe_in_a_tree_is_named_and_not_read(tree, capsys):
     assert "train/cat/pipe.png (not a regular file)" in refusal(capsys, "--root", tree, "--workers", 1)
 
 
+def test_a_script_without_a_guard_decodes_in_processes(tmp_path):
+    """The new processes do not run the script that prepares."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\nprint('begins', flush=True)\n"
+        "from image_data.preparation.decoding import decoder\n"
+        "with decoder(2) as decode:\n    print(list(decode(abs, [-1, 2])))\n"
+    )
+    for source in ({"args": [sys.executable, script]}, {"args": [sys.executable, "-"], "input": script.read_text()}):
+        run = subprocess.run(**source, capture_output=True, text=True, timeout=60)
+        assert run.stdout == "begins\n[1, 2]\n" and not run.stderr, run.stderr
+
+
+def test_a_stop_of_the_process_group_is_no_lack_of_memory(monkeypatch):
+    """Slurm and `timeout` signal the decoding processes too, which end at once."""
+    monkeypatch.setattr(StopSignal, "newest", stop := StopSignal.__new__(StopSignal))
+    stop.number = signal.SIGTERM
+    dies = "__import__('os').kill(__import__('os').getpid(), 15)"
+    with pytest.raises(StoppedError, match="decoding images"), decoder(2) as decode:
+        list(decode(eval, [dies]))
+    monkeypatch.setattr(StopSignal, "newest", None)
+    with pytest.raises(PrepareError, match="out of memory"), decoder(2) as decode:
+        list(decode(eval, [dies]))
+
+
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     script = (
         "import os, signal\nfrom image_data.preparation.decoding import decoder\n"

@@ -25,13 +25,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from common.progress import progress
+from common.stop_signal import end_if_stopped
 from image_data.image_file import MAX_MEGAPIXELS, decode_image, reason
 from image_data.preparation.image_tree import PrepareError
 
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 CHUNK = 128  # images per task: small enough for a smooth progress bar, large enough to hide the overhead of a task
 
 
@@ -71,9 +74,12 @@ def decoder(workers: int) -> Iterator[Callable]:
         return
     with pool:
         try:
-            yield partial(_map_without_interrupts, pool)
+            yield partial(_map, pool)
         except BrokenProcessPool:
-            raise PrepareError("a decoding process was killed (out of memory?). Try again with --workers 1") from None
+            end_if_stopped("decoding images")  # a SIGTERM to the whole process group, as of Slurm, ends the workers
+            raise PrepareError(
+                "a decoding process was killed (out of memory?). Run prepare_dataset.py with --workers 1"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -92,13 +98,28 @@ def _process_pool(workers: int) -> ProcessPoolExecutor | None:
         return None
 
 
-def _map_without_interrupts(pool: ProcessPoolExecutor, function: Callable, items: Sequence) -> Iterator:
-    """Call `pool.map`, which starts the processes. They inherit that Ctrl-C is blocked: the parent handles it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+def _map(pool: ProcessPoolExecutor, function: Callable, items: Sequence) -> Iterator:
+    """Call `pool.map`, which starts the processes."""
+    with _for_new_processes():
         return pool.map(function, items)
+
+
+@contextmanager
+def _for_new_processes() -> Iterator[None]:
+    """Arrange what processes that start meanwhile take over from this one."""
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the parent handles Ctrl-C
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")  # else each would run the caller's script, which may have no guard
+    threads = os.environ.get(BLAS_THREADS)
+    os.environ[BLAS_THREADS] = "1"  # else NumPy starts a thread per core in each
+    try:
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.environ.pop(BLAS_THREADS)
+        if threads is not None:
+            os.environ[BLAS_THREADS] = threads
+        sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
 def useful_workers(workers: int, counts: Iterable[int]) -> int:
