@@ -64,13 +64,14 @@ def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
     """Evaluate one run, print the result, then write it."""
     from reports.evaluation import print_report, save_report
 
+    epochs = len(trained.record.metrics())  # before the work: the file may be damaged
     with split_of(trained, args) as (dataset, batches, device, precision, is_main):
         networks = {"": trained.network(args.weights, device, precision)}
         options = dict(device=device, autocast=precision == "autocast", show=is_main and sys.stderr.isatty())
         results = evaluate(networks, batches, len(dataset.classes), flip=args.flip, **options)
     if is_main:
-        facts = {"run": trained.record.folder.name, "split": args.split, "weights": args.weights}
-        report = facts | {"precision": precision, "epochs": len(trained.record.metrics())}
+        facts = {"run": trained.name, "split": args.split, "weights": args.weights}
+        report = facts | {"precision": precision, "epochs": epochs}
         report |= {"dataset_fingerprint": dataset.fingerprint} | describe(results[""], dataset.classes)
         if args.flip:
             report["test_time_flip"] = summarize(results[FLIP])

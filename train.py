@@ -105,7 +105,8 @@ def main() -> int:
     def train() -> bool:
         with ExitStack() as closing:
             # 4. The engine, which runs the network on all processes, and the batches that feed it
-            schedule = Schedule(settings.schedule, total_steps)
+            minutes = None if args.only_shortens else args.max_minutes
+            schedule = Schedule(settings.schedule, total_steps, minutes=minutes)
             make_engine: Callable[..., Engine] = engine_type  # a strategy also takes the network, and may take peers
             engine = make_engine(build, settings, schedule, args.seed, **({"meeting": meeting} if meeting else {}))
             engine.stopping = lambda: stop.requested

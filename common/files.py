@@ -78,6 +78,16 @@ def bytes_text(count: int) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a JSON-lines file; a missing file has none, and a torn last line is skipped."""
-    lines = path.read_text().split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1] if line]
+    """Return the complete lines of a JSON-lines file; a missing file has none, and a torn last line is skipped.
+
+    Raises:
+        RunError: a line is no JSON object.
+    """
+    try:
+        lines = path.read_text().split("\n") if path.is_file() else []
+        values = [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise RunError(f"{near_path(path)} is damaged ({error}). Delete its damaged lines") from None
+    if not all(isinstance(value, dict) for value in values):
+        raise RunError(f"{near_path(path)} is damaged (a line is no JSON object). Delete its damaged lines")
+    return values

@@ -95,9 +95,9 @@ def mixed_sources(codes: dict[str, dict[str, Any] | None]) -> str | None:
 
 
 def _rename_aside(task: PlannedRun) -> None:
-    RunFolder(task.folder).rename_aside()
+    aside = RunFolder(task.folder).rename_aside()
     if task.log.exists():
-        task.log.rename(task.log.with_name(f"{task.log.name}.old"))
+        task.log.rename(aside.with_name(f"{aside.name}.log"))
 
 
 def device_slots(parallel: int | None) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -42,23 +42,26 @@ def open_study(search: Search, runs: Path, redo: bool) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of constant_liar
     definition = search.definition()
-    if (runs / STUDY).exists():
-        study = _load(search, runs)
-        before = study.user_attrs.get(DEFINITION, definition)
-        changed = [key for key, value in definition.items() if before.get(key) != value]
-        if not changed:
-            return study
-        if not redo:
-            go_on = f", or write seed = {before['seed']} under [search] to go on with it" if changed == ["seed"] else ""
-            raise RunError(
-                f"{near_path(runs)} holds a search of another {' and '.join(changed)}; add --redo-changed to "
-                f"rename it aside and start again, or rename the experiment file{go_on}"
-            )
-        rename_aside(runs)
     runs.mkdir(parents=True, exist_ok=True)
-    study = _load(search, runs)
-    study.set_user_attr(DEFINITION, definition)
-    return study
+    with lock(runs):  # processes that start together would create the same tables
+        if (runs / STUDY).exists():
+            study = _load(search, runs)
+            before = study.user_attrs.get(DEFINITION, definition)
+            changed = [key for key, value in definition.items() if before.get(key) != value]
+            if not changed:
+                return study
+            if not redo:
+                seed = f", or write seed = {before['seed']} under [search] to go on with it"
+                raise RunError(
+                    f"{near_path(runs)} holds a search of another {' and '.join(changed)}; add --redo-changed to "
+                    "rename it aside and start again, or rename the experiment file"
+                    + (seed if changed == ["seed"] else "")
+                )
+            rename_aside(runs)
+            runs.mkdir(parents=True)
+        study = _load(search, runs)
+        study.set_user_attr(DEFINITION, definition)
+        return study
 
 
 def rename_aside(runs: Path) -> None:
@@ -88,10 +91,10 @@ def _load(search: Search, runs: Path) -> optuna.Study:
 
 @contextmanager
 def lock(runs: Path) -> Iterator[None]:
-    """Keep other processes from taking a trial; without effect on a file system without locks."""
-    with (runs / LOCK).open("w") as file:
+    """Keep other processes out; without effect in a read-only folder or on a file system without locks."""
+    with ExitStack() as opened:
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(opened.enter_context((runs / LOCK).open("w")), fcntl.LOCK_EX)
         yield
 
 

@@ -71,7 +71,7 @@ class Split:
             )
         try:
             return np.load(self.packed, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
             again = prepare_again(self.packed.parent.parent)
             raise DatasetError(f"{self.packed} is damaged ({error}). Run: {again}") from None
 
@@ -119,23 +119,24 @@ class Dataset:
                 raise DatasetError(f"{folder}/dataset.json has format {facts['format']}; this version reads {FORMAT}")
             if facts["num_classes"] != len(classes) or any(facts["num_images"][n] != len(s) for n, s in splits.items()):
                 raise DatasetError(f"the lists in {folder} do not match its dataset.json")
-            red, green, blue = (value or 1.0 for value in facts["std"])
+            red, green, blue = facts["mean"]
+            std_red, std_green, std_blue = (value or 1.0 for value in facts["std"])
+            return cls(
+                folder=folder,
+                root=folder / facts["root"],
+                classes=classes,
+                image_side=facts["image_side"],
+                mean=(red, green, blue),
+                std=(std_red, std_green, std_blue),
+                fingerprint=facts["fingerprint"],
+                splits=splits,
+            )
         except DatasetError as error:
             raise DatasetError(f"{error}. Run: {prepare_again(folder)}") from None
         except PermissionError as error:
             raise DatasetError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions") from None
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{folder} is damaged ({error}). Run: {prepare_again(folder)}") from error
-        return cls(
-            folder=folder,
-            root=folder / facts["root"],
-            classes=classes,
-            image_side=facts["image_side"],
-            mean=tuple(facts["mean"]),
-            std=(red, green, blue),
-            fingerprint=facts["fingerprint"],
-            splits=splits,
-        )
 
     def steps_per_epoch(self, global_batch: int) -> int:
         """Return the number of full global batches in the training split. Raises DatasetError if there is none."""
@@ -189,7 +190,7 @@ def prepare_first(folder: Path) -> str:
 
 def prepare_again(folder: Path) -> str:
     """Return the command that prepares `folder` again from the source that it records."""
-    made_from, facts = (_read_object(folder / name) for name in (PREPARED_FROM, "dataset.json"))
+    made_from, facts = (read_object(folder / name) for name in (PREPARED_FROM, "dataset.json"))
     options: list[object] = []
     if "archive" in made_from:
         options += ["--archive", f"PATH/{made_from['archive']}"]
@@ -201,7 +202,7 @@ def prepare_again(folder: Path) -> str:
     return python_command("prepare_dataset.py", "--data-dir", folder, *options, "--force")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text())

@@ -97,9 +97,21 @@ class Schedule:
         SettingsError: an unknown shape, a setting that the shape does not use, or shares that exceed the run.
     """
 
-    def __init__(self, settings: ScheduleSettings, total_steps: int, plan: dict[str, int] | None = None):
-        """`plan` is that of `plan_facts`, where the run has one."""
+    def __init__(
+        self,
+        settings: ScheduleSettings,
+        total_steps: int,
+        plan: dict[str, int] | None = None,
+        minutes: float | None = None,
+    ):
+        """Prepare the factors.
+
+        Args:
+            plan: that of `plan_facts`, where the run has one.
+            minutes: training time that decides the number of steps, so that `total_steps` says little; None: nothing.
+        """
         check(settings)
+        self.minutes = minutes
         self.shape, self.settings, self.total = find_shape(settings.shape), settings, total_steps
         self.course = self._timeline(total_steps)
         self.plan: Plan | None = None

@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
     Attributes:
         shardings: how the tensors of the hidden groups hold matrices, by tensor; a missing tensor is one whole matrix.
         compiled: whether the iteration is compiled; an engine that compiles the network on a GPU sets it.
-        working_dtype: dtype of the iteration; None means bf16 on a GPU, as in the author's code, and fp32 on a CPU.
+        working_dtype: dtype of the iteration; None: see `working_dtype`.
     """
 
     def __init__(
@@ -169,8 +169,9 @@ def orthogonalize(
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """Return bf16, as in the author's code; fp32 on a CPU, which is faster on most."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    """Return bf16, as in the author's code; fp32 on a CPU and on GPUs before Ampere, where it is faster."""
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:

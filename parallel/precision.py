@@ -49,7 +49,8 @@ def choose(
 def fast_bf16(device: torch.device) -> str | None:
     """Return what makes bf16 faster than fp32 on a device; None where nothing does."""
     if device.type == "cuda":
-        return "a GPU with bf16 support" if torch.cuda.is_bf16_supported() else None
+        # torch.cuda.is_bf16_supported is true of GPUs that emulate it, too.
+        return "a GPU with bf16 support" if torch.cuda.get_device_capability(device)[0] >= 8 else None
     return next((f"{flag} in the processor" for flag in FLAGS if flag in cpu_flags()), None)
 
 

@@ -23,6 +23,7 @@ from config.settings import Settings
 POINTS = 50  # of a curve: more are not distinguishable in a chart that overlays several runs
 DATE = "%Y-%m-%d %H:%M"
 MAX_TEXT = 200  # characters of a value
+DAMAGED = "damaged"  # begins the note of a folder that cannot be read
 FACTS = (  # of run.json, under their own names
     *("preset", "seed", "device", "precision", "num_parameters", "num_processes", "hold_out", "max_steps"),
     *("max_minutes", "patience", "init_weights", "synthetic", "deterministic", "commit", "uncommitted_changes"),
@@ -70,7 +71,7 @@ def read_row(kind: str, folder: Path, path: str, name: str) -> Row:
     try:
         {RUN: _read_run, COMPARISON: _read_comparison, OTHER: _read_other}[kind](row, folder)
     except Exception as error:  # a folder may hold anything
-        row.note = row.note or f"damaged: {_reason(error)}"
+        row.note = row.note or f"{DAMAGED}: {_reason(error)}"
     row.values = {key: _plain(value) for key, value in row.values.items() if value is not None}
     return row
 

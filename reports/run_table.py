@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from reports.run_rows import COMPARISON, FILES, OTHER, RUN, Row, default_settings, read_row
+from reports.run_rows import COMPARISON, DAMAGED, FILES, OTHER, RUN, Row, default_settings, read_row
 
 VERSION = 2  # of the cache; a change of what a row holds needs another number
 CACHE = ".index-cache.json"
@@ -53,9 +53,10 @@ def read_table(runs: Path, results: Path | None = None) -> list[Row]:
     for source in [*find_runs(runs), *find_comparisons(runs, results)]:
         key = f"{source.kind} {source.path}"
         entry = known.get(key)
-        if entry is None or entry[0] != source.signature:
+        # A damaged folder is read again: its files may have been unreadable for a moment only.
+        if entry is None or entry[0] != source.signature or entry[1]["note"].startswith(DAMAGED):
             entry = [source.signature, asdict(read_row(source.kind, source.folder, source.path, source.name))]
-            has_changed = True
+            has_changed = has_changed or entry != known.get(key)
         entries[key] = entry
     if has_changed or len(entries) != len(known):
         with suppress(OSError):  # a read-only folder of runs: the table is right without its cache

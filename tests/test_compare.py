@@ -314,6 +314,15 @@ def test_runs_of_other_settings_are_refused_or_set_aside(ask, invented, tmp_path
     )
 
 
+def test_every_run_that_is_redone_keeps_its_log(ask, invented, tmp_path):
+    ask()
+    for hidden in (40, 48):
+        (tmp_path / "runs" / "gates" / "gated-seed0.log").write_text(f"before {hidden}")
+        assert ask(COMMON + VARIANTS.replace("32", str(hidden)), "--redo-changed")[0] == 0
+    logs = [tmp_path / "runs" / "gates" / f"gated-seed0.old-{number}.log" for number in (1, 2)]
+    assert [log.read_text() for log in logs] == ["before 40", "before 48"]
+
+
 def test_a_report_says_why_a_run_is_missing_and_reads_the_dataset_from_the_right_run(ask, invented, tmp_path):
     assert ask()[0] == 0
     runs = tmp_path / "runs" / "gates"

@@ -285,6 +285,14 @@ def test_truncated_weights(trained):
     assert f"{weights} is damaged or holds the weights of another network" in refusal(trained)
 
 
+def test_damaged_metrics_are_named_before_the_work(trained):
+    path = trained.folder / "metrics.jsonl"
+    path.write_text("{ }\n{\n" + path.read_text())
+    assert "metrics.jsonl is damaged (" in refusal(trained)
+    path.write_text("3\n")
+    assert "metrics.jsonl is damaged (a line is no JSON object)" in refusal(trained)
+
+
 @pytest.mark.parametrize("change", ["a shape", "a missing key", "a key too many"])
 def test_weights_of_another_network(trained, change):
     path = trained.folder / "weights.safetensors"

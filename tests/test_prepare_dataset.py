@@ -199,10 +199,14 @@ def test_a_dataset_is_prepared_where_train_py_looks_for_it(tmp_path, monkeypatch
         assert source.default_folder() == PROJECT / "data" / name
 
 
-@pytest.mark.parametrize("damage", [b'{"num_classes": 2, "mea', b"[]"])
+@pytest.mark.parametrize("damage", [b'{"num_classes": 2, "mea', b"[]", "fingerprint", "root", "mean"])
 def test_a_damaged_description_is_one_sentence_and_force_restores_it(tree, capsys, damage):
     prepare(tree)
     intact = (tree / "dataset.json").read_bytes()
+    if isinstance(damage, str):
+        facts = json.loads(intact)
+        del facts[damage]
+        damage = json.dumps(facts).encode()
     (tree / "dataset.json").write_bytes(damage)
     message = refusal(capsys, "--data-dir", tree)
     assert f"{tree} is damaged" in message and f"Run: python prepare_dataset.py --data-dir {tree} --force" in message
@@ -365,6 +369,28 @@ def test_a_read_only_tree_is_prepared_elsewhere(tree, capsys, monkeypatch):
     spaced = tree.rename(tree.with_name("my tree"))
     message = refusal(capsys, "--root", spaced)
     assert "read-only" in message and f"python prepare_dataset.py --root '{spaced}' --data-dir NEW" in message
+
+
+def test_an_archive_that_cannot_be_read_is_no_read_only_folder(tmp_path, zipped, capsys, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(zipped))
+
+    monkeypatch.setattr("image_data.preparation.prepare._created_and_locked", denied)
+    message = refusal(capsys, "--archive", zipped, "--data-dir", tmp_path / "new" / "er")
+    assert "Check permissions" in message and "read-only" not in message
+
+
+def test_a_record_of_the_source_that_is_no_object_is_left_out(tree):
+    prepare(tree)
+    (tree / PREPARED_FROM).write_text("null")
+    assert source_module.recorded(tree) == {}
+
+
+def test_an_empty_file_of_pixels_is_named(tree):
+    dataset = prepare(tree)
+    dataset.splits["train"].packed.write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"train.npy is damaged .*Run: python prepare_dataset.py"):
+        dataset.splits["train"].pixels()
 
 
 def test_a_full_shared_memory_costs_workers_only(tree, capsys, monkeypatch):

@@ -111,7 +111,7 @@ class Console:
         fields = [
             self.paint(f"epoch {line['epoch']:>{len(str(last_epoch))}}/{last_epoch}", BOLD),
             *([f"step {line['step']:,}"] if line.get("within_epoch") else []),
-            f"train loss {line['train_loss']:.3f}",
+            f"train loss {line['train_loss']:.3f}" if "train_loss" in line else "all steps skipped",
             *(self._accuracy(line, split) for split in splits),
             f"{line['images_per_second']:>7,.0f} images/s",
             f"{duration(line['training_seconds']):>6}",

@@ -31,7 +31,6 @@ def epoch_line(
         "step": engine.step,
         # of the last step made: `engine.step` counts steps, so it is the index of the next one
         "learning_rate": engine.settings.engine["optimizer"]["params"]["lr"] * engine.schedule(engine.step - 1),
-        "train_loss": engine.mean(torch.tensor(progress.loss_sum / max(1, progress.num_losses), dtype=torch.float64)),
         "skipped_steps": progress.skipped_steps,
         "images_per_second": round(progress.timed_images / seconds, 1) if seconds else 0.0,
         "training_seconds": round(seconds, 3),
@@ -40,6 +39,8 @@ def epoch_line(
         "memory_gib": round(peak_memory_gib(engine.device), 3),
         "tracking_seconds": round(tracking_seconds, 3),
     }
+    if progress.num_losses:  # none where every step was skipped, on all processes
+        line["train_loss"] = engine.mean(torch.tensor(progress.loss_sum / progress.num_losses, dtype=torch.float64))
     for name, (counts, evaluation_seconds) in results.items():
         line |= {f"{name}_{key}": value for key, value in counts.facts().items()}
         line[f"{name}_seconds"] = round(evaluation_seconds, 3)

@@ -62,6 +62,7 @@ class WeightsAndBiases(Tracker):
                 f"Weights & Biases reports '{first_line(error)}'. To log to this disk only, set WANDB_MODE=offline"
             ) from error
         self.image = wandb.Image
+        self._norms: dict[int, dict[str, float]] = {}  # by step, until the loss of the step comes
 
     def _log(self, step: int, numbers: dict[str, Any]) -> None:
         if step >= self.run.step:  # wandb rejects earlier steps; a repeated step has the same numbers anyway
@@ -73,10 +74,12 @@ class WeightsAndBiases(Tracker):
         self._log(0, {"first_batch": self.image(tile(pixels))})
 
     def loss(self, step: int, mean: float, steps: int) -> None:
-        self._log(step, {"step_loss": mean})
+        for skipped in [earlier for earlier in self._norms if earlier < step]:  # its loss was not logged
+            self._log(skipped, self._norms.pop(skipped))
+        self._log(step, {"step_loss": mean} | self._norms.pop(step, {}))
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        self._log(step, norms)
+        self._norms[step] = norms  # comes before the losses of earlier steps, which wandb would reject then
 
     def epoch(self, line: dict[str, Any]) -> None:
         self._log(line["step"], numbers_of(line))

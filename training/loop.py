@@ -63,6 +63,7 @@ class Loop:
         )
         self.stop, self.console = stop, console
         self.timer = StepTimer(engine, training, time_plan)
+        self._images_are_small = False  # in the steps since the last pause
         folder = self.record.folder if self.record else None
         self.steps = StepLog(engine, training, self.tracking, folder, console.print_field)
         self._sync_progress_with_engine()
@@ -157,8 +158,9 @@ class Loop:
         Where they have just grown, the next steps compile and warm up as the first ones did, and are not timed either.
         """
         step, grows_at = self.engine.step, self.engine.resizing.num_steps(self.total_steps)
-        if step == grows_at > 0:
+        if self._images_are_small and step >= grows_at:  # also where a new plan has fewer steps with small images
             self.timer.expect_first_steps()
+        self._images_are_small = step < grows_at
         return int(min(self.evaluation.next_step, grows_at if step < grows_at else self.total_steps)) - step
 
     def _train(self, stop_at: int | None) -> bool:
@@ -167,7 +169,8 @@ class Loop:
         accumulation = engine.batch_sizes.accumulation
         epoch_end = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - engine.step)
         last = min(epoch_end, progress.step_in_epoch + self._steps_until_pause())
-        batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, last * accumulation)
+        # To the end of the epoch: the batches that are prefetched at a pause are used after it.
+        batches = self.training.epoch(progress.epoch, progress.step_in_epoch * accumulation, epoch_end * accumulation)
         with self.console.bar(progress.epoch + 1, progress.step_in_epoch, epoch_end, engine.batch_sizes.total) as bar:
             self.timer.start(last - progress.step_in_epoch)
             flushed = time.perf_counter()

@@ -167,7 +167,7 @@ def _try_forward(
     problem: BaseException | None = None
     for device in (torch.device("meta"), pick_device()):
         try:
-            with torch.random.fork_rng(), device, torch.no_grad():
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device, torch.no_grad():
                 module = make()
                 check_registered(label, module)
                 found = module(torch.zeros(shape))
@@ -226,7 +226,7 @@ def _check_result(
 
 def _try_optimizer(settings: Settings) -> None:
     """Make one step on a small layer."""
-    with torch.random.fork_rng(), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         layer = nn.Linear(4, 4)
         optimizer = build_optimizer(settings.engine["optimizer"], layer, fused=False)
         if not isinstance(optimizer, torch.optim.Optimizer):

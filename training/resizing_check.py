@@ -73,7 +73,7 @@ def network_problem(settings: Settings, num_classes: int, side: int) -> str | No
         return None
     for device in ("meta", "cpu"):  # a part that reads values has no result on the meta device
         try:
-            with torch.random.fork_rng(), torch.device(device), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.device(device), torch.no_grad():
                 build_model(settings.model, num_classes, side).eval()(torch.zeros(IMAGES, 3, small, small))
             return None
         except UserError:

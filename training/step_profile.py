@@ -10,6 +10,7 @@ memory over the steps. Profiled steps are slower than others.
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import os
 import time
@@ -99,7 +100,9 @@ class StepProfile:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=activities, profile_memory=True, acc_events=True)
+        # Where PyTorch has no such option, it keeps all events in any case.
+        keeps: dict[str, Any] = {"acc_events": True} if "acc_events" in inspect.signature(profile).parameters else {}
+        self._profiler = profile(activities=activities, profile_memory=True, **keeps)
         self._profiler.start()
 
     def _draw(self, folder: Path) -> None:

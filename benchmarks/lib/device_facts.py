@@ -30,10 +30,11 @@ def gpu_facts() -> dict[str, Any]:
     import torch
 
     from benchmarks.lib.memory_floor import copy_bandwidth
+    from parallel.precision import fast_bf16
 
     device = torch.device("cuda", 0)
     properties = torch.cuda.get_device_properties(device)
-    bf16 = torch.cuda.is_bf16_supported()
+    bf16 = fast_bf16(device) is not None
     facts = {
         "GPU": f"{torch.cuda.device_count()} x {properties.name}",
         "memory": f"{properties.total_memory / 2**30:.0f} GiB",

@@ -91,6 +91,8 @@ def tests(
     """
 
     def commands(check: Check) -> list[list[str]]:
+        if not is_installed("pytest"):
+            raise Skipped("pytest is not installed")
         if not check.num_gpus:
             if on_cpu is None:
                 raise Skipped("needs a GPU")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import StoppedError
+from common.output_files import FULL
 from common.progress import progress
 from common.stop_signal import stopped_at_once
 from image_data.preparation.archives import check_zip, unpack
@@ -65,6 +66,8 @@ def cifar100(target: Path, downloads: Path) -> None:
         except StoppedError:
             raise
         except Exception as error:  # gdown raises its own errors, those of requests, and OSError
+            if getattr(error, "errno", None) in FULL:
+                raise
             reason = error if isinstance(error, PrepareError) else type(error).__name__
             print(
                 f"warning: cannot download cifar100.zip from Google Drive ({reason}); trying {TORONTO}{original.name}",
@@ -134,6 +137,8 @@ def _from_toronto(archive: Path) -> None:
     try:
         _download(TORONTO + archive.name, part)
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
+        if getattr(error, "errno", None) in FULL:
+            raise
         raise PrepareError(
             f"cannot download {TORONTO}{archive.name} ({_one_line(error)}). Without a network use --dataset shapes, or "
             "--archive FILE (a zip or tar of a class tree, or this file downloaded elsewhere)"

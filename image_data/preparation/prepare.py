@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.display import escaped
 from common.errors import DatasetError
+from common.output_files import FULL
 from common.paths import DATA, near_path
 from common.stop_signal import end_if_stopped, lock_when_free
 from common.text import python_command
@@ -162,9 +163,10 @@ def _expand(path: str | Path | None) -> Path | None:
 def _explain(error: OSError, folder: Path, source: Source) -> str:
     """Return the message for a file that cannot be read or written while `folder` is prepared."""
     what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or error
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL:
         return f"cannot prepare {folder} ({what}). Free disk space, or choose another --data-dir"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not os.access(folder, os.W_OK):
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not os.access(there, os.W_OK):
         tree = source.root or (folder if os.path.isdir(folder / "train") else None)
         again = tree and python_command("prepare_dataset.py", "--root", tree, "--data-dir", "NEW")
         fix = f"Run: {again}" if again else "Choose another --data-dir"

@@ -7,7 +7,6 @@ A folder that is prepared again without a source keeps its own: `completed` neve
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from common.errors import DatasetError
 from common.paths import DATA, near_path
 from common.text import python_command
-from image_data.dataset import DEFAULT, KNOWN, PREPARED_FROM, Dataset
+from image_data.dataset import DEFAULT, KNOWN, PREPARED_FROM, Dataset, read_object
 from image_data.preparation.image_tree import PrepareError
 
 OURS = ".unpacked"  # an empty file that marks <data-dir>/images as written by prepare_dataset.py, which may replace it
@@ -78,10 +77,7 @@ class Source:
 
 def recorded(folder: Path) -> dict[str, str | int]:
     """Return the record of the source that `folder` was prepared from; empty if there is none."""
-    try:
-        made_from = json.loads((folder / PREPARED_FROM).read_text())
-    except (OSError, ValueError):
-        return {}
+    made_from = read_object(folder / PREPARED_FROM)
     # Earlier versions recorded the default dataset for a tree that was prepared in place.
     if "dataset" in made_from and (folder / "train").is_dir() and not (folder / "images").exists():
         return {"root": folder.resolve().name}

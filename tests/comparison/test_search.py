@@ -5,6 +5,7 @@ Runs are made up: their accuracy grows with the number of evaluations, toward a 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import optuna
 import pytest
 from comparisons import write_run
 from sqlalchemy import event
@@ -319,6 +321,27 @@ def test_two_processes_never_claim_the_same_trial(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_processes_that_start_together_create_one_study(find, training, monkeypatch):
+    from comparison import search_study
+
+    def load(search, runs, load=search_study._load):
+        with (runs / search_study.LOCK).open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return load(search, runs)
+
+    monkeypatch.setattr(search_study, "_load", load)
+    assert find()[0] == 0 and find()[0] == 0
+
+
+def test_a_study_that_cannot_be_written_is_one_sentence(find, training, monkeypatch):
+    def full(self):
+        raise optuna.exceptions.StorageInternalError("commit") from OSError("database or disk is full")
+
+    monkeypatch.setattr("comparison.search_runs.SearchRuns.run", full)
+    code, _, err = find()
+    assert code == 1 and "study.db cannot be read or written (database or disk is full)" in err
 
 
 def test_a_stopped_and_a_killed_search_resume(find, training, monkeypatch, tmp_path):

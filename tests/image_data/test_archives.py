@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -365,6 +366,18 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path, capsys, monkey
     monkeypatch.setattr(dataset_sources, "_download", offline)
     message = refusal(capsys, "--dataset", dataset, "--data-dir", tmp_path / "out")
     assert "Network is unreachable" in message and "--archive FILE" in message and "--dataset shapes" in message
+
+
+@pytest.mark.parametrize("full", ["_from_drive", "_download"])
+def test_a_full_disk_is_not_blamed_on_the_network(tmp_path, capsys, monkeypatch, full):
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset_sources, "_from_drive", offline)
+    monkeypatch.setattr(dataset_sources, "_download", offline)
+    monkeypatch.setattr(dataset_sources, full, no_space)
+    message = refusal(capsys, "--dataset", "cifar100", "--data-dir", tmp_path / "out")
+    assert "(No space left on device). Free disk space" in message and "network" not in message
 
 
 def test_drive_file_is_used_only_if_its_checksum_is_the_known_one(zipped, tmp_path, monkeypatch):

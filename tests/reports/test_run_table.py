@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import statistics
 import threading
@@ -162,6 +163,17 @@ def test_a_broken_folder_is_a_row_with_a_note(tmp_path, what):
     assert row.note.startswith(note) and "\n" not in row.note
     json.dumps(row.values, allow_nan=False)
     assert note in list_text([row], None, [])
+
+
+def test_a_folder_that_could_not_be_read_is_read_again(some):
+    path = some / "other" / "run.json"
+    intact, time_ns = path.read_text(), path.stat().st_mtime_ns
+    path.write_text("x" + intact[1:])
+    os.utime(path, ns=(time_ns, time_ns))
+    assert by_name(read_table(some))["other"].note.startswith("damaged")
+    path.write_text(intact)  # size and time are those of the damaged file
+    os.utime(path, ns=(time_ns, time_ns))
+    assert by_name(read_table(some))["other"].note == ""
 
 
 def test_broken_metrics_keep_the_intact_lines(some):
