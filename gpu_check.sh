@@ -5,7 +5,7 @@
 #   ./gpu_check.sh --minutes 15         what a GPU can show in 15 minutes, in order of value; installs nothing
 #   ./gpu_check.sh --small              a rehearsal of --minutes on a CPU
 #   ./gpu_check.sh --list               the parts      ./gpu_check.sh --parts data,train      some of them
-#   ./gpu_check.sh --archive cifar100.zip    with the real images; without, with drawn ones (no network is needed)
+#   ./gpu_check.sh --archive cifar100.zip    with the real images; without, data/cifar100 or drawn ones (no network is needed)
 # Results are in runs/gpu-check (--out): check.md to read, check.json to keep, a log for each part.
 # A Python with PyTorch, NumPy, Pillow, safetensors and tqdm is used as it is (PYTHON, else python3, else .venv), with or
 # without DALI and DeepSpeed. Only where there is none, environment/setup.sh installs one, and never with --minutes or --small.

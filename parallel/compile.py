@@ -27,11 +27,16 @@ LOGGER = logging.getLogger("engine")  # train.py shows its lines on the console
 ALIGNMENT = 16  # bytes of the widest load
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 CHOICES = ("auto", "on", "off", "auto-graphs", *GRAPHS)
-# A bf16 run on a CPU of more images, or of more minutes, gains more than the 30 s of compiling; fp32 gains nothing.
+# A longer bf16 run on a CPU gains more than the 30 s of compiling; fp32 gains nothing.
 CPU_IMAGES, CPU_MINUTES = 150_000, 5.0
 FIRST_STEPS_SECONDS = 1800.0  # longest wait for a host that compiles this network while another has it in its cache
 # Steps that compile, warm up or record, and do not count as training time.
 FIRST_STEPS = {"off": 1, "on": 2, **dict.fromkeys(GRAPHS, 4)}
+
+
+def is_long(images: int, minutes: float | None) -> bool:
+    """Whether a bf16 run on a CPU is long enough to compile. `minutes` is the training time that decides its images."""
+    return minutes >= CPU_MINUTES if minutes else images >= CPU_IMAGES
 
 
 def choose(

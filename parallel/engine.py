@@ -30,7 +30,7 @@ from parallel import precision, process_group
 from parallel.batch_sizes import Batch, BatchSizes, EvalCounts
 from parallel.buffers import persistent_buffers
 from parallel.collectives import Collectives
-from parallel.compile import CPU_IMAGES, CPU_MINUTES, FIRST_STEPS, Compiled, choose
+from parallel.compile import FIRST_STEPS, Compiled, choose, is_long
 from parallel.ema import WeightAveraging
 from parallel.gradient_log import GradientLog
 from parallel.progressive_resizing import ProgressiveResizing
@@ -257,11 +257,10 @@ class Engine(WeightAveraging, Collectives, ABC):
         network, settings = self.network(), self.settings
         check_network_settings(network, settings)
         self.start_average(settings.ema)
-        optimizer, minutes = self.master_weights()[0], self.schedule.minutes
+        optimizer, images = self.master_weights()[0], self.schedule.total * self.batch_sizes.total
         if isinstance(optimizer, Muon) and self.precision != "fp32" and precision.fast_bf16(self.device):
             optimizer.working_dtype = torch.bfloat16
-        is_long = minutes >= CPU_MINUTES if minutes else self.schedule.total * self.batch_sizes.total >= CPU_IMAGES
-        pays_on_cpu = self.precision != "fp32" and is_long
+        pays_on_cpu = self.precision != "fp32" and is_long(images, self.schedule.minutes)
         mode = choose(settings.compile, self.device, self.compile_refusal, self.cuda_graph_refusal, pays_on_cpu)
         or_plain = settings.compile == "auto" and self.device.type == "cpu"
         self.compiled = Compiled(network, self.layers(), mode, or_plain, settings.compile_evaluation)

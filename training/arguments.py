@@ -244,7 +244,7 @@ def _add_run_options(parser: Parser) -> None:
         metavar="M",
         help="train for M minutes, without compilation, evaluation and checkpoints; the number of steps is planned "
         "from the first ones, and the LR schedule is scaled to it; with --epochs or --max-steps: whichever is less "
-        "(default: all epochs; without a GPU and --preset, at most 19 minutes)",
+        "(default: all epochs; without a GPU, a preset or another budget, at most 19 minutes)",
     )
     run.add_argument(
         "--patience",

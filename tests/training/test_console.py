@@ -70,6 +70,12 @@ def test_the_line_of_an_epoch_has_its_numbers(out, now):
     )
 
 
+def test_an_epoch_of_skipped_steps_has_no_loss(out, now):
+    shown = Console(out=out)
+    shown.epoch({key: value for key, value in LINE.items() if key != "train_loss"}, ["test"], 10)
+    assert "epoch  3/10  all steps skipped  test accuracy" in out.getvalue()
+
+
 def test_columns_of_epoch_lines_are_aligned(out, now):
     """Every field starts in the same column, whatever the values."""
     shown = Console(out=out)
@@ -278,6 +284,7 @@ def test_the_default_run_of_a_cpu_ends_after_twenty_minutes(monkeypatch):
     assert minutes == CPU_MINUTES and only_shortens and said.startswith("budget") and said.count("\n") == 1
     assert limit("--max-minutes", "3") == (3.0, False, "")
     assert limit("--max-minutes", "3", "--epochs", "2") == (3.0, True, "")
+    assert limit("--max-minutes", "3", "--set", "epochs=2") == (3.0, True, "")
     chosen = (["--preset", "cpu"], ["--epochs", "2"], ["--set", "epochs=2"], ["--max-steps", "9"], ["--profile", "3"])
     for words in chosen:
         assert limit(*words) == (None, False, "")

@@ -22,7 +22,7 @@ from common.errors import SettingsError
 from config.settings import resolve
 from model import TABLES, build_model
 from models.attention import attend, explicit_attention
-from optim.muon import Muon, newton_schulz, orthogonalize
+from optim.muon import Muon, newton_schulz, orthogonalize, working_dtype
 from optim.optimizers import build_optimizer
 from parallel import compile as compiling
 from parallel import precision
@@ -128,6 +128,21 @@ def test_auto_compiles_on_a_cpu_where_it_pays(monkeypatch):
     assert compiling.choose("auto", CPU, "cannot", None, pays_on_cpu=True) == "off"
     monkeypatch.setattr(compiling, "trouble_with", lambda device: "no compiler")
     assert compiling.choose("auto", CPU, None, None, pays_on_cpu=True) == "off"
+
+
+def test_a_time_budget_decides_what_is_long_enough_to_compile():
+    """The number of steps, and so of images, is an estimate then."""
+    cases = [(10_000, None), (200_000, None), (10_000, 60.0), (200_000, 2.0)]
+    assert [compiling.is_long(*case) for case in cases] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), None), ((8, 0), "a GPU with bf16 support")])
+def test_bf16_that_a_gpu_emulates_is_not_fast(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    assert precision.fast_bf16(torch.device("cuda", 0)) == expected
+    assert working_dtype(torch.device("cuda", 0)) == (torch.bfloat16 if expected else torch.float32)
+    assert working_dtype(CPU) == torch.float32
 
 
 class Stubborn(nn.Module):

@@ -6,6 +6,7 @@ What it trains is in tests/test_train.py and test_resume.py.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import sys
@@ -137,6 +138,45 @@ def test_the_first_steps_with_larger_images_are_not_timed_either(training, runs)
     first, second = RunFolder(runs / name).metrics()
     timed = first["images_per_second"] * first["training_seconds"]
     assert timed == pytest.approx(2 * 64, abs=31) and first["warmup_seconds"] > 0 == second["warmup_seconds"]
+
+
+def count_batches(words: list[str]) -> None:
+    """Run train.py, and print how many training batches are made more than once."""
+    import train
+    from dali_pipeline import Batches
+
+    made, produce = [], Batches._produce
+
+    def counted(self, batch):
+        if self.training:
+            made.append(batch.key)
+        return produce(self, batch)
+
+    Batches._produce = counted
+    sys.argv = ["train.py", *words]
+    code = train.main()
+    print(f"made {len(made)}, {len(made) - len(set(made))} of them again")
+    sys.exit(code)
+
+
+def test_batches_that_are_prefetched_at_an_evaluation_are_used_after_it(training):
+    steps = ["--max-steps", 8, "--evaluate-every", "1steps", "--no-tensorboard"]  # which shows the first batch
+    words = [str(word) for word in (*training, "--name", "prefetched", *steps)]
+    done = Program(count_batches, (words,), {}).end()
+    assert done.code == 0 and ", 0 of them again" in done.out, done.text
+
+
+@pytest.mark.parametrize(("fewer", "calls"), [(8, 0), (4, 1)])
+def test_images_that_grow_because_of_a_plan_are_first_steps_too(fewer, calls):
+    """Of 8 steps, 4 have small images. After 3 of them, a plan of `fewer` steps makes the images grow or not."""
+    expected = []
+    one = Loop.__new__(Loop)
+    one.engine = SimpleNamespace(step=0, resizing=SimpleNamespace(num_steps=lambda total: total // 2))
+    one.evaluation, one.total_steps, one._images_are_small = SimpleNamespace(next_step=math.inf), 8, False
+    one.timer = SimpleNamespace(expect_first_steps=lambda: expected.append(one.engine.step))
+    assert one._steps_until_pause() == 4 and not expected
+    one.engine.step, one.total_steps = 3, fewer
+    assert one._steps_until_pause() == 1 and len(expected) == calls
 
 
 def train_to(start: str, words: list[str]) -> None:

@@ -249,6 +249,19 @@ def test_weights_and_biases_logs_the_numbers_of_metrics(service, unbroken, tmp_p
     assert run.finished == 0
 
 
+def test_gradients_cost_no_losses_of_earlier_steps(service, tmp_path):
+    """They are told before the losses of the same time, as training/step_log.py does."""
+    tracker = WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True)
+    tracker.gradients(2, {"gradient_norm": 0.5})  # of a step that was skipped
+    tracker.gradients(4, {"gradient_norm": 0.7})
+    for step in (1, 3, 4, 5):
+        tracker.loss(step, 1.0, 1)
+    (run,) = service.runs.values()
+    assert [step for step, _ in run.logged] == [1, 2, 3, 4, 5]
+    assert run.logged[1] == (2, {"gradient_norm": 0.5})
+    assert run.logged[3] == (4, {"step_loss": 1.0, "gradient_norm": 0.7})
+
+
 def test_a_resumed_run_continues_the_same_wandb_run_and_logs_no_step_twice(service, tmp_path):
     WeightsAndBiases(tmp_path, FACTS, 0, None, silent=True).epoch({"step": 8, "train_loss": 1.0})
     again = WeightsAndBiases(tmp_path, FACTS, 4, None, silent=True)
