@@ -12,11 +12,10 @@ import numpy as np
 from common.files import write_atomically
 from common.text import shorten, without_paths
 from comparison.experiment import Experiment
-from comparison.paired_tests import ALPHA
 from comparison.power import spread_of_pairs, statement
 from comparison.report_text import markdown
 from comparison.results import SPLITS, Run, VariantResult
-from comparison.sequential import evaluate, plan_looks
+from comparison.sequential import evaluate, on_another_split, plan_looks
 from comparison.significance import CONFIRMED, Difference, compare
 from comparison.tuning_report import tuning_picture
 from config.own_parts import without_folders
@@ -80,11 +79,13 @@ def _compare(experiment: Experiment, results: list[VariantResult], split: str, e
     """Compare on one split. With seeds in rounds, each variant's verdict is that of the look that decided it."""
     accuracies = {variant.name: variant.accuracies(split) for variant in results}
     first, planned = results[0].name, len(experiment.variants) - 1
-    if experiment.max_seeds:
-        if experiment.round_seeds and split == exploring:
-            looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
-            return evaluate(accuracies, first, looks, experiment.margin, planned).differences
-        return compare(accuracies, first, experiment.margin, planned, last_alpha=ALPHA)  # the advice is on max_seeds
+    if experiment.max_seeds and experiment.round_seeds:
+        looks = plan_looks(experiment.round_seeds, experiment.max_seeds)
+        seen = {variant.name: variant.accuracies(exploring) for variant in results}
+        outcome = evaluate(seen, first, looks, experiment.margin, planned)
+        if split == exploring:
+            return outcome.differences
+        return on_another_split(accuracies, outcome, first, looks, experiment.margin, planned)
     # A claim needs all seeds: those whose runs failed or came last are no random choice.
     complete = {name: found for name, found in accuracies.items() if found.keys() >= set(range(experiment.seeds))}
     tested = compare(complete, first, experiment.margin, planned) if first in complete else {}

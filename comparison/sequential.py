@@ -39,6 +39,7 @@ class Outcome:
     differences: dict[str, Difference]  # variant -> verdict at the look that decided or dropped it, else at the newest
     active: list[str]  # variants without a decision that took part in the newest look
     looks: int  # that were made
+    at: dict[str, Look]  # variant -> the look of its verdict; one that is not tested has none
 
 
 def plan_looks(first: int, most: int) -> list[Look]:
@@ -67,6 +68,7 @@ def evaluate(
     """
     active = [name for name in accuracies if name != first]
     found: dict[str, Difference] = {}
+    at: dict[str, Look] = {}
     made = 0
     for look in looks:
         seeds = range(look.seeds)
@@ -76,7 +78,7 @@ def evaluate(
         active, made = ready[1:], look.number
         now = {name: {seed: accuracies[name][seed] for seed in seeds} for name in [first, *active]}
         for name, one in compare(now, first, margin, planned, look.alpha, looks[-1].alpha).items():
-            note = f" (look {look.number} of {len(looks)}, level {look.alpha:.2g})"
+            note, at[name] = _note(look, looks), look
             is_identical = one.verdict == "identical" and one.seeds >= LEAST_SEEDS_IDENTICAL
             if one.verdict not in DECIDED and not is_identical:
                 if look.number == len(looks) or not is_hopeless(one, looks[-1], margin, planned):
@@ -88,7 +90,41 @@ def evaluate(
             found[name] = one
             active.remove(name)
     untested = {name: by_seed for name, by_seed in accuracies.items() if name not in found}
-    return Outcome(compare(untested, first, margin, planned, alpha=None) | found, active, made)
+    return Outcome(compare(untested, first, margin, planned, alpha=None) | found, active, made, at)
+
+
+def on_another_split(
+    accuracies: dict[str, dict[int, float]],
+    outcome: Outcome,
+    first: str,
+    looks: list[Look],
+    margin: float | None,
+    planned: int,
+) -> dict[str, Difference]:
+    """Test another split once: each variant with the seeds and at the level of the look of its verdict.
+
+    What the looks saw is correlated with this split, as the networks are the same. Their levels add up to 5 %, so at
+    most 5 of 100 comparisons make a wrong claim here too, whichever look was chosen.
+
+    Args:
+        accuracies, margin, planned: as for `evaluate`.
+        outcome: of the split that the looks saw.
+    """
+    found: dict[str, Difference] = {}
+    for look in looks:
+        names = [name for name, its in outcome.at.items() if its == look]
+        now = {
+            name: {seed: accuracy for seed, accuracy in accuracies[name].items() if seed < look.seeds}
+            for name in [first, *names]
+        }
+        for name, one in compare(now, first, margin, planned, look.alpha, looks[-1].alpha).items():
+            found[name] = replace(one, sentence=one.sentence + _note(look, looks))
+    untested = {name: by_seed for name, by_seed in accuracies.items() if name not in found}
+    return compare(untested, first, margin, planned, alpha=None) | found
+
+
+def _note(look: Look, looks: list[Look]) -> str:
+    return f" (look {look.number} of {len(looks)}, level {look.alpha:.2g})"
 
 
 def is_hopeless(one: Difference, last: Look, margin: float | None, planned: int) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from comparisons import COMMON, VARIANTS, report
 
 from comparison import paired_tests
-from comparison.sequential import DECIDED, LEAST_POWER, Look, evaluate, is_hopeless, plan_looks
+from comparison.sequential import DECIDED, LEAST_POWER, Look, evaluate, is_hopeless, on_another_split, plan_looks
 from comparison.significance import CONFIRMED, Difference
 
 ROUNDS = COMMON.replace("seeds = 2", 'seeds = 6\nuntil = "decided"\nmax_seeds = 18')
@@ -106,6 +106,26 @@ def test_a_chance_tie_of_the_first_seeds_ends_no_variant():
     tie = {name: by_seed | {2: 52.0} for name, by_seed in tie.items()}
     found = evaluate(tie, "a", looks, None, 1)
     assert not found.active and found.differences["b"].verdict == "identical" and found.differences["b"].seeds == 3
+
+
+def test_another_split_is_tested_at_the_level_of_the_look_that_decided():
+    """The number of seeds was chosen by what the looks saw, so a test at 5 % would be wrong more often."""
+    rng = np.random.default_rng(2)
+    looks = plan_looks(6, 18)
+    seen = {
+        "a": {seed: 50 + rng.normal() for seed in range(18)},
+        "b": dict.fromkeys(range(12), 60.0),
+        "c": {0: 1.0, 1: 2.0},
+    }
+    outcome = evaluate(seen, "a", looks, None, 1)
+    assert outcome.at == {"b": looks[1]}
+    same = on_another_split(seen, outcome, "a", looks, None, 1)
+    assert same == outcome.differences and "Not tested" in same["c"].sentence
+    signs = {seed: 0.0 if seed < 10 else -0.9 for seed in range(12)}
+    other = {"a": dict.fromkeys(range(18), 50.0), "b": {seed: 50.4 + signs[seed] for seed in range(12)}, "c": {}}
+    tested = on_another_split(other, outcome, "a", looks, None, 1)["b"]
+    assert tested.seeds == 12 and looks[1].alpha < max(tested.p, tested.p_t) < 0.05
+    assert tested.verdict not in CONFIRMED and "(look 2 of 3, level 0.016)" in tested.sentence
 
 
 def test_compare_adds_seeds_until_decided(ask, invented, tmp_path):
