@@ -93,10 +93,8 @@ def _make_trials(
     extra: tuple[str, ...],
 ) -> Any:
     """Train the trials that are missing. Returns the study, which is a new one where the former was renamed aside."""
-    from optuna.exceptions import StorageInternalError
-
     from comparison.search_runs import SearchRuns
-    from comparison.search_study import STUDY, open_study, rename_aside
+    from comparison.search_study import open_study, rename_aside, storage_errors_named
 
     slots = device_slots(args.parallel)
     made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
@@ -106,11 +104,8 @@ def _make_trials(
         rename_aside(runs)
         study = open_study(search, runs, redo=False)
         made = SearchRuns(search, study, data, runs, slots, stop, start, extra)
-    try:
+    with storage_errors_named(runs):
         made.run()
-    except StorageInternalError as error:
-        reason = (str(error.__cause__ or error).splitlines() or [""])[0]
-        raise RunError(f"{near_path(runs / STUDY)} cannot be read or written ({reason})") from error
     return study
 
 

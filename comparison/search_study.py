@@ -90,6 +90,16 @@ def _load(search: Search, runs: Path) -> optuna.Study:
 
 
 @contextmanager
+def storage_errors_named(runs: Path) -> Iterator[None]:
+    """Raise RunError where the study can no longer be read or written, as on a full disk."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{near_path(runs / STUDY)} cannot be read or written ({reason})") from error
+
+
+@contextmanager
 def lock(runs: Path) -> Iterator[None]:
     """Keep other processes out; without effect in a read-only folder or on a file system without locks."""
     with ExitStack() as opened:

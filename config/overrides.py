@@ -67,6 +67,11 @@ ALIASES = {
 NOT_SETTINGS = ("device", "resume", "type", "enabled", "checkpoint", "output", "workers")  # no setting means these
 
 
+def sets(path: str, overrides: list[str]) -> bool:
+    """Whether one of the overrides `path=value` sets this path."""
+    return any(text.partition("=")[0].strip() == path for text in overrides)
+
+
 def paths_of(tree: dict[str, Any]) -> list[str]:
     """The path of every setting in the tree of a Settings, as `--set` takes it; options of a part count as one."""
 

@@ -369,7 +369,7 @@ def test_a_failing_variant_does_not_end_the_others_and_is_reported(ask, invented
 
 
 def test_nothing_is_claimed_of_a_variant_some_of_whose_runs_failed(ask, invented, tmp_path):
-    """Those that diverged are no random choice, so the other seeds do not speak for them."""
+    """Those that diverged are no random choice, so the seeds that are left show nothing of it."""
     third = '[[variants]]\nname = "third"\nidea = "Another gate."\nmodel.feed_forward = "swiglu"\n'
     for seed in range(10):
         better = {f"gated-seed{seed}": 0.9, f"third-seed{seed}": 0.9}

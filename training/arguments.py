@@ -10,6 +10,7 @@ from common.errors import EXIT_STOPPED, SettingsError
 from common.paths import RUNS
 from config.catalog import SOURCES, table_names
 from config.command_line import Parser, above_zero, at_least_one, fraction, run_name
+from config.overrides import sets
 from config.settings import preset_names
 from training.argument_types import evaluation_interval, interval, micro_batch, seed
 from training.console import NORMAL, QUIET, VERBOSE
@@ -53,15 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     if args.patience and not args.hold_out:
         raise SettingsError("--patience needs a validation split: add --hold-out 0.1")
     _check_time_budget(args)
-    args.only_shortens = bool(args.max_minutes and (args.epochs or args.max_steps or sets_epochs(args.set)))
+    args.only_shortens = bool(args.max_minutes and (args.epochs or args.max_steps or sets("epochs", args.set)))
     if args.step_seconds and not args.link_gbps:
         raise SettingsError("--step-seconds needs the speed of the link: add --link-gbps 0.05")
     return args
-
-
-def sets_epochs(overrides: list[str]) -> bool:
-    """Whether one of the `--set` is the number of epochs, as `--epochs` is."""
-    return any(text.partition("=")[0].strip() == "epochs" for text in overrides)
 
 
 def options_of(args: argparse.Namespace, preset: str) -> tuple[RunOptions, FolderOptions, LoggingOptions]:

@@ -15,6 +15,7 @@ from common.errors import SettingsError
 from common.files import bytes_text
 from common.stop_signal import StopSignal
 from config.catalog import check_names
+from config.overrides import sets
 from config.settings import ModelSettings, Settings, preset_names
 from dali_pipeline import side_of
 from image_data import augmentation
@@ -33,7 +34,6 @@ from parallel.precision import choose as choose_precision
 from parallel.precision import fast_bf16
 from parallel.process_group import check_environment, pick_device
 from parallel.slurm import rank_environment
-from training.arguments import sets_epochs
 from training.console import VERBOSE, Console, show_library_logs
 from training.determinism import make_deterministic
 from training.trackers import check_trackers
@@ -96,7 +96,7 @@ def default_preset(device: torch.device, console: Console) -> str:
 def limit_default_run(args: argparse.Namespace, device: torch.device, console: Console) -> None:
     """Give the default run of a CPU at most CPU_MINUTES, unless `args` choose a preset or a budget; print the limit."""
     chosen = (args.preset, args.epochs, args.max_steps, args.max_minutes, args.profile, args.host_peers, args.join)
-    if device.type == "cuda" or any(chosen) or sets_epochs(args.set):
+    if device.type == "cuda" or any(chosen) or sets("epochs", args.set):
         return
     args.max_minutes, args.only_shortens = CPU_MINUTES, True
     console.print_field(

@@ -165,7 +165,7 @@ def _explain(error: OSError, folder: Path, source: Source) -> str:
     what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or error
     if error.errno in FULL:
         return f"cannot prepare {folder} ({what}). Free disk space, or choose another --data-dir"
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and not os.access(there, os.W_OK):
         tree = source.root or (folder if os.path.isdir(folder / "train") else None)
         again = tree and python_command("prepare_dataset.py", "--root", tree, "--data-dir", "NEW")

@@ -33,7 +33,9 @@ def test_variants_without_a_finished_run_count_in_the_correction():
         SimpleNamespace(name=name, accuracies=lambda split, name=name: accuracies.get(name, {}))
         for name in ("plain", "better", "failed", "failed too")
     ]
-    experiment: Any = SimpleNamespace(variants=results, max_seeds=None, round_seeds=None, margin=None)
+    experiment: Any = SimpleNamespace(
+        variants=results, seeds=len(accuracies["plain"]), max_seeds=None, round_seeds=None, margin=None
+    )
     found = _compare(experiment, results, "validation", "validation")["better"]
     assert found.p_t_corrected == pytest.approx(3 * compare(accuracies, "plain")["better"].p_t_corrected)
 
