@@ -42,6 +42,10 @@ class ProgressiveResizing:
         """Return the pixels of a smaller image relative to a full one, about its share of the cost of a step."""
         return (self.initial_side(side) / side) ** 2
 
+    def work(self, step: int, total_steps: int, side: int) -> float:
+        """Return what the first `step` steps of a run cost, in steps with full images of this side."""
+        return step - min(step, self.num_steps(total_steps)) * (1 - self.pixel_share(side))
+
     def resize(self, images: Tensor, step: int, total_steps: int) -> Tensor:
         """Return the images (B, 3, S, S) of a step at the side that it trains on, by bilinear antialiasing."""
         side = self.initial_side(images.shape[-1])

@@ -21,6 +21,8 @@ from common.text import duration, epochs_text
 from config.differences import changed_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from parallel.engine import Engine
 
 QUIET, NORMAL, VERBOSE = range(3)
@@ -174,13 +176,20 @@ class Clock:
     def __init__(self) -> None:
         self.start(0, 0)
 
-    def start(self, step: int, total_steps: int) -> None:
-        self.first, self.step, self.total, self.began = step, step, total_steps, time.monotonic()
+    def start(
+        self, step: int, total_steps: int, work: Callable[[int, int], float] = lambda step, total_steps: step
+    ) -> None:
+        """Start before the step after `step`.
+
+        Args:
+            work: returns what the first `step` of `total_steps` steps cost (default: all steps cost the same).
+        """
+        self.first, self.step, self.total, self.began, self.work = step, step, total_steps, time.monotonic(), work
 
     def seconds_left(self) -> float:
         """Return the estimated remaining time, or 0 before the first step and after the last."""
-        done = self.step - self.first
-        return (time.monotonic() - self.began) / done * (self.total - self.step) if done else 0.0
+        first, now, last = (self.work(step, self.total) for step in (self.first, self.step, self.total))
+        return (time.monotonic() - self.began) * (last - now) / (now - first) if now > first else 0.0
 
 
 class Bar:

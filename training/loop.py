@@ -25,7 +25,7 @@ from training.non_finite import NonFiniteLoss
 from training.run_start import StartedRun
 from training.step_log import StepLog
 from training.step_timer import StepTimer
-from training.time_plan import TimePlan, seconds_left
+from training.time_plan import TimePlan
 from training.time_plan import describe as describe_plan
 from training.trackers import gradient_interval
 
@@ -75,6 +75,10 @@ class Loop:
             progress.epoch = min(step, self.total_steps - 1) // self.steps_per_epoch  # the last step ends its epoch
             progress.step_in_epoch = step - progress.epoch * self.steps_per_epoch
 
+    def _work(self, step: int, total_steps: int) -> float:
+        """What the first `step` steps of a run cost, in steps with full images."""
+        return self.engine.resizing.work(step, total_steps, self.training.side)
+
     def _where(self) -> str:
         """The run folder as a user would type it."""
         return near_path(self.record.folder) if self.record else ""
@@ -88,7 +92,7 @@ class Loop:
             RunError: nothing is left to train.
             NonFiniteLoss: a loss or a gradient became infinite or NaN. Other processes than the main one exit then.
         """
-        self.console.clock.start(self.engine.step, self.total_steps)
+        self.console.clock.start(self.engine.step, self.total_steps, self._work)
         try:
             with self.tracking:
                 finished = self._run(stop_at)
@@ -211,9 +215,10 @@ class Loop:
         assert time_plan is not None
         spent = seconds + sum(line["training_seconds"] for line in (self.record.metrics() if self.record else []))
         per_step = time_plan.seconds_per_step() or spent / self.engine.step
-        costs = time_plan.costs(self.engine.step, per_step)
-        plan = Plan(**self.engine.broadcast_object(asdict(time_plan.make(self.engine.step, spent, costs))))
-        seconds = spent + seconds_left(plan.total_steps, plan.after_step, costs, self.engine.resizing)
+        full = time_plan.full_step_seconds(self.engine.step, per_step)
+        plan = Plan(**self.engine.broadcast_object(asdict(time_plan.make(self.engine.step, spent, full))))
+        work = [self._work(step, plan.total_steps) for step in (plan.after_step, plan.total_steps)]
+        seconds = spent + full * (work[1] - work[0])
         text = describe_plan(plan, per_step, seconds, self.steps_per_epoch)
         self.engine.schedule.set_plan(plan)
         self.total_steps, self.timer.time_plan = plan.total_steps, None

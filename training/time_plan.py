@@ -19,14 +19,6 @@ TIMED_SHARE = 0.02  # of the training time, at least: 12 s of 10 minutes
 SECONDS_PER_MINUTE = 60.0
 
 
-@dataclass(frozen=True)
-class StepCosts:
-    """Seconds of a step with the smaller images of progressive resizing, and of one with full images."""
-
-    small: float
-    full: float
-
-
 @dataclass
 class TimePlan:
     """Times steps until they are enough for a plan.
@@ -82,16 +74,18 @@ class TimePlan:
         timed = self.steps - UNTIMED_STEPS
         return self.seconds / timed if timed > 0 else 0.0
 
-    def costs(self, step: int, seconds_per_step: float) -> StepCosts:
-        """Return the costs of steps, from those before `step`: a full image costs more by the number of its pixels."""
-        share = self.resizing.pixel_share(self.side)
-        if step <= self.resizing.num_steps(self.schedule.total):
-            return StepCosts(seconds_per_step, seconds_per_step / share)
-        return StepCosts(seconds_per_step * share, seconds_per_step)
+    def full_step_seconds(self, step: int, seconds_per_step: float) -> float:
+        """Return the seconds of a step with full images, from those of the steps before `step`.
 
-    def make(self, step: int, spent: float, costs: StepCosts) -> Plan:
+        A step with the smaller images of progressive resizing costs less by the number of its pixels.
+        """
+        is_small = step <= self.resizing.num_steps(self.schedule.total)
+        return seconds_per_step / self.resizing.pixel_share(self.side) if is_small else seconds_per_step
+
+    def make(self, step: int, spent: float, full_step_seconds: float) -> Plan:
         """Return the plan of a run that has made `step` steps in `spent` seconds of training."""
-        total = total_within(self.budget - spent, step, costs, self.resizing)
+        work = max(0.0, self.budget - spent) / max(full_step_seconds, 1e-9)
+        total = total_within(work, step, self.resizing, self.side)
         return Plan(step, self.schedule.total, min(total, self.schedule.total) if self.only_shortens else total)
 
 
@@ -104,20 +98,13 @@ def time_plan_of(
     return TimePlan(schedule, SECONDS_PER_MINUTE * max_minutes, resizing, side, only_shortens)
 
 
-def total_within(seconds: float, step: int, costs: StepCosts, resizing: ProgressiveResizing) -> int:
-    """Return the total of a run that has made `step` steps and has `seconds` left; inverse of `seconds_left`."""
-    seconds, full = max(0.0, seconds), max(costs.full, 1e-9)
-    total = round(step + seconds / full)
+def total_within(work: float, step: int, resizing: ProgressiveResizing, side: int) -> int:
+    """Return the total of a run that has made `step` steps and can do the work of so many more with full images."""
+    total = round(step + work)
     if step >= resizing.num_steps(total):
         return total
-    small = resizing.settings.fraction  # of all steps
-    return max(step, round((seconds + step * costs.small) / (small * costs.small + (1 - small) * full)))
-
-
-def seconds_left(total: int, step: int, costs: StepCosts, resizing: ProgressiveResizing) -> float:
-    """Return the time that a run of `total` steps needs after `step` of them."""
-    small = max(0, resizing.num_steps(total) - step)
-    return small * costs.small + (total - step - small) * costs.full
+    share, small = resizing.pixel_share(side), resizing.settings.fraction  # of the pixels, and of all steps
+    return max(step, round((work + step * share) / (small * share + 1 - small)))
 
 
 def describe(plan: Plan, seconds_per_step: float, seconds: float, steps_per_epoch: int) -> str:

@@ -168,6 +168,14 @@ def test_the_eta_comes_from_the_steps_of_this_process(now):
     assert clock.seconds_left() == 0
 
 
+def test_the_eta_counts_with_the_costs_of_steps(now):
+    """Progressive resizing: the last half of the steps has larger images."""
+    clock = console.Clock()
+    clock.start(10, 100, lambda step, total: step + 3 * max(0, step - total // 2))
+    clock.step, now[0] = 30, 1020.0
+    assert clock.seconds_left() == pytest.approx(20 + 4 * 50)
+
+
 def test_a_log_file_gets_a_line_every_two_minutes_of_a_long_epoch(out, now):
     shown = Console(out=out, bars=io.StringIO())
     shown.clock.start(0, 100)

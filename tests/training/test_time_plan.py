@@ -15,7 +15,7 @@ from parallel.progressive_resizing import ProgressiveResizing
 from records.checkpoint_store import read_facts, step_of
 from records.run_folder import RunFolder
 from training import time_plan
-from training.time_plan import StepCosts, TimePlan, seconds_left, total_within
+from training.time_plan import TimePlan, total_within
 
 OFF = ProgressiveResizing(ResizingSettings(), patch=4)
 HALF = ProgressiveResizing(ResizingSettings(initial_scale=0.5, fraction=0.25), patch=4)  # a quarter of the pixels
@@ -46,35 +46,35 @@ def test_the_plan_is_due_after_two_percent_of_the_time_but_at_least_ten_steps(cl
     assert steps_until_due(plan, clock, seconds, first=30.0) == after  # the slow first steps are not timed
     assert plan.seconds_per_step() == pytest.approx(seconds)
     spent = 60.0 + (after - 2) * seconds
-    made = plan.make(after, spent, plan.costs(after, plan.seconds_per_step()))
+    made = plan.make(after, spent, plan.full_step_seconds(after, plan.seconds_per_step()))
     assert made == Plan(after, 5000, after + round((600 - spent) / seconds))
 
 
 def test_a_limit_beside_epochs_or_steps_only_shortens_a_run():
     plan = TimePlan(Schedule(ScheduleSettings(), total_steps=100), 60.0, OFF, SIDE, only_shortens=True)
-    assert plan.make(10, 10.0, StepCosts(0.5, 0.5)) == Plan(10, 100, 100)  # 110 steps fit
-    assert plan.make(10, 10.0, StepCosts(1.0, 1.0)) == Plan(10, 100, 60)
-    assert plan.make(10, 70.0, StepCosts(1.0, 1.0)) == Plan(10, 100, 10)  # already spent
+    assert plan.make(10, 10.0, 0.5) == Plan(10, 100, 100)  # 110 steps fit
+    assert plan.make(10, 10.0, 1.0) == Plan(10, 100, 60)
+    assert plan.make(10, 70.0, 1.0) == Plan(10, 100, 10)  # already spent
 
 
 def test_a_plan_knows_that_later_images_are_larger():
     plan = TimePlan(Schedule(ScheduleSettings(), total_steps=1000), 100.0, HALF, SIDE)
-    costs = plan.costs(10, 1.0)  # of small steps: the estimate has 250 of them
-    assert costs == StepCosts(1.0, 4.0)
-    made = plan.make(10, 10.0, costs)
+    assert plan.full_step_seconds(10, 1.0) == 4.0  # from small steps: the estimate has 250 of them
+    made = plan.make(10, 10.0, 4.0)
     assert made.total_steps == 32  # round(32 / 4) = 8: all smaller steps are over, and 22 at 4 s fit into 90 s
-    assert seconds_left(32, 10, costs, HALF) == 22 * 4.0
-    assert plan.make(10, 10.0, StepCosts(0.1, 0.4)).total_steps == 280  # 70 steps at 0.1 s and 210 at 0.4 s
+    assert HALF.work(32, 32, SIDE) - HALF.work(10, 32, SIDE) == 22
+    assert plan.make(10, 10.0, 0.4).total_steps == 280  # 70 steps at 0.1 s and 210 at 0.4 s
 
 
 def test_a_plan_is_due_before_the_images_grow(clock):
     """Later, a plan with more steps would shrink them again, and count the steps until then at the wrong cost."""
     plan = TimePlan(Schedule(ScheduleSettings(), total_steps=400), 28_800.0, HALF, SIDE)
     assert steps_until_due(plan, clock, 0.5) == 100  # a quarter of the estimate, long before 2 % of the time
-    costs = plan.costs(100, plan.seconds_per_step())
-    total = plan.make(100, 50.0, costs).total_steps
+    full = plan.full_step_seconds(100, plan.seconds_per_step())
+    total = plan.make(100, 50.0, full).total_steps
     assert HALF.num_steps(total) > 100  # all later small steps follow at once
-    assert 50.0 + seconds_left(total, 100, costs, HALF) == pytest.approx(28_800, abs=2.0)
+    work = HALF.work(total, total, SIDE) - HALF.work(100, total, SIDE)
+    assert 50.0 + full * work == pytest.approx(28_800, abs=2.0)
     early = TimePlan(Schedule(ScheduleSettings(), total_steps=4), 600.0, HALF, SIDE)
     assert steps_until_due(early, clock, 0.5) == 1 and early.seconds_per_step() == 0.0  # of an untimed step
 
@@ -82,9 +82,8 @@ def test_a_plan_is_due_before_the_images_grow(clock):
 def test_a_run_that_resumes_without_a_plan_where_its_images_have_grown_keeps_to_its_budget():
     """Checkpoints of earlier commits may have no plan there."""
     plan = TimePlan(Schedule(ScheduleSettings(), total_steps=400), 28_800.0, HALF, SIDE)
-    costs = plan.costs(120, 0.5)
-    assert costs == StepCosts(0.125, 0.5)
-    total = plan.make(120, 60.0, costs).total_steps
+    assert plan.full_step_seconds(120, 0.5) == 0.5
+    total = plan.make(120, 60.0, 0.5).total_steps
     small = HALF.num_steps(total) - 120
     assert 60.0 + small * 0.125 + (total - 120 - small) * 0.5 == pytest.approx(28_800, abs=1.0)
 
@@ -92,15 +91,14 @@ def test_a_run_that_resumes_without_a_plan_where_its_images_have_grown_keeps_to_
 def test_a_plan_counts_the_pixels_of_the_rounded_side():
     three_quarters = ProgressiveResizing(ResizingSettings(initial_scale=0.75, fraction=0.5), patch=4)
     plan = TimePlan(Schedule(ScheduleSettings(), total_steps=100), 60.0, three_quarters, side=28)
-    assert plan.costs(10, 1.0) == StepCosts(1.0, pytest.approx(1.96))  # 20 x 20 of 28 x 28 pixels
+    assert plan.full_step_seconds(10, 1.0) == pytest.approx(1.96)  # 20 x 20 of 28 x 28 pixels
 
 
 @pytest.mark.parametrize("resizing", [OFF, HALF])
 @pytest.mark.parametrize(("total", "step"), [(1000, 20), (1000, 600), (400, 99)])
-def test_the_plan_and_its_seconds_are_inverse(resizing, total, step):
-    costs = StepCosts(0.5 * resizing.pixel_share(SIDE), 0.5)
-    seconds = seconds_left(total, step, costs, resizing)
-    assert total_within(seconds, step, costs, resizing) == total
+def test_the_plan_and_its_work_are_inverse(resizing, total, step):
+    work = resizing.work(total, total, SIDE) - resizing.work(step, total, SIDE)
+    assert total_within(work, step, resizing, SIDE) == total
 
 
 def test_a_pause_is_not_timed_and_the_plan_comes_before_the_estimate_ends(clock):
