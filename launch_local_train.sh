@@ -120,15 +120,15 @@ while kill -0 "$launcher" 2>/dev/null; do
     fi
     sleep 0.2 || true
 done
+if ((signal)); then code=0; wait "$launcher" || code=$?; fi
+was_killed=$((code > 128 && code < 193))    # 128 plus a signal: the launcher itself
 if ((signal)); then
-    code=0
-    wait "$launcher" || code=$?
     # 241: a rank that was still importing was ended by the signal; 143: the launcher itself was
     if ((code == 241 || code == 143)); then say "Stopped before training began; there was nothing to save."; fi
     if ((code == 0 || code == 241)); then code=$((128 + signal)); fi
 fi
-# A killed launcher leaves its ranks behind; one that exited normally has left none.
-if [ -z "$killed" ] && kill -TERM -- "-$launcher" 2>/dev/null; then
+# A killed launcher leaves its ranks behind. After one that exited normally, only helpers of the ranks may still be ending.
+if ((was_killed)) && [ -z "$killed" ] && kill -TERM -- "-$launcher" 2>/dev/null; then
     say "The launcher was killed: ending the ranks that it left."
     for ((tenths = 0; tenths < 300; tenths++)); do
         kill -0 -- "-$launcher" 2>/dev/null || break

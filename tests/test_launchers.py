@@ -150,6 +150,12 @@ def test_a_killed_rank_is_explained(repo):
     assert result.stderr.endswith("Training failed: a process was ended by signal 9 (KILL); was the memory full?\n")
 
 
+def test_a_helper_that_ends_after_its_rank_is_no_killed_launcher(repo):
+    (repo / "train.py").write_text("import subprocess\nsubprocess.Popen(['sleep', '3'])\n")
+    result = run(repo, "launch_local_train.sh")
+    assert result.returncode == 0 and "killed" not in result.stderr
+
+
 def test_a_stop_while_ranks_import_says_that_nothing_was_saved_and_leaves_none(repo, tmp_path):
     (repo / "train.py").write_text(IMPORTING)
     script = subprocess.Popen(
