@@ -11,9 +11,6 @@ cd "$here"
 
 # Operations that DeepSpeed compiles are kept here, out of the reach of other projects' half-finished builds.
 export TORCH_EXTENSIONS_DIR=$here/.torch_extensions
-export OMP_NUM_THREADS=1      # two processes with a thread per core each were 40 times slower
-export HF_HUB_OFFLINE=1       # nothing is fetched while testing
-if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then export DS_ACCELERATOR=cpu; fi
 
 selection=(-m "not slow and not gpu")
 # Three files on two cores, because many tests wait for processes. The tests of a file share what they train, so a file stays with one worker; the order is that of tests/conftest.py.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import signal
 import sys
 import zipfile
 from pathlib import Path
+
+# Libraries read these when they are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes with a thread per core each were 40 times slower
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 
 import programs
 import pytest
@@ -38,11 +44,22 @@ LONGEST = (
 )
 
 
-def pytest_configure() -> None:
-    """Handle SIGINT even where the test runner was started in the background, where shells make it ignored.
+def pytest_configure(config: pytest.Config) -> None:
+    """Give every test, and the programs that it starts, the same machine, whoever runs the tests and where.
 
-    Programs inherit an ignored signal, and bash cannot trap one.
+    Only `-m gpu` sees GPUs. Git knows no settings of the user, nor the repository whose hook runs the tests. SIGINT is
+    handled even if a shell started the tests in the background with it ignored: programs inherit that, and bash cannot
+    trap an ignored signal.
     """
+    selected = config.option.markexpr
+    if "gpu" not in selected or "not gpu" in selected:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["TESTED_BY"] = str(os.getpid())
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        del os.environ[name]
+    os.environ |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    for who in ("GIT_AUTHOR", "GIT_COMMITTER"):
+        os.environ |= {f"{who}_NAME": "tests", f"{who}_EMAIL": "tests@example.org"}
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -53,6 +70,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
         return
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def no_process_left(request):
+    """End what a failing test leaves running: it would disturb later tests and keep pytest from ending."""
+    children, failed = set(multiprocessing.active_children()), request.session.testsfailed
+    yield
+    for child in set(multiprocessing.active_children()) - children:
+        child.kill()
+        child.join()
+    if request.session.testsfailed > failed:
+        programs.kill_started_by(request.node.nodeid)
 
 
 @pytest.fixture(scope="session")

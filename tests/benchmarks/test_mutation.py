@@ -8,10 +8,10 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
+from programs import git
 
 from benchmarks import mutation
 from benchmarks.lib import mutant_trial
@@ -169,12 +169,8 @@ def test_a_mutant_is_killed_by_a_test_that_passes_without_it(tmp_path, monkeypat
             "pyproject.toml": "[tool.pytest.ini_options]\npythonpath = ['.']\n",
         },
     )
-    for words in (
-        ["init", "-q"],
-        ["add", "."],
-        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first"],
-    ):
-        subprocess.run(["git", "-C", str(project), *words], check=True)
+    for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        git(project, *words)
     monkeypatch.setattr(mutant_trial, "PROJECT", project)
     source = (project / "sums.py").read_text()
     trial = Trial(tmp_path / "clone", "HEAD", limit_seconds=60)

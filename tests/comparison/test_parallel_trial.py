@@ -24,7 +24,7 @@ def machine(monkeypatch):
         return made(task, environment)
 
     monkeypatch.setattr(compare, "launch", start)
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
     return started
 

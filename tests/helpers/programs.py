@@ -17,8 +17,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.lib.forked_programs import ENVIRONMENT, LAUNCHED, LIMIT_SECONDS, Done, Program, start
 from common.machine import free_port
@@ -99,6 +102,21 @@ def launch(processes: int, script: str, *arguments: Any, code: int | None = 0) -
         out, err = child.communicate()
         raise AssertionError(f"still running after {LIMIT_SECONDS} s\n{out}\n{err}") from None
     return _check(Done(child.returncode, out, err), code)
+
+
+def kill_started_by(test: str) -> None:
+    """Kill the programs that a test of this session has started, and theirs: they inherit pytest's variable."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            variables = process.environ()
+            is_of_test = variables.get("PYTEST_CURRENT_TEST") == f"{test} (call)"
+            if is_of_test and variables.get("TESTED_BY") == str(os.getpid()):
+                process.kill()
+
+
+def git(folder: Path, *words: str) -> str:
+    """Run git in a folder and return what it prints."""
+    return subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def clean_environment() -> dict[str, str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import types
 
 import pytest
+from programs import git
 
 from common.paths import PROJECT
 from records import provenance as module
@@ -25,12 +25,6 @@ from records.provenance import (
     write_code_diff,
 )
 
-IDENTITY = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-
-
-def git(folder, *words):
-    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
-
 
 @pytest.fixture
 def repository(tmp_path):
@@ -42,7 +36,7 @@ def repository(tmp_path):
 
 def commit(folder):
     git(folder, "add", "-A")
-    git(folder, *IDENTITY, "commit", "-q", "--allow-empty", "-m", "first")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "first")
     return git(folder, "rev-parse", "HEAD")
 
 
