@@ -22,6 +22,7 @@ from small_runs import TEST_PER_CLASS, TINY, TRAIN_PER_CLASS
 from common.paths import PROJECT
 from common.stop_signal import StopSignal
 from image_data.preparation.prepare import prepare
+from records.run_data import RunData
 from records.run_folder import RunFolder
 
 LONGEST = (
@@ -122,6 +123,12 @@ def unbroken(training, runs) -> RunFolder:
     """A finished, uninterrupted run of all epochs in one process, with its page. Copy it instead of changing it."""
     programs.run("train.py", *(word for word in training if word != "--no-report"), "--name", "unbroken")
     return RunFolder(runs / "unbroken")
+
+
+@pytest.fixture(scope="session")
+def done(unbroken) -> RunData:
+    """The data of that run, as reports read it."""
+    return RunData.read(unbroken.folder)
 
 
 @pytest.fixture

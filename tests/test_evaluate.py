@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from bomb import Bomb
 from PIL import Image
 from programs import clean_environment, launch, run
 from safetensors.torch import load_file, save_file
@@ -306,16 +307,6 @@ def test_weights_of_another_network(trained, change):
         weights["one.more"] = torch.zeros(3)
     save_file(weights, path)
     assert "damaged or holds the weights of another network" in refusal(trained)
-
-
-class Bomb:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __init__(self, target: Path):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
 
 
 @pytest.mark.parametrize("how", [pickle.dump, torch.save], ids=["pickle", "torch.save"])

@@ -20,11 +20,6 @@ from records.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def done(unbroken) -> RunData:
-    return RunData.read(unbroken.folder)
-
-
-@pytest.fixture(scope="module")
 def copied(unbroken, tmp_path_factory) -> RunFolder:
     return writable_copy(unbroken, tmp_path_factory.mktemp("reported") / "mine")
 

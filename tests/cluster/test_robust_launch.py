@@ -25,10 +25,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from bomb import Bomb
 from launching import environment
-from programs import run
+from programs import git, run, run_ranks
 
-from benchmarks.lib.forked_programs import Program
 from cluster import host_checks, preflight, probe, remote, sync
 from cluster.job import Agent, Job, message_in
 from cluster.remote import Host
@@ -253,10 +253,6 @@ def test_sync_moves_stale_code_aside_and_leaves_everything_else(tmp_path, monkey
     assert (tmp_path / "runs/x/run.json").exists() and "moving 3 code files" in capsys.readouterr().err
 
 
-def git(folder: Path, *words: str) -> None:
-    subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True)
-
-
 def test_sync_asks_for_the_python_version_of_this_machine(monkeypatch):
     commands = []
     monkeypatch.setattr(sync, "run", lambda host, words, *_: commands.append(words))
@@ -343,18 +339,8 @@ def meet_and_look(expected: str) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.2", "127.0.0.1"])
 def test_the_store_listens_on_the_address_where_the_ranks_meet_and_on_no_other(address):
-    meeting = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(free_port()),
-        "RENDEZVOUS_SECRET": "s" * 32,
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [Program(meet_and_look, (address,), {**meeting, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(2)]
-    for rank in ranks:
-        done = rank.end()
-        assert done.code == 0, done.text
+    variables = {"MASTER_ADDR": address, "RENDEZVOUS_SECRET": "s" * 32, "GLOO_SOCKET_IFNAME": "lo"}
+    run_ranks(2, meet_and_look, address, **variables)
 
 
 def test_a_name_that_means_the_loopback_here_is_not_used_for_several_hosts(monkeypatch):
@@ -382,11 +368,6 @@ class Fact:
     value: int
 
 
-class Evil:
-    def __reduce__(self):
-        return (os.mkdir, ("owned",))
-
-
 def test_messages_hold_values_and_no_code(tmp_path, monkeypatch):
     from records.run_folder import Progress
 
@@ -401,7 +382,7 @@ def test_messages_hold_values_and_no_code(tmp_path, monkeypatch):
     ]
     for one, other in zip(plain_objects.unpack(plain_objects.pack(tensors)), tensors, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
-    for evil in (Evil(), [Evil()], subprocess.run, Fact(1)):
+    for evil in (Bomb("owned"), [Bomb("owned")], subprocess.run, Fact(1)):
         with pytest.raises(pickle.UnpicklingError, match="no plain value"):
             plain_objects.unpack(plain_objects.pack(evil))
     assert not Path("owned").exists()

@@ -177,7 +177,3 @@ def test_every_recipe_has_a_section_with_its_command(monkeypatch):
             monkeypatch.setattr(sys, "argv", ["train.py", *command[1 + command[0].startswith("python") :]])
             arguments = parse_arguments()
             resolve(arguments.preset, arguments.set)
-
-
-def test_links_lead_to_files():
-    assert all((recipe_costs.DOCUMENT.parent / target).exists() for target in re.findall(r"\]\(([^)#:]+)\)", TEXT))

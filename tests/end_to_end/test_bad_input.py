@@ -19,6 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
+from bomb import Bomb
 from safetensors.torch import load_file
 from small_runs import copy_of
 
@@ -36,16 +37,6 @@ class Case:
     sentence: str
     code: int = 1
     broken: dict[str, Any] = field(default_factory=dict)  # "module.attribute": its replacement
-
-
-class Bomb:
-    """A pickle of it creates a folder when it is loaded."""
-
-    def __init__(self, target: Path):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
 
 
 def full_disk(path: Any) -> Any:

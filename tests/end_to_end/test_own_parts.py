@@ -8,7 +8,6 @@ from pathlib import Path
 import programs
 from small_runs import STOPPED
 
-from common.machine import free_port
 from inference.trained_model import TrainedModel
 from records.own_part_files import copies_of, with_digests
 from records.run_folder import RunFolder
@@ -52,20 +51,11 @@ def write_part(folder: Path, factor: float) -> Path:
     return folder
 
 
-def two_processes(*words, code: int) -> str:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    meeting |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [programs.start("train.py", *words, **meeting, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
-    done = [rank.end() for rank in ranks]
-    assert all(rank.code == code for rank in done), "\n".join(rank.text for rank in done)
-    return done[0].text
-
-
 def test_a_run_of_own_parts_needs_their_files_unchanged_to_resume_and_not_at_all_to_evaluate(training, runs, tmp_path):
     own, network = write_part(tmp_path / "my parts", 1.0), write_part(tmp_path / "other", 2.0)
     words = [*training, "--name", "own", "--max-steps", "8", "--strategy"]
     parts = ["--set", f"model.feed_forward={own}/mine.py:Part", "--set", f"model.attention={network}/mine.py:Part"]
-    two_processes(*words, "zero", *parts, "--stop-at", "3", code=STOPPED)
+    programs.run_ranks(2, "train.py", *words, "zero", *parts, "--stop-at", "3", code=STOPPED)
     record = RunFolder(runs / "own")
     kept = {f"{own}/mine.py": "own_parts/2/mine.py", f"{network}/mine.py": "own_parts/1/mine.py"}
     assert record.facts()["own_parts"] == kept
@@ -75,7 +65,7 @@ def test_a_run_of_own_parts_needs_their_files_unchanged_to_resume_and_not_at_all
     assert (
         "the code has changed since the run started: " in programs.run("train.py", *words, "ddp", *parts, code=1).text
     )
-    said = two_processes(*words, "ddp", *parts, "--allow-inexact-resume", code=0)
+    said = programs.run_ranks(2, "train.py", *words, "ddp", *parts, "--allow-inexact-resume")[0].text
     assert "resuming  after step 3 of 8" in said and "my parts/helper.py" in said
     assert (record.folder / "own_parts" / "2" / "helper.py").read_text() == "FACTOR = 3.0\n"
     before = record.folder / "own_parts.before-step-00000003" / "2" / "helper.py"

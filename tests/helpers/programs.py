@@ -41,17 +41,31 @@ def copy_scripts(folder: Path) -> None:
         shutil.copytree(PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def run_ranks(processes: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Run a function of a test module in a process group of forked processes, which must all succeed."""
-    meeting = {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    ranks = [Program(function, arguments, {**meeting, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(processes)]
-    for done in [rank.end() for rank in ranks]:
-        _check(done, 0)
+def ranks(
+    count: int, target: str | Callable[..., None], *arguments: Any, local: int | None = None, **environment: str
+) -> list[Program]:
+    """Start a script, or a function of a test module, as the forked processes of one group.
+
+    Args:
+        local: ranks that each machine has, except the last one, which has the rest; default: one machine has all.
+    """
+    meeting = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    started, local = [], local or count
+    for rank in range(count):
+        own = rank % local
+        of_rank = {"RANK": str(rank), "LOCAL_RANK": str(own), "LOCAL_WORLD_SIZE": str(min(local, count - rank + own))}
+        if isinstance(target, str):
+            started.append(start(target, *arguments, **meeting, **of_rank))
+        else:
+            started.append(Program(target, arguments, {**meeting, **of_rank}))
+    return started
+
+
+def run_ranks(
+    count: int, target: str | Callable[..., None], *arguments: Any, code: int = 0, **options: Any
+) -> list[Done]:
+    """Run the processes that `ranks` starts to their end and check their exit codes."""
+    return [_check(done, code) for done in [rank.end() for rank in ranks(count, target, *arguments, **options)]]
 
 
 def launcher(processes: int, script: str, *arguments: Any) -> list[str]:

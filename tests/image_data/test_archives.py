@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import io
 import lzma
-import os
 import pickle
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bomb import Bomb
 from PIL import Image
 from trees import member, python_archive, refusal, tree_files
 
@@ -326,17 +326,9 @@ def test_python_archive(tmp_path, which):
             assert np.array_equal(pixels, images[path]) and path.split("/")[1] == ready.classes[label]
 
 
-class Malicious:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, capsys):
     python_archive(
-        tmp_path / "cifar.tar.gz", 100, {"train": pickle.dumps({"data": Malicious(tmp_path / "owned")}, protocol=2)}
+        tmp_path / "cifar.tar.gz", 100, {"train": pickle.dumps({"data": Bomb(tmp_path / "owned")}, protocol=2)}
     )
     message = refusal(capsys, "--archive", tmp_path / "cifar.tar.gz", "--data-dir", tmp_path / "out")
     assert "is rejected" in message and "cifar-100-python/train" in message and "mkdir" in message

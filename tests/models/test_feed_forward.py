@@ -6,16 +6,16 @@ pytest tests/models/test_feed_forward.py        no GPU, no data, some seconds
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from networks import dimensions
 from torch import Tensor, nn
 
 from common.errors import SettingsError
 from models.cost import count_parameters
 from models.feed_forward import FEED_FORWARDS, MLP, SoftMoE
-from models.parts import Dimensions, make_part
+from models.parts import make_part
 from models.tree_feed_forward import EVALUATIONS, FFF, FFFFanOut, Tree
 from optim.optimizers import build_optimizer
 from optim.param_groups import parameter_groups
@@ -29,12 +29,6 @@ TREES = [
     ],
     ("fff_fan_out", {"fan_out": 3, "depth": 2, "dense": 8}),
 ]
-
-
-def dimensions(**changes) -> Dimensions:
-    """Return the dimensions of the tiny network, with changes."""
-    dims = Dimensions(5, 16, patch=4, width=16, depth=2, heads=2, head_size=8, num_prefix=1, dropout=0.0)
-    return replace(dims, **changes)
 
 
 def make(name: str, options: dict, **changes) -> nn.Module:

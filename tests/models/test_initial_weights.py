@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bomb import Bomb
 from safetensors.torch import save_file
 from torch import nn
 
@@ -143,15 +144,10 @@ def test_only_position_tables_are_resampled(tmp_path: Path):
     assert not any("resampled" in line for line in report)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (Path.touch, (Path("exploded"),))
-
-
 def test_pickled_code_is_rejected_and_not_executed(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": build().state_dict(), "args": Bomb()}, "w.pth")
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    torch.save({"model": build().state_dict(), "args": Bomb("exploded")}, "w.pth")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb("exploded"), protocol=2))
     for file in ("w.pth", "raw.pt"):
         with pytest.raises(SettingsError, match=f"{file}.*could run code"):
             load_initial_weights(build(), file)

@@ -15,11 +15,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from cluster.simulated_hosts import wait_until
 from common.launch_facts import print_launch_facts
 from common.paths import PROJECT
 from parallel.slurm import expand_nodes, rank_environment
@@ -308,13 +308,6 @@ def preempt(slurm, jobs, folder, out):
         slurm("scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm would wait two minutes
     for job in jobs:
         wait_until(lambda job=job: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), LIMIT_SECONDS, out)
-
-
-def wait_until(condition, seconds, what="waited in vain"):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what() if callable(what) else what
-        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -21,17 +21,7 @@ def start(training: list, processes: int, name: str, strategy: str, *arguments: 
     words = ["train.py", *map(str, training), "--name", name, "--strategy", strategy, "--max-steps", "6", *arguments]
     if strategy == "local":
         words += ["--set", "parallel.local_steps=3"]
-    world = str(processes)
-    meeting = {
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(programs.free_port()),
-    }
-    ranks = [programs.start(*words, **meeting, RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
-    done = [rank.end() for rank in ranks]
-    assert all(rank.code == code for rank in done), "\n".join(rank.text for rank in done)
-    return done[0].out
+    return programs.run_ranks(processes, *words, code=code)[0].out
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("zero", "dp")])  # zero: test_train.py

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import _check
+from programs import run_ranks
 from torch import Tensor
 
-from benchmarks.lib.forked_programs import Program
 from common.errors import SettingsError
-from common.machine import free_port
 from parallel.topologies import TOPOLOGIES, Round, rounds_of
 
 
@@ -81,14 +79,7 @@ def job_on_unequal_machines() -> None:
 
 def test_processes_of_unequal_machines_make_the_same_rounds():
     """Three on one machine and one on another: by its own number, only the latter would find four equal machines."""
-    meeting = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    local = [("3", "0"), ("3", "1"), ("3", "2"), ("1", "0")]
-    ranks = [
-        Program(job_on_unequal_machines, (), {**meeting, "RANK": str(i), "LOCAL_RANK": own, "LOCAL_WORLD_SIZE": count})
-        for i, (count, own) in enumerate(local)
-    ]
-    for done in [rank.end() for rank in ranks]:
-        _check(done, 0)
+    run_ranks(4, job_on_unequal_machines, local=3)
 
 
 def job_mixing(out: str) -> None:
@@ -113,12 +104,7 @@ def job_mixing(out: str) -> None:
 
 
 def test_four_processes_mix_as_the_matrices_say(tmp_path):
-    meeting = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        Program(job_mixing, (str(tmp_path),), {**meeting, "RANK": str(i), "LOCAL_RANK": str(i % 2)}) for i in range(4)
-    ]
-    for done in [rank.end() for rank in ranks]:
-        _check(done, 0)
+    run_ranks(4, job_mixing, str(tmp_path), local=2)
     results = torch.load(tmp_path / "results", weights_only=False)
     for name in TOPOLOGIES:
         values = torch.arange(4, dtype=torch.float64) ** 2

@@ -7,14 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import report
-from records.run_data import RunData
 from reports.pictures import SplitAnalysis
-
-
-@pytest.fixture(scope="session")
-def done(unbroken) -> RunData:
-    """A finished run."""
-    return RunData.read(unbroken.folder)
 
 
 @pytest.fixture(scope="session")

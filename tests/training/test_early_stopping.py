@@ -8,16 +8,9 @@ import pytest
 import torch
 from programs import run
 from safetensors.torch import load_file
+from small_runs import STOPPED, results
 
 from records.run_folder import RunFolder
-
-STOPPED = 75
-
-
-def without_clock(record: RunFolder) -> list[dict]:
-    measured = ("_seconds", "_per_second", "_gib")
-    return [{key: value for key, value in line.items() if not key.endswith(measured)} for line in record.metrics()]
-
 
 # --- EMA ----------------------------------------------------------------------------------------------------------
 
@@ -71,7 +64,7 @@ def test_a_resumed_run_with_ema_equals_an_uninterrupted_one(averaged, training, 
     run(*same, "--stop-at", 5, code=STOPPED)
     run(*same)
     stopped = RunFolder(runs / "averaged-stopped")
-    assert without_clock(stopped) == without_clock(averaged)
+    assert results(stopped) == results(averaged)
     for file in ("weights.safetensors", "raw_weights.safetensors", "best.safetensors"):
         assert (stopped.folder / file).read_bytes() == (averaged.folder / file).read_bytes()
 
