@@ -136,6 +136,8 @@ class Engine(zero.Engine):
 
         If the run is stopped during the wait, the peer leaves without the exchange. After a resume it exchanges first.
         """
+        if self.step == self.schedule.total:
+            self.say("peers     all steps are made; the last exchange follows")
         values, future = self._gather(), None
         worked_seconds = time.monotonic() - self.began
         if self.is_main:

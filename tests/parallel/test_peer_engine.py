@@ -18,6 +18,7 @@ import torch
 from peers import facts_for, free_pair
 from programs import _check
 from reference import BATCH, SAVED_AT, STEPS, data, largest_difference, make_engine, network, save, settings_for, train
+from small_runs import STOPPED
 from torch.nn import functional as F
 
 from benchmarks.lib.forked_programs import Program, start
@@ -34,7 +35,6 @@ if sys.version_info >= (3, 14) or tuple(map(int, torch.__version__.split(".")[:2
 endpoint.coordination()  # before anything else imports torchft: it is quiet then
 
 HERE = "127.0.0.1"
-STOPPED = 75
 
 # --- engines in forked processes -----------------------------------------------------------------------------------
 
@@ -192,9 +192,8 @@ def test_peers_of_one_and_of_two_processes_that_average_every_step_train_as_one_
     port, go = free_pair(), tmp_path / "go"
     first = Program(job_averaging, (str(tmp_path / "a"), port, None, 1, str(go)), {})
     first.wait_for("listening at")
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": HERE, "MASTER_PORT": str(programs.free_port())}
     arguments = (str(tmp_path / "b"), free_pair(), f"{HERE}:{port}", stage, str(go))
-    second = [Program(job_averaging, arguments, {**group, "RANK": f"{i}", "LOCAL_RANK": f"{i}"}) for i in range(2)]
+    second = programs.ranks(2, job_averaging, *arguments)
     second[0].wait_for("waiting for the others' next exchange")
     go.touch()
     for program in (first, *second):
@@ -311,8 +310,7 @@ def test_a_peer_that_is_stopped_before_the_last_exchange_exchanges_and_finishes_
     first = peer(*words)
     other = Heartbeat(listens_at(first), "other", lambda: True)
     other.start()
-    first.wait_for("epoch  9/10")
-    time.sleep(5)  # for the four steps of the last epoch
+    first.wait_for("the last exchange follows")
     first.send(signal.SIGTERM)
     done = first.end()
     other.ended.set()

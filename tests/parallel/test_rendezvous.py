@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from http.client import HTTPConnection
 from types import SimpleNamespace
 
 import programs
@@ -42,8 +43,8 @@ LIMIT_SECONDS = 60  # of one exchange
 @pytest.fixture
 def quick(monkeypatch):
     """Shorter time limits than over the internet."""
-    monkeypatch.setattr(endpoint, "HEARTBEAT_SECONDS", 1.5)
-    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(endpoint, "HEARTBEAT_SECONDS", 3.0)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 3.0)
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(failures, "CONNECT_SECONDS", 2.0)
     monkeypatch.setattr(failures, "PROBE_SECONDS", 0.3)
@@ -90,8 +91,15 @@ def announcement(peer: PeerGroup, state: PeerState, **changes) -> dict:
     return {**peer._announce(state).announcement(), "since": time.time(), **changes}
 
 
+def status(peer: PeerGroup) -> str:
+    """The page on which the lighthouse of a peer lists who sends heartbeats to it."""
+    connection = HTTPConnection(HERE, peer.endpoint.port + 1, timeout=LIMIT_SECONDS)
+    connection.request("GET", "/status")
+    return connection.getresponse().read().decode()
+
+
 def ask(peer: PeerGroup, id: str, count: int = 3, data: dict | None = None, where: str = f"{HERE}:9") -> None:
-    """Ask the lighthouse of a peer for a quorum, as a stranger that then does nothing."""
+    """Ask the lighthouse of a peer for a quorum, as a stranger that then does nothing. Return when it lists the id."""
     client = endpoint.coordination().LighthouseClient(
         endpoint.lighthouse_of(peer.endpoint.text), connect_timeout=timedelta(seconds=2)
     )
@@ -109,7 +117,10 @@ def ask(peer: PeerGroup, id: str, count: int = 3, data: dict | None = None, wher
         daemon=True,
     )
     stranger.start()
-    time.sleep(0.3)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while id not in status(peer):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def exchange(meetings: list[PeerGroup], standings: list[PeerState]) -> list:
@@ -306,8 +317,14 @@ def test_a_peer_that_never_arrives_is_left_out_after_its_second_failure(circle):
     with ThreadPoolExecutor(1) as pool:
         beats = heartbeat.Heartbeat(peers[0].endpoint.text, "ghost", lambda: True)
         beats.start()
-        # It asks again and again, like a peer.
-        pool.submit(lambda: [ask(peers[0], "ghost", 3, data, f"{HERE}:{port}") or time.sleep(0.7) for _ in range(9)])
+
+        def ask_again():
+            """Like a peer."""
+            while not beats.ended.is_set():
+                ask(peers[0], "ghost", 3, data, f"{HERE}:{port}")
+                beats.ended.wait(1)
+
+        pool.submit(ask_again)
         outcomes = exchange(peers, [standing(1.0), standing(3.0)])
         beats.ended.set()
     listener.close()
