@@ -23,6 +23,7 @@ import psutil
 import pytest
 from launching import AWKWARD, IMPORTING, dry_run, environment, fake, fake_gpus, run, world
 
+from cluster.simulated_hosts import wait_until
 from common.paths import PROJECT
 
 
@@ -169,17 +170,10 @@ def test_a_stop_while_ranks_import_says_that_nothing_was_saved_and_leaves_none(r
     assert not any(psutil.pid_exists(rank) for rank in ranks)
 
 
-def wait_until(condition, seconds=60):
-    deadline = time.time() + seconds
-    while not condition():
-        assert time.time() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def rank_pids(folder):
-    wait_until(lambda: all((folder / f"started{rank}").exists() for rank in (0, 1)))
-    time.sleep(0.2)  # the file exists before it is written
-    return [json.loads((folder / f"started{rank}").read_text())[0] for rank in (0, 1)]
+    files = [folder / f"started{rank}" for rank in (0, 1)]
+    wait_until(lambda: all(file.exists() and file.stat().st_size for file in files), 60)
+    return [json.loads(file.read_text())[0] for file in files]
 
 
 @pytest.mark.parametrize("how", ["terminate", "ctrl-c"])
@@ -214,7 +208,10 @@ while True:
 
 
 def is_running(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("how", ["time", "second signal"])
@@ -230,12 +227,14 @@ def test_processes_that_do_not_save_in_time_are_ended(repo, tmp_path, how):
     ranks = rank_pids(tmp_path)
     script.terminate()
     if how == "second signal":
-        time.sleep(3)
+        while not script.stderr.readline().startswith("Stopping:"):
+            pass
+        time.sleep(3)  # it ignores a signal that follows the first within two seconds
         script.send_signal(signal.SIGINT)
-    said = script.communicate(timeout=8)[1]
+    said = script.communicate(timeout=60)[1]
     assert script.returncode == 128 + signal.SIGKILL
     assert ("have not saved within 1 s" if how == "time" else "Ending the processes at once") in said
-    wait_until(lambda: not any(map(is_running, ranks)), 2)
+    wait_until(lambda: not any(map(is_running, ranks)), 60)
 
 
 def test_a_stop_lets_the_ranks_save_after_the_reader_of_the_output_is_gone(repo, tmp_path):

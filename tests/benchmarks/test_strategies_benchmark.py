@@ -14,7 +14,7 @@ import pytest
 from small_runs import TEST_PER_CLASS
 
 from benchmarks import strategies
-from benchmarks.lib import strategy_report
+from benchmarks.lib import process_groups, strategy_report
 from benchmarks.lib.communication_trace import Exchange, length, merge, subtract
 from benchmarks.lib.link_model import RING, Layout, Link, on_the_wire, project, sent_by_process
 from benchmarks.lib.process_groups import Failed, run_group
@@ -257,22 +257,24 @@ def test_a_missing_dataset_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"),
+    ("body", "limit_seconds", "reason"),
     [
-        ("import time; time.sleep(60)", "still running after 1 s"),
-        ("raise RuntimeError('bad luck')", "RuntimeError: bad luck"),
+        ("import time; time.sleep(600)", 1, "still running after 1 s"),
+        ("raise RuntimeError('bad luck')", 60, "RuntimeError: bad luck"),
         (
-            "import os, time; os._exit(3) if os.environ['RANK'] == '1' else time.sleep(60)",
+            "import os, time; os._exit(3) if os.environ['RANK'] == '1' else time.sleep(600)",
+            60,
             "process 1 ended with exit code 3",
         ),
-        ("import os; os.kill(os.getpid(), 9)", "process 0 ended with exit code -9"),
+        ("import os; os.kill(os.getpid(), 9)", 60, "process 0 ended with exit code -9"),
     ],
 )
-def test_a_group_that_does_not_answer_is_ended(tmp_path, body, reason):
+def test_a_group_that_does_not_answer_is_ended(tmp_path, monkeypatch, body, limit_seconds, reason):
+    monkeypatch.setattr(process_groups, "GRACE_SECONDS", 0.1)
     program = tmp_path / "worker.py"
     program.write_text(body)
     with pytest.raises(Failed, match=reason):
-        run_group(str(program), {}, processes=2, limit_seconds=1)
+        run_group(str(program), {}, processes=2, limit_seconds=limit_seconds)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

@@ -291,6 +291,7 @@ def test_ctrl_c_lets_the_runs_save(tmp_path, tiny, shapes):
         sys.executable,
         str(PROJECT / "compare.py"),
         "gates.toml",
+        "--cold",
         "--data-dir",
         str(shapes),
         "--runs-dir",

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.machine import cpu_name
 from common.paths import PROJECT
 from image_data.dataset import Dataset
 from records.run_folder import RunFolder
@@ -59,14 +58,11 @@ def test_a_prepared_dataset_is_read(left):
 
 @pytest.mark.parametrize("strategy", ["zero", "ddp"])
 def test_a_stopped_run_is_resumed_to_the_same_weights(left, strategy):
-    conditions = json.loads((left / "runs/stopped/state/step-00000005/engine.json").read_text())["conditions"]
     resume(left, "--strategy", strategy)
     ours, theirs = (load_file(left / "runs" / name / "weights.safetensors") for name in ("stopped", "finished"))
     assert ours.keys() == theirs.keys()
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2e-6)
-    if strategy == "zero" and conditions["device_name"] == cpu_name() and conditions["torch"] == torch.__version__:
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     resumed, unbroken = RunFolder(left / "runs/stopped").metrics(), RunFolder(left / "runs/finished").metrics()
     assert [line["step"] for line in resumed] == [line["step"] for line in unbroken]
     assert [line["train_loss"] for line in resumed] == pytest.approx(
