@@ -22,11 +22,11 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.lib import gpu_check_phases as phases
 from benchmarks.lib.check import Check, NotReached, Part, Skipped
-from benchmarks.lib.gpu_check_parts import CIFAR100_ACCURACY, PARTS, train_figures
+from benchmarks.lib.gpu_check_parts import PARTS, train_figures
 from benchmarks.lib.gpu_check_phases import PHASES
 from common.paths import PROJECT
 from image_data.dataset import Dataset
-from records.run_folder import RunFolder
+from records.provenance import commit_text
 
 
 def python(code: str) -> list[list[str]]:
@@ -199,8 +199,9 @@ def test_the_report_describes_the_machine(shapes, tmp_path, capsys):
         ("device", "passed"),
         ("prepare", "skipped"),
     ]
-    assert report["commit"] and report["versions"]["torch"] and "cores" in report["device"]["CPU"]
+    assert report["versions"]["torch"] and "cores" in report["device"]["CPU"]
     page = (tmp_path / "check.md").read_text()
+    assert f"commit: {commit_text(report)}\n" in page
     assert report["device"]["CPU"] in page and "TFLOP/s" in page and str(tmp_path) not in page + json.dumps(report)
 
 
@@ -221,22 +222,25 @@ def test_the_list_names_every_part(capsys):
 
 
 def test_the_training_part_checks_its_accuracy_and_the_count_of_evaluate(unbroken, shapes, tmp_path):
-    """With the run of the other tests instead of its own."""
-    last = RunFolder(unbroken.folder).metrics()[-1]
-    (tmp_path / "run").symlink_to(unbroken.folder)
+    """With the last line of the run of the other tests, and another accuracy."""
+    last = unbroken.metrics()[-1]
+    (tmp_path / "run").mkdir()
+
+    def figures(check: Check, accuracy: float, evaluated: int) -> dict:
+        line = {**last, "test_accuracy": accuracy, "test_correct": 14}
+        (tmp_path / "run/metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / "evaluation.json").write_text(json.dumps({"correct": evaluated}))
+        return train_figures(check, "")
+
     check = Check(tmp_path, 0, False, shapes, None)
-    for counted, message in ((last["test_correct"], None), (last["test_correct"] + 5, "evaluate.py")):
-        (tmp_path / "evaluation.json").write_text(json.dumps({"correct": counted}))
-        if message:
-            with pytest.raises(NotReached, match=message):
-                train_figures(check, "")
-    (tmp_path / "evaluation.json").write_text(json.dumps({"correct": last["test_correct"]}))
-    if last["test_accuracy"] >= 2 / 10:
-        assert f"{100 * last['test_accuracy']:.1f} %" in train_figures(check, "")["test accuracy"]
+    assert figures(check, 0.2, 14)["test accuracy"].startswith("20.0 % after 12 epochs")
+    with pytest.raises(NotReached, match=r"evaluate\.py 19"):
+        figures(check, 0.2, 19)
+    with pytest.raises(NotReached, match="expected at least 20 %"):
+        figures(check, 0.19, 14)
     (tmp_path / "shapes").symlink_to(shapes)  # the drawn shapes need a higher accuracy
     with pytest.raises(NotReached, match="expected at least 40 %"):
-        train_figures(Check(tmp_path, 0, True, None, None), "")
-    assert CIFAR100_ACCURACY > 0.1
+        figures(Check(tmp_path, 0, True, None, None), 0.39, 14)
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])

@@ -227,7 +227,7 @@ def test_a_search_finds_the_learning_rate_and_keeps_pruned_runs(find, training, 
         expected = {"finished": "complete", "pruned": "pruned", "failed": "fail"}[row["state"]]
         assert facts["search"] == {"trial": int(name[-4:]), "state": expected}
         assert facts["settings"]["engine"]["optimizer"]["params"]["lr"] == row["values"]["optimizer.params.lr"]
-        assert facts["hold_out"] == 0.1 and row["state"] != "pruned" or row["evaluations"] in (1, 3)
+        assert facts["hold_out"] == 0.1 and (row["state"] != "pruned" or row["evaluations"] in (1, 3))
     text = (tmp_path / "results" / "gates" / "search.md").read_text()
     assert "6 trials:" in text and "| pruned |" in text and "the loss is nan" in text
     assert "12.35" not in text + json.dumps(report), "the accuracy on the test split"

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from report_data import assert_stands_alone, some_confusion
 
 from config.differences import changed_settings
+from records.provenance import commit_text
 from reports import curves, style
 from reports.curves import several
 from reports.page import page, write_page
@@ -29,7 +30,8 @@ def test_training_leaves_a_page(unbroken, done):
     assert (
         f"{100 * last['test_accuracy']:.2f}%" in text and f"{last['test_correct']:,} of {last['test_seen']:,}" in text
     )
-    assert done.facts["commit"] in text and done.facts["dataset"]["fingerprint"] in text and "python train.py" in text
+    facts = done.facts
+    assert commit_text(facts) in text and facts["dataset"]["fingerprint"] in text and "python train.py" in text
     assert len(re.findall("<img ", text)) == len(pictures_of(done, None))
 
 
