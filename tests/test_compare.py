@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from comparisons import COMMON, VARIANTS, Ended, report, write_run
+from project_files import project_files
 from torch import nn
 
 import compare
@@ -31,7 +32,7 @@ from models import feed_forward as feedforward
 from parallel.compile import CPU_IMAGES, FIRST_STEPS
 from records.run_folder import RunFolder
 
-EXPERIMENTS = sorted((PROJECT / "experiments").glob("*.toml"))
+EXPERIMENTS = [PROJECT / name for name in project_files(".toml") if name.startswith("experiments/")]
 OTHER_QUESTIONS = ("attention-defaults", "space-to-depth")  # besides the eight ideas and the recipes
 
 

@@ -7,16 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from project_files import project_files
 
 from common.paths import PROJECT
 from config.command_line import ELSEWHERE
 from config.settings import declared_settings
 
-CODE = [
-    path
-    for path in sorted(PROJECT.rglob("*.py"))
-    if not {"tests", ".venv", "data", "runs", "results", ".torch_extensions"} & set(path.relative_to(PROJECT).parts)
-]
+CODE = [PROJECT / name for name in project_files(".py") if not name.startswith("tests/")]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_-]+\b")
 # Options of other programs that this project starts or names.
 FOREIGN = {*ELSEWHERE, "--nonsuch", "--pdeathsig", "--shm-size", "--zstd"}

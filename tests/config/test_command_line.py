@@ -6,12 +6,14 @@ import argparse
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from programs import clean_environment
+from project_files import project_files
 
 from common.errors import RunError
 from common.paths import PROJECT
@@ -24,16 +26,13 @@ from training.arguments import parse_arguments
 
 PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 # Scripts that users start. Programs without a Parser are started by other programs, with arguments of their own.
-SCRIPTS = sorted(
-    str(path.relative_to(PROJECT))
-    for path in (
-        *PROJECT.glob("*.py"),
-        *PROJECT.glob("benchmarks/*.py"),
-        *PROJECT.glob("cluster/*.py"),
-        *PROJECT.glob("tools/*.py"),
-    )
-    if PROGRAM.search(text := path.read_text()) and (path.parent == PROJECT or "Parser(" in text)
-)
+ROOT = [name for name in project_files(".py") if "/" not in name]
+SCRIPTS = [
+    name
+    for name in project_files(".py")
+    if name in ROOT or os.path.dirname(name) in ("benchmarks", "cluster", "tools")
+    if PROGRAM.search(text := (PROJECT / name).read_text()) and (name in ROOT or "Parser(" in text)
+]
 # Libraries that take a second or more to import; --help must not need them.
 HEAVY = ("torch", "torchvision", "deepspeed", "nvidia", "timm", "matplotlib", "onnx")
 
@@ -61,14 +60,12 @@ def test_help_needs_no_pytorch_and_has_an_example_and_every_default(script):
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert re.search(r"^example:\n  \S+", done.stdout, re.MULTILINE), done.stdout
     options = done.stdout.split("\nexample:")[0]
-    for entry in re.findall(r"^  (--[\w-]+ .*(?:\n {8,}.*)*)", options, re.MULTILINE):
-        name, *words = entry.split()
-        takes_a_value = re.match(r"[A-Z{]", words[0])
-        assert words, f"{name} has no help"
-        if takes_a_value and name not in ("--set",):
-            assert "default: " in " ".join(words) or "must be given" in " ".join(words), (
-                f"{script} {name} does not say its default"
-            )
+    for entry in re.findall(r"^  (--.*(?:\n {8,}.*)*)", options, re.MULTILINE):
+        option, *text = re.split(r" {2,}|\n +", entry, maxsplit=1)
+        assert text, f"{script} {option} has no help"
+        name, *value = option.split(maxsplit=1)
+        if value and name != "--set":
+            assert re.search(r"default:\s|must\s+be\s+given", text[0]), f"{script} {name} does not say its default"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +80,7 @@ def test_a_mistyped_option_is_one_sentence(script):
     )
 
 
-@pytest.mark.parametrize("script", sorted({path.name for path in PROJECT.glob("*.py")} - {"report.py"}))
+@pytest.mark.parametrize("script", sorted({*ROOT} - {"report.py"}))
 def test_a_python_without_the_packages_is_one_sentence(script):
     done = subprocess.run([sys.executable, "-S", PROJECT / script], cwd="/", capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
@@ -271,7 +268,7 @@ def test_a_value_out_of_range_is_one_sentence(words, said, monkeypatch, capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = f"set -o pipefail; {sys.executable} train.py --list-settings | head -1"
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} train.py --list-settings | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
 

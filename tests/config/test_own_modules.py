@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from project_files import project_files
 
 from common.errors import SettingsError
 from common.paths import PROJECT
@@ -91,7 +92,7 @@ def test_a_neighbor_comes_before_the_project_and_the_project_is_found_without_on
 
 
 def test_in_the_folder_of_the_project_its_own_modules_are_no_neighbors():
-    scripts = {path.stem for path in PROJECT.glob("*.py")}
+    scripts = {name.removesuffix(".py") for name in project_files(".py") if "/" not in name}
     assert {"train", "compare", "report"} <= scripts
     for name in (*scripts, "benchmarks", "environment", "tools.list_settings", "models.parts"):
         assert neighbors(PROJECT, name) == []

@@ -6,7 +6,7 @@ python -m pytest tests/docs/test_documentation.py        some seconds per page
 from __future__ import annotations
 
 import ast
-import os
+import itertools
 import re
 import shlex
 import shutil
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from documentation import ADDED, PAGES, Command, commands, inside, make_world, treatment
+from documentation import ADDED, PAGES, commands, inside, make_world, treatment
 from programs import clean_environment
+from project_files import project_files
 
 from benchmarks.lib.forked_programs import Program
 from common.paths import PROJECT
@@ -123,9 +124,6 @@ def test_the_arguments_and_settings_of_a_training_command_are_valid(command, mon
         script = next(i for i, word in enumerate(arguments) if word.endswith(".sbatch"))
         assert (PROJECT / arguments[script]).is_file()
         arguments = arguments[script + 1 :]
-        if all(word.endswith(".toml") for word in arguments):  # experiment files, for compare.sbatch
-            assert all(list(PROJECT.glob(word)) for word in arguments)
-            return
         arguments = arguments if arguments[0].startswith("--") else arguments[1:]  # the prefix of the run names
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     shutil.copy(world / "mine.py", tmp_path)  # the user-defined parts, without the copy of the project beside them
@@ -159,15 +157,17 @@ def test_the_arguments_of_a_long_command_are_valid(command, world):
     assert done.code == 0, f"{command.page}: {command}\n{done.text}"
 
 
-@commands_of("foreign")
-def test_files_and_marks_of_a_foreign_command_exist(command, world):
-    program, arguments = command.words[0], command.arguments
-    if program.startswith("./"):
-        assert os.access(PROJECT / program, os.X_OK)
-        markers = (PROJECT / "pyproject.toml").read_text()
-        assert all(f'"{arguments[i + 1]}:' in markers for i, word in enumerate(arguments) if word == "-m")
-    elif program == "source" and not arguments[0].startswith(".venv"):
-        assert (PROJECT / arguments[0]).is_file()
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.words[0] == "./run_tests.sh"], ids=str)
+def test_tests_and_marks_that_are_named_exist(command):
+    markers = (PROJECT / "pyproject.toml").read_text()
+    for before, word in itertools.pairwise(command.words):
+        assert before != "-m" or f'"{word}:' in markers
+        assert not word.startswith("tests/") or (PROJECT / word).exists()
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.words[0] in ("source", ".")], ids=str)
+def test_a_file_that_is_sourced_exists(command):
+    assert command.words[1] == ".venv/bin/activate" or (PROJECT / command.words[1]).is_file()
 
 
 # --- links, files, sentences ---------------------------------------------------------------------------------------
@@ -202,11 +202,9 @@ def test_files_that_are_named_exist(page):
 
 def sentences() -> list[str]:
     """Return every string of our programs, without the values filled in, and the text of the shell scripts."""
-    scripts = (*PROJECT.glob("*.sh"), *PROJECT.glob("environment/*.sh"))
-    found = [path.read_text(encoding="utf-8") for path in scripts]
-    programs = (path for pattern in ("*.py", "[a-z]*/**/*.py") for path in PROJECT.glob(pattern))
-    for path in (path for path in programs if not {"tests", "runs", "data"} & set(path.relative_to(PROJECT).parts)):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found = [(PROJECT / name).read_text(encoding="utf-8") for name in project_files(".sh")]
+    for name in (name for name in project_files(".py") if not name.startswith("tests/")):
+        for node in ast.walk(ast.parse((PROJECT / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -230,4 +228,3 @@ def test_messages_quoted_in_the_troubleshooting_page_exist():
 def test_every_command_has_a_treatment_and_most_run():
     kinds = [treatment(command) for command in COMMANDS]
     assert kinds.count("run") >= 20 and "train" in kinds
-    assert isinstance(COMMANDS[0], Command)

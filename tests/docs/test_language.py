@@ -1,14 +1,14 @@
 """One term for one thing: words that no text of this project uses, and what to write in their place.
 
-It reads every text file of the repository: documents, help, messages, comments, docstrings, presets, experiments.
+It reads every text file of the project: documents, help, messages, comments, docstrings, presets, experiments.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
+from project_files import project_files
 
 from common.paths import PROJECT
 
@@ -60,13 +60,8 @@ EXEMPT_WORDS = re.compile(
 
 
 def text_files() -> list[str]:
-    """Paths of all text files under version control, or about to be."""
-    words = ["git", "-C", str(PROJECT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("needs git and a checkout")
-    found = (line for line in done.stdout.splitlines() if line == "results/LOG.md" or not line.startswith(EXEMPT_FILES))
-    return [name for name in found if (PROJECT / name).suffix in TEXTS and (PROJECT / name).is_file()]
+    """Paths of the project's text files, relative to it."""
+    return [name for name in project_files(*TEXTS) if name == "results/LOG.md" or not name.startswith(EXEMPT_FILES)]
 
 
 def offenses(text: str) -> list[tuple[int, str, str]]:

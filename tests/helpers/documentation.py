@@ -24,9 +24,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from project_files import project_files
+
 from common.paths import PROJECT
 
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 RUN = (
     "model.py",
     "evaluate.py",
@@ -38,8 +40,14 @@ RUN = (
     "tools/update_docs.py",
 )
 LAUNCHERS = ("./launch_local_train.sh", "./launch_distributed_train.sh", "sbatch")
+# Commands that start a program of ours: how they begin, the last word before its arguments, and that program.
+STARTERS = (
+    ("docker run", "vit", []),  # the name of the image; the command follows
+    ("sbatch", "cluster/slurm/compare.sbatch", ["python", "compare.py"]),
+    ("torchrun", "train.py", ["python", "train.py"]),
+    ("./gpu_check.sh", "./gpu_check.sh", ["python", "benchmarks/gpu_check.py"]),
+)
 FOREIGN = (
-    "torchrun",
     ".",
     "source",
     "sudo",
@@ -106,12 +114,20 @@ def commands(pages: list[Path] = PAGES) -> list[Command]:
                     if words[len(names) :]:
                         found.setdefault(
                             Command(
-                                tuple(words[len(names) :]),
+                                tuple(started_by(words[len(names) :])),
                                 tuple(tuple(name.split("=", 1)) for name in names),
                                 page.name,
                             )
                         )
     return list(found)
+
+
+def started_by(words: list[str]) -> list[str]:
+    """Return the command of ours that a container, Slurm or another program starts, or the command itself."""
+    for first, last, ours in STARTERS:
+        if " ".join(words).startswith(first) and last in words:
+            return [*ours, *words[words.index(last) + 1 :]] or words
+    return words
 
 
 def split(line: str) -> list[list[str]]:
@@ -130,11 +146,9 @@ def split(line: str) -> list[list[str]]:
 def treatment(command: Command) -> str:
     """Return run, train, parse or foreign. Raises AssertionError for an unknown command."""
     program, script = command.words[0], command.script
-    if "cluster/slurm/compare.sbatch" in command.words:  # its arguments are those of compare.py
-        return "foreign"
     if program in LAUNCHERS or script == "train.py":
         return "train"
-    if program in ("./run_tests.sh", "environment/setup.sh", "./gpu_check.sh", "ls", "cat") or program in FOREIGN:
+    if program in ("./run_tests.sh", "environment/setup.sh", "ls", "cat") or program in FOREIGN:
         return "foreign"
     if program == "python" and (PROJECT / script).is_file():
         # an export takes ten seconds, and tests/inference/test_onnx_export.py makes some
@@ -164,9 +178,9 @@ def make_world(folder: Path, shapes: Path, run: Path) -> Path:
 
     from image_data.preparation.prepare import prepare
 
-    shutil.copytree(
-        PROJECT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "results", "data", "runs")
-    )
+    for name in (name for name in project_files() if not name.startswith((".", "tests/", "results/"))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, folder / name)
     for name in ("cifar100", "cifar10", "shapes"):
         shutil.copytree(shapes, folder / "data" / name)
     for name, pixels in tree_files().items():
