@@ -1,4 +1,4 @@
-"""Batch plans: properties over random sizes, shards, epochs and augmentations.
+"""Batch plans: what is drawn for an image, and on what it depends. Of any sizes and shards: test_properties.py.
 
 Run: python -m pytest tests/image_data/test_batch_plan.py
 """
@@ -47,86 +47,23 @@ def arrays_of(planned: PlannedBatch) -> dict[str, np.ndarray]:
     found = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "operations"}
     for i, operation in enumerate(plan.operations):
         found |= {f"{name} {i}": getattr(operation, name) for name in ("kind", "magnitude", "matrix")}
-    found |= {"share": planned.mixing.share, "boxes": planned.mixing.boxes, "positions": planned.positions}
-    return {name: value for name, value in found.items() if value is not None} | {"noise": planned.erasing_noise}
+    found |= {"positions": planned.positions, "noise": planned.erasing_noise}
+    if planned.mixing is not None:
+        found |= {"share": planned.mixing.share, "boxes": planned.mixing.boxes}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def random_sizes(count: int, seed: int = 0):
-    """Pairs of (generator, sizes) with 1 to 4 shards, small batches and up to 500 images."""
-    for case in range(count):
-        draw = np.random.default_rng([seed, case])
-        num_shards, batch_size = int(draw.integers(1, 5)), int(draw.integers(1, 33))
-        yield draw, int(draw.integers(num_shards * batch_size, 501)), num_shards, batch_size
-
-
-def test_an_epoch_of_any_size_shows_each_image_at_most_once():
-    """The shards together visit as many images as fit into whole global batches, in the order of a single shard."""
-    plain = AugmentationSettings(crop_padding=0, flip=0.0)
-    for draw, num_images, num_shards, batch_size in random_sizes(60):
-        epoch, steps = int(draw.integers(0, 50)), num_images // (num_shards * batch_size)
-        shards = [planner(num_images, batch_size, i, num_shards, settings=plain) for i in range(num_shards)]
-        seen = np.concatenate(
-            [shard.plan(BatchIndex(epoch, k, steps)).positions for k in range(steps) for shard in shards]
-        )
-        assert len(seen) == len(set(seen.tolist())) == steps * num_shards * batch_size
-        assert 0 <= seen.min() and seen.max() < num_images
-        alone = planner(num_images, num_shards * batch_size, settings=plain)
-        assert np.array_equal(
-            seen, np.concatenate([alone.plan(BatchIndex(epoch, k, steps)).positions for k in range(steps)])
-        )
-
-
-def test_an_evaluation_of_any_size_counts_each_image_once():
-    for _, num_images, num_shards, batch_size in random_sizes(60, seed=1):
-        steps = -(-num_images // (num_shards * batch_size))
-        plans = [
-            planner(num_images, batch_size, i, num_shards, settings=None).plan(BatchIndex(0, k, steps))
-            for k in range(steps)
-            for i in range(num_shards)
-        ]
-        seen = np.concatenate([plan.positions for plan in plans])
-        assert seen[seen >= 0].tolist() == list(range(num_images)) and all(
-            len(p.positions) == batch_size for p in plans
-        )
-        assert all((plan.readable >= 0).all() for plan in plans)
-
-
-def test_a_plan_depends_on_its_index_alone():
-    """Any resume point: plans made in another order, by another planner, are the same in every array."""
-    for draw, num_images, num_shards, batch_size in random_sizes(25, seed=2):
-        shard, seed = int(draw.integers(num_shards)), int(draw.integers(1000))
-        steps = num_images // (num_shards * batch_size)
-        keys = [(int(draw.integers(0, 5)), int(draw.integers(0, steps))) for _ in range(4)]
-        first, second = (planner(num_images, batch_size, shard, num_shards, seed) for _ in range(2))
-        plans = {key: arrays_of(first.plan(BatchIndex(*key, steps))) for key in keys}
-        for key in reversed(keys):
-            again = arrays_of(second.plan(BatchIndex(*key, steps + 7)))  # where the consumer stops does not matter
-            assert all(np.array_equal(again[name], value) for name, value in plans[key].items())
-
-
-def test_augmentation_does_not_depend_on_the_cut_into_shards_and_micro_batches():
+@pytest.mark.parametrize("half", [1, 7, 32])
+def test_augmentation_does_not_depend_on_the_cut_into_shards_and_micro_batches(half):
     """One batch of B images, or its halves as two shards or as two micro-batches: the same rows."""
     settings = replace(EVERYTHING, mixup=0.0, cutmix=0.0)  # partners of MixUp are those of the micro-batch
-    for draw, _, _, half in random_sizes(25, seed=3):
-        num_images, epoch = 4 * half, int(draw.integers(0, 9))
-        together = planner(num_images, 2 * half, settings=settings).plan(BatchIndex(epoch, 1, 2))
-        shards = [planner(num_images, half, i, 2, settings=settings).plan(BatchIndex(epoch, 1, 2)) for i in (0, 1)]
-        micro = [planner(num_images, half, settings=settings).plan(BatchIndex(epoch, k, 4)) for k in (2, 3)]
-        for halves in (shards, micro):
-            assert np.array_equal(together.positions, np.concatenate([part.positions for part in halves]))
-            assert np.array_equal(together.erasing_noise, np.concatenate([part.erasing_noise for part in halves]))
-            for field in fields(together.augmentation):
-                whole, parts = (
-                    getattr(together.augmentation, field.name),
-                    [getattr(part.augmentation, field.name) for part in halves],
-                )
-                if field.name == "operations":
-                    for i, operation in enumerate(whole):
-                        for name in ("kind", "magnitude", "matrix"):
-                            joined = np.concatenate([getattr(part[i], name) for part in parts])
-                            assert np.array_equal(getattr(operation, name), joined)
-                elif whole is not None:
-                    assert np.array_equal(whole, np.concatenate(parts))
+    together = arrays_of(planner(4 * half, 2 * half, settings=settings).plan(BatchIndex(5, 1, 2)))
+    shards = [planner(4 * half, half, i, 2, settings=settings).plan(BatchIndex(5, 1, 2)) for i in (0, 1)]
+    micro = [planner(4 * half, half, settings=settings).plan(BatchIndex(5, k, 4)) for k in (2, 3)]
+    for halves in (map(arrays_of, shards), map(arrays_of, micro)):
+        first, second = halves
+        for name, rows in together.items():
+            assert np.array_equal(rows, np.concatenate([first[name], second[name]])), name
 
 
 @pytest.mark.parametrize("other", [BatchIndex(4, 2, 9), BatchIndex(3, 3, 9), BatchIndex(4, 3, 9)])
@@ -250,16 +187,10 @@ def test_partners_and_boxes_of_mixing_differ_between_images():
     assert len(np.unique(planned.mixing.share[~cut])) > 0.9 * (~cut).sum()
 
 
-def test_repeats_show_each_image_in_consecutive_rows():
-    for draw, num_images, _, batch_size in random_sizes(20, seed=5):
-        repeats = int(draw.integers(2, 5))
-        settings = replace(EVERYTHING, repeats=repeats)
-        steps = num_images // batch_size
-        seen = np.concatenate(
-            [
-                planner(num_images, batch_size, settings=settings).plan(BatchIndex(2, k, steps)).positions
-                for k in range(steps)
-            ]
-        )
-        order = planner(num_images, num_images).plan(BatchIndex(2, 0, 1)).positions
-        assert np.array_equal(seen, np.repeat(order, repeats)[: len(seen)])
+@pytest.mark.parametrize(("num_images", "batch_size", "repeats"), [(50, 7, 2), (23, 4, 3), (8, 8, 4)])
+def test_repeats_show_each_image_in_consecutive_rows(num_images, batch_size, repeats):
+    repeated = planner(num_images, batch_size, settings=replace(EVERYTHING, repeats=repeats))
+    steps = num_images // batch_size
+    seen = np.concatenate([repeated.plan(BatchIndex(2, k, steps)).positions for k in range(steps)])
+    order = planner(num_images, num_images).plan(BatchIndex(2, 0, 1)).positions
+    assert np.array_equal(seen, np.repeat(order, repeats)[: len(seen)])
