@@ -1,7 +1,7 @@
 """prepare_dataset.py: reproducible files, the drawn dataset, and the command (see also tests/image_data).
 
 pytest tests/test_prepare_dataset.py            no network, no GPU, a few seconds
-pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive, if it is in ../shared/data or $CIFAR100_ZIP
+pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive: data/cifar100/cifar100.zip or $CIFAR100_ZIP
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from PIL import Image
 from trees import WRITTEN, noise, refusal, save, tree_files, written
 
 from common.errors import DatasetError, StoppedError
-from common.paths import PROJECT
+from common.paths import DATA, PROJECT
 from common.stop_signal import StopSignal
 from dali_pipeline import Batches
 from image_data.dataset import KNOWN, PREPARED_FROM, Dataset, prepare_again
@@ -44,7 +44,7 @@ from image_data.preparation.source import Source
 from image_data.readers import FileReader
 from prepare_dataset import main
 
-REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", PROJECT.parent / "shared" / "data" / "cifar100.zip"))
+REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", DATA / "cifar100" / "cifar100.zip"))
 
 
 # ---- what is written ----

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from comparisons import COMMON, VARIANTS
 
 from common.errors import SettingsError
-from comparison.planning import dataset_facts, share
+from comparison.experiment_file import read
+from comparison.planning import Data, dataset_facts, plan, share
 
 
 @pytest.mark.parametrize("variants", range(2, 13))
@@ -24,6 +26,17 @@ def test_shards_are_equal_and_none_makes_all_runs_of_a_variant(variants):
             assert max(sizes) - min(sizes) <= 1
             for one in experiment.variants:
                 assert all(sum(name == one.name for name, _ in keys) < seeds for keys in shards), (count, seeds)
+
+
+@pytest.mark.parametrize("interval", ["", "2steps"])
+def test_an_interval_of_evaluations_goes_to_every_run(tmp_path, tiny, interval):
+    (tmp_path / "tiny.toml").write_text(tiny.read_text())
+    text = f'evaluate_every = "{interval}"\n' if interval else ""
+    (tmp_path / "gates.toml").write_text(text + COMMON + VARIANTS)
+    tasks = plan(read(tmp_path / "gates.toml"), Data(tmp_path, 270, 10, 32, None), tmp_path, {"plain": 6, "gated": 6})
+    commands = [" ".join(task.arguments) for task in tasks.values()]
+    assert len(commands) == 4 and all(("--evaluate-every" in command) == bool(interval) for command in commands)
+    assert all(f"--evaluate-every {interval}" in command for command in commands if interval)
 
 
 def test_a_tree_of_the_users_own_images_is_prepared_in_place_and_not_replaced_by_the_dataset(tree):

@@ -228,6 +228,17 @@ def test_faster_or_smaller_configurations_have_the_same_losses(shapes, tiny, tmp
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.05 if "bf16" in name else 5e-3)
 
 
+@torch.no_grad()
+def test_convolutions_in_fp32_are_not_rounded_to_tf32():
+    """PyTorch's are by default."""
+    engine = reference.make_engine("ddp", reference.settings_for("compile=off"))
+    convolution = torch.nn.Conv2d(64, 64, 3).to(engine.device)
+    images = torch.randn(8, 64, 16, 16, device=engine.device)
+    found = convolution(images).double()
+    torch.testing.assert_close(found, convolution.double()(images.double()), rtol=0, atol=1e-5)
+    engine.close()
+
+
 @pytest.mark.needs_deepspeed
 def test_zero_by_autocast_computes_in_bf16_as_ddp_does():
     """DeepSpeed disables an autocast that is entered around its engine, on a GPU only."""

@@ -179,6 +179,30 @@ def test_images_that_grow_because_of_a_plan_are_first_steps_too(fewer, calls):
     assert one._steps_until_pause() == 1 and len(expected) == calls
 
 
+def train_and_stop_in_an_evaluation(words: list[str]) -> None:
+    """Run train.py, whose first evaluation gets SIGTERM when it begins."""
+    import train
+    from training.evaluation import Evaluation
+
+    evaluate = Evaluation.run
+
+    def interrupted(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *arguments, **options)
+
+    Evaluation.run = interrupted
+    sys.argv = ["train.py", *words]
+    sys.exit(train.run())
+
+
+def test_a_run_that_is_stopped_in_an_evaluation_finishes_it_and_saves(training, runs):
+    words = [str(word) for word in (*training, "--strategy", "ddp", "--name", "evaluating", "--max-steps", 8)]
+    done = Program(train_and_stop_in_an_evaluation, (words,), {}).end()
+    assert done.code == STOPPED and "stopped after step 4 and saved" in done.out, done.text
+    record = RunFolder(runs / "evaluating")
+    assert [line["step"] for line in record.metrics()] == [4] and record.newest_checkpoint().name == "step-00000004"
+
+
 def train_to(start: str, words: list[str]) -> None:
     """Run train.py with a start that ends before the first step, and print how its trackers are closed."""
     import train
