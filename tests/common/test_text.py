@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.text import duration, epochs_text, first_line, precision_text, type_and_first_line
+from common.text import duration, epochs_text, first_line, last_error, precision_text, type_and_first_line
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,17 @@ def test_an_error_is_told_by_its_first_line_or_by_its_type(message, line, with_t
 
 def test_a_precision_is_told_as_on_the_screen_and_one_without_words_as_it_is():
     assert [precision_text(name) for name in ("autocast", "bf16", "fp32")] == ["bf16", "bf16 incl. weights", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("a\nerror: no\nTraining failed (exit code 1).\n", "error: no"),
+        ("Traceback\n  File /a/b/c.py\ntorch.OutOfMemoryError: 3 GiB\nbye\n", "torch.OutOfMemoryError: 3 GiB"),
+        ("[rank0]:   File a.py\n[rank0]: OSError: no\n[rank0]:[W1 A.cpp:1] Warning: not called\n", "OSError: no"),
+        ("hello\nKilled\n", "Killed"),
+        ("", None),
+    ],
+)
+def test_the_last_error_of_a_log(log, line):
+    assert last_error(log) == line
