@@ -7,18 +7,11 @@ pytest tests/test_prepare_dataset.py -m slow    the real CIFAR-100 archive: data
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +19,15 @@ import pytest
 from PIL import Image
 from trees import WRITTEN, noise, refusal, save, tree_files, written
 
-from common.errors import DatasetError, StoppedError
-from common.paths import DATA, PROJECT
-from common.stop_signal import StopSignal
+from common.errors import DatasetError
+from common.paths import DATA
 from dali_pipeline import Batches
-from image_data.dataset import KNOWN, PREPARED_FROM, Dataset, prepare_again
-from image_data.preparation import decoding, drawn_shapes
-from image_data.preparation import prepare as prepare_module
-from image_data.preparation import source as source_module
-from image_data.preparation.decoding import CHUNK, decoder, useful_workers
-from image_data.preparation.downloads import CIFAR100_SHA256, SOURCES
+from image_data.dataset import Dataset
+from image_data.preparation.downloads import CIFAR100_SHA256
 from image_data.preparation.drawn_shapes import SHAPES
 from image_data.preparation.image_tree import PrepareError
 from image_data.preparation.jpeg_traces import looks_like_jpeg
-from image_data.preparation.prepare import find_or_prepare, prepare
-from image_data.preparation.source import Source
-from image_data.readers import FileReader
+from image_data.preparation.prepare import prepare
 from prepare_dataset import main
 
 REAL_ARCHIVE = Path(os.environ.get("CIFAR100_ZIP", DATA / "cifar100" / "cifar100.zip"))
@@ -120,85 +106,6 @@ def test_second_call_returns_at_once_and_force_redoes(tree, tmp_path, capsys):
     assert len(prepare(tmp_path / "out", root=tree, force=True).splits["train"]) == 7
 
 
-def test_force_without_a_source_keeps_the_source_of_the_folder(tree, zipped, tmp_path, capsys):
-    """The images of a user would otherwise be replaced by CIFAR-100, the default dataset."""
-    small = {"side": 16, "train_per_class": 2, "test_per_class": 2}
-    prepare(tmp_path / "pets", archive=zipped)
-    prepare(tmp_path / "elsewhere", root=tree)
-    prepare(tmp_path / "drawn", dataset="shapes", shapes=small)
-    prepare(tree)
-    before = {name: written(tmp_path / name) for name in ("pets", "elsewhere", "tree")}
-
-    def force(name):
-        return refusal(capsys, "--data-dir", tmp_path / name, "--force")
-
-    assert f"was prepared from {zipped.name}. Add --archive with its path" in force("pets")
-    assert "was prepared from the image tree tree. Add --root with its path" in force("elsewhere")
-    assert prepare(tmp_path / "drawn", force=True, shapes=small).classes == sorted(SHAPES)
-    (tree / "dataset.json").unlink()
-    assert prepare(tree).classes == ["big dog", "cat"]
-    assert {name: written(tmp_path / name) for name in before} == before
-    (tmp_path / "pets/prepared_from.json").unlink()  # as earlier versions left it
-    assert "its source is not recorded. Add --dataset, --archive or --root" in force("pets")
-
-
-def test_a_folder_of_other_images_is_not_taken_for_a_named_dataset(tree, zipped, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(source_module, "DATA", tmp_path)
-    monkeypatch.setattr(prepare_module, "DATA", tmp_path)
-    prepare(tree)
-    prepare(tmp_path / "shapes", archive=zipped)
-    for data_dir, dataset in ((tree, "cifar100"), (None, "shapes")):
-        with pytest.raises(DatasetError, match=f"and --dataset {dataset} would be ignored. Choose another --data-dir"):
-            find_or_prepare(data_dir, dataset, None)
-    (tree / "prepared_from.json").write_text('{"dataset": "cifar100"}')  # as earlier versions recorded a tree in place
-    with pytest.raises(DatasetError, match="was prepared from tree, and --dataset cifar100"):
-        find_or_prepare(tree, "cifar100", None)
-    prepare(archive=shutil.copy(zipped, tmp_path / "cifar100.zip"))
-    assert find_or_prepare(None, "cifar100", None) == tmp_path / "cifar100"
-
-
-def test_the_command_that_prepares_a_missing_dataset_names_its_source(tree, tmp_path):
-    assert tuple(SOURCES) == KNOWN
-    for folder, command in (
-        (tree, f"--data-dir {tree}"),
-        (tmp_path / "shapes", "/shapes --dataset shapes"),
-        (tmp_path / "pets", "/pets --archive FILE (or --root DIR, or --dataset NAME)"),
-    ):
-        with pytest.raises(DatasetError) as error:
-            Dataset.open(folder)
-        assert str(error.value).endswith(command)
-
-
-def test_the_command_that_prepares_a_dataset_again_is_complete(tree, zipped, tmp_path):
-    """Each was refused before, since --force alone does not find these sources."""
-    out = tmp_path / "my pets"
-    for sources, options in (
-        ({"archive": zipped}, f"--archive PATH/{zipped.name}"),
-        ({"root": tree}, f"--root {tree}"),
-        ({"root": tree / "train", "test_fraction": 0.4}, f"--root {tree}/train --test-fraction 0.4"),
-    ):
-        prepare(out, **sources, force=True)
-        assert prepare_again(out) == f"python prepare_dataset.py --data-dir '{out}' {options} --force"
-    reader = FileReader([tree / "gone.png"], 1, out)
-    shutil.move(tree, tmp_path / "elsewhere")
-    again = f"prepare_dataset.py --data-dir '{out}' --root NEW_PLACE --test-fraction 0.4 --force"
-    with pytest.raises(DatasetError, match=f"Restore the file, or run: python {again}"):
-        reader.read(np.array([0]))
-
-
-def test_the_command_that_replaces_another_source_is_quoted(tree, zipped, tmp_path):
-    prepare(tmp_path / "my pets", root=tree)
-    again = f"--data-dir '{tmp_path}/my pets' --archive '{tmp_path}/my pets.zip' --force"
-    with pytest.raises(DatasetError, match=f"python prepare_dataset.py {again}"):
-        find_or_prepare(tmp_path / "my pets", None, zipped.rename(tmp_path / "my pets.zip"))
-
-
-def test_a_dataset_is_prepared_where_train_py_looks_for_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for source, name in ((Source("shapes", None, None), "shapes"), (Source(None, Path("pets.zip"), None), "pets")):
-        assert source.default_folder() == PROJECT / "data" / name
-
-
 @pytest.mark.parametrize("damage", [b'{"num_classes": 2, "mea', b"[]", "fingerprint", "root", "mean"])
 def test_a_damaged_description_is_one_sentence_and_force_restores_it(tree, capsys, damage):
     prepare(tree)
@@ -212,132 +119,6 @@ def test_a_damaged_description_is_one_sentence_and_force_restores_it(tree, capsy
     assert f"{tree} is damaged" in message and f"Run: python prepare_dataset.py --data-dir {tree} --force" in message
     assert main(["--data-dir", str(tree), "--force"]) == 0
     assert (tree / "dataset.json").read_bytes() == intact
-
-
-def test_a_preparation_that_fails_removes_what_it_created(tree, zipped, tmp_path, capsys):
-    (tmp_path / "bad.zip").write_bytes(zipped.read_bytes()[:-500])
-    refusal(capsys, "--archive", tmp_path / "bad.zip", "--data-dir", tmp_path / "new/pets")
-    assert not (tmp_path / "new").exists()
-    shutil.rmtree(tree / "test")
-    before = sorted(tree.rglob("*"))
-    refusal(capsys, "--root", tree)
-    assert sorted(tree.rglob("*")) == before
-
-
-def test_a_process_that_waits_for_one_that_fails_locks_anew(tmp_path):
-    """The first removes the lock that the second waits for; a third must then wait for the second."""
-    folder, waiting, inside, done = tmp_path / "new", threading.Event(), threading.Event(), threading.Event()
-
-    def second():
-        waiting.set()
-        with prepare_module._created_and_locked(folder):
-            inside.set()
-            done.wait(10)
-
-    thread = threading.Thread(target=second)
-    with pytest.raises(PrepareError), prepare_module._created_and_locked(folder):
-        thread.start()
-        waiting.wait(10)
-        time.sleep(0.2)  # until it waits for the lock
-        raise PrepareError
-    assert inside.wait(10)
-    with open(folder / ".prepare.lock") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    done.set()
-    thread.join()
-
-
-def test_the_record_of_the_source_is_that_of_the_data_after_an_interruption(tree, zipped, tmp_path, monkeypatch):
-    prepare(tmp_path / "out", archive=zipped)
-    before = {**written(tmp_path / "out"), "record": (tmp_path / "out" / PREPARED_FROM).read_bytes()}
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_module, "_fingerprint", interrupted)
-        prepare(tmp_path / "out", archive=shutil.copy(zipped, tmp_path / "other.zip"), force=True)
-    assert before == {**written(tmp_path / "out"), "record": (tmp_path / "out" / PREPARED_FROM).read_bytes()}
-    prepare(tmp_path / "out", archive=tmp_path / "other.zip", force=True)
-    assert json.loads((tmp_path / "out" / PREPARED_FROM).read_text())["archive"] == "other.zip"
-
-
-@pytest.mark.parametrize("source", ["root", "archive", "dataset"])
-def test_a_stop_ends_a_preparation_soon_and_removes_what_it_created(
-    tree, zipped, tmp_path, monkeypatch, signals, source
-):
-    StopSignal()
-    begun = []
-
-    def slow(*args, **options):
-        begun.append(args)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **options)
-
-    module, name, what, given = {
-        "root": (decoding, "decode_image", "decoding train images", tree),
-        "archive": (shutil, "copyfileobj", "unpacking", zipped),
-        "dataset": (drawn_shapes, "draw", "drawing shapes", "shapes"),
-    }[source]
-    original = getattr(module, name)
-    monkeypatch.setattr(decoding, "CHUNK", 1)
-    monkeypatch.setattr(module, name, slow)
-    with pytest.raises(StoppedError, match=f"stopped while {what}; the same command starts again"):
-        prepare(tmp_path / "out", **{source: given}, workers=1)
-    assert len(begun) <= 2 and not (tmp_path / "out").exists()
-
-
-def test_a_stop_ends_the_wait_for_another_process_that_prepares(tmp_path, signals):
-    StopSignal()
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".prepare.lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(StoppedError, match="stopped while waiting for the process that prepares"):
-            prepare(tmp_path / "out", dataset="shapes")
-    assert (tmp_path / "out" / ".prepare.lock").exists()  # the other process holds it
-
-
-def test_a_stop_ends_a_download_that_cannot_ask(tmp_path, monkeypatch, signals):
-    import gdown
-
-    StopSignal()
-    monkeypatch.setattr(gdown, "download", lambda **_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(30))
-    with pytest.raises(StoppedError, match=r"stopped while downloading cifar100.zip"):
-        prepare(tmp_path / "out", dataset="cifar100")
-    assert not (tmp_path / "out").exists() and not StopSignal.newest.ends_at_once
-
-
-def test_force_that_fails_keeps_what_was_prepared(zipped, tmp_path):
-    prepare(tmp_path / "out", archive=zipped)
-    before = written(tmp_path / "out")
-    (tmp_path / "bad.zip").write_bytes(zipped.read_bytes()[:-500])
-    with pytest.raises(PrepareError):
-        prepare(tmp_path / "out", archive=tmp_path / "bad.zip", force=True)
-    assert written(tmp_path / "out") == before
-    assert len(list((tmp_path / "out/images").rglob("*.png"))) == 10
-
-
-def test_a_preparation_killed_between_two_replaced_files_leaves_no_dataset(tree, tmp_path, monkeypatch):
-    """With --force the new arrays would otherwise stand next to the description of the old ones."""
-    prepare(tmp_path / "out", root=tree)
-    save(tree / "train/cat/image 9.png", noise(90))
-    replace, calls = os.replace, []
-    for survived in range(6):
-
-        def stop(source, target, survived=survived):
-            calls.append(target)
-            if len(calls) > survived:
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        calls.clear()
-        monkeypatch.setattr(os, "replace", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path / "out", root=tree, force=True)
-        monkeypatch.setattr(os, "replace", replace)
-        assert not (tmp_path / "out/dataset.json").exists(), f"killed after {survived} replaced files"
-    assert len(prepare(tmp_path / "out", root=tree).splits["train"]) == 7
 
 
 def test_a_constant_channel_is_named_and_normalized_by_1(tree, tmp_path, capsys):
@@ -380,41 +161,11 @@ def test_an_archive_that_cannot_be_read_is_no_read_only_folder(tmp_path, zipped,
     assert "Check permissions" in message and "read-only" not in message
 
 
-def test_a_record_of_the_source_that_is_no_object_is_left_out(tree):
-    prepare(tree)
-    (tree / PREPARED_FROM).write_text("null")
-    assert source_module.recorded(tree) == {}
-
-
 def test_an_empty_file_of_pixels_is_named(tree):
     dataset = prepare(tree)
     dataset.splits["train"].packed.write_bytes(b"")
     with pytest.raises(DatasetError, match=r"train.npy is damaged .*Run: python prepare_dataset.py"):
         dataset.splits["train"].pixels()
-
-
-def test_a_full_shared_memory_costs_workers_only(tree, capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("image_data.preparation.decoding.ProcessPoolExecutor", full)
-    monkeypatch.setattr("image_data.preparation.decoding.CHUNK", 1)
-    assert len(prepare(root=tree, workers=2).splits["train"]) == 6
-    assert "warning: decoding in one process, because /dev/shm is not usable" in capsys.readouterr().err
-
-
-def test_only_as_many_processes_are_started_as_there_are_chunks_of_a_split():
-    assert useful_workers(8, [CHUNK, 1]) == 1  # decoded in this process: the splits come one after the other
-    assert [useful_workers(8, [1, n * CHUNK + 1]) for n in (1, 2, 100)] == [2, 3, 8]
-
-
-def test_decoding_processes_are_new_and_ctrl_c_does_not_reach_them():
-    """A fork of a program with threads may crash."""
-    forked = "'pytest' in __import__('sys').modules"
-    blocked = "2 in __import__('signal').pthread_sigmask(0, [])"
-    with decoder(2) as decode:
-        assert list(decode(eval, [forked, blocked] * 2)) == [False, True] * 2
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_tree_that_lies_in_the_data_dir_needs_no_download(tree, capsys):
@@ -479,79 +230,9 @@ def test_an_archive_whose_name_gives_no_folder_name_needs_a_data_dir(name, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == [name]  # not the folder of all datasets
 
 
-def test_train_py_does_not_prepare_another_archive_as_cifar100(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "DATA", tmp_path)
-    with pytest.raises(
-        DatasetError, match=r"pets.zip would be prepared in .*cifar100, the folder of CIFAR-100. Add --d"
-    ):
-        find_or_prepare(None, None, Path("pets.zip"))
-    with pytest.raises(DatasetError, match=r"cifar-100-python.tar.gz does not exist"):
-        find_or_prepare(None, None, Path("cifar-100-python.tar.gz"))
-
-
 def test_a_pipe_in_a_tree_is_named_and_not_read(tree, capsys):
     os.mkfifo(tree / "train/cat/pipe.png")
     assert "train/cat/pipe.png (not a regular file)" in refusal(capsys, "--root", tree, "--workers", 1)
-
-
-def test_a_script_without_a_guard_decodes_in_processes(tmp_path):
-    """The new processes do not run the script that prepares."""
-    script = tmp_path / "mine.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\nprint('begins', flush=True)\n"
-        "from image_data.preparation.decoding import decoder\n"
-        "with decoder(2) as decode:\n    print(list(decode(abs, [-1, 2])))\n"
-    )
-    for source in ({"args": [sys.executable, script]}, {"args": [sys.executable, "-"], "input": script.read_text()}):
-        run = subprocess.run(**source, capture_output=True, text=True, timeout=60)
-        assert run.stdout == "begins\n[1, 2]\n" and not run.stderr, run.stderr
-
-
-def test_a_stop_of_the_process_group_is_no_lack_of_memory(monkeypatch):
-    """Slurm and `timeout` signal the decoding processes too, which end at once."""
-    monkeypatch.setattr(StopSignal, "newest", stop := StopSignal.__new__(StopSignal))
-    stop.number = signal.SIGTERM
-    dies = "__import__('os').kill(__import__('os').getpid(), 15)"
-    with pytest.raises(StoppedError, match="decoding images"), decoder(2) as decode:
-        list(decode(eval, [dies]))
-    monkeypatch.setattr(StopSignal, "newest", None)
-    with pytest.raises(PrepareError, match="out of memory"), decoder(2) as decode:
-        list(decode(eval, [dies]))
-
-
-def test_workers_do_not_outlive_a_killed_parent(tmp_path):
-    script = (
-        "import os, signal\nfrom image_data.preparation.decoding import decoder\n"
-        "with decoder(2) as decode:\n"
-        "    print(list(decode(abs, [1, 2, 3])), flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    run = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, start_new_session=True)
-    try:
-        # Returns only when every process that holds the pipe is gone.
-        assert run.communicate(timeout=20)[0] == b"[1, 2, 3]\n"
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-        raise
-
-
-def test_two_runs_at_once_make_one_dataset(zipped, tmp_path):
-    command = [sys.executable, PROJECT / "prepare_dataset.py", "--archive", zipped, "--data-dir", tmp_path / "out"]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = sorted(run.communicate()[0].split(" ")[0] for run in runs)
-    assert said == ["already", "prepared"] and [run.returncode for run in runs] == [0, 0]
-
-
-def test_a_training_process_that_waited_for_the_other_one_to_prepare_prints_nothing(
-    zipped, tmp_path, monkeypatch, capsys
-):
-    folder = tmp_path / "out"
-    prepare(folder, archive=zipped)
-    capsys.readouterr()
-    answers = iter([False, False])  # not prepared when it looks, prepared when it has the lock
-    prepared = Dataset.is_prepared
-    monkeypatch.setattr(Dataset, "is_prepared", lambda path: next(answers, None) is None and prepared(path))
-    assert find_or_prepare(folder, None, zipped) == folder and capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
