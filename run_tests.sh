@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The linter, the type checker and the tests, from a bare checkout. Arguments go to pytest.
-#   ./run_tests.sh            what runs anywhere in some minutes, three files at once (-n 0: one after the other)
+#   ./run_tests.sh            what runs anywhere in some minutes, three files at once (-n 0: one after the other); then, with
+#                             a GPU, what needs one
 #   ./run_tests.sh -m slow    the long ones       ./run_tests.sh -m gpu    those that need a GPU
 # Where several hosts can be made of this machine (root, openssh-server, iproute2), their tests run too; else they say what is
 # missing. `-m cluster` are those alone, `-m "not slow and not gpu and not cluster"` all the others.
@@ -23,4 +24,5 @@ done
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet .
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest -q -rs "${selection[@]}" "${workers[@]}" "$@"
+"$PYTHON" -m pytest -q -rs "${selection[@]}" "${workers[@]}" "$@"
+if [ $# -eq 0 ] && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then exec "$PYTHON" -m pytest -q -rs -m "gpu and not slow"; fi
