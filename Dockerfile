@@ -18,10 +18,12 @@ RUN apt-get update \
 WORKDIR /project
 ARG CUDA=none
 ARG CPU_INDEX=
+# A start also takes the packages of the image, whatever CUDA version the driver has.
+ENV DRIVER_CUDA=$CUDA
 COPY requirements.txt ./
 COPY environment/ environment/
 RUN if [ "$CUDA" = none ] && [ -n "$CPU_INDEX" ]; then export PIP_EXTRA_INDEX_URL="$CPU_INDEX"; fi; \
-    PIP_NO_CACHE_DIR=1 INSTALLER=pip DRIVER_CUDA="$CUDA" PYTHON=python3 environment/setup.sh
+    PIP_NO_CACHE_DIR=1 INSTALLER=pip PYTHON=python3 environment/setup.sh
 
 COPY . ./
 # A start with `docker run --user` may write to these folders and to the home folder, and finds a user name.

@@ -76,10 +76,15 @@ def test_a_mistake_in_a_dockerfile_is_found(tmp_path, line, sentence):
     assert any(sentence in problem for problem in problems(tmp_path)), problems(tmp_path)
 
 
+def test_the_build_and_every_start_choose_the_same_packages():
+    lines = instructions((PROJECT / "Dockerfile").read_text())
+    setup = next(i for i, (_, rest) in enumerate(lines) if "environment/setup.sh" in rest)
+    assert ("ENV", "DRIVER_CUDA=$CUDA") in lines[lines.index(("ARG", "CUDA=none")) : setup]
+
+
 @pytest.mark.parametrize("cuda", ["none", "11", "12", "13"])
 def test_every_value_of_the_argument_cuda_names_a_set_of_packages(repo, cuda):
-    text = (PROJECT / "Dockerfile").read_text() + (PROJECT / "docs" / "docker.md").read_text()
-    assert cuda in text and 'DRIVER_CUDA="$CUDA"' in text
+    assert cuda in (PROJECT / "Dockerfile").read_text() + (PROJECT / "docs" / "docker.md").read_text()
     done = run(repo, "environment/setup.sh", DRIVER_CUDA=cuda, DRY_RUN="1", PYTHON="/usr/bin/false")
     name = f"environment/requirements-cuda{cuda}.txt" if cuda in ("11", "12") else "requirements.txt"
     assert f"with {name} " in done.stderr
