@@ -64,18 +64,22 @@ choose_requirements() {
             cuda=${BASH_REMATCH[2]} reason="the NVIDIA driver is for CUDA $cuda"
         elif [[ $report =~ (Driver|KMD)\ Version:\ *([0-9]+) ]]; then    # in containers the CUDA version can read N/A
             reason="the NVIDIA driver is version ${BASH_REMATCH[2]}"
-            case $((BASH_REMATCH[2] >= 580 ? 13 : BASH_REMATCH[2] >= 525 ? 12 : BASH_REMATCH[2] >= 450 ? 11 : 10)) in
-                13) cuda=13 ;; 12) cuda=12 ;; 11) cuda=11 ;; *) cuda=10 ;;
-            esac
+            cuda=$((BASH_REMATCH[2] >= 580 ? 13 : BASH_REMATCH[2] >= 525 ? 12 : BASH_REMATCH[2] >= 450 ? 11 : 10))
         else
-            cuda=none reason="no NVIDIA driver found"
+            # A login node has no driver, but may share its .venv with nodes that have one: the set of .venv stays.
+            reason="no NVIDIA driver found"
+            case $(cat "$environment_root/.venv/requirements.sha256" 2>/dev/null) in
+                *-cuda11.txt) cuda=11 ;; *-cuda12.txt) cuda=12 ;; *) cuda=none ;;
+            esac
         fi
     fi
     case ${cuda%%.*} in
         11) requirements=environment/requirements-cuda11.txt newest_python=11 ;;
         12) requirements=environment/requirements-cuda12.txt newest_python=14 ;;
-        none | 1[3-9]) requirements=requirements.txt newest_python=14 ;;
-        *) say "error: this machine's driver is too old ($reason): CUDA 11 is the oldest that works; update the NVIDIA driver."; return 1 ;;
+        none | 1[3-9] | [2-9][0-9]) requirements=requirements.txt newest_python=14 ;;
+        [1-9] | 10) say "error: this machine's driver is too old ($reason): CUDA 11 is the oldest that works; update the NVIDIA driver," \
+            "or train on the CPU: DRIVER_CUDA=none DS_ACCELERATOR=cpu."; return 1 ;;
+        *) say "error: DRIVER_CUDA must be a CUDA version, such as 12, or none, not '$cuda'."; return 1 ;;
     esac
 }
 

@@ -322,8 +322,12 @@ def test_the_set_can_be_chosen_by_hand_and_an_old_driver_is_refused(repo):
         "with environment/requirements-cuda12.txt "
         in run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="12").stderr
     )
-    result = run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA="10.2")
-    assert result.returncode == 1 and re.match("error: .* is too old", result.stderr)
+    for cuda, sentence in (
+        ("10.2", "error: .* is too old .* DRIVER_CUDA=none DS_ACCELERATOR=cpu"),
+        ("twelve", "error: DRIVER_CUDA must be a CUDA version, such as 12, or none, not 'twelve'"),
+    ):
+        result = run(repo, "environment/setup.sh", PYTHON="python3", DRY_RUN="1", DRIVER_CUDA=cuda)
+        assert result.returncode == 1 and re.match(sentence, result.stderr)
 
 
 def fake_python(repo):
@@ -474,14 +478,15 @@ touch .venv/bin/installed""",
     assert installs(repo) == ([] if fails == "nothing" else ["requirements.txt"])
 
 
-def test_another_cuda_version_starts_over_and_an_environment_made_by_hand_is_kept(repo):
+def test_another_cuda_version_starts_over_and_a_machine_without_a_driver_or_a_venv_made_by_hand_does_not(repo):
     fake_python(repo)
     (repo / ".venv/bin").mkdir(parents=True)
     shutil.copy(repo.parent / "bin/python3", repo / ".venv/bin/python")
     (repo / ".venv/mine").touch()
     assert run(repo, "environment/setup.sh", PYTHON="python3").returncode == 0
     assert (repo / ".venv/mine").exists()
-    assert run(repo, "environment/setup.sh", PYTHON="python3", DRIVER_CUDA="12").returncode == 0
+    for cuda in ("12", ""):
+        assert run(repo, "environment/setup.sh", PYTHON="python3", DRIVER_CUDA=cuda).returncode == 0
     assert not (repo / ".venv/mine").exists() and installs(repo) == [
         "requirements.txt",
         "environment/requirements-cuda12.txt",
