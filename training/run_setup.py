@@ -13,6 +13,7 @@ from torch import nn
 
 from common.errors import SettingsError
 from common.files import bytes_text
+from common.machine import visible_gpus
 from common.stop_signal import StopSignal
 from config.catalog import check_names
 from config.overrides import sets
@@ -64,12 +65,18 @@ def start_process(
     """Set up this process: signal handlers, rank, console and determinism. Returns the first and the console.
 
     Raises:
-        SettingsError: environment variables of a launcher that do not fit together.
+        SettingsError: environment variables of a launcher that do not fit together, or GPUs that PyTorch cannot use.
         RunError: a tracker that was asked for is not installed.
     """
     stop = StopSignal()
     rank_environment()
     check_environment()
+    if not torch.cuda.is_available() and (gpus := visible_gpus()):
+        raise SettingsError(
+            f"nvidia-smi shows {len(gpus)} GPU(s), but PyTorch {torch.__version__} cannot use them; remove .venv and "
+            "start with PYTHON=.venv/bin/python ./launch_local_train.sh for packages that fit the driver, or set "
+            "DS_ACCELERATOR=cpu to train on the CPU"
+        )
     console = Console(verbosity, is_main=os.environ.get("RANK", "0") == "0")
     if verbosity == VERBOSE:
         show_library_logs()

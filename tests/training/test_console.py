@@ -13,9 +13,10 @@ import programs
 import pytest
 import torch
 
+from common.errors import SettingsError
 from parallel.process_group import pick_device
 from records.run_folder import RunFolder
-from training import console
+from training import console, run_setup
 from training.arguments import parse_arguments
 from training.console import NORMAL, QUIET, VERBOSE, Console
 from training.run_setup import CPU_MINUTES, default_preset, limit_default_run
@@ -279,6 +280,13 @@ def test_the_default_preset_follows_the_selected_device(monkeypatch):
         and "because there is no GPU" in out.getvalue()
     )
     assert default_preset(torch.device("cuda"), Console(out=out)) == "spt-lsa"
+
+
+def test_gpus_that_pytorch_cannot_use_are_an_error(monkeypatch, signals):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run_setup, "visible_gpus", lambda: ["0", "1"])
+    with pytest.raises(SettingsError, match=r"nvidia-smi shows 2 GPU\(s\), but PyTorch \d\S+ cannot use them; "):
+        run_setup.start_process(NORMAL, False, False, None)
 
 
 def test_the_default_run_of_a_cpu_ends_after_twenty_minutes(monkeypatch):
