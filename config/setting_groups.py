@@ -255,3 +255,14 @@ ENGINE_SETTINGS: dict[str, Declared] = {
         "device that holds the optimizer states: none (the training device) or cpu", choices=("none", "cpu")
     ),
 }
+# What ds_config.json must have, with the types of the values. Parameters of the optimizer have defaults.
+ENGINE_TYPES: dict[str, type] = {
+    "train_batch_size": int,
+    "gradient_accumulation_steps": int,
+    "gradient_clipping": float,  # without it, DeepSpeed would clip at 1.0
+    "optimizer.type": str,
+    "optimizer.params": dict,
+    "bf16.enabled": bool,
+    "zero_optimization.stage": int,
+    "zero_optimization.offload_optimizer.device": str,
+}

@@ -29,11 +29,12 @@ from typing import Any
 from common.errors import SettingsError, unknown
 from common.paths import DS_CONFIG, PRESETS
 from config.optimizer_defaults import OPTIMIZER_PARAMS
-from config.overrides import coerce, meant_path, merge_dataclass, merge_dict, paths_of
+from config.overrides import SEVERAL_TYPES, coerce, meant_path, merge_dataclass, merge_dict, paths_of
 from config.own_parts import OwnPart, as_settings_hold_them, default_arguments, load
 from config.schema import Declared, setting
 from config.setting_groups import (
     ENGINE_SETTINGS,
+    ENGINE_TYPES,
     AugmentationSettings,
     EmaSettings,
     LossSettings,
@@ -181,11 +182,15 @@ def check_values(settings: Settings) -> None:
     tree = settings.as_dict()
     tree |= tree.pop("engine")
     for path, declared in declared_settings().items():
-        value: Any = tree
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if problem := declared.problem(path, value):
+        if problem := declared.problem(path, _value_at(tree, path)):
             raise SettingsError(problem)
+
+
+def _value_at(tree: Any, path: str) -> Any:
+    """Return the value at a dotted path of a tree; None where there is none."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def check_keys(where: str, tree: dict[str, Any], own: Iterable[str]) -> None:
@@ -205,15 +210,30 @@ def preset_names() -> list[str]:
 def _read_engine_file() -> dict[str, Any]:
     try:
         engine = json.loads(DS_CONFIG.read_text())
-        given = engine["optimizer"]
-        if given["type"] in OPTIMIZER_PARAMS:
-            engine["optimizer"] = {"type": given["type"], "params": copy.deepcopy(OPTIMIZER_PARAMS[given["type"]])}
-            merge_dict(engine["optimizer"]["params"], given["params"], f"{DS_CONFIG.name}: ", "optimizer.params")
-        return engine
-    except SettingsError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{DS_CONFIG.name} cannot be read: {error}. Restore it with git checkout") from error
+    _check_engine_file(engine)
+    engine["gradient_clipping"] = float(engine["gradient_clipping"])
+    given = engine["optimizer"]
+    if given["type"] in OPTIMIZER_PARAMS:
+        engine["optimizer"] = {"type": given["type"], "params": copy.deepcopy(OPTIMIZER_PARAMS[given["type"]])}
+        merge_dict(engine["optimizer"]["params"], given["params"], f"{DS_CONFIG.name}: ", "optimizer.params")
+    return engine
+
+
+def _check_engine_file(engine: Any) -> None:
+    """Raise SettingsError for a key of `ds_config.json` that is missing, of another type, or not supported."""
+    for path, kind in ENGINE_TYPES.items():
+        value = _value_at(engine, path)
+        if value is None:
+            raise SettingsError(f"{DS_CONFIG.name} lacks {path}; add it, or restore the file with git checkout")
+        words = [word for word in SEVERAL_TYPES.get(path, ()) if isinstance(word, str)]
+        if type(value) is not kind and value not in words and (type(value), kind) != (int, float):
+            more = f", or one of {', '.join(words)}" if words else ""
+            raise SettingsError(f"{DS_CONFIG.name}: {path} must be of type {kind.__name__}{more}, not {value!r}")
+    for name in ("fp16", "amp"):
+        if name in engine:
+            raise SettingsError(f"{DS_CONFIG.name}: {name} is not supported; remove it, and choose bf16.enabled")
 
 
 def _switch_optimizer(engine: dict[str, Any], wanted: Any, source: str) -> None:

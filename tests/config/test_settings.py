@@ -17,7 +17,7 @@ from common.paths import PROJECT
 from config.catalog import check_names, table_names
 from config.optimizer_defaults import OPTIMIZER_PARAMS
 from config.schema import INTERVAL
-from config.setting_groups import ScheduleSettings
+from config.setting_groups import ENGINE_SETTINGS, ScheduleSettings
 from config.settings import Settings, combine, declared_settings, preset_names, resolve
 from optim import lr_schedule
 from optim.lr_schedule import SCHEDULES
@@ -231,21 +231,69 @@ def test_a_parameter_of_another_optimizer_is_rejected(overrides, sentence):
         resolve(None, overrides)
 
 
-def test_ds_config_json_declares_the_default_optimizer(tmp_path, monkeypatch):
+@pytest.fixture
+def engine_file(tmp_path, monkeypatch):
+    """Return the content of ds_config.json, and a function that writes it back into a copy that is read instead."""
     from config import settings
 
     engine = json.loads(settings.DS_CONFIG.read_text())
     monkeypatch.setattr(settings, "DS_CONFIG", tmp_path / "ds_config.json")
+    return engine, lambda: settings.DS_CONFIG.write_text(json.dumps(engine))
+
+
+def test_ds_config_json_declares_the_default_optimizer(engine_file):
+    engine, write = engine_file
     engine["optimizer"] = {"type": "SGD", "params": {"lr": 0.3}}
-    settings.DS_CONFIG.write_text(json.dumps(engine))
+    write()
     assert resolve(None, []).engine["optimizer"] == {
         "type": "SGD",
         "params": {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     }
     engine["optimizer"]["params"]["betas"] = [0.9, 0.99]
-    settings.DS_CONFIG.write_text(json.dumps(engine))
+    write()
     with pytest.raises(SettingsError, match="ds_config.json: unknown setting 'optimizer.params.betas'"):
         resolve(None, [])
+
+
+@pytest.mark.parametrize("path", [path for path in ENGINE_SETTINGS if not path.startswith("optimizer.params.")])
+def test_a_key_of_ds_config_json_that_is_missing_or_of_another_type_is_one_sentence(engine_file, path):
+    engine, write = engine_file
+    *groups, name = path.split(".")
+    group = engine
+    for key in groups:
+        group = group[key]
+    group[name] = []
+    write()
+    with pytest.raises(SettingsError, match=rf"^ds_config.json: {path} must be of type \w+.*, not \[\]$"):
+        resolve(None, [])
+    del group[name]
+    write()
+    with pytest.raises(SettingsError, match=f"^ds_config.json lacks {path}; add it"):
+        resolve(None, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"zero_optimization": {"stage": 1}}, " lacks zero_optimization.offload_optimizer.device"),
+        ({"bf16": {"enabled": "yes"}}, ": bf16.enabled must be .*, or one of autocast, masters, auto, not 'yes'"),
+        ({"optimizer": {"type": "AdamW"}}, " lacks optimizer.params"),
+        ({"fp16": {"enabled": True}}, ": fp16 is not supported; remove it, and choose bf16.enabled"),
+    ],
+)
+def test_an_edit_of_ds_config_json_that_cannot_work_is_one_sentence(engine_file, change, sentence):
+    engine, write = engine_file
+    engine |= change
+    write()
+    with pytest.raises(SettingsError, match=f"^ds_config.json{sentence}"):
+        resolve(None, [])
+
+
+def test_a_whole_number_in_ds_config_json_may_be_a_float(engine_file):
+    engine, write = engine_file
+    engine |= {"gradient_clipping": 1, "bf16": {"enabled": "auto"}}
+    write()
+    assert resolve(None, ["gradient_clipping=0.5"]).engine["gradient_clipping"] == 0.5
 
 
 def test_a_preset_may_name_options_before_the_kind_they_belong_to(preset):
@@ -387,7 +435,6 @@ def test_declared_choices_are_those_of_the_registries():
     from image_data.augmentation import FLIPS, POLICIES
     from optim.lr_schedule import SCHEDULES
     from parallel.compile import CHOICES
-    from parallel.pipeline_stages import PARTITIONS
 
     declared = declared_settings()
     for path, names in [
@@ -395,7 +442,6 @@ def test_declared_choices_are_those_of_the_registries():
         ("augmentation.policy", POLICIES),
         ("augmentation.flip_mode", FLIPS),
         ("compile", CHOICES),
-        ("parallel.partition", PARTITIONS),
     ]:
         assert set(declared[path].choices) == set(names), path
 

@@ -133,13 +133,16 @@ def test_a_parameter_that_cannot_be_sharded_is_refused(on_two):
 
 def test_a_key_of_ds_config_that_only_deepspeed_knows_is_refused_by_name():
     settings = settings_for()
-    settings.engine["fp16"] = {"enabled": True}
-    with pytest.raises(SettingsError, match="strategy ddp would not use fp16.enabled=True of ds_config.json"):
+    settings.engine["prescale_gradients"] = True
+    with pytest.raises(SettingsError, match="strategy ddp would not use prescale_gradients=True of ds_config.json"):
         check_unused_settings("ddp", settings, frozenset(), uses_full_ds_config=False)
     check_unused_settings("zero", settings, frozenset(), uses_full_ds_config=True)
-    del settings.engine["gradient_clipping"]
-    with pytest.raises(SettingsError, match="lacks gradient_clipping"):
-        check_unused_settings("zero", settings, frozenset(), uses_full_ds_config=True)
+
+
+def test_a_strategy_of_the_user_has_no_peers(tmp_path):
+    (tmp_path / "mine.py").write_text("from parallel.local import Engine\n")
+    with pytest.raises(SettingsError, match="--host-peers and --join need --strategy local, not .*/mine.py:Engine"):
+        strategies.engine_class(f"{tmp_path}/mine.py:Engine", peers=True)
 
 
 @pytest.mark.parametrize("strategy", ["zero", "pipeline"])
