@@ -8,15 +8,15 @@ mkdir -p runs
 # Seconds that a rank waits for another before it fails: Slurm notices a rank that dies, but not one that hangs.
 export HANG_SECONDS=${HANG_SECONDS:-120}
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then export DS_ACCELERATOR=cpu; fi
-if ((${SLURM_GPUS_ON_NODE:-1} > ${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS:-1}})); then
-    say "Note: fewer tasks than the $SLURM_GPUS_ON_NODE GPUs per node; each task uses one GPU: add --ntasks-per-node=$SLURM_GPUS_ON_NODE"
-fi
 
 # train JOB ARGUMENTS...: run the ranks; if they were stopped, and have saved if training had begun, requeue JOB.
 train() {
     local job=$1 log=runs/slurm-$1-rank follower code=0 word words=() stop_at=""
     export RUN_BEGUN=runs/slurm-$1-begun    # train.py makes this file once its run folder is ready
     shift
+    if ((${SLURM_GPUS_ON_NODE:-1} > ${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS:-1}})); then
+        say "Note: fewer tasks than the $SLURM_GPUS_ON_NODE GPUs per node; each task uses one GPU: add --ntasks-per-node=$SLURM_GPUS_ON_NODE"
+    fi
     ((${SLURM_RESTART_COUNT:-0})) || rm -f "$RUN_BEGUN"    # of another job that had this number
     # A requeued job resumes: --fresh counts until the job has begun its run.
     for word in "$@"; do

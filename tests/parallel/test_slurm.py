@@ -103,7 +103,7 @@ def test_batch_scripts_save_before_the_time_limit_and_are_requeued(path):
 
 
 RANKS = """
-say() { :; }
+say() { echo "say $*"; }
 nvidia-smi() { :; }
 scontrol() { echo "scontrol $*"; }
 srun() { printf "[%s]" "$@"; echo "threads ${OMP_NUM_THREADS-} ${OMP_WAIT_POLICY-}."; return "$CODE"; }
@@ -136,6 +136,12 @@ def test_a_requeued_job_does_not_start_over_once_it_has_begun_its_run(tmp_path, 
     done = ranks(tmp_path, **({"SLURM_RESTART_COUNT": restarts} if restarts else {}))
     assert done.returncode == 0 and "[--name][a b]" in done.stdout, done.stderr
     assert ("[--fresh]" in done.stdout) == is_fresh and begun.exists() == (not is_fresh)
+
+
+def test_only_a_job_of_train_py_is_told_about_gpus_without_a_task(tmp_path):
+    """compare.py uses all GPUs of its node in one task."""
+    said = ranks(tmp_path, SLURM_GPUS_ON_NODE="4").stdout
+    assert "add --ntasks-per-node=4" in said.partition("sourced")[2] and "say" not in said.partition("sourced")[0]
 
 
 def test_train_py_makes_the_file_that_says_that_the_run_has_begun(tmp_path, monkeypatch):
