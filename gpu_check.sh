@@ -12,13 +12,17 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 needed="torch numpy PIL safetensors tqdm"
-usable() { "$1" -c 'import importlib.util as i, sys; sys.exit(any(i.find_spec(m) is None for m in sys.argv[1:]))' $needed 2>/dev/null; }
+[[ ! " $* " =~ " "(-h|--help|--list)" " ]] || needed=numpy    # to print them takes no more
+usable() {
+    "$1" -c 'import importlib.util as i, sys; sys.exit(sys.version_info < (3, 10) or any(i.find_spec(m) is None for m in sys.argv[1:]))' \
+        $needed 2>/dev/null
+}
 found=""
 for python in "${PYTHON:-python3}" "$here/.venv/bin/python"; do
     if usable "$python"; then found=$python; break; fi
 done
 if [ -z "$found" ]; then
-    if [[ " $* " == *" --minutes"* || " $* " == *" --small "* ]]; then
+    if [[ $needed == numpy || " $* " == *" --minutes"* || " $* " == *" --small "* ]]; then
         echo "error: ${PYTHON:-python3} lacks PyTorch, NumPy, Pillow, safetensors or tqdm. Set PYTHON=/path/to/python, or run environment/setup.sh first." >&2
         exit 1
     fi

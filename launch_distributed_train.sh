@@ -10,9 +10,11 @@ here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 for word in "$@"; do
-    case $word in -h | --help)
-        . "$here/environment/setup.sh"
-        exec "$PYTHON" "$here/cluster/run_hosts.py" --help ;;
+    case $word in
+        -h | --help)    # needs no packages
+            "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || . "$here/environment/setup.sh"
+            exec "${PYTHON:-python3}" "$here/cluster/run_hosts.py" --help ;;
+        --hostfile | --hostfile=*) fail "name another hostfile with HOSTFILE=path" ;;
     esac
 done
 

@@ -9,16 +9,18 @@
 # Relative paths among the arguments refer to the current folder; the script does not change it.
 set -euo pipefail
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-. "$here/environment/setup.sh"
 
 for word in "$@"; do
-    case $word in
-        -h | --help)
-            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-            echo
-            exec "$PYTHON" "$here/train.py" --help ;;
-        --list-settings) exec "$PYTHON" "$here/train.py" "$@" ;;    # without a launcher, so that it is printed once
+    case $word in -h | --help)    # needs no packages
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        echo
+        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || . "$here/environment/setup.sh"
+        exec "${PYTHON:-python3}" "$here/train.py" --help ;;
     esac
+done
+. "$here/environment/setup.sh"
+for word in "$@"; do    # without a launcher, so that they are printed once
+    [ "$word" != --list-settings ] || exec "$PYTHON" "$here/train.py" "$@"
 done
 
 # 1. The devices, one process per device
@@ -41,7 +43,9 @@ num_procs=${NUM_PROCS:-${#devices[@]}}
 if [ -z "${NUM_PROCS:-}" ] && [ ${#devices[@]} -eq 0 ]; then
     # With -c, Python would import the config.py or common/ of the current folder before those of the project.
     choose='import sys; sys.path[0] = sys.argv.pop(1); from training.cpu_processes import main; main()'
-    read -r num_procs why < <("$PYTHON" -c "$choose" "$here" "$@" 2>/dev/null || echo "1 one process")
+    python=$PYTHON
+    [ -x "$python" ] || python=python3    # DRY_RUN made no .venv
+    read -r num_procs why < <("$python" -c "$choose" "$here" "$@" 2>/dev/null || echo "1 one process")
     say "No GPU found: training on the CPU, $why (NUM_PROCS chooses another number)."
 elif [ ${#devices[@]} -eq 0 ]; then
     say "No GPU found: training on the CPU."
@@ -50,6 +54,12 @@ fi
 
 save_seconds=${SAVE_SECONDS:-600}
 [[ $save_seconds =~ ^[1-9][0-9]*$ ]] || { say "error: SAVE_SECONDS must be a whole number of at least 1, not '$save_seconds'."; exit 2; }
+
+port=${MASTER_PORT:-$(free_port)}
+if ! [[ $port =~ ^[1-9][0-9]{3,4}$ ]] || ((port < 1024 || port > 65535)); then
+    say "error: MASTER_PORT must be a port number from 1024 to 65535, not '$port'."
+    exit 2
+fi
 
 environment=()
 if [ ${#devices[@]} -eq 0 ]; then
@@ -69,7 +79,7 @@ fi
 world=$(printf '"%s",' "${devices[@]:0:num_procs}")
 world=$(printf '{"localhost":[%s]}' "${world%,}" | base64 -w0)
 command=("${environment[@]}" "$PYTHON" -u -m deepspeed.launcher.launch --log_level=critical --no_local_rank "--world_info=$world"
-    --master_addr=127.0.0.1 "--master_port=${MASTER_PORT:-$(free_port)}" "$here/train.py" "$@")
+    --master_addr=127.0.0.1 "--master_port=$port" "$here/train.py" "$@")
 
 if [ -n "${DRY_RUN:-}" ]; then
     line=$(printf '%q ' "${command[@]}")

@@ -181,6 +181,10 @@ install_venv() {
 
 setup_environment() {
     local requirements reason newest_python scripts found active=${PYTHON:-python3}
+    if [[ ! ${DS_ACCELERATOR:-} =~ ^(cpu|cuda)?$ ]]; then    # with a traceback of DeepSpeed's launcher
+        say "error: DS_ACCELERATOR=$DS_ACCELERATOR is unknown; write DS_ACCELERATOR=cpu, or unset it."
+        return 1
+    fi
     case $active in */*) active=$(realpath -s -- "$active") PYTHON=$active ;; esac    # the folder changes below
     # PYTHON may name the project's own .venv before it exists: any other interpreter can create it.
     if [[ $active == "$environment_root/.venv/"* && ! -x $active ]]; then PYTHON=""; fi

@@ -70,15 +70,26 @@ def test_help_and_settings_are_printed_once(repo, arguments, times):
     assert ("NUM_PROCS=2" in result.stdout) == bool({"-h", "--help"} & {*arguments})  # the launcher's own help
 
 
-def test_the_number_of_processes_does_not_depend_on_the_current_folder(repo, tmp_path):
-    """A config.py of the user is not run."""
+@pytest.mark.parametrize("script", ["launch_local_train.sh", "launch_distributed_train.sh"])
+def test_the_help_installs_nothing(repo, script):
+    fake_python(repo)
+    (repo / "train.py").write_text("print('usage: python train.py')\n")
+    result = run(repo, script, "--help", PYTHON="")
+    assert result.returncode == 0 and "usage: " in result.stdout and result.stderr == ""
+    assert not (repo / ".venv").exists() and installs(repo) == []
+
+
+@pytest.mark.parametrize("python", [sys.executable, ""])
+def test_the_number_of_processes_does_not_depend_on_the_current_folder(repo, tmp_path, python):
+    """A config.py of the user is not run. It does not depend on the .venv either, which a dry run does not make."""
+    fake_python(repo)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for name in ("config", "common", "training"):
         (elsewhere / f"{name}.py").write_text("open('owned', 'w')\nraise SystemExit\n")
     (repo / "training").mkdir()
     (repo / "training" / "cpu_processes.py").write_text("import sys\ndef main(): print(3, 'because of', *sys.argv[1:])")
-    said = run(repo, "launch_local_train.sh", "--seed", "1", cwd=elsewhere, DRY_RUN="1").stderr
+    said = run(repo, "launch_local_train.sh", "--seed", "1", cwd=elsewhere, DRY_RUN="1", PYTHON=python).stderr
     assert "training on the CPU, because of --seed 1 (NUM_PROCS" in said and not (elsewhere / "owned").exists()
 
 
@@ -124,6 +135,9 @@ def test_gpus_that_are_hidden_are_not_used(repo, variables):
         ({"NUM_PROCS": "two"}, "at least 1, not 'two'"),
         ({"CUDA_VISIBLE_DEVICES": "0,5"}, "names the GPU 5"),
         ({"SAVE_SECONDS": "soon"}, "SAVE_SECONDS must be a whole number of at least 1, not 'soon'"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT must be a port number from 1024 to 65535, not 'abc'"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT must be a port number from 1024 to 65535, not '70000'"),
+        ({"DS_ACCELERATOR": "CPU"}, "DS_ACCELERATOR=CPU is unknown; write DS_ACCELERATOR=cpu, or unset it"),
     ],
 )
 def test_impossible_requests_are_refused(repo, variables, sentence):

@@ -478,6 +478,14 @@ def test_a_python_without_a_package_that_the_parts_import_is_not_used(tmp_path, 
     assert done.returncode == 1 and "lacks PyTorch, NumPy, Pillow, safetensors or tqdm" in done.stderr
 
 
+def test_help_and_parts_need_no_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", blocked(tmp_path / "blocked", "torch", "PIL", "safetensors", "tqdm"))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    for word, said in (("--help", "usage: "), ("--list", "train")):
+        done = subprocess.run([PROJECT / "gpu_check.sh", word], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and said in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize(("deepspeed", "strategy"), [(False, ["--strategy", "ddp"]), (True, ["--fresh"])])
 def test_the_training_part_installs_no_missing_package(shapes, tmp_path, monkeypatch, deepspeed, strategy):
     """The launcher would, and is used only where nothing is missing."""

@@ -113,6 +113,8 @@ def test_unedited_and_missing_hostfiles_fail_clearly(repo):  # noqa: F811
     assert result.returncode == 2 and "names no host" in result.stderr and "node1 slots=8" in result.stderr
     result = run(repo, LAUNCH, HOSTFILE="nowhere")
     assert result.returncode == 2 and "nowhere does not exist" in result.stderr
+    result = run(repo, LAUNCH, "--hostfile", "lab")
+    assert result.returncode == 1 and result.stderr == "error: name another hostfile with HOSTFILE=path\n"
 
 
 def test_the_help_needs_no_hostfile(repo):  # noqa: F811
