@@ -21,23 +21,12 @@ STRATEGIES: dict[str, object] = {
     "gossip": "decentralized: every worker steps alone, then averages its weights with a few neighbors",
     "local": "DiLoCo, for slow links: every worker makes many local steps, then all make one outer step",
 }
-MODULES = {
-    "zero": "parallel.zero",
-    "pipeline": "parallel.pipeline",
-    "ddp": "parallel.ddp",
-    "fsdp": "parallel.fsdp",
-    "dp": "parallel.dp",
-    "gossip": "parallel.gossip",
-    "local": "parallel.local",
-}
-PEER_MODULES = {
-    "local": "parallel.peers.engine"
-}  # also available as separate jobs that exchange weights over a network
+WITH_PEERS = "local"  # also available as separate jobs that exchange weights over a network
 WITH_DEEPSPEED = ("zero", "pipeline")
 
 
 def engine_class(name: str, peers: bool = False) -> type[Engine]:
-    """Import and return the Engine of a strategy, or its form for peers, which also takes a `meeting`.
+    """Import and return the Engine of `parallel/<name>.py`, or its form for peers, which also takes a `meeting`.
 
     A user-defined strategy is a subclass of another one's Engine.
 
@@ -46,6 +35,8 @@ def engine_class(name: str, peers: bool = False) -> type[Engine]:
             whose workers are the processes of one job.
     """
     found = find_entry(STRATEGIES, "strategy", name)
+    if peers and name != WITH_PEERS:
+        raise SettingsError(f"--host-peers and --join need --strategy {WITH_PEERS}, not {name}")
     own = is_own_part(name)
     if (peers or own or name in WITH_DEEPSPEED) and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed searches for a GPU and warns
@@ -60,8 +51,4 @@ def engine_class(name: str, peers: bool = False) -> type[Engine]:
         )
     if name == "fsdp":
         check_torch("strategy fsdp", (2, 6))  # torch.distributed.fsdp.fully_shard
-    if not peers:
-        return import_module(MODULES[name]).Engine
-    if name not in PEER_MODULES:
-        raise SettingsError(f"--host-peers and --join need --strategy {' or '.join(PEER_MODULES)}, not {name}")
-    return import_module(PEER_MODULES[name]).Engine
+    return import_module("parallel.peers.engine" if peers else f"parallel.{name}").Engine
