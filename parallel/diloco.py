@@ -12,20 +12,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from common.errors import SettingsError
-from config.settings import ParallelSettings
-
-
-def check_outer(chosen: ParallelSettings) -> None:
-    """Check the settings of the outer step. Raises SettingsError."""
-    if chosen.local_steps < 1:
-        raise SettingsError(f"parallel.local_steps must be >= 1, got {chosen.local_steps}")
-    if chosen.outer_lr <= 0 or not 0 <= chosen.outer_momentum < 1:
-        raise SettingsError(
-            "parallel.outer_lr must be > 0 and parallel.outer_momentum in [0, 1), "
-            f"got {chosen.outer_lr} and {chosen.outer_momentum}"
-        )
-
 
 class OuterStep:
     """The weights that all workers last agreed on, and the momentum of the outer optimizer.

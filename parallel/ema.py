@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from common.errors import SettingsError
 from config.settings import EmaSettings
 from optim.optimizers import averaged_weights
 from parallel.buffers import persistent_buffers
@@ -23,9 +22,7 @@ class WeightAverage:
     """EMA in fp32 of `tensors`, in their order."""
 
     def __init__(self, settings: EmaSettings, tensors: Sequence[Tensor]):
-        """Start from the tensors as they are. Raises SettingsError for a decay out of range."""
-        if not 0 < settings.decay < 1:
-            raise SettingsError(f"ema.decay must be in [0, 1), where 0 is off, got {settings.decay}")
+        """Start from the tensors as they are."""
         self.settings, self.tensors = settings, list(tensors)
         self.values = [tensor.detach().to(torch.float32, copy=True) for tensor in tensors]
 
@@ -68,7 +65,7 @@ class WeightAveraging:
         def sync_from_masters(self) -> None: ...
 
     def start_average(self, settings: EmaSettings) -> None:
-        """Start the EMA once network and optimizer exist. Raises SettingsError."""
+        """Start the EMA once network and optimizer exist."""
         if settings.decay:
             self.ema = WeightAverage(settings, self._averaged_tensors())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel import tensor_transfer
 from parallel.buffers import mean_over
-from parallel.diloco import OuterStep, check_outer
+from parallel.diloco import OuterStep
 from parallel.multi_worker import MultiWorkerEngine
 
 
@@ -25,7 +25,6 @@ class Engine(MultiWorkerEngine):
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         chosen = self.settings.parallel
-        check_outer(chosen)
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.outer = OuterStep(trained, chosen.outer_lr, chosen.outer_momentum)
 

@@ -11,11 +11,10 @@ import torch
 from deepspeed.runtime.utils import partition_balanced
 from torch import nn
 
-from common.errors import SettingsError, unknown
+from common.errors import SettingsError
 from config.settings import Settings
 from models.cost import count_parameters
 
-PARTITIONS = ("parameters", "uniform", "time")
 TIMED_PASSES = 3  # after one warmup pass; the fastest counts
 
 
@@ -29,11 +28,9 @@ def cut_layers(
     """Return the first layer of each stage, and the number of layers at the end; equal on all processes. Collective.
 
     Raises:
-        SettingsError: an unknown `parallel.partition`, or a stage without parameters.
+        SettingsError: too many stages, a stage without parameters, or an unknown image side to measure with.
     """
     stages, method = settings.parallel.stages, settings.parallel.partition
-    if method not in PARTITIONS:
-        raise SettingsError(unknown("parallel.partition", method, list(PARTITIONS)))
     if stages > len(model):
         raise SettingsError(f"parallel.stages={stages} is more than the {len(model)} layers of the network")
     if method == "time" and not settings.image_side:

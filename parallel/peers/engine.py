@@ -31,7 +31,7 @@ from parallel import zero
 from parallel.batch_sizes import Batch
 from parallel.buffers import persistent_buffers
 from parallel.compile import FIRST_STEPS_SECONDS
-from parallel.diloco import OuterStep, check_outer
+from parallel.diloco import OuterStep
 from parallel.peers.heartbeat import background
 from parallel.peers.link_cost import line_of_exchange
 from parallel.peers.membership import ExchangeResult, Member, PeerState
@@ -59,7 +59,6 @@ class Engine(zero.Engine):
         Raises:
             SettingsError: a combination of settings that would not train as requested.
         """
-        check_outer(settings.parallel)
         super().__init__(build, settings, schedule, seed)
         self.meeting, self.local_steps = meeting, settings.parallel.local_steps
         meeting.number = self.broadcast_object(meeting.number)  # the hosts of a peer train on one data order
@@ -190,13 +189,7 @@ class Engine(zero.Engine):
 
     def _outer_vector(self) -> Tensor:
         assert self.outer is not None
-        state = self.outer.state()
-        anchor = [state[f"outer/anchor/{name}"] for name in self.outer.anchor]
-        momentum = [
-            state.get(f"outer/momentum/{name}", torch.zeros_like(value))
-            for name, value in zip(self.outer.anchor, anchor, strict=True)
-        ]
-        return torch.cat([value.flatten() for value in (*anchor, *momentum)])
+        return torch.cat([value.flatten() for value in self.outer.state().values()])
 
     def _set_outer_vector(self, vector: Tensor) -> None:
         assert self.outer is not None
