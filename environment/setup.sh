@@ -181,7 +181,7 @@ install_venv() {
 
 setup_environment() {
     local requirements reason newest_python scripts found active=${PYTHON:-python3}
-    if [[ ! ${DS_ACCELERATOR:-} =~ ^(cpu|cuda)?$ ]]; then    # with a traceback of DeepSpeed's launcher
+    if [[ ! ${DS_ACCELERATOR:-} =~ ^(cpu|cuda)?$ ]]; then    # DeepSpeed's launcher would end with a traceback
         say "error: DS_ACCELERATOR=$DS_ACCELERATOR is unknown; write DS_ACCELERATOR=cpu, or unset it."
         return 1
     fi
