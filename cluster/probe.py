@@ -106,6 +106,17 @@ def code_of(project, skip=()):
     return found
 
 
+def given_of(paths):
+    """{path: digest} of the files of the command line that this host has and may read."""
+    found = {}
+    for path in paths:
+        try:
+            found[path] = digest_of(path, GIVEN_FILE_LIMIT)
+        except OSError:
+            continue
+    return found
+
+
 def identity():
     """A text that differs between machines and between containers: one machine may have two names in a hostfile."""
     parts = []
@@ -229,7 +240,7 @@ def answer(request):
         "commit": commit_of(project),
         "code": code_of(project, [request[name] for name in ("runs", "data") if request.get(name)]),
         "data": data_of(request["data"]) if request.get("data") else None,
-        "given": {path: digest_of(path, GIVEN_FILE_LIMIT) for path in request.get("given", []) if os.path.isfile(path)},
+        "given": given_of(request.get("given", [])),
         "disk": room(request.get("runs", project)),
         "shm": room("/dev/shm") if os.path.isdir("/dev/shm") else None,
         "cores": len(os.sched_getaffinity(0)),

@@ -36,6 +36,7 @@ SSH = [
     "-o",
     "ServerAliveCountMax=4",
 ]
+EXIT_SSH, EXIT_NOT_FOUND = 255, 127  # ssh itself failed; the shell there did not find the program
 # A part of ssh's message, the reason in words, and the fix. The first match counts.
 SSH_ERRORS = [
     ("permission denied", "refuses the key", "copy your key to it: ssh-copy-id {host}"),
@@ -53,7 +54,6 @@ SSH_ERRORS = [
     ("timed out", "does not answer", "check that it is on and in this network: ping {machine}"),
     ("no route", "does not answer", "check that it is on and in this network: ping {machine}"),
     ("connection closed", "closes the connection", "check its log: journalctl -u ssh"),
-    ("python3", "has no python3", "install it there: apt-get install python3"),
 ]
 
 
@@ -176,7 +176,9 @@ def by_hand(name: str) -> str:
 
 def explain(name: str, code: int, err: str) -> Unreachable:
     """The reason why ssh, or the program on the host, failed."""
-    for sign, reason, fix in SSH_ERRORS:
+    if code == EXIT_NOT_FOUND:
+        return Unreachable("has no python3", "install it there: apt-get install python3")
+    for sign, reason, fix in SSH_ERRORS if code == EXIT_SSH else ():
         if sign in err.lower():
             return Unreachable(reason, fix.format(host=name, machine=name.split("@")[-1]))
     last = err.strip().splitlines()[-1:] or [f"exit code {code}"]

@@ -138,20 +138,21 @@ def test_the_table_has_a_row_per_host_and_marks_differences():
 
 
 @pytest.mark.parametrize(
-    "words, reason",
+    "code, words, reason",
     [
-        ("me@a: Permission denied (publickey).", "refuses the key"),
-        ("Host key verification failed.", "unknown or changed host key"),
-        ("ssh: Could not resolve hostname a: Name or service not known", "does not resolve"),
-        ("ssh: connect to host a port 22: Connection refused", "no SSH server"),
-        ("ssh: connect to host a port 22: No route to host", "does not answer"),
-        ("bash: line 1: python3: command not found", "has no python3"),
-        ("something new", "something new"),
-        ("", "exit code 255"),
+        (255, "me@a: Permission denied (publickey).", "refuses the key"),
+        (255, "Host key verification failed.", "unknown or changed host key"),
+        (255, "ssh: Could not resolve hostname a: Name or service not known", "does not resolve"),
+        (255, "ssh: connect to host a port 22: Connection refused", "no SSH server"),
+        (255, "ssh: connect to host a port 22: No route to host", "does not answer"),
+        (127, "bash: line 1: python3: command not found", "has no python3"),
+        (255, "something new", "something new"),
+        (255, "", "exit code 255"),
+        (1, "PermissionError: [Errno 13] Permission denied: '/a'", "(PermissionError: [Errno 13] Permission denied"),
     ],
 )
-def test_messages_of_ssh_are_explained(words, reason):
-    assert reason in remote.explain("a", 255, words).reason
+def test_messages_of_ssh_are_explained(code, words, reason):
+    assert reason in remote.explain("a", code, words).reason
 
 
 def test_the_probe_runs_in_a_bare_python_and_reports_the_host(tmp_path, shapes):
@@ -169,7 +170,7 @@ def test_the_probe_runs_in_a_bare_python_and_reports_the_host(tmp_path, shapes):
         "project": str(project),
         "python": sys.executable,
         "data": str(shapes),
-        "given": [str(project / "train.py"), "/nowhere"],
+        "given": [str(project / "train.py"), "/nowhere", "/proc/self/mem"],  # the last one exists, but cannot be read
     }
     words = [sys.executable, "-I", "-S", "-", json.dumps(request)]
     done = subprocess.run(
