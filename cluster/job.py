@@ -284,17 +284,21 @@ class Job:
                 f"{self.plan.limits.save:g} s (press Ctrl-C again to end it without saving)."
             )
             self._send_all("stop")
+        late = self.stopped_at and now - self.stopped_at > self.plan.limits.save
         due = (
             self.failed_at
             and now - self.failed_at > LAST_WORDS_SECONDS
-            or self.stopped_at
-            and now - self.stopped_at > self.plan.limits.save
             or self.done_at
             and now - self.done_at > LEAVE_SECONDS
+            or late
             or self.stop.now
         )
         if due and not self.killed_at:
             self.killed_at = now
+            if self.stop.now:
+                say("Ending the ranks at once.")
+            elif late:
+                say(f"The ranks have not saved within {self.plan.limits.save:g} s: ending them.")
             self._send_all("kill")
         if self.killed_at and now - self.killed_at > KILL_SECONDS:
             for agent in self.agents:

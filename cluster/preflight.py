@@ -232,18 +232,22 @@ def _tried(reached: dict[str, dict], port: int) -> str:
     return ", ".join(f"{address} port {port}: {result['error']}" for address, result in reached.items())
 
 
-def measure(hosts: list[Host], answers: list[Answer]) -> list[str]:
-    """Measure latency and bandwidth from each host to the next, one pair at a time so that no two share a link."""
+def measure(hosts: list[Host], answers: list[Answer], interfaces: dict[str, str]) -> list[str]:
+    """Measure latency and bandwidth from each host to the next, one pair at a time so that no two share a link.
+
+    A host is reached by the address of its interface in `interfaces`, which training uses.
+    """
     lines = []
     ring = list(zip(hosts, [*hosts[1:], hosts[0]], strict=True)) if len(hosts) > 2 else [(hosts[0], hosts[-1])]
     for source, target in ring if len(hosts) > 1 else []:
         answer = answers[hosts.index(target)]
         assert not isinstance(answer, Unreachable)
-        addresses = [address for _, address in answer["addresses"]]
+        used = interfaces.get(target.name)
+        address = min(answer["addresses"], key=lambda own: own[0] != used)[1]
         try:
             with listening(target.name) as (port, token):
-                asked = {"role": "connect", "token": token, "port": port, "addresses": addresses[:1], "measure": True}
-                best = next(iter(remote.ask(source.name, "reachability.py", asked)["reached"].values()))
+                asked = {"role": "connect", "token": token, "port": port, "addresses": [address], "measure": True}
+                best = remote.ask(source.name, "reachability.py", asked)["reached"][address]
             lines.append(
                 f"{source.name} -> {target.name}: {best['error']}"
                 if "error" in best
@@ -253,6 +257,17 @@ def measure(hosts: list[Host], answers: list[Answer]) -> list[str]:
         except Unreachable as error:
             lines.append(f"{source.name} -> {target.name}: {error.reason}")
     return lines
+
+
+def look(hosts: list[Host], what: dict[str, Any], copies: bool, measures: bool) -> Report:
+    """Check all hosts, copy what they lack if asked to, print the report, and measure their links if asked to."""
+    report = inspect(hosts, what)
+    if copies and not report.can_start:
+        report = sync.fix_hosts(report, what, inspect)
+    report.show()
+    if measures and report.rendezvous:
+        say("\n".join(measure(hosts, report.answers, report.rendezvous.interfaces)))
+    return report
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -308,12 +323,7 @@ def main() -> int:
         return EXIT_USAGE
     began = time.time()
     what = request(args.python, args.data_dir, args.runs_dir, [])
-    report = inspect(hosts, what)
-    if args.sync:
-        report = sync.fix_hosts(report, what, inspect)
-    report.show()
-    if args.measure and report.rendezvous:
-        say("\n".join(measure(hosts, report.answers)))
+    report = look(hosts, what, args.sync, args.measure)
     say(
         f"{len(hosts)} hosts, {sum(host.slots for host in hosts)} ranks: "
         f"{'ready' if report.can_start else 'not ready'} ({time.time() - began:.1f} s)"

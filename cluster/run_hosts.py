@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cluster import preflight, remote, sync  # noqa: E402
+from cluster import preflight, remote  # noqa: E402
 from cluster.failure_cause import EXIT_STOPPED  # noqa: E402
 from cluster.job import Job, Limits, Outcome, Plan  # noqa: E402
 from cluster.preflight import EXIT_PREFLIGHT, EXIT_USAGE, Rendezvous, Report, hosts_of, master_port  # noqa: E402
@@ -59,9 +59,10 @@ SENT = (
     "HTTP_PROXY",
     "HTTPS_PROXY",
     "NO_PROXY",
-    "HANG_SECONDS",
 )
 INEXACT = "--allow-inexact-resume"  # of train.py
+# A rank that is stopped before it handles signals, and one that has not saved in time.
+ENDED_BY_STOP = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
 class Stop:
@@ -111,10 +112,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     failures.add_argument(
         "--hang-seconds",
         type=above_zero,
-        default=50,
         metavar="S",
-        help="seconds that a rank waits for the others before the job fails; "
-        "increase it if a step, or gathering a checkpoint, takes longer (default: 50)",
+        help="seconds that a rank waits for the others before the job fails; increase it if a step, or gathering a "
+        "checkpoint, takes longer (default: the variable HANG_SECONDS, else 50)",
     )
     return parser.parse_known_args()
 
@@ -132,14 +132,14 @@ def main() -> int:
     environment = {
         **sent(os.environ),
         **deepspeed_env(),
-        "HANG_SECONDS": os.environ.get("HANG_SECONDS", f"{args.hang_seconds:g}"),
+        "HANG_SECONDS": str(args.hang_seconds or os.environ.get("HANG_SECONDS") or 50),
     }
     if os.environ.get("DRY_RUN"):
         show_commands(hosts, arguments, environment, train.runs_dir)
         return 0
     what = preflight.request(sys.executable, train.data_dir, train.runs_dir, arguments)
     try:
-        report = look(hosts, what, args)
+        report = preflight.look(hosts, what, args.sync, args.measure)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if not report.can_start or args.check:
@@ -149,7 +149,7 @@ def main() -> int:
         if stop.requested:
             return 128 + stop.number
         outcome = Job(plan(report, arguments, environment, train.runs_dir, limits), stop).run()
-        show_failure(outcome)
+        show_failure(outcome, stop.requested)
         folder = outcome.folder = outcome.folder or folder  # a start that failed early has learned neither
         batch = outcome.batch = outcome.batch or batch
         if outcome.code in (0, EXIT_STOPPED) or stop.requested or outcome.refused or not left:
@@ -167,17 +167,6 @@ def main() -> int:
     if stop.requested and outcome.code not in (0, EXIT_STOPPED):
         return 128 + stop.number
     return outcome.code
-
-
-def look(hosts: list[Host], what: dict[str, Any], args: argparse.Namespace) -> Report:
-    """Run the preflight, with --sync and --measure if given."""
-    report = preflight.inspect(hosts, what)
-    if args.sync and not report.can_start:
-        report = sync.fix_hosts(report, what, preflight.inspect)
-    report.show()
-    if args.measure and report.rendezvous:
-        say("\n".join(preflight.measure(hosts, report.answers)))
-    return report
 
 
 def paths_of(arguments: list[str]) -> argparse.Namespace:
@@ -234,13 +223,18 @@ def show_commands(hosts: list[Host], arguments: list[str], environment: dict[str
         print(f"{host.name}: {shlex.join([*would.command(i), would.script, *arguments])}")
 
 
-def show_failure(outcome: Outcome) -> None:
+def show_failure(outcome: Outcome, is_stopped: bool) -> None:
     """Print the first error at the end of all output; the rest is in the logs."""
-    if outcome.code not in (0, EXIT_STOPPED):
-        say(f"\nerror: training failed: {outcome.cause}" + (":" if outcome.lines else "."))
-        for line in outcome.lines:
-            say(f"    {line}")
-    if outcome.code not in (0, EXIT_STOPPED) and not outcome.refused:
+    if outcome.code in (0, EXIT_STOPPED):
+        return
+    if is_stopped and outcome.code in ENDED_BY_STOP:
+        not_begun = "Stopped before training began; there was nothing to save."
+        say("Ended before the ranks had saved." if outcome.folder else not_begun)
+        return
+    say(f"\nerror: training failed: {outcome.cause}" + (":" if outcome.lines else "."))
+    for line in outcome.lines:
+        say(f"    {line}")
+    if not outcome.refused:
         say(f"The output of every rank is in {near_path(outcome.logs)} on its host.")
 
 

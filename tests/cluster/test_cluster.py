@@ -409,14 +409,50 @@ def test_only_errors_in_the_command_line_are_not_retried(line, folder, refused, 
     assert job._outcome().refused == refused
 
 
-def test_ranks_that_do_not_save_in_time_are_ended():
+@pytest.mark.parametrize("how", ["time", "second signal"])
+def test_ranks_that_do_not_save_in_time_are_ended(how, capsys):
     job, sent = Job.__new__(Job), []  # without its agents, which would be started over SSH
     job.plan, job.stop = SimpleNamespace(limits=Limits(save=5)), SimpleNamespace(requested=True, now=False)
     job.agents = [SimpleNamespace(is_running=True, send=sent.append)]
     job.failed_at = job.killed_at = job.stopped_at = job.done_at = 0.0
-    for now in (100.0, 104.0, 106.0):
+    for now in (100.0, 104.0):
         job._drive(now)
-    assert sent == ["stop", "kill"] and job.killed_at == 106.0
+    assert sent == ["stop"]
+    job.stop.now = how == "second signal"
+    job._drive(104.5 if job.stop.now else 106.0)
+    assert sent == ["stop", "kill"]
+    last = "Ending the ranks at once.\n" if job.stop.now else "The ranks have not saved within 5 s: ending them.\n"
+    assert capsys.readouterr().err.endswith(last)
+
+
+DISK = ["OSError: [Errno 28] No space left on device"]
+
+
+@pytest.mark.parametrize(
+    ("code", "folder", "said"),
+    [
+        (143, "", "Stopped before training began; there was nothing to save.\n"),
+        (137, "/runs/a", "Ended before the ranks had saved.\n"),
+        (1, "/runs/a", f"\nerror: training failed: rank 0 on node1 failed first:\n    {DISK[0]}\n"),
+    ],
+)
+def test_after_a_stop_only_a_rank_with_an_error_of_its_own_is_blamed(code, folder, said, capsys):
+    outcome = Outcome(code, HOSTS, [], "rank 0 on node1 failed first", DISK, refused=True, folder=folder)
+    run_hosts.show_failure(outcome, is_stopped=True)
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("words", "exported", "seconds"), [([], "", "50"), ([], "120", "120"), (["--hang-seconds", "7"], "120", "7.0")]
+)
+def test_the_limit_for_a_rank_that_hangs_is_the_option_then_the_variable(monkeypatch, words, exported, seconds):
+    seen = []
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setenv("HANG_SECONDS", exported)
+    monkeypatch.setattr(sys, "argv", ["run_hosts.py", *words])
+    monkeypatch.setattr(run_hosts, "hosts_of", lambda path: HOSTS)
+    monkeypatch.setattr(run_hosts, "show_commands", lambda *given: seen.append(given[2]["HANG_SECONDS"]))
+    assert run_hosts.main() == 0 and seen == [seconds]
 
 
 # --- a restart ----------------------------------------------------------------------------------------------------
@@ -474,7 +510,7 @@ def test_a_restart_knows_folder_and_batch_although_the_last_start_failed_early(m
     monkeypatch.delenv("DRY_RUN", raising=False)
     monkeypatch.setattr(sys, "argv", ["run_hosts.py", "--restarts", "2", "--micro-batch", "8"])
     monkeypatch.setattr(run_hosts, "hosts_of", lambda path: HOSTS)
-    monkeypatch.setattr(run_hosts, "look", lambda *_: report)
+    monkeypatch.setattr(run_hosts.preflight, "look", lambda *_: report)
     monkeypatch.setattr(run_hosts, "Stop", lambda: SimpleNamespace(requested=False))
     monkeypatch.setattr(run_hosts, "Job", lambda *_: SimpleNamespace(run=lambda: outcomes.pop(0)))
     monkeypatch.setattr(

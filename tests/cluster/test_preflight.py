@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,20 @@ def test_a_connection_is_checked_and_measured():
     finally:
         listener.kill()
         listener.wait()
+
+
+def test_links_are_measured_at_the_interface_that_training_uses(monkeypatch):
+    asked = []
+
+    def ask(name, script, request):
+        asked.extend(request["addresses"])
+        return {"reached": {"10.0.0.2": {"gigabits": 9.4, "latency_ms": 0.1}}}
+
+    monkeypatch.setattr(preflight, "listening", lambda name: nullcontext((21000, "t")))
+    monkeypatch.setattr(remote, "ask", ask)
+    answer = {"addresses": [["docker0", "172.17.0.1"], ["eth0", "10.0.0.2"]]}
+    (line,) = preflight.measure(HOSTS, [answer, answer], {"node1": "docker0", "node2": "eth0"})
+    assert asked == ["10.0.0.2"] and line.startswith("node1 -> node2: 9.4 Gbit/s")
 
 
 def test_a_master_address_that_is_a_name_leads_to_the_interface_of_the_first_host_too(monkeypatch):
