@@ -232,7 +232,7 @@ def _check_engine_file(engine: Any) -> None:
             more = f", or one of {', '.join(words)}" if words else ""
             raise SettingsError(f"{DS_CONFIG.name}: {path} must be of type {kind.__name__}{more}, not {value!r}")
     for name in ("fp16", "amp"):
-        if name in engine:
+        if _value_at(engine, f"{name}.enabled"):
             raise SettingsError(f"{DS_CONFIG.name}: {name} is not supported; remove it, and choose bf16.enabled")
 
 
