@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,34 +126,44 @@ def analyze(run: RunData, args: argparse.Namespace) -> SplitAnalysis | None:
     """Run the network on a split. Returns None, with a warning, where the dataset or the weights are missing."""
     from dali_pipeline import Batches
     from inference.evaluation import open_split
-    from inference.trained_model import TrainedModel
+    from inference.trained_model import WEIGHTS, TrainedModel
     from parallel.process_group import pick_device
     from reports.pictures import SplitAnalysis
     from reports.predictions import mistakes, predict
 
     split = args.split or ("validation" if run.facts["hold_out"] else "test")
     device, precision = pick_device(), run.facts["precision"]
+    source = dict(device=device, source=args.source or "auto", image_side=run.facts["settings"]["image_side"])
     try:
         trained = TrainedModel.open(run.folder)
         dataset = open_split(trained, split, args.data_dir)
-        model = trained.network(args.weights, device, precision)
+        model = trained.network(args.weights or WEIGHTS, device, precision)
+        batches = Batches(dataset, split, args.batch_size, **source)
     except (DatasetError, RunError) as error:
-        if args.data_dir or args.split:
+        if args.data_dir or args.split or args.weights or args.source:
             raise
         print(f"warning: only the pictures that need no dataset are drawn: {error}", file=sys.stderr)
         return None
-    source = dict(device=device, source=args.source, image_side=run.facts["settings"]["image_side"])
-    batches = Batches(dataset, split, args.batch_size, **source)
-    found = predict(model, batches, precision == "autocast")
-    batches.close()
+    with closing(batches):
+        check_fingerprint(dataset, run, args.out)
+        found = predict(model, batches, precision == "autocast")
     return SplitAnalysis(
         split,
         found.confusion(len(dataset.classes)),
-        float(found.loss.mean()),
         mistakes(found, dataset, split, NUM_MISTAKES, **source),
         attention_of(run, model, dataset, split, source),
         found.calibration(),
     )
+
+
+def check_fingerprint(dataset: Dataset, run: RunData, out: Path | None) -> None:
+    """Warn about another dataset than that of the training. Raises DatasetError where its report would replace that."""
+    if dataset.fingerprint == run.facts["dataset"]["fingerprint"]:
+        return
+    problem = "this is not the dataset of the training (its fingerprint differs)"
+    if out is None:
+        raise DatasetError(f"{problem}; add --out FOLDER for its report")
+    print(f"warning: {problem}", file=sys.stderr)
 
 
 def attention_of(
@@ -208,10 +218,7 @@ def parse_arguments() -> argparse.Namespace:
         help="split to analyze (default: validation where the run has one, else test)",
     )
     parser.add_argument(
-        "--weights",
-        default="weights.safetensors",
-        metavar="FILE",
-        help="file in the run folder (default: weights.safetensors; or best.safetensors)",
+        "--weights", metavar="FILE", help="file in the run folder (default: weights.safetensors; or best.safetensors)"
     )
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="folder of the prepared dataset (default: that of the training)"
@@ -223,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="images per batch; does not change the result (default: 500)",
     )
-    parser.add_argument("--source", default="auto", choices=SOURCES, help="reader of the images (default: auto)")
+    parser.add_argument("--source", choices=SOURCES, help="reader of the images (default: auto)")
     parser.add_argument(
         "--runs-dir",
         type=Path,

@@ -42,6 +42,11 @@ class RunData:
         return len(self.facts["dataset"]["classes"])
 
     @property
+    def has_top5(self) -> bool:
+        """Whether the top-5 accuracy is a result: with up to five classes it is always 100 %."""
+        return self.num_classes > 5
+
+    @property
     def last_epoch(self) -> float:
         """Epochs trained so far; a fraction where --max-steps ended the run within an epoch."""
         done = max((line["step"] for line in [*self.metrics[-1:], *self.steps[-1:]]), default=0)

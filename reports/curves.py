@@ -51,18 +51,18 @@ def loss_lines(run: RunData) -> list[Line]:
         Line("training, by step", *run.step_losses(), SKY, width=0.8),
         Line(f"training, mean {period}", *run.series("train_loss"), BLUE),
     ]
-    for split, (name, color) in SPLITS.items():
-        lines += _by_weights(run, split, name, "loss", color, 1.0)
+    for split, color in SPLITS.items():
+        lines += _by_weights(run, split, split, "loss", color, 1.0)
     return [line for line in lines if line.x]
 
 
 def accuracy_lines(run: RunData) -> list[Line]:
     """Return the lines of all recorded accuracies, in percent; top-5 only where there are more than five classes."""
     lines = []
-    for split, (name, color) in SPLITS.items():
-        lines += _by_weights(run, split, f"{name}, top-1", "accuracy", color, 100.0)
-        if run.num_classes > 5:
-            lines.append(Line(f"{name}, top-5", *run.series(f"{split}_top5_accuracy", 100.0), color, "--", 1.1))
+    for split, color in SPLITS.items():
+        lines += _by_weights(run, split, f"{split}, top-1", "accuracy", color, 100.0)
+        if run.has_top5:
+            lines.append(Line(f"{split}, top-5", *run.series(f"{split}_top5_accuracy", 100.0), color, "--", 1.1))
     return [line for line in lines if line.x]
 
 
@@ -140,7 +140,7 @@ def several(runs: list[RunData], names: list[str]) -> Figure:
     for axes in (left, right):
         set_epoch_axis(axes, max(run.last_epoch for run in runs))
     finish(left, ylabel="training loss (nats)")
-    finish(right, ylabel=f"{SPLITS[split][0]} accuracy (%)")
+    finish(right, ylabel=f"{split} accuracy (%)")
     for axes in (left, right):
         if axes.get_legend():
             axes.get_legend().remove()

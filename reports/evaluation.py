@@ -42,7 +42,9 @@ def print_report(report: dict[str, Any], all_classes: bool) -> None:
         )
     print(f"{name} loss: {report['loss']:.4f}")
     print(f"{name} expected calibration error: {100 * report['expected_calibration_error']:.2f}%")
-    print(f"{name} top-5 accuracy: {100 * report['top5_accuracy']:.2f}% ({report['correct_top5']}/{report['seen']})")
+    if len(report["per_class"]) > 5:  # else always 100 %
+        counts = f"({report['correct_top5']}/{report['seen']})"
+        print(f"{name} top-5 accuracy: {100 * report['top5_accuracy']:.2f}% {counts}")
     print(f"{name} accuracy: {100 * report['accuracy']:.2f}% ({report['correct']}/{report['seen']})", flush=True)
 
 

@@ -141,7 +141,8 @@ def _numbers(run: RunData) -> str:
         if f"{split}_accuracy" in last:
             counts = f"{last[f'{split}_correct']:,} of {last[f'{split}_seen']:,}" if f"{split}_correct" in last else ""
             shown.append((f"{100 * last[f'{split}_accuracy']:.2f}%", f"{split} accuracy, {counts}"))
-            shown.append((f"{100 * last[f'{split}_top5_accuracy']:.2f}%", f"{split} accuracy, top-5"))
+            if run.has_top5:
+                shown.append((f"{100 * last[f'{split}_top5_accuracy']:.2f}%", f"{split} accuracy, top-5"))
     seconds = sum(line["training_seconds"] for line in run.metrics)
     images_seen = sum(line["images_per_second"] * line["training_seconds"] for line in run.metrics)
     trained, _, unit = epochs_text(last["step"], run.facts["steps_per_epoch"]).partition(" ")
@@ -184,7 +185,9 @@ def _table(head: list[str], rows: list[list[Any]], numbers: bool = False) -> str
 def _epochs(run: RunData) -> str:
     """Return the table of epochs with the columns that at least one line has."""
     shown = [
-        (key, head, factor, digits) for key, head, factor, digits in COLUMNS if any(key in line for line in run.metrics)
+        (key, head, factor, digits)
+        for key, head, factor, digits in COLUMNS
+        if any(key in line for line in run.metrics) and (run.has_top5 or "top5" not in key)
     ]
     rows = [
         [f"{factor * line[key]:,.{digits}f}" if key in line else "" for key, _, factor, digits in shown]

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 AUGMENTATIONS = ("resized_crop", "crop_padding", "flip", "brightness", "contrast", "saturation", "erasing")
 SPEED = "Seconds of evaluation and of writing checkpoints are not included."
-MATRIX = "Rows sum to 100 %. Class names that are too small here are readable in pictures/confusion.svg."
+ROWS = "Rows sum to 100 %."
+SMALL_NAMES = " Class names that are too small here are readable in pictures/confusion.svg."
 MACHINE = (
-    "One sample every two seconds, of the machine of the main process, without the time when the run was stopped. "
-    "Bands: range of the samples that one point stands for."
+    "One sample every two seconds, fewer after the first hour, of the machine of the main process, without the time "
+    "when the run was stopped. Bands: range of the samples that one point stands for."
 )
 
 
@@ -35,14 +36,12 @@ class SplitAnalysis:
     Attributes:
         split: "test" or "validation".
         confusion: counts (K, K), rows true and columns predicted.
-        loss: mean cross-entropy in nats.
         attention: pixels, maps and class names for `images.attention`, or the reason why there is no attention map.
         calibration: confidence and accuracy by bin, None where it was not measured.
     """
 
     split: str
     confusion: np.ndarray
-    loss: float
     mistakes: list[Mistake]
     attention: tuple[np.ndarray, np.ndarray, list[str]] | str
     calibration: Calibration | None = None
@@ -90,8 +89,8 @@ def training_caption(run: RunData) -> str:
     names = [name for name, is_used in used.items() if is_used]
     how = f" with {', '.join(names)}, so it may lie above the others" if names else ""
     average = " The accuracy is that of the EMA weights." if ema.get("decay") else ""
-    period = "steps since the point before"
-    return f"The training loss is the mean over the {period}, measured while the weights change{how}.{average}"
+    what = "The training loss is the mean over the steps since the point before, measured while the weights change"
+    return f"{what}{how}.{average}"
 
 
 def _of_predictions(run: RunData, analysis: SplitAnalysis) -> list[Picture]:
@@ -103,7 +102,8 @@ def _of_predictions(run: RunData, analysis: SplitAnalysis) -> list[Picture]:
     if by_group is not None:
         caption = "Each superclass has five classes. The diagonal includes confusions within a superclass."
         found.append(Picture("superclasses", by_group, caption))
-    found.append(Picture("confusion", classes.confusion(analysis.confusion, names, title), MATRIX))
+    caption = ROWS + SMALL_NAMES * (len(names) <= classes.MAX_NAMES)
+    found.append(Picture("confusion", classes.confusion(analysis.confusion, names, title), caption))
     if analysis.calibration is not None:
         title = f"{run_name}: calibration on {of}"
         found.append(Picture("reliability", reliability(analysis.calibration, title), RELIABILITY))

@@ -63,11 +63,9 @@ class Mistake:
     """A misclassified image."""
 
     pixels: np.ndarray  # uint8 (S, S, 3)
-    path: str
     true: str
     predicted: str
     probability: float
-    loss: float
 
 
 def predict(model: nn.Module, batches: Batches, autocast: bool) -> Predictions:
@@ -105,11 +103,9 @@ def mistakes(found: Predictions, dataset: Dataset, split: str, count: int, **sou
     return [
         Mistake(
             pixels[i],
-            dataset.splits[split].paths[at],
             dataset.classes[found.labels[at]],
             dataset.classes[found.predicted[at]],
             float(found.probability[at]),
-            float(found.loss[at]),
         )
         for i, at in enumerate(positions)
     ]

@@ -32,8 +32,9 @@ CURVES = (  # of metrics.jsonl
     *("test_accuracy", "validation_accuracy", "train_loss", "test_loss", "validation_loss"),
     *("test_raw_accuracy", "validation_raw_accuracy", "learning_rate", "images_per_second"),
 )
-SAME_SETTING = (
-    *("hold_out", "max_steps", "max_minutes", "only_shortens", "patience", "init_weights", "synthetic", "precision"),
+SAME_SETTING = (  # facts of run.json that runs of one setting share
+    *("hold_out", "max_steps", "max_minutes", "only_shortens"),
+    *("patience", "init_weights", "synthetic", "precision"),
 )
 SUMS = ("training_seconds",)  # of all epochs; every other number of metrics.jsonl is that of the last epoch
 FILES = ("run.json", "metrics.jsonl", "steps.jsonl", "evaluation_test.json", "report.html")  # that a row is read from

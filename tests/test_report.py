@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import run as run_script
@@ -13,7 +14,7 @@ from report_data import assert_stands_alone, writable_copy
 
 import report
 from common import output_files
-from common.errors import SettingsError
+from common.errors import DatasetError, SettingsError, UserError
 from common.files import read_lines
 from records.run_data import RunData
 from records.run_folder import RunFolder
@@ -54,6 +55,32 @@ def test_without_the_dataset_there_is_still_a_page(copied, tmp_path):
     ).is_file()
     refused = run_script("report.py", folder, "--data-dir", tmp_path / "nowhere", code=1)
     assert refused.err.startswith("error: ") and refused.err.count("\n") == 1
+
+
+def test_another_dataset_does_not_replace_the_report_of_the_training(copied, shapes, tmp_path):
+    other = Path(shutil.copytree(shapes, tmp_path / "other"))
+    facts = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps({**facts, "fingerprint": "sha256:other"}))
+    problem = "this is not the dataset of the training (its fingerprint differs)"
+    before = (copied.folder / "report.html").read_text()
+    words = ("report.py", copied.folder, "--data-dir", other)
+    assert run_script(*words, code=1).err == f"error: {problem}; add --out FOLDER for its report\n"
+    assert (copied.folder / "report.html").read_text() == before
+    assert f"warning: {problem}\n" in run_script(*words, "--out", tmp_path / "its report").err
+    assert "Accuracy by class" in (tmp_path / "its report" / "report.html").read_text()
+
+
+def test_a_missing_library_costs_pictures_and_a_wrong_option_ends_the_report(done, shapes, monkeypatch, capsys):
+    def without_dali(*args, **kwargs):
+        raise DatasetError("it needs NVIDIA DALI")
+
+    monkeypatch.setattr("dali_pipeline.Batches", without_dali)
+    args = SimpleNamespace(split=None, data_dir=None, weights=None, batch_size=16, source=None, out=None)
+    assert report.analyze(done, args) is None
+    assert capsys.readouterr().err.endswith(" are drawn: it needs NVIDIA DALI\n")
+    for given in ({"source": "files"}, {"weights": "bset.safetensors"}):
+        with pytest.raises(UserError, match="NVIDIA DALI|unknown weights 'bset"):
+            report.analyze(done, SimpleNamespace(**{**vars(args), **given}))
 
 
 def test_a_report_can_go_into_another_folder(copied, tmp_path, monkeypatch):

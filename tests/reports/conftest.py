@@ -13,5 +13,5 @@ from reports.pictures import SplitAnalysis
 @pytest.fixture(scope="session")
 def analysis(done, shapes) -> SplitAnalysis:
     """The predictions of its network on the test split."""
-    args = SimpleNamespace(split=None, data_dir=shapes, weights="weights.safetensors", batch_size=16, source="auto")
+    args = SimpleNamespace(split=None, data_dir=shapes, weights=None, batch_size=16, source=None, out=None)
     return report.analyze(done, args)

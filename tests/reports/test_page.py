@@ -15,9 +15,12 @@ from matplotlib.text import Text
 from report_data import assert_stands_alone, some_confusion
 
 from config.differences import changed_settings
+from inference.evaluation import SplitResult, describe
+from models.calibration import Calibration
 from records.provenance import commit_text
 from reports import curves, style
 from reports.curves import several
+from reports.evaluation import print_report
 from reports.page import page, write_page
 from reports.pictures import SplitAnalysis, pictures_of
 from reports.style import save
@@ -39,7 +42,7 @@ def test_names_cannot_break_the_page(done):
     facts = json.loads(json.dumps(done.facts))
     facts["dataset"]["classes"] = ["<script>alert(1)</script>", "a & b", *facts["dataset"]["classes"][2:]]
     run = replace(done, name="<img src=x>", facts=facts)
-    found = SplitAnalysis("test", some_confusion(10), 1.0, [], "none")
+    found = SplitAnalysis("test", some_confusion(10), [], "none")
     text = page(run, found, pictures_of(run, found))
     assert_stands_alone(text, run.folder)
     assert "&lt;script&gt;" in text and "a &amp; b" in text and "<title>&lt;img" in text
@@ -55,6 +58,17 @@ def test_the_page_shows_every_setting_and_which_are_not_the_defaults(done):
         "<td>augmentation.flip</td><td>0.5</td>" in text
         and "<td>engine.optimizer.params.betas</td><td>[0.9, 0.999]</td>" in text
     )
+
+
+def test_the_top_5_accuracy_of_five_classes_is_no_result(done, capsys):
+    for num_classes in (5, 6):
+        facts = json.loads(json.dumps(done.facts))
+        facts["dataset"]["classes"] = facts["dataset"]["classes"][:num_classes]
+        shown = "top-5" in page(replace(done, facts=facts), None, [])
+        calibration = Calibration(seen=[1], correct=[1], confidence_sum=[1.0])
+        result = SplitResult(some_confusion(num_classes), 9, 1.0, calibration)
+        print_report({"split": "test", **describe(result, facts["dataset"]["classes"])}, all_classes=False)
+        assert shown == ("Test top-5 accuracy: " in capsys.readouterr().out) == (num_classes > 5)
 
 
 # --- names and captions of pictures ---------------------------------------------------------------------------------

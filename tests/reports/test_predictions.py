@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,24 +33,17 @@ from reports.predictions import Predictions, attention_maps, attention_weights
 def test_the_analysis_agrees_with_the_metrics_of_training(analysis, done):
     last = done.metrics[-1]
     assert (np.trace(analysis.confusion), analysis.confusion.sum()) == (last["test_correct"], last["test_seen"])
-    assert analysis.loss == pytest.approx(last["test_loss"], rel=1e-5) and analysis.split == "test"
-    assert set(analysis.confusion.sum(axis=1)) == {TEST_PER_CLASS}
+    assert analysis.split == "test" and set(analysis.confusion.sum(axis=1)) == {TEST_PER_CLASS}
 
 
-def test_mistakes_are_misclassified_images_by_falling_loss(analysis, shapes):
+def test_mistakes_are_misclassified_images(analysis, shapes):
     from PIL import Image
 
-    losses = [mistake.loss for mistake in analysis.mistakes]
-    assert losses == sorted(losses, reverse=True) and 0 < len(losses) <= report.NUM_MISTAKES
+    assert 0 < len(analysis.mistakes) <= report.NUM_MISTAKES
     for mistake in analysis.mistakes:
-        assert (
-            mistake.true != mistake.predicted
-            and Path(mistake.path).parent.name == mistake.true
-            and 0 < mistake.probability <= 1
-        )
-        np.testing.assert_allclose(
-            mistake.pixels, np.asarray(Image.open(next(shapes.rglob(mistake.path))).convert("RGB")), atol=1
-        )
+        assert mistake.true != mistake.predicted and 0 < mistake.probability <= 1
+        of_class = [np.asarray(Image.open(path).convert("RGB")) for path in shapes.rglob(f"test/{mistake.true}/*.png")]
+        assert any(np.allclose(mistake.pixels, pixels, atol=1) for pixels in of_class)
     figure = images.most_wrong(analysis.mistakes, "title")
     captions = [axes.get_title() for axes in figure.axes if axes.images]
     assert len(captions) == len(analysis.mistakes) and all(
@@ -62,6 +54,8 @@ def test_mistakes_are_misclassified_images_by_falling_loss(analysis, shapes):
 def test_a_network_without_mistakes_has_none():
     found = Predictions(np.array([0, 1]), np.array([0, 1]), np.array([1.0, 1.0]), np.array([0.1, 0.2]))
     assert not len(found.worst(5)) and found.confusion(2).tolist() == [[1, 0], [0, 1]]
+    found = replace(found, labels=np.array([1, 0]))
+    assert found.worst(5).tolist() == [1, 0] and found.worst(1).tolist() == [1]
     found = replace(found, labels=np.array([1, 1]))
     assert found.worst(5).tolist() == [0]
 
