@@ -15,6 +15,7 @@ Of several shards, the one that finds all runs finished writes the report.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.machine import visible_gpus
 from common.output_files import check_new_folder
-from common.paths import PROJECT, near_path
+from common.paths import PROJECT, RUNS_OF_COMPARISON, near_path
 from common.stop_signal import StopSignal
 from comparison.arguments import parse_arguments
 from comparison.experiment import Experiment
@@ -49,6 +50,7 @@ Tasks = dict[tuple[str, int], PlannedRun]  # by variant and seed
 
 def main() -> int:
     args = parse_arguments()
+    os.environ[RUNS_OF_COMPARISON] = str(args.runs_dir.absolute())
     if is_search(args.experiment):
         from comparison.search_command import run_search
 

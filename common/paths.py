@@ -11,6 +11,7 @@ RUNS = PROJECT / "runs"
 RESULTS = PROJECT / "results"
 PRESETS = PROJECT / "presets"
 DS_CONFIG = PROJECT / "ds_config.json"
+RUNS_OF_COMPARISON = "RUNS_OF_COMPARISON"  # variable by which compare.py tells its runs the folder of their index
 
 
 def name_of(folder: str | os.PathLike[str]) -> str:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from common.display import printable
 from common.errors import RunError
-from common.paths import PROJECT, RESULTS, RUNS, near_path
+from common.paths import PROJECT, RESULTS, RUNS, RUNS_OF_COMPARISON, near_path
 from reports.run_list import summary
 from reports.run_rows import CURVES, RUN, Row
 from reports.run_table import BASE, intact_runs, read_table, replace_file, varied_columns
@@ -83,8 +83,8 @@ def read_rows(runs: Path, results: Path | None = RESULTS) -> list[Row]:
 
 def index_of(run: Path) -> Path:
     """Return the folder of runs that a run folder belongs to: a run of a comparison lies one folder deeper."""
-    folder = run.resolve()
-    return RUNS if RUNS.resolve() in folder.parents else folder.parent
+    folder, runs = run.resolve(), Path(os.environ.get(RUNS_OF_COMPARISON, RUNS))
+    return runs if runs.resolve() in folder.parents else folder.parent
 
 
 def page(rows: list[Row], runs: Path, folder: Path) -> str:

@@ -205,7 +205,8 @@ def _add_seeds(rows: list[Row]) -> None:
             groups[row.setting].append(row)
     for group in groups.values():
         key = "validation_accuracy" if all("validation_accuracy" in row.values for row in group) else "test_accuracy"
-        by_seed = {row.values.get("seed"): row.values[key] for row in group if key in row.values}
+        by_age = sorted(group, key=lambda row: row.values.get("date", ""))  # of several runs of one seed, the newest
+        by_seed = {row.values.get("seed"): row.values[key] for row in by_age if key in row.values}
         if len(by_seed) < 2:
             continue
         values = list(by_seed.values())

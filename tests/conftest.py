@@ -19,7 +19,7 @@ import pytest
 from launching import STUB, fake
 from small_runs import TEST_PER_CLASS, TINY, TRAIN_PER_CLASS
 
-from common.paths import PROJECT
+from common.paths import PROJECT, RUNS_OF_COMPARISON
 from common.stop_signal import StopSignal
 from image_data.preparation.prepare import prepare
 from records.run_data import RunData
@@ -170,6 +170,7 @@ def ask(signals, tmp_path, tiny, shapes, monkeypatch, capsys):
 
     (tmp_path / "tiny.toml").write_text(tiny.read_text())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(RUNS_OF_COMPARISON, "")  # compare.py sets it; other tests do not see it
 
     def ask(text: str = COMMON + VARIANTS, *words: str):
         (tmp_path / "gates.toml").write_text(text)

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 from comparisons import COMMON, VARIANTS, Ended, report
 
+import compare
 from common.errors import DatasetError
+from common.paths import RUNS_OF_COMPARISON
 from common.stop_signal import StopSignal
 from comparison import planning
 from comparison.planned_run import PlannedRun
@@ -32,6 +34,7 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(ask, invented, tmp_path):
 
 def test_a_plan_needs_no_dataset(ask, invented, tmp_path):
     code, out, _ = ask(COMMON + VARIANTS, "--dry-run", "--data-dir", str(tmp_path / "none"))
+    assert os.environ[RUNS_OF_COMPARISON] == str(tmp_path / "runs")  # its runs write the page of all runs there
     assert code == 0 and "is not prepared yet" in out and not (tmp_path / "none").exists()
 
 

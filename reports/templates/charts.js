@@ -1,5 +1,5 @@
 "use strict";
-// Groups of runs and their curves. A group is one run, or the runs of one setting that differ in their seed only.
+// Groups of runs and their curves. A group is one run, or the finished runs of one setting that differ in their seed only.
 
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const MOST_IN_ONE_LABEL = 12; // with more groups, the hover label shows one curve instead of all at an x value
@@ -23,11 +23,17 @@ function formatNumber(value, key = "") {
   return /(accuracy|loss|mean|sd)$/.test(key) ? value.toFixed(4) : String(Number(value.toPrecision(5)));
 }
 
-// Return [{name, rows}]: runs of one setting together where `fold` is set, otherwise every run alone.
+// Return [{name, rows}]: where `fold` is set, the newest finished runs of each seed of one setting together; every other run alone.
 function groupRuns(rows, fold) {
+  const newest = new Map();
+  for (const row of rows.filter((row) => fold && row.setting && row.state === "finished")) {
+    const key = `${row.setting} ${row.seed}`;
+    if (!(newest.get(key)?.date > row.date)) newest.set(key, row);
+  }
+  const folded = new Set(newest.values());
   const groups = new Map();
   rows.forEach((row, i) => {
-    const key = fold && row.setting ? row.setting : `alone ${i}`;
+    const key = folded.has(row) ? row.setting : `alone ${i}`;
     groups.set(key, [...(groups.get(key) ?? []), row]);
   });
   return [...groups.values()].map((members) => {
@@ -42,7 +48,8 @@ function pointsOf(row, metric, axis) {
   const curves = row.curves ?? {};
   const points = new Map();
   if (metric === "step_loss") {
-    const scale = axis === "epoch" || !curves[axis] ? 1 : curves[axis].at(-1) / curves.epoch.at(-1);
+    if (axis !== "epoch" && !curves[axis]) return points; // before the first evaluation its scale is not known
+    const scale = axis === "epoch" ? 1 : curves[axis].at(-1) / curves.epoch.at(-1);
     (curves.step_loss ?? []).forEach((y, i) => points.set(curves.step_loss_epoch[i], [curves.step_loss_epoch[i] * scale, y]));
   } else {
     (curves[metric] ?? []).forEach((y, i) => {

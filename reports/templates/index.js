@@ -175,8 +175,10 @@ function showConstants(constants) {
 async function start() {
   followDarkMode();
   const [data, DataTable] = await Promise.all([readData(), loadDataTables()]);
-  const name = data.columns.findIndex((column) => column.key === "name");
-  data.rows.forEach((row) => (row.name = row.values[name]));
+  for (const key of ["name", "seed", "state", "date"]) {
+    const i = data.columns.findIndex((column) => column.key === key);
+    data.rows.forEach((row) => (row[key] = row.values[i]));
+  }
   const table = makeTable(DataTable, data);
   let waiting = 0;
   const update = () => {

@@ -13,6 +13,7 @@ from programs import run as run_script
 from report_data import References, add_run
 
 from common.errors import RunError
+from common.paths import RUNS_OF_COMPARISON
 from config.settings import resolve
 from reports import index
 from reports.index import for_script, index_of, write_index
@@ -98,6 +99,8 @@ def test_a_run_of_a_comparison_belongs_to_the_page_of_all_runs(tmp_path, monkeyp
     (tmp_path / "linked").symlink_to(tmp_path / "disk")
     monkeypatch.setattr(index, "RUNS", tmp_path / "linked")
     assert index_of(tmp_path / "linked" / "pairs-small" / "mlp-seed0") == tmp_path / "linked"
+    monkeypatch.setenv(RUNS_OF_COMPARISON, str(tmp_path / "scratch"))  # compare.py --runs-dir scratch
+    assert index_of(tmp_path / "scratch" / "pairs-small" / "mlp-seed0") == tmp_path / "scratch"
 
 
 def test_the_command_writes_the_page_and_prints_the_list(page, tmp_path):

@@ -71,6 +71,21 @@ def test_seeds_of_one_setting_have_their_mean_and_spread(some):
     assert "seeds" not in rows["pairs-small/mlp-seed0"].values  # runs of two versions of the code have no mean
 
 
+def test_of_several_runs_of_one_seed_the_newest_counts(some):
+    older, newer = (some / "pairs-small" / name for name in ("mlp-seed0", "again"))
+    shutil.copytree(older, newer)
+    for new, old in ((newer, older), (older, newer)):
+        edit_facts(new, started="2026-06-02T12:00:00+00:00")
+        edit_facts(old, started="2026-06-01T12:00:00+00:00")
+        lines = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+        lines[-1]["test_accuracy"] = 0.25 + 0.5 * (new == newer)
+        (new / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows = by_name(read_table(some))
+        accuracies = [rows[f"pairs-small/{name}"].values["test_accuracy"] for name in (new.name, "mlp-seed1")]
+        values = rows["pairs-small/mlp-seed1"].values
+        assert values["seeds"] == 2 and values["seeds_mean"] == pytest.approx(statistics.mean(accuracies), abs=1e-6)
+
+
 def test_a_value_that_some_runs_lack_is_not_shared_by_all(tmp_path):
     for name, max_steps, options in (("a", None, {}), ("b", 100, {"hidden": 512})):
         add_run(tmp_path / name)
