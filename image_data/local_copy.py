@@ -27,7 +27,7 @@ def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
         files: also copy the image files, which only the `files` source reads.
 
     Raises:
-        DatasetError: the disk is too small or read-only, or a file cannot be copied.
+        DatasetError: the disk is too small or read-only, a file cannot be copied, or the existing copy is damaged.
     """
     digest = dataset.fingerprint.removeprefix("sha256:")[:16]
     folder = target / f"{name_of(dataset.folder)}-{digest}{'-files' if files else ''}"
@@ -42,7 +42,10 @@ def stage(dataset: Dataset, target: Path, files: bool) -> Dataset:
             f"cannot stage {dataset.folder} to {folder} ({error.strerror or error}: {error.filename or folder}). "
             "Choose another --stage-to, or omit it"
         ) from None
-    staged = Dataset.open(folder)
+    try:
+        staged = Dataset.open(folder)
+    except DatasetError:  # its own advice, to prepare the dataset again, does not apply to a copy
+        raise DatasetError(f"the copy {folder} is damaged. Delete it and start again") from None
     if staged.fingerprint != dataset.fingerprint:
         raise DatasetError(f"{folder} holds a different dataset than {dataset.folder}. Delete it and start again")
     return staged

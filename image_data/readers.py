@@ -19,12 +19,12 @@ UNKNOWN, AS_STORED, AS_PNG = range(3)  # the form in which DALI gets a file
 
 
 class PackedReader:
-    """Reads packed pixels, uint8 (N, S, S, 3), which stay in GPU memory if the device is a GPU."""
+    """Reads the `rows` of packed pixels, uint8 (N, S, S, 3), which stay in GPU memory if the device is a GPU."""
 
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
-        self.rows = rows
-        # On a CPU the array stays memory-mapped, so that the processes of a host share one copy.
-        self.pixels = torch.tensor(pixels, device=device) if device.type == "cuda" else pixels
+        self.rows, self.pixels = rows, pixels  # memory-mapped, so that the processes of a host share one copy
+        if device.type == "cuda":
+            self.rows, self.pixels = np.arange(len(rows)), torch.from_numpy(pixels[rows]).to(device)
 
     def read(self, positions: np.ndarray) -> Tensor | np.ndarray:
         """Return the images at `positions` of the split: uint8 (B, S, S, 3)."""
@@ -38,14 +38,16 @@ class PackedReader:
 
 
 class PaddedPackedReader(PackedReader):
-    """Reads packed pixels, padded by `padding` black pixels on each side; a random crop is one gather."""
+    """Reads the `rows` of packed pixels, padded by `padding` black pixels on each side; a random crop is one gather."""
 
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device, padding: int):
-        N, S, _, C = pixels.shape
-        self.rows, self.padding = rows, padding
+        N, (S, _, C) = len(rows), pixels.shape[1:]
+        self.padding = padding
         self.windows: Tensor | np.ndarray
         padded = np.zeros((N, C, S + 2 * padding, S + 2 * padding), dtype=np.uint8)
-        padded[:, :, padding : padding + S, padding : padding + S] = pixels.transpose(0, 3, 1, 2)
+        images = padded[:, :, padding : padding + S, padding : padding + S]
+        for i, row in enumerate(rows):  # not pixels[rows], which would need the memory twice
+            images[i] = pixels[row].transpose(2, 0, 1)
         if device.type == "cuda":
             on_device = torch.from_numpy(padded).to(device)
             self.windows = on_device.unfold(2, S, 1).unfold(3, S, 1)  # a view: (N, C, 2p+1, 2p+1, S, S)
@@ -59,7 +61,7 @@ class PaddedPackedReader(PackedReader):
         """
         if corner is None:
             corner = np.zeros((1, 2), dtype=np.int64)
-        at = self.rows[positions], *(corner.astype(np.int64) + self.padding).T
+        at = positions, *(corner.astype(np.int64) + self.padding).T
         if isinstance(self.windows, Tensor):
             device = self.windows.device
             rows, y, x = (torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for a in at)

@@ -96,6 +96,10 @@ def test_errors_of_staging_name_the_cause(dataset, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match="cannot stage .* Choose another --stage-to, or omit it"):
         stage(dataset, tmp_path / "file" / "below", files=False)
+    copy = stage(dataset, tmp_path, files=False)
+    copy.splits["test"].packed.unlink()
+    with pytest.raises(DatasetError, match=f"^the copy {copy.folder} is damaged. Delete it and start again$"):
+        stage(dataset, tmp_path, files=False)
 
 
 def test_synthetic_batches_have_the_shape_of_the_real_ones(dataset):
