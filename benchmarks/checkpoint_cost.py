@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.lib.options import add_data, add_settings, keep, step_settings
+from benchmarks.lib.options import add_data, add_settings, keep, output_file, output_folder, step_settings
+from benchmarks.lib.tables import cell
 from benchmarks.lib.timing import alternate, machine, spread, synchronize
 from common.machine import visible_gpus
 from config.command_line import Parser, at_least_one, run_cli
@@ -75,6 +76,8 @@ def main() -> int:
         deterministic=False,
     )
     facts = facts_of(options, dataset, dataset.folder, engine, training.source, steps_per_epoch, total_steps=10**9)
+    if args.runs_dir:
+        args.runs_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.runs_dir) as folder:
         record = RunFolder(Path(folder))
         record.create(facts)
@@ -139,10 +142,10 @@ def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: ar
         "",
         "| | seconds |",
         "|---|---:|",
-        f"| one training step | {words(step_seconds)} |",
-        f"| training waits for a checkpoint | {words(waited)} |",
-        f"| writing, verifying and renaming it, in the background | {words(written)} |",
-        f"| turn with a checkpoint minus adjacent turn without | {words(costs)} |",
+        f"| one training step | {cell(step_seconds, '.4f')} |",
+        f"| training waits for a checkpoint | {cell(waited, '.4f')} |",
+        f"| writing, verifying and renaming it, in the background | {cell(written, '.4f')} |",
+        f"| turn with a checkpoint minus adjacent turn without | {cell(costs, '.4f')} |",
         f"| between two checkpoints with default flags | {between:.1f} |",
         "",
         f"Share of training time: at most **{100 * share:.2f} %** "
@@ -162,11 +165,6 @@ def report(measured: dict[str, Any], steps_per_epoch: int, engine: Any, args: ar
             (args.out.with_suffix(".md"), text + "\n"),
             (args.out.with_suffix(".json"), json.dumps(facts, indent=1) + "\n"),
         )
-
-
-def words(of: Any) -> str:
-    """Return median (min .. max) as text."""
-    return f"{of.median:.4f} ({of.minimum:.4f} .. {of.maximum:.4f})"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -191,12 +189,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     how.add_argument(
         "--runs-dir",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="folder on the disk to measure (default: the system's temporary folder)",
     )
     kept = parser.add_argument_group("output")
-    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
+    kept.add_argument("--out", type=output_file, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
     return parser.parse_args()
 
 

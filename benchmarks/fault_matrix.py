@@ -28,8 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.faults import FAULTS, Round, TooLate, small_disk
-from benchmarks.lib.options import keep, some_of
+from benchmarks.lib.options import keep, output_file, some_of
 from benchmarks.lib.timing import machine
+from common.errors import UserError
 from config.command_line import Parser, at_least_one, run_cli
 from image_data.preparation.prepare import prepare
 from records.checkpoint_store import UNFINISHED, step_of
@@ -116,12 +117,14 @@ def difference(record: RunFolder, undisturbed: RunFolder) -> str | None:
 def main() -> int:
     args = parse_arguments()
     faults = args.faults
+    if "disk-full" in faults and not may_mount():
+        faults.remove("disk-full")
+        if not faults:
+            raise UserError("disk-full needs a process that may mount a disk; run as root, or choose other --faults")
+        print("warning: skipping disk-full: this process may not mount a disk")
     work = Path(tempfile.mkdtemp(prefix="faults-"))
     words = make_scene(work)
     undisturbed, seconds, operations = run_undisturbed(work, words)
-    if "disk-full" in faults and not may_mount(work):
-        print("warning: skipping disk-full: this process may not mount a disk")
-        faults.remove("disk-full")
     began = time.monotonic()
     plan = [(faults[i % len(faults)], args.seed + i) for i in range(args.rounds or 2 * len(faults))]
     with ThreadPoolExecutor(args.at_once) as pool:
@@ -165,12 +168,13 @@ def run_undisturbed(work: Path, words: list[str]) -> tuple[RunFolder, float, int
     return now.record, seconds, int(done.out.rsplit("operations ", 1)[1])
 
 
-def may_mount(work: Path) -> bool:
-    try:
-        with small_disk(work / "try"):
-            return True
-    except RuntimeError:
-        return False
+def may_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with small_disk(Path(folder) / "try"):
+                return True
+        except RuntimeError:
+            return False
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -251,7 +255,7 @@ def parse_arguments() -> argparse.Namespace:
         help="concurrent rounds (default: one per core)",
     )
     kept = parser.add_argument_group("output")
-    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
+    kept.add_argument("--out", type=output_file, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
     return parser.parse_args()
 
 

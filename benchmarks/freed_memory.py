@@ -62,7 +62,12 @@ def turn(name: str, options: argparse.Namespace) -> dict[str, Any]:
     words = [word for override in options.set for word in ("--set", override)]
     command = [sys.executable, str(PROGRAM), "--worker", "--preset", options.preset, *words]
     command += ["--steps", str(options.steps), "--warm-up", str(options.warm_up)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunError(
+            f"the process with memory {name} was still running after {LIMIT_SECONDS:g} s. Choose a smaller --steps"
+        ) from None
     if done.returncode:
         raise RunError(f"the process with memory {name} failed: {last_error(done.stderr) or done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

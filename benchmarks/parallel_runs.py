@@ -36,7 +36,7 @@ from benchmarks.lib.timing import alternate, machine, ratios, spread
 from common.errors import RunError
 from common.paths import PROJECT
 from common.text import last_error
-from config.command_line import Parser, at_least_one, run_cli
+from config.command_line import Parser, above_zero, at_least_one, run_cli
 from image_data.preparation.decoding import available_cores
 
 WORKER = PROJECT / "benchmarks/lib/parallel_worker.py"
@@ -105,7 +105,7 @@ def arguments() -> argparse.Namespace:
         "--runs", type=several(int), default=[1, 2, 4, 8], metavar="N,N", help="runs at once (default: 1,2,4,8)"
     )
     measurement.add_argument(
-        "--seconds", type=float, default=10.0, metavar="S", help="length of a turn (default: %(default)s)"
+        "--seconds", type=above_zero, default=10.0, metavar="S", help="length of a turn (default: %(default)s)"
     )
     measurement.add_argument(
         "--rounds", type=at_least_one, default=3, metavar="N", help="turns of each number (default: %(default)s)"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import SettingsError, unknown
 from common.paths import PROJECT
-from config.command_line import Parser, run_cli  # noqa: E402
+from config.command_line import Parser, above_zero, run_cli
 from config.settings import preset_names, resolve
 
 DOCUMENT = PROJECT / "docs" / "recipes.md"
@@ -153,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--peak",
-        type=float,
+        type=above_zero,
         default=PEAK,
         metavar="TFLOPS",
         help=f"peak TFLOP/s of the GPU in bf16 (default: {PEAK:g}, an H200)",

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.lib.options import output_file
 from common.files import write_atomically
 from common.machine import cpu_name
 from common.paths import PROJECT
@@ -45,7 +46,7 @@ def main() -> int:
         write_runs(runs, args.runs, args.epochs, args.losses)
         cold = seconds_of(runs, "--index")
         warm = [seconds_of(runs, "--index") for _ in range(args.repeats)]
-        add_epoch(next(path.parent for path in runs.glob("*/run.json")))
+        add_epoch(next(runs.rglob("run.json")).parent)
         changed = seconds_of(runs, "--index")
         listed = seconds_of(runs, "--list", "--sort", "test_accuracy")
         sizes = {name: (runs / name).stat().st_size / 1e6 for name in ("index.html", ".index-cache.json")}
@@ -194,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
         "--repeats", type=at_least_one, default=5, metavar="N", help="rebuilds with a warm cache (default: 5)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="also write the result to this JSON file (default: none)"
+        "--out", type=output_file, metavar="FILE", help="also write the result to this JSON file (default: none)"
     )
     return parser.parse_args()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.lib.options import keep, origin, some_of
+from benchmarks.lib.options import keep, origin, output_file, some_of
 from common.machine import visible_gpus
 from common.text import type_and_first_line
 from config.command_line import Parser, run_cli
@@ -289,7 +289,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="A,B",
         help=f"parts to time: {', '.join(PARTS)} (default: all)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file (default: none)")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write all measurements to this file (default: none)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import tables
-from benchmarks.lib.options import add_data, add_settings, keep, origin, step_settings
+from benchmarks.lib.options import add_data, add_settings, keep, origin, output_file, step_settings
 from benchmarks.lib.timing import alternate, machine, spread, synchronize
 from common.machine import visible_gpus
 from common.text import type_and_first_line
@@ -230,7 +230,7 @@ def add_measurement(parser: Parser, gpu: bool, rounds: str) -> None:
     ):
         how.add_argument(name, type=at_least_one, default=count, metavar="N", help=f"{text} (default: {count})")
     parser.add_argument_group("output").add_argument(
-        "--json", type=Path, metavar="FILE", help="write all measurements to this JSON file (default: none)"
+        "--json", type=output_file, metavar="FILE", help="write all measurements to this JSON file (default: none)"
     )
 
 

@@ -32,12 +32,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib import strategy_report
 from benchmarks.lib.link_model import Link
-from benchmarks.lib.options import add_data, add_settings, keep, note, origin, several, some_of, step_settings
+from benchmarks.lib.options import (
+    add_data,
+    add_settings,
+    keep,
+    note,
+    origin,
+    output_folder,
+    several,
+    some_of,
+    step_settings,
+)
 from benchmarks.lib.process_groups import Failed, Fresh, Start, device_environment, run_group
 from benchmarks.lib.timing import alternate, machine, ratios
 from common.errors import DatasetError, SettingsError
 from common.machine import visible_gpus
-from config.command_line import Parser, at_least_one, run_cli
+from config.command_line import Parser, above_zero, at_least_one, run_cli
 from config.settings import ParallelSettings, Settings
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
@@ -302,7 +312,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     how.add_argument(
         "--limit-seconds",
-        type=float,
+        type=above_zero,
         default=600,
         metavar="S",
         help="time limit of a measurement in seconds (default: %(default)s)",
@@ -330,7 +340,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="latency between hosts in microseconds (default: 50)",
     )
     kept = parser.add_argument_group("output")
-    kept.add_argument("--out", type=Path, metavar="DIR", help="folder for the report and its plots (default: none)")
+    kept.add_argument(
+        "--out", type=output_folder, metavar="DIR", help="folder for the report and its plots (default: none)"
+    )
     options = parser.parse_args(arguments)
     if gpus and max(options.processes) > gpus:
         parser.error(

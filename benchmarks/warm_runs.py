@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.lib.options import add_data, add_settings, keep, origin
+from benchmarks.lib.options import add_data, add_settings, keep, origin, output_file
 from benchmarks.lib.timing import machine
 from common.errors import RunError
 from common.machine import visible_gpus
@@ -165,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
         "--steps", type=at_least_one, default=2, metavar="N", help="optimizer steps of a run (default: %(default)s)"
     )
     kept = parser.add_argument_group("output")
-    kept.add_argument("--out", type=Path, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
+    kept.add_argument("--out", type=output_file, metavar="PATH", help="write PATH.json and PATH.md (default: none)")
     return parser.parse_args()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.lib.options import keep
+from benchmarks.lib.options import keep, output_file
 from benchmarks.lib.peak_flops import data_sheet, measured_flops
 from benchmarks.lib.timing import machine
 from config.command_line import Parser
@@ -85,7 +85,7 @@ def main() -> None:
         "Device, driver and measured throughput of this machine, as one small JSON file.",
         example="python benchmarks/lib/device_facts.py device.json",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="output file")
+    parser.add_argument("file", type=output_file, metavar="FILE", help="output file")
     args = parser.parse_args()
     import torch  # after the arguments, so that --help answers at once
 

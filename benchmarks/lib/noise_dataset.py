@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.lib.options import output_folder
 from config.command_line import Parser, at_least_one
+from image_data.dataset import LIST_FILES
 
 CLASSES, SIDE, SEED = 100, 32, 0
-LISTS = {"train": "training_file_list.txt", "test": "test_file_list.txt"}
 
 
 def write(folder: Path, num_train: int = 50_000) -> None:
@@ -25,7 +26,7 @@ def write(folder: Path, num_train: int = 50_000) -> None:
     for name, count in counts.items():
         np.save(folder / "packed" / f"{name}.npy", rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8))
         lines = (f"{name}/{i % CLASSES:03d}/{i:06d}.png\t{i % CLASSES}\n" for i in range(count))
-        (folder / LISTS[name]).write_text("".join(lines))
+        (folder / LIST_FILES[name]).write_text("".join(lines))
     (folder / "labels.txt").write_text("".join(f"{i:03d}\n" for i in range(CLASSES)))
     facts = {
         "fingerprint": "sha256:" + "0" * 64,
@@ -47,7 +48,7 @@ def main() -> None:
         "Write a prepared dataset of random pixels with the sizes of CIFAR-100.",
         example="python benchmarks/lib/noise_dataset.py runs/noise --images 2000",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder")
+    parser.add_argument("folder", type=output_folder, metavar="FOLDER", help="output folder")
     parser.add_argument(
         "--images", type=at_least_one, default=50_000, metavar="N", help="training images (default: %(default)s)"
     )

@@ -4,6 +4,7 @@ data = add_data(parser)                                        --data-dir and --
 add_settings(parser, "spt-lsa")                                --preset and --set
 parser.add_argument("--jobs", type=some_of("job", JOBS), ...)   names separated by commas, in the order of the table
 parser.add_argument("--hosts", type=several(int), ...)         numbers separated by commas
+parser.add_argument("--out", type=output_file, ...)            a path that is checked before the measurement
 settings = step_settings(options.preset, options.set)          the settings of a training step that is measured
 report = {**origin(), ...}                                     command, commit and versions of the measurement
 keep((options.json, text), (options.markdown, table))          the files that the user asked for
@@ -13,12 +14,14 @@ note("round 1 of 3")                                           progress on stder
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import unknown
+from common.errors import SettingsError, unknown
+from common.output_files import check_new_folder
 from common.text import without_paths
 from config.catalog import SOURCES
 from config.command_line import Parser
@@ -49,10 +52,7 @@ def add_settings(parser: Parser, preset: str) -> argparse._ArgumentGroup:
     """Add the options for the network and its training and return their group."""
     group = parser.add_argument_group("what to train")
     group.add_argument(
-        "--preset",
-        default=preset,
-        metavar="NAME",
-        help="preset name or .toml file (default: cpu without a GPU, else spt-lsa)",
+        "--preset", default=preset, metavar="NAME", help="preset name or .toml file (default: %(default)s)"
     )
     group.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting; may be repeated"
@@ -73,12 +73,34 @@ def add_reports(parser: Parser) -> argparse._ArgumentGroup:
     """Add the options for output files and return their group."""
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all measurements to this JSON file (default: none)"
+        "--json", type=output_file, metavar="FILE", help="write all measurements to this JSON file (default: none)"
     )
     group.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the tables to this Markdown file (default: none)"
+        "--markdown", type=output_file, metavar="FILE", help="write the tables to this Markdown file (default: none)"
     )
     return group
+
+
+def output_folder(text: str) -> Path:
+    """Return the path of a folder to write into, which may not exist yet: the `type` of an option."""
+    path = Path(os.path.expanduser(text))
+    try:
+        check_new_folder(path, "folder")
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file to write, whose folder may not exist yet: the `type` of an option."""
+    path = Path(os.path.expanduser(text))
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if not path.exists():
+        output_folder(str(path.parent))
+    elif not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} is not writable; choose another file")
+    return path
 
 
 def some_of(kind: str, known: Collection[str], none: bool = False) -> Callable[[str], list[str]]:

@@ -46,7 +46,7 @@ def test_a_run_survives(scene, fault):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_survives_every_fault(scene, fault):
-    if fault == "disk-full" and not may_mount(scene.folder):
+    if fault == "disk-full" and not may_mount():
         pytest.skip("this process may not mount a disk")
     for seed in range(2, 5):
         survives(scene, fault, seed)

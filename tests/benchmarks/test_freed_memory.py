@@ -8,6 +8,7 @@ from argparse import Namespace
 import programs
 import pytest
 
+from benchmarks import freed_memory
 from benchmarks.freed_memory import BASELINE, OURS, rows, turn
 from common.errors import RunError
 
@@ -35,7 +36,10 @@ def test_a_process_trains_and_prints_its_measurements(tiny):
     assert found.keys() == facts(1).keys() and found["images_per_second"] > 0
 
 
-def test_a_process_that_fails_is_named():
+def test_a_process_that_fails_or_hangs_is_named(monkeypatch):
     options = Namespace(preset="cpu-quick", set=["model.width=-1"], steps=1, warm_up=1, threads=1)
     with pytest.raises(RunError, match="the process with memory kept failed: error: .*width"):
+        turn(OURS, options)
+    monkeypatch.setattr(freed_memory, "LIMIT_SECONDS", 0.01)
+    with pytest.raises(RunError, match=r"kept was still running after 0\.01 s"):
         turn(OURS, options)
