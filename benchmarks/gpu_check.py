@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.check import Check, NotReached, Part, Skipped
 from benchmarks.lib.gpu_check_parts import FIRST, PARTS
 from benchmarks.lib.gpu_check_phases import PHASES
-from benchmarks.lib.options import origin
+from benchmarks.lib.options import origin, output_folder
 from common.errors import unknown
 from common.machine import visible_gpus
 from common.paths import PROJECT
 from common.text import last_error
-from config.command_line import Parser
+from config.command_line import Parser, above_zero
 from records.provenance import commit_text
 
 MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
@@ -139,16 +140,16 @@ def run_command(command: Sequence[str], log: Path, limit_seconds: float, check: 
 
 
 def end(child: subprocess.Popen) -> None:
-    """End all remaining processes of a command's session."""
-    try:
-        os.killpg(child.pid, signal.SIGTERM if child.poll() is None else signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    try:
-        child.wait(5)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    """End all remaining processes of a command's session; its own process group first gets five seconds."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait(5)
+    for folder in Path("/proc").glob("[0-9]*"):  # jobs of a shell with `set -m` have process groups of their own
+        with suppress(ProcessLookupError):
+            if os.getsid(int(folder.name)) == child.pid:
+                os.kill(int(folder.name), signal.SIGKILL)
+    child.wait()
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -196,7 +197,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="shorter parts: under three minutes on a large GPU")
     parser.add_argument(
         "--minutes",
-        type=float,
+        type=above_zero,
         metavar="N",
         help="run the timed phases in order of value, and end after N minutes (default: no limit, all parts)",
     )
@@ -214,14 +215,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=Path,
-        default=PROJECT / "runs" / "gpu-check",
+        type=output_folder,
+        default=str(PROJECT / "runs" / "gpu-check"),
         metavar="DIR",
         help="output folder (default: runs/gpu-check)",
     )
     options = parser.parse_args(arguments)
-    if options.minutes is not None and not options.minutes > 0:
-        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     if options.small and options.minutes is None:
         options.minutes = SMALL_MINUTES
     if options.archive and not options.archive.is_file():

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from comparisons import COMMON, VARIANTS, Ended, report
 
-import compare
 from common.errors import DatasetError
 from common.paths import RUNS_OF_COMPARISON
 from common.stop_signal import StopSignal

@@ -31,6 +31,7 @@ from config.settings import resolve
 from image_data.dataset import Dataset
 
 SEEDS = (0, 1, 2)
+SOURCE = ("--source", "tensor")  # it needs no DALI, and is the fastest on a GPU
 SMALL_IMAGES = 2_000
 SMALL = ["train_batch_size=32", "model.depth=1", "model.width=32", "model.feed_forward_options.hidden=32"]
 SMALL += ["model.patch_embedding_options.first=8", "bf16.enabled=false", "compile=off"]
@@ -72,11 +73,6 @@ def noise_images(check: Check) -> int:
 def overrides(check: Check) -> list[str]:
     """Return the settings of a rehearsal as flags."""
     return [word for override in SMALL for word in ("--set", override)] if check.small else []
-
-
-def source() -> list[str]:
-    """Return the input backend as flags: `tensor` needs no DALI, and is the fastest on a GPU."""
-    return ["--source", "tensor"]
 
 
 # --- data and tests ---------------------------------------------------------------------------------------------------
@@ -159,7 +155,7 @@ def input_commands(check: Check) -> list[list[str]]:
 
 def profile_commands(preset: str) -> Any:
     def commands(check: Check) -> list[list[str]]:
-        words = ["--preset", preset, "--data-dir", data_of(check), *source(), *overrides(check)]
+        words = ["--preset", preset, "--data-dir", data_of(check), *SOURCE, *overrides(check)]
         return [program("benchmarks/step_profile.py", *words, "--json", check.file(f"profile-{preset}.json"))]
 
     return commands
@@ -190,7 +186,7 @@ def step_commands(check: Check, name: str, strategies: str, baselines: str, comp
     sizes = ["--steps", 30, "--warm-up", 8, "--rounds", 3, "--precision", "bf16", "--compile", compile]
     if check.small:
         sizes = ["--steps", 1, "--warm-up", 1, "--rounds", 1, "--precision", "fp32", "--compile", "off"]
-    words = ["--preset", "speedrun", "--data-dir", data_of(check), *source(), "--threads", 1, *small_step(check)]
+    words = ["--preset", "speedrun", "--data-dir", data_of(check), *SOURCE, "--threads", 1, *small_step(check)]
     words += ["--strategies", strategies, "--baselines", baselines, *sizes]
     return [program("benchmarks/training_step.py", *words, *output(check, name))]
 
@@ -244,7 +240,7 @@ def train(check: Check, name: str, preset: str, *words: object) -> list[str]:
         "--preset",
         preset,
         *places,
-        *source(),
+        *SOURCE,
         "--no-tensorboard",
         "--fresh",
         *words,
@@ -259,7 +255,7 @@ def seeds_commands(check: Check) -> list[list[str]]:
         name = f"speedrun-seed{seed}"
         commands.append(train(check, name, "speedrun", "--seed", seed))
         report = ["--json", check.file(f"{name}.evaluation.json")]
-        commands.append(program("evaluate.py", check.file("runs") / name, *source(), *report))
+        commands.append(program("evaluate.py", check.file("runs") / name, *SOURCE, *report))
     return commands
 
 

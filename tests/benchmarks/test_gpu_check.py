@@ -22,7 +22,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.lib import gpu_check_phases as phases
 from benchmarks.lib.check import Check, NotReached, Part, Skipped
-from benchmarks.lib.gpu_check_parts import PARTS, train_figures
+from benchmarks.lib.gpu_check_parts import PARTS, strategies_figures, train_figures
 from benchmarks.lib.gpu_check_phases import PHASES
 from common.paths import PROJECT
 from image_data.dataset import Dataset
@@ -140,15 +140,16 @@ def test_commands_of_a_part_can_run_at_once(monkeypatch, tmp_path):
     assert "exit code 3" in report["parts"][1]["words"] and "failing-3.log" in report["parts"][1]["words"]
 
 
-def test_what_a_part_left_running_is_ended(monkeypatch, tmp_path):
-    """A process that a part started in its session and that outlives it."""
+@pytest.mark.parametrize("group", ["None", "os.setpgrp"], ids=["of the part", "of its own"])
+def test_what_a_part_left_running_is_ended(monkeypatch, tmp_path, group):
+    """A process that a part started in its session, in some process group, and that outlives it."""
     mark, daemon = tmp_path / "mark", tmp_path / "daemon.py"
     daemon.write_text(
         f"import pathlib, time\nwhile True:\n"
         f"    pathlib.Path({str(mark)!r}).write_text(str(time.time()))\n    time.sleep(0.05)\n"
     )
     code = (
-        f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, {str(daemon)!r}])\n"
+        f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, {str(daemon)!r}], preexec_fn={group})\n"
         f"while not os.path.exists({str(mark)!r}): time.sleep(0.05)\nprint('left it')"
     )
     assert check_with(monkeypatch, tmp_path, {"one": part(code)})[0] == 0
@@ -405,7 +406,7 @@ def test_the_phases_come_in_order_of_value():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--minutes", "0"], "--minutes must be above 0, got 0"),
+        (["--minutes", "0"], "--minutes: must be a number above 0, not 0"),
         (["--minutes", "5", "--quick"], "--quick does not apply to --minutes"),
         (["--small", "--parts", "seed"], "did you mean 'seeds'?"),
     ],
@@ -422,6 +423,19 @@ def test_a_memory_floor_that_was_not_counted_is_left_out(shapes, tmp_path):
     (tmp_path / "profile-100ep.json").write_text(json.dumps(report))
     figures = PHASES["step-100ep"].read(Check(tmp_path, 1, False, shapes, None), "")
     assert list(figures) == ["on"] and "10.00 ms per step, 10,000 images/s" in figures["on"]
+
+
+def test_strategies_without_a_reference_have_no_speed_up(tmp_path):
+    common = {"processes": 2, "failed": None, "images_per_second": [100.0]}
+    rows = [{"name": "one process", "processes": 1, "failed": "no memory"}, {"name": "ddp", **common}]
+    rows.append({"name": "fsdp", **common, "speed_up": [1.5]})
+    (tmp_path / "strategies").mkdir()
+    (tmp_path / "strategies" / "strategies.json").write_text(json.dumps({"rows": rows}))
+    assert strategies_figures(Check(tmp_path, 2, False, None, None), "") == {
+        "one process x 1": "no memory",
+        "ddp x 2": "100 images/s",
+        "fsdp x 2": "100 images/s, 1.50 x one process",
+    }
 
 
 def test_the_long_recipe_gets_the_epochs_that_fit(shapes, tmp_path):
