@@ -3,7 +3,7 @@
     python benchmarks/step_settings.py --preset speedrun --variant compile=reduce-overhead
     python benchmarks/step_settings.py --preset 100ep --variant "bf16.enabled=masters compile=reduce-overhead"
 
-In: a prepared dataset. Out: a table and, with --json, all measurements, written after each turn and each profile.
+In: a prepared dataset. Out: a table and, with --json, all measurements, written after each start, turn and profile.
 
 The baseline is the preset with --set; each --variant adds settings, separated by spaces. Every variant has an engine of
 its own (strategy ddp unless --strategy names another), all of them in one process on the same device, and they take
@@ -16,7 +16,8 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ BASELINE = "baseline"
 
 
 def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Time the turns, then profile some steps of each variant. The report is written after each of these."""
+    """Start all variants, time their turns, then profile some steps of each. The report is written after each of these.
+
+    Raises whatever the baseline raises; another variant that fails is reported, and has no further turns.
+    """
     from benchmarks.lib.memory_floor import copy_bandwidth
     from benchmarks.lib.workload import Subject, Workload
     from parallel import process_group
@@ -49,22 +53,12 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     device = process_group.pick_device()
     report |= {"machine": machine(device), "copy_bytes_per_second": copy_bandwidth(device), "variants": {}}
     works: dict[str, Workload] = {}
-    for name in (BASELINE, *options.variant):
-        words = [] if name == BASELINE else name.split()
-        found: dict[str, Any] = {"settings": words}
-        report["variants"][name] = found
+
+    def start(name: str, found: dict[str, Any]) -> None:
         began, before = time.perf_counter(), allocated_bytes(device)
-        try:
-            settings = step_settings(options.preset, [*options.set, *words], strategy=options.strategy)
-            subject = Subject(settings, options.data_dir)
-            works[name] = Workload(subject, options.source, TOTAL_STEPS)
-            found |= warm_up(works[name], lambda: None, options.warm_up, device)
-        except Exception as error:  # of any of the settings; the other variants are worth their time
-            if name == BASELINE:
-                raise
-            found["failed"] = type_and_first_line(error)
-            works.pop(name, None)
-            continue
+        settings = step_settings(options.preset, [*options.set, *found["settings"]], strategy=options.strategy)
+        works[name] = Workload(Subject(settings, options.data_dir), options.source, TOTAL_STEPS)
+        found |= warm_up(works[name], lambda: None, options.warm_up, device)
         if found["memory_bytes"]:
             found["memory_bytes"] -= before
         found |= {"engine": works[name].engine.describe(), "batch": works[name].engine.batch_sizes.total}
@@ -72,14 +66,34 @@ def measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
         if name == BASELINE:
             report["bytes_per_step"], report["problem"] = memory_floor_bytes(works[name])
         print(f"ready: {name} in {found['start_seconds']:.1f} s", flush=True)
-    turns = {
-        name: lambda name=name: turn(works[name], lambda: None, options.steps, device, report["variants"][name])
-        for name in works
-    }
-    alternate(turns, options.rounds, lambda *_: write(options, report))
-    for name, work in works.items():
-        report["variants"][name] |= profile_steps(work, options.profiled_steps, device)
+
+    def take_turn(name: str, found: dict[str, Any]) -> None:
+        turn(works[name], lambda: None, options.steps, device, found)
+
+    def take_profile(name: str, found: dict[str, Any]) -> None:
+        found |= profile_steps(works[name], options.profiled_steps, device)
+
+    def attempt(work: Callable[[str, dict[str, Any]], None], name: str) -> None:
+        """Do a piece of work of a variant, unless an earlier one failed."""
+        found = report["variants"][name]
+        if "failed" in found:
+            return
+        try:
+            work(name, found)
+        except Exception as error:  # of any of the settings; the other variants are worth their time
+            if name == BASELINE:
+                raise
+            found["failed"] = type_and_first_line(error)
+            if failed := works.pop(name, None):
+                failed.feed.batches.close()  # not the engine, whose process group the others use
         write(options, report)
+
+    for name in (BASELINE, *options.variant):
+        report["variants"][name] = {"settings": [] if name == BASELINE else name.split()}
+        attempt(start, name)
+    alternate({name: partial(attempt, take_turn, name) for name in report["variants"]}, options.rounds)
+    for name in report["variants"]:
+        attempt(take_profile, name)
     for work in works.values():
         work.close()
 
