@@ -35,6 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.lib.mutant_trial import OUTCOMES, SURVIVED, UNTESTED, Trial, Verdict
 from benchmarks.lib.mutants import Mutant, sample
+from benchmarks.lib.options import output_folder
 from common.errors import UserError
 from common.files import write_atomically
 from common.machine import cpu_name
@@ -118,7 +119,11 @@ def parse_arguments() -> argparse.Namespace:
         help="record why a survivor is equivalent, and end (default: none)",
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder of mutation.json and .md (default: results)"
+        "--out",
+        type=output_folder,
+        default=str(RESULTS),
+        metavar="DIR",
+        help="folder of mutation.json and .md (default: results)",
     )
     return parser.parse_args()
 
@@ -156,8 +161,13 @@ class Report:
         The report then covers at least these mutants.
         """
         self.content["sample"] = max(self.content["sample"], len(chosen))
+        self.content["untested"] = sorted({mutant.name for mutant in chosen} - self.tested())
         outcomes = {entry["id"]: "explained" if "reason" in entry else entry["outcome"] for entry in self.mutants}
         return [mutant for mutant in chosen if outcomes.get(mutant.name) in (None, again)]
+
+    def tested(self) -> set[str]:
+        """Return the names of the mutants with a verdict, also of those that the present commit no longer has."""
+        return {entry["id"] for entry in self.mutants if entry["outcome"] != UNTESTED}
 
     def add(self, mutant: Mutant, diff: str, verdict: Verdict, commit: str, seconds: float) -> None:
         """Record and print a verdict; one that replaces an earlier verdict keeps it as `first_outcome`."""
@@ -204,7 +214,7 @@ class Report:
     def markdown(self) -> str:
         """Return the page: totals, one row per package, and every survivor with its diff and reason."""
         survivors = [entry for entry in self.mutants if entry["outcome"] == SURVIVED]
-        left = self.content["sample"] - sum(entry["outcome"] != UNTESTED for entry in self.mutants)
+        left = len(set(self.content.get("untested", [])) - self.tested())
         at_first = sum(entry["first_outcome"] == SURVIVED for entry in self.mutants)
         commits = sorted({entry["commit"][:10] for entry in self.mutants})
         lines = [

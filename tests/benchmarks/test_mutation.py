@@ -188,16 +188,16 @@ def test_a_mutant_is_killed_by_a_test_that_passes_without_it(tmp_path, monkeypat
 
 
 def test_the_report_counts_and_a_survivor_is_explained(tmp_path, capsys):
-    report = mutation.Report(tmp_path, seed=0, sample_size=9)
-    first, second, third = itertools.islice(sample({"models/a.py": SOURCE}, seed=0), 3)
+    report = mutation.Report(tmp_path, seed=0, sample_size=4)
+    drawn = list(itertools.islice(sample({"models/a.py": SOURCE}, seed=0), 4))
+    first, second, third, _ = report.left(drawn, None)
     report.add(first, "-a\n+b", Verdict(SURVIVED, None, 2, 3), "abc", 1.0)
     report.add(second, "-c\n+d", Verdict(KILLED, "tests/a.py::test_b", 0, 3), "abc", 1.0)
     report.add(third, "-e\n+f", Verdict(UNTESTED, None, 0, 3), "abc", 1.0)
     page = (tmp_path / "mutation.md").read_text()
-    assert "**1 of 2 mutants noticed, too few for a share.** Of the sample of 9, 7 have not been tested." in page
+    assert "**1 of 2 mutants noticed, too few for a share.** Of the sample of 4, 2 have not been tested." in page
     assert "| models | 3 | 1 | 0 | 1 | 1 |" in page and "2 of 3 test files ran to their end" in page
-    again = mutation.Report(tmp_path, seed=0, sample_size=9)
-    drawn = list(itertools.islice(sample({"models/a.py": SOURCE}, seed=0), 4))
+    again = mutation.Report(tmp_path, seed=0, sample_size=4)
     assert again.left(drawn, None) == drawn[3:] and again.left(drawn, SURVIVED) == [first, drawn[3]]
     again.explain(first.name, "both give the same")
     assert again.left(drawn, SURVIVED) == drawn[3:]
@@ -219,9 +219,19 @@ def test_the_report_counts_and_a_survivor_is_explained(tmp_path, capsys):
 def test_the_report_counts_a_sample_of_another_size(tmp_path, size, left):
     report = mutation.Report(tmp_path, seed=0, sample_size=2)
     drawn = list(itertools.islice(sample({"models/a.py": SOURCE}, seed=0), 5))
+    report.left(drawn[:2], None)
     for mutant in drawn[:2]:
         report.add(mutant, "-a\n+b", Verdict(KILLED, "tests/a.py::test_b", 0, 3), "abc", 1.0)
     again = mutation.Report(tmp_path, seed=0, sample_size=200)  # the default of --explain, which draws nothing
     assert "Of the sample of 2, 0 have not been tested." in again.markdown()
     again.left(drawn[:size], None)
     assert f"Of the sample of {max(2, size)}, {left} have not been tested." in again.markdown()
+
+
+def test_mutants_of_lines_that_were_edited_since_do_not_count_as_tested(tmp_path):
+    report = mutation.Report(tmp_path, seed=0, sample_size=2)
+    drawn = list(itertools.islice(sample({"models/a.py": SOURCE}, seed=0), 4))
+    for mutant in report.left(drawn[:2], None):
+        report.add(mutant, "-a\n+b", Verdict(KILLED, "tests/a.py::test_b", 0, 3), "abc", 1.0)
+    assert report.left(drawn[1:3], None) == [drawn[2]]
+    assert "Of the sample of 2, 1 have not been tested." in report.markdown()
