@@ -24,6 +24,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from benchmarks.lib.options import add_data, add_reports, keep, note, origin, so
 from benchmarks.lib.timing import SETTLE_SECONDS, alternate, cpu_seconds, machine, ratios
 from common.errors import DatasetError, UserError
 from common.machine import visible_gpus
-from config.command_line import Parser, at_least_one, run_cli
+from config.command_line import Parser, above_zero, at_least_one, run_cli
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
 
@@ -65,27 +66,7 @@ def measure(
 
     `write` gets the turns so far after each turn.
     """
-    made, measured, skipped = {}, {}, {}
-    for name in makers:
-        try:
-            loader = makers[name](dataset, task)
-            note(f"{task.job}: warming up {name}")
-            window, mean, std = loader.warm_up()
-        except (Unavailable, UserError, ImportError, OSError) as reason:  # of a package, or of the dataset's files
-            skipped[name] = str(reason)
-            note(f"{task.job}: skipping {name}: {reason}")
-            continue
-        made[name] = loader
-        epochs = max(1, math.ceil(turn_seconds * window.rate / window.images))
-        measured[name] = {
-            "images_per_epoch": window.images,
-            "epochs_per_turn": epochs,
-            "output_mean": mean,
-            "output_std": std,
-            "versions": loader.versions,
-            "images_per_second": [],
-            "cpu_us_per_image": [],
-        }
+    turns, measured, skipped = {}, {}, {}
 
     def add(number: int, name: str, turn: Turn) -> None:
         measured[name]["images_per_second"].append(turn.images_per_second)
@@ -96,10 +77,29 @@ def measure(
         )
         write({"loaders": {name: facts for name, facts in measured.items() if facts["images_per_second"]}})
 
-    turns = {name: partial(take_turn, made[name], measured[name]["epochs_per_turn"]) for name in made}
-    alternate(turns, rounds, add)
-    for loader in made.values():
-        loader.close()
+    with ExitStack() as closing:
+        for name in makers:
+            try:
+                loader = makers[name](dataset, task)
+                closing.callback(loader.close)
+                note(f"{task.job}: warming up {name}")
+                window, mean, std = loader.warm_up()
+            except (Unavailable, UserError, ImportError, OSError) as reason:  # of a package, or of the dataset's files
+                skipped[name] = str(reason)
+                note(f"{task.job}: skipping {name}: {reason}")
+                continue
+            epochs = max(1, math.ceil(turn_seconds * window.rate / window.images))
+            turns[name] = partial(take_turn, loader, epochs)
+            measured[name] = {
+                "images_per_epoch": window.images,
+                "epochs_per_turn": epochs,
+                "output_mean": mean,
+                "output_std": std,
+                "versions": loader.versions,
+                "images_per_second": [],
+                "cpu_us_per_image": [],
+            }
+        alternate(turns, rounds, add)
     return {
         "loaders": measured,
         "skipped": skipped,
@@ -170,11 +170,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--ffcv-python", metavar="FILE", help="Python interpreter with FFCV (default: this one)")
     how = parser.add_argument_group("measurement")
+    devices = ["cuda", "cpu"] if visible_gpus() else ["cpu"]
     how.add_argument(
-        "--device",
-        default="cuda" if visible_gpus() else "cpu",
-        metavar="NAME",
-        help="cpu or cuda (default: cuda if there is a GPU)",
+        "--device", default=devices[0], choices=devices, help="device of the batches (default: cuda if there is a GPU)"
     )
     how.add_argument(
         "--threads",
@@ -187,7 +185,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--rounds", type=at_least_one, default=5, metavar="N", help="number of turns per loader (default: %(default)s)"
     )
     how.add_argument(
-        "--turn-seconds", type=float, default=1.0, metavar="S", help="minimum seconds per turn (default: %(default)s)"
+        "--turn-seconds",
+        type=above_zero,
+        default=1.0,
+        metavar="S",
+        help="minimum seconds per turn (default: %(default)s)",
     )
     add_reports(parser)
     return parser.parse_args(arguments)

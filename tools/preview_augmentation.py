@@ -6,6 +6,7 @@ Each row shows a training image and then its augmented versions of several epoch
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,16 @@ def preview(
 
     from dali_pipeline import Batches
     from image_data.pixels import denormalize
+    from reports.predictions import load_images
 
     train = dataset.splits["train"]
     rows = np.linspace(0, len(train) - 1, count).astype(np.int64)
     few = replace(dataset, splits={"train": train.take(rows)})
-    common: dict[str, Any] = dict(batch_size=count, source=source, image_side=image_side)
-    columns = [next(iter(Batches(few, "train", **common).epoch()))[0]]
-    training = Batches(few, "train", seed=seed, augmentation=replace(augmentation, repeats=1), **common)
-    for epoch in range(epochs):
-        images = next(iter(training.epoch(epoch)))[0]
-        columns.append(images[torch.from_numpy(np.argsort(epoch_order(seed, epoch, count)))])
+    common: dict[str, Any] = dict(source=source, image_side=image_side)
+    columns = [load_images(dataset, "train", rows, **common)]
+    augmentation = replace(augmentation, repeats=1)
+    with closing(Batches(few, "train", count, seed=seed, augmentation=augmentation, **common)) as training:
+        for epoch in range(epochs):
+            images = next(iter(training.epoch(epoch)))[0]
+            columns.append(images[torch.from_numpy(np.argsort(epoch_order(seed, epoch, count)))])
     return denormalize(torch.stack(columns, dim=1), dataset.mean, dataset.std)

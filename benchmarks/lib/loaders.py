@@ -59,7 +59,7 @@ class InProcess:
         return self._consume(1, look), look.mean, look.std
 
     def close(self) -> None:
-        """End the loader; here there is nothing to end."""
+        """End the threads or processes of the loader, where it has any."""
 
     def _consume(self, epochs: int, look: Look | None) -> Window:
         first, self.num_epochs = self.num_epochs, self.num_epochs + epochs
@@ -89,6 +89,9 @@ class Ours(InProcess):
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.batches.epoch(number, 0, self.task.num_batches)
 
+    def close(self) -> None:
+        self.batches.close()
+
 
 class PerSample(InProcess):
     """A torch Dataset, sample by sample, in worker processes that live as long as the loader.
@@ -115,6 +118,9 @@ class PerSample(InProcess):
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
             yield images.to(self.task.device, non_blocking=True), labels.to(self.task.device, non_blocking=True)
+
+    def close(self) -> None:
+        del self.loader  # a DataLoader ends its workers when nothing refers to it
 
 
 class Pictures(TorchDataset):

@@ -6,20 +6,24 @@ pytest tests/benchmarks/test_input_pipeline.py
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import input_pipeline
 from benchmarks.lib import noise_dataset
 from benchmarks.lib.check import Check
 from benchmarks.lib.gpu_check_parts import input_figures
-from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS
+from benchmarks.lib.loader_tasks import BASELINES, JOBS, OPTIONAL, OURS, Task
 from benchmarks.lib.loaders import loaders
 from benchmarks.lib.timing import Window, alternate, ratios, spread
+from image_data.dataset import Dataset
 from image_data.preparation.prepare import prepare
 
 PROGRAM = Path(input_pipeline.__file__)
@@ -177,7 +181,7 @@ class Stub:
     versions: dict[str, str] = {}
 
     def __init__(self):
-        self.turns = 0
+        self.turns, self.is_closed = 0, False
 
     def warm_up(self) -> tuple[Window, float, float]:
         return Window(8, 8, 1.0), 0.0, 1.0
@@ -187,6 +191,9 @@ class Stub:
         if self.turns == 2:
             raise TimeoutError
         return Window(8, 8, 1.0)
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 @pytest.mark.parametrize("missing", ["torchvision", "psutil"])
@@ -204,13 +211,24 @@ def test_a_loader_without_its_package_or_files_is_skipped(drawn, tmp_path, monke
         assert list(found["loaders"]) == ["whole_batch"] and found["skipped"][skipped]
 
 
-def test_finished_turns_are_on_the_disk(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.lib.loaders.loaders", lambda python: {"tensor": lambda *_: Stub()})
+def test_finished_turns_are_on_the_disk_and_loaders_are_closed(drawn, tmp_path, monkeypatch):
+    stub = Stub()
+    monkeypatch.setattr("benchmarks.lib.loaders.loaders", lambda python: {"tensor": lambda *_: stub})
     file = tmp_path / "input_pipeline.json"
     words = ["--data-dir", drawn, "--loaders", "tensor", "--batch-size", 16, "--device", "cpu", "--json", file]
     with pytest.raises(TimeoutError):
         input_pipeline.run(input_pipeline.parse_arguments(list(map(str, words))))
     assert input_figures(Check(tmp_path, 0, False, drawn, None), "") == {"crop, tensor": "8 images/s"}
+    assert stub.is_closed
+
+
+@pytest.mark.parametrize("name", ["tensor", "memory"])
+def test_a_closed_loader_leaves_no_thread_and_no_process(drawn, name):
+    before = set(threading.enumerate())
+    loader = loaders()[name](Dataset.open(drawn), Task("crop", BATCH, 1, 1, torch.device("cpu")))
+    loader.warm_up()
+    loader.close()
+    assert set(threading.enumerate()) <= before and not multiprocessing.active_children()
 
 
 def test_turns_alternate_and_ratios_are_taken_by_round():
