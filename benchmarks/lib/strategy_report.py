@@ -11,8 +11,11 @@ from benchmarks.lib import tables
 from benchmarks.lib.link_model import Layout, Link, project, sent_by_process
 from benchmarks.lib.timing import Spread, spread
 from common.errors import SettingsError
+from reports.style import AMBER, BLUE, COLORS, ORANGE, finish, make_figure, save
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from benchmarks.lib.communication_trace import Exchange
 
 Report = dict[str, Any]
@@ -199,28 +202,22 @@ def as_markdown(report: Report) -> str:
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's palette, which color-blind readers can distinguish.
-PARTS = {"training": "#0072B2", "communication": "#D55E00", "data": "#E69F00"}
-LINES = ("#000000", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00")
+PARTS = {"training": BLUE, "communication": ORANGE, "data": AMBER}
 
 
 def draw(report: Report, folder: Path) -> None:
     """Write epoch.png, and hosts.png where there is something to project."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in report["rows"] if not row["failed"]]
     if rows:
-        draw_epoch(plt, rows, folder / "epoch.png")
+        save(epoch_figure(rows), folder / "epoch.png")
     if any(part["step_seconds"] for part in report["projection"]):
-        draw_hosts(plt, report["projection"], folder / "hosts.png")
+        save(hosts_figure(report["projection"]), folder / "hosts.png")
 
 
-def draw_epoch(plt: Any, rows: Sequence[Report], path: Path) -> None:
+def epoch_figure(rows: Sequence[Report]) -> Figure:
     """Draw one stacked bar per strategy, with its speed-up at the end."""
-    figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.36 * len(rows)), layout="constrained")
+    figure, ((axes,),) = make_figure(8.5, 1.2 + 0.36 * len(rows))
+    finish(axes, xlabel="seconds per epoch; x: speed-up over one process")
     seconds = [epoch_seconds(row) for row in rows]
     begins = [0.0] * len(rows)
     for part, color in PARTS.items():
@@ -241,23 +238,20 @@ def draw_epoch(plt: Any, rows: Sequence[Report], path: Path) -> None:
         [row["name"] + (f" x {row['processes']}" if row["processes"] > 1 or i else "") for i, row in enumerate(rows)],
     )
     axes.invert_yaxis()
-    axes.set(xlabel="seconds per epoch; x: speed-up over one process", xlim=(0, 1.12 * max(begins)))
-    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlim(0, 1.12 * max(begins))
+    axes.grid(visible=False, axis="y")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(PARTS), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def draw_hosts(plt: Any, parts: Sequence[dict[str, Any]], path: Path) -> None:
+def hosts_figure(parts: Sequence[dict[str, Any]]) -> Figure:
     """Draw milliseconds per step against the number of hosts, one panel per link."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure, panels = plt.subplots(
-        1, len(parts), figsize=(4.4 * len(parts) + 1.4, 4), layout="constrained", sharey=True, squeeze=False
-    )
+    figure, panels = make_figure(4.4 * len(parts) + 1.4, 4, 1, len(parts), sharey=True)
     for axes, part in zip(panels[0], parts, strict=True):
+        finish(axes, xlabel="hosts (projected)")
         for i, (name, times) in enumerate(part["step_seconds"].items()):
             known = [
                 (count, 1e3 * seconds)
@@ -266,9 +260,9 @@ def draw_hosts(plt: Any, parts: Sequence[dict[str, Any]], path: Path) -> None:
             ]
             axes.plot(
                 *zip(*known, strict=True),
-                color=LINES[i % len(LINES)],
+                color=COLORS[i % len(COLORS)],
                 marker="osD^vP*Xph"[i % 10],
-                ls="-" if i < len(LINES) else "--",
+                ls="-" if i < len(COLORS) else "--",
                 ms=5,
                 lw=1.2,
                 label=name,
@@ -280,9 +274,6 @@ def draw_hosts(plt: Any, parts: Sequence[dict[str, Any]], path: Path) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
         axes.set_title(str(Link(part["gigabits"], part["latency_seconds"])), fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.set_xlabel("hosts (projected)")
     panels[0, 0].set_ylabel("milliseconds per step")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
