@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from common.errors import SettingsError
 from comparison.tuning import Tuning
@@ -63,12 +62,6 @@ class Experiment:
     def tasks(self) -> list[tuple[Variant, int]]:
         """Return every variant with every seed."""
         return [(variant, seed) for variant in self.variants for seed in range(self.seeds)]
-
-
-def dataset_to_prepare(experiment: Experiment, data_dir: Path | None) -> str | None:
-    """Return the name of the experiment's dataset; None where `data_dir` is an image tree, as train.py takes it."""
-    is_tree = data_dir is not None and (data_dir / "train").is_dir()
-    return None if is_tree else experiment.dataset
 
 
 def with_candidate(variant: Variant, preset: str, tuning: Tuning, candidate: int) -> Variant:

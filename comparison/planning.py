@@ -13,7 +13,7 @@ from common.errors import RunError, SettingsError
 from common.paths import DATA, PROJECT, near_path
 from common.stop_signal import StopSignal
 from common.text import python_command
-from comparison.experiment import Experiment, Variant, dataset_to_prepare
+from comparison.experiment import Experiment, Variant
 from comparison.planned_run import PlannedRun
 from comparison.time_budget import calibrate
 from records.run_folder import ASIDE, RunFolder
@@ -33,6 +33,8 @@ class Data:
 def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: bool) -> Data:
     """Return the facts of the experiment's dataset, which is prepared first if necessary (not for a dry run).
 
+    The folder and its number of classes are printed.
+
     Args:
         data_dir: folder of the prepared dataset, or an image tree that is prepared in place; None is data/<dataset>.
 
@@ -41,8 +43,7 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
         DatasetError: the dataset cannot be prepared, or its folder was prepared from something else.
     """
     from image_data.dataset import KNOWN, Dataset  # not with the file, so that compare.py --help answers at once
-    from image_data.preparation.prepare import prepare
-    from image_data.preparation.source import refuse_another_source
+    from image_data.preparation.prepare import find_or_prepare
 
     folder = (data_dir or DATA / experiment.dataset).resolve()
     is_known = experiment.dataset in KNOWN
@@ -52,20 +53,16 @@ def dataset_facts(experiment: Experiment, data_dir: Path | None, is_dry_run: boo
             f"dataset = '{experiment.dataset}' is none of {', '.join(KNOWN)}, and {near_path(folder)} is not prepared; "
             f"prepare it: {prepare_it}"
         )
-    if not Dataset.is_prepared(folder):
-        if is_dry_run:
-            print(f"note: {near_path(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
-            num_train = round(50_000 * (1 - experiment.hold_out))
-            return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
-        prepare(folder, dataset=dataset_to_prepare(experiment, data_dir))
-    if data_dir is None and is_known:
-        refuse_another_source(folder, experiment.dataset, None)
-    dataset = Dataset.open(folder)
+    if is_dry_run and not Dataset.is_prepared(folder):
+        print(f"note: {near_path(folder)} is not prepared yet; the plan assumes a dataset of CIFAR's size")
+        num_train = round(50_000 * (1 - experiment.hold_out))
+        return Data(folder, num_train, 100 if experiment.dataset == "cifar100" else 10, 32, None)
+    dataset = Dataset.open(find_or_prepare(folder, experiment.dataset if is_known and not data_dir else None, None))
     if experiment.hold_out:
         dataset = dataset.hold_out(experiment.hold_out)
-    return Data(
-        folder, len(dataset.splits["train"]), len(dataset.classes), dataset.image_side or 0, dataset.fingerprint
-    )
+    num_train, num_classes = len(dataset.splits["train"]), len(dataset.classes)
+    print(f"data      {near_path(folder)}: {num_classes} classes, {num_train:,} training images")
+    return Data(folder, num_train, num_classes, dataset.image_side or 0, dataset.fingerprint)
 
 
 def data_of_runs(experiment: Experiment, runs: Path, data_dir: Path | None) -> Data:

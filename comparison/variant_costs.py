@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.errors import SettingsError
-from comparison.experiment import Experiment, Variant, dataset_to_prepare, with_candidate
+from comparison.experiment import Experiment, Variant, with_candidate
 from config.own_parts import find_entry, own_parts_of
 from config.settings import Settings
 from image_data.augmentation import check
@@ -57,7 +57,6 @@ def check_own_parts_of(experiment: Experiment, data_dir: Path | None) -> None:
     Raises:
         SettingsError: a part cannot be used; the message names the variant, the file and the line.
     """
-    dataset = dataset_to_prepare(experiment, data_dir)
     where = {f"variant '{variant.name}'": variant.settings for variant in experiment.variants}
     if tuning := experiment.tuning:
         first = experiment.variants[0]
@@ -67,7 +66,7 @@ def check_own_parts_of(experiment: Experiment, data_dir: Path | None) -> None:
                 where[f"tune: variant '{first.name}' with {tuning.describe(i)}"] = one.settings
     for name, settings in where.items():
         try:
-            for text in check_before_data(settings, data_dir, dataset):
+            for text in check_before_data(settings, data_dir, None if data_dir else experiment.dataset):
                 print(f"warning: {name}: {text}")
         except SettingsError as error:
             raise SettingsError(f"{name}: {error}") from None

@@ -165,7 +165,8 @@ class Dataset:
             if not 0 < count < len(members):
                 raise DatasetError(
                     f"holding out {fraction:g} of the {len(members)} training images of class "
-                    f"'{self.classes[label]}' leaves a split empty. Choose another --hold-out"
+                    f"'{self.classes[label]}' leaves a split empty. "
+                    "Choose another --hold-out (in an experiment file: hold_out)"
                 )
             in_validation[members[np.argsort(digests[members])[:count]]] = True
         splits = {

@@ -101,7 +101,7 @@ def test_second_call_returns_at_once_and_force_redoes(tree, tmp_path, capsys):
     assert (
         "already prepared" in said
         and "2 classes, 6 training and 4 test images" in said
-        and "add --force to prepare again" in said
+        and "--force prepares again" in said
     )
     assert len(prepare(tmp_path / "out", root=tree, force=True).splits["train"]) == 7
 
@@ -206,7 +206,7 @@ def test_misuse_is_one_sentence(tmp_path, capsys):
         prepare(tmp_path, dataset="shapes", shapes={"hue": 3})
     for workers in (0, 10**20):
         assert "--workers must lie between 1 and 1024" in refusal(capsys, "--workers", workers, "--data-dir", tmp_path)
-    assert "is not a file. For a folder of images use --root" in refusal(
+    assert "is not a file. For a folder use prepare_dataset.py --root" in refusal(
         capsys, "--archive", tmp_path, "--data-dir", tmp_path / "new"
     )
     (tmp_path / "file").touch()

@@ -367,5 +367,5 @@ def test_an_archive_beside_prepared_data_is_refused_unless_the_data_came_from_it
 def test_a_broken_image_is_skipped_by_the_option_that_the_error_names(tree, training, tmp_path):
     (tree / "train/cat/empty.png").touch()
     common = [*training, "--data-dir", tree, "--runs-dir", tmp_path, "--max-steps", 1, "--set", "train_batch_size=2"]
-    assert "add --skip-broken" in programs.run("train.py", *common, code=1).err
+    assert "use prepare_dataset.py --skip-broken" in programs.run("train.py", *common, code=1).err
     assert "6 train" in programs.run("train.py", *common, "--skip-broken").out

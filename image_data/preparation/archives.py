@@ -148,12 +148,13 @@ def _why_not_an_archive(archive: Path) -> str:
     for mark, (kind, command) in OTHER_ARCHIVES.items():
         if start.startswith(mark):
             return (
-                f"{archive} is {kind}, which is not supported. Unpack it ({command} {quoted(archive)}) and use --root"
+                f"{archive} is {kind}, which is not supported. Unpack it ({command} {quoted(archive)}) and "
+                "use prepare_dataset.py --root"
             )
     if start.startswith(b"PK"):
         return (
             f"{archive} is the beginning of a zip archive: the download is incomplete, or this is one part of a split "
-            "archive. Download it again, or unpack all parts (7z x) and use --root"
+            "archive. Download it again, or unpack all parts (7z x) and use prepare_dataset.py --root"
         )
     return (
         f"{archive} is neither a zip nor a tar archive, or it is cut short. Download it again, or use another --archive"
@@ -170,7 +171,7 @@ def _refuse_split_zip(archive: Path) -> None:
     if at >= 0 and disk not in (0, 0xFFFF):  # 0xFFFF: zip64, where zipfile checks it
         raise PrepareError(
             f"{archive} is the last of {disk + 1} parts of a split archive. "
-            f"Unpack all parts (7z x {quoted(archive)}) and use --root"
+            f"Unpack all parts (7z x {quoted(archive)}) and use prepare_dataset.py --root"
         )
 
 
@@ -180,13 +181,13 @@ def _refuse_unreadable(archive: Path, infos: list[zipfile.ZipInfo]) -> None:
         if info.flag_bits & IS_ENCRYPTED:
             raise PrepareError(
                 f"{archive} is encrypted ('{info.filename}'). "
-                f"Unpack it with its password (7z x {quoted(archive)}) and use --root"
+                f"Unpack it with its password (7z x {quoted(archive)}) and use prepare_dataset.py --root"
             )
         if info.compress_type not in READABLE_METHODS:
             method = METHOD_NAMES.get(info.compress_type, f"method {info.compress_type}")
             raise PrepareError(
                 f"{archive} is compressed with {method} ('{info.filename}'), which is not supported. "
-                f"Unpack it (7z x {quoted(archive)}) and use --root"
+                f"Unpack it (7z x {quoted(archive)}) and use prepare_dataset.py --root"
             )
 
 
@@ -205,7 +206,7 @@ def _zip_names(archive: Path, infos: list[zipfile.ZipInfo]) -> list[str]:
         print(
             f"warning: {len(unknown)} names in {archive} are not UTF-8 and are read as code page 437: "
             f"{listed(unknown)}. "
-            "If they look wrong, unpack the archive with the right encoding and use --root",
+            "If they look wrong, unpack the archive with the right encoding and use prepare_dataset.py --root",
             file=sys.stderr,
         )
     return names
@@ -274,7 +275,8 @@ def _root_of_tree(archive: Path, members: list[Member]) -> tuple[str, ...]:
         folders = sorted({part for member in members for part in member.parts[:-1]})
         if wrong := next((part for part in folders if part.lower() == "train"), None):
             raise PrepareError(
-                f"{archive} holds no train/ folder, but {wrong}/. Unpack it, rename {wrong} to train and use --root"
+                f"{archive} holds no train/ folder, but {wrong}/. Unpack it, rename {wrong} to train and "
+                "use prepare_dataset.py --root"
             )
         raise PrepareError(
             f"{archive} holds no train/ folder. Expected train/<class>/*.png and test/<class>/*.png, "
@@ -285,7 +287,8 @@ def _root_of_tree(archive: Path, members: list[Member]) -> tuple[str, ...]:
     nearest = sorted("/".join(root) for root in roots if len(root) == depth)
     if len(nearest) > 1:
         raise PrepareError(
-            f"{archive} holds several trees ({listed(nearest)}). Unpack it and use one of them as --root"
+            f"{archive} holds several trees ({listed(nearest)}). Unpack it and use one of them as "
+            "prepare_dataset.py --root"
         )
     return tuple(PurePosixPath(nearest[0]).parts)
 

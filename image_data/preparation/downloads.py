@@ -48,7 +48,8 @@ def fill(dataset: str, target: Path, downloads: Path, shapes: dict | None = None
     """
     if dataset not in SOURCES:
         raise PrepareError(
-            f"unknown dataset '{dataset}' (known: {', '.join(SOURCES)}). Choose one, or use --archive or --root"
+            f"unknown dataset '{dataset}' (known: {', '.join(SOURCES)}). Choose one, or use "
+            "prepare_dataset.py --archive or --root"
         )
     if shapes and dataset != "shapes":
         raise PrepareError(

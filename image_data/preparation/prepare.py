@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from common.display import escaped
@@ -19,13 +20,13 @@ from common.output_files import FULL
 from common.paths import DATA, near_path
 from common.stop_signal import end_if_stopped, lock_when_free
 from common.text import python_command
-from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, PREPARED_FROM, Dataset
+from image_data.dataset import DEFAULT, FORMAT, LIST_FILES, PREPARED_FROM, Dataset, prepare_first, read_object
 from image_data.image_file import MAX_MEGAPIXELS
 from image_data.preparation.archives import unpack
 from image_data.preparation.decoding import SplitFacts, available_cores, mean_and_std
 from image_data.preparation.downloads import fill
-from image_data.preparation.image_tree import PrepareError, Tree, list_tree
-from image_data.preparation.source import OURS, Source, is_copy_of, refuse_another_source
+from image_data.preparation.image_tree import TEST_NAMES, PrepareError, Tree, list_tree
+from image_data.preparation.source import OURS, Source, is_copy_of, recorded, refuse_another_source
 from image_data.preparation.survey import Options, Survey, extremes, survey_images
 
 PACK_LIMIT_GIB = 8.0
@@ -97,7 +98,7 @@ def prepare(
         given = next((given for given in (archive, root, dataset) if given is not None), None)
         print(
             f"already prepared: {_describe(ready)}"
-            + (f"\n  '{given}' was not read; add --force to prepare again from it" if given else "")
+            + (f"\n  '{given}' was not read; --force prepares again from it" if given else "")
         )
     return ready
 
@@ -118,7 +119,7 @@ def _check_numbers(options: Options) -> None:
 def _check_exists(source: Source) -> None:
     """Raise PrepareError if the archive or the folder of images is not there, or is the other of the two."""
     for option, path, exists, other in (
-        ("--archive", source.archive, os.path.isfile, "is not a file. For a folder of images use --root"),
+        ("--archive", source.archive, os.path.isfile, "is not a file. For a folder use prepare_dataset.py --root"),
         ("--root", source.root, os.path.isdir, "is not a folder. For a zip or tar use --archive"),
     ):
         if path is not None and not exists(path):
@@ -134,8 +135,8 @@ def find_or_prepare(
     The first process of each host prepares, and the others wait for it.
 
     Raises:
-        DatasetError: `data_dir` holds neither a prepared dataset nor a tree, and no source is given; or it was prepared
-            from another archive or dataset than the one given.
+        DatasetError: `data_dir` holds neither a prepared dataset nor a tree, and no source is given or recorded; or it
+            was prepared from another archive or dataset than the one given.
     """
     folder = data_dir or DATA / (dataset or DEFAULT)
     if not Dataset.is_prepared(folder):
@@ -144,10 +145,12 @@ def find_or_prepare(
                 f"--archive {archive} would be prepared in {near_path(folder)}, the folder of CIFAR-100. "
                 "Add --data-dir DIR to name a folder for it"
             )
-        if data_dir and not (archive or dataset or os.path.isdir(folder / "train")):
+        if data_dir and not (archive or dataset or os.path.isdir(folder / "train") or recorded(folder)):
+            if os.path.isdir(folder) and os.listdir(folder):
+                list_tree(folder)  # raises: it says what the folder holds instead of train
             raise DatasetError(
                 f"--data-dir {folder} holds neither a prepared dataset nor images in train/<class>/. Check the path, "
-                "or add --archive FILE or --dataset NAME"
+                f"or run: {prepare_first(folder)}"
             )
         prepare(folder, dataset=None if archive else dataset, archive=archive, skip_broken=skip_broken, say_ready=False)
     if archive or dataset:  # also if another process has prepared it meanwhile
@@ -175,6 +178,9 @@ def _explain(error: OSError, folder: Path, source: Source) -> str:
 
 
 def _make(folder: Path, source: Source, options: Options) -> None:
+    has_test = any((folder / name).is_dir() for name in TEST_NAMES)
+    if source.root == folder and options.test_fraction is None and not has_test:  # again, with --force
+        options = replace(options, test_fraction=read_object(folder / "dataset.json").get("test_fraction"))
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -204,7 +210,7 @@ def _find_images(folder: Path, partial: Path, source: Source, options: Options) 
     if (folder / "images").exists() and not (folder / "images" / OURS).exists():
         raise PrepareError(
             f"{folder}/images exists and was not written by this script. "
-            "Move it, give it as --root, or choose another --data-dir"
+            "Move it, use it as prepare_dataset.py --root, or choose another --data-dir"
         )
     images = partial / "images"
     images.mkdir()

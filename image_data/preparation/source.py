@@ -16,7 +16,7 @@ from common.errors import DatasetError
 from common.paths import DATA, near_path
 from common.text import python_command
 from image_data.dataset import DEFAULT, KNOWN, PREPARED_FROM, Dataset, read_object
-from image_data.preparation.image_tree import PrepareError
+from image_data.preparation.image_tree import PrepareError, walk_images
 
 OURS = ".unpacked"  # an empty file that marks <data-dir>/images as written by prepare_dataset.py, which may replace it
 
@@ -45,26 +45,33 @@ class Source:
     def completed(self, folder: Path) -> Source:
         """Return this source, or the one of `folder` if none is given: its tree, the dataset recorded, or the default.
 
+        Any images of a user in `folder` are its tree. If they are no dataset, listing them says so.
+
         Raises:
             PrepareError: `folder` was prepared from an archive, from a tree elsewhere, or from an unknown source.
         """
         if self.dataset or self.archive or self.root:
             return self
         made_from = recorded(folder)
-        if "archive" not in made_from and (folder / "train").is_dir():
+        if "archive" in made_from:
+            raise PrepareError(
+                f"{folder} was prepared from {made_from['archive']}. Use prepare_dataset.py --archive with its path"
+            )
+        if (folder / "train").is_dir():
             return Source(None, None, folder)
         if "dataset" in made_from:
             return Source(str(made_from["dataset"]), None, None)
-        if "archive" in made_from:
-            raise PrepareError(f"{folder} was prepared from {made_from['archive']}. Add --archive with its path")
+        if any(found.images for found in walk_images(folder, skip=frozenset({"images"}))):
+            return Source(None, None, folder)
         if "root" in made_from:
             raise PrepareError(
-                f"{folder} was prepared from the image tree {made_from['root']}. "
-                "Add --root with its path, and --test-fraction if it has no test split"
+                f"{folder} was prepared from the image tree {made_from['root']}. Use prepare_dataset.py --root with "
+                "its path, and with --test-fraction if it has no test split"
             )
         if Dataset.is_prepared(folder) or (folder / "images" / OURS).exists():
             raise PrepareError(
-                f"{folder} is already prepared, and its source is not recorded. Add --dataset, --archive or --root"
+                f"{folder} is already prepared, and its source is not recorded. "
+                "Use prepare_dataset.py with --dataset, --archive or --root"
             )
         return Source(DEFAULT, None, None)
 
@@ -88,9 +95,8 @@ def refuse_another_source(folder: Path, dataset: str | None, archive: Path | Non
     """Raise DatasetError if `folder` was prepared from something else than the source given."""
     option, given = ("--archive", archive) if archive else ("--dataset", dataset)
     if archive and not archive.is_file():
-        raise DatasetError(
-            f"--archive {archive} does not exist. Check the path, or omit it: {folder} is already prepared"
-        )
+        wrong = "is not a file" if archive.exists() else "does not exist"
+        raise DatasetError(f"--archive {archive} {wrong}. Check the path, or omit it: {folder} is already prepared")
     again = python_command("prepare_dataset.py", "--data-dir", folder, option, given, "--force")
     made_from = recorded(folder)
     if not made_from:  # prepared by a version that did not record it

@@ -92,9 +92,10 @@ def _broken_warnings(tree: Tree, kept: dict[str, list[int]], broken: list[tuple[
         return []
     names = listed(f"{path} ({reason})" for path, reason in broken)
     if not skip:
-        hint = ". --max-megapixels raises the limit" if any(TOO_LARGE in reason for _, reason in broken) else ""
+        raised = " or --max-megapixels N" if any(TOO_LARGE in reason for _, reason in broken) else ""
         raise PrepareError(
-            f"{len(broken)} image(s) cannot be decoded: {names}. Replace them, or add --skip-broken{hint}"
+            f"{len(broken)} image(s) cannot be decoded: {names}. "
+            f"Replace them, or use prepare_dataset.py --skip-broken{raised}"
         )
     for split, positions in kept.items():
         if lost := set(range(len(tree.classes))).difference(tree.labels[split][i] for i in positions):

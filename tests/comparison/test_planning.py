@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from comparisons import COMMON, VARIANTS
 
-from common.errors import SettingsError
+from common.errors import DatasetError, SettingsError
+from common.paths import near_path
 from comparison.experiment_file import read
 from comparison.planning import Data, dataset_facts, plan, share
 
@@ -39,12 +40,20 @@ def test_an_interval_of_evaluations_goes_to_every_run(tmp_path, tiny, interval):
     assert all(f"--evaluate-every {interval}" in command for command in commands if interval)
 
 
-def test_a_tree_of_the_users_own_images_is_prepared_in_place_and_not_replaced_by_the_dataset(tree):
+def test_a_tree_of_the_users_own_images_is_prepared_in_place_and_not_replaced_by_the_dataset(tree, capsys):
     experiment: Any = SimpleNamespace(dataset="cifar100", hold_out=0.0)
     facts = dataset_facts(experiment, tree, is_dry_run=False)
     assert facts.folder == tree and facts.num_classes == 2 and facts.num_train == 6 and facts.image_side == 16
     assert json.loads((tree / "prepared_from.json").read_text()) == {"root": tree.name}
     assert dataset_facts(experiment, tree, is_dry_run=False) == facts
+    assert f"data      {near_path(tree)}: 2 classes, 6 training images\n" in capsys.readouterr().out
+
+
+def test_a_mistyped_folder_is_refused_and_not_made_the_dataset_of_the_experiment(tmp_path):
+    experiment: Any = SimpleNamespace(dataset="shapes", hold_out=0.0)
+    with pytest.raises(DatasetError, match="pest holds neither a prepared dataset nor images .*Check the path"):
+        dataset_facts(experiment, tmp_path / "pest", is_dry_run=False)
+    assert not (tmp_path / "pest").exists()
 
 
 def test_a_dataset_may_be_the_name_of_a_prepared_folder_of_ones_own_images(shapes, tmp_path, monkeypatch):

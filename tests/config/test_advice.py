@@ -42,17 +42,17 @@ def texts(tree: ast.AST) -> list[str]:
     ]
 
 
-def declared_options() -> set[str]:
-    """Every option that some script of the project declares by `add_argument`."""
+def declared_options(files: list[Path]) -> set[str]:
+    """Every option that one of the files declares by `add_argument`."""
     found = {"--help", "--set"}
-    for path in CODE:
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                 found |= {word.value for word in node.args if isinstance(word, ast.Constant)}
     return found
 
 
-OPTIONS = declared_options()
+OPTIONS = declared_options(CODE)
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(PROJECT)))
@@ -64,6 +64,16 @@ def test_every_option_and_script_that_a_text_names_exists(path):
                 assert option in OPTIONS | FOREIGN, f"{name}: {option} in {text!r}"
         for script in re.findall(r"(?:python |\./)([\w/]+\.(?:py|sh))\b", text):
             assert (PROJECT / script).is_file(), f"{name}: {script} in {text!r}"
+
+
+def test_advice_of_the_preparation_names_the_script_of_an_option_that_train_py_lacks():
+    """Its messages reach the user through prepare_dataset.py and through train.py."""
+    scripts = "prepare_dataset.py", "training/arguments.py"
+    shared = set.intersection(*(declared_options([PROJECT / script]) for script in scripts))
+    for path in PROJECT.glob("image_data/preparation/*.py"):
+        for text in texts(ast.parse(path.read_text(encoding="utf-8"))):
+            for option in re.findall(r"\b(?:add|use|as|with|another) (--[a-z-]+)", text, re.IGNORECASE):
+                assert option in shared or "prepare_dataset.py" in text, f"{path.name}: {option} in {text!r}"
 
 
 def test_every_setting_that_a_message_names_exists():

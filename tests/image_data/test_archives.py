@@ -227,7 +227,10 @@ def test_a_train_folder_that_differs_by_case_is_named(tree, tmp_path, capsys):
     (tree / "train").rename(tree / "Train")
     archive = zip_of(tree, tmp_path / "x.zip")
     message = refusal(capsys, "--archive", archive, "--data-dir", tmp_path / "out")
-    assert "holds no train/ folder, but Train/. Unpack it, rename Train to train and use --root" in message
+    assert (
+        "holds no train/ folder, but Train/. Unpack it, rename Train to train and use prepare_dataset.py --root"
+        in message
+    )
 
 
 def test_the_last_part_of_a_split_zip_is_named(tree, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from image_data.preparation.drawn_shapes import SHAPES
 from image_data.preparation.prepare import find_or_prepare, prepare
 from image_data.preparation.source import Source
 from image_data.readers import FileReader
+from prepare_dataset import main
 
 
 def test_force_without_a_source_keeps_the_source_of_the_folder(tree, zipped, tmp_path, capsys):
@@ -33,14 +35,46 @@ def test_force_without_a_source_keeps_the_source_of_the_folder(tree, zipped, tmp
     def force(name):
         return refusal(capsys, "--data-dir", tmp_path / name, "--force")
 
-    assert f"was prepared from {zipped.name}. Add --archive with its path" in force("pets")
-    assert "was prepared from the image tree tree. Add --root with its path" in force("elsewhere")
+    assert f"was prepared from {zipped.name}. Use prepare_dataset.py --archive with its path" in force("pets")
+    assert "was prepared from the image tree tree. Use prepare_dataset.py --root with its path" in force("elsewhere")
     assert prepare(tmp_path / "drawn", force=True, shapes=small).classes == sorted(SHAPES)
     (tree / "dataset.json").unlink()
     assert prepare(tree).classes == ["big dog", "cat"]
     assert {name: written(tmp_path / name) for name in before} == before
     (tmp_path / "pets/prepared_from.json").unlink()  # as earlier versions left it
-    assert "its source is not recorded. Add --dataset, --archive or --root" in force("pets")
+    assert "its source is not recorded. Use prepare_dataset.py with --dataset, --archive or --root" in force("pets")
+
+
+def test_force_keeps_the_test_fraction_of_the_tree_in_the_folder(tree):
+    shutil.rmtree(tree / "test")
+    for folder in (tree, tree / "train"):  # train/<class>/*.png, and <class>/*.png
+        first = prepare(folder, test_fraction=0.4)
+        assert prepare(folder, force=True).fingerprint == first.fingerprint
+    shutil.copytree(tree / "train" / "cat", tree / "test" / "cat")
+    shutil.copytree(tree / "train" / "big dog", tree / "test" / "big dog")
+    assert len(prepare(tree, force=True).splits["test"]) == 6, "a test split that was added since"
+
+
+def test_images_that_are_no_dataset_get_advice_and_are_not_joined_by_cifar100(tree, capsys):
+    (tree / "train").rename(tree / "Train")
+    for folder, advice in (
+        (tree, "Rename Train to train"),
+        (tree / "Train", "To split class folders into train and test, add --test-fraction 0.2 to prepare_dataset.py"),
+        (tree.parent, f"Expected {tree.parent}/train/<class>/*.png"),
+    ):
+        before = sorted(tree.rglob("*"))
+        assert advice in refusal(capsys, "--data-dir", folder)
+        with pytest.raises(DatasetError, match=re.escape(advice)):
+            find_or_prepare(folder, None, None)
+        assert sorted(tree.rglob("*")) == before
+    assert main(["--data-dir", str(tree / "Train"), "--test-fraction", "0.4"]) == 0
+
+
+def test_a_preparation_that_was_interrupted_is_not_taken_for_a_tree(zipped, tmp_path):
+    prepare(tmp_path, archive=zipped)
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(DatasetError, match=f"prepared from {zipped.name}. Use prepare_dataset.py --archive"):
+        find_or_prepare(tmp_path, None, None)
 
 
 def test_a_folder_of_other_images_is_not_taken_for_a_named_dataset(tree, zipped, tmp_path, monkeypatch, capsys):
@@ -54,6 +88,8 @@ def test_a_folder_of_other_images_is_not_taken_for_a_named_dataset(tree, zipped,
     (tree / "prepared_from.json").write_text('{"dataset": "cifar100"}')  # as earlier versions recorded a tree in place
     with pytest.raises(DatasetError, match="was prepared from tree, and --dataset cifar100"):
         find_or_prepare(tree, "cifar100", None)
+    with pytest.raises(DatasetError, match=f"--archive {tmp_path} is not a file. Check the path"):
+        find_or_prepare(tree, None, tmp_path)
     prepare(archive=shutil.copy(zipped, tmp_path / "cifar100.zip"))
     assert find_or_prepare(None, "cifar100", None) == tmp_path / "cifar100"
 
