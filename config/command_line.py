@@ -31,7 +31,7 @@ from config.settings import preset_names
 
 SHARED_ERROR_SECONDS = 5.0  # DeepSpeed's launcher looks once a second whether a process has failed
 MAX_NAME_BYTES = 200  # file systems allow 255; ".old-1" and the like are appended
-ELSEWHERE = {  # options of other projects that neither an option nor a setting replaces
+ELSEWHERE = {  # options of other programs that neither an option nor a setting replaces
     "--device": "training uses the GPU, or the CPU without one; DS_ACCELERATOR=cpu chooses the CPU",
     "--resume": "starting the same command again resumes the run; --fresh starts over",
     "--gpus": "./launch_local_train.sh uses every GPU, train.py alone one; CUDA_VISIBLE_DEVICES chooses",
@@ -41,8 +41,13 @@ ELSEWHERE = {  # options of other projects that neither an option nor a setting 
     "--out": "--runs-dir and --name choose the run folder",
     "--num-workers": "images are read by DALI or from memory, so there are no workers to choose",
     "--workers": "images are read by DALI or from memory, so there are no workers to choose",
+    "--root": "train.py takes an image tree as --data-dir DIR",
     "--pretrained": "--init-weights SOURCE loads initial weights",
     "--checkpoint": "starting the same command again resumes the run; --init-weights FILE loads weights alone",
+}
+OTHER_UNITS = {  # settings that other projects give as epochs, steps or a learning rate
+    "schedule.warmup_fraction": "FRACTION (a fraction of the run's steps, such as 0.05)",
+    "schedule.final_factor": "FACTOR (a factor of the peak learning rate, such as 0.01)",
 }
 
 
@@ -174,9 +179,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggested_value(path: str, value: str) -> str:
-    """The value for a suggested `--set`: the name as the registry spells it; VALUE where another unit was meant."""
-    if path == "schedule.warmup_fraction":
-        return "FRACTION (a fraction of the run's steps, such as 0.05)"
+    """The value for a suggested `--set`: the name as the registry spells it; OTHER_UNITS where another was meant."""
+    if path in OTHER_UNITS:
+        return OTHER_UNITS[path]
     by_lower_case = {name.lower(): name for name in names_of(path)}
     return by_lower_case.get(value.lower(), value)
 

@@ -67,9 +67,14 @@ ALIASES = {
 NOT_SETTINGS = ("device", "resume", "type", "enabled", "checkpoint", "output", "workers")  # no setting means these
 
 
+def path_of(override: str) -> str:
+    """The path of an override `path=value`, without the prefix `engine.` that a key of ds_config.json may have."""
+    return override.partition("=")[0].strip().removeprefix("engine.")
+
+
 def sets(path: str, overrides: list[str]) -> bool:
     """Whether one of the overrides `path=value` sets this path."""
-    return any(text.partition("=")[0].strip() == path for text in overrides)
+    return any(path_of(text) == path for text in overrides)
 
 
 def paths_of(tree: dict[str, Any]) -> list[str]:

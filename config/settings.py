@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 from common.errors import SettingsError, unknown
 from common.paths import DS_CONFIG, PRESETS
 from config.optimizer_defaults import OPTIMIZER_PARAMS
-from config.overrides import SEVERAL_TYPES, coerce, meant_path, merge_dataclass, merge_dict, paths_of
+from config.overrides import SEVERAL_TYPES, coerce, meant_path, merge_dataclass, merge_dict, path_of, paths_of
 from config.own_parts import OwnPart, as_settings_hold_them, default_arguments, load
 from config.schema import Declared, setting
 from config.setting_groups import (
@@ -44,6 +45,8 @@ from config.setting_groups import (
     ScheduleSettings,
 )
 from config.toml_file import read_toml
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)  # .1, 5. and +1 too, which JSON rejects
 
 
 @dataclass
@@ -119,7 +122,8 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
     settings = Settings(engine=_read_engine_file())
     if preset is not None:
         tree, folder = _read_preset(preset)
-        _merge(settings, as_settings_hold_them(tree, folder, f"preset {preset}: "))
+        source = f"preset {preset}: "
+        _merge(settings, as_settings_hold_them(tree, folder, source), source)
     for override in sorted(overrides, key=_rank):
         path, equals, text = override.partition("=")
         if not equals:
@@ -135,16 +139,12 @@ def resolve(preset: str | None, overrides: list[str], **run_facts: Any) -> Setti
     return settings
 
 
-def _path_of(override: str) -> str:
-    return override.partition("=")[0].strip().removeprefix("engine.")
-
-
 def _rank(override: str) -> int:
     """Return 0 for what others depend on, 1 for names of parts and all other settings, 2 for options of parts.
 
     Applied in this order, nothing is lost that was given before the name that would discard it.
     """
-    path = _path_of(override)
+    path = path_of(override)
     return 0 if path in ("optimizer.type", "schedule.shape", "model.architecture") else 1 + ("_options" in path)
 
 
@@ -155,7 +155,7 @@ def combine(preset: str, base: list[str], more: list[str]) -> tuple[list[str], l
     Another architecture discards all that `base` says about the network.
     """
     parts = {f"model.{f.name.removesuffix('_options')}" for f in fields(ModelSettings) if f.name.endswith("_options")}
-    named = [[text for text in texts if _path_of(text) in parts | {"model"}] for texts in (base, more)]
+    named = [[text for text in texts if path_of(text) in parts | {"model"}] for texts in (base, more)]
     if not named[1]:
         return [*base, *more], []
     try:
@@ -164,7 +164,7 @@ def combine(preset: str, base: list[str], more: list[str]) -> tuple[list[str], l
         return [*base, *more], []
 
     def is_discarded(override: str) -> bool:
-        group, _, key = _path_of(override).partition(".")
+        group, _, key = path_of(override).partition(".")
         if group != "model" or not key or key == "architecture":
             return False
         part, options, _ = key.partition("_options")
@@ -269,6 +269,8 @@ def as_typed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
+        if NUMBER.fullmatch(text):
+            return int(text) if text.lstrip("+").isdecimal() else float(text)
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 

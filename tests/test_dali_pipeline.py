@@ -276,6 +276,13 @@ def test_a_preview_that_cannot_be_written_is_rejected_before_the_work(file, sent
     assert run_cli(main) == 1 and capsys.readouterr().err == f"error: {sentence}\n"
 
 
+def test_a_negative_seed_of_a_preview_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dali_pipeline.py", "--preview", "grid.png", "--seed", "-1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: argument --seed: must be a whole number from 0 to" in capsys.readouterr().err
+
+
 def test_erased_boxes_are_the_same_on_every_source(dataset):
     """The same rectangles of the same images, filled with the same noise; and all other pixels agree."""
     few = replace(dataset, splits={"train": dataset.splits["train"].take(np.arange(40))})

@@ -20,6 +20,7 @@ from config.command_line import Parser, add_settings, at_least_one
 from config.settings import AugmentationSettings, resolve
 from image_data.augmentation import epoch_order
 from image_data.dataset import Dataset
+from training.argument_types import seed
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
         help="number of epochs, one column each after the original (default: 12)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of data order and augmentation (default: 0)"
+        "--seed", type=seed, default=0, metavar="N", help="random seed of data order and augmentation (default: 0)"
     )
     return parser.parse_args()
 

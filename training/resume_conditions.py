@@ -15,15 +15,16 @@ from parallel.engine import Engine
 MUST_MATCH = ("settings", "seed", "max_steps", "max_minutes", "hold_out", "patience", "init_weights", "synthetic")
 
 # ... except how the work is distributed: the state is the same (an engine that cannot load another's state rejects it).
+# The texts of these differences begin so: a group without a space, a single setting with one.
 MAY_DIFFER = (
-    "settings.strategy",
-    "settings.compile",
-    "settings.parallel.stages",
-    "settings.parallel.partition",
-    "settings.parallel.patience_seconds",
+    "settings.strategy ",
+    "settings.compile ",
+    "settings.parallel.stages ",
+    "settings.parallel.partition ",
+    "settings.parallel.patience_seconds ",
     "settings.engine.zero_optimization",
-    "settings.engine.gradient_accumulation_steps",
-    "settings.model.checkpoint_blocks",
+    "settings.engine.gradient_accumulation_steps ",
+    "settings.model.checkpoint_blocks ",
 )
 
 

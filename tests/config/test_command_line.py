@@ -122,10 +122,16 @@ for option in ("--epochs", "--set", "--split", "--data-dir"):
             "(a fraction of the run's steps, such as 0.05)?",
         ),
         (
+            "--min-lr 1e-5",
+            "unknown option --min-lr; did you mean --set schedule.final_factor=FACTOR "
+            "(a factor of the peak learning rate, such as 0.01)?",
+        ),
+        (
             "--device cpu",
             "unknown option --device: training uses the GPU, or the CPU without one; DS_ACCELERATOR=cpu "
             "chooses the CPU",
         ),
+        ("--root photos", "unknown option --root: train.py takes an image tree as --data-dir DIR"),
         (
             "--resume runs/first",
             "unknown option --resume: starting the same command again resumes the run; --fresh starts over",

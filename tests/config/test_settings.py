@@ -99,8 +99,14 @@ def test_values_are_read_as_typed():
             'model.feed_forward="geglu"',
             "zero_optimization.stage=2",
             " model.width =96",
+            "model.dropout=.1",
+            "model.drop_path=+1e-3",
+            "gradient_clipping=5.",
+            "model.depth=+3",
         ],
     )
+    assert (settings.model.dropout, settings.model.drop_path, settings.model.depth) == (0.1, 1e-3, 3)
+    assert settings.engine["gradient_clipping"] == 5.0
     assert settings.engine["optimizer"]["params"] == {
         "lr": 3e-4,
         "betas": [0.8, 0.95],
@@ -138,7 +144,9 @@ def test_resolving_twice_gives_independent_settings():
 
 
 def test_a_preset_is_checked_like_any_other_source(preset):
-    with pytest.raises(SettingsError, match=r"unknown setting 'model.widht'; did you mean 'model.width'"):
+    with pytest.raises(
+        SettingsError, match=r"preset .*mine.toml: unknown setting 'model.widht'; did you mean 'model.width'"
+    ):
         resolve(preset("[model]\nwidht = 3"), [])
     with pytest.raises(SettingsError, match=r"mine.toml is not valid TOML"):
         resolve(preset("[model"), [])

@@ -275,6 +275,8 @@ def test_a_run_may_resume_with_another_form_of_compilation_but_not_in_another_na
     assert facts["settings"].get("compile", "auto") == "auto"
     facts["settings"]["compile"] = "off"
     assert choose_folder(runs, "elsewhere", False, facts)[0].folder == record.folder
+    with pytest.raises(RunError, match="holds a run of other settings .*compile_evaluation"):
+        choose_folder(runs, "elsewhere", False, facts | {"settings": facts["settings"] | {"compile_evaluation": True}})
     facts["settings"]["engine"]["bf16"]["enabled"] = True
     with pytest.raises(RunError, match="holds a run of other settings .*bf16.enabled"):
         choose_folder(runs, "elsewhere", False, facts)
