@@ -48,6 +48,7 @@ from benchmarks.lib.timing import alternate, machine, ratios
 from common.errors import DatasetError, SettingsError
 from common.machine import visible_gpus
 from config.command_line import Parser, above_zero, at_least_one, run_cli
+from config.overrides import path_of
 from config.settings import ParallelSettings, Settings
 from image_data.dataset import Dataset
 from image_data.preparation.decoding import available_cores
@@ -138,7 +139,7 @@ def concerns(override: str, strategy: str) -> bool:
     """
     from parallel.strategies import engine_class
 
-    group, _, name = override.partition("=")[0].strip().partition(".")
+    group, _, name = path_of(override).partition(".")
     if group == "parallel" and name in {field.name for field in fields(ParallelSettings)}:
         return name in engine_class(strategy).used_settings
     return group != "zero_optimization" or engine_class(strategy).uses_full_ds_config

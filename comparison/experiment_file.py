@@ -40,8 +40,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ from comparison.experiment import Experiment, Variant, check_candidates, check_d
 from comparison.experiment_keys import DEFAULTS, OWN, check_facts, read_budget
 from comparison.tuning import Tuning, read_tuning
 from config.command_line import run_name
+from config.differences import leaves
+from config.overrides import path_of
 from config.own_parts import is_own_part, with_absolute_paths
 from config.settings import Settings, check_keys, combine, resolve
 from config.toml_file import read_toml
@@ -89,7 +91,7 @@ def read(
     if seeds is not None:
         facts["seeds"] = seeds
     check_facts(path, facts, final)
-    common = [_flatten(_settings(tree)), _flatten(_settings(at_size)), overrides]
+    common = [as_overrides(_settings(tree)), as_overrides(_settings(at_size)), overrides]
     preset = facts["preset"]
     if preset.endswith(".toml"):  # a file next to this one, or an absolute path
         preset = str((path.parent / preset).resolve())
@@ -196,7 +198,7 @@ def _settings(tree: dict[str, Any]) -> dict[str, Any]:
 def _check_overrides(overrides: list[str]) -> None:
     """Refuse `--set` of what the file decides: train.py would never see it."""
     for text in overrides:
-        key = text.partition("=")[0].strip().removeprefix("settings.").split(".")[0]
+        key = path_of(text).split(".")[0]
         if key in OWN:
             instead = "use --seeds" if key == "seeds" else f"set {key} in the experiment file"
             raise SettingsError(f"--set {text} has no effect on a comparison; {instead}")
@@ -225,8 +227,7 @@ def _paths_by_variant(tree: dict[str, Any], at_size: dict[str, Any]) -> dict[str
     trees = [(one["name"], one) for one in tree["variants"]] + list(at_size.get("variants", {}).items())
     found: dict[str, set[str]] = {}
     for name, own in trees:
-        paths = (text.partition("=")[0] for text in _flatten(_settings(own)))
-        found.setdefault(name, set()).update(path.removeprefix("engine.") for path in paths)
+        found.setdefault(name, set()).update(map(path_of, as_overrides(_settings(own))))
     return found
 
 
@@ -272,7 +273,7 @@ def _read_variant(
     check_keys(f"{where}, this size", at_size, ["match"])
     overrides: list[str] = []
     left_out: list[str] = []
-    for source in (*common, _flatten(own), _flatten(at_size)):
+    for source in (*common, as_overrides(own), as_overrides(at_size)):
         overrides, discarded = combine(preset, overrides, source)
         left_out += discarded
     try:
@@ -305,18 +306,6 @@ def _fails_alike(problem: SettingsError, preset: str, common: list[str]) -> bool
     return False
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return a tree of settings as texts `path=value`.
-
-    Names of parts come before their options, since a new name discards the options of the former part.
-    """
-    texts = []
-    for key, value in sorted(tree.items(), key=lambda item: (item[0] != "architecture", item[0].endswith("_options"))):
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            texts += _flatten(value, f"{path}.")
-        else:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise SettingsError(f"{path} must be a finite number, not {value}")
-            texts.append(f"{path}={json.dumps(value, default=str)}")
-    return texts
+def as_overrides(tree: Mapping[str, Any]) -> list[str]:
+    """Return a tree of settings, or values by path, as texts `path=value`."""
+    return [f"{path}={json.dumps(value, default=str)}" for path, value in leaves(dict(tree)) if path]

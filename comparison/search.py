@@ -25,7 +25,6 @@ al., arXiv 1810.05934).
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,10 +33,10 @@ from typing import Any
 
 from common.errors import SettingsError, unknown
 from comparison.experiment import Experiment, Variant
-from comparison.experiment_file import NAME, resolve_quietly
+from comparison.experiment_file import NAME, as_overrides, resolve_quietly
 from comparison.search_space import Choice, Range, is_number, is_whole, read_space
 from comparison.tuning import FIRST_SEED
-from config.differences import leaves
+from config.overrides import path_of
 from config.settings import check_keys, combine
 from config.toml_file import read_toml
 
@@ -63,7 +62,6 @@ SEARCH_KEYS: dict[str, Any] = {
 SAMPLERS, PRUNERS = ("tpe", "random"), ("asha", "none")
 MOST_TRIALS = 100_000  # against a typing mistake
 PROBES = 20  # random combinations that are checked before the first run
-PARTS = "_options."  # in the path of an option of a part
 
 
 @dataclass(frozen=True)
@@ -127,12 +125,11 @@ def read_search(path: Path, overrides: list[str]) -> Search:
     found = _check_search(where, tree["search"])
     fixed = {key: value for key, value in tree.items() if key not in (*FILE_KEYS, *BUDGETS, "search")}
     for text in overrides:
-        key = text.partition("=")[0].strip()
+        key = path_of(text)
         if key.split(".")[0] in (*FILE_KEYS, *BUDGETS, *NOT_HERE):
             raise SettingsError(f"--set {text} has no effect on a search; set {key} in the experiment file")
-    own = as_overrides(dict(leaves(fixed))) if fixed else []
-    base = own + overrides
-    set_already = {text.partition("=")[0].strip().removeprefix("engine.") for text in base}
+    own = as_overrides(fixed)
+    set_already = {path_of(text) for text in own + overrides}
     for name in found["space"]:
         if name.removeprefix("engine.") in set_already:
             raise SettingsError(f"{where}: [search.space] varies {name}, which is also set for all trials; remove one")
@@ -198,15 +195,6 @@ def _problem(
     except SettingsError as error:
         return str(error).removeprefix("variant 'trial': ")
     return None
-
-
-def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Return values as texts `path=value`: architectures first, then names of parts, then their options.
-
-    A new name discards the options of the former part.
-    """
-    paths = sorted(values, key=lambda path: (not path.endswith("architecture"), PARTS in path))
-    return [f"{path}={json.dumps(values[path], default=str)}" for path in paths]
 
 
 def describe(values: Mapping[str, Any]) -> str:

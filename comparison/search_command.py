@@ -14,11 +14,13 @@ from common.errors import EXIT_STOPPED, RunError, SettingsError
 from common.files import write_atomically
 from common.paths import near_path
 from common.stop_signal import StopSignal
+from comparison.experiment_file import as_overrides
 from comparison.planned_run import PlannedRun
 from comparison.planning import Data, data_of_runs, dataset_facts
 from comparison.run_queue import device_slots
-from comparison.search import Search, as_overrides, check_space, describe, read_search
+from comparison.search import Search, check_space, describe, read_search
 from config.differences import leaves
+from config.overrides import path_of
 from config.own_parts import without_folders
 from config.settings import as_typed
 from records.provenance import commit_of_project, versions
@@ -267,6 +269,5 @@ def toml_lines(overrides: list[str]) -> list[str]:
     """
     given: dict[str, Any] = {}
     for text in overrides:
-        path, _, value = text.partition("=")
-        given |= dict(leaves(as_typed(value), path.strip().removeprefix("engine.")))
+        given |= dict(leaves(as_typed(text.partition("=")[2]), path_of(text)))
     return [f"{path} = {json.dumps(without_folders(value), ensure_ascii=False)}" for path, value in given.items()]

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,26 +64,30 @@ def is_own_part(value: Any) -> bool:
     return isinstance(value, str) and REFERENCE.fullmatch(value) is not None
 
 
-def map_own_parts(tree: Any, function: Callable[[str], str]) -> Any:
-    """Return a tree of settings in which `function` has replaced every value that names a user-defined part."""
+def map_own_parts(tree: Any, function: Callable[[str, OwnPart], str], folders: Collection[Path] = (PROJECT,)) -> Any:
+    """Return a tree of settings in which `function` has replaced every value that names a user-defined part.
+
+    Args:
+        function: gets the value and the part that it names.
+        folders: as in `OwnPart.parse`.
+    """
     if isinstance(tree, dict):
-        return {key: map_own_parts(value, function) for key, value in tree.items()}
+        return {key: map_own_parts(value, function, folders) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [map_own_parts(value, function) for value in tree]
-    return function(tree) if is_own_part(tree) else tree
+        return [map_own_parts(value, function, folders) for value in tree]
+    part = OwnPart.parse(tree, folders)
+    return tree if part is None else function(tree, part)
 
 
-def own_parts_of(tree: Any, folders: Iterable[Path] = (PROJECT,)) -> list[OwnPart]:
+def own_parts_of(tree: Any, folders: Collection[Path] = (PROJECT,)) -> list[OwnPart]:
     """Return the user-defined parts that a tree of settings names, each once; `folders` as in `OwnPart.parse`."""
     found: dict[OwnPart, None] = {}
 
-    def keep(text: str) -> str:
-        part = OwnPart.parse(text, folders)
-        assert part is not None  # map_own_parts passes references alone
+    def keep(text: str, part: OwnPart) -> str:
         found[part] = None
         return text
 
-    map_own_parts(tree, keep)
+    map_own_parts(tree, keep, folders)
     return list(found)
 
 
@@ -101,22 +105,17 @@ def as_settings_hold_them(tree: Any, folder: Path | None = None, source: str = "
         raise SettingsError(f"{source}{tree} names a file but no class or function in it; write {tree}:NAME")
     if isinstance(tree, dict):
         return {key: as_settings_hold_them(value, folder, source) for key, value in tree.items()}
-    return map_own_parts(tree, lambda text: _existing(text, folder, source).text)
+    return _map_existing(tree, lambda part: part.text, folder, source)
 
 
 def with_absolute_paths(tree: Any, folder: Path | None = None) -> Any:
     """Return a tree of typed settings that means the same parts in every current folder."""
-
-    def absolute(text: str) -> str:
-        part = _existing(text, folder, "")
-        return f"{part.file}:{part.name}"
-
-    return map_own_parts(tree, absolute)
+    return _map_existing(tree, lambda part: f"{part.file}:{part.name}", folder)
 
 
 def without_folders(tree: Any) -> Any:
     """Return a tree of settings for publication: a user-defined part is named by its file without the folder."""
-    return map_own_parts(tree, lambda text: Path(text).name)
+    return map_own_parts(tree, lambda text, _: Path(text).name)
 
 
 def override_without_folder(word: str) -> str:
@@ -126,15 +125,18 @@ def override_without_folder(word: str) -> str:
     return f"{setting}={Path(value).name}" if equals and is_own_part(value) else word
 
 
-def _existing(text: str, folder: Path | None, source: str) -> OwnPart:
-    part = OwnPart.parse(text, [folder] if folder else [Path.cwd(), PROJECT])
-    assert part is not None
-    if not part.file.is_file():
-        raise SettingsError(
-            f"{source}{text}: there is no file {part.file}; give its path from "
-            f"{'the folder of this file' if folder else 'the current folder'}, from ~ or from /"
-        )
-    return part
+def _map_existing(tree: Any, function: Callable[[OwnPart], str], folder: Path | None, source: str = "") -> Any:
+    """Return a tree as `map_own_parts` does. Raises SettingsError for a part whose file does not exist."""
+
+    def replaced(text: str, part: OwnPart) -> str:
+        if not part.file.is_file():
+            raise SettingsError(
+                f"{source}{text}: there is no file {part.file}; give its path from "
+                f"{'the folder of this file' if folder else 'the current folder'}, from ~ or from /"
+            )
+        return function(part)
+
+    return map_own_parts(tree, replaced, [folder] if folder else [Path.cwd(), PROJECT])
 
 
 def find_entry(table: Mapping[str, Entry], setting: str, name: str, more_names: Iterable[str] = ()) -> Entry:

@@ -59,9 +59,7 @@ def keep_own_parts(run: Path, settings: Mapping[str, Any], old_name: str | None 
 def with_digests(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in which a user-defined part is its file's name and a digest, the same on every machine."""
 
-    def portable(text: str) -> str:
-        part = OwnPart.parse(text)
-        assert part is not None  # map_own_parts passes references alone
+    def portable(text: str, part: OwnPart) -> str:
         digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files_of(part.file) if file.is_file()))
         return f"{part.file.name}:{part.name} ({digest.hexdigest()[:16]})"
 
@@ -76,9 +74,7 @@ def kept_settings(run: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     copies = facts.get("own_parts", {})
 
-    def kept(text: str) -> str:
-        part = OwnPart.parse(text)
-        assert part is not None  # map_own_parts passes references alone
+    def kept(text: str, part: OwnPart) -> str:
         path = run / copies[text.rpartition(":")[0]] if text.rpartition(":")[0] in copies else None
         file = path if path and path.is_file() else part.file
         if not file.is_file():

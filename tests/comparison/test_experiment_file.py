@@ -68,7 +68,7 @@ from models import feed_forward as feedforward
         (COMMON + VARIANTS + "[sizes.small]\nvariants.gated = 3\n", "variants.gated of a size must be a table, not 3"),
         (COMMON + "arms = []\n" + VARIANTS, "[[arms]] is the former name of variants; use one of the two names"),
         (COMMON.replace("steps = 6", "seconds = inf") + VARIANTS, "seconds must be a number above 0, not inf"),
-        (COMMON + "model.dropout = nan\n" + VARIANTS, "model.dropout must be a finite number, not nan"),
+        (COMMON + "model.dropout = nan\n" + VARIANTS, "model.dropout must be in [0, 1), got nan"),
         (COMMON + 'match = "parameter"\n' + VARIANTS, "unknown match 'parameter'; did you mean 'parameters'?"),
         (COMMON + 'match = "seconds"\n' + VARIANTS, 'match = "seconds" is a budget; use seconds = N'),
         (COMMON + VARIANTS + 'match = "flops"\n', "variant 'gated': match must be \"none\" here"),

@@ -24,7 +24,7 @@ from sqlalchemy.engine import Engine
 
 import compare
 from comparison.experiment_file import read
-from comparison.search import as_overrides, check_space, read_search
+from comparison.search import check_space, read_search
 from comparison.search_command import comparison_file
 from comparison.search_space import read_space
 from comparison.search_study import choose_sampler, has_owner
@@ -191,8 +191,6 @@ def test_drawn_values_lie_in_the_space():
     assert list(space) == ["a", "b.c", "b.d"]
     assert {space["a"].draw(generator) for _ in range(50)} == {2, 5, 8}
     assert all(0.1 <= space["b.c"].draw(generator) <= 0.2 for _ in range(50))
-    values = {"model.feed_forward_options.hidden": 8, "model.feed_forward": "geglu", "model.architecture": "vit"}
-    assert [text.partition("=")[0] for text in as_overrides(values)] == list(values)[::-1]
 
 
 # --- trials ---------------------------------------------------------------------------------------------------------

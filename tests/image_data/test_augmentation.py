@@ -348,21 +348,12 @@ def test_noise_depends_on_the_position_in_the_epoch_alone():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(crop_padding=-1), "crop_padding must be finite and >= 0, got -1"),
-        (dict(mixup=float("nan")), "mixup must be finite and >= 0, got nan"),
-        (dict(brightness=float("inf")), "brightness must be finite and >= 0, got inf"),
-        (dict(flip=float("nan")), "flip must be a probability between 0 and 1, got nan"),
-        (dict(erasing_value="noise"), "unknown augmentation.erasing_value 'noise'"),
-        (dict(resized_crop_scale=[0.5]), "resized_crop_scale must be a range"),
-        (dict(resized_crop_scale=[0.9, 0.5]), "resized_crop_scale must be a range"),
-        (dict(erasing_ratio=[0.5, float("inf")]), "erasing_ratio must be a range"),
-        (dict(rand_augment_magnitude=31), "rand_augment_magnitude must lie between 0 and 30, got 31"),
-        (dict(repeats=0), "repeats must be at least 1, got 0"),
+        (dict(resized_crop_scale=[0.9, 0.5]), r"resized_crop_scale must be a range .* got \[0.9, 0.5\]"),
         (dict(flip_mode="alternate"), "unknown augmentation.flip_mode 'alternate'; did you mean 'alternating'"),
         (dict(flip_mode="alternating", repeats=3), "would flip all 3 copies of an image"),
         (dict(flip_mode="alternating", flip=0.25), "does not use augmentation.flip=0.25. Set augmentation.flip=0.5"),
     ],
 )
-def test_settings_out_of_range_are_named(change, sentence):
+def test_settings_that_do_not_fit_together_are_named(change, sentence):
     with pytest.raises(SettingsError, match=sentence):
         Augmentation(AugmentationSettings(**change), SIDE)
