@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from common.errors import SettingsError
+
 Groups = list[dict[str, Any]]
 
 
@@ -17,6 +19,7 @@ def parameter_groups(
 
     Weight decay does not apply to vectors and scalars (norms, biases, temperatures). A module may set more for its own
     parameters: `no_weight_decay`, a set of names, and `learning_rate_factors`, a dictionary from name to factor.
+    As in timm, `no_weight_decay` may be a method that returns the names, also those of parameters of submodules.
     Each group has its `initial_lr`, which the schedule multiplies.
 
     Hidden parameters are the weights of linear maps and of convolutions that mix channels. Excluded are modules marked
@@ -26,18 +29,26 @@ def parameter_groups(
     With `split_rows`, hidden weights of modules with `row_splits` (queries, keys, values in one weight) have groups of
     their own with the same `row_splits`. Weights may be sharded, so the numbers belong to the group. Hidden kernels of
     `nn.Conv1d` have groups with `is_conv1d`, because their shape could also be that of a stack of matrices.
+
+    Raises:
+        SettingsError: `row_splits` that do not add up to the rows of a weight.
     """
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     grouped: set[int] = set()  # ids; several modules may share a parameter
     edges = _marked(model, True) - _marked(model, False)
-    for module in model.modules():
+    undecayed = _without_weight_decay(model)
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in grouped:
                 grouped.add(id(parameter))
-                decays = parameter.ndim >= 2 and name not in getattr(module, "no_weight_decay", ())
+                decays = parameter.ndim >= 2 and id(parameter) not in undecayed
                 factor = getattr(module, "learning_rate_factors", {}).get(name, 1.0)
                 hidden = find_hidden and id(module) not in edges and _is_matrix(module, name)
                 splits = tuple(getattr(module, "row_splits", ())) if split_rows and hidden else ()
+                if splits and sum(splits) != (rows := parameter.shape[0]):
+                    raise SettingsError(
+                        f"row_splits={splits} of layer {path} must add up to the {rows} rows of its {name}"
+                    )
                 is_conv1d = hidden and isinstance(module, nn.Conv1d)
                 groups[hidden, weight_decay if decays else 0.0, factor, splits, is_conv1d].append(parameter)
     return [
@@ -52,6 +63,16 @@ def parameter_groups(
         }
         for (hidden, decay, factor, splits, is_conv1d), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _without_weight_decay(model: nn.Module) -> set[int]:
+    """Return the ids of all parameters that modules name in `no_weight_decay`."""
+    found = set()
+    for module in model.modules():
+        names: Any = getattr(module, "no_weight_decay", ())
+        parameters = dict(module.named_parameters(remove_duplicate=False)) if names else {}
+        found |= {id(parameters[name]) for name in (names() if callable(names) else names) if name in parameters}
+    return found
 
 
 def _marked(model: nn.Module, is_input_or_output_layer: bool) -> set[int]:

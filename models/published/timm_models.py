@@ -27,7 +27,6 @@ class TimmNetwork(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network: Any = network
-        keep_no_weight_decay(network)
         reads_images = next(module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
         for edge in (reads_images, *self.head_modules()):
             edge.is_input_or_output_layer = True  # type: ignore[assignment]  # modules take any attribute
@@ -44,22 +43,6 @@ class TimmNetwork(nn.Module):
         """Convert weights as timm does: resample positions to this image side, rename tensors of older formats."""
         convert = getattr(sys.modules[type(self.network).__module__], "checkpoint_filter_fn", None)
         return convert(weights, self.network) if convert else weights
-
-
-def keep_no_weight_decay(network: nn.Module) -> None:
-    """Replace timm's methods `no_weight_decay` by this project's attribute: names of a module's own parameters.
-
-    timm's method returns names relative to the module that has it, as a set, a list or a dictionary.
-    """
-    asked: list[Any] = [module for module in network.modules() if callable(getattr(module, "no_weight_decay", None))]
-    full_names = {module: set(module.no_weight_decay()) for module in asked}
-    for module in full_names:
-        module.no_weight_decay = set()
-    for module, names in full_names.items():
-        for full_name in names & {name for name, _ in module.named_parameters()}:
-            path, _, name = full_name.rpartition(".")
-            owner = module.get_submodule(path)
-            owner.no_weight_decay = {*getattr(owner, "no_weight_decay", ()), name}
 
 
 def timm_architecture(name: str) -> Architecture:

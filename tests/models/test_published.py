@@ -22,7 +22,6 @@ from model import sl_vit
 from models.layers import DropPath, trunc_normal
 from models.published.table import ARCHITECTURES as PUBLISHED
 from models.published.table import get_architecture
-from models.published.timm_models import keep_no_weight_decay
 from optim.param_groups import parameter_groups
 
 # name, classes, image side, our count, the published figure in millions, its source
@@ -248,14 +247,6 @@ def test_drop_path_reaches_timm_models_also_at_zero(drop_path):
         assert max(rates, default=0.0) == pytest.approx(drop_path)
         if not drop_path:
             build("timm:vgg11", 10, 224)
-
-
-@pytest.mark.parametrize("form", [set, list, tuple, dict.fromkeys])
-def test_no_weight_decay_of_timm_models_may_have_any_form(form):
-    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    network.no_weight_decay = lambda: form(["1.weight", "absent"])
-    keep_no_weight_decay(network)
-    assert network[1].no_weight_decay == {"weight"} and network.no_weight_decay == set()
 
 
 def test_timm_models_by_name():

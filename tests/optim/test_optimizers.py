@@ -90,6 +90,16 @@ def test_a_layer_may_name_what_does_not_decay_and_what_learns_slower():
     assert all(group["initial_lr"] == group["lr"] for group in groups.values())
 
 
+@pytest.mark.parametrize("form", [set, list, tuple, dict.fromkeys])
+def test_no_weight_decay_may_be_a_method_as_in_timm(form):
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), TreeLayer())
+    model[0].no_weight_decay = lambda: form(["1.weight", "absent"])
+    groups = settings_of(model)
+    assert {name for name, group in groups.items() if group["weight_decay"] == 0} == {
+        *("0.0.bias", "0.1.bias", "0.1.weight", "1.anchor")
+    }
+
+
 def test_a_factor_slows_what_the_optimizer_does():
     layer = TreeLayer()
     optimizer = build_optimizer({"type": "SGD", "params": {"lr": 1.0, "weight_decay": 0.0}}, layer, fused=False)
@@ -444,3 +454,12 @@ def test_split_qkv_orthogonalizes_queries_keys_and_values_one_by_one(split, atte
     expected = torch.cat(muon.orthogonalize(matrices))
     torch.testing.assert_close(before - part.qkv.weight.detach(), expected, rtol=1e-4, atol=1e-5)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_row_splits_that_do_not_fit_are_refused():
+    model = network("model.pooling=mean")
+    model[1].attention.part.qkv.row_splits = (32, 32)
+    parameter_groups(model, 1.0, DECAY, find_hidden=True)
+    sentence = r"row_splits=\(32, 32\) of layer 1.attention.part.qkv must add up to the 96 rows of its weight"
+    with pytest.raises(SettingsError, match=sentence):
+        parameter_groups(model, 1.0, DECAY, find_hidden=True, split_rows=True)
