@@ -89,8 +89,10 @@ class Settings:
         settings = cls(engine=copy.deepcopy(tree["engine"]))
         optimizer = settings.engine["optimizer"]  # a run of an earlier commit may lack parameters that were added since
         optimizer["params"] = {**OPTIMIZER_PARAMS.get(optimizer["type"], {}), **optimizer["params"]}
+        # The tree holds all options. Another architecture than that of `settings` would bring back the defaults.
+        settings.model.architecture = tree["model"]["architecture"]
         for name in [f.name for f in fields(ModelSettings) if f.name.endswith("_options")]:
-            setattr(settings.model, name, {})  # the tree holds all options
+            setattr(settings.model, name, {})
         _merge(settings, {key: value for key, value in tree.items() if key != "engine"})
         return settings
 

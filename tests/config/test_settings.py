@@ -342,7 +342,10 @@ def test_options_of_a_replaced_part_are_dropped_and_stay_dropped_in_a_reopened_r
     assert changed.model.width == 40
     other = resolve(mine, ["model.architecture=lenet"])
     assert other.model.width == resolve(None, []).model.width and other.model.attention_options == {}
-    for settings in (changed, other, resolve(mine, [])):
+    own = preset(f'[model]\narchitecture = "{__file__}:preset"\nfeed_forward = "geglu"\n')
+    network = resolve(own, ["model.feed_forward=mlp"])
+    assert network.model.feed_forward_options == {}
+    for settings in (changed, other, network, resolve(mine, [])):
         assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
 
 
