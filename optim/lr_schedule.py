@@ -74,14 +74,6 @@ SCHEDULES: dict[str, Callable[[int, Timeline, ScheduleSettings], float]] = {
     "trapezoid": trapezoid,
     "step": step_decay,
 }
-FRACTIONS = (
-    "warmup_fraction",
-    "warmup_start_factor",
-    "final_factor",
-    "hold_fraction",
-    "cooldown_fraction",
-    "milestone_factor",
-)
 
 
 class Schedule:
@@ -147,9 +139,6 @@ def find_shape(name: str) -> Callable[[int, Timeline, ScheduleSettings], float]:
 def check(settings: ScheduleSettings) -> None:
     """Raise SettingsError for settings that Schedule rejects."""
     find_shape(settings.shape)
-    for name in FRACTIONS:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise SettingsError(f"schedule.{name} must be between 0 and 1, got {getattr(settings, name)}")
     for name in settings.unused():
         if getattr(settings, name) != getattr(ScheduleSettings(), name):
             raise SettingsError(

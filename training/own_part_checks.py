@@ -231,6 +231,10 @@ def _try_optimizer(settings: Settings) -> None:
         optimizer = build_optimizer(settings.engine["optimizer"], layer, fused=False)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise SettingsError(f"it must return a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        if not all("initial_lr" in group for group in optimizer.param_groups):  # the schedule multiplies it
+            raise SettingsError(
+                "it must keep the parameter groups that it is given: pass them to the optimizer as they are"
+            )
         layer(torch.ones(2, 4)).sum().backward()
         optimizer.step()
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):

@@ -152,6 +152,8 @@ def test_a_preset_is_checked_like_any_other_source(preset):
         resolve(preset("[model"), [])
     with pytest.raises(SettingsError, match="unknown preset 'cpuu'; did you mean 'cpu'"):
         resolve("cpuu", [])
+    with pytest.raises(SettingsError, match=r"schedule.final_factor must be in \[0, 1\], got -0.1"):
+        resolve(preset("[schedule]\nfinal_factor = -0.1"), [])
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -257,10 +259,14 @@ def test_ds_config_json_declares_the_default_optimizer(engine_file):
         "type": "SGD",
         "params": {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     }
-    engine["optimizer"]["params"]["betas"] = [0.9, 0.99]
-    write()
-    with pytest.raises(SettingsError, match="ds_config.json: unknown setting 'optimizer.params.betas'"):
-        resolve(None, [])
+    for name, value, sentence in (
+        ("lr", -1.0, "optimizer.params.lr must be >= 0, got -1.0"),
+        ("betas", [0.9, 0.99], "ds_config.json: unknown setting 'optimizer.params.betas'"),
+    ):
+        engine["optimizer"]["params"][name] = value
+        write()
+        with pytest.raises(SettingsError, match=sentence):
+            resolve(None, [])
 
 
 @pytest.mark.parametrize("path", [path for path in ENGINE_SETTINGS if not path.startswith("optimizer.params.")])

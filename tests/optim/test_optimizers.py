@@ -157,10 +157,6 @@ def test_the_optimizer_is_the_one_that_is_named_with_its_settings(name):
             "SGD rejects optimizer.params.*betas",
         ),
         (
-            {"type": "AdamW", "params": {"lr": -1.0, "weight_decay": 0.0}},
-            "optimizer.params.lr must be at least 0, got -1.0",
-        ),
-        (
             {"type": "Muon", "params": {**OPTIMIZER_PARAMS["Muon"], "momentum": 1.5}},
             "Muon rejects optimizer.params.*momentum=1.5",
         ),

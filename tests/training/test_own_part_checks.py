@@ -141,6 +141,12 @@ class Fixed(nn.Module):
     def forward(self, images):
         return images.flatten(1)[:, : self.num_classes]
 
+def undecided(groups, lr: float = 0.1, weight_decay: float | None = None):
+    pass
+
+def automatic(groups, lr: float = 0.1, eps="auto"):
+    return torch.optim.SGD(groups, lr=lr)
+
 number = 3
 """
 
@@ -175,7 +181,8 @@ def test_a_part_is_a_class_a_function_or_a_factory_and_may_need_real_values(own,
         ("model.architecture", "Fixed", "own.py:Fixed: the network has no trainable parameters"),
         ("model.architecture", "number", "own.py:number is a int; name a class or a function"),
         ("model.architecture", "Nett", "unknown part of own.py 'Nett'; did you mean 'Net'"),
-        ("optimizer.type", "Net", "needs an argument lr with a default"),
+        ("optimizer.type", "Net", "needs an argument lr with a number as default"),
+        ("optimizer.type", "undecided", "needs an argument weight_decay with a number as default"),
         ("schedule.shape", "no_module", r"schedule.shape=.*own.py:no_module: TypeError"),
     ],
 )
@@ -423,12 +430,23 @@ def test_a_part_that_ends_the_process_is_one_sentence(tmp_path, setting, name):
         check(settings)
 
 
-def test_an_optimizer_whose_first_step_makes_weights_infinite_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("lr", "groups", "sentence"),
+    [
+        ("3e38", "groups", "one step from gradients of 1 made weights that are not finite"),
+        ("0.1", "[p for group in groups for p in group['params']]", "it must keep the parameter groups that it is"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_is_refused(tmp_path, lr, groups, sentence):
     (tmp_path / "mine.py").write_text(
-        "import torch\ndef far(groups, lr: float = 3e38):\n    return torch.optim.SGD(groups, lr=lr)\n"
+        f"import torch\ndef own(groups, lr: float = {lr}):\n    return torch.optim.SGD({groups}, lr=lr)\n"
     )
-    with pytest.raises(SettingsError, match="one step from gradients of 1 made weights that are not finite"):
-        check(settings_with("optimizer.type", f"{tmp_path / 'mine.py'}:far"))
+    with pytest.raises(SettingsError, match=sentence):
+        check(settings_with("optimizer.type", f"{tmp_path / 'mine.py'}:own"))
+
+
+def test_an_optimizer_may_have_an_eps_that_is_no_number(own):
+    assert check(settings_with("optimizer.type", f"{own}:automatic")) == []
 
 
 @pytest.mark.parametrize(
