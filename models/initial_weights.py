@@ -40,14 +40,16 @@ def load_initial_weights(model: nn.Sequential, source: str | Path) -> list[str]:
     path = local_file(str(source))
     stored = read_weights(path)
     weights = to_our_names(model, stored, path)
-    ours, theirs, head, tables = model.state_dict(), external_names(model), head_names(model), position_names(model)
+    ours, theirs, head, tables = model.state_dict(), external_names(model), head_names(model), position_tables(model)
     fitting: Weights = {}
     replaced: list[str] = []
     resampled: list[str] = []
     misfits: list[str] = []
     for name in ours.keys() & weights.keys():
         old, new = weights[name], ours[name]
-        fits = old if old.shape == new.shape else resample_positions(old, new.shape) if name in tables else None
+        fits = old if old.shape == new.shape else None
+        if fits is None and name in tables:
+            fits = resample_positions(old, new.shape, tables[name])
         old = stored.get(name, stored.get(theirs.get(name, name), old))  # as it is in the file
         change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
         if fits is None:
@@ -73,8 +75,6 @@ def load_initial_weights(model: nn.Sequential, source: str | Path) -> list[str]:
 
 def read_weights(path: Path) -> Weights:
     """Return the named tensors of a file, without the nesting and prefixes that training programs add."""
-    if not path.is_file():
-        raise SettingsError(f"--init-weights {path}: no such file. Give the path of a .safetensors or .pth file")
     tree = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     while isinstance(tree, dict) and any(isinstance(tree.get(nest), dict) for nest in NESTS):
         tree = next(tree[nest] for nest in NESTS if isinstance(tree.get(nest), dict))
@@ -165,31 +165,33 @@ def head_names(model: nn.Sequential) -> set[str]:
     return {f"{path}.{name}" for path in paths for name in model.get_submodule(path).state_dict()}
 
 
-def position_names(model: nn.Sequential) -> set[str]:
-    """Return the names of the tables with one vector per token, which modules name in `position_tables`.
+def position_tables(model: nn.Sequential) -> dict[str, int]:
+    """Return the tables with one vector per token, which modules name in `position_tables`: name -> `num_prefix`.
 
     Tables of wrapped libraries are resampled by `adapt_weights`.
     """
     return {
-        f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "position_tables", ())
+        f"{path}.{name}": getattr(module, "num_prefix", 0)
+        for path, module in model.named_modules()
+        for name in getattr(module, "position_tables", ())
     }
 
 
-def resample_positions(table: Tensor, shape: torch.Size) -> Tensor | None:
+def resample_positions(table: Tensor, shape: torch.Size, num_prefix: int = 0) -> Tensor | None:
     """Resample a position table, (tokens, C) or (side, side, C), to another image side; None if it cannot be one.
 
-    Positions before those of the grid, such as that of a CLS token, are kept.
+    The first `num_prefix` tokens, such as a CLS token, are before those of the grid and keep their positions.
     """
     if table.ndim != len(shape) or table.ndim not in (2, 3) or table.shape[-1] != shape[-1]:
         return None
     if table.ndim == 3:
         return resample_grid(table, shape[0]) if table.shape[0] == table.shape[1] and shape[0] == shape[1] else None
-    for prefix in range(min(len(table), shape[0])):
-        before, after = math.isqrt(len(table) - prefix), math.isqrt(shape[0] - prefix)
-        if before**2 == len(table) - prefix and after**2 == shape[0] - prefix:
-            grid = resample_grid(table[prefix:].reshape(before, before, -1), after)
-            return torch.cat([table[:prefix].float(), grid.flatten(0, 1)])
-    return None
+    places = (len(table) - num_prefix, shape[0] - num_prefix)
+    before, after = (math.isqrt(max(1, count)) for count in places)
+    if places != (before**2, after**2):
+        return None
+    grid = resample_grid(table[num_prefix:].reshape(before, before, -1), after)
+    return torch.cat([table[:num_prefix].float(), grid.flatten(0, 1)])
 
 
 def resample_grid(grid: Tensor, side: int) -> Tensor:

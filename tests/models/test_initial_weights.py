@@ -119,14 +119,17 @@ def test_positions_are_resampled_to_another_image_side(tmp_path: Path):
 def test_resampling_keeps_class_token_order_and_constants():
     rows = torch.arange(8.0)[:, None, None].expand(8, 8, 2)
     table = torch.cat([torch.full((1, 2), -9.0), rows.reshape(64, 2)])
-    small = resample_positions(table, torch.Size((17, 2)))
+    small = resample_positions(table, torch.Size((17, 2)), num_prefix=1)
     assert torch.equal(small[0], table[0])
     grid = small[1:].view(4, 4, 2)
     assert (grid.diff(dim=0) > 1).all() and grid.diff(dim=1).abs().max() < 1e-5  # rows stay rows
     assert torch.equal(
         resample_positions(torch.ones(8, 8, 3), torch.Size((16, 16, 3))).round(decimals=5), torch.ones(16, 16, 3)
     )
-    assert resample_positions(table, torch.Size((17, 4))) is None
+    assert resample_positions(table, torch.Size((17, 4)), num_prefix=1) is None
+    for size in (49, 16):  # of a network without a CLS token
+        assert resample_positions(table, torch.Size((size, 2))) is None
+    assert resample_positions(table[:0], torch.Size((17, 2)), num_prefix=1) is None
 
 
 def test_only_position_tables_are_resampled(tmp_path: Path):
