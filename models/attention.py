@@ -50,8 +50,6 @@ class Attention(nn.Module):
 
     def __init__(self, dims: Dimensions, qkv_std: float = 0.02):
         super().__init__()
-        if not 0 <= qkv_std < math.inf:
-            raise SettingsError(f"model.attention_options.qkv_std must be at least 0, got {qkv_std}. Set it to 0.02")
         inner = dims.heads * dims.head_size
         self.heads, self.head_size, self.dropout = dims.heads, dims.head_size, dims.dropout
         self.qkv = nn.Linear(dims.width, 3 * inner, bias=False)
@@ -61,7 +59,13 @@ class Attention(nn.Module):
         self.project_dropout = nn.Dropout(dims.dropout)
 
     def set_up_qkv(self, rows: list[int], std: float) -> None:
-        """Initialize the weights with `std` unless it is 0; record the rows of queries, keys and values for Muon."""
+        """Initialize the weights with `std` unless it is 0; record the rows of queries, keys and values for Muon.
+
+        Raises:
+            SettingsError: a negative `std`.
+        """
+        if not 0 <= std < math.inf:
+            raise SettingsError(f"model.attention_options.qkv_std must be at least 0, got {std}. Set it to 0.02")
         self.qkv.row_splits = tuple(rows)  # type: ignore[assignment]  # modules take any attribute
         if std:
             trunc_normal(self.qkv.weight, std)

@@ -6,6 +6,8 @@ networks that halve the side until one pixel is one token. Class tokens and posi
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,6 +60,9 @@ class ShiftedPatches(nn.Module):
 # --- convolutional stems ----------------------------------------------------------------------------------------------
 
 
+MAX_LAYERS = 8  # of `ConvolutionStem`
+
+
 class ConvolutionStem(nn.Module):
     """Convolutional stem: 3x3 convolutions, the last ones with stride 2, up to C (arXiv 2106.14881, 2210.05958).
 
@@ -68,10 +73,17 @@ class ConvolutionStem(nn.Module):
     def __init__(self, dims: Dimensions, layers: int = 2):
         super().__init__()
         halvings = dims.patch.bit_length() - 1
-        if dims.patch != 2**halvings or not halvings <= layers <= 8 or layers < 1:
+        if dims.patch != 2**halvings or halvings > MAX_LAYERS:
+            fitting = math.gcd(dims.image_side, 2 ** min(halvings, MAX_LAYERS))
             raise SettingsError(
-                f"patch_embedding=conv_stem needs a power of 2 as model.patch and log2(patch) to 8 layers, got "
-                f"patch={dims.patch}, layers={layers}. Set model.patch_embedding_options.layers to {max(1, halvings)}"
+                f"patch_embedding=conv_stem needs a power of 2 up to {2**MAX_LAYERS} as model.patch, got {dims.patch}. "
+                f"Set model.patch to {fitting}"
+            )
+        fewest = max(1, halvings)
+        if not fewest <= layers <= MAX_LAYERS:
+            raise SettingsError(
+                f"patch_embedding=conv_stem needs {fewest} to {MAX_LAYERS} layers with model.patch={dims.patch}, got "
+                f"{layers}. Set model.patch_embedding_options.layers to {fewest}"
             )
         channels = [3, *(max(1, dims.width >> (layers - 1 - i)) for i in range(layers))]
         steps: list[nn.Module] = []

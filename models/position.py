@@ -70,6 +70,8 @@ class RotaryPosition(NoPosition):
 
     def __init__(self, dims: Dimensions, base: float = 100.0):
         super().__init__(dims)
+        if base <= 0:
+            raise SettingsError(f"model.position_options.base must be above 0, got {base}. Set it to 100.0")
         self.dims, self.base = dims, base
 
     def rotation(self) -> nn.Module:

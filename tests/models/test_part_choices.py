@@ -16,7 +16,7 @@ from common.errors import SettingsError
 from common.paths import PROJECT
 from config import catalog
 from config.catalog import table_names
-from config.settings import resolve
+from config.settings import ModelSettings, resolve
 from model import TABLES, build_layers
 from models.feed_forward import FEED_FORWARDS
 from models.parts import Dimensions, fits, part_options
@@ -69,6 +69,10 @@ def test_options_of_another_part_and_wrong_types_are_rejected(kind):
         ({"attention": "multi_query", "attention_options": {"kv_heads": 0}}, "kv_heads=0"),
         ({"attention_options": {"qkv_std": -0.02}}, "qkv_std must be at least 0, got -0.02"),
         ({"attention_options": {"qkv_std": math.nan}}, "qkv_std must be at least 0, got nan"),
+        (
+            {"attention": "multi_query", "attention_options": {"qkv_std": -0.02}},
+            "qkv_std must be at least 0, got -0.02",
+        ),
         ({"attention": "qk_norm", "attention_options": {"norm": "rmss"}}, "did you mean 'rms'"),
         ({"attention": "head_tokens", "heads": 3}, "model.heads=3 does not divide model.width=16"),
         (
@@ -80,8 +84,12 @@ def test_options_of_another_part_and_wrong_types_are_rejected(kind):
             {"position": "rotary", "block": "no_attention"},
             "acts inside attention, and model.block=no_attention has none",
         ),
+        ({"position": "rotary", "position_options": {"base": 0.0}}, "base must be above 0, got 0.0"),
         ({"position": "sin_cos", "width": 18}, "needs a multiple of 4 as model.width, got 18"),
-        ({"patch_embedding": "conv_stem", "patch_embedding_options": {"layers": 1}}, "patch=4, layers=1"),
+        (
+            {"patch_embedding": "conv_stem", "patch_embedding_options": {"layers": 1}},
+            "needs 2 to 8 layers with model.patch=4, got 1. Set model.patch_embedding_options.layers to 2",
+        ),
         ({"patch": 5}, "model.patch=5 does not divide the image side 16"),
         ({"feed_forward": "soft_moe", "feed_forward_options": {"experts": 0}}, "experts must be at least 1"),
     ],
@@ -89,6 +97,17 @@ def test_options_of_another_part_and_wrong_types_are_rejected(kind):
 def test_invalid_option_values_raise_errors(changes, said):
     with pytest.raises(SettingsError, match=said.replace(".", r"\.")):
         tiny(**changes)
+
+
+@pytest.mark.parametrize(("patch", "fitting"), [(3, 1), (6, 2), (512, 256)])
+def test_a_patch_that_no_convolution_stem_has_is_answered_with_one_that_works(patch, fitting):
+    settings = ModelSettings(patch_embedding="conv_stem", patch_embedding_options={"layers": 8}, patch=patch)
+    side = 512 if patch == 512 else 5 * patch
+    with pytest.raises(SettingsError, match=f"power of 2 up to 256 .* got {patch}. Set model.patch to {fitting}"):
+        build_layers(settings, CLASSES, side)
+    settings.patch = fitting
+    with torch.device("meta"):
+        build_layers(settings, CLASSES, side)
 
 
 @pytest.mark.parametrize("attention", sorted(TABLES["attention"]))
