@@ -3,8 +3,8 @@
 
 A network is a list of layers: `build_layers(settings, num_classes, image_side)`. `nn.Sequential(*layers)` is the plain
 model; the pipeline strategy splits the same list into stages. Every layer maps one tensor to one tensor and is
-independent of data files and processes. To add a network, write a function that returns such a list and add it to
-ARCHITECTURES.
+independent of data files and processes. To add a network, write a function that returns such a list and add it to the
+registry of `models/published/table.py`.
 
     python model.py                                    # list all registries
     python model.py --set model.feed_forward=geglu     # layers and parameters of one network

@@ -16,9 +16,7 @@ def describe_model() -> None:
         example="python model.py --preset cpu --set model.feed_forward=geglu",
     )
     add_settings(parser)
-    parser.add_argument(
-        "--classes", type=at_least_one, default=100, metavar="K", help="number of classes (default: 100)"
-    )
+    parser.add_argument("--classes", type=at_least_one, metavar="K", help="number of classes (default: 100)")
     parser.add_argument(
         "--image-side",
         type=at_least_one,
@@ -32,15 +30,17 @@ def describe_model() -> None:
     from model import build_model  # after the arguments: it imports PyTorch
     from models.cost import count_parameters
     from training.own_part_checks import check_own_parts
+    from training.run_setup import check_parts
 
-    if args.preset is None and not args.set and not args.groups:
+    if not any(vars(args).values()):
         list_parts()
         return
     settings = resolve(args.preset, args.set)
-    side = args.image_side or settings.image_side or 32
-    for text in check_own_parts(settings, args.classes, side):
+    check_parts(settings)
+    num_classes, side = args.classes or 100, args.image_side or settings.image_side or 32
+    for text in check_own_parts(settings, num_classes, side):
         print(f"warning: {text}", file=sys.stderr)
-    model = build_model(settings.model, args.classes, side)
+    model = build_model(settings.model, num_classes, side)
     if args.groups:
         from optim.optimizers import describe_groups
 
@@ -64,5 +64,6 @@ def list_parts() -> None:
                 if kind not in ("architecture", "block")
                 else ""
             )
-            print(f"  {name:12} {(part.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else ""))
+            first_line = (part.__doc__ or "").partition("\n")[0]
+            print(f"  {name:12} {first_line}" + (f"  [{options}]" if options else ""))
     print("\nEach of these settings also takes a class or a function of your own, FILE.py:NAME (docs/own-parts.md).")
