@@ -39,7 +39,7 @@ from comparison.search import is_search
 from comparison.tracker_options import tracker_words, with_trackers
 from comparison.warm_process import launch
 from config.command_line import run_cli
-from config.own_parts import override_without_folder, own_parts_of
+from config.own_parts import own_parts_of, published_word
 
 if TYPE_CHECKING:
     from comparison.tuning_runs import Tuned
@@ -264,7 +264,7 @@ def command(args: argparse.Namespace) -> str:
     for flag in ("size", "seeds"):
         if getattr(args, flag) is not None:
             words += [f"--{flag}", str(getattr(args, flag))]
-    words += [word for text in args.set for word in ("--set", override_without_folder(text))]
+    words += [word for text in args.set for word in ("--set", published_word(text))]
     return shlex.join(words + (["--final"] if args.final else []))
 
 

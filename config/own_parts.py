@@ -118,11 +118,16 @@ def without_folders(tree: Any) -> Any:
     return map_own_parts(tree, lambda text, _: Path(text).name)
 
 
-def override_without_folder(word: str) -> str:
-    """Return a word of a command line for publication, such as model.attention=/home/me/mine.py:Part."""
-    setting, equals, text = word.partition("=")
-    value = text.strip().strip('"')
-    return f"{setting}={Path(value).name}" if equals and is_own_part(value) else word
+def published_word(word: str) -> str:
+    """Return a word of a command line for publication: an absolute path and a user-defined part lose their folders.
+
+    They may also be the value in --option=VALUE, model.attention=VALUE or --set=model.attention=VALUE.
+    """
+    text = word.strip().strip('"')
+    name, equals, value = word.partition("=")
+    if equals and not Path(text).is_absolute():
+        return f"{name}={published_word(value)}"
+    return Path(text).name if Path(text).is_absolute() or is_own_part(text) else word
 
 
 def _map_existing(tree: Any, function: Callable[[OwnPart], str], folder: Path | None, source: str = "") -> Any:

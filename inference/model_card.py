@@ -16,7 +16,7 @@ from common.files import write_atomically
 from common.paths import RUNS
 from common.text import epochs_text, precision_text
 from config.differences import changed_settings
-from config.own_parts import override_without_folder, without_folders
+from config.own_parts import published_word, without_folders
 from inference.trained_model import WEIGHTS, TrainedModel
 from records.provenance import commit_text
 from records.run_folder import RunFolder
@@ -165,9 +165,7 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     epochs = epochs_text(trained_steps, facts["steps_per_epoch"])
     steps = f"{trained_steps:,} of {facts['total_steps']:,} steps"
     lines = {
-        "command": code_span(
-            shlex.join(["python", *(strip_folder(override_without_folder(word)) for word in facts["command"])])
-        ),
+        "command": code_span(shlex.join(["python", *map(published_word, facts["command"])])),
         "commit": commit_text(facts, 12),
         "data": f"{escape_markdown(dataset['name'])}: {images} images; {dataset['fingerprint']}",
         "length": f"{steps} of {engine['train_batch_size']} images ({epochs}), seed {facts['seed']}, "
@@ -185,11 +183,6 @@ def training(trained: TrainedModel, metrics: list[dict[str, Any]]) -> str:
     table = "\n".join([f"| {name} | {value} |" for name, value in lines.items()])
     heading = "Settings that differ from the defaults (`run.json` has all of them):"
     return f"| | |\n|---|---|\n{table}\n\n{heading}\n\n{code_block(changed)}"
-
-
-def strip_folder(word: str) -> str:
-    """Return a word of a command; of an absolute path only the last part, because folders differ by machine."""
-    return Path(word).name if Path(word).is_absolute() else word
 
 
 def use(trained: TrainedModel) -> str:

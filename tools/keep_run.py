@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.files import write_atomically
 from common.paths import RESULTS, RUNS
 from config.command_line import Parser, run_cli
-from config.own_parts import override_without_folder, without_folders
+from config.own_parts import published_word, without_folders
 from records.named_run import find_run
 from records.run_folder import RunFolder
 
@@ -27,8 +27,7 @@ def kept(record: RunFolder, note: str | None = None) -> dict[str, Any]:
     facts, metrics = record.facts(), record.metrics()
     if not metrics:
         raise record.no_epoch()
-    words = [override_without_folder(word) for word in facts["command"]]
-    facts["command"] = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    facts["command"] = [published_word(word) for word in facts["command"]]
     facts["dataset"] = {key: value for key, value in facts["dataset"].items() if key not in ("classes", "folder")}
     facts = without_folders(facts)
     facts.pop("own_parts", None)

@@ -18,7 +18,10 @@ def test_paths_of_the_machine_are_cut_and_numbers_kept(tmp_path):
     record = RunFolder(tmp_path / "mine")
     record.create(
         {
-            "command": ["train.py", "--archive", "/home/me/cifar100.zip", "--seed", "3"],
+            "command": [
+                *("train.py", "--archive", "/home/me/cifar100.zip", "--seed", "3", "--stage-to=/home/me/a=b"),
+                *("--set=model.attention=/home/me/mine.py:Part", "--set", 'model.position="mine/p.py:Part"'),
+            ],
             "commit": "abc",
             "dataset": {"folder": "data/x", "classes": ["a"], "fingerprint": "sha256:1"},
         }
@@ -32,7 +35,10 @@ def test_paths_of_the_machine_are_cut_and_numbers_kept(tmp_path):
         )
     )
     content = kept(record, "busy")
-    assert content["command"] == ["train.py", "--archive", "cifar100.zip", "--seed", "3"]
+    assert content["command"] == [
+        *("train.py", "--archive", "cifar100.zip", "--seed", "3", "--stage-to=a=b"),
+        *("--set=model.attention=mine.py:Part", "--set", "model.position=p.py:Part"),
+    ]
     assert (
         content["metrics"] == [{"epoch": 1, "test_correct": 7}]
         and content["note"] == "busy"
