@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.classification_metrics import PADDING_LABEL, best_classes
+from models.classification_metrics import PADDING_LABEL, predicted_with_confidence
 
 NUM_BINS = 15  # equal widths of confidence, as in https://arxiv.org/abs/1706.04599
 
@@ -46,9 +46,7 @@ class CalibrationCounts:
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """Count a batch: class scores (B, K) and labels (B,). Padding rows are left out."""
-        scores = scores.float()
-        predicted = best_classes(scores)[:, 0]
-        confidence = scores.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
+        predicted, confidence = predicted_with_confidence(scores)
         self.add_confidences(confidence, predicted == labels, labels != PADDING_LABEL)
 
     def add_confidences(self, confidence: Tensor, is_correct: Tensor, is_real: Tensor) -> None:

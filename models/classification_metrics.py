@@ -21,6 +21,13 @@ def best_classes(scores: Tensor) -> Tensor:
     return scores.topk(min(5, scores.shape[1])).indices
 
 
+def predicted_with_confidence(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the predicted class and its probability, (B,) each, of class scores (B, K)."""
+    scores = scores.float()
+    predicted = best_classes(scores)[:, 0]
+    return predicted, scores.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
+
+
 class ClassificationCounts:
     """Sums over the batches of this process, until `reduce` adds those of all processes.
 
@@ -69,6 +76,5 @@ def image_results(scores: Tensor, labels: Tensor) -> ImageResults:
     """Return one result for each real image, from class scores (B, K) and labels (B,)."""
     real = labels != PADDING_LABEL
     scores, labels = scores.float()[real], labels[real]
-    predicted = best_classes(scores)[:, 0]
-    probability = scores.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
+    predicted, probability = predicted_with_confidence(scores)
     return ImageResults(labels, predicted, probability, F.cross_entropy(scores, labels, reduction="none"))
