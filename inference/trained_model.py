@@ -81,6 +81,12 @@ class TrainedModel:
         Raises:
             RunError: the file does not exist, is damaged, or holds the weights of another network.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from model import build_model
+        from parallel.buffers import normalize_in_fp32
+
         path = self.record.folder / weights
         if not path.is_file():
             there = sorted(file.name for file in self.record.folder.glob("*.safetensors"))
@@ -88,7 +94,16 @@ class TrainedModel:
                 raise self.record.no_epoch()
             fix = unknown("weights", weights, there) if there else "restore it, or train the run again with --fresh"
             raise RunError(f"{path} does not exist; {fix}")
-        return load_model(path, self.settings, self.facts, device, precision)
+        model = build_model(self.settings.model, len(self.classes), self.side)
+        try:
+            model.load_state_dict(load_file(path))  # safetensors hold numbers only, so this runs no code from the file
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise RunError(f"{path} is damaged or holds the weights of another network: {first_line(error)}") from None
+        if precision == "bf16":  # as in training: buffers, such as BatchNorm's statistics, stay in fp32
+            normalize_in_fp32(model)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
+        return model.to(device).eval()
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -118,27 +133,3 @@ class TrainedModel:
         return (pixels.permute(0, 3, 1, 2).float() - 255 * mean) / (255 * std)
 
     normalise = normalize  # the name in model cards written before the spelling changed
-
-
-def load_model(weights: Path, settings: Settings, facts: dict[str, Any], device: Any, precision: str) -> nn.Module:
-    """Build the network of `settings` for the dataset in `facts` (of run.json) and load its weights.
-
-    Safetensors files hold numbers only, so loading runs no code from the file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from model import build_model
-    from parallel.buffers import normalize_in_fp32
-
-    side = settings.image_side or facts["dataset"]["image_side"]
-    model = build_model(settings.model, len(facts["dataset"]["classes"]), side)
-    try:
-        model.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{weights} is damaged or holds the weights of another network: {first_line(error)}") from None
-    if precision == "bf16":  # as in training: buffers, such as BatchNorm's statistics, stay in fp32
-        normalize_in_fp32(model)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
-    return model.to(device).eval()
