@@ -18,22 +18,29 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import DatasetError, SettingsError
+from common.errors import DatasetError, RunError, SettingsError
 from common.files import write_atomically
 from common.output_files import check_output_file
 from common.paths import RUNS, near_path
 from common.text import python_command
 from config.catalog import SOURCES
 from config.command_line import Parser, at_least_one, run_cli
-from inference.evaluation import ENSEMBLE, FLIP, describe, evaluate, open_dataset, open_split, summarize
+from inference.evaluation import ENSEMBLE, FLIP, SplitResult, describe, evaluate, open_dataset, open_split, summarize
 from inference.trained_model import WEIGHTS, TrainedModel
 from records.named_run import existing_run, find_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
+    from torch import nn
+
+    from dali_pipeline import Batches
+    from image_data.dataset import Dataset
 
 # The options that each task uses besides `run` and `--runs-dir`; any other is rejected rather than ignored.
 COUNTING = {"data_dir", "split", "weights", "precision", "batch_size", "source", "json"}
@@ -44,6 +51,26 @@ USED = {
     "--export": {"export", "weights", "data_dir", "output"},
 }
 
+OUT_OF_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "can't allocate memory")  # the last on a CPU
+
+
+@dataclass(frozen=True)
+class OpenSplit:
+    """The split to evaluate, opened in this process, and how its networks compute."""
+
+    dataset: Dataset
+    batches: Batches  # of this process
+    device: torch.device
+    precision: str
+    is_main: bool  # whether this process prints
+
+    def evaluate(self, networks: dict[str, nn.Module], **combined: Any) -> dict[str, SplitResult]:
+        """Evaluate networks, with the arguments `flip` and `ensemble` of `inference.evaluation.evaluate`."""
+        autocast, show = self.precision == "autocast", self.is_main and sys.stderr.isatty()
+        return evaluate(
+            networks, self.batches, len(self.dataset.classes), self.device, autocast=autocast, show=show, **combined
+        )
+
 
 def main() -> int:
     args = parse_arguments()
@@ -53,11 +80,17 @@ def main() -> int:
             f"run       {near_path(runs[0].record.folder)} (the newest)",
             file=sys.stderr if args.predict else sys.stdout,
         )
-    if args.predict:
-        return predict_images(runs[0], args)
-    if args.export:
-        return export_network(runs[0], args)
-    return evaluate_several(runs, args) if len(runs) > 1 else evaluate_run(runs[0], args)
+    try:
+        if args.predict:
+            return predict_images(runs[0], args)
+        if args.export:
+            return export_network(runs[0], args)
+        return evaluate_several(runs, args) if len(runs) > 1 else evaluate_run(runs[0], args)
+    except RuntimeError as error:
+        size = 1 if args.export else args.batch_size
+        if size == 1 or not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
+        raise RunError(f"out of memory with batches of {size} images. Add --batch-size {max(1, size // 4)}") from error
 
 
 def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
@@ -65,13 +98,13 @@ def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
     from reports.evaluation import print_report, save_report
 
     epochs = len(trained.record.metrics())  # before the work: the file may be damaged
-    with split_of(trained, args) as (dataset, batches, device, precision, is_main):
-        networks = {"": trained.network(args.weights, device, precision)}
-        options = dict(device=device, autocast=precision == "autocast", show=is_main and sys.stderr.isatty())
-        results = evaluate(networks, batches, len(dataset.classes), flip=args.flip, **options)
-    if is_main:
+    with open_split_of(trained, args) as split:
+        network = trained.network(args.weights, split.device, split.precision)
+        results = split.evaluate({"": network}, flip=args.flip)
+    if split.is_main:
+        dataset = split.dataset
         facts = {"run": trained.name, "split": args.split, "weights": args.weights}
-        report = facts | {"precision": precision, "epochs": epochs}
+        report = facts | {"precision": split.precision, "epochs": epochs}
         report |= {"dataset_fingerprint": dataset.fingerprint} | describe(results[""], dataset.classes)
         if args.flip:
             report["test_time_flip"] = summarize(results[FLIP])
@@ -81,10 +114,8 @@ def evaluate_run(trained: TrainedModel, args: argparse.Namespace) -> int:
         if dataset.fingerprint == trained.facts["dataset"]["fingerprint"]:
             save_report(trained, report, results[""])
         else:
-            print(
-                "note: the run folder keeps the result of its own dataset; add --json FILE to save this one",
-                file=sys.stderr,
-            )
+            advice = "" if args.json else "; add --json FILE to save this one"
+            print(f"note: the run folder keeps the result of its own dataset{advice}", file=sys.stderr)
     return 0
 
 
@@ -94,22 +125,23 @@ def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
     from reports.evaluation import print_several
 
     check_same_input(runs, args.split)
+    precisions = sorted({trained.facts["precision"] for trained in runs})
+    if len(precisions) > 1 and not args.precision:
+        raise RunError(f"the runs were trained in different precisions ({', '.join(precisions)}). Add --precision fp32")
     names = [os.path.relpath(trained.record.folder) for trained in runs]  # in the report: no absolute path
     if len(set(names)) < len(names):
         raise SettingsError("the same run is named twice. Name different runs")
     names = [f"./{name}" if name in ("soup", ENSEMBLE) else name for name in names]  # runs of these names
-    with split_of(runs[0], args) as (dataset, batches, device, precision, is_main):
-        trained_networks = [trained.network(args.weights, device, precision) for trained in runs]
+    with open_split_of(runs[0], args) as split:
+        trained_networks = [trained.network(args.weights, split.device, split.precision) for trained in runs]
         networks = dict(zip(names, trained_networks, strict=True))
         if args.soup:
             networks["soup"], has_statistics = average_weights(trained_networks, runs)
-            if has_statistics and is_main:
+            if has_statistics and split.is_main:
                 print("warning: the soup averages BatchNorm statistics, which fit no network exactly", file=sys.stderr)
-        options = dict(device=device, autocast=precision == "autocast", show=is_main and sys.stderr.isatty())
-        ensemble = tuple(names) if args.ensemble else ()
-        results = evaluate(networks, batches, len(dataset.classes), ensemble=ensemble, **options)
-    if is_main:
-        report = {"split": args.split, "weights": args.weights, "precision": precision}
+        results = split.evaluate(networks, ensemble=tuple(names) if args.ensemble else ())
+    if split.is_main:
+        report = {"split": args.split, "weights": args.weights, "precision": split.precision}
         report |= {"runs": {name: summarize(results[name]) for name in names}}
         report |= {name: summarize(results[name]) for name in ("soup", ENSEMBLE) if name in results}
         print_several(report)
@@ -119,8 +151,8 @@ def evaluate_several(runs: list[TrainedModel], args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def split_of(trained: TrainedModel, args: argparse.Namespace) -> Iterator[tuple[Any, Any, Any, str, bool]]:
-    """Open the split to evaluate: dataset, batches of this process, device, precision, whether this process prints."""
+def open_split_of(trained: TrainedModel, args: argparse.Namespace) -> Iterator[OpenSplit]:
+    """Open the split to evaluate in all processes, and close it in the end."""
     from dali_pipeline import Batches
     from parallel.process_group import destroy_process_group, init_process_group
 
@@ -133,7 +165,7 @@ def split_of(trained: TrainedModel, args: argparse.Namespace) -> Iterator[tuple[
     source = dict(device=device, source=args.source, image_side=facts["settings"]["image_side"])
     batches = Batches(dataset, args.split, args.batch_size, rank, num_processes, **source)
     try:
-        yield dataset, batches, device, args.precision or facts["precision"], rank == 0
+        yield OpenSplit(dataset, batches, device, args.precision or facts["precision"], rank == 0)
     finally:
         batches.close()
     destroy_process_group()
@@ -203,7 +235,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16", "autocast"],
-        help="floating-point format of the computation (default: that of the training)",
+        help="floating-point format of the computation (default: that of the training, which must be one for all runs)",
     )
     parser.add_argument(
         "--batch-size",

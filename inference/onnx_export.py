@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common.errors import DatasetError, RunError
 from common.files import write_atomically
+from common.packages import check_torch
 from common.text import first_line
 from image_data.dataset import Dataset
 from image_data.image_file import decode_image
@@ -74,9 +75,13 @@ def export(trained: TrainedModel, weights: str, output: Path, pixels: np.ndarray
 
 
 def to_onnx(network: nn.Module, side: int) -> Any:
-    """Return the ONNX program of a network that takes pixels. Raises RunError where an operation has no ONNX form."""
-    if not hasattr(torch, "export"):
-        raise RunError(f"the export to ONNX needs PyTorch 2.6 or newer, not {torch.__version__}")
+    """Return the ONNX program of a network that takes pixels.
+
+    Raises:
+        RunError: an operation has no ONNX form.
+        SettingsError: this PyTorch has no such exporter.
+    """
+    check_torch("--export onnx", (2, 6))
     example = torch.zeros(
         2, side, side, 3, dtype=torch.uint8
     )  # two images: a batch size of one would become a constant of the graph

@@ -123,7 +123,7 @@ def fit(pixels: np.ndarray, trained: TrainedModel) -> np.ndarray:
 
 def read_image(path: str | Path) -> np.ndarray:
     """Return the pixels of any image that Pillow reads: uint8 (height, width, 3). Raises what `decode_image` raises."""
-    return decode_image(Path(path), formats=None)[0]
+    return decode_image(Path(path), formats=None, max_megapixels=None)[0]
 
 
 def find_images(names: list[Path]) -> list[Path]:

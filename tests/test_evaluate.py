@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from programs import clean_environment, launch, run
 from safetensors.torch import load_file, save_file
 from small_runs import TEST_PER_CLASS
 
+import evaluate
 from benchmarks.lib.forked_programs import Done
 from common.errors import RunError
 from common.paths import PROJECT
@@ -195,6 +197,10 @@ def test_runs_that_cannot_be_combined(trained, tmp_path):
     assert "--soup needs at least two runs" in refusal(trained, "--soup")
     assert "--export takes one run, not 2" in run("evaluate.py", *both, "--export", "onnx", code=1).err
     assert "--flip does not apply to several runs" in run("evaluate.py", *both, "--soup", "--flip", code=1).err
+    facts["precision"] = "autocast"
+    (other / "run.json").write_text(json.dumps(facts))
+    sentence = "the runs were trained in different precisions (autocast, fp32). Add --precision fp32"
+    assert sentence in run("evaluate.py", *both, "--soup", code=1).err
     facts["dataset"]["mean"] = [0.5, 0.5, 0.5]
     (other / "run.json").write_text(json.dumps(facts))
     assert "differ in the mean of the images" in run("evaluate.py", *both, "--soup", code=1).err
@@ -215,6 +221,17 @@ def test_runs_of_different_validation_splits_are_not_evaluated_on_one(trained):
     for other in (without, elsewhere):
         with pytest.raises(RunError, match="have different validation splits .*. Add --split test"):
             check_same_input([mine, other], "validation")
+
+
+@pytest.mark.parametrize(("task", "given"), [("evaluate_run", []), ("predict_images", ["--predict", "cat.png"])])
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("alloc_cpu: can't allocate memory")]
+)
+def test_out_of_memory_is_answered_with_a_smaller_batch(trained, monkeypatch, task, given, error):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(trained.folder), "--batch-size", "50", *given])
+    monkeypatch.setattr(evaluate, task, Mock(side_effect=error))
+    with pytest.raises(RunError, match="out of memory with batches of 50 images. Add --batch-size 12"):
+        evaluate.main()
 
 
 # --- output that cannot be written -----------------------------------------------------------------------------------
@@ -361,7 +378,8 @@ def test_the_result_of_another_dataset_stays_out_of_the_run_folder(trained, shap
     (other / "dataset.json").write_text(json.dumps(description | {"fingerprint": "sha256:other"}))
     before = {path.name: path.read_bytes() for path in trained.folder.iterdir() if path.is_file()}
     done = run("evaluate.py", trained.folder, "--data-dir", other, "--json", tmp_path / "other.json")
-    assert "this is not the dataset of the training" in done.err and "add --json FILE to save this one" in done.err
+    assert "this is not the dataset of the training" in done.err
+    assert "the run folder keeps the result of its own dataset\n" in done.err  # without the advice to add --json
     assert {path.name: path.read_bytes() for path in trained.folder.iterdir() if path.is_file()} == before
     assert json.loads((tmp_path / "other.json").read_text())["dataset_fingerprint"] == "sha256:other"
 

@@ -20,6 +20,7 @@ from programs import run
 
 from dali_pipeline import Batches
 from image_data.dataset import Dataset
+from image_data.image_file import FORMATS, decode_image
 from image_data.preparation.prepare import prepare
 from inference.predict_images import find_images, fit, for_screen, read_image, table
 from inference.trained_model import TrainedModel
@@ -119,6 +120,12 @@ def test_every_kind_of_image_is_read_and_a_broken_one_does_not_stop_the_others(t
         and "broken.png cannot be read (image file is truncated" in said[0]
         and "empty.jpg cannot be read (empty file)" in said[1]
     )
+
+
+def test_a_photo_of_any_size_is_read(tmp_path, monkeypatch):
+    Image.new("RGB", (3, 2)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(decode_image, "__defaults__", (FORMATS, 1e-6))  # a limit of one pixel
+    assert read_image(tmp_path / "photo.png").shape == (2, 3, 3)
 
 
 def test_a_missing_file_or_one_without_an_image_is_named_and_skipped(trained, tmp_path):

@@ -12,6 +12,7 @@ from reference import perform, pretended_gpus, refusal, settings_for, with_batch
 from torch import nn
 
 from common.errors import SettingsError
+from inference.onnx_export import to_onnx
 from models.activation_checkpointing import checkpoint_blocks
 from parallel import strategies
 from parallel.bf16_copy import Bf16Copy
@@ -157,6 +158,7 @@ NEWER = {  # what needs a newer PyTorch: its first version, and a call that uses
     "strategy fsdp": ("2.6", lambda: strategies.engine_class("fsdp")),
     "bf16.enabled=masters": ("2.1", lambda: Bf16Copy(nn.Linear(2, 2))),
     "model.checkpoint_blocks=true": ("2.1", lambda: checkpoint_blocks([nn.Linear(2, 2)] * 3, "vit")),
+    "--export onnx": ("2.6", lambda: to_onnx(nn.Identity(), 2)),
     "--log-gradients": ("2.6", lambda: Engine.log_gradients(SimpleNamespace(gradient_log_refusal=None))),
 }
 
