@@ -20,6 +20,7 @@ import pytest
 import torch
 from peers import facts_for, free_pair, wait_for_pair
 
+from cluster.simulated_hosts import wait_until
 from common.errors import RunError, SettingsError
 from config.differences import leaves
 from parallel.diloco import OuterStep
@@ -117,10 +118,7 @@ def ask(peer: PeerGroup, id: str, count: int = 3, data: dict | None = None, wher
         daemon=True,
     )
     stranger.start()
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while id not in status(peer):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: id in status(peer), LIMIT_SECONDS)
 
 
 def exchange(meetings: list[PeerGroup], standings: list[PeerState]) -> list:
@@ -202,7 +200,7 @@ def test_exchanges_outlive_the_first_peer_and_return_to_its_lighthouse_when_it_i
     assert late._meeting_endpoint() == others[0].endpoint.text
     wait_for_pair(home)
     (back,) = circle(1, port=home)
-    time.sleep(0.5)
+    wait_until(lambda: all(peer.id in status(back) for peer in (*others, late)), LIMIT_SECONDS)
     standings = [
         standing(2.0, count=5),
         standing(4.0, count=5),
