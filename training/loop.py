@@ -64,6 +64,8 @@ class Loop:
         self.stop, self.console = stop, console
         self.timer = StepTimer(engine, training, time_plan)
         self._images_are_small = False  # in the steps since the last pause
+        # No method of the loop: the console would keep it, and with it the lock of the run folder, after a failure.
+        self._work = partial(engine.resizing.work, side=training.side)
         folder = self.record.folder if self.record else None
         self.steps = StepLog(engine, training, self.tracking, folder, console.print_field)
         self._sync_progress_with_engine()
@@ -74,10 +76,6 @@ class Loop:
         if step != progress.epoch * self.steps_per_epoch + progress.step_in_epoch:
             progress.epoch = min(step, self.total_steps - 1) // self.steps_per_epoch  # the last step ends its epoch
             progress.step_in_epoch = step - progress.epoch * self.steps_per_epoch
-
-    def _work(self, step: int, total_steps: int) -> float:
-        """What the first `step` steps of a run cost, in steps with full images."""
-        return self.engine.resizing.work(step, total_steps, self.training.side)
 
     def _where(self) -> str:
         """The run folder as a user would type it."""
