@@ -22,7 +22,8 @@ class PackedReader:
     """Reads the `rows` of packed pixels, uint8 (N, S, S, 3), which stay in GPU memory if the device is a GPU."""
 
     def __init__(self, pixels: np.ndarray, rows: np.ndarray, device: torch.device):
-        self.rows, self.pixels = rows, pixels  # memory-mapped, so that the processes of a host share one copy
+        self.rows = rows
+        self.pixels: Tensor | np.ndarray = pixels  # memory-mapped, so that the processes of a host share one copy
         if device.type == "cuda":
             self.rows, self.pixels = np.arange(len(rows)), torch.from_numpy(pixels[rows]).to(device)
 
