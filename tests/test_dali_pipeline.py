@@ -249,8 +249,6 @@ def test_impossible_requests_are_errors(dataset):
         Batches(dataset, "train", 150, 0, 2, augmentation=AugmentationSettings())
     with pytest.raises(DatasetError, match="unknown source 'residents'; did you mean 'resident'"):
         Batches(dataset, "test", 10, source="residents")
-    with pytest.raises(SettingsError, match="augmentation.flip must be a probability"):
-        Batches(dataset, "train", 10, augmentation=AugmentationSettings(flip=1.5))
     with pytest.raises(SettingsError, match="unknown augmentation.policy 'randaugment'; did you mean 'rand_augment'"):
         Batches(dataset, "train", 10, augmentation=AugmentationSettings(policy="randaugment"))
 

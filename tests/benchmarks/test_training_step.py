@@ -405,6 +405,7 @@ def test_a_product_of_matrices_is_counted_right(monkeypatch):
     ticks = iter(range(1000))
     monkeypatch.setattr("benchmarks.lib.peak_flops.time.perf_counter", lambda: float(next(ticks)))
     assert measured_flops(torch.device("cpu"), bf16=False, seconds=5) == 2 * 1024**3
+    assert measured_flops(torch.device("cpu"), bf16=False, seconds=0) == 2 * 1024**3, "one product takes longer"
     assert count_flops(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 10)), 4, "cpu") == 2 * 48 * 10
 
 

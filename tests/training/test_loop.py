@@ -43,6 +43,7 @@ def ending_run(close) -> Loop:
         step=4, is_main=is_main, any=lambda value: any(process_group.all_gather_objects(value))
     )
     ending.total_steps, ending.record, ending.stop = 4, None, SimpleNamespace(requested=False)
+    ending._work = None
     ending.progress, ending.profile = SimpleNamespace(finished=True, num_losses=4), SimpleNamespace(close=lambda: None)
     ending.console = SimpleNamespace(clock=SimpleNamespace(start=lambda *_: None))
     ending.writer = CheckpointWriter(ending.engine, Interval(), {}, None, None)
@@ -90,6 +91,7 @@ def test_a_finished_run_does_not_fail_because_of_its_model_card(monkeypatch, tmp
     monkeypatch.setattr(loop, "write_card", full)
     ending = Loop.__new__(Loop)
     ending.engine, ending.total_steps, ending.steps_per_epoch = SimpleNamespace(step=4), 4, 4
+    ending._work = None
     ending.record = SimpleNamespace(folder=tmp_path, metrics=lambda: [{}])
     ending.console = SimpleNamespace(
         clock=SimpleNamespace(start=lambda *_: None), result=lambda *_: None, say=lambda text, level: said.append(text)
