@@ -200,7 +200,7 @@ def test_exchanges_outlive_the_first_peer_and_return_to_its_lighthouse_when_it_i
     assert late._meeting_endpoint() == others[0].endpoint.text
     wait_for_pair(home)
     (back,) = circle(1, port=home)
-    time.sleep(0.5)
+    wait_until(lambda: all(peer.id in status(back) for peer in (*others, late)), LIMIT_SECONDS)
     standings = [
         standing(2.0, count=5),
         standing(4.0, count=5),
